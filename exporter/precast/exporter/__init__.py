@@ -1,0 +1,25 @@
+"""Checkpoint in, artifact out.
+
+    from precast.exporter import ExportOptions, export
+
+    export("user/model", "out", ExportOptions(batch_size=1, sequence_length=(512,)))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {"ExportOptions": "options", "export": "pipeline"}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_EXPORTS)

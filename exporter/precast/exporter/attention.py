@@ -1,0 +1,110 @@
+"""Cached attention as one operator.
+
+A decoder's attention, cache included, is a single node `precast::cached_attention` in every traced program. The
+eager code here defines its meaning and is the oracle of its tests; each backend lowers the node its own way. The
+operator is functional (it returns the updated caches) because `torch.onnx` drops the mutation of an input without
+a word; backends update the caches in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["MASKS", "cached_attention"]
+
+MASKS = ("causal", "window", "chunk")
+
+
+@torch.library.custom_op("precast::cached_attention", mutates_args=())
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past_lengths: Tensor,
+    new_lengths: Tensor,
+    scale: float,
+    mask: str,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the new keys and values into the caches, then attend to what the caches hold.
+
+    Row `b` has `past_lengths[b]` tokens in its cache and brings `new_lengths[b]` more, right-padded to S. Query `s`
+    of row `b` stands at position `p = past_lengths[b] + s` and sees the cache rows `c <= p`, of these with
+    `mask="window"` only `c > p - window`, with `mask="chunk"` only those of its own chunk,
+    `c // window == p // window`. Scores are `q·k * scale`, then, in this order: `softcap * tanh(scores / softcap)`
+    where softcap is not 0 (Gemma 2), `+ slopes[h] * (c - p)` (ALiBi, Press et al. 2022), and `sinks[h]` as one more
+    column of the softmax that has no value (gpt-oss).
+
+    Args:
+        q: [B, H, S, D], any float dtype. Softmax is taken in float32.
+        k, v: [B, Hkv, S, D], H a multiple of Hkv.
+        k_cache, v_cache: [B, Hkv, C, D].
+        past_lengths, new_lengths: int32 [B], `past + new <= C`.
+        sinks, slopes: [H] or None.
+
+    Returns:
+        The output [B, H, S, D], undefined at padded queries, and both caches [B, Hkv, C, D], undefined at rows
+        `>= past + new`.
+    """
+    k_cache = _append(k_cache, k, past_lengths, new_lengths)
+    v_cache = _append(v_cache, v, past_lengths, new_lengths)
+    scores = _scores(q, k_cache, scale, softcap)
+    distance = _distances(past_lengths, q.shape[2], k_cache.shape[2])
+    if slopes is not None:
+        scores = scores + slopes.view(1, -1, 1, 1) * distance[:, None]
+    visible = _visible(distance, past_lengths, mask, window)
+    scores = scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
+    probabilities = _softmax(scores, sinks).to(v.dtype)
+    return probabilities @ _repeat(v_cache, q.shape[1]), k_cache, v_cache
+
+
+@cached_attention.register_fake
+def _(q, k, v, k_cache, v_cache, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+def _append(cache: Tensor, new: Tensor, past: Tensor, count: Tensor) -> Tensor:
+    """The cache with `new` at rows past..past+count. A gather, so that no padded row is ever written."""
+    offset = torch.arange(cache.shape[2])[None] - past[:, None]
+    index = offset.clamp(0, new.shape[2] - 1)[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+    is_new = ((offset >= 0) & (offset < count[:, None]))[:, None, :, None]
+    return torch.where(is_new, new.gather(2, index.long()), cache)
+
+
+def _repeat(cache: Tensor, heads: int) -> Tensor:
+    return cache.repeat_interleave(heads // cache.shape[1], dim=1)
+
+
+def _scores(q: Tensor, k_cache: Tensor, scale: float, softcap: float) -> Tensor:
+    scores = (q @ _repeat(k_cache, q.shape[1]).transpose(2, 3)).float() * scale
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _distances(past: Tensor, length: int, capacity: int) -> Tensor:
+    """[B, S, C]: cache row minus query position, 0 for a token and itself, negative for what came before."""
+    position = past[:, None] + torch.arange(length)[None]
+    return torch.arange(capacity)[None, None] - position[:, :, None]
+
+
+def _visible(distance: Tensor, past: Tensor, mask: str, window: int) -> Tensor:
+    visible = distance <= 0
+    if mask == "window":
+        return visible & (distance > -window)
+    if mask == "chunk":
+        position = past[:, None] + torch.arange(distance.shape[1])[None]
+        return visible & ((distance + position[:, :, None]) // window == (position // window)[:, :, None])
+    assert mask == "causal", f"unknown mask {mask!r}"
+    return visible
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]

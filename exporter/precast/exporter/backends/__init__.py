@@ -1,0 +1,35 @@
+"""What a backend is to the exporter: programs in, files and their description out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from precast.runtime.artifact.schema import Compiler, Graph, Host
+
+from ..trace import Program
+
+__all__ = ["Compiled", "ProgramCompiler"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler wrote into the stage: `graphs` and `weights` name its files, relative to it."""
+
+    graphs: list[Graph]
+    weights: list[str]
+    host: Host
+    compiler: Compiler
+
+
+class ProgramCompiler(Protocol):
+    """The exporter's half of a backend; the other half is `precast.runtime.engines.Engine`."""
+
+    def compile(self, programs: Iterable[Program], stage: Path) -> Compiled:
+        """Turn every program into a file below `stage`, with weights stored once for all of them.
+
+        Raises ExportError where a program cannot be compiled.
+        """
+        ...

@@ -1,0 +1,56 @@
+"""Schemas of the `com.microsoft` operators that we emit; onnxscript only writes nodes whose schema it knows.
+
+After ONNX Runtime's documentation of its contributed operators (docs/ContribOperators.md), inputs and attributes that
+we use.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import onnx.defs
+from onnx.defs import OpSchema
+from onnxscript.values import Opset
+
+__all__ = ["microsoft"]
+
+_DOMAIN = "com.microsoft"
+_OPTIONAL = OpSchema.FormalParameterOption.Optional
+_INT, _FLOAT = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT
+
+
+@cache
+def microsoft() -> Any:
+    """The opset `com.microsoft` 1, with our schemas registered."""
+    onnx.defs.register_schema(_group_query_attention())
+    return Opset(_DOMAIN, 1)
+
+
+def _group_query_attention() -> OpSchema:
+    optional = ["cos_cache", "sin_cache", "position_ids", "attention_bias", "head_sink"]
+    return OpSchema(
+        "GroupQueryAttention",
+        _DOMAIN,
+        1,
+        inputs=[
+            *(_parameter(name, "T") for name in ("query", "key", "value", "past_key", "past_value")),
+            *(_parameter(name, "M") for name in ("seqlens_k", "total_sequence_length")),
+            *(_parameter(name, "P" if name == "position_ids" else "T", _OPTIONAL) for name in optional),
+        ],
+        outputs=[_parameter(name, "T") for name in ("output", "present_key", "present_value")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)"], ""),
+            ("M", ["tensor(int32)"], ""),
+            ("P", ["tensor(int64)"], ""),
+        ],
+        attributes=[
+            *(OpSchema.Attribute(name, _INT, required=True) for name in ("num_heads", "kv_num_heads")),
+            *(OpSchema.Attribute(name, _FLOAT, required=False) for name in ("scale", "softcap")),
+            OpSchema.Attribute("local_window_size", _INT, required=False),
+        ],
+    )
+
+
+def _parameter(name: str, kind: str, option: Any = OpSchema.FormalParameterOption.Single) -> OpSchema.FormalParameter:
+    return OpSchema.FormalParameter(name, kind, param_option=option)

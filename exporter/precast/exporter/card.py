@@ -1,0 +1,48 @@
+"""The model card of an artifact: README.md with the metadata that the Hub reads."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from precast.runtime.artifact import Artifact
+
+from .resolve import Checkpoint
+
+__all__ = ["render_card"]
+
+_INHERITED = ("license", "license_name", "license_link", "language", "datasets")
+
+
+def render_card(artifact: Artifact, checkpoint: Checkpoint) -> str:
+    """The card's text. What the checkpoint's own card says of licence and language is carried over."""
+    from huggingface_hub import ModelCardData
+
+    contract = artifact.contract
+    variant = contract.variants[0]
+    metadata = ModelCardData(
+        library_name="precast",
+        base_model=checkpoint.name if checkpoint.revision else None,
+        pipeline_tag=contract.task,
+        tags=["precast", "static-shapes", variant.backend, variant.dtype],
+        **_inherited(checkpoint),
+    )
+    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    source = resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8")
+    return template.from_string(source).render(metadata=metadata.to_yaml(), contract=contract, variant=variant)
+
+
+def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    path = checkpoint.directory / "README.md"
+    if checkpoint.gguf_file or not path.is_file():
+        return {}
+    try:
+        data = ModelCard.load(path).data.to_dict()
+    except ValueError:
+        # A card with broken metadata says nothing that could be carried over.
+        return {}
+    return {name: data[name] for name in _INHERITED if data.get(name)}

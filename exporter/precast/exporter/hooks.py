@@ -1,0 +1,189 @@
+"""How the operator gets into Hugging Face's own modelling code, which is not touched.
+
+transformers looks up attention and mask functions by name (`AttentionInterface`, `AttentionMaskInterface`); ours are
+called "precast". The cache layer hands new keys and values back as they came, the mask function describes the mask
+instead of building it, and the attention function puts all three together into one `cached_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+
+from precast.runtime.errors import ExportError
+
+from .attention import cached_attention
+
+__all__ = ["IMPLEMENTATION", "Caches", "attend", "tracing"]
+
+IMPLEMENTATION = "precast"
+
+_CAUSAL = frozenset({"causal_mask_function"})
+_OVERLAYS = {"sliding_window_overlay.<locals>.inner_mask": "window", "chunked_overlay.<locals>.inner_mask": "chunk"}
+# What transformers passes along that does not change the result of a decoder's attention.
+_NEUTRAL = frozenset(
+    "dropout is_causal position_ids cache_position use_cache output_attentions output_hidden_states return_dict "
+    "logits_to_keep layer_idx position_embeddings past_key_values".split()
+)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What the mask builder would have drawn; it travels through the model as `attention_mask`."""
+
+    kind: str
+    window: int
+
+    def to(self, *_: Any, **__: Any) -> Mask:
+        return self
+
+
+@dataclass
+class Caches:
+    """The caches of one traced call: per layer `(keys, values)`, the lengths, and what the layers returned."""
+
+    past: list[tuple[Tensor, Tensor]]
+    past_lengths: Tensor
+    new_lengths: Tensor
+    present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pending: tuple[int, Tensor, Tensor] | None = None
+
+    def as_cache(self) -> Cache:
+        return Cache(layers=[_Layer(self, index) for index in range(len(self.past))])
+
+
+_CURRENT: ContextVar[Caches] = ContextVar("precast_caches")
+
+
+@contextmanager
+def tracing(caches: Caches) -> Iterator[Cache]:
+    """Within this block the attention function works on `caches`; yields what goes in as `past_key_values`."""
+    token = _CURRENT.set(caches)
+    try:
+        yield caches.as_cache()
+    finally:
+        _CURRENT.reset(token)
+
+
+class _Layer(CacheLayerMixin):
+    """A cache layer that remembers the new keys and values and returns the very same objects."""
+
+    def __init__(self, caches: Caches, index: int) -> None:
+        super().__init__()
+        self.caches, self.index, self.is_initialized = caches, index, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.caches.pending = (self.index, key_states, value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    mask: Mask | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """Emit the operator for the layer whose cache was just updated. Tensors are [B, heads, S, D].
+
+    Raises ExportError where the model changed keys or values after the cache saw them, since the cache would then
+    not hold what attention reads.
+    """
+    caches = _CURRENT.get()
+    index, new_keys, new_values = _take_pending(caches, key, value)
+    mask = mask or Mask("causal", 0)
+    k_cache, v_cache = caches.past[index]
+    width, value_width = query.shape[-1], value.shape[-1]
+    output, k_cache, v_cache = cached_attention(
+        _widen(query, k_cache), _widen(new_keys, k_cache), _widen(new_values, v_cache), k_cache, v_cache,
+        caches.past_lengths, caches.new_lengths, float(scale), mask.kind, mask.window, float(softcap or 0.0),
+        sinks, slopes,
+    )  # fmt: skip
+    caches.present[index] = (k_cache, v_cache)
+    return output[..., :value_width] if value_width != output.shape[-1] or width != output.shape[-1] else output
+
+
+def _take_pending(caches: Caches, key: Tensor, value: Tensor) -> tuple[int, Tensor, Tensor]:
+    pending, caches.pending = caches.pending, None
+    if pending is None or pending[1] is not key or pending[2] is not value:
+        raise ExportError(
+            "This architecture changes keys or values between the cache and attention, so its cache cannot be "
+            "compiled as a plain key/value cache."
+        )
+    return pending
+
+
+def _widen(x: Tensor, cache: Tensor) -> Tensor:
+    """Zeros behind the head dimension leave every dot product as it is."""
+    return torch.nn.functional.pad(x, (0, cache.shape[-1] - x.shape[-1])) if x.shape[-1] < cache.shape[-1] else x
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: [B, heads, S, D] in, [B, S, heads, D] out."""
+    if unknown := sorted(name for name, given in kwargs.items() if given is not None and name not in _NEUTRAL):
+        raise ExportError(f"{type(module).__name__} passes {', '.join(unknown)} to attention, which precast lacks.")
+    mask = attention_mask
+    if mask is None:
+        mask = Mask("window", sliding_window) if sliding_window else Mask("causal", 0)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = attend(query, key, value, scale=scale, mask=mask, softcap=softcap, sinks=s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _mask(*, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> Mask:
+    """transformers' mask function: names the mask it is asked to build. Raises ExportError for one it cannot name."""
+    parts = _parts(mask_function)
+    if parts == _CAUSAL:
+        return Mask("causal", 0)
+    for overlay, kind in _OVERLAYS.items():
+        if parts == _CAUSAL | {overlay} and local_size:
+            return Mask(kind, local_size)
+    raise ExportError(f"This architecture masks attention by {', '.join(sorted(parts))}, which precast lacks.")
+
+
+def _parts(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of the mask functions that `function` combines."""
+    if function.__qualname__ != "and_masks.<locals>.and_mask":
+        return frozenset({function.__qualname__})
+    combined = [cell.cell_contents for cell in function.__closure__ or ()]
+    return frozenset().union(*(_parts(part) for group in combined for part in group))
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)

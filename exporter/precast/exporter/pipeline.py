@@ -1,0 +1,162 @@
+"""The export, in six verbs: resolve, plan, trace, compile, validate, publish."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from precast.runtime.artifact import Artifact, read_artifact
+from precast.runtime.artifact.backends import get_backend
+from precast.runtime.artifact.integrity import vouch
+from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
+from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, Shapes, Source, Variant
+
+from .backends import Compiled, ProgramCompiler
+from .card import render_card
+from .options import ExportOptions
+from .plan import DecoderPlan, Plan, make_plan
+from .resolve import Checkpoint, resolve
+from .trace import trace
+from .validate import compare, make_reference, record
+
+__all__ = ["Report", "export"]
+
+Report = Callable[[str], AbstractContextManager[Any]]
+_UNCHECKED = Accuracy(status="skipped", reason="not validated", figures={})
+
+
+def export(
+    model: str,
+    target: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    report: Report = lambda step: nullcontext(),
+    announce: Callable[[Plan], None] = lambda plan: None,
+) -> Artifact:
+    """Compile a checkpoint into an artifact at `target`, all or nothing.
+
+    Args:
+        model: a Hub id, a checkpoint directory, or a .gguf file.
+        target: the directory to make.
+        options: see ExportOptions.
+        report: called with the name of each step; what it returns is entered for as long as the step takes.
+        announce: told the plan before the long work begins.
+
+    Raises:
+        PrecastError: its subclasses say which step failed; `target` is then as it was.
+    """
+    options, target = options or ExportOptions(), Path(target)
+    options.check()
+    compiler = _compiler(options.backend)
+    check_target(target, force=options.force)
+    with report("resolve"):
+        checkpoint = resolve(model, options)
+    with report("plan"):
+        plan = make_plan(checkpoint, options)
+    announce(plan)
+    with staging(target) as stage:
+        with report("load"):
+            loaded = checkpoint.load(plan.task, plan.dtype)
+        with report("trace"):
+            programs = list(trace(loaded, plan))
+        contract = _draft(checkpoint, options, plan, [program.graph for program in programs])
+        reference = None
+        if options.validate:
+            with report("reference"):
+                reference = make_reference(loaded, checkpoint, contract)
+        with report("compile"):
+            compiled = compiler.compile(programs, stage)
+            _write_companions(stage, checkpoint, loaded)
+            config = _config(checkpoint, loaded)
+        del loaded, programs
+        gc.collect()
+        contract = _complete(contract, compiled, stage)
+        artifact = write_config(stage, config, contract)
+        if reference is not None:
+            with report("validate"):
+                artifact = record(artifact, compare(stage, reference, options.atol))
+        with report("publish"):
+            (stage / "README.md").write_text(render_card(artifact, checkpoint), "utf-8")
+            publish(stage, target, force=options.force)
+            vouch(artifact.contract.digest)
+    return read_artifact(target)
+
+
+def _compiler(backend: str) -> ProgramCompiler:
+    module, _, name = get_backend(backend).compiler.partition(":")
+    compiler: ProgramCompiler = getattr(import_module(module), name)()
+    return compiler
+
+
+def _draft(checkpoint: Checkpoint, options: ExportOptions, plan: Plan, graphs: list[Any]) -> Contract:
+    """The contract as far as it is known before anything is compiled."""
+    variant = Variant(
+        name=options.backend,
+        backend=options.backend,
+        dtype=plan.dtype,  # type: ignore[arg-type]
+        quantization=None,
+        kv_cache=None,
+        host=None,  # type: ignore[arg-type]
+        compiler=None,  # type: ignore[arg-type]
+        trust=get_backend(options.backend).trust,
+        accuracy=_UNCHECKED,
+        weights=[],
+        graphs=graphs,
+    )
+    return Contract(
+        format_version=FORMAT_VERSION,
+        precast_version=version("precast"),
+        digest="0" * 64,
+        task=plan.task.name,
+        source=Source(
+            model=checkpoint.name, revision=checkpoint.revision, weights_sha256=checkpoint.weights_sha256()
+        ),
+        shapes=Shapes(
+            batch_size=plan.batch_size,
+            sequence_length=list(plan.lengths),
+            prefill_lengths=list(plan.prefill_lengths) if isinstance(plan, DecoderPlan) else [],
+            dynamic_batch_size=plan.dynamic_batch_size,
+        ),
+        variants=[variant],
+        files={},
+    )
+
+
+def _complete(contract: Contract, compiled: Compiled, stage: Path) -> Contract:
+    from msgspec.structs import replace
+
+    variant = replace(
+        contract.variants[0],
+        host=compiled.host,
+        compiler=compiled.compiler,
+        weights=compiled.weights,
+        graphs=compiled.graphs,
+    )
+    return replace(contract, variants=[variant], files=hash_files(stage))
+
+
+def _config(checkpoint: Checkpoint, model: Any) -> dict[str, Any]:
+    """The checkpoint's configuration, without the traces that transformers leaves of where it was loaded from."""
+    if checkpoint.gguf_file:
+        config = json.loads(checkpoint.config.to_json_string(use_diff=True))
+        config["architectures"] = [type(model).__name__]
+    else:
+        config = json.loads((checkpoint.directory / "config.json").read_text("utf-8"))
+    return {name: value for name, value in config.items() if not name.endswith("_name_or_path")}
+
+
+def _write_companions(stage: Path, checkpoint: Checkpoint, model: Any) -> None:
+    """Tokenizer and generation settings, in the forms that transformers writes."""
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save_pretrained(stage)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        raw = generation.to_diff_dict()
+        kept = {name: value for name, value in raw.items() if name != "transformers_version" and name[0] != "_"}
+        (stage / "generation_config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,290 @@
+"""Checkpoint + options -> what will be compiled: task, static shapes, graphs, sizes. Reads no weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from precast.runtime.artifact.schema import Dim, Input, Output, Role
+from precast.runtime.artifact.tasks import Task, get_task
+from precast.runtime.errors import CheckpointError, ExportError, UsageError
+
+from .options import ExportOptions
+from .resolve import Checkpoint
+
+__all__ = ["CachePlan", "DecoderPlan", "EncoderPlan", "GraphPlan", "Plan", "TensorPlan", "make_plan"]
+
+HEAD_MULTIPLE = 8
+"""Head sizes are rounded up to this: ONNX Runtime's GroupQueryAttention takes multiples of 8 only."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor whose dimensions are sizes or the names of axes ("batch", "length")."""
+
+    name: str
+    dtype: str
+    axes: tuple[int | str, ...]
+    pad: int = 0
+
+    def as_input(self, sizes: dict[str, int]) -> Input:
+        return Input(name=self.name, dtype=self.dtype, shape=self._shape(sizes), pad=self.pad)  # type: ignore[arg-type]
+
+    def as_output(self, sizes: dict[str, int]) -> Output:
+        cut = [axis if isinstance(axis, str) else None for axis in self.axes]
+        return Output(name=self.name, dtype=self.dtype, shape=self._shape(sizes), slice=cut)  # type: ignore[arg-type]
+
+    def _shape(self, sizes: dict[str, int]) -> list[int | Dim]:
+        return [sizes[axis] if isinstance(axis, str) else axis for axis in self.axes]
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The cache of one layer."""
+
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """One graph to compile; `length` is static, or free within bounds."""
+
+    name: str
+    role: Role
+    batch: int
+    length: int | Dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every export has. `weight_bytes` is the size of the parameters in `dtype`, tied ones counted once."""
+
+    task: Task
+    model_type: str
+    dtype: str
+    batch_size: int
+    lengths: tuple[int, ...]
+    dynamic_batch_size: bool
+    graphs: tuple[GraphPlan, ...]
+    weight_bytes: int
+    pad_token_id: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """An estimate of the export's peak: the model, its packed copy, and the buffers of writing it."""
+        return int(2.5 * self.weight_bytes) + self.cache_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderPlan(Plan):
+    """One graph per length, each a whole forward pass."""
+
+    inputs: tuple[TensorPlan, ...]
+    outputs: tuple[TensorPlan, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPlan(Plan):
+    """One graph with a free query length, or static prefill graphs and a decode graph, over one set of caches."""
+
+    cache: tuple[CachePlan, ...]
+    prefill_lengths: tuple[int, ...]
+
+    @property
+    def capacity(self) -> int:
+        return self.lengths[0]
+
+    @property
+    def cache_bytes(self) -> int:
+        numbers = sum(2 * layer.heads * layer.head_dim for layer in self.cache) * self.batch_size * self.capacity
+        return numbers * getattr(torch, self.dtype).itemsize
+
+
+def make_plan(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
+    """Decide what to compile. Raises UsageError for missing or impossible shapes, CheckpointError for a model type
+    that cannot be exported for this task."""
+    options.check()
+    task = get_task(options.task or checkpoint.infer_task())
+    model = checkpoint.skeleton(task)
+    plan = _plan_decoder if task.kind == "decoder" else _plan_encoder
+    result = plan(checkpoint, options, task, model)
+    _check_memory(result)
+    return result
+
+
+def _check_memory(plan: Plan) -> None:
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if plan.memory_bytes > total:
+        raise UsageError(
+            f"This export needs about {plan.memory_bytes / 1e9:.1f} GB of memory (weights {plan.weight_bytes / 1e9:.1f} "
+            f"GB, cache {plan.cache_bytes / 1e9:.1f} GB); the machine has {total / 1e9:.1f} GB ({available / 1e9:.1f} "
+            f"free). A smaller --sequence-length or --batch-size makes the cache smaller."
+        )
+
+
+# ---------------------------------------------------------------- encoders
+
+
+def _plan_encoder(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> EncoderPlan:
+    if missing := [axis for axis in task.axes if not getattr(options, axis)]:
+        flags = " and ".join(f"--{axis.replace('_', '-')} N" for axis in missing)
+        raise UsageError(
+            f"The task {task.name!r} is compiled for fixed shapes: {', '.join(task.axes)}. Add {flags}, for example: "
+            f"precast export {checkpoint.name} --batch-size 1 --sequence-length 128 -o OUT"
+        )
+    if options.prefill_lengths:
+        raise UsageError(f"--prefill-lengths is for decoders; the task {task.name!r} has no prefill.")
+    lengths = tuple(sorted(options.sequence_length))
+    _check_length(checkpoint, lengths[-1])
+    inputs = _encoder_inputs(checkpoint, model)
+    batch = options.batch_size or 1
+    names = ["model"] if len(lengths) == 1 else [f"model_{length}" for length in lengths]
+    return EncoderPlan(
+        **_common(checkpoint, options, task, model),
+        batch_size=batch,
+        lengths=lengths,
+        graphs=tuple(GraphPlan(name, "encode", batch, length) for name, length in zip(names, lengths, strict=True)),
+        inputs=inputs,
+        outputs=_encoder_outputs(model, task, inputs, options.dtype),
+    )
+
+
+def _encoder_inputs(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPlan, ...]:
+    import inspect
+
+    accepted = inspect.signature(model.forward).parameters
+    pads = {"input_ids": checkpoint.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+    if getattr(checkpoint.text_config, "type_vocab_size", 2) < 2:
+        del pads["token_type_ids"]
+    return tuple(
+        TensorPlan(name, "int64", ("batch", "length"), pad) for name, pad in pads.items() if name in accepted
+    )
+
+
+def _encoder_outputs(
+    model: nn.Module, task: Task, inputs: tuple[TensorPlan, ...], dtype: str
+) -> tuple[TensorPlan, ...]:
+    """Run the weightless model at two sizes: a dimension that follows the batch or the length is that axis."""
+    small, large = (_encoder_shapes(model, task, inputs, batch, length) for batch, length in ((2, 5), (3, 7)))
+    axes = {(2, 3): "batch", (5, 7): "length"}
+    return tuple(
+        TensorPlan(
+            name, dtype, tuple(a if a == b else axes[a, b] for a, b in zip(small[name], large[name], strict=True))
+        )
+        for name in task.outputs
+    )
+
+
+def _encoder_shapes(
+    model: nn.Module, task: Task, inputs: tuple[TensorPlan, ...], batch: int, length: int
+) -> dict[str, tuple[int, ...]]:
+    example = {spec.name: torch.ones(batch, length, dtype=torch.int64, device="meta") for spec in inputs}
+    result = _run_skeleton(model, task, example)
+    return {name: tuple(result[name].shape) for name in task.outputs}
+
+
+# ---------------------------------------------------------------- decoders
+
+
+def _plan_decoder(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> DecoderPlan:
+    if len(options.sequence_length) > 1:
+        raise UsageError(
+            f"--sequence-length {','.join(map(str, options.sequence_length))}: a decoder has one capacity. Give the "
+            f"largest, {max(options.sequence_length)}; shorter requests cost no more in it."
+        )
+    capacity = options.sequence_length[0] if options.sequence_length else _default_capacity(checkpoint)
+    _check_length(checkpoint, capacity)
+    prefill = tuple(sorted(options.prefill_lengths))
+    if prefill and prefill[-1] > capacity:
+        raise UsageError(f"--prefill-lengths {prefill[-1]} is more than --sequence-length {capacity}.")
+    batch = options.batch_size or 1
+    return DecoderPlan(
+        **_common(checkpoint, options, task, model),
+        batch_size=batch,
+        lengths=(capacity,),
+        prefill_lengths=prefill,
+        graphs=_decoder_graphs(batch, capacity, prefill),
+        cache=_cache_plan(model, task),
+    )
+
+
+def _decoder_graphs(batch: int, capacity: int, prefill: tuple[int, ...]) -> tuple[GraphPlan, ...]:
+    if not prefill:
+        return (GraphPlan("model", "decoder", batch, Dim(min=1, max=capacity)),)
+    return (
+        *(GraphPlan(f"prefill_{length}", "prefill", batch, length) for length in prefill),
+        GraphPlan("decode", "decode", batch, 1),
+    )
+
+
+def _default_capacity(checkpoint: Checkpoint) -> int:
+    limit = checkpoint.max_length
+    if limit is None:
+        raise UsageError(
+            f"The config of {checkpoint.name} does not say how long its sequences may be; give --sequence-length N "
+            f"(prompt and new tokens together)."
+        )
+    return limit
+
+
+def _cache_plan(model: nn.Module, task: Task) -> tuple[CachePlan, ...]:
+    """Run the weightless model on two tokens and look at the cache that it fills."""
+    example = {"input_ids": torch.ones(1, 2, dtype=torch.int64, device="meta"), "use_cache": True}
+    cache = _run_skeleton(model, task, example).get("past_key_values")
+    layers = getattr(cache, "layers", None)
+    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.ndim != 4 for layer in layers):
+        raise CheckpointError(
+            f"{type(model).__name__} keeps a state other than one key/value cache per layer; precast cannot export it "
+            f"for {task.name} yet."
+        )
+    return tuple(_layer_plan(layer) for layer in layers)
+
+
+def _layer_plan(layer: Any) -> CachePlan:
+    width = max(layer.keys.shape[-1], layer.values.shape[-1])
+    return CachePlan(layer.keys.shape[1], -(-width // HEAD_MULTIPLE) * HEAD_MULTIPLE)
+
+
+# ---------------------------------------------------------------- both
+
+
+def _common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> dict[str, Any]:
+    size = getattr(torch, options.dtype).itemsize
+    return {
+        "task": task,
+        "model_type": checkpoint.config.model_type,
+        "dtype": options.dtype,
+        "dynamic_batch_size": options.dynamic_batch_size,
+        "weight_bytes": size * sum(parameter.numel() for parameter in model.parameters()),
+        "pad_token_id": checkpoint.pad_token_id,
+    }
+
+
+def _check_length(checkpoint: Checkpoint, length: int) -> None:
+    limit = checkpoint.max_length
+    if limit is not None and length > limit:
+        raise UsageError(
+            f"--sequence-length {length} is more than {checkpoint.name} was made for: its "
+            f"max_position_embeddings allow {limit}."
+        )
+
+
+def _run_skeleton(model: nn.Module, task: Task, example: dict[str, Any]) -> Any:
+    try:
+        with torch.no_grad():
+            return model(**example, return_dict=True)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} could not be planned for {task.name}: its forward pass failed on empty weights "
+            f"with {type(error).__name__}: {error}"
+        ) from error

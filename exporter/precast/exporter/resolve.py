@@ -1,0 +1,234 @@
+"""MODEL -> checkpoint: where its files are, its configuration, its tokenizer; weights only when asked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from precast.runtime.artifact.integrity import sha256_of
+from precast.runtime.artifact.tasks import TASKS, Task
+from precast.runtime.errors import CheckpointError
+
+from .options import ExportOptions
+
+__all__ = ["Checkpoint", "resolve"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tokenizer_config.json")
+_DOWNLOAD = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local copy of what the user named.
+
+    Attributes:
+        name: Hub id or local base name, as recorded in the artifact.
+        directory: where the files lie.
+        gguf_file: file name within `directory` for a GGUF checkpoint.
+        revision: commit of a Hub checkpoint.
+    """
+
+    name: str
+    directory: Path
+    gguf_file: str | None
+    revision: str | None
+    trust_remote_code: bool
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The checkpoint's configuration. Raises CheckpointError."""
+        try:
+            return AutoConfig.from_pretrained(self.directory, **self._arguments)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"The configuration of {self.name} cannot be used: {_first_line(error)}") from error
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config()
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """The checkpoint's tokenizer, or None where it carries none."""
+        if not self.gguf_file and not any((self.directory / name).exists() for name in _TOKENIZER_FILES):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, **self._arguments)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {_first_line(error)}") from error
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills padding; 0 where the checkpoint names none (padding never reaches an answer)."""
+        pad = getattr(self.text_config, "pad_token_id", None)
+        return pad if isinstance(pad, int) and pad >= 0 else 0
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence the model was made for, if its configuration says."""
+        found = getattr(self.text_config, "max_position_embeddings", None)
+        # RoBERTa's table holds the padding id's position and those before it too.
+        offset = self.pad_token_id + 1 if self.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        return found - offset if isinstance(found, int) and found > 0 else None
+
+    def infer_task(self) -> str:
+        """The task of the class that the checkpoint names. Raises CheckpointError, which lists the tasks."""
+        if self.gguf_file:
+            return "text-generation"
+        names = self.config.architectures or []
+        for task in TASKS.values():
+            if any(name in self._class_names(task) for name in names):
+                return task.name
+        named = f"names {', '.join(names)}, which is for none of them" if names else "names no architecture"
+        raise CheckpointError(
+            f"The task of {self.name} cannot be inferred: its config.json {named}. Give --task, one of: "
+            f"{', '.join(self._possible_tasks()) or ', '.join(TASKS)}."
+        )
+
+    def skeleton(self, task: Task) -> nn.Module:
+        """The model without weights, on the meta device. Raises CheckpointError for an unsupported model type."""
+        auto = self._auto_class(task)
+        if not self._class_names(task) and not self._has_own_code(auto):
+            possible = self._possible_tasks()
+            choices = f"It can be exported for: {', '.join(possible)}." if possible else "It has no supported task."
+            raise CheckpointError(
+                f"Models of type {self.config.model_type!r} ({self.name}) cannot do {task.name}. {choices}"
+            )
+        with torch.device("meta"):
+            return auto.from_config(self.config, trust_remote_code=self.trust_remote_code).eval()
+
+    def load(self, task: Task, dtype: str) -> nn.Module:
+        """The model with its weights, for inference, with eager attention. Raises CheckpointError."""
+        try:
+            model, info = self._auto_class(task).from_pretrained(
+                self.directory,
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",
+                output_loading_info=True,
+                **self._arguments,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"The weights of {self.name} cannot be loaded: {_first_line(error)}") from error
+        self._check_complete(model, info, task)
+        return model.eval().requires_grad_(False)
+
+    def weights_sha256(self) -> str:
+        """One hash over all weight files: the file's own, or of the list of names and hashes for several."""
+        files = self._weight_files()
+        hashes = [(path.name, sha256_of(path)) for path in files]
+        if len(hashes) == 1:
+            return hashes[0][1]
+        return hashlib.sha256("".join(f"{name} {value}\n" for name, value in hashes).encode()).hexdigest()
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf_file:
+            arguments["gguf_file"] = self.gguf_file
+        return arguments
+
+    def _weight_files(self) -> list[Path]:
+        if self.gguf_file:
+            return [self.directory / self.gguf_file]
+        for pattern in ("*.safetensors", "*.bin"):
+            if files := sorted(self.directory.glob(pattern)):
+                return files
+        raise CheckpointError(f"{self.name} has no weights: no *.safetensors or *.bin file in it.")
+
+    def _auto_class(self, task: Task) -> Any:
+        from optimum.exporters.tasks import TasksManager
+
+        return TasksManager.get_model_class_for_task(task.name, framework="pt", model_type=self.config.model_type)
+
+    def _class_names(self, task: Task) -> list[str]:
+        """The model classes that do `task` for this checkpoint's type; none where it cannot."""
+        mapping = self._auto_class(task)._model_mapping
+        if type(self.config) not in mapping:
+            return []
+        found = mapping[type(self.config)]
+        return [cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))]
+
+    def _has_own_code(self, auto: Any) -> bool:
+        return self.trust_remote_code and auto.__name__ in getattr(self.config, "auto_map", {})
+
+    def _possible_tasks(self) -> list[str]:
+        return [task.name for task in TASKS.values() if self._class_names(task)]
+
+    def _check_complete(self, model: nn.Module, info: dict[str, Any], task: Task) -> None:
+        """Weights that the checkpoint lacks would be random. A pooler is not part of any answer."""
+        missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
+        if missing:
+            raise CheckpointError(
+                f"{self.name} has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} of "
+                f"{type(model).__name__}, so its answers for {task.name} would be random. Choose another --task: "
+                f"{', '.join(name for name in self._possible_tasks() if name != task.name)}."
+            )
+
+
+def resolve(model: str, options: ExportOptions) -> Checkpoint:
+    """Find the checkpoint that `model` names: a local directory, a `.gguf` file, or a Hub id.
+
+    Raises CheckpointError where there is none.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _from_file(path, options)
+    if path.is_dir():
+        return _from_directory(path, options)
+    if _looks_like_path(model):
+        raise CheckpointError(f"There is no file or directory {model}.")
+    return _from_hub(model, options)
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+
+
+def _from_file(path: Path, options: ExportOptions) -> Checkpoint:
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path} is a file; MODEL is a Hub id, a checkpoint directory, or a .gguf file.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
+    path = path.resolve()
+    return Checkpoint(path.stem, path.parent, path.name, None, options.trust_remote_code)
+
+
+def _from_directory(path: Path, options: ExportOptions) -> Checkpoint:
+    if not (path / "config.json").is_file():
+        ggufs = sorted(found.name for found in path.glob("*.gguf"))
+        hint = f" To export a GGUF file, name it: precast export {path / ggufs[0]} …" if ggufs else ""
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.{hint}")
+    path = path.resolve()
+    return Checkpoint(path.name, path, None, None, options.trust_remote_code)
+
+
+def _from_hub(model: str, options: ExportOptions) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = snapshot_download(
+            model, revision=options.revision, token=options.token, allow_patterns=_DOWNLOAD,
+            ignore_patterns=["original/*", "onnx/*", "openvino/*"],
+        )  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{model} is neither a local path nor a checkpoint that the Hub would give: {_first_line(error)}"
+        ) from error
+    found = _from_directory(Path(path), options)
+    # The snapshot's own directory is named after the commit.
+    commit = os.path.basename(os.path.normpath(path))
+    return Checkpoint(model, found.directory, None, commit, options.trust_remote_code)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,190 @@
+"""Does the artifact give the reference's answers? It is asked in a fresh process, and it fails closed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from torch import nn
+
+from precast.runtime.artifact import Artifact, read_artifact
+from precast.runtime.artifact.integrity import vouch
+from precast.runtime.artifact.publish import write_config
+from precast.runtime.artifact.schema import Accuracy, Contract
+from precast.runtime.artifact.store import write_atomically
+from precast.runtime.artifact.tasks import get_task
+from precast.runtime.errors import AccuracyError, ExportError
+
+from .options import ExportOptions
+from .questions import Question, make_questions
+from .reference import Answer, answer
+from .resolve import Checkpoint, resolve
+
+__all__ = ["Reference", "compare", "judge", "make_reference", "record", "validate_again"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Questions and the eager model's answers; small enough to keep while the artifact is loaded."""
+
+    questions: list[Question]
+    answers: list[list[Answer]]
+
+
+def make_reference(model: nn.Module, checkpoint: Checkpoint, contract: Contract) -> Reference:
+    """Ask the eager model everything that the artifact with this contract will be asked."""
+    outputs = get_task(contract.task).outputs
+    questions = make_questions(contract, checkpoint.tokenizer, checkpoint.text_config.vocab_size)
+    return Reference(questions, [answer(model, question, outputs) for question in questions])
+
+
+def compare(artifact: Path, reference: Reference, atol: float) -> Accuracy:
+    """Ask the artifact at `artifact` and judge its answers. Raises AccuracyError with the figures if they differ."""
+    return judge(reference, _ask(artifact, reference.questions), atol)
+
+
+def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: float) -> Accuracy:
+    """The rule for fp32: max|difference| <= atol * max(1, max|reference|) over all outputs, and greedy tokens equal
+    except where the eager model's own lead was below twice that difference, where either token is right."""
+    pairs = list(_pairs(reference, answers))
+    measured = [(question, mine, theirs) for question, mine, theirs in pairs if question.kind != "greedy"]
+    worst, scale, where = 0.0, 0.0, ""
+    for question, mine, theirs in measured:
+        for name, expected in mine.outputs.items():
+            difference = _difference(theirs[name], expected, f"{question.name}, {name}")
+            scale = max(scale, float(np.abs(expected).max()))
+            if not difference <= worst:
+                worst, where = difference, question.name
+    figures: dict[str, int | float] = {
+        "max_abs_difference": _two_digits(worst),
+        "max_abs_reference": _two_digits(scale),
+        "questions": len(reference.questions),
+    }
+    allowed = atol * max(1.0, scale)
+    if not worst <= allowed:
+        raise AccuracyError(
+            f"The compiled model does not give the reference's answers: they differ by {worst:.2g} at {where!r} where "
+            f"{allowed:.2g} is allowed ({atol:g} of the largest value, {scale:.2g}). Nothing was written. If that is "
+            f"good enough for you, --atol {worst / max(1.0, scale) * 1.1:.1g} allows it."
+        )
+    figures |= _agreement(measured)
+    figures |= _judge_greedy([pair for pair in pairs if pair[0].kind == "greedy"], worst)
+    return Accuracy(status="passed", reason=f"compared with the eager model, atol {atol:g}", figures=figures)
+
+
+def record(artifact: Artifact, accuracy: Accuracy) -> Artifact:
+    """The artifact with a new verdict in its `config.json`."""
+    first = msgspec.structs.replace(artifact.contract.variants[0], accuracy=accuracy)
+    contract = msgspec.structs.replace(artifact.contract, variants=[first, *artifact.contract.variants[1:]])
+    return write_config(artifact.path, artifact.config, contract)
+
+
+def validate_again(path: Path, model: str, options: ExportOptions, *, keep: bool) -> Accuracy:
+    """Compare an existing artifact with a checkpoint; with `keep` the verdict goes into its `config.json`.
+
+    Raises AccuracyError where the answers differ, ArtifactError and CheckpointError where either cannot be opened.
+    """
+    artifact = read_artifact(path)
+    checkpoint = resolve(model, options)
+    variant = artifact.contract.variants[0]
+    loaded = checkpoint.load(get_task(artifact.contract.task), variant.dtype)
+    reference = make_reference(loaded, checkpoint, artifact.contract)
+    del loaded
+    accuracy = compare(path, reference, options.atol)
+    if keep:
+        _rewrite(artifact, accuracy)
+    return accuracy
+
+
+def _rewrite(artifact: Artifact, accuracy: Accuracy) -> None:
+    """Replace config.json in one step, and vouch for the new digest."""
+    with tempfile.TemporaryDirectory() as folder:
+        renewed = record(Artifact(Path(folder), artifact.config, artifact.contract), accuracy)
+        write_atomically(artifact.path / "config.json", (Path(folder) / "config.json").read_bytes(), 0o644)
+    vouch(renewed.contract.digest)
+
+
+def _ask(artifact: Path, questions: list[Question]) -> list[list[dict[str, Array]]]:
+    """Run the probe in a fresh interpreter. Raises ExportError where it fails."""
+    with tempfile.TemporaryDirectory(prefix="precast-") as folder:
+        asked, answered = Path(folder) / "questions.json", Path(folder) / "answers.npz"
+        asked.write_text(json.dumps([question.as_json() for question in questions]))
+        command = [sys.executable, "-m", "precast.runtime.probe", str(artifact), str(asked), str(answered)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            detail = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            raise ExportError(f"The compiled model could not be run to validate it: {detail}")
+        with np.load(answered) as archive:
+            return [_rows(archive, index, len(question.rows)) for index, question in enumerate(questions)]
+
+
+def _rows(archive: Any, question: int, count: int) -> list[dict[str, Array]]:
+    rows: list[dict[str, Array]] = [{} for _ in range(count)]
+    for name in archive.files:
+        index, row, output = name.split("/")
+        if int(index) == question:
+            rows[int(row)][output] = archive[name]
+    return rows
+
+
+def _pairs(reference: Reference, answers: list[list[dict[str, Array]]]) -> Any:
+    for question, mine, theirs in zip(reference.questions, reference.answers, answers, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            yield question, one, other
+
+
+def _difference(found: Array, expected: Array, where: str) -> float:
+    if found.shape != expected.shape:
+        raise AccuracyError(f"{where} has the shape {list(found.shape)} where the reference has {list(expected.shape)}.")
+    # NaN compares unequal to everything, so it fails every bound.
+    return float(np.abs(found.astype(np.float64) - expected).max())
+
+
+def _agreement(measured: list[tuple[Question, Answer, dict[str, Array]]]) -> dict[str, float]:
+    """For decoders: how often the likeliest token is the same, and the mean KL divergence from the reference."""
+    logits = [(mine.outputs["logits"], theirs["logits"]) for question, mine, theirs in measured if question.kind == "logits"]
+    if not logits:
+        return {}
+    expected, found = (np.concatenate(each).astype(np.float64) for each in zip(*logits, strict=True))
+    mine, theirs = _log_softmax(expected), _log_softmax(found)
+    divergence = (np.exp(mine) * (mine - theirs)).sum(-1).mean()
+    return {
+        "top1_agreement": round(float((expected.argmax(-1) == found.argmax(-1)).mean()), 3),
+        "kl_divergence": _two_digits(max(0.0, float(divergence))),
+    }
+
+
+def _judge_greedy(pairs: list[tuple[Question, Answer, dict[str, Array]]], difference: float) -> dict[str, int | float]:
+    equal = total = 0
+    for question, mine, theirs in pairs:
+        expected, found, margins = mine.outputs["tokens"], theirs["tokens"], mine.margins
+        assert margins is not None, "greedy answers carry margins"
+        differing = np.flatnonzero(expected != found)
+        first = int(differing[0]) if len(differing) else len(expected)
+        equal, total = equal + first, total + len(expected)
+        if first < len(expected) and margins[first] >= 2 * difference:
+            raise AccuracyError(
+                f"The compiled model generates other tokens than the reference: at {question.name!r}, token {first + 1} is "
+                f"{found[first]} instead of {expected[first]}, where the reference leads by {margins[first]:.2g} and "
+                f"logits differ by {difference:.2g} at most. Nothing was written."
+            )
+    return {"greedy_tokens_equal": equal, "greedy_tokens": total} if pairs else {}
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")

@@ -1,0 +1,40 @@
+"""Load a compiled model and let it answer; numpy and onnxruntime are all it takes.
+
+    from precast.runtime import CompiledModelForCausalLM
+
+    model = CompiledModelForCausalLM.from_pretrained("out")        # a directory, or user/repo on the Hub
+    batch = model.tokenizer(["The capital of France is"])
+    ids = model.generate(batch["input_ids"], max_new_tokens=16)
+    print(model.tokenizer.decode(ids[0]))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "CompiledModel": "model",
+    "CompiledModelForCausalLM": "decoder",
+    "CompiledModelForFeatureExtraction": "encoder",
+    "CompiledModelForMaskedLM": "encoder",
+    "CompiledModelForQuestionAnswering": "encoder",
+    "CompiledModelForSequenceClassification": "encoder",
+    "CompiledModelForTokenClassification": "encoder",
+    "GenerationConfig": "generation",
+    "PrecastError": "errors",
+    "TextStream": "tokenizer",
+    "Tokenizer": "tokenizer",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_EXPORTS)

@@ -1,0 +1,224 @@
+"""All or nothing: an artifact appears at its target complete, or not at all.
+
+    stage beside the target -> write -> fsync -> hash -> config.json last -> rename into place -> fsync the parent
+
+An existing artifact is replaced by exchanging the two directories in one step of the file system
+(renameat2 RENAME_EXCHANGE); where that is missing, by two renames, and a kill between them is repaired by the next
+use, since the old artifact then lies beside under a name that says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import PublishError
+from . import UNLISTED, Artifact, contract_digest, render_config
+from .integrity import sha256_of
+from .schema import Contract, File
+
+__all__ = ["check_target", "copy_artifact", "hash_files", "publish", "recover", "staging", "write_config"]
+
+STALE_SECONDS = 24 * 3600
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def _no_fault(step: str) -> None:
+    """Called before every step; tests replace it to fail or die there."""
+
+
+fault: Callable[[str], None] = _no_fault
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse, before any work, a target that could not be written to in the end. Raises PublishError."""
+    recover(target)
+    if target.is_symlink() and not target.exists():
+        raise PublishError(f"{target} is a symbolic link to nothing.")
+    if target.exists() and not target.is_dir():
+        raise PublishError(f"{target} exists and is a file; give a directory that does not exist yet.")
+    occupied = target.is_dir() and any(target.iterdir())
+    if occupied and not force:
+        raise PublishError(f"{target} exists and is not empty. Choose another directory, or replace it with --force.")
+    if occupied and not (target / "config.json").is_file():
+        raise PublishError(f"{target} holds something that is not an artifact; --force replaces artifacts only.")
+    if occupied and os.path.ismount(target):
+        raise PublishError(f"{target} is a mount point, which cannot be exchanged; empty it first.")
+    _check_writable(target)
+
+
+def _check_writable(target: Path) -> None:
+    place = target if target.is_dir() and os.path.ismount(target) else target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise PublishError(f"{target} cannot be written: {place} is not a directory that you may write to.")
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A fresh directory on the target's file system, removed on the way out if it is still there.
+
+    Raises PublishError where it cannot be made.
+    """
+    inside = target.is_dir() and os.path.ismount(target)
+    parent = target if inside else target.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent, target.name)
+        stage = parent / f".{target.name}.stage-{os.getpid()}-{secrets.token_hex(4)}"
+        stage.mkdir()
+    except OSError as error:
+        raise PublishError(f"{target} cannot be written: {error.strerror} ({error.filename}).") from error
+    try:
+        yield stage
+    except OSError as error:
+        raise _explained(error, target) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish(stage: Path, target: Path, *, force: bool) -> None:
+    """Make a complete stage the artifact at `target`. Raises PublishError; then the target is as it was."""
+    check_target(target, force=force)
+    try:
+        for path in sorted(stage.rglob("*")):
+            fault(f"fsync {path.name}")
+            _fsync(path)
+        _fsync(stage)
+        if target.is_dir() and os.path.ismount(target):
+            _move_into(stage, target)
+        elif target.is_dir() and any(target.iterdir()):
+            _exchange(stage, target)
+        else:
+            fault("rename")
+            os.rename(stage, target)
+        fault("fsync parent")
+        _fsync(target.absolute().parent)
+    except OSError as error:
+        raise _explained(error, target) from error
+
+
+def hash_files(stage: Path) -> dict[str, File]:
+    """Size and hash of every file in the stage that the contract lists."""
+    fault("hash")
+    return {
+        name: File(size=path.stat().st_size, sha256=sha256_of(path))
+        for path in sorted(stage.rglob("*"))
+        if path.is_file() and (name := path.relative_to(stage).as_posix()) not in UNLISTED
+    }
+
+
+def write_config(stage: Path, config: dict[str, Any], contract: Contract) -> Artifact:
+    """Write `config.json` and return the artifact that the stage now is."""
+    fault("config")
+    (stage / "config.json").write_bytes(render_config(config, contract))
+    return Artifact(stage, config, msgspec.structs.replace(contract, digest=contract_digest(config, contract)))
+
+
+def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
+    """Copy an artifact, all or nothing. Raises PublishError."""
+    if target.resolve() == artifact.path.resolve():
+        raise PublishError(f"{target} is the artifact itself.")
+    check_target(target, force=force)
+    names = [*artifact.contract.files, *(name for name in UNLISTED if (artifact.path / name).is_file())]
+    with staging(target) as stage:
+        for name in names:
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact.path / name, stage / name)
+        publish(stage, target, force=force)
+
+
+def recover(target: Path) -> None:
+    """Put back the old artifact if a replacement by two renames was killed between them."""
+    if target.exists():
+        return
+    for old in sorted(target.absolute().parent.glob(f".{target.name}.old-*")):
+        os.rename(old, target)
+        return
+
+
+def _exchange(stage: Path, target: Path) -> None:
+    fault("exchange")
+    if _rename_exchange(stage, target):
+        # The old artifact now lies where the stage was, and goes with it.
+        return
+    old = target.absolute().parent / f".{target.name}.old-{secrets.token_hex(4)}"
+    fault("set aside")
+    os.rename(target, old)
+    try:
+        fault("rename")
+        os.rename(stage, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where system or file system cannot."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    if function(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _move_into(stage: Path, target: Path) -> None:
+    """A mount point cannot be renamed: move the files into it, config.json last, which makes them an artifact."""
+    for path in sorted(stage.iterdir(), key=lambda path: path.name == "config.json"):
+        fault(f"move {path.name}")
+        os.rename(path, target / path.name)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(parent: Path, name: str) -> None:
+    """Remove what killed exports left: stages whose process is gone, or that are older than a day."""
+    for path in parent.glob(f".{name}.stage-*"):
+        pid = path.name.split("-")[-2]
+        if not _is_running(pid) or time.time() - path.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+    if (parent / name).exists():
+        for path in parent.glob(f".{name}.old-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        return True
+    return True
+
+
+def _explained(error: OSError, target: Path) -> PublishError:
+    what = {
+        errno.ENOSPC: "the disk is full",
+        errno.EFBIG: "a file would be larger than this process or file system allows",
+        errno.EDQUOT: "your disk quota is used up",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return PublishError(f"{target} was not written: {what}. Nothing was changed there.")

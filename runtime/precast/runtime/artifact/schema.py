@@ -1,0 +1,178 @@
+"""The artifact contract: what `config.json["precast"]` may hold, as closed, frozen types.
+
+A field that is not here is an error, so is a value of another type or beyond its bound. Adding a field raises
+`FORMAT_VERSION`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Accuracy",
+    "CacheLayer",
+    "Compiler",
+    "Contract",
+    "Dim",
+    "File",
+    "Graph",
+    "Host",
+    "Input",
+    "Output",
+    "Shapes",
+    "Source",
+    "Variant",
+]
+
+FORMAT_VERSION = 1
+
+Size = Annotated[int, Meta(ge=0, le=2**31)]
+Bytes = Annotated[int, Meta(ge=0, le=2**50)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Text = Annotated[str, Meta(max_length=4096)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*$")]
+Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+Axis = Literal["batch", "length", "positions"] | None
+Role = Literal["encode", "prefill", "decode", "decoder", "verify"]
+Trust = Literal["data", "graph", "native"]
+
+
+class _Closed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Dim(_Closed):
+    """A dimension that is free within bounds, both included."""
+
+    min: Size
+    max: Size
+
+
+class Input(_Closed):
+    """One input tensor of a graph. `pad` fills what the caller did not give."""
+
+    name: Name
+    dtype: Dtype
+    shape: list[Size | Dim]
+    pad: int | float
+
+
+class Output(_Closed):
+    """One output tensor. `slice` names, per dimension, the axis along which it is cut back to the caller's size."""
+
+    name: Name
+    dtype: Dtype
+    shape: list[Size | Dim]
+    slice: list[Axis]
+
+
+class CacheLayer(_Closed):
+    """The key/value cache of one layer: tensors `[batch, heads, capacity, head_dim]` that a graph updates in place."""
+
+    layer: Size
+    key_in: Name
+    key_out: Name
+    value_in: Name
+    value_out: Name
+    heads: Size
+    head_dim: Size
+    dtype: Dtype
+    window: Size | None
+
+
+class Graph(_Closed):
+    """One compiled graph. `length` is its query (or sequence) length, `capacity` that of its cache (0: no cache)."""
+
+    name: Name
+    role: Role
+    file: Path
+    batch: Size
+    length: Size | Dim
+    capacity: Size
+    inputs: list[Input]
+    outputs: list[Output]
+    cache: list[CacheLayer]
+
+
+class Host(_Closed):
+    """What a machine must have. An empty list allows anything; versions are minimums, `{distribution: version}`."""
+
+    platforms: list[Name]
+    device: Name
+    isa: list[Name]
+    min_versions: dict[Name, Name]
+
+
+class Compiler(_Closed):
+    """What made the files, for the record."""
+
+    name: Name
+    version: Name
+    options: dict[Name, str | int | float | bool]
+    torch: Name
+    transformers: Name
+
+
+class Accuracy(_Closed):
+    """What validation found. `figures` are rounded to two digits, so that they repeat."""
+
+    status: Literal["passed", "accepted", "skipped"]
+    reason: Text
+    figures: dict[Name, int | float]
+
+
+class Variant(_Closed):
+    """One compiled form of the model."""
+
+    name: Name
+    backend: Name
+    dtype: Dtype
+    quantization: Name | None
+    kv_cache: Name | None
+    host: Host
+    compiler: Compiler
+    trust: Trust
+    accuracy: Accuracy
+    weights: list[Path]
+    graphs: list[Graph]
+
+
+class Source(_Closed):
+    """Where the weights came from: a Hub id or a local base name, never a path."""
+
+    model: Name
+    revision: Name | None
+    weights_sha256: Sha256
+
+
+class Shapes(_Closed):
+    """The static shapes. `sequence_length`: for encoders the compiled lengths, for decoders the cache's capacity."""
+
+    batch_size: Size
+    sequence_length: list[Size]
+    prefill_lengths: list[Size]
+    dynamic_batch_size: bool
+
+
+class File(_Closed):
+    """Size in bytes and content hash of a listed file."""
+
+    size: Bytes
+    sha256: Sha256
+
+
+class Contract(_Closed):
+    """All of `config.json["precast"]`."""
+
+    format_version: Size
+    precast_version: Name
+    digest: Sha256
+    task: Name
+    source: Source
+    shapes: Shapes
+    variants: Annotated[list[Variant], Meta(min_length=1, max_length=64)]
+    files: Annotated[dict[Path, File], Meta(max_length=4096)]

@@ -1,0 +1,279 @@
+"""Text generation with a compiled decoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact
+from .artifact.schema import Variant
+from .engines import Engine
+from .errors import ArtifactError, InputError, PrecastError
+from .generation import GenerationConfig
+from .model import CompiledModel
+from .padding import as_ids, as_mask, real_rows
+from .sampling import Processor, Sampler
+from .session import Session
+from .tensors import ModelOutput, like, to_numpy
+
+__all__ = ["CompiledModelForCausalLM"]
+
+Array = np.ndarray[Any, Any]
+
+
+class CompiledModelForCausalLM(CompiledModel):
+    """A decoder with its key/value cache of fixed capacity."""
+
+    task = "text-generation"
+
+    def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
+        super().__init__(artifact, variant, engine)
+        self._session = Session(engine, variant.graphs)
+        # Which call the caches belong to; a stream that finds another number has lost them.
+        self._owner = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that fit, prompt and answer together."""
+        return self._session.capacity
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What the artifact's generation_config.json says."""
+        path = self.artifact.path / "generation_config.json"
+        try:
+            raw = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
+        return GenerationConfig.of(raw, "generation_config.json")
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None) -> ModelOutput:
+        """Logits for every token of every row.
+
+        Args:
+            input_ids: int64 [batch, length], numpy or torch.
+            attention_mask: [batch, length] of 0 and 1; padding may be on either side.
+
+        Returns:
+            `.logits` [batch, length, vocabulary]: each row's as without its padding, zeros where there is padding.
+
+        Raises:
+            InputError: the tensors do not fit each other or the compiled sizes.
+        """
+        ids, mask = self._inputs(input_ids, attention_mask)
+        rows = real_rows(ids, mask)
+        self._check_room(rows, 0)
+        found = self.logits_at(rows, [range(len(row)) for row in rows])
+        logits = np.zeros((*ids.shape, found[0].shape[-1]), found[0].dtype)
+        for target, keep, values in zip(logits, mask, found, strict=True):
+            target[keep] = values
+        return ModelOutput(logits=like(input_ids, logits))
+
+    def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
+        """Logits after some tokens of each row: for scores, perplexity, comparison.
+
+        Args:
+            rows: per row its tokens, int64 [length].
+            positions: per row the indices of tokens, ascending.
+
+        Returns:
+            Per row [len(positions), vocabulary].
+        """
+        found: list[Array] = []
+        with self._lock:
+            self._owner += 1
+            for part in self._slices(len(rows)):
+                found += self._session.logits_at(rows[part], positions[part])
+        return found
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: Any = None,
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        streamer: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Continue each row, as `transformers.GenerationMixin.generate` does.
+
+        Args:
+            input_ids: int64 [batch, length], numpy or torch.
+            attention_mask: [batch, length] of 0 and 1; padding may be anywhere, the answer is that of the row without.
+            generation_config: a GenerationConfig, ours or transformers', or a dict. `options` take precedence over it,
+                it over the artifact's generation_config.json, and that over the defaults.
+            logits_processor: each called with one row's tokens [1, length] and logits [1, vocabulary]; returns logits.
+            stopping_criteria: each called with a row's tokens [1, length] and logits [1, vocabulary]; true ends the row.
+            streamer: told the prompt, then each step's tokens by `put`, and the end by `end`.
+            options: fields of GenerationConfig, such as max_new_tokens=64.
+
+        Returns:
+            int64 [batch, length + new]: the input followed by what was generated; rows that ended early are filled with
+            pad_token_id.
+
+        Raises:
+            InputError: an argument is wrong, or the request is longer than compiled for.
+        """
+        ids, mask = self._inputs(input_ids, attention_mask)
+        config = self._config(generation_config, options)
+        rows = real_rows(ids, mask)
+        count = config.new_tokens(ids.shape[1])
+        self._check_room(rows, count)
+        if streamer is not None:
+            _check_streamer(streamer, rows)
+            streamer.put(ids)
+        answers: list[list[int]] = []
+        with self._lock:
+            for part in self._slices(len(rows)):
+                requests = self._requests(rows[part], config, logits_processor, stopping_criteria, part.start)
+                for tokens in self._steps(requests, count):
+                    if streamer is not None:
+                        streamer.put(np.array(tokens))
+                answers += [request.generated for request in requests]
+        if streamer is not None:
+            streamer.end()
+        return like(input_ids, _assemble(ids, answers, config))
+
+    def stream(
+        self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
+    ) -> Iterator[int]:
+        """The tokens of one row as they are generated; arguments as for `generate`.
+
+        The stream may be left at any time. A later call on the same model takes over the caches, and the stream then
+        ends with a PrecastError; `new_session()` gives it caches of its own.
+        """
+        ids, mask = self._inputs(input_ids, attention_mask)
+        if len(ids) != 1:
+            raise InputError(f"stream() continues one row; this batch has {len(ids)}. Use generate().")
+        config = self._config(generation_config, options)
+        rows = real_rows(ids, mask)
+        count = config.new_tokens(ids.shape[1])
+        self._check_room(rows, count)
+        return (tokens[0] for tokens in self._steps(self._requests(rows, config, None, None, 0), count))
+
+    def _steps(self, requests: list[_Request], count: int) -> Iterator[list[int]]:
+        """Generate up to `count` tokens per request; yields each step's tokens, of rows that go on."""
+        session = self._session
+        with self._lock:
+            self._owner += 1
+            owner = self._owner
+            logits = session.prefill([request.prompt for request in requests])
+            chosen = [request.choose(logits[index]) for index, request in enumerate(requests)]
+        yield chosen
+        tokens, is_active = np.zeros(session.batch, np.int64), np.zeros(session.batch, bool)
+        for _ in range(count - 1):
+            for index, request in enumerate(requests):
+                tokens[index], is_active[index] = request.generated[-1], not request.is_done
+            if not is_active.any():
+                return
+            with self._lock:
+                self._check_owner(owner)
+                logits = session.decode(tokens, is_active)
+                active = [(index, request) for index, request in enumerate(requests) if not request.is_done]
+                chosen = [request.choose(logits[index]) for index, request in active]
+            yield chosen
+
+    def _check_owner(self, owner: int) -> None:
+        if owner != self._owner:
+            raise PrecastError(
+                "This stream was left half-way and another call on the same model has taken over its caches. "
+                "Use model.new_session() for streams that live side by side."
+            )
+
+    def _inputs(self, input_ids: Any, attention_mask: Any) -> tuple[Array, Array]:
+        ids = as_ids(to_numpy(input_ids), self._vocabulary())
+        return ids, as_mask(to_numpy(attention_mask), ids)
+
+    def _config(self, given: Any, options: dict[str, Any]) -> GenerationConfig:
+        config = self.generation_config
+        if given is not None:
+            config = GenerationConfig.of(given, "generation_config").over(config)
+        config = GenerationConfig.of(options, "generate()").over(config)
+        config.check()
+        return config
+
+    def _check_room(self, rows: list[Array], new: int) -> None:
+        longest = max(map(len, rows))
+        if longest + new <= self.capacity:
+            return
+        need = longest + new
+        what = f"{longest} tokens" if not new else f"{longest} prompt tokens and {new} new ones, {need} together,"
+        fewer = f" Ask for max_new_tokens={self.capacity - longest} at most, or" if new and longest < self.capacity else ""
+        verb = " compile" if fewer else " Compile"
+        raise InputError(
+            f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer}{verb} a larger one: "
+            f"{self._recompile(need)}"
+        )
+
+    def _requests(
+        self,
+        rows: list[Array],
+        config: GenerationConfig,
+        processors: Sequence[Processor] | None,
+        criteria: Sequence[Any] | None,
+        first: int,
+    ) -> list[_Request]:
+        # A row's randomness depends on the seed and on its own place, not on its neighbours.
+        seeds = [None if config.seed is None else [config.seed, first + index] for index in range(len(rows))]
+        ends = _Ends(config, criteria or (), self.tokenizer if config.stops else None)
+        return [
+            _Request(row, Sampler(config, row, np.random.default_rng(seed), processors or ()), ends)
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+
+
+class _Request:
+    """One row on its way: its prompt, what was generated, and whether it is done."""
+
+    def __init__(self, prompt: Array, sampler: Sampler, ends: _Ends) -> None:
+        self.prompt, self.generated, self.is_done = prompt, [], False  # type: tuple[Array, list[int], bool]
+        self._tokens: list[int] = prompt.tolist()
+        self._sampler, self._ends = sampler, ends
+
+    def choose(self, logits: Array) -> int:
+        """Take the next token from logits [vocabulary]."""
+        token = self._sampler(self._tokens, logits)
+        self._tokens.append(token)
+        self.generated.append(token)
+        self.is_done = self._ends(token, self.generated, self._tokens, logits)
+        return token
+
+
+class _Ends:
+    """Does a row end here?"""
+
+    def __init__(self, config: GenerationConfig, criteria: Sequence[Any], tokenizer: Any) -> None:
+        self._eos, self._criteria = frozenset(config.eos_ids), criteria
+        self._stops, self._tokenizer = config.stops, tokenizer
+        # A character is at most four bytes, a token at least one.
+        self._window = 4 * max(map(len, self._stops), default=0) + 4
+
+    def __call__(self, token: int, generated: list[int], tokens: list[int], logits: Array) -> bool:
+        if token in self._eos:
+            return True
+        if self._stops and any(stop in self._tokenizer.decode(generated[-self._window :]) for stop in self._stops):
+            return True
+        return any(np.all(to_numpy(end(np.array([tokens]), logits[None]))) for end in self._criteria)
+
+
+def _check_streamer(streamer: Any, rows: list[Array]) -> None:
+    for name in ("put", "end"):
+        if not callable(getattr(streamer, name, None)):
+            raise InputError(f"streamer has no {name}(); it needs put(tokens) and end().")
+    if len(rows) > 1:
+        raise InputError(f"A streamer follows one row; this batch has {len(rows)}.")
+
+
+def _assemble(ids: Array, answers: list[list[int]], config: GenerationConfig) -> Array:
+    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(config.eos_ids), 0)
+    width = max(map(len, answers))
+    result = np.full((len(ids), ids.shape[1] + width), pad, np.int64)
+    result[:, : ids.shape[1]] = ids
+    for row, answer in zip(result, answers, strict=True):
+        row[ids.shape[1] : ids.shape[1] + len(answer)] = answer
+    return result

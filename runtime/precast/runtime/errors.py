@@ -1,0 +1,84 @@
+"""Every error that precast raises on purpose. This module imports nothing.
+
+    PrecastError                 something the user can act on; the CLI prints it as one line and exits with 1
+    ├── UsageError               the call itself is wrong (a bad value, a missing argument); the CLI exits with 2
+    │   └── InputError           the tensors or texts given to a model do not fit it
+    ├── CheckpointError          the checkpoint cannot be read, or is of a kind that precast cannot export
+    ├── ExportError              a step of the export failed
+    │   └── AccuracyError        the compiled model does not give the reference's answers
+    ├── PublishError             the artifact could not be written where it was asked for
+    └── ArtifactError            an artifact cannot be opened
+        ├── FormatError          its config.json breaks the contract, or is of a newer format
+        ├── IntegrityError       a file is missing, truncated or altered
+        ├── TrustError           it holds native code that nobody vouched for
+        ├── HostError            no variant of it runs on this machine
+        └── HubError             it could not be fetched from, or pushed to, the Hub
+"""
+
+__all__ = [
+    "AccuracyError",
+    "ArtifactError",
+    "CheckpointError",
+    "ExportError",
+    "FormatError",
+    "HostError",
+    "HubError",
+    "InputError",
+    "IntegrityError",
+    "PrecastError",
+    "PublishError",
+    "TrustError",
+    "UsageError",
+]
+
+
+class PrecastError(Exception):
+    """Base of all errors with a message written for the user."""
+
+
+class UsageError(PrecastError, ValueError):
+    """An argument is wrong or missing."""
+
+
+class InputError(UsageError):
+    """Tensors or texts do not fit the compiled model."""
+
+
+class CheckpointError(PrecastError):
+    """The checkpoint cannot be read or is not supported."""
+
+
+class ExportError(PrecastError):
+    """A step of the export failed."""
+
+
+class AccuracyError(ExportError):
+    """The compiled model's answers are not the reference's."""
+
+
+class PublishError(PrecastError):
+    """The artifact could not be written."""
+
+
+class ArtifactError(PrecastError):
+    """The artifact cannot be opened."""
+
+
+class FormatError(ArtifactError):
+    """config.json breaks the artifact contract."""
+
+
+class IntegrityError(ArtifactError):
+    """A listed file is missing, truncated or altered."""
+
+
+class TrustError(ArtifactError):
+    """Native code without proof of where it comes from."""
+
+
+class HostError(ArtifactError):
+    """No variant of the artifact runs here."""
+
+
+class HubError(ArtifactError):
+    """A Hub transfer failed."""

@@ -1,0 +1,202 @@
+"""`CompiledModel`: an artifact, opened and ready to answer."""
+
+from __future__ import annotations
+
+import threading
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import hub
+from .artifact import Artifact, read_artifact
+from .artifact.integrity import require_trust, verify_files
+from .artifact.publish import copy_artifact
+from .artifact.schema import Variant
+from .artifact.tasks import get_task
+from .engines import Engine, open_engine
+from .errors import ArtifactError, InputError, UsageError
+from .progress import progress
+from .select import choose_variant, this_machine
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CompiledModel"]
+
+Array = np.ndarray[Any, Any]
+
+
+class CompiledModel:
+    """A compiled model. `CompiledModel.from_pretrained` picks the class that fits the artifact's task.
+
+    Calls from several threads are served one after the other; `new_session()` gives a thread its own buffers over the
+    same weights.
+    """
+
+    task: str | None = None
+
+    def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
+        self.artifact, self.variant, self._engine = artifact, variant, engine
+        self._lock = threading.RLock()
+        self._tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        device: str = "cpu",
+        threads: int = 0,
+        variant: str | None = None,
+        verify: bool = False,
+        sha256: str | None = None,
+        trust_native_code: bool = False,
+        export: bool = False,
+        **export_options: Any,
+    ) -> Self:
+        """Open an artifact: a local directory, or a Hub repository, which is downloaded first.
+
+        Args:
+            model: the directory or `user/repo`.
+            revision, token, cache_dir, local_files_only, force_download: of a Hub download, as in huggingface_hub.
+            subfolder: where in the directory or repository the artifact lies.
+            device: where to run; "cpu".
+            threads: how many; 0 is one per usable core.
+            variant: the name of the compiled form to use; by default the first that runs here.
+            verify: hash every file anew, whatever was verified before.
+            sha256: the artifact's digest as you know it; anything else is refused.
+            trust_native_code: open native code from elsewhere.
+            export: `model` is a checkpoint; export it first, with `export_options` as for
+                `precast.exporter.export` (needs `pip install 'precast[export]'`).
+
+        Raises:
+            ArtifactError: its subclasses say what is wrong with the artifact, the host, or the download.
+            UsageError: the task does not fit this class, or an argument is unknown.
+        """
+        if export:
+            model = _export(model, revision=revision, token=token, **export_options)
+        elif export_options:
+            raise UsageError(f"from_pretrained() does not know {', '.join(export_options)}; without export=True.")
+        if device != "cpu":
+            raise UsageError(f"device={device!r} is not available; the devices are: cpu.")
+        path = hub.locate(
+            model, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only, force_download=force_download,
+        )  # fmt: skip
+        artifact = read_artifact(path)
+        chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant)
+        target = cls._class_for(artifact)
+        verify_artifact(artifact, chosen, force=verify)
+        _check_trust(artifact, chosen, sha256, trust_native_code)
+        return target(artifact, chosen, open_engine(path, chosen, threads))  # type: ignore[return-value]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's own configuration."""
+        return self.artifact.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer, opened when first used. Raises ArtifactError where it has none."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self.artifact.path)
+        return self._tokenizer
+
+    @property
+    def batch_size(self) -> int:
+        """The compiled batch size."""
+        return self.artifact.contract.shapes.batch_size
+
+    def new_session(self) -> Self:
+        """The same model with its own buffers and lock, for another thread. Weights are shared."""
+        return type(self)(self.artifact, self.variant, self._engine)
+
+    def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:
+        """Copy the artifact to a directory, all or nothing. Raises PublishError."""
+        copy_artifact(self.artifact, Path(save_directory), force=force)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the artifact as one commit and return the commit's address; options as for `hub.push`.
+
+        Raises HubError.
+        """
+        return hub.push(self.artifact, repo_id, **options)
+
+    def _slices(self, count: int) -> list[slice]:
+        """How a batch of `count` rows is run. Raises InputError where it is larger than compiled for."""
+        size, shapes = self.batch_size, self.artifact.contract.shapes
+        if count > size and not shapes.dynamic_batch_size:
+            raise InputError(
+                f"The batch has {count} rows; the model was compiled for {size}. Split it, or compile with "
+                f"--batch-size {count}, or with --dynamic-batch-size, which runs larger batches in slices of {size}."
+            )
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _vocabulary(self) -> int | None:
+        text = self.config.get("text_config")
+        found = self.config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+        return found if isinstance(found, int) else None
+
+    def _recompile(self, length: int) -> str:
+        """The command that compiles this model for longer requests."""
+        contract = self.artifact.contract
+        return (
+            f"precast export {contract.source.model} --task {contract.task} --batch-size {contract.shapes.batch_size} "
+            f"--sequence-length {length} -o OUT"
+        )
+
+    @classmethod
+    def _class_for(cls, artifact: Artifact) -> type[CompiledModel]:
+        task = get_task(artifact.contract.task)
+        module, _, name = task.model_class.partition(":")
+        found: type[CompiledModel] = getattr(import_module(module), name)
+        if not issubclass(found, cls):
+            raise UsageError(
+                f"{artifact.path} was compiled for {task.name}, which {cls.__name__} does not do. Open it with "
+                f"{name}.from_pretrained or CompiledModel.from_pretrained."
+            )
+        return found
+
+
+def verify_artifact(artifact: Artifact, variant: Variant, *, force: bool = False) -> None:
+    """Check size and hash of every file that `variant` needs, with a progress bar. Raises IntegrityError."""
+    files = artifact.variant_files(variant)
+    with progress("Verifying", sum(file.size for file in files.values())) as advance:
+        verify_files(artifact.path, files, force=force, advance=advance)
+
+
+def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust_native_code: bool) -> None:
+    digest = artifact.contract.digest
+    if sha256 is not None and sha256 != digest:
+        raise ArtifactError(f"The digest of {artifact.path} is {digest}, not {sha256} as pinned by sha256=.")
+    # The tier is the backend's, whatever the file claims for itself.
+    from .artifact.backends import get_backend
+
+    if "native" in (variant.trust, get_backend(variant.backend).trust):
+        require_trust(str(artifact.path), digest, sha256=sha256, trust_native_code=trust_native_code)
+
+
+def _export(model: str | Path, **options: Any) -> Path:
+    """Export into the store. The exporter is looked up by name: the runtime does not depend on it."""
+    from .artifact.store import home
+
+    try:
+        exporter = import_module("precast.exporter")
+    except ImportError as error:
+        raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
+    names = ("batch_size", "sequence_length", "prefill_lengths")
+    for name in names[1:]:
+        if isinstance(options.get(name), int):
+            options[name] = (options[name],)
+    target = home() / "exports" / f"{Path(model).name}-{abs(hash((str(model), repr(sorted(options.items()))))):x}"
+    exporter.export(str(model), target, exporter.ExportOptions(**options, force=True))
+    return target

@@ -1,0 +1,128 @@
+"""Logits -> next token. Formulas are those of transformers' logits processors, applied in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .generation import GenerationConfig
+
+__all__ = ["Sampler"]
+
+Array = np.ndarray[Any, Any]
+Processor = Callable[[Array, Array], Array]
+
+
+class Sampler:
+    """Chooses the next token of one row from its logits [vocabulary] and its tokens so far."""
+
+    def __init__(
+        self, config: GenerationConfig, prompt: Array, generator: np.random.Generator, extra: Sequence[Processor] = ()
+    ) -> None:
+        self._generator = generator if config.do_sample else None
+        self._processors = [*_penalties(config, len(prompt)), *map(_one_row, extra)]
+        if config.do_sample:
+            self._processors += _warpers(config)
+
+    def __call__(self, tokens: Sequence[int], logits: Array) -> int:
+        """The next token's id."""
+        if self._processors:
+            logits, history = logits.astype(np.float32), np.asarray(tokens)
+            for process in self._processors:
+                logits = process(history, logits)
+        if self._generator is None:
+            return int(logits.argmax())
+        return int(self._generator.choice(len(logits), p=_softmax(logits.astype(np.float64))))
+
+
+def _one_row(process: Processor) -> Processor:
+    """The caller's processors take batches, [1, length] and [1, vocabulary], as transformers' do."""
+    return lambda tokens, logits: np.asarray(process(tokens[None], logits[None]))[0]
+
+
+def _penalties(config: GenerationConfig, prompt_length: int) -> list[Processor]:
+    found: list[Processor] = []
+    if config.repetition_penalty not in (None, 1.0):
+        found.append(lambda tokens, logits: repetition_penalty(tokens, logits, config.repetition_penalty))  # type: ignore[arg-type]
+    if config.no_repeat_ngram_size:
+        found.append(lambda tokens, logits: no_repeat_ngram(tokens, logits, config.no_repeat_ngram_size))  # type: ignore[arg-type]
+    least = config.min_length or 0
+    if config.min_new_tokens is not None:
+        least = prompt_length + config.min_new_tokens
+    if least > prompt_length and config.eos_ids:
+        found.append(lambda tokens, logits: minimum_length(tokens, logits, least, config.eos_ids))
+    return found
+
+
+def _warpers(config: GenerationConfig) -> list[Processor]:
+    found: list[Processor] = []
+    if config.temperature not in (None, 1.0):
+        found.append(lambda _, logits: logits / np.float32(config.temperature))  # type: ignore[arg-type]
+    limit = 50 if config.top_k is None else config.top_k
+    if limit:
+        found.append(lambda _, logits: top_k(logits, limit))
+    if config.top_p is not None and config.top_p < 1:
+        found.append(lambda _, logits: top_p(logits, config.top_p))  # type: ignore[arg-type]
+    if config.min_p is not None:
+        found.append(lambda _, logits: min_p(logits, config.min_p))  # type: ignore[arg-type]
+    return found
+
+
+def repetition_penalty(tokens: Array, logits: Array, penalty: float) -> Array:
+    """Divide positive and multiply negative logits of tokens that occurred (Keskar et al. 2019)."""
+    seen = np.unique(tokens)
+    penalised = logits.copy()
+    penalised[seen] = np.where(logits[seen] < 0, logits[seen] * np.float32(penalty), logits[seen] / np.float32(penalty))
+    return penalised
+
+
+def no_repeat_ngram(tokens: Array, logits: Array, size: int) -> Array:
+    """Forbid what would complete a sequence of `size` tokens that occurred."""
+    if len(tokens) < size:
+        return logits
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
+    tail = tokens[len(tokens) - size + 1 :]
+    banned = windows[(windows[:, :-1] == tail).all(1), -1]
+    result = logits.copy()
+    result[banned] = -np.inf
+    return result
+
+
+def minimum_length(tokens: Array, logits: Array, least: int, eos_ids: Sequence[int]) -> Array:
+    """Forbid the end before `least` tokens."""
+    if len(tokens) >= least:
+        return logits
+    result = logits.copy()
+    result[list(eos_ids)] = -np.inf
+    return result
+
+
+def top_k(logits: Array, count: int) -> Array:
+    """Keep the `count` likeliest tokens, and those that tie with the last of them."""
+    if count >= len(logits):
+        return logits
+    threshold = np.partition(logits, -count)[-count]
+    return np.where(logits < threshold, -np.inf, logits)
+
+
+def top_p(logits: Array, mass: float) -> Array:
+    """Keep the likeliest tokens that together reach `mass` (Holtzman et al. 2020), at least one."""
+    order = np.argsort(logits, kind="stable")
+    dropped = np.cumsum(_softmax(logits[order])) <= 1 - mass
+    dropped[-1] = False
+    result = logits.copy()
+    result[order[dropped]] = -np.inf
+    return result
+
+
+def min_p(logits: Array, share: float) -> Array:
+    """Keep tokens at least `share` times as likely as the likeliest (Nguyen et al. 2024)."""
+    probabilities = _softmax(logits)
+    return np.where(probabilities < share * probabilities.max(), -np.inf, logits)
+
+
+def _softmax(logits: Array) -> Array:
+    shifted = np.exp(logits - logits.max())
+    return shifted / shifted.sum()

@@ -1,0 +1,99 @@
+"""Which variant of an artifact runs here? A pure function of the artifact and of facts about the machine."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from .artifact.schema import Contract, Variant
+from .errors import HostError
+
+__all__ = ["Accepted", "Machine", "Rejected", "choose_variant", "judge", "this_machine"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a variant may ask for: `platform` like `linux-x86_64`, CPU flags, devices, installed versions."""
+
+    platform: str
+    isa: frozenset[str] = frozenset()
+    devices: frozenset[str] = frozenset({"cpu"})
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Rejected:
+    variant: Variant
+    reason: str
+
+
+def judge(variant: Variant, machine: Machine) -> Accepted | Rejected:
+    """Can `variant` run on `machine`, and if not, why not."""
+    host = variant.host
+    if host.platforms and machine.platform not in host.platforms:
+        return Rejected(variant, f"it was built for {', '.join(host.platforms)}; this is {machine.platform}")
+    if host.device not in machine.devices:
+        return Rejected(variant, f"it needs the device {host.device}; here are {', '.join(sorted(machine.devices))}")
+    if missing := sorted(set(host.isa) - machine.isa):
+        return Rejected(variant, f"this CPU lacks {', '.join(missing)}")
+    for name, minimum in sorted(host.min_versions.items()):
+        if name not in machine.versions:
+            return Rejected(variant, f"{name} is not installed (pip install '{name}>={minimum}')")
+        if _numbers(machine.versions[name]) < _numbers(minimum):
+            have = machine.versions[name]
+            return Rejected(variant, f"{name} is {have}, it needs {minimum} (pip install -U '{name}>={minimum}')")
+    return Accepted(variant)
+
+
+def choose_variant(contract: Contract, machine: Machine, name: str | None = None) -> Variant:
+    """The first variant that runs on `machine`, or the one called `name`. Raises HostError with every reason."""
+    if name is not None and name not in (known := [variant.name for variant in contract.variants]):
+        raise HostError(f"The artifact has no variant {name!r}. It has: {', '.join(known)}.")
+    rejected = []
+    for variant in contract.variants:
+        if name is not None and variant.name != name:
+            continue
+        verdict = judge(variant, machine)
+        if isinstance(verdict, Accepted):
+            return variant
+        rejected.append(verdict)
+    reasons = "; ".join(f"{verdict.variant.name}: {verdict.reason}" for verdict in rejected)
+    raise HostError(f"No variant of this artifact runs here. {reasons}.")
+
+
+def this_machine(contract: Contract) -> Machine:
+    """The facts about this machine that the variants of `contract` ask for."""
+    wanted = {name for variant in contract.variants for name in variant.host.min_versions}
+    versions = {name: found for name in wanted if (found := _version(name))}
+    return Machine(f"{platform.system().lower()}-{platform.machine()}", _cpu_flags(), frozenset({"cpu"}), versions)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """The flags the kernel reports; empty where it reports none (only native variants ask)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:4])
