@@ -1,0 +1,56 @@
+"""The `precast` command. One file per sub-command, imported when it is called."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from .output import run
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "completion": "Print the shell's completion script.",
+    "env": "Show versions and machine facts, for bug reports.",
+    "export": "Compile a checkpoint into an artifact.",
+    "generate": "Continue a prompt with a compiled decoder.",
+    "inspect": "Show what an artifact is, without running it.",
+    "predict": "Run a compiled encoder on text.",
+    "push": "Upload an artifact to the Hub.",
+    "validate": "Compare an artifact with its checkpoint again.",
+}
+SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
+
+
+class _Lazy(click.Group):
+    """A group that knows its commands' names and one-line helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"{__name__}.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings=SETTINGS)
+@click.version_option(package_name="precast")
+def cli() -> None:
+    """Compile Hugging Face checkpoints ahead of time, and run what was compiled.
+
+    \b
+    precast export MODEL --batch-size 1 --sequence-length 512 -o out
+    precast generate out --prompt "Once upon a time"
+    """
+
+
+def main() -> None:
+    """Entry point of the `precast` script."""
+    run(cli)

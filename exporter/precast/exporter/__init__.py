@@ -10,7 +10,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_EXPORTS = {"ExportOptions": "options", "export": "pipeline"}
+_EXPORTS = {
+    "ExportOptions": "options",
+    "export": "pipeline",
+    "preview": "pipeline",
+    "quiet_libraries": "quiet",
+    "validate_again": "validate",
+}
 
 __all__ = list(_EXPORTS)
 

@@ -25,7 +25,7 @@ from .resolve import Checkpoint, resolve
 from .trace import trace
 from .validate import compare, make_reference, record
 
-__all__ = ["Report", "export"]
+__all__ = ["Report", "export", "preview"]
 
 Report = Callable[[str], AbstractContextManager[Any]]
 _UNCHECKED = Accuracy(status="skipped", reason="not validated", figures={})
@@ -86,6 +86,13 @@ def export(
             publish(stage, target, force=options.force)
             vouch(artifact.contract.digest)
     return read_artifact(target)
+
+
+def preview(model: str, options: ExportOptions) -> Plan:
+    """What `export` would compile, without reading weights. Raises PrecastError as `export` does."""
+    options.check()
+    _compiler(options.backend)
+    return make_plan(resolve(model, options), options)
 
 
 def _compiler(backend: str) -> ProgramCompiler:

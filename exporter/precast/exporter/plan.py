@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from precast.runtime.artifact.schema import Dim, Input, Output, Role
 from precast.runtime.artifact.tasks import Task, get_task
@@ -83,6 +85,21 @@ class Plan:
         """An estimate of the export's peak: the model, its packed copy, and the buffers of writing it."""
         return int(2.5 * self.weight_bytes) + self.cache_bytes
 
+    def as_json(self) -> dict[str, Any]:
+        """The plan's facts, for `--dry-run`."""
+        return {
+            "task": self.task.name,
+            "model_type": self.model_type,
+            "batch_size": self.batch_size,
+            "sequence_length": list(self.lengths),
+            "dynamic_batch_size": self.dynamic_batch_size,
+            "graphs": [graph.name for graph in self.graphs],
+            "dtype": self.dtype,
+            "weight_bytes": self.weight_bytes,
+            "cache_bytes": self.cache_bytes,
+            "memory_bytes": self.memory_bytes,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderPlan(Plan):
@@ -146,7 +163,6 @@ def _plan_encoder(checkpoint: Checkpoint, options: ExportOptions, task: Task, mo
         raise UsageError(f"--prefill-lengths is for decoders; the task {task.name!r} has no prefill.")
     lengths = tuple(sorted(options.sequence_length))
     _check_length(checkpoint, lengths[-1])
-    inputs = _encoder_inputs(checkpoint, model)
     batch = options.batch_size or 1
     names = ["model"] if len(lengths) == 1 else [f"model_{length}" for length in lengths]
     return EncoderPlan(
@@ -154,14 +170,12 @@ def _plan_encoder(checkpoint: Checkpoint, options: ExportOptions, task: Task, mo
         batch_size=batch,
         lengths=lengths,
         graphs=tuple(GraphPlan(name, "encode", batch, length) for name, length in zip(names, lengths, strict=True)),
-        inputs=inputs,
-        outputs=_encoder_outputs(model, task, inputs, options.dtype),
+        inputs=_encoder_inputs(checkpoint, model),
+        outputs=_encoder_outputs(model, task, options.dtype),
     )
 
 
 def _encoder_inputs(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPlan, ...]:
-    import inspect
-
     accepted = inspect.signature(model.forward).parameters
     pads = {"input_ids": checkpoint.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
     if getattr(checkpoint.text_config, "type_vocab_size", 2) < 2:
@@ -171,11 +185,9 @@ def _encoder_inputs(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPla
     )
 
 
-def _encoder_outputs(
-    model: nn.Module, task: Task, inputs: tuple[TensorPlan, ...], dtype: str
-) -> tuple[TensorPlan, ...]:
+def _encoder_outputs(model: nn.Module, task: Task, dtype: str) -> tuple[TensorPlan, ...]:
     """Run the weightless model at two sizes: a dimension that follows the batch or the length is that axis."""
-    small, large = (_encoder_shapes(model, task, inputs, batch, length) for batch, length in ((2, 5), (3, 7)))
+    small, large = (_encoder_shapes(model, task, batch, length) for batch, length in ((2, 5), (3, 7)))
     axes = {(2, 3): "batch", (5, 7): "length"}
     return tuple(
         TensorPlan(
@@ -185,10 +197,8 @@ def _encoder_outputs(
     )
 
 
-def _encoder_shapes(
-    model: nn.Module, task: Task, inputs: tuple[TensorPlan, ...], batch: int, length: int
-) -> dict[str, tuple[int, ...]]:
-    example = {spec.name: torch.ones(batch, length, dtype=torch.int64, device="meta") for spec in inputs}
+def _encoder_shapes(model: nn.Module, task: Task, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    example = {"input_ids": torch.ones(batch, length, dtype=torch.int64, device="meta")}
     result = _run_skeleton(model, task, example)
     return {name: tuple(result[name].shape) for name in task.outputs}
 
@@ -279,9 +289,18 @@ def _check_length(checkpoint: Checkpoint, length: int) -> None:
         )
 
 
+class _NoValues(TorchDispatchMode):
+    """Answers 0 where code looks into an empty tensor (to warn about padding, say); only shapes matter here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
 def _run_skeleton(model: nn.Module, task: Task, example: dict[str, Any]) -> Any:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _NoValues():
             return model(**example, return_dict=True)
     except Exception as error:
         raise ExportError(

@@ -110,6 +110,7 @@ class Checkpoint:
         try:
             model, info = self._auto_class(task).from_pretrained(
                 self.directory,
+                config=self.config,
                 dtype=getattr(torch, dtype),
                 attn_implementation="eager",
                 output_loading_info=True,

@@ -1,0 +1,54 @@
+"""`precast env`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import click
+
+from .options import json_option
+from .output import print_json
+
+__all__ = ["command"]
+
+_PACKAGES = (
+    "precast", "numpy", "onnxruntime", "tokenizers", "huggingface-hub", "msgspec", "torch", "transformers", "optimum",
+    "onnx", "onnxscript", "onnx-ir",
+)  # fmt: skip
+
+
+@click.command("env")
+@json_option
+def command(as_json: bool) -> None:
+    """Show versions and machine facts, for bug reports. Nothing is imported to find them."""
+    facts = _facts()
+    if as_json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        click.echo(f"{name:<18}{value if value is not None else 'not installed'}")
+
+
+def _facts() -> dict[str, Any]:
+    from precast.runtime.artifact.backends import BACKENDS
+    from precast.runtime.artifact.store import home
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores usable": len(os.sched_getaffinity(0)),
+        "memory GB": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        "precast home": str(home()),
+        "backends": ", ".join([*BACKENDS, *(found.name for found in metadata.entry_points(group="precast.backends"))]),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,123 @@
+"""`precast export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import LENGTHS, hub_options, json_option, quiet_option
+from .output import note, print_json, step_reporter
+
+__all__ = ["command"]
+
+
+@click.command("export", epilog="precast export user/model --batch-size 1 --sequence-length 512 -o out")
+@click.argument("model")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="The directory to make.")
+@click.option("--task", metavar="TASK", help="Inferred from the checkpoint if not given.")
+@click.option("--batch-size", type=int, metavar="N", help="Rows per call. Decoders: 1 if not given.")
+@click.option(
+    "--sequence-length", type=LENGTHS, default=(), show_default=False,
+    help="Tokens per row; for a decoder prompt and answer together. Encoders: several make buckets.",
+)  # fmt: skip
+@click.option(
+    "--prefill-lengths", type=LENGTHS, default=(), help="Decoders: fully static graphs with these prompt lengths."
+)
+@click.option("--dynamic-batch-size", is_flag=True, help="Run larger batches in slices of --batch-size.")
+@click.option("--backend", default="onnx", show_default=True, metavar="NAME", help="What compiles and runs the model.")
+@click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of weights and results.")
+@click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
+@click.option("--no-validate", is_flag=True, help="Do not compare with the eager model; recorded as skipped.")
+@click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload the artifact when it is done.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--force", is_flag=True, help="Replace an existing artifact.")
+@hub_options
+@json_option
+@quiet_option
+def command(
+    model: str,
+    target: Path | None,
+    push_to_hub: str | None,
+    private: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    no_validate: bool,
+    **options: Any,
+) -> None:
+    """Compile MODEL — a Hub id, a checkpoint directory, or a .gguf file — into an artifact."""
+    if target is None and not dry_run:
+        raise click.UsageError("Missing option '-o': the directory to make.")
+    if private and not push_to_hub:
+        raise click.UsageError("--private says how --push-to-hub makes its repository; give both.")
+    exporter = _exporter()
+    settings = exporter.ExportOptions(validate=not no_validate, **options)
+    if dry_run:
+        _show_plan(exporter.preview(model, settings), as_json)
+        return
+    report = step_reporter(quiet)
+    announce = (lambda plan: None) if quiet else (lambda plan: note(_in_words(plan)))
+    artifact = exporter.export(model, target, settings, report=report, announce=announce)
+    url = None
+    if push_to_hub:
+        from precast.runtime.hub import push
+
+        with report("push"):
+            url = push(artifact, push_to_hub, private=private or None, token=options["token"])
+    _show_result(artifact, url, as_json)
+
+
+def _exporter() -> Any:
+    """The exporter, with its libraries kept from drawing bars over ours."""
+    from precast.runtime.errors import PrecastError
+
+    try:
+        import precast.exporter as exporter
+
+        exporter.quiet_libraries()
+    except ImportError as error:
+        raise PrecastError(f"Exporting needs {error.name}, which is not installed: pip install 'precast[export]'") from error
+    return exporter
+
+
+def _show_plan(plan: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(plan.as_json())
+    else:
+        click.echo(_in_words(plan))
+
+
+def _in_words(plan: Any) -> str:
+    facts = plan.as_json()
+    lines = [
+        f"task             {facts['task']} ({facts['model_type']})",
+        f"batch size       {facts['batch_size']}{' (larger ones in slices)' if facts['dynamic_batch_size'] else ''}",
+        f"sequence length  {', '.join(map(str, facts['sequence_length']))}",
+        f"graphs           {', '.join(facts['graphs'])}",
+        f"weights          {_megabytes(facts['weight_bytes'])} as {facts['dtype']}",
+    ]
+    if facts["cache_bytes"]:
+        lines.append(f"cache            {_megabytes(facts['cache_bytes'])}")
+    return "\n".join([*lines, f"memory to export about {_megabytes(facts['memory_bytes'])}"])
+
+
+def _show_result(artifact: Any, url: str | None, as_json: bool) -> None:
+    variant = artifact.contract.variants[0]
+    size = sum(file.size for file in artifact.contract.files.values())
+    if as_json:
+        figures = {"status": variant.accuracy.status, **variant.accuracy.figures}
+        print_json(
+            {"path": str(artifact.path), "digest": artifact.contract.digest, "bytes": size, "accuracy": figures, "url": url}
+        )
+        return
+    click.echo(f"{artifact.path}: {_megabytes(size)}, accuracy {variant.accuracy.status}")
+    if url:
+        click.echo(url)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"

@@ -1,0 +1,136 @@
+"""`precast generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from .options import json_option, model_options, quiet_option
+from .output import note, print_json
+
+__all__ = ["command"]
+
+
+@click.command("generate", epilog='precast generate out --chat --prompt "What is the capital of France?"')
+@click.argument("model")
+@click.option("--prompt", help="The text to continue; '-' or nothing reads standard input.")
+@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
+@click.option("--max-new-tokens", type=int, metavar="N", help="At most so many; by default what fits, up to 256.")
+@click.option("--temperature", type=float, help="Sample, with this temperature; 0 takes the likeliest token.")
+@click.option("--top-k", type=int, help="Sample among the k likeliest tokens.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens that reach this probability.")
+@click.option("--repetition-penalty", type=float, help="Above 1: repeat less.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End where this text appears; repeatable.")
+@model_options
+@json_option
+@quiet_option
+def command(
+    model: str,
+    prompt: str | None,
+    chat: bool,
+    system: str | None,
+    stops: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Continue a prompt with the compiled decoder MODEL — a directory or a Hub repository."""
+    if system is not None and not chat:
+        raise click.UsageError("--system is part of a conversation; add --chat.")
+    if prompt in (None, "-"):
+        prompt = click.get_text_stream("stdin").read()
+    sampling = {name: options.pop(name) for name in _SAMPLING}
+    started = time.perf_counter()
+    opened = _open(model, quiet, options)
+    text = _as_conversation(opened, prompt, system) if chat else prompt
+    ids = opened.tokenizer.encode(text, add_special_tokens=not chat)
+    settings = _settings(sampling, stops, opened.capacity - len(ids))
+    clock = _Clock(opened.stream([ids], **settings), started)
+    pieces = []
+    for piece in _pieces(opened.tokenizer, clock):
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    if as_json:
+        print_json({"text": "".join(pieces), "prompt_tokens": len(ids), **clock.figures()})
+        return
+    click.echo()
+    if not quiet:
+        figures = clock.figures()
+        note(
+            f"{figures['new_tokens']} tokens, {figures['decode_tokens_per_second']} tokens/s, first token after "
+            f"{figures['first_token_seconds']} s (model loaded and prompt read)"
+        )
+
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+def _open(model: str, quiet: bool, options: dict[str, Any]) -> Any:
+    from precast.runtime import CompiledModelForCausalLM
+    from precast.runtime.progress import quiet as no_bars
+
+    if quiet:
+        no_bars()
+    return CompiledModelForCausalLM.from_pretrained(model, **options)
+
+
+def _as_conversation(opened: Any, prompt: str, system: str | None) -> str:
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    text: str = opened.tokenizer.apply_chat_template([*turns, {"role": "user", "content": prompt}])
+    return text
+
+
+def _settings(sampling: dict[str, Any], stops: tuple[str, ...], room: int) -> dict[str, Any]:
+    """generate()'s arguments: asking for any kind of sampling turns it on, temperature 0 turns it off."""
+    settings = {name: value for name, value in sampling.items() if value is not None}
+    if settings.get("temperature") == 0:
+        del settings["temperature"]
+        settings["do_sample"] = False
+    elif settings.keys() & {"temperature", "top_k", "top_p", "seed"}:
+        settings["do_sample"] = True
+    settings.setdefault("max_new_tokens", max(1, min(256, room)))
+    if stops:
+        settings["stop_strings"] = list(stops)
+    return settings
+
+
+def _pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+    from precast.runtime import TextStream
+
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        yield stream.put(token)
+    yield stream.end()
+
+
+class _Clock:
+    """Passes tokens on and remembers when they came."""
+
+    def __init__(self, tokens: Iterator[int], started: float) -> None:
+        self._tokens, self._started = tokens, started
+        self._first = self._last = started
+        self._count = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for token in self._tokens:
+            self._last = time.perf_counter()
+            self._first = self._last if not self._count else self._first
+            self._count += 1
+            yield token
+
+    def figures(self) -> dict[str, Any]:
+        """Tokens per second count from the first token on, which waits for model and prompt."""
+        span = self._last - self._first
+        return {
+            "new_tokens": self._count,
+            "decode_tokens_per_second": round((self._count - 1) / span, 1) if span else None,
+            "first_token_seconds": round(self._first - self._started, 3),
+        }

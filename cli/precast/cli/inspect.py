@@ -1,0 +1,73 @@
+"""`precast inspect`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import hub_options, json_option
+from .output import print_json
+
+__all__ = ["command"]
+
+
+@click.command("inspect", epilog="precast inspect out --json")
+@click.argument("model")
+@click.option("--subfolder", metavar="DIR", help="Where in MODEL the artifact lies.")
+@click.option("--verify", is_flag=True, help="Hash every file again.")
+@hub_options
+@json_option
+def command(
+    model: str, subfolder: str | None, verify: bool, revision: str | None, token: str | None, as_json: bool
+) -> None:
+    """Show what the artifact MODEL is and whether it runs here. Nothing of it is executed."""
+    import msgspec
+
+    from precast.runtime.artifact import read_artifact
+    from precast.runtime.hub import locate
+    from precast.runtime.model import verify_artifact
+    from precast.runtime.select import Accepted, judge, this_machine
+
+    artifact = read_artifact(locate(model, revision=revision, subfolder=subfolder, token=token))
+    machine = this_machine(artifact.contract)
+    verdicts = [judge(variant, machine) for variant in artifact.contract.variants]
+    if verify:
+        for variant in artifact.contract.variants:
+            verify_artifact(artifact, variant, force=True)
+    runs = [None if isinstance(verdict, Accepted) else verdict.reason for verdict in verdicts]
+    if as_json:
+        print_json({"path": str(artifact.path), "refused": runs, **msgspec.to_builtins(artifact.contract)})
+        return
+    _show(artifact, runs, verify)
+
+
+def _show(artifact: Any, runs: list[str | None], verified: bool) -> None:
+    contract = artifact.contract
+    rows = [
+        ("path", artifact.path),
+        ("digest", contract.digest),
+        ("model", f"{contract.source.model} {contract.source.revision or ''}"),
+        ("task", contract.task),
+        ("batch size", f"{contract.shapes.batch_size}{' (larger ones in slices)' if contract.shapes.dynamic_batch_size else ''}"),
+        ("sequence length", ", ".join(map(str, contract.shapes.sequence_length))),
+        ("size", f"{sum(file.size for file in contract.files.values()) / 1e6:,.1f} MB in {len(contract.files)} files"),
+        ("files", "verified" if verified else "not hashed now (--verify)"),
+    ]
+    for variant, reason in zip(contract.variants, runs, strict=True):
+        accuracy = variant.accuracy
+        rows += [
+            (f"variant {variant.name}", f"{variant.backend}, {variant.dtype}, trust tier {variant.trust}"),
+            ("  runs here", "yes" if reason is None else f"no: {reason}"),
+            ("  accuracy", f"{accuracy.status}: {accuracy.reason}"),
+            *((f"    {name}", value) for name, value in accuracy.figures.items()),
+            *((f"  graph {graph.name}", _graph(graph)) for graph in variant.graphs),
+        ]
+    for name, value in rows:
+        click.echo(f"{name:<28}{value}")
+
+
+def _graph(graph: Any) -> str:
+    length = graph.length if isinstance(graph.length, int) else f"{graph.length.min}–{graph.length.max}"
+    cache = f", {len(graph.cache)} cached layers of {graph.capacity} tokens" if graph.cache else ""
+    return f"{graph.role}, batch {graph.batch}, length {length}{cache}, {graph.file}"

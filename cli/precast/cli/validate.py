@@ -1,0 +1,47 @@
+"""`precast validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import hub_options, json_option, quiet_option
+from .output import print_json, step_reporter
+
+__all__ = ["command"]
+
+
+@click.command("validate", epilog="precast validate out --reference user/model")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, metavar="MODEL", help="The checkpoint it was compiled from.")
+@click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
+@click.option("--record", is_flag=True, help="Write the verdict into config.json.")
+@click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
+@hub_options
+@json_option
+@quiet_option
+def command(
+    directory: Path,
+    reference: str,
+    atol: float,
+    record: bool,
+    trust_remote_code: bool,
+    revision: str | None,
+    token: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare the artifact DIRECTORY with its checkpoint again. Exit status 1 if the answers differ."""
+    from .export import _exporter
+
+    exporter = _exporter()
+    options = exporter.ExportOptions(atol=atol, trust_remote_code=trust_remote_code, revision=revision, token=token)
+    with step_reporter(quiet)("validate"):
+        accuracy = exporter.validate_again(directory, reference, options, keep=record)
+    if as_json:
+        print_json({"status": accuracy.status, "reason": accuracy.reason, "figures": accuracy.figures})
+        return
+    click.echo(f"{accuracy.status}: {accuracy.reason}")
+    for name, value in accuracy.figures.items():
+        click.echo(f"  {name:<24}{value}")
