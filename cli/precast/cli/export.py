@@ -76,11 +76,13 @@ def _exporter() -> Any:
     from precast.runtime.errors import PrecastError
 
     try:
-        import precast.exporter as exporter
+        from precast import exporter
 
         exporter.quiet_libraries()
     except ImportError as error:
-        raise PrecastError(f"Exporting needs {error.name}, which is not installed: pip install 'precast[export]'") from error
+        raise PrecastError(
+            f"Exporting needs {error.name}, which is not installed: pip install 'precast[export]'"
+        ) from error
     return exporter
 
 
@@ -111,7 +113,13 @@ def _show_result(artifact: Any, url: str | None, as_json: bool) -> None:
     if as_json:
         figures = {"status": variant.accuracy.status, **variant.accuracy.figures}
         print_json(
-            {"path": str(artifact.path), "digest": artifact.contract.digest, "bytes": size, "accuracy": figures, "url": url}
+            {
+                "path": str(artifact.path),
+                "digest": artifact.contract.digest,
+                "bytes": size,
+                "accuracy": figures,
+                "url": url,
+            }
         )
         return
     click.echo(f"{artifact.path}: {_megabytes(size)}, accuracy {variant.accuracy.status}")

@@ -49,7 +49,10 @@ def _show(artifact: Any, runs: list[str | None], verified: bool) -> None:
         ("digest", contract.digest),
         ("model", f"{contract.source.model} {contract.source.revision or ''}"),
         ("task", contract.task),
-        ("batch size", f"{contract.shapes.batch_size}{' (larger ones in slices)' if contract.shapes.dynamic_batch_size else ''}"),
+        (
+            "batch size",
+            f"{contract.shapes.batch_size}{' (larger ones in slices)' if contract.shapes.dynamic_batch_size else ''}",
+        ),
         ("sequence length", ", ".join(map(str, contract.shapes.sequence_length))),
         ("size", f"{sum(file.size for file in contract.files.values()) / 1e6:,.1f} MB in {len(contract.files)} files"),
         ("files", "verified" if verified else "not hashed now (--verify)"),

@@ -1,8 +1,8 @@
 """Checkpoint in, artifact out.
 
-    from precast.exporter import ExportOptions, export
+from precast.exporter import ExportOptions, export
 
-    export("user/model", "out", ExportOptions(batch_size=1, sequence_length=(512,)))
+export("user/model", "out", ExportOptions(batch_size=1, sequence_length=(512,)))
 """
 
 from __future__ import annotations

@@ -31,8 +31,7 @@ _CAUSAL = frozenset({"causal_mask_function"})
 _OVERLAYS = {"sliding_window_overlay.<locals>.inner_mask": "window", "chunked_overlay.<locals>.inner_mask": "chunk"}
 # What transformers passes along that does not change the result of a decoder's attention.
 _NEUTRAL = frozenset(
-    "dropout is_causal position_ids cache_position use_cache output_attentions output_hidden_states return_dict "
-    "logits_to_keep layer_idx position_embeddings past_key_values".split()
+    ["dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "layer_idx", "position_embeddings", "past_key_values"]
 )
 
 

@@ -121,9 +121,7 @@ def _draft(checkpoint: Checkpoint, options: ExportOptions, plan: Plan, graphs: l
         precast_version=version("precast"),
         digest="0" * 64,
         task=plan.task.name,
-        source=Source(
-            model=checkpoint.name, revision=checkpoint.revision, weights_sha256=checkpoint.weights_sha256()
-        ),
+        source=Source(model=checkpoint.name, revision=checkpoint.revision, weights_sha256=checkpoint.weights_sha256()),
         shapes=Shapes(
             batch_size=plan.batch_size,
             sequence_length=list(plan.lengths),

@@ -180,9 +180,7 @@ def _encoder_inputs(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPla
     pads = {"input_ids": checkpoint.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
     if getattr(checkpoint.text_config, "type_vocab_size", 2) < 2:
         del pads["token_type_ids"]
-    return tuple(
-        TensorPlan(name, "int64", ("batch", "length"), pad) for name, pad in pads.items() if name in accepted
-    )
+    return tuple(TensorPlan(name, "int64", ("batch", "length"), pad) for name, pad in pads.items() if name in accepted)
 
 
 def _encoder_outputs(model: nn.Module, task: Task, dtype: str) -> tuple[TensorPlan, ...]:

@@ -22,7 +22,14 @@ from .options import ExportOptions
 
 __all__ = ["Checkpoint", "resolve"]
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tokenizer_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer_config.json",
+)
 _DOWNLOAD = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
@@ -190,7 +197,9 @@ def resolve(model: str, options: ExportOptions) -> Checkpoint:
 
 
 def _looks_like_path(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or model.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    return (
+        model.startswith((".", "/", "~")) or model.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    )
 
 
 def _from_file(path: Path, options: ExportOptions) -> Checkpoint:
@@ -214,7 +223,7 @@ def _from_directory(path: Path, options: ExportOptions) -> Checkpoint:
 
 def _from_hub(model: str, options: ExportOptions) -> Checkpoint:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         path = snapshot_download(

@@ -211,7 +211,10 @@ def _decoder_graph(plan: DecoderPlan, graph: GraphPlan, windows: list[int | None
         ],
         outputs=[
             Output(
-                name="logits", dtype=plan.dtype, shape=[batch, positions, vocabulary], slice=["batch", "positions", None]
+                name="logits",
+                dtype=plan.dtype,
+                shape=[batch, positions, vocabulary],
+                slice=["batch", "positions", None],
             ),
             *(
                 Output(name=name, dtype=plan.dtype, shape=shapes[name], slice=[None] * 4)

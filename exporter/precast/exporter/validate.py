@@ -144,14 +144,18 @@ def _pairs(reference: Reference, answers: list[list[dict[str, Array]]]) -> Any:
 
 def _difference(found: Array, expected: Array, where: str) -> float:
     if found.shape != expected.shape:
-        raise AccuracyError(f"{where} has the shape {list(found.shape)} where the reference has {list(expected.shape)}.")
+        raise AccuracyError(
+            f"{where} has the shape {list(found.shape)} where the reference has {list(expected.shape)}."
+        )
     # NaN compares unequal to everything, so it fails every bound.
     return float(np.abs(found.astype(np.float64) - expected).max())
 
 
 def _agreement(measured: list[tuple[Question, Answer, dict[str, Array]]]) -> dict[str, float]:
     """For decoders: how often the likeliest token is the same, and the mean KL divergence from the reference."""
-    logits = [(mine.outputs["logits"], theirs["logits"]) for question, mine, theirs in measured if question.kind == "logits"]
+    logits = [
+        (mine.outputs["logits"], theirs["logits"]) for question, mine, theirs in measured if question.kind == "logits"
+    ]
     if not logits:
         return {}
     expected, found = (np.concatenate(each).astype(np.float64) for each in zip(*logits, strict=True))

@@ -1,11 +1,11 @@
 """Load a compiled model and let it answer; numpy and onnxruntime are all it takes.
 
-    from precast.runtime import CompiledModelForCausalLM
+from precast.runtime import CompiledModelForCausalLM
 
-    model = CompiledModelForCausalLM.from_pretrained("out")        # a directory, or user/repo on the Hub
-    batch = model.tokenizer(["The capital of France is"])
-    ids = model.generate(batch["input_ids"], max_new_tokens=16)
-    print(model.tokenizer.decode(ids[0]))
+model = CompiledModelForCausalLM.from_pretrained("out")        # a directory, or user/repo on the Hub
+batch = model.tokenizer(["The capital of France is"])
+ids = model.generate(batch["input_ids"], max_new_tokens=16)
+print(model.tokenizer.decode(ids[0]))
 """
 
 from __future__ import annotations

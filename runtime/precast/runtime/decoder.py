@@ -203,7 +203,9 @@ class CompiledModelForCausalLM(CompiledModel):
             return
         need = longest + new
         what = f"{longest} tokens" if not new else f"{longest} prompt tokens and {new} new ones, {need} together,"
-        fewer = f" Ask for max_new_tokens={self.capacity - longest} at most, or" if new and longest < self.capacity else ""
+        fewer = (
+            f" Ask for max_new_tokens={self.capacity - longest} at most, or" if new and longest < self.capacity else ""
+        )
         verb = " compile" if fewer else " Compile"
         raise InputError(
             f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer}{verb} a larger one: "

@@ -48,7 +48,9 @@ class _Encoder(CompiledModel):
             tensors["token_type_ids"] = self._type_ids(to_numpy(token_type_ids), ids)
         tensors, shifts = align(tensors, mask)
         graph = self._fitting(_longest(tensors["attention_mask"]))
-        parts = [self._run(graph, {name: each[part] for name, each in tensors.items()}) for part in self._slices(len(ids))]
+        parts = [
+            self._run(graph, {name: each[part] for name, each in tensors.items()}) for part in self._slices(len(ids))
+        ]
         outputs = {}
         for spec in graph.outputs:
             whole = np.concatenate([part[spec.name] for part in parts])
@@ -179,7 +181,9 @@ class CompiledModelForTokenClassification(_Encoder):
             if owner is not None:
                 best = int(row.argmax())
                 label = _label(self.config, best)
-                tokens.append({"text": text[start:end], "start": start, "end": end, "label": label, "score": float(row[best])})
+                tokens.append(
+                    {"text": text[start:end], "start": start, "end": end, "label": label, "score": float(row[best])}
+                )
         return {"tokens": tokens}
 
 

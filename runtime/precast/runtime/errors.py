@@ -1,18 +1,18 @@
 """Every error that precast raises on purpose. This module imports nothing.
 
-    PrecastError                 something the user can act on; the CLI prints it as one line and exits with 1
-    ├── UsageError               the call itself is wrong (a bad value, a missing argument); the CLI exits with 2
-    │   └── InputError           the tensors or texts given to a model do not fit it
-    ├── CheckpointError          the checkpoint cannot be read, or is of a kind that precast cannot export
-    ├── ExportError              a step of the export failed
-    │   └── AccuracyError        the compiled model does not give the reference's answers
-    ├── PublishError             the artifact could not be written where it was asked for
-    └── ArtifactError            an artifact cannot be opened
-        ├── FormatError          its config.json breaks the contract, or is of a newer format
-        ├── IntegrityError       a file is missing, truncated or altered
-        ├── TrustError           it holds native code that nobody vouched for
-        ├── HostError            no variant of it runs on this machine
-        └── HubError             it could not be fetched from, or pushed to, the Hub
+PrecastError                 something the user can act on; the CLI prints it as one line and exits with 1
+├── UsageError               the call itself is wrong (a bad value, a missing argument); the CLI exits with 2
+│   └── InputError           the tensors or texts given to a model do not fit it
+├── CheckpointError          the checkpoint cannot be read, or is of a kind that precast cannot export
+├── ExportError              a step of the export failed
+│   └── AccuracyError        the compiled model does not give the reference's answers
+├── PublishError             the artifact could not be written where it was asked for
+└── ArtifactError            an artifact cannot be opened
+    ├── FormatError          its config.json breaks the contract, or is of a newer format
+    ├── IntegrityError       a file is missing, truncated or altered
+    ├── TrustError           it holds native code that nobody vouched for
+    ├── HostError            no variant of it runs on this machine
+    └── HubError             it could not be fetched from, or pushed to, the Hub
 """
 
 __all__ = [

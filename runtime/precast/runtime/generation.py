@@ -156,7 +156,9 @@ class GenerationConfig:
         at_least = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "top_k": 0,
                     "no_repeat_ngram_size": 0}  # fmt: skip
         for name, low in at_least.items():
-            if (value := getattr(self, name)) is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            if (value := getattr(self, name)) is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < low
+            ):
                 yield f"{name} must be a whole number of at least {low}, not {value!r}."
         for name in ("temperature", "repetition_penalty"):
             if (value := getattr(self, name)) is not None and not value > 0:

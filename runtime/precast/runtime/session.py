@@ -31,7 +31,9 @@ class Session:
         self.batch, self.capacity = first.batch, first.capacity
         self.lengths = np.zeros(self.batch, np.int32)
         self._step_graph = next((graph for graph in graphs if graph.role == "decode"), first)
-        self._prefill_graphs = {_longest(graph): graph for graph in graphs if graph is not self._step_graph or _is_free(graph)}
+        self._prefill_graphs = {
+            _longest(graph): graph for graph in graphs if graph is not self._step_graph or _is_free(graph)
+        }
         self._caches = _allocate(first)
         self._bound: dict[tuple[str, int, int], _Call] = {}
 
@@ -174,7 +176,9 @@ class _Call:
         assert isinstance(vocabulary, int), "the vocabulary is static"
         self.logits = np.zeros((batch, positions, vocabulary), output.dtype)
         self.pad = graph.inputs[0].pad
-        inputs = dict(zip((spec.name for spec in graph.inputs), (self.ids, self.past, self.new, self.positions), strict=False))
+        inputs = dict(
+            zip((spec.name for spec in graph.inputs), (self.ids, self.past, self.new, self.positions), strict=False)
+        )
         outputs = {output.name: self.logits}
         for layer in graph.cache:
             for name_in, name_out in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out)):

@@ -28,7 +28,9 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "onnx": Backend("onnx", "graph", "precast.exporter.backends.onnx:OnnxCompiler", "precast.runtime.engines.onnx:OnnxEngine"),
+    "onnx": Backend(
+        "onnx", "graph", "precast.exporter.backends.onnx:OnnxCompiler", "precast.runtime.engines.onnx:OnnxEngine"
+    ),
 }
 
 

@@ -31,7 +31,9 @@ _ROWS = (
     Task("fill-mask", "encoder", _ENCODER_AXES, ("logits",), _ENCODER + "MaskedLM"),
     Task("text-classification", "encoder", _ENCODER_AXES, ("logits",), _ENCODER + "SequenceClassification"),
     Task("token-classification", "encoder", _ENCODER_AXES, ("logits",), _ENCODER + "TokenClassification"),
-    Task("question-answering", "encoder", _ENCODER_AXES, ("start_logits", "end_logits"), _ENCODER + "QuestionAnswering"),
+    Task(
+        "question-answering", "encoder", _ENCODER_AXES, ("start_logits", "end_logits"), _ENCODER + "QuestionAnswering"
+    ),
     Task("text-generation", "decoder", (), ("logits",), "precast.runtime.decoder:CompiledModelForCausalLM"),
 )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import INT32, opset20 as op
+from onnxscript import INT32
+from onnxscript import opset20 as op
 
 from precast.runtime.artifact.schema import Graph
 from precast.runtime.errors import ExportError

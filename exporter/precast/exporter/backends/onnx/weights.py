@@ -41,7 +41,9 @@ def _large_weights(model: ir.Model) -> Iterator[ir.Value]:
 def _store(value: ir.Value, written: dict[str, ir.ExternalTensor], file, data: Path) -> ir.ExternalTensor:  # type: ignore[no-untyped-def]
     tensor = value.const_value
     assert tensor is not None
-    content = memoryview(tensor.numpy()).cast("B") if tensor.numpy().flags.c_contiguous else memoryview(tensor.tobytes())
+    content = (
+        memoryview(tensor.numpy()).cast("B") if tensor.numpy().flags.c_contiguous else memoryview(tensor.tobytes())
+    )
     key = f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
     if key not in written:
         file.write(b"\0" * (-file.tell() % ALIGNMENT))

