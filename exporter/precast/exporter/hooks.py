@@ -177,11 +177,13 @@ def _mask(*, mask_function: Callable[..., Any], local_size: int | None = None, *
 
 
 def _parts(function: Callable[..., Any]) -> frozenset[str]:
-    """The names of the mask functions that `function` combines."""
-    if function.__qualname__ != "and_masks.<locals>.and_mask":
-        return frozenset({function.__qualname__})
+    """The names of the mask functions that `function` combines; a union of masks counts as a part of its own."""
+    name = function.__qualname__
+    if name not in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
+        return frozenset({name})
     combined = [cell.cell_contents for cell in function.__closure__ or ()]
-    return frozenset().union(*(_parts(part) for group in combined for part in group))
+    parts = frozenset[str]().union(*(_parts(part) for group in combined for part in group))
+    return parts if name.startswith("and_masks") else parts | {"or_masks"}
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

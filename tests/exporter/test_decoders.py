@@ -1,0 +1,130 @@
+"""Every decoder family: the compiled graph gives the eager model's answers, whatever the lengths and the padding."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir
+import oracle
+import pytest
+import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from precast.exporter import ExportOptions, export
+from precast.runtime import CompiledModelForCausalLM
+from precast.runtime.errors import CheckpointError, ExportError
+
+CAPACITY = 48
+tokens = st.integers(3, tiny.VOCABULARY - 1)
+rows_of_any_length = st.lists(st.lists(tokens, min_size=1, max_size=CAPACITY), min_size=1, max_size=5)
+sides = st.sampled_from(["left", "right", "middle"])
+many = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module", params=tiny.DECODERS)
+def family(request, checkpoint, artifact):
+    """One checkpoint and its artifact: batch 3, more rows in slices."""
+    source = checkpoint(request.param)
+    compiled = artifact(source, batch_size=3, sequence_length=(CAPACITY,), dynamic_batch_size=True)
+    return source, CompiledModelForCausalLM.from_pretrained(compiled)
+
+
+@many
+@given(rows=rows_of_any_length, side=sides)
+def test_logits_are_those_of_the_unpadded_row(family, rows, side):
+    source, model = family
+    ids, mask = oracle.padded(rows, side)
+    found = model(ids, mask).logits
+    for row, values, keep in zip(rows, found, mask, strict=True):
+        expected = oracle.logits(source, row)
+        assert np.abs(values[keep == 1] - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_greedy_tokens_are_transformers_own(family, side):
+    source, model = family
+    rows = [[5, 9, 30, 7, 200], [80], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]]
+    ids, mask = oracle.padded(rows, side)
+    found = model.generate(ids, mask, max_new_tokens=20, do_sample=False)
+    for row, values in zip(rows, found, strict=True):
+        expected = oracle.greedy(source, row, max_new_tokens=20)
+        assert values[ids.shape[1] :][: len(expected)].tolist() == expected
+
+
+def test_census(family):
+    """One GroupQueryAttention per layer, caches straight from input to it and from it to output."""
+    _, model = family
+    graph = onnx_ir.load(model.artifact.path / "model.onnx").graph
+    counts = Counter(node.op_type for node in graph.all_nodes())
+    layers = model.variant.graphs[0].cache
+    assert counts["GroupQueryAttention"] == len(layers)
+    for value in graph.inputs:
+        if value.name.startswith("past_key_values."):
+            assert [user.op_type for user, _ in value.uses()] == ["GroupQueryAttention"], value.name
+    for value in graph.outputs:
+        if value.name.startswith("present."):
+            assert value.producer().op_type == "GroupQueryAttention", value.name
+    assert not counts.keys() & {"ScatterND", "ScatterElements", "Softmax"}
+    assert not any(node.metadata_props or node.doc_string for node in graph.all_nodes())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_static_graphs_take_prompts_of_any_length(checkpoint, artifact, batch):
+    """Prefill at 4 and 16 tokens and decode: padded first chunks, whole later ones, token by token for the rest."""
+    source = checkpoint("llama")
+    compiled = artifact(source, batch_size=batch, sequence_length=(CAPACITY,), prefill_lengths=(4, 16))
+    model = CompiledModelForCausalLM.from_pretrained(compiled)
+    assert [graph.name for graph in model.variant.graphs] == ["prefill_4", "prefill_16", "decode"]
+    for lengths in ([1, 3, 4], [5, 16, 17], [20, 33, 40]):
+        rows = [[(7 * n + length) % 300 + 3 for n in range(length)] for length in lengths][:batch]
+        ids, mask = oracle.padded(rows, "left")
+        found = model.generate(ids, mask, max_new_tokens=8, do_sample=False)
+        for row, values, keep, all_logits in zip(rows, found, mask, model(ids, mask).logits, strict=True):
+            expected = oracle.greedy(source, row, max_new_tokens=8)
+            assert values[ids.shape[1] :][: len(expected)].tolist() == expected
+            assert np.abs(all_logits[keep == 1] - oracle.logits(source, row)).max() < 1e-4
+
+
+def test_weights_are_stored_once_for_all_graphs(checkpoint, artifact):
+    source = checkpoint("llama")
+    one = artifact(source, sequence_length=(CAPACITY,))
+    several = artifact(source, sequence_length=(CAPACITY,), prefill_lengths=(4, 16))
+    assert (several / "model.onnx.data").stat().st_size <= 1.02 * (one / "model.onnx.data").stat().st_size
+
+
+def test_head_sizes_that_the_operator_lacks_are_padded(checkpoint, artifact):
+    source = checkpoint("llama", **tiny.ODD_HEADS)
+    model = CompiledModelForCausalLM.from_pretrained(artifact(source, sequence_length=(CAPACITY,)))
+    assert model.variant.graphs[0].cache[0].head_dim == 16
+    row = [9, 8, 7, 6, 5]
+    assert np.abs(model(np.array([row])).logits[0] - oracle.logits(source, row)).max() < 1e-4
+
+
+def test_capacity_bounds_windows(checkpoint, artifact):
+    """A window that the cache cannot outgrow is a plain causal mask; one below it is kept and recorded."""
+    wide = artifact(checkpoint("mistral", sliding_window=64), sequence_length=(CAPACITY,))
+    small = artifact(checkpoint("mistral"), batch_size=3, sequence_length=(CAPACITY,), dynamic_batch_size=True)
+    for path, expected in ((wide, {None}), (small, {8})):
+        nodes = onnx_ir.load(path / "model.onnx").graph.all_nodes()
+        found = {node.attributes.get_int("local_window_size", None) for node in nodes if node.op_type == "GroupQueryAttention"}
+        assert found == expected
+
+
+def test_an_architecture_past_the_interface_is_refused(checkpoint, tmp_path, monkeypatch):
+    """GPT-J without its adapter: nothing calls the operator, and a silent export would be wrong."""
+    monkeypatch.delitem(__import__("precast.exporter.architectures", fromlist=["ADAPTERS"]).ADAPTERS, "gptj")
+    with pytest.raises(ExportError, match=r"2 cached layers but 0 of them.*CONTRIBUTING"):
+        export(str(checkpoint("gptj")), tmp_path / "out", ExportOptions(sequence_length=(16,)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_other_than_keys_and_values_is_refused(tmp_path):
+    from transformers import MambaConfig
+
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    config.architectures = ["MambaForCausalLM"]
+    config.save_pretrained(tmp_path / "mamba")
+    with pytest.raises((CheckpointError, ExportError), match="Mamba"):
+        export(str(tmp_path / "mamba"), tmp_path / "out", ExportOptions(sequence_length=(16,)))
