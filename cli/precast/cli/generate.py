@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
@@ -44,7 +44,7 @@ def command(
     if system is not None and not chat:
         raise click.UsageError("--system is part of a conversation; add --chat.")
     if prompt in (None, "-"):
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     sampling = {name: options.pop(name) for name in _SAMPLING}
     started = time.perf_counter()
     opened = _open(model, quiet, options)
@@ -102,7 +102,7 @@ def _settings(sampling: dict[str, Any], stops: tuple[str, ...], room: int) -> di
     return settings
 
 
-def _pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+def _pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     from precast.runtime import TextStream
 
     stream = TextStream(tokenizer)

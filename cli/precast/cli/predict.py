@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import click
@@ -32,7 +33,7 @@ def command(
         no_bars()
     opened = CompiledModel.from_pretrained(model, **options)
     ask = _asker(opened, question, top)
-    texts = texts or tuple(line.rstrip("\n") for line in click.get_text_stream("stdin"))
+    texts = texts or tuple(line.rstrip("\n") for line in sys.stdin)
     answers = [{"text": text, **ask(text)} for text in texts]
     if as_json:
         print_json(answers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from precast.runtime.artifact.schema import Dtype
 from precast.runtime.errors import UsageError
 
 __all__ = ["DTYPES", "ExportOptions"]
@@ -37,7 +39,7 @@ class ExportOptions:
     prefill_lengths: tuple[int, ...] = ()
     dynamic_batch_size: bool = False
     backend: str = "onnx"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     atol: float = 1e-4
     validate: bool = True
     revision: str | None = None
@@ -50,7 +52,7 @@ class ExportOptions:
         if holes := list(self._holes()):
             raise UsageError(" ".join(holes))
 
-    def _holes(self):  # type: ignore[no-untyped-def]
+    def _holes(self) -> Iterator[str]:
         if self.batch_size is not None and self.batch_size < 1:
             yield f"--batch-size must be at least 1, not {self.batch_size}."
         for flag, values in (("sequence-length", self.sequence_length), ("prefill-lengths", self.prefill_lengths)):

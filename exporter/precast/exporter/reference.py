@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ def answer(model: nn.Module, question: Question, outputs: tuple[str, ...]) -> li
     """What the eager `model` says, one row at a time and without padding."""
     with torch.inference_mode():
         if question.kind == "outputs":
-            types = question.types or [None] * len(question.rows)
+            types: Sequence[list[int] | None] = question.types or [None] * len(question.rows)
             return [_encode(model, row, kinds, outputs) for row, kinds in zip(question.rows, types, strict=True)]
         if question.kind == "logits":
             pairs = zip(question.rows, question.positions, strict=True)

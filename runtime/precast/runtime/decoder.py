@@ -108,7 +108,7 @@ class CompiledModelForCausalLM(CompiledModel):
             generation_config: a GenerationConfig, ours or transformers', or a dict. `options` take precedence over it,
                 it over the artifact's generation_config.json, and that over the defaults.
             logits_processor: each called with one row's tokens [1, length] and logits [1, vocabulary]; returns logits.
-            stopping_criteria: each called with a row's tokens [1, length] and logits [1, vocabulary]; true ends the row.
+            stopping_criteria: each called with a row's tokens [1, length] and logits [1, vocabulary]; true ends it.
             streamer: told the prompt, then each step's tokens by `put`, and the end by `end`.
             options: fields of GenerationConfig, such as max_new_tokens=64.
 

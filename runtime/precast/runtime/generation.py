@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -152,7 +153,7 @@ class GenerationConfig:
         stops = self.stop_strings
         return [] if stops is None else [stops] if isinstance(stops, str) else list(stops)
 
-    def _holes(self):  # type: ignore[no-untyped-def]
+    def _holes(self) -> Iterator[str]:
         at_least = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "top_k": 0,
                     "no_repeat_ngram_size": 0}  # fmt: skip
         for name, low in at_least.items():

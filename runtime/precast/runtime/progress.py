@@ -6,26 +6,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = ["progress", "quiet"]
 
 DELAY_SECONDS = 0.5
-_enabled = True
+_is_quiet = Event()
 
 
 def quiet() -> None:
     """No bars from now on in this process (`-q`)."""
-    global _enabled
-    _enabled = False
+    _is_quiet.set()
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields `advance(amount)`. The bar appears once the work has gone on for half a second."""
-    if not (_enabled and sys.stderr.isatty()):
+    if _is_quiet.is_set() or not sys.stderr.isatty():
         yield lambda amount: None
         return
-    started, done, bar = time.monotonic(), 0, None
+    started, done = time.monotonic(), 0
+    bar: Progress | None = None
 
     def advance(amount: int) -> None:
         nonlocal done, bar
@@ -42,7 +47,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
             bar.stop()
 
 
-def _bar(title: str, total: int):  # type: ignore[no-untyped-def]
+def _bar(title: str, total: int) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

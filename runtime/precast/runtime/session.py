@@ -176,7 +176,7 @@ class _Call:
         assert isinstance(vocabulary, int), "the vocabulary is static"
         self.logits = np.zeros((batch, positions, vocabulary), output.dtype)
         self.pad = graph.inputs[0].pad
-        inputs = dict(
+        inputs: dict[str, Array] = dict(
             zip((spec.name for spec in graph.inputs), (self.ids, self.past, self.new, self.positions), strict=False)
         )
         outputs = {output.name: self.logits}

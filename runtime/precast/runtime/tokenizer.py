@@ -30,8 +30,8 @@ class Tokenizer:
         self.path = Path(path)
         if not (self.path / "tokenizer.json").is_file():
             raise ArtifactError(
-                f"{self.path} has no tokenizer.json: its checkpoint carries no (fast) tokenizer. Give token ids instead "
-                f"of text."
+                f"{self.path} has no tokenizer.json: its checkpoint carries no (fast) tokenizer. Give token ids "
+                f"instead of text."
             )
         self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
         # The file may fix a length of its own; here the compiled model decides.
@@ -99,10 +99,11 @@ class Tokenizer:
         source = self._template(bool(tools))
         try:
             template = self._templates.from_string(source)
-            return template.render(
+            text: str = template.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
                 **self.special_tokens, **variables,
             )  # fmt: skip
+            return text
         except TemplateError as error:
             raise InputError(f"The chat template of {self.path} refused this conversation: {error}") from error
 

@@ -1,0 +1,63 @@
+"""A whole backend in one file: it keeps each traced program as `.pt2` and runs it with torch.
+
+Both halves are here because a plug-in's author would write them together; the runtime's half imports torch only when
+it is used. Its tier is `native`: opening a `.pt2` runs what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from precast.runtime.artifact.backends import Backend
+from precast.runtime.artifact.schema import Compiler, Host
+
+ROW = Backend("toy", "native", "toy_backend:ToyCompiler", "toy_backend:ToyEngine")
+
+
+class ToyCompiler:
+    """Programs as they are."""
+
+    def compile(self, programs: Iterable[Any], stage: Path) -> Any:
+        import torch
+
+        from precast.exporter.backends import Compiled
+
+        graphs = []
+        for program in programs:
+            graph = msgspec.structs.replace(program.graph, file=f"{program.graph.name}.pt2")
+            torch.export.save(program.exported, stage / graph.file)
+            graphs.append(graph)
+        host = Host(platforms=[], device="cpu", isa=[], min_versions={"torch": "2.9"})
+        compiler = Compiler(name="toy", version="1", options={}, torch=str(torch.__version__), transformers="any")
+        return Compiled(graphs=graphs, weights=[], host=host, compiler=compiler)
+
+
+class ToyEngine:
+    """Runs a program and copies its results into the bound arrays."""
+
+    def __init__(self, root: Path, variant: Any, threads: int) -> None:
+        import torch
+
+        # The program calls our operator, whose eager meaning is its definition.
+        import precast.exporter.attention  # noqa: F401
+
+        self._graphs = {graph.name: graph for graph in variant.graphs}
+        self._modules = {name: torch.export.load(root / graph.file).module() for name, graph in self._graphs.items()}
+
+    def bind(self, graph: str, inputs: Any, outputs: Any) -> Any:
+        import torch
+
+        spec, module = self._graphs[graph], self._modules[graph]
+        tensors = [torch.from_numpy(inputs[each.name]) for each in spec.inputs]
+        targets = [torch.from_numpy(outputs[each.name]) for each in spec.outputs]
+        arguments = (*tensors[:4], tensors[4:]) if spec.cache else tuple(tensors)
+
+        def step() -> None:
+            for target, result in zip(targets, module(*arguments), strict=True):
+                target.copy_(result)
+
+        return step
