@@ -1,0 +1,285 @@
+"""generate(): transformers' tokens, its precedence, its limits; streams and threads that leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import transformers
+
+from precast.runtime import CompiledModel, CompiledModelForCausalLM, CompiledModelForFeatureExtraction, GenerationConfig
+from precast.runtime.errors import InputError, PrecastError, UsageError
+
+PROMPT = [5, 9, 30, 7, 200, 31]
+
+
+@pytest.fixture(scope="module")
+def source(checkpoint):
+    return checkpoint("llama")
+
+
+@pytest.fixture
+def model(decoder):
+    return CompiledModelForCausalLM.from_pretrained(decoder)
+
+
+@pytest.fixture(scope="module")
+def wide(source, artifact):
+    """Batch 3 with slices."""
+    return CompiledModelForCausalLM.from_pretrained(artifact(source, batch_size=3, dynamic_batch_size=True))
+
+
+def new_tokens(model, row=PROMPT, **options):
+    return model.generate(np.array([row]), **options)[0, len(row) :].tolist()
+
+
+GREEDY = [
+    {},
+    {"max_new_tokens": 1},
+    {"max_length": 20},
+    {"repetition_penalty": 1.5, "max_new_tokens": 24},
+    {"no_repeat_ngram_size": 2, "max_new_tokens": 24},
+    {"eos_token_id": 65, "min_new_tokens": 5, "max_new_tokens": 12},
+    {"min_length": 12, "max_new_tokens": 24},
+    {"eos_token_id": list(range(3, 160)), "max_new_tokens": 24},
+    {"eos_token_id": list(range(3, 160)), "min_new_tokens": 6, "max_new_tokens": 24},
+]
+
+
+@pytest.mark.parametrize("options", GREEDY, ids=lambda options: ",".join(options) or "defaults")
+def test_greedy_is_transformers_greedy(model, source, options):
+    given = options if options.keys() & {"max_new_tokens", "max_length"} else {"max_new_tokens": 20, **options}
+    with torch.inference_mode():
+        expected = oracle.eager(source).generate(torch.tensor([PROMPT]), do_sample=False, pad_token_id=0, **given)
+    assert new_tokens(model, **options) == expected[0, len(PROMPT) :].tolist()
+
+
+def test_rows_do_not_see_each_other(wide, source):
+    """Seven rows of different lengths on a batch of three: each answer is the one it gets alone, ends included."""
+    rows = [[(n * n + 7 * k) % 300 + 3 for n in range(1 + 4 * k)] for k in range(7)]
+    ids, mask = oracle.padded(rows, "left")
+    ends = list(range(3, 60))
+    found = wide.generate(ids, mask, max_new_tokens=16, eos_token_id=ends, pad_token_id=0)
+    lengths = set()
+    for row, values in zip(rows, found, strict=True):
+        expected = oracle.greedy(source, row, max_new_tokens=16, eos_token_id=ends)
+        answer = values[ids.shape[1] :]
+        assert answer[: len(expected)].tolist() == expected
+        assert not answer[len(expected) :].any(), "what follows the end is padding"
+        lengths.add(len(expected))
+    assert len(lengths) > 1, "the rows ended at different steps"
+
+
+def test_sampling_repeats_with_a_seed_and_not_without(wide):
+    ids = np.array([PROMPT, PROMPT])
+    options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 12}
+    one, two = (wide.generate(ids, seed=7, **options) for _ in range(2))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one[0], one[1]), "rows draw for themselves"
+    assert not np.array_equal(one, wide.generate(ids, seed=8, **options))
+    assert not np.array_equal(wide.generate(ids, **options), wide.generate(ids, **options))
+    assert np.array_equal(one[:1], wide.generate(ids[:1], seed=7, **options)), "a neighbour changes nothing"
+
+
+def test_settings_take_precedence_in_order(decoder, tmp_path):
+    """Arguments over the given configuration over generation_config.json over defaults."""
+    from precast.runtime.artifact import read_artifact
+    from precast.runtime.artifact.publish import hash_files, write_config
+
+    path = shutil.copytree(decoder, tmp_path / "copy")
+    (path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "eos_token_id": []}))
+    found = read_artifact(decoder)
+    from msgspec.structs import replace
+
+    write_config(path, found.config, replace(found.contract, files=hash_files(path)))
+    model = CompiledModelForCausalLM.from_pretrained(path)
+    assert len(new_tokens(model)) == 3
+    assert len(new_tokens(model, generation_config=GenerationConfig(max_new_tokens=4))) == 4
+    assert len(new_tokens(model, generation_config={"max_new_tokens": 4}, max_new_tokens=5)) == 5
+    assert len(new_tokens(model, generation_config=transformers.GenerationConfig(max_new_tokens=6))) == 6
+    assert len(new_tokens(model, max_length=len(PROMPT) + 2)) == 2, "the call's length beats the file's other one"
+
+
+def test_without_any_length_twenty_tokens_come(model):
+    assert len(new_tokens(model, eos_token_id=[])) == 20
+
+
+def test_processors_criteria_and_streamer(model):
+    seen: list = []
+
+    class Streamer:
+        def put(self, tokens):
+            seen.append(np.array(tokens).reshape(-1).tolist())
+
+        def end(self):
+            seen.append("end")
+
+    def only_even(tokens, logits):
+        assert (tokens.shape[0], logits.shape) == (1, (1, 320))
+        return np.where(np.arange(320) % 2, -np.inf, logits)
+
+    found = new_tokens(
+        model, logits_processor=[only_even], streamer=Streamer(), max_new_tokens=20, eos_token_id=[],
+        stopping_criteria=[lambda tokens, logits: tokens.shape[1] == len(PROMPT) + 5],
+    )  # fmt: skip
+    assert len(found) == 5
+    assert all(token % 2 == 0 for token in found)
+    assert seen == [PROMPT, *([token] for token in found), "end"]
+
+
+def test_transformers_streamer_works(model, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.artifact.path)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True)
+    found = new_tokens(model, streamer=streamer, max_new_tokens=12, eos_token_id=[])
+    assert capsys.readouterr().out.strip() == tokenizer.decode(found).strip()
+
+
+def test_stop_strings_end_a_row(model):
+    whole = new_tokens(model, max_new_tokens=24, eos_token_id=[])
+    text = model.tokenizer.decode(whole)
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    found = new_tokens(model, max_new_tokens=24, eos_token_id=[], stop_strings=[stop])
+    assert whole[: len(found)] == found
+    assert len(found) < len(whole)
+    assert stop in model.tokenizer.decode(found)
+    assert stop not in model.tokenizer.decode(found[:-1])
+
+
+def test_torch_in_torch_out_numpy_in_numpy_out(model, encoder):
+    ids = torch.tensor([PROMPT])
+    assert isinstance(model(ids).logits, torch.Tensor)
+    assert isinstance(model.generate(ids, max_new_tokens=2), torch.Tensor)
+    assert isinstance(model(ids.numpy()).logits, np.ndarray)
+    assert torch.equal(model(ids).logits, torch.from_numpy(model(ids.numpy()).logits))
+    other = CompiledModel.from_pretrained(encoder)
+    assert isinstance(other(ids, torch.ones_like(ids)).last_hidden_state, torch.Tensor)
+    assert isinstance(other(ids.numpy())[0], np.ndarray)
+
+
+def test_results_own_their_memory(model, encoder):
+    for opened in (model, CompiledModel.from_pretrained(encoder)):
+        first = opened(np.array([PROMPT]))[0]
+        kept = first.copy()
+        opened(np.array([PROMPT[::-1]]))
+        assert np.array_equal(first, kept)
+
+
+def test_an_abandoned_stream_leaves_the_next_call_right(model):
+    expected = new_tokens(model, max_new_tokens=12)
+    stream = model.stream([PROMPT[::-1]], max_new_tokens=12)
+    for _ in range(3):
+        next(stream)
+    assert new_tokens(model, max_new_tokens=12) == expected
+    with pytest.raises(PrecastError, match=r"new_session\(\)"):
+        next(stream)
+
+
+def test_streams_on_sessions_of_their_own_run_side_by_side(model):
+    expected = [new_tokens(model, row, max_new_tokens=12) for row in (PROMPT, PROMPT[::-1])]
+    streams = [model.new_session().stream([row], max_new_tokens=12) for row in (PROMPT, PROMPT[::-1])]
+    assert [list(pair) for pair in zip(*zip(*streams, strict=True), strict=True)] == expected
+
+
+def test_a_step_that_fails_leaves_the_next_call_right(model, monkeypatch):
+    expected = new_tokens(model, max_new_tokens=8)
+
+    def interrupt(tokens, logits):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        new_tokens(model, logits_processor=[interrupt])
+    assert new_tokens(model, max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize("own_session", [False, True])
+def test_eight_threads(model, own_session):
+    """On one model they wait for each other, on sessions of their own they do not; every answer is right."""
+    rows = [[(13 * k + n) % 300 + 3 for n in range(2 + k)] for k in range(8)]
+    expected = [new_tokens(model, row, max_new_tokens=10) for row in rows]
+    found: list = [None] * 8
+
+    def work(index):
+        opened = model.new_session() if own_session else model
+        for _ in range(3):
+            abandoned = opened.stream([rows[-1 - index]], max_new_tokens=9) if own_session else iter(())
+            next(abandoned, None)
+            found[index] = new_tokens(opened, rows[index], max_new_tokens=10)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+BAD_REQUESTS = [
+    ({"input_ids": [[5] * 49]}, r"49 prompt tokens.*capacity of 48\. Compile a larger one: precast export .*--sequence-length"),
+    ({"input_ids": [[5] * 40], "max_new_tokens": 9}, r"40 prompt tokens and 9 new.*48\. Ask for max_new_tokens=8 at most"),
+    ({"input_ids": [[5], [6]]}, r"2 rows; the model was compiled for 1.*--batch-size 2.*--dynamic-batch-size"),
+    ({"input_ids": [5, 6]}, r"one dimension, \[2\]; give \[batch, length\], for one row \[1, 2\]"),
+    ({"input_ids": [[[5]]]}, r"3 dimensions, \[1, 1, 1\]"),
+    ({"input_ids": [[0.5]]}, "whole numbers.*float64"),
+    ({"input_ids": [[]]}, r"empty: its shape is \[1, 0\]"),
+    ({"input_ids": [[5], [6, 7]]}, "different lengths"),
+    ({"input_ids": [[320]]}, r"the id 320; the model's vocabulary is 0\.\.319"),
+    ({"input_ids": [[-1]]}, "the id -1"),
+    ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, r"shape \[1, 1\], input_ids \[1, 2\]"),
+    ({"input_ids": [[5, 6]], "attention_mask": [[1, 2]]}, "0 .padding. and 1"),
+    ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, "Row 0 of attention_mask has no token"),
+    ({"input_ids": [[5]], "num_beams": 4}, r"num_beams=4, which this runtime does not do"),
+    ({"input_ids": [[5]], "max_tokens": 4}, r"'max_tokens', which generate\(\) does not know\. It takes: max_new_tokens"),
+    ({"input_ids": [[5]], "temperature": 0.0}, r"temperature must be above 0, not 0\.0.*do_sample=False"),
+    ({"input_ids": [[5]], "max_new_tokens": 0, "top_p": 2}, "max_new_tokens must be .* at least 1, not 0. top_p must lie"),
+    ({"input_ids": [[5, 6, 7]], "max_length": 2}, "max_length is 2, the prompt alone has 3"),
+    ({"input_ids": [[5]], "streamer": object()}, r"no put\(\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("request_", "message"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
+def test_bad_requests_are_explained_and_harmless(model, request_, message):
+    with pytest.raises(InputError, match=message):
+        model.generate(**request_)
+    assert model.generate(np.array([PROMPT]), max_new_tokens=2).shape == (1, 8)
+
+
+def test_an_encoder_explains_bad_requests(encoder):
+    model = CompiledModel.from_pretrained(encoder)
+    with pytest.raises(InputError, match=r"A row has 49 tokens; the model was compiled for 48.*--sequence-length 49"):
+        model(np.ones((1, 49), int))
+    with pytest.raises(InputError, match=r"The batch has 4 rows; the model was compiled for 3"):
+        model(np.ones((4, 5), int))
+    with pytest.raises(InputError, match=r"token_type_ids holds the id 2; .* 0\.\.1"):
+        model(np.ones((1, 2), int), token_type_ids=np.array([[0, 2]]))
+    padded = np.zeros((1, 60), int)
+    padded[0, 20:60] = 1
+    assert model(np.ones((1, 60), int), padded).last_hidden_state.shape == (1, 60, 64), "padding costs no capacity"
+
+
+def test_the_wrong_class_is_refused(encoder, decoder):
+    with pytest.raises(UsageError, match=r"compiled for feature-extraction, which CompiledModelForCausalLM does not do"):
+        CompiledModelForCausalLM.from_pretrained(encoder)
+    assert type(CompiledModel.from_pretrained(encoder)) is CompiledModelForFeatureExtraction
+    with pytest.raises(UsageError, match=r"does not know beams"):
+        CompiledModel.from_pretrained(decoder, beams=3)
+    with pytest.raises(UsageError, match=r"device='cuda' is not available; the devices are: cpu"):
+        CompiledModel.from_pretrained(decoder, device="cuda")
+
+
+def test_save_pretrained_copies_all_or_nothing(model, tmp_path):
+    model.save_pretrained(tmp_path / "copy")
+    assert new_tokens(CompiledModelForCausalLM.from_pretrained(tmp_path / "copy")) == new_tokens(model)
+    with pytest.raises(PrecastError, match="--force"):
+        model.save_pretrained(tmp_path / "copy")
+    model.save_pretrained(tmp_path / "copy", force=True)
+
+
+def test_from_pretrained_exports_on_request(source):
+    model = CompiledModelForCausalLM.from_pretrained(source, export=True, sequence_length=32)
+    assert model.capacity == 32
+    assert new_tokens(model, max_new_tokens=8) == oracle.greedy(source, PROMPT, max_new_tokens=8)
