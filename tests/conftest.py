@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 # Before huggingface_hub is imported: no test reaches the network, and its xet client only speaks to the real Hub.
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false"
+)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -52,9 +52,7 @@ def by_the_book(q, keys, values, position, scale, mask, window, softcap, sink, s
     with_slopes=st.booleans(),
     data=st.data(),
 )
-def test_ragged_rows_attend_to_what_they_have(
-    seed, past, length, mask, window, softcap, with_sinks, with_slopes, data
-):
+def test_ragged_rows_attend_to_what_they_have(seed, past, length, mask, window, softcap, with_sinks, with_slopes, data):
     new = [data.draw(st.integers(1, length)) for _ in past]
     torch.manual_seed(seed)
     batch = len(past)

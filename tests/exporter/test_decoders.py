@@ -108,7 +108,11 @@ def test_capacity_bounds_windows(checkpoint, artifact):
     small = artifact(checkpoint("mistral"), batch_size=3, sequence_length=(CAPACITY,), dynamic_batch_size=True)
     for path, expected in ((wide, {None}), (small, {8})):
         nodes = onnx_ir.load(path / "model.onnx").graph.all_nodes()
-        found = {node.attributes.get_int("local_window_size", None) for node in nodes if node.op_type == "GroupQueryAttention"}
+        found = {
+            node.attributes.get_int("local_window_size", None)
+            for node in nodes
+            if node.op_type == "GroupQueryAttention"
+        }
         assert found == expected
 
 

@@ -105,7 +105,11 @@ def _judged(expected, found, *, margins=None, atol=1e-4):
     name = "logits" if margins is None else "tokens"
     question = Question("q", kind, [[1]])
     answers = Answer({name: np.asarray(expected)}, None if margins is None else np.asarray(margins))
-    steady = (Question("l", "logits", [[1]]), [Answer({"logits": np.array([[1.0, 0.0]])})], [{"logits": np.array([[1.0, 5e-5]])}])
+    steady = (
+        Question("l", "logits", [[1]]),
+        [Answer({"logits": np.array([[1.0, 0.0]])})],
+        [{"logits": np.array([[1.0, 5e-5]])}],
+    )
     reference = Reference([steady[0], question], [steady[1], [answers]])
     return judge(reference, [steady[2], [{name: np.asarray(found)}]], atol)
 
@@ -114,8 +118,18 @@ def test_the_rule_is_relative_to_the_largest_value():
     assert _judged([[100.0, 0.0]], [[100.005, 0.0]]).status == "passed"
     with pytest.raises(AccuracyError):
         _judged([[1.0, 0.0]], [[1.005, 0.0]])
-    with pytest.raises(AccuracyError):
+    with pytest.raises(AccuracyError, match="NaN"):
         _judged([[1.0, 0.0]], [[np.nan, 0.0]])
+
+
+def test_nan_fails_wherever_it_stands():
+    """A comparison with NaN is always false, so a careless maximum forgets it."""
+    questions = [Question(name, "logits", [[1]]) for name in "abc"]
+    answers = [[Answer({"logits": np.array([[1.0, 0.0]])})] for _ in questions]
+    for place in range(3):
+        found = [[{"logits": np.array([[1.0, np.nan if index == place else 0.0]])}] for index in range(3)]
+        with pytest.raises(AccuracyError, match=f"'{'abc'[place]}, logits' holds NaN"):
+            judge(Reference(questions, answers), found, 1e-4)
 
 
 def test_a_token_may_differ_only_where_the_reference_was_in_two_minds():
@@ -159,8 +173,8 @@ def test_options_list_everything_wrong_at_once():
     with pytest.raises(UsageError) as caught:
         ExportOptions(batch_size=0, sequence_length=(0, 0), dtype="int3", atol=-1).check()
     assert str(caught.value) == (
-        "--batch-size must be at least 1, not 0. --sequence-length must be at least 1, not 0. --sequence-length must be "
-        "at least 1, not 0. --sequence-length names a length twice: 0,0. --dtype 'int3' is not supported; the choices "
+        "--batch-size must be at least 1, not 0. --sequence-length must be at least 1, not 0. --sequence-length must "
+        "be at least 1, not 0. --sequence-length names a length twice: 0,0. --dtype 'int3' is not supported; the choices "
         "are: float32. --atol must be above 0, not -1."
     )
 

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from precast.runtime import TextStream, Tokenizer
 from precast.runtime.errors import ArtifactError, InputError
 
-TEXTS = [*tiny.TEXTS, "", " ", "\n\ttabs\n", "e\u0301 combining", "👩\u200d👩\u200d👧 family", "مرحبا", "<s>not special?</s>", "a" * 300]
+TEXTS = [
+    *tiny.TEXTS,
+    "",
+    " ",
+    "\n\ttabs\n",
+    "e\u0301 combining",
+    "👩\u200d👩\u200d👧 family",
+    "مرحبا",
+    "<s>not special?</s>",
+    "a" * 300,
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,9 @@ def test_batches_are_padded_on_the_tokenizers_side(decoder, tmp_path):
     for side in ("left", "right"):
         config = json.loads((path / "tokenizer_config.json").read_text())
         (path / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": side}))
-        theirs = transformers.AutoTokenizer.from_pretrained(path, padding_side=side)(tiny.TEXTS, padding=True, return_tensors="np")
+        theirs = transformers.AutoTokenizer.from_pretrained(path, padding_side=side)(
+            tiny.TEXTS, padding=True, return_tensors="np"
+        )
         ours = Tokenizer(path)(tiny.TEXTS)
         for name in ("input_ids", "attention_mask"):
             assert np.array_equal(ours[name], theirs[name])

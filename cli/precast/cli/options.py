@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,7 +12,14 @@ __all__ = ["LENGTHS", "hub_options", "json_option", "model_options", "quiet_opti
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Lengths(click.ParamType):
+if TYPE_CHECKING:
+    _LengthsType = click.ParamType[tuple[int, ...]]
+else:
+    # Generic only since click 8.4.
+    _LengthsType = click.ParamType
+
+
+class _Lengths(_LengthsType):
     """One whole number, or several with commas."""
 
     name = "N[,N…]"

@@ -8,6 +8,8 @@ a word; backends update the caches in place.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def cached_attention(
 
 
 @cached_attention.register_fake
-def _(q, k, v, k_cache, v_cache, *_):  # type: ignore[no-untyped-def]
+def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
 
 

@@ -29,7 +29,10 @@ def render_card(artifact: Artifact, checkpoint: Checkpoint) -> str:
         tags=["precast", "static-shapes", variant.backend, variant.dtype],
         **_inherited(checkpoint),
     )
-    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    # Markdown, which HTML's escapes would spoil.
+    template = Environment(  # noqa: S701
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     source = resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8")
     return template.from_string(source).render(metadata=metadata.to_yaml(), contract=contract, variant=variant)
 

@@ -31,7 +31,20 @@ _CAUSAL = frozenset({"causal_mask_function"})
 _OVERLAYS = {"sliding_window_overlay.<locals>.inner_mask": "window", "chunked_overlay.<locals>.inner_mask": "chunk"}
 # What transformers passes along that does not change the result of a decoder's attention.
 _NEUTRAL = frozenset(
-    ["dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "layer_idx", "position_embeddings", "past_key_values"]
+    [
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "logits_to_keep",
+        "layer_idx",
+        "position_embeddings",
+        "past_key_values",
+    ]
 )
 
 
@@ -117,14 +130,15 @@ def attend(
     index, new_keys, new_values = _take_pending(caches, key, value)
     mask = mask or Mask("causal", 0)
     k_cache, v_cache = caches.past[index]
-    width, value_width = query.shape[-1], value.shape[-1]
+    value_width = value.shape[-1]
+    output: Tensor
     output, k_cache, v_cache = cached_attention(
         _widen(query, k_cache), _widen(new_keys, k_cache), _widen(new_values, v_cache), k_cache, v_cache,
         caches.past_lengths, caches.new_lengths, float(scale), mask.kind, mask.window, float(softcap or 0.0),
         sinks, slopes,
     )  # fmt: skip
     caches.present[index] = (k_cache, v_cache)
-    return output[..., :value_width] if value_width != output.shape[-1] or width != output.shape[-1] else output
+    return output[..., :value_width] if value_width < output.shape[-1] else output
 
 
 def _take_pending(caches: Caches, key: Tensor, value: Tensor) -> tuple[int, Tensor, Tensor]:

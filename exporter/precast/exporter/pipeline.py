@@ -106,7 +106,7 @@ def _draft(checkpoint: Checkpoint, options: ExportOptions, plan: Plan, graphs: l
     variant = Variant(
         name=options.backend,
         backend=options.backend,
-        dtype=plan.dtype,  # type: ignore[arg-type]
+        dtype=plan.dtype,
         quantization=None,
         kv_cache=None,
         host=None,  # type: ignore[arg-type]

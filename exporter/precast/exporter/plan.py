@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from precast.runtime.artifact.schema import Dim, Input, Output, Role
+from precast.runtime.artifact.schema import Axis, Dim, Dtype, Input, Output, Role
 from precast.runtime.artifact.tasks import Task, get_task
 from precast.runtime.errors import CheckpointError, ExportError, UsageError
 
@@ -29,18 +30,18 @@ class TensorPlan:
     """A tensor whose dimensions are sizes or the names of axes ("batch", "length")."""
 
     name: str
-    dtype: str
-    axes: tuple[int | str, ...]
+    dtype: Dtype
+    axes: tuple[int | Axis, ...]
     pad: int = 0
 
-    def as_input(self, sizes: dict[str, int]) -> Input:
-        return Input(name=self.name, dtype=self.dtype, shape=self._shape(sizes), pad=self.pad)  # type: ignore[arg-type]
+    def as_input(self, sizes: Mapping[str, int | Dim]) -> Input:
+        return Input(name=self.name, dtype=self.dtype, shape=self._shape(sizes), pad=self.pad)
 
-    def as_output(self, sizes: dict[str, int]) -> Output:
+    def as_output(self, sizes: Mapping[str, int | Dim]) -> Output:
         cut = [axis if isinstance(axis, str) else None for axis in self.axes]
-        return Output(name=self.name, dtype=self.dtype, shape=self._shape(sizes), slice=cut)  # type: ignore[arg-type]
+        return Output(name=self.name, dtype=self.dtype, shape=self._shape(sizes), slice=cut)
 
-    def _shape(self, sizes: dict[str, int]) -> list[int | Dim]:
+    def _shape(self, sizes: Mapping[str, int | Dim]) -> list[int | Dim]:
         return [sizes[axis] if isinstance(axis, str) else axis for axis in self.axes]
 
 
@@ -68,7 +69,7 @@ class Plan:
 
     task: Task
     model_type: str
-    dtype: str
+    dtype: Dtype
     batch_size: int
     lengths: tuple[int, ...]
     dynamic_batch_size: bool
@@ -123,7 +124,8 @@ class DecoderPlan(Plan):
     @property
     def cache_bytes(self) -> int:
         numbers = sum(2 * layer.heads * layer.head_dim for layer in self.cache) * self.batch_size * self.capacity
-        return numbers * getattr(torch, self.dtype).itemsize
+        item_size: int = getattr(torch, self.dtype).itemsize
+        return numbers * item_size
 
 
 def make_plan(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
@@ -143,9 +145,10 @@ def _check_memory(plan: Plan) -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if plan.memory_bytes > total:
         raise UsageError(
-            f"This export needs about {plan.memory_bytes / 1e9:.1f} GB of memory (weights {plan.weight_bytes / 1e9:.1f} "
-            f"GB, cache {plan.cache_bytes / 1e9:.1f} GB); the machine has {total / 1e9:.1f} GB ({available / 1e9:.1f} "
-            f"free). A smaller --sequence-length or --batch-size makes the cache smaller."
+            f"This export needs about {plan.memory_bytes / 1e9:.1f} GB of memory (weights "
+            f"{plan.weight_bytes / 1e9:.1f} GB, cache {plan.cache_bytes / 1e9:.1f} GB); the machine has "
+            f"{total / 1e9:.1f} GB ({available / 1e9:.1f} free). A smaller --sequence-length or --batch-size "
+            f"makes the cache smaller."
         )
 
 
@@ -183,10 +186,10 @@ def _encoder_inputs(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPla
     return tuple(TensorPlan(name, "int64", ("batch", "length"), pad) for name, pad in pads.items() if name in accepted)
 
 
-def _encoder_outputs(model: nn.Module, task: Task, dtype: str) -> tuple[TensorPlan, ...]:
+def _encoder_outputs(model: nn.Module, task: Task, dtype: Dtype) -> tuple[TensorPlan, ...]:
     """Run the weightless model at two sizes: a dimension that follows the batch or the length is that axis."""
     small, large = (_encoder_shapes(model, task, batch, length) for batch, length in ((2, 5), (3, 7)))
-    axes = {(2, 3): "batch", (5, 7): "length"}
+    axes: dict[tuple[int, int], Axis] = {(2, 3): "batch", (5, 7): "length"}
     return tuple(
         TensorPlan(
             name, dtype, tuple(a if a == b else axes[a, b] for a, b in zip(small[name], large[name], strict=True))
@@ -298,7 +301,7 @@ class _NoValues(TorchDispatchMode):
 
 def _run_skeleton(model: nn.Module, task: Task, example: dict[str, Any]) -> Any:
     try:
-        with torch.no_grad(), _NoValues():
+        with torch.no_grad(), _NoValues():  # type: ignore[no-untyped-call]
             return model(**example, return_dict=True)
     except Exception as error:
         raise ExportError(

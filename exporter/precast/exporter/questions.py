@@ -47,14 +47,15 @@ def make_questions(contract: Contract, tokenizer: Any | None, vocabulary: int) -
 
 def _texts(tokenizer: Any | None, vocabulary: int) -> list[list[int]]:
     if tokenizer is None:
-        numbers = random.Random(0)
+        numbers = random.Random(0)  # noqa: S311  (to repeat, not to be secret)
         return [[numbers.randrange(vocabulary) for _ in range(numbers.randint(5, 40))] for _ in range(20)]
     lines = resources.files(__package__).joinpath("texts.txt").read_text("utf-8").splitlines()
     return [tokenizer(line)["input_ids"] for line in lines]
 
 
 def _encoder_questions(graph: Graph, texts: list[list[int]]) -> list[Question]:
-    length = int(graph.length)  # type: ignore[call-overload]
+    assert isinstance(graph.length, int), "an encoder's length is static"
+    length = graph.length
     rows = [text[:length] for text in texts[: graph.batch]]
     while len(rows) < graph.batch:
         rows += rows[: graph.batch - len(rows)]

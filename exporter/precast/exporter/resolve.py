@@ -110,10 +110,12 @@ class Checkpoint:
                 f"Models of type {self.config.model_type!r} ({self.name}) cannot do {task.name}. {choices}"
             )
         with torch.device("meta"):
-            return auto.from_config(self.config, trust_remote_code=self.trust_remote_code).eval()
+            model: nn.Module = auto.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        return model.eval()
 
     def load(self, task: Task, dtype: str) -> nn.Module:
         """The model with its weights, for inference, with eager attention. Raises CheckpointError."""
+        model: nn.Module
         try:
             model, info = self._auto_class(task).from_pretrained(
                 self.directory,

@@ -35,9 +35,10 @@ class Program:
 
 def trace(model: nn.Module, plan: Plan) -> Iterator[Program]:
     """Trace `model` once per graph of the plan. Raises ExportError where the model cannot be traced faithfully."""
-    for graph in plan.graphs:
-        tracer = _trace_decoder if isinstance(plan, DecoderPlan) else _trace_encoder
-        yield tracer(model, plan, graph)  # type: ignore[arg-type]
+    if isinstance(plan, DecoderPlan):
+        return (_trace_decoder(model, plan, graph) for graph in plan.graphs)
+    assert isinstance(plan, EncoderPlan), "there are two kinds of plans"
+    return (_trace_encoder(model, plan, graph) for graph in plan.graphs)
 
 
 # ---------------------------------------------------------------- encoders
@@ -56,6 +57,7 @@ class _Encoder(nn.Module):
 
 
 def _trace_encoder(model: nn.Module, plan: EncoderPlan, graph: GraphPlan) -> Program:
+    assert isinstance(graph.length, int), "an encoder's length is static"
     names = [spec.name for spec in plan.inputs]
     example = [torch.ones(graph.batch, graph.length, dtype=torch.int64) for _ in names]
     program = _Encoder(model, names, [output.name for output in plan.outputs]).eval()
@@ -133,14 +135,13 @@ def _pick(states: Tensor, positions: Tensor) -> Tensor:
 
 def _trace_decoder(model: nn.Module, plan: DecoderPlan, graph: GraphPlan) -> Program:
     program = _Decoder(model, len(plan.cache)).eval()
-    is_free = isinstance(graph.length, Dim)
-    length, positions = (min(8, plan.capacity), min(3, plan.capacity)) if is_free else (graph.length, 1)
-    example = _decoder_example(plan, graph.batch, length, positions)
-    shapes = None
-    if is_free:
+    length, positions, shapes = graph.length, 1, None
+    if isinstance(length, Dim):
+        length, positions = min(8, plan.capacity), min(3, plan.capacity)
         free = torch.export.Dim("length", min=1, max=plan.capacity)
         asked = torch.export.Dim("positions", min=1, max=plan.capacity)
-        shapes = ({1: free}, None, None, {1: asked}, [None] * len(example[-1]))
+        shapes = ({1: free}, None, None, {1: asked}, [None] * (2 * len(plan.cache)))
+    example = _decoder_example(plan, graph.batch, length, positions)
     with adapted(model):
         exported = _export(program, example, shapes)
     return Program(_decoder_graph(plan, graph, _windows(exported), _vocabulary(exported)), exported)
@@ -185,7 +186,7 @@ def _decoder_graph(plan: DecoderPlan, graph: GraphPlan, windows: list[int | None
     batch, length = graph.batch, graph.length
     positions: int | Dim = Dim(min=1, max=plan.capacity) if isinstance(length, Dim) else 1
     cache = [_cache_layer(plan, index, windows[index]) for index in range(len(plan.cache))]
-    shapes = {
+    shapes: dict[str, list[int | Dim]] = {
         name: [batch, layer.heads, plan.capacity, layer.head_dim]
         for layer in cache
         for name in (layer.key_in, layer.key_out, layer.value_in, layer.value_out)

@@ -6,9 +6,10 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -30,6 +31,7 @@ from .resolve import Checkpoint, resolve
 __all__ = ["Reference", "compare", "judge", "make_reference", "record", "validate_again"]
 
 Array = np.ndarray[Any, Any]
+Pair: TypeAlias = tuple[Question, Answer, dict[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,23 @@ def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: flo
     """The rule for fp32: max|difference| <= atol * max(1, max|reference|) over all outputs, and greedy tokens equal
     except where the eager model's own lead was below twice that difference, where either token is right."""
     pairs = list(_pairs(reference, answers))
-    measured = [(question, mine, theirs) for question, mine, theirs in pairs if question.kind != "greedy"]
-    worst, scale, where = 0.0, 0.0, ""
-    for question, mine, theirs in measured:
-        for name, expected in mine.outputs.items():
-            difference = _difference(theirs[name], expected, f"{question.name}, {name}")
-            scale = max(scale, float(np.abs(expected).max()))
-            if not difference <= worst:
-                worst, where = difference, question.name
-    figures: dict[str, int | float] = {
-        "max_abs_difference": _two_digits(worst),
-        "max_abs_reference": _two_digits(scale),
-        "questions": len(reference.questions),
-    }
+    measured = [pair for pair in pairs if pair[0].kind != "greedy"]
+    worst, where = max(_differences(measured), default=(0.0, "nothing"))
+    scale = max((float(np.abs(each).max()) for _, mine, _ in measured for each in mine.outputs.values()), default=0.0)
     allowed = atol * max(1.0, scale)
-    if not worst <= allowed:
+    if worst > allowed:
         raise AccuracyError(
             f"The compiled model does not give the reference's answers: they differ by {worst:.2g} at {where!r} where "
             f"{allowed:.2g} is allowed ({atol:g} of the largest value, {scale:.2g}). Nothing was written. If that is "
             f"good enough for you, --atol {worst / max(1.0, scale) * 1.1:.1g} allows it."
         )
-    figures |= _agreement(measured)
-    figures |= _judge_greedy([pair for pair in pairs if pair[0].kind == "greedy"], worst)
+    figures: dict[str, int | float] = {
+        "max_abs_difference": _two_digits(worst),
+        "max_abs_reference": _two_digits(scale),
+        "questions": len(reference.questions),
+        **_agreement(measured),
+        **_judge_greedy([pair for pair in pairs if pair[0].kind == "greedy"], worst),
+    }
     return Accuracy(status="passed", reason=f"compared with the eager model, atol {atol:g}", figures=figures)
 
 
@@ -136,22 +133,28 @@ def _rows(archive: Any, question: int, count: int) -> list[dict[str, Array]]:
     return rows
 
 
-def _pairs(reference: Reference, answers: list[list[dict[str, Array]]]) -> Any:
+def _pairs(reference: Reference, answers: list[list[dict[str, Array]]]) -> Iterator[Pair]:
     for question, mine, theirs in zip(reference.questions, reference.answers, answers, strict=True):
         for one, other in zip(mine, theirs, strict=True):
             yield question, one, other
 
 
-def _difference(found: Array, expected: Array, where: str) -> float:
-    if found.shape != expected.shape:
-        raise AccuracyError(
-            f"{where} has the shape {list(found.shape)} where the reference has {list(expected.shape)}."
-        )
-    # NaN compares unequal to everything, so it fails every bound.
-    return float(np.abs(found.astype(np.float64) - expected).max())
+def _differences(measured: list[Pair]) -> Iterator[tuple[float, str]]:
+    """The largest difference of every output, and where. Raises AccuracyError where one is no number at all."""
+    for question, mine, theirs in measured:
+        for name, expected in mine.outputs.items():
+            found, where = theirs[name], f"{question.name}, {name}"
+            if found.shape != expected.shape:
+                shapes = f"{list(found.shape)} where the reference has {list(expected.shape)}"
+                raise AccuracyError(f"The compiled model's answer to {where!r} has the shape {shapes}.")
+            difference = float(np.abs(found.astype(np.float64) - expected).max())
+            # NaN is neither above nor below any bound, so it must not reach a comparison.
+            if not np.isfinite(difference):
+                raise AccuracyError(f"The compiled model's answer to {where!r} holds NaN or infinity.")
+            yield difference, where
 
 
-def _agreement(measured: list[tuple[Question, Answer, dict[str, Array]]]) -> dict[str, float]:
+def _agreement(measured: list[Pair]) -> dict[str, float]:
     """For decoders: how often the likeliest token is the same, and the mean KL divergence from the reference."""
     logits = [
         (mine.outputs["logits"], theirs["logits"]) for question, mine, theirs in measured if question.kind == "logits"
@@ -167,7 +170,7 @@ def _agreement(measured: list[tuple[Question, Answer, dict[str, Array]]]) -> dic
     }
 
 
-def _judge_greedy(pairs: list[tuple[Question, Answer, dict[str, Array]]], difference: float) -> dict[str, int | float]:
+def _judge_greedy(pairs: list[Pair], difference: float) -> dict[str, int | float]:
     equal = total = 0
     for question, mine, theirs in pairs:
         expected, found, margins = mine.outputs["tokens"], theirs["tokens"], mine.margins
@@ -177,9 +180,9 @@ def _judge_greedy(pairs: list[tuple[Question, Answer, dict[str, Array]]], differ
         equal, total = equal + first, total + len(expected)
         if first < len(expected) and margins[first] >= 2 * difference:
             raise AccuracyError(
-                f"The compiled model generates other tokens than the reference: at {question.name!r}, token {first + 1} is "
-                f"{found[first]} instead of {expected[first]}, where the reference leads by {margins[first]:.2g} and "
-                f"logits differ by {difference:.2g} at most. Nothing was written."
+                f"The compiled model generates other tokens than the reference: at {question.name!r}, token "
+                f"{first + 1} is {found[first]} instead of {expected[first]}, where the reference leads by "
+                f"{margins[first]:.2g} and logits differ by {difference:.2g} at most. Nothing was written."
             )
     return {"greedy_tokens_equal": equal, "greedy_tokens": total} if pairs else {}
 

@@ -81,7 +81,8 @@ class _Encoder(CompiledModel):
 
     def _run(self, graph: Graph, tensors: dict[str, Array]) -> dict[str, Array]:
         """Pad, run, and cut the rows that were added. The results own their memory."""
-        length, rows = int(graph.length), len(tensors["input_ids"])  # type: ignore[call-overload]
+        assert isinstance(graph.length, int), "an encoder's length is static"
+        length, rows = graph.length, len(tensors["input_ids"])
         inputs = {spec.name: np.empty((graph.batch, length), spec.dtype) for spec in graph.inputs}
         for spec in graph.inputs:
             if spec.name in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from importlib import import_module
 from pathlib import Path
@@ -97,7 +98,7 @@ class CompiledModel:
         target = cls._class_for(artifact)
         verify_artifact(artifact, chosen, force=verify)
         _check_trust(artifact, chosen, sha256, trust_native_code)
-        return target(artifact, chosen, open_engine(path, chosen, threads))  # type: ignore[return-value]
+        return target(artifact, chosen, open_engine(path, chosen, threads))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -155,7 +156,7 @@ class CompiledModel:
         )
 
     @classmethod
-    def _class_for(cls, artifact: Artifact) -> type[CompiledModel]:
+    def _class_for(cls, artifact: Artifact) -> type[Self]:
         task = get_task(artifact.contract.task)
         module, _, name = task.model_class.partition(":")
         found: type[CompiledModel] = getattr(import_module(module), name)
@@ -193,10 +194,11 @@ def _export(model: str | Path, **options: Any) -> Path:
         exporter = import_module("precast.exporter")
     except ImportError as error:
         raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
-    names = ("batch_size", "sequence_length", "prefill_lengths")
-    for name in names[1:]:
+    for name in ("sequence_length", "prefill_lengths"):
         if isinstance(options.get(name), int):
             options[name] = (options[name],)
-    target = home() / "exports" / f"{Path(model).name}-{abs(hash((str(model), repr(sorted(options.items()))))):x}"
+    asked = {name: value for name, value in options.items() if name != "token"}
+    key = hashlib.sha256(repr((str(model), sorted(asked.items()))).encode()).hexdigest()[:16]
+    target = home() / "exports" / f"{Path(model).name}-{key}"
     exporter.export(str(model), target, exporter.ExportOptions(**options, force=True))
     return target

@@ -44,10 +44,10 @@ def _one_row(process: Processor) -> Processor:
 
 def _penalties(config: GenerationConfig, prompt_length: int) -> list[Processor]:
     found: list[Processor] = []
-    if config.repetition_penalty not in (None, 1.0):
-        found.append(lambda tokens, logits: repetition_penalty(tokens, logits, config.repetition_penalty))  # type: ignore[arg-type]
-    if config.no_repeat_ngram_size:
-        found.append(lambda tokens, logits: no_repeat_ngram(tokens, logits, config.no_repeat_ngram_size))  # type: ignore[arg-type]
+    if (penalty := config.repetition_penalty) is not None and penalty != 1:
+        found.append(lambda tokens, logits: repetition_penalty(tokens, logits, penalty))
+    if size := config.no_repeat_ngram_size:
+        found.append(lambda tokens, logits: no_repeat_ngram(tokens, logits, size))
     least = config.min_length or 0
     if config.min_new_tokens is not None:
         least = prompt_length + config.min_new_tokens
@@ -58,22 +58,22 @@ def _penalties(config: GenerationConfig, prompt_length: int) -> list[Processor]:
 
 def _warpers(config: GenerationConfig) -> list[Processor]:
     found: list[Processor] = []
-    if config.temperature not in (None, 1.0):
-        found.append(lambda _, logits: logits / np.float32(config.temperature))  # type: ignore[arg-type]
+    if (temperature := config.temperature) is not None and temperature != 1:
+        found.append(lambda _, logits: logits / np.float32(temperature))
     limit = 50 if config.top_k is None else config.top_k
     if limit:
         found.append(lambda _, logits: top_k(logits, limit))
-    if config.top_p is not None and config.top_p < 1:
-        found.append(lambda _, logits: top_p(logits, config.top_p))  # type: ignore[arg-type]
-    if config.min_p is not None:
-        found.append(lambda _, logits: min_p(logits, config.min_p))  # type: ignore[arg-type]
+    if (mass := config.top_p) is not None and mass < 1:
+        found.append(lambda _, logits: top_p(logits, mass))
+    if (share := config.min_p) is not None:
+        found.append(lambda _, logits: min_p(logits, share))
     return found
 
 
 def repetition_penalty(tokens: Array, logits: Array, penalty: float) -> Array:
     """Divide positive and multiply negative logits of tokens that occurred (Keskar et al. 2019)."""
     seen = np.unique(tokens)
-    penalised = logits.copy()
+    penalised: Array = logits.copy()
     penalised[seen] = np.where(logits[seen] < 0, logits[seen] * np.float32(penalty), logits[seen] / np.float32(penalty))
     return penalised
 
@@ -85,7 +85,7 @@ def no_repeat_ngram(tokens: Array, logits: Array, size: int) -> Array:
     windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
     tail = tokens[len(tokens) - size + 1 :]
     banned = windows[(windows[:, :-1] == tail).all(1), -1]
-    result = logits.copy()
+    result: Array = logits.copy()
     result[banned] = -np.inf
     return result
 
@@ -94,7 +94,7 @@ def minimum_length(tokens: Array, logits: Array, least: int, eos_ids: Sequence[i
     """Forbid the end before `least` tokens."""
     if len(tokens) >= least:
         return logits
-    result = logits.copy()
+    result: Array = logits.copy()
     result[list(eos_ids)] = -np.inf
     return result
 
@@ -112,7 +112,7 @@ def top_p(logits: Array, mass: float) -> Array:
     order = np.argsort(logits, kind="stable")
     dropped = np.cumsum(_softmax(logits[order])) <= 1 - mass
     dropped[-1] = False
-    result = logits.copy()
+    result: Array = logits.copy()
     result[order[dropped]] = -np.inf
     return result
 
@@ -125,4 +125,5 @@ def min_p(logits: Array, share: float) -> Array:
 
 def _softmax(logits: Array) -> Array:
     shifted = np.exp(logits - logits.max())
-    return shifted / shifted.sum()
+    result: Array = shifted / shifted.sum()
+    return result

@@ -141,7 +141,7 @@ class Session:
 
     def _feed_tokens(self, rows: Sequence[Array], done: Array, logits: Array | None) -> Array:
         """A batch on top of a past: one token per row and step; a row that is through keeps its last logits."""
-        last = None if logits is None else logits.copy()
+        last: Array | None = None if logits is None else logits.copy()
         while any(count < len(row) for count, row in zip(done, rows, strict=True)):
             is_active = np.zeros(self.batch, bool)
             tokens = np.zeros(self.batch, np.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -24,12 +25,13 @@ ADAPTERS = {
 @contextmanager
 def adapted(model: nn.Module) -> Iterator[None]:
     """Within this block the attention of `model` is `cached_attention`."""
-    model_type = model.config.model_type
+    config: Any = model.config
+    model_type = config.model_type
     if model_type in ADAPTERS:
         with import_module(ADAPTERS[model_type]).adapted(model):
             yield
         return
-    before = model.config._attn_implementation
+    before = config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import msgspec
 
 from ..errors import ArtifactError, FormatError
 from . import strict_json
-from .schema import FORMAT_VERSION, Contract, File, Variant
+from .schema import FORMAT_VERSION, Contract, File, Graph, Variant
 
 __all__ = ["UNLISTED", "Artifact", "contract_digest", "read_artifact", "render_config"]
 
 KEY = "precast"
+DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
+"""The first inputs of every decoder graph; its caches follow."""
 UNLISTED = frozenset({"config.json", "README.md", "bench.json", ".gitattributes"})
 """Files that `files` never lists: the contract itself, and what may change without changing the model."""
 
@@ -67,11 +70,13 @@ def contract_digest(config: dict[str, Any], contract: Contract) -> str:
 
 def _read_config(path: Path) -> bytes:
     try:
-        return (path / "config.json").read_bytes()
+        with (path / "config.json").open("rb") as file:
+            # One byte more than allowed is enough to refuse it.
+            return file.read(strict_json.MAX_BYTES + 1)
     except NotADirectoryError:
         raise ArtifactError(f"{path} is a file; a precast artifact is a directory with a config.json.") from None
     except FileNotFoundError:
-        if path.exists():
+        if os.path.exists(path):
             raise ArtifactError(f"{path} is not a precast artifact: it has no config.json.") from None
         raise ArtifactError(f"There is no directory {path}.") from None
     except OSError as error:
@@ -107,6 +112,25 @@ def _check(contract: Contract, config: dict[str, Any], path: Path) -> None:
     for variant in contract.variants:
         if missing := sorted(_named(variant) - set(contract.files)):
             raise FormatError(f"{path / 'config.json'}: variant {variant.name!r} uses {missing[0]}, not in files.")
+        for graph in variant.graphs:
+            if hole := _graph_hole(graph):
+                raise FormatError(f"{path / 'config.json'}: graph {graph.name!r} of variant {variant.name!r} {hole}.")
+
+
+def _graph_hole(graph: Graph) -> str | None:
+    """What the runtime takes for granted and a foreign file might not keep."""
+    given, made = {spec.name for spec in graph.inputs}, {spec.name for spec in graph.outputs}
+    if graph.role == "encode":
+        sizes = [graph.length, *(size for spec in graph.outputs for size in spec.shape)]
+        return None if all(isinstance(size, int) for size in sizes) else "is an encoder with a free dimension"
+    if [spec.name for spec in graph.inputs[:4]] != list(DECODER_INPUTS) or not graph.cache:
+        return f"is a decoder whose inputs are not {', '.join(DECODER_INPUTS)} and caches"
+    if not graph.outputs or len(graph.outputs[0].shape) != 3 or not isinstance(graph.outputs[0].shape[-1], int):
+        return "does not give logits [batch, positions, vocabulary] first"
+    for layer in graph.cache:
+        if not {layer.key_in, layer.value_in} <= given or not {layer.key_out, layer.value_out} <= made:
+            return f"lacks the cache tensors of layer {layer.layer}"
+    return None
 
 
 def _named(variant: Variant) -> set[str]:

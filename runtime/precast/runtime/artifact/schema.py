@@ -33,26 +33,28 @@ Size = Annotated[int, Meta(ge=0, le=2**31)]
 Bytes = Annotated[int, Meta(ge=0, le=2**50)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+_PATH = r"^[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*\Z"
+Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=_PATH)]
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
-Axis = Literal["batch", "length", "positions"] | None
+Axis = Literal["batch", "length", "positions"]
 Role = Literal["encode", "prefill", "decode", "decoder", "verify"]
 Trust = Literal["data", "graph", "native"]
 
 
+# msgspec does not pass kw_only on to subclasses, and type checkers do not pass frozen on: each class says both.
 class _Closed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
 
-class Dim(_Closed):
+class Dim(_Closed, frozen=True, kw_only=True):
     """A dimension that is free within bounds, both included."""
 
     min: Size
     max: Size
 
 
-class Input(_Closed):
+class Input(_Closed, frozen=True, kw_only=True):
     """One input tensor of a graph. `pad` fills what the caller did not give."""
 
     name: Name
@@ -61,16 +63,16 @@ class Input(_Closed):
     pad: int | float
 
 
-class Output(_Closed):
+class Output(_Closed, frozen=True, kw_only=True):
     """One output tensor. `slice` names, per dimension, the axis along which it is cut back to the caller's size."""
 
     name: Name
     dtype: Dtype
     shape: list[Size | Dim]
-    slice: list[Axis]
+    slice: list[Axis | None]
 
 
-class CacheLayer(_Closed):
+class CacheLayer(_Closed, frozen=True, kw_only=True):
     """The key/value cache of one layer: tensors `[batch, heads, capacity, head_dim]` that a graph updates in place."""
 
     layer: Size
@@ -84,7 +86,7 @@ class CacheLayer(_Closed):
     window: Size | None
 
 
-class Graph(_Closed):
+class Graph(_Closed, frozen=True, kw_only=True):
     """One compiled graph. `length` is its query (or sequence) length, `capacity` that of its cache (0: no cache)."""
 
     name: Name
@@ -98,7 +100,7 @@ class Graph(_Closed):
     cache: list[CacheLayer]
 
 
-class Host(_Closed):
+class Host(_Closed, frozen=True, kw_only=True):
     """What a machine must have. An empty list allows anything; versions are minimums, `{distribution: version}`."""
 
     platforms: list[Name]
@@ -107,7 +109,7 @@ class Host(_Closed):
     min_versions: dict[Name, Name]
 
 
-class Compiler(_Closed):
+class Compiler(_Closed, frozen=True, kw_only=True):
     """What made the files, for the record."""
 
     name: Name
@@ -117,7 +119,7 @@ class Compiler(_Closed):
     transformers: Name
 
 
-class Accuracy(_Closed):
+class Accuracy(_Closed, frozen=True, kw_only=True):
     """What validation found. `figures` are rounded to two digits, so that they repeat."""
 
     status: Literal["passed", "accepted", "skipped"]
@@ -125,7 +127,7 @@ class Accuracy(_Closed):
     figures: dict[Name, int | float]
 
 
-class Variant(_Closed):
+class Variant(_Closed, frozen=True, kw_only=True):
     """One compiled form of the model."""
 
     name: Name
@@ -141,7 +143,7 @@ class Variant(_Closed):
     graphs: list[Graph]
 
 
-class Source(_Closed):
+class Source(_Closed, frozen=True, kw_only=True):
     """Where the weights came from: a Hub id or a local base name, never a path."""
 
     model: Name
@@ -149,7 +151,7 @@ class Source(_Closed):
     weights_sha256: Sha256
 
 
-class Shapes(_Closed):
+class Shapes(_Closed, frozen=True, kw_only=True):
     """The static shapes. `sequence_length`: for encoders the compiled lengths, for decoders the cache's capacity."""
 
     batch_size: Size
@@ -158,14 +160,14 @@ class Shapes(_Closed):
     dynamic_batch_size: bool
 
 
-class File(_Closed):
+class File(_Closed, frozen=True, kw_only=True):
     """Size in bytes and content hash of a listed file."""
 
     size: Bytes
     sha256: Sha256
 
 
-class Contract(_Closed):
+class Contract(_Closed, frozen=True, kw_only=True):
     """All of `config.json["precast"]`."""
 
     format_version: Size

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from typing import Any
 
 from ..errors import FormatError
@@ -18,11 +20,21 @@ MAX_DEPTH = 24
 def loads(data: bytes, name: str) -> dict[str, Any]:
     """Parse `data`, refusing what a lenient parser would silently repair. Raises FormatError, which names `name`."""
     if len(data) > MAX_BYTES:
-        raise FormatError(f"{name} is {len(data):,} bytes; at most {MAX_BYTES:,} are read.")
+        raise FormatError(f"{name} is larger than {MAX_BYTES:,} bytes, the most that is read.")
     _check_depth(data, name)
     try:
-        value = json.loads(data, object_pairs_hook=lambda pairs: _unique(pairs, name), parse_constant=_no_constant)
-    except (ValueError, UnicodeDecodeError) as error:
+        # Decoded here: json.loads() would guess UTF-16 too, whose brackets _check_depth() does not see.
+        text = data.decode()
+        value = json.loads(
+            text,
+            object_pairs_hook=lambda pairs: _unique(pairs, name),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+        if "\\u" in text:
+            # Half of a surrogate pair is no text: it has no UTF-8 form, hence no digest.
+            canonical_digest(value)
+    except ValueError as error:
         raise FormatError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise FormatError(f"{name} holds a {type(value).__name__}, not an object.")
@@ -43,8 +55,7 @@ def canonical_digest(value: Any) -> str:
 def _unique(pairs: list[tuple[str, Any]], name: str) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise FormatError(f"{name} has the key {twice!r} twice in one object.")
     return result
 
@@ -53,10 +64,18 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a JSON number")
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is too large a number")
+    return value
+
+
 def _check_depth(data: bytes, name: str) -> None:
     """Count brackets outside strings before the recursive parser sees them."""
+    # In two steps, each without backtracking: an unclosed string must not cost quadratic time.
+    without_escapes = re.sub(rb"\\.", b"", data, flags=re.DOTALL)
     depth = 0
-    for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data, flags=re.DOTALL)):
+    for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"[^"]*"?', b"", without_escapes)):
         depth += 1 if bracket in b"[{" else -1
         if depth > MAX_DEPTH:
             raise FormatError(f"{name} nests more than {MAX_DEPTH} levels deep.")

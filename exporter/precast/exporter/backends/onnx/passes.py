@@ -16,12 +16,54 @@ def optimize(model: ir.Model, graph: Graph) -> None:
 
     fuse_for_onnxruntime(model, "cpu")
     for each in (
+        RemoveIdleReshapes(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
         RemoveProvenance(),
         common.NameFixPass(),
     ):
         each(model)
+
+
+class RemoveIdleReshapes(ir.passes.InPlacePass):
+    """Drop reshapes that lead back to a shape that was there before.
+
+    Attention takes and gives [batch, length, heads * width], modelling code thinks in [batch, length, heads, width]:
+    what lies between is eight reshapes per layer, there and back.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Read every reshape's result from the earliest value of the same shape that it was made of."""
+        modified = False
+        for node in model.graph:
+            if node.op_type == "GroupQueryAttention" and node.outputs[0].shape is None:
+                # Its first output has the shape of its query, which shape inference does not know.
+                node.outputs[0].shape = node.inputs[0].shape if node.inputs[1] is not None else None
+            if node.op_type == "Reshape" and (earlier := _same_before(node)) is not None:
+                node.outputs[0].replace_all_uses_with(earlier)
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _same_before(node: ir.Node) -> ir.Value | None:
+    """The earliest value above a chain of reshapes with the very shape of its result."""
+    target, value, found = node.outputs[0], node.inputs[0], None
+    if target.is_graph_output() or not target.uses():
+        return None
+    while value is not None:
+        if _equal_shapes(value.shape, target.shape):
+            found = value
+        producer = value.producer()
+        value = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
+    return found
+
+
+def _equal_shapes(one: ir.Shape | None, other: ir.Shape | None) -> bool:
+    """Known and equal; two dimensions of one name are equal, unnamed ones are not known."""
+    if one is None or other is None or len(one) != len(other):
+        return False
+    known = all(isinstance(dim, int) or dim.value is not None for dim in one)
+    return known and list(one) == list(other)
 
 
 class RemoveProvenance(ir.passes.InPlacePass):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
 
@@ -38,7 +39,7 @@ def _large_weights(model: ir.Model) -> Iterator[ir.Value]:
                 yield value
 
 
-def _store(value: ir.Value, written: dict[str, ir.ExternalTensor], file, data: Path) -> ir.ExternalTensor:  # type: ignore[no-untyped-def]
+def _store(value: ir.Value, written: dict[str, ir.ExternalTensor], file: BinaryIO, data: Path) -> ir.ExternalTensor:
     tensor = value.const_value
     assert tensor is not None
     content = (

@@ -1,0 +1,29 @@
+"""The process's own memory, as the kernel counts it: resident pages, files that are mapped included."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["forget_peak", "peak", "resident"]
+
+
+def resident() -> int:
+    """Bytes now."""
+    return _field("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes since the process began or `forget_peak`."""
+    return _field("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let the peak start anew from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _field(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found, f"this kernel does not report {name}"
+    return int(found[1]) * 1024

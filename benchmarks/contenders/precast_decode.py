@@ -1,0 +1,73 @@
+"""Our decoding, through the public API as a user would call it: `… ARTIFACT THREADS generate|stream`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from harness import serve
+
+from precast.runtime import CompiledModelForCausalLM
+
+# The checkpoint's end-of-sequence token is off, so that every contender writes the same number of tokens.
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": []}
+
+
+class _Clock:
+    """A streamer that notes when each new token came; the first thing that it is given is the prompt."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, tokens: Any) -> None:
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def main(artifact: str, threads: str, way: str) -> None:
+    """Serve requests."""
+    model = CompiledModelForCausalLM.from_pretrained(artifact, threads=int(threads))
+    repeat = {"generate": _generate, "stream": _stream}[way]
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request["logits"]:
+            return _with_logits(model, request)
+        return repeat(model, request)
+
+    serve({}, answer)
+
+
+def _generate(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    clock, started = _Clock(), time.perf_counter()
+    whole = model.generate([request["prompt"]], max_new_tokens=request["count"], streamer=clock, **GREEDY)
+    stamps = [stamp - started for stamp in clock.stamps[1:]]
+    return {"tokens": whole[0, len(request["prompt"]) :].tolist(), "stamps": stamps}
+
+
+def _stream(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    tokens, stamps, started = [], [], time.perf_counter()
+    for token in model.stream([request["prompt"]], max_new_tokens=request["count"], **GREEDY):
+        stamps.append(time.perf_counter() - started)
+        tokens.append(token)
+    return {"tokens": tokens, "stamps": stamps}
+
+
+def _with_logits(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Not timed: the same, with every step's logits written to a file."""
+    kept: list[Any] = []
+
+    def keep(tokens: Any, logits: Any) -> Any:
+        kept.append(logits[0].copy())
+        return logits
+
+    whole = model.generate([request["prompt"]], max_new_tokens=request["count"], logits_processor=[keep], **GREEDY)
+    np.save(request["logits"], np.stack(kept))
+    return {"tokens": whole[0, len(request["prompt"]) :].tolist()}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

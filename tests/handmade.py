@@ -1,0 +1,105 @@
+"""A tiny artifact written by hand: the contract and its publishing need no model and no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from precast.runtime.artifact import Artifact, read_artifact
+from precast.runtime.artifact.integrity import verify_files
+from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
+from precast.runtime.artifact.schema import (
+    Accuracy,
+    CacheLayer,
+    Compiler,
+    Contract,
+    Dim,
+    Graph,
+    Host,
+    Input,
+    Output,
+    Shapes,
+    Source,
+    Variant,
+)
+from precast.runtime.artifact.strict_json import canonical_digest, dumps
+from precast.runtime.hub import locate
+
+HOST = Host(platforms=[], device="cpu", isa=[], min_versions={"onnxruntime": "1.20"})
+
+
+def variant(name: str = "onnx", **changes: Any) -> Variant:
+    """One graph, one cached layer, every field filled in."""
+    fields: dict[str, Any] = {
+        "name": name,
+        "backend": "onnx",
+        "dtype": "float32",
+        "quantization": None,
+        "kv_cache": None,
+        "host": HOST,
+        "compiler": Compiler(name="onnx", version="1", options={"fused": True}, torch="2.13", transformers="5.23"),
+        "trust": "graph",
+        "accuracy": Accuracy(status="passed", reason="verglichen, 比较", figures={"max_abs_difference": 1e-06}),
+        "weights": ["model.onnx.data"],
+        "graphs": [
+            Graph(
+                name="model", role="decoder", file="model.onnx", batch=1, length=Dim(min=1, max=48), capacity=48,
+                inputs=[Input(name="input_ids", dtype="int64", shape=[1, Dim(min=1, max=48)], pad=0)],
+                outputs=[Output(name="logits", dtype="float32", shape=[1, 1, 320], slice=["batch", "positions", None])],
+                cache=[
+                    CacheLayer(
+                        layer=0, key_in="k", key_out="k2", value_in="v", value_out="v2", heads=2, head_dim=16,
+                        dtype="float32", window=8,
+                    )
+                ],
+            )
+        ],
+    }  # fmt: skip
+    return Variant(**{**fields, **changes})
+
+
+def contract(**changes: Any) -> Contract:
+    """A valid contract, but for `files` and `digest`."""
+    fields: dict[str, Any] = {
+        "format_version": 1,
+        "precast_version": "0.1.0",
+        "digest": "0" * 64,
+        "task": "text-generation",
+        "source": Source(model="user/tiny", revision=None, weights_sha256="a" * 64),
+        "shapes": Shapes(batch_size=1, sequence_length=[48], prefill_lengths=[], dynamic_batch_size=False),
+        "variants": [variant()],
+        "files": {},
+    }
+    return Contract(**{**fields, **changes})
+
+
+def make(target: Path, note: str = "old", *, force: bool = False, **changes: Any) -> Artifact:
+    """Publish an artifact step by step, as an export does. `note` is in its config and in every file."""
+    check_target(target, force=force)
+    with staging(target) as stage:
+        for name in ("model.onnx", "model.onnx.data", "sub/tokenizer.json", "README.md"):
+            (stage / name).parent.mkdir(exist_ok=True)
+            (stage / name).write_text(f"{name} of {note}\n" * 50)
+        write_config(stage, {"model_type": "llama", "note": note}, contract(files=hash_files(stage), **changes))
+        publish(stage, target, force=force)
+    return read_artifact(target)
+
+
+def load(target: Path) -> str:
+    """Open as the runtime does and hash every file anew; the artifact's note."""
+    artifact = read_artifact(locate(target))
+    verify_files(artifact.path, artifact.contract.files, force=True)
+    note: str = artifact.config["note"]
+    assert f"of {note}\n" in (target / "README.md").read_text()
+    return note
+
+
+def rewrite(target: Path, change: Any, *, seal: bool = True) -> None:
+    """Let `change` edit the parsed config.json, and, as an attacker would, make its digest right again."""
+    raw = json.loads((target / "config.json").read_bytes())
+    change(raw)
+    if seal:
+        bare = {key: value for key, value in raw["precast"].items() if key != "digest"}
+        raw["precast"]["digest"] = canonical_digest({**raw, "precast": bare})
+    (target / "config.json").write_bytes(dumps(raw))
