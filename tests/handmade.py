@@ -45,12 +45,24 @@ def variant(name: str = "onnx", **changes: Any) -> Variant:
         "graphs": [
             Graph(
                 name="model", role="decoder", file="model.onnx", batch=1, length=Dim(min=1, max=48), capacity=48,
-                inputs=[Input(name="input_ids", dtype="int64", shape=[1, Dim(min=1, max=48)], pad=0)],
-                outputs=[Output(name="logits", dtype="float32", shape=[1, 1, 320], slice=["batch", "positions", None])],
+                inputs=[
+                    Input(name="input_ids", dtype="int64", shape=[1, Dim(min=1, max=48)], pad=0),
+                    Input(name="past_lengths", dtype="int32", shape=[1], pad=0),
+                    Input(name="new_lengths", dtype="int32", shape=[1], pad=1),
+                    Input(name="logit_positions", dtype="int64", shape=[1, 1], pad=0),
+                    *(Input(name=name, dtype="float32", shape=[1, 2, 48, 16], pad=0) for name in ("key", "value")),
+                ],
+                outputs=[
+                    Output(name="logits", dtype="float32", shape=[1, 1, 320], slice=["batch", "positions", None]),
+                    *(
+                        Output(name=name, dtype="float32", shape=[1, 2, 48, 16], slice=[None] * 4)
+                        for name in ("new_key", "new_value")
+                    ),
+                ],
                 cache=[
                     CacheLayer(
-                        layer=0, key_in="k", key_out="k2", value_in="v", value_out="v2", heads=2, head_dim=16,
-                        dtype="float32", window=8,
+                        layer=0, key_in="key", key_out="new_key", value_in="value", value_out="new_value", heads=2,
+                        head_dim=16, dtype="float32", window=8,
                     )
                 ],
             )

@@ -12,7 +12,6 @@ import torch
 import transformers
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.options import ExportOptions as Options
 from precast.exporter.resolve import resolve
 from precast.runtime import CompiledModelForCausalLM, CompiledModelForFeatureExtraction
 from precast.runtime.artifact.tasks import get_task
@@ -37,7 +36,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def smollm2():
     """The eager model and its tokenizer."""
-    checkpoint = resolve(str(SMOLLM2), Options())
+    checkpoint = resolve(str(SMOLLM2), ExportOptions())
     return checkpoint.load(get_task("text-generation"), "float32"), checkpoint.tokenizer
 
 
@@ -57,12 +56,25 @@ def expected(smollm2):
     return rows, answers
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The artifact by batch size; one of them validated, which takes as long as the export."""
+    root, made = tmp_path_factory.mktemp("smollm2"), {}
+
+    def make(batch):
+        if batch not in made:
+            options = ExportOptions(batch_size=batch, sequence_length=(128,), validate=batch == 1)
+            made[batch] = export(str(SMOLLM2), root / str(batch), options).path
+        return CompiledModelForCausalLM.from_pretrained(made[batch])
+
+    return make
+
+
 @pytest.mark.parametrize("batch", [1, 4])
-def test_smollm2_writes_what_eager_writes(expected, tmp_path, batch):
+def test_smollm2_writes_what_eager_writes(expected, compiled, batch):
     """20 prompts, 64 greedy tokens: alone, and in batches of rows of different lengths padded on either side."""
     rows, answers = expected
-    export(str(SMOLLM2), tmp_path / "out", ExportOptions(batch_size=batch, sequence_length=(128,)))
-    model = CompiledModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = compiled(batch)
     assert [model.tokenizer.encode(prompt) for prompt in PROMPTS] == rows
     for start in range(0, len(rows), batch):
         for side in ("left", "right") if batch > 1 else ("left",):
@@ -72,11 +84,10 @@ def test_smollm2_writes_what_eager_writes(expected, tmp_path, batch):
                 assert values[ids.shape[1] :][: len(answer)].tolist() == answer
 
 
-def test_smollm2_speaks_as_in_the_demo(smollm2, tmp_path):
+def test_smollm2_speaks_as_in_the_demo(smollm2, compiled):
     """The whole prompt of a conversation is transformers' own, and the answer is right."""
     _, theirs = smollm2
-    export(str(SMOLLM2), tmp_path / "out", ExportOptions(sequence_length=(128,), validate=False))
-    model = CompiledModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = compiled(1)
     talk = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = model.tokenizer.apply_chat_template(talk)
     assert prompt == theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)

@@ -174,8 +174,8 @@ def test_options_list_everything_wrong_at_once():
         ExportOptions(batch_size=0, sequence_length=(0, 0), dtype="int3", atol=-1).check()
     assert str(caught.value) == (
         "--batch-size must be at least 1, not 0. --sequence-length must be at least 1, not 0. --sequence-length must "
-        "be at least 1, not 0. --sequence-length names a length twice: 0,0. --dtype 'int3' is not supported; the choices "
-        "are: float32. --atol must be above 0, not -1."
+        "be at least 1, not 0. --sequence-length names a length twice: 0,0. --dtype 'int3' is not supported; the "
+        "choices are: float32. --atol must be above 0, not -1."
     )
 
 

@@ -6,21 +6,22 @@ environment when it is imported.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from fakehub import FakeHub
 
 from precast.runtime import CompiledModel
+from precast.runtime import hub as runtime_hub
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import copy_artifact, hash_files, write_config
 
@@ -52,22 +53,22 @@ class User:
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
         """The `precast` command."""
-        return self._python(CLI, *words)
+        return self.python(CLI, *words)
 
     def open(self, model: object = REPO, **options: Any) -> tuple[Path, np.ndarray]:
         """from_pretrained(): where the artifact lies, and its logits."""
         answer = self.home / "logits.npy"
-        done = self._python(OPEN, model, json.dumps(options), answer, json.dumps(IDS))
+        done = self.python(OPEN, model, json.dumps(options), answer, json.dumps(IDS))
         assert done.returncode == 0, done.stderr
         return Path(done.stdout.strip()), np.load(answer)
 
     def fail(self, model: object = REPO, **options: Any) -> str:
         """The error of from_pretrained(), one line."""
-        done = self._python(OPEN, model, json.dumps(options), self.home / "none", json.dumps(IDS))
+        done = self.python(OPEN, model, json.dumps(options), self.home / "none", json.dumps(IDS))
         assert done.returncode == 1
         return _one_line(done.stderr)
 
-    def _python(self, code: str, *words: object) -> subprocess.CompletedProcess[str]:
+    def python(self, code: str, *words: object) -> subprocess.CompletedProcess[str]:
         self.home.mkdir(exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         places = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home / "hf"), "PRECAST_HOME": str(self.home / "own")}
@@ -102,18 +103,13 @@ def files_of(root: Path) -> dict[str, bytes]:
 
 
 def changed(artifact: Path, target: Path, **files: bytes) -> Path:
-    """A copy with other `files`; those with no content are left out. Its config.json tells the truth."""
+    """A copy with other `files`; its config.json tells the truth about them."""
     copy_artifact(read_artifact(artifact), target, force=False)
     for name, content in files.items():
-        (target / name).write_bytes(content) if content else (target / name).unlink()
+        (target / name).write_bytes(content)
     copy = read_artifact(target)
-    contract = copy.contract
-    write_config(target, copy.config, type(contract)(**{**_fields(contract), "files": hash_files(target)}))
+    write_config(target, copy.config, msgspec.structs.replace(copy.contract, files=hash_files(target)))
     return target
-
-
-def _fields(contract: Any) -> dict[str, Any]:
-    return {name: getattr(contract, name) for name in contract.__struct_fields__}
 
 
 def _one_line(text: str) -> str:
@@ -141,3 +137,237 @@ def test_push_and_load_back(hub, new_user, decoder, lfs_threshold):
     path, logits = new_user().open()
     assert {name: content for name, content in files_of(path).items() if name != ".gitattributes"} == mine
     assert np.array_equal(logits, CompiledModel.from_pretrained(decoder)(IDS).logits)
+
+
+def test_one_commit_however_many_files(hub, new_user, decoder, tmp_path):
+    """huggingface_hub's own upload_folder splits large folders into several commits when it can use xet."""
+    many = changed(decoder, tmp_path / "many", **{f"extra{number}.json": b"{}" for number in range(300)})
+    user = new_user(HF_HUB_DISABLE_XET="0")
+    code = "import sys; from precast.runtime import CompiledModel as M; M.from_pretrained(sys.argv[1]).push_to_hub('user/model')"
+    done = user.python(code, many)
+    assert done.returncode == 0, done.stderr
+    assert hub.files(REPO).keys() == {*files_of(many), ".gitattributes"}
+    assert len(hub.repos[REPO].commits) == 2
+
+
+def test_private(hub, new_user, decoder):
+    for repo, flags in {"user/open": [], "user/closed": ["--private"]}.items():
+        assert new_user().run("push", decoder, repo, *flags).returncode == 0
+        assert hub.repos[repo].private == bool(flags)
+
+
+def test_export_and_push(hub, new_user, checkpoint, tmp_path):
+    done = new_user().run(
+        "export", checkpoint("llama"), "-o", tmp_path / "out", "--sequence-length", 16, "--no-validate",
+        "--push-to-hub", REPO, "--private", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos[REPO]
+    assert json.loads(done.stdout)["url"] == f"{hub.url}/{REPO}/commit/{repo.commits[-1][0]}"
+    assert repo.private
+    assert hub.files(REPO).items() >= files_of(tmp_path / "out").items()
+
+
+def test_a_second_push_removes_what_is_no_longer_there(hub, new_user, decoder, tmp_path):
+    user = new_user()
+    old = changed(decoder, tmp_path / "old", **{"extra.json": b"{}", "README.md": b"# Old\n"})
+    assert user.run("push", old, REPO).returncode == 0
+    old_sha = hub.repos[REPO].commits[-1][0]
+    assert user.run("push", decoder, REPO).returncode == 0
+    assert hub.files(REPO).keys() == {*files_of(decoder), ".gitattributes"}
+    assert len(hub.repos[REPO].commits) == 3
+
+    path, _ = user.open()
+    assert not (path / "extra.json").exists()
+    path, _ = user.open(revision=old_sha)
+    assert (path / "extra.json").read_bytes() == b"{}"
+    assert (path / "README.md").read_text() == "# Old\n"
+
+
+def test_pushing_again_what_is_there_commits_nothing(hub, new_user, decoder):
+    user = new_user()
+    first, second = (user.run("push", decoder, REPO, "--json").stdout for _ in range(2))
+    assert first == second
+    assert len(hub.repos[REPO].commits) == 2
+
+
+def test_a_subfolder_is_all_that_is_downloaded(hub, new_user, decoder):
+    files = files_of(decoder)
+    hub.add(REPO, {"model.safetensors": b"large", **{f"compiled/{name}": files[name] for name in files}})
+    path, _ = new_user().open(subfolder="compiled")
+    assert files_of(path) == files
+    assert not any("safetensors" in line for line in hub.requests)
+
+
+def test_without_the_hub_once_it_is_downloaded(hub, new_user, published):
+    user = new_user()
+    assert "HubError: user/model is neither a local directory nor in the Hub cache" in user.fail(local_files_only=True)
+    assert hub.requests == []
+    path, logits = user.open()
+    asked = len(hub.requests)
+    for settings, options in ({}, {"local_files_only": True}), ({"HF_HUB_OFFLINE": "1"}, {}):
+        again = User(hub, user.home, settings).open(**options)
+        assert again[0] == path
+        assert np.array_equal(again[1], logits)
+    assert len(hub.requests) == asked
+    # A Hub that is down is no reason to stop either.
+    assert User(hub, user.home, {"HF_ENDPOINT": "http://127.0.0.1:1"}).open()[0] == path
+
+
+# ---------------------------------------------------------------- the store
+
+
+def test_a_cache_two_links_deep_opens(new_user, published):
+    """What huggingface_hub makes of files that xet carries: snapshots -> blobs -> one store for all repositories."""
+    import onnxruntime
+
+    user = new_user()
+    _, logits = user.open()
+    shutil.rmtree(user.home / "own")
+    cache = user.home / "hf" / "hub"
+    shared = cache / "blobs" / "aa"
+    shared.mkdir(parents=True)
+    for blob in (cache / "models--user--model" / "blobs").iterdir():
+        blob.rename(shared / blob.name)
+        blob.symlink_to(os.path.relpath(shared / blob.name, blob.parent))
+    (snapshot,) = (cache / "models--user--model" / "snapshots").iterdir()
+    with pytest.raises(Exception, match="escapes"):
+        onnxruntime.InferenceSession(snapshot / "model.onnx")
+
+    path, again = user.open(local_files_only=True)
+    assert np.array_equal(logits, again)
+    assert path.is_relative_to(user.home / "own")
+    for name in published:
+        assert not (path / name).is_symlink()
+        assert (path / name).samefile(snapshot / name), "linked, not copied"
+
+
+def test_files_are_copied_where_they_cannot_be_linked(encoder, monkeypatch):
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = runtime_hub._store(read_artifact(encoder))
+    assert files_of(path) == files_of(encoder)
+    assert not (path / "model.onnx").samefile(encoder / "model.onnx")
+
+
+def test_another_process_may_be_faster(encoder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PRECAST_HOME", str(tmp_path))
+    publish = runtime_hub.publish
+
+    def late(stage, target, *, force):
+        shutil.copytree(stage, target)
+        publish(stage, target, force=force)
+
+    monkeypatch.setattr(runtime_hub, "publish", late)
+    path = runtime_hub._store(read_artifact(encoder))
+    assert files_of(path) == files_of(encoder)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_was_altered_on_the_hub_is_refused_by_name_and_not_kept(hub, new_user, published):
+    user, good = new_user(), published["model.onnx.data"]
+    for bad in good[:-1] + bytes([good[-1] ^ 1]), good[:-1]:
+        hub.add(REPO, {**published, "model.onnx.data": bad})
+        error = user.fail()
+        assert error.startswith("IntegrityError: ")
+        assert "model.onnx.data" in error
+    hub.add(REPO, {name: content for name, content in published.items() if name != "tokenizer.json"})
+    assert "tokenizer.json" in user.fail()
+    hub.add(REPO, published)
+    path, _ = user.open()
+    assert files_of(path) == published
+
+
+def test_force_download_replaces_what_was_altered_here(new_user, published):
+    user = new_user()
+    path, _ = user.open()
+    (path / "model.onnx").write_bytes(b"nothing")
+    assert "model.onnx" in user.fail()
+    assert files_of(user.open(force_download=True)[0]) == published
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def _check_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit status 1, a JSON document on standard output, the same in one line on standard error."""
+    assert done.returncode == 1, done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["type"] == "HubError"
+    assert "\n" not in error["message"]
+    assert _one_line(done.stderr) == f"precast: {error['message']}"
+    for word in words:
+        assert word in error["message"]
+
+
+UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:1"}
+LOG_IN = "hf auth login"
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "fault", "expected"),
+    [
+        (["user/none"], {}, 0, ["404", "Check the name"]),
+        ([REPO, "--revision", "none"], {}, 0, ["404", "Check the name and revision"]),
+        (["user/not a name"], {}, 0, ["user/not a name"]),
+        ([REPO], {"HF_TOKEN": "wrong"}, 0, ["401", LOG_IN]),
+        ([REPO, "--token", "wrong"], {}, 0, ["401", LOG_IN]),
+        ([REPO], {}, 403, ["403", LOG_IN]),
+        ([REPO], {}, 500, ["500"]),
+        ([REPO], UNREACHABLE, 0, ["not reached", "HF_ENDPOINT"]),
+        ([REPO], {"HF_HUB_OFFLINE": "1"}, 0, ["not asked", "HF_HUB_OFFLINE"]),
+    ],
+)
+def test_failed_pulls(hub, new_user, published, words, settings, fault, expected):
+    if fault:
+        hub.fail("GET /api/models/", fault)
+    _check_error(new_user(**settings).run("inspect", *words, "--json"), words[0], *expected)
+
+
+def test_an_option_overrides_the_environment(new_user, published):
+    assert new_user(HF_TOKEN="wrong").run("inspect", REPO, "--token", "x").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault", "expected"),
+    [
+        ({"HF_TOKEN": "wrong"}, None, ["401", LOG_IN]),
+        ({}, ("repos/create", 403), ["403", LOG_IN]),
+        ({}, ("repos/create", 500), ["500"]),
+        ({}, ("preupload", 404), ["404"]),
+        ({}, ("PUT /lfs/", 400), ["400", "upload"]),
+        ({}, ("/commit/", 503), ["503"]),
+        (UNREACHABLE, None, ["refused"]),
+        ({"HF_HUB_OFFLINE": "1"}, None, ["HF_HUB_OFFLINE"]),
+    ],
+)
+def test_failed_pushes(hub, new_user, decoder, settings, fault, expected):
+    hub.lfs_threshold = 1000
+    if fault:
+        hub.fail(*fault, times=9)
+    _check_error(new_user(**settings).run("push", decoder, REPO, "--json"), "was not pushed to user/model", *expected)
+    assert all(len(repo.commits) == 1 for repo in hub.repos.values())
+
+
+def test_what_is_not_an_artifact_is_not_pushed(hub, new_user, decoder, checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(decoder, broken)
+    (broken / "model.onnx").write_bytes(b"nothing")
+    for path, word in (broken, "model.onnx"), (checkpoint("llama"), "not a precast artifact"), (tmp_path / "no", "no"):
+        done = new_user().run("push", path, REPO)
+        assert done.returncode == 1
+        assert word in _one_line(done.stderr)
+    assert hub.requests == []
+
+
+def test_a_repository_without_an_artifact(hub, new_user):
+    hub.add(REPO, {"config.json": b"{}", "model.safetensors": b""})
+    assert "not a precast artifact" in new_user().fail()
+
+
+def test_a_path_is_never_asked_of_the_hub(hub, new_user):
+    for name in "./none", "/none/at/all", "~/none", "a/b/c":
+        assert f"There is no directory {name}" in new_user().fail(name)
+    assert hub.requests == []

@@ -1,0 +1,63 @@
+"""What a run of the benchmarks works with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import HERE, environment
+
+__all__ = ["CAPACITY", "PEER_MODEL", "PEER_PYTHON", "PROMPT", "Plan", "script"]
+
+BUILD = HERE.parent / "build"
+PEER_PYTHON = BUILD / "peers" / "onnxruntime-genai" / "bin" / "python"
+PEER_MODEL = BUILD / "peers" / "smollm2-genai-fp32"
+
+CAPACITY = 512
+# 107 tokens, whose greedy continuation by SmolLM2-135M-Instruct goes on for more than 128.
+PROMPT = """PLACEHOLDER"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run: the checkpoint, where files go, how often.
+
+    Attributes:
+        artifact: what was exported from `model` before, or None to export it anew.
+        is_quick: few repetitions, to see that all works; its figures are noise.
+        note: shows progress to the person who waits.
+    """
+
+    model: Path
+    artifact: Path | None
+    work: Path
+    threads: int
+    is_quick: bool
+    note: Callable[[str], None]
+
+    def rounds(self, number: int) -> int:
+        """`number`, or fewer in a quick run."""
+        return min(2, number) if self.is_quick else number
+
+    def ready_artifact(self) -> Path:
+        """The artifact to measure; exported by the code as it is now, unless the caller named one."""
+        target = self.artifact or self.work / "artifact"
+        if self.artifact is None:
+            self.note("exporting")
+            command = [script("precast"), "export", self.model, "--sequence-length", CAPACITY, "-o", target, "--force", "-q"]
+            subprocess.run([*map(str, command)], env=environment(), stdout=subprocess.DEVNULL, check=True)
+        return target
+
+    def peer_problem(self) -> str | None:
+        """Why onnxruntime-genai cannot take part, if so."""
+        if PEER_PYTHON.exists() and PEER_MODEL.exists():
+            return None
+        return "onnxruntime-genai is not there (`make peers` installs it); its figures are missing."
+
+
+def script(name: str) -> Path:
+    """An installed command of this environment."""
+    return Path(sys.executable).with_name(name)
