@@ -71,3 +71,27 @@ def decoder(checkpoint: Callable[..., Path], artifact: Callable[..., Path]) -> P
 def encoder(checkpoint: Callable[..., Path], artifact: Callable[..., Path]) -> Path:
     """A BERT for feature extraction: batch 3, lengths 16 and 48."""
     return artifact(checkpoint("bert", "AutoModel"), batch_size=3, sequence_length=(16, 48))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="Write the goldens instead of comparing with them.")
+
+
+@pytest.fixture
+def golden_text(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`golden_text(path, text)`: the file holds this text; with `between`, the part between two lines does."""
+    update = request.config.getoption("--update-goldens")
+
+    def check(path: Path, text: str, between: tuple[str, str] | None = None) -> None:
+        held = path.read_text("utf-8") if path.exists() else ""
+        expected = text
+        if between is not None:
+            before, _, rest = held.partition(between[0] + "\n")
+            _, _, after = rest.partition(between[1])
+            expected = f"{before}{between[0]}\n{text}\n{between[1]}{after}"
+        if update:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(expected, "utf-8")
+        assert path.read_text("utf-8") == expected, f"{path.name} is stale: pytest --update-goldens"
+
+    return check
