@@ -89,7 +89,10 @@ def _agreement(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, An
 def _answer(results: Results, checks: Checked) -> Answer:
     speeds = {name: [_speed(each["stamps"]) for each in rounds] for name, rounds in results.items()}
     firsts = {name: [1e3 * each["stamps"][0] for each in rounds] for name, rounds in results.items()}
-    answer = Answer("Decoding, fp32, batch 1", ["", "tokens/s", "over bare loop", "first token ms", "equal tokens", "max |logit difference|"])
+    answer = Answer(
+        "Decoding, fp32, batch 1",
+        ["", "tokens/s", "over bare loop", "first token ms", "equal tokens", "max |logit difference|"],
+    )
     for name in results:
         compared = ratios(speeds[name], speeds[BARE])
         answer.figures[name] = {

@@ -19,7 +19,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HERE", "Answer", "Contender", "ContenderError", "Target", "alternate", "environment", "ratios", "serve", "summary"]
+__all__ = [
+    "HERE",
+    "Answer",
+    "Contender",
+    "ContenderError",
+    "Target",
+    "alternate",
+    "environment",
+    "ratios",
+    "serve",
+    "summary",
+]
 
 HERE = Path(__file__).resolve().parent
 

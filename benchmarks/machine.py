@@ -84,7 +84,5 @@ def _version(name: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", Path(__file__).parent, *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", "-C", Path(__file__).parent, *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip()

@@ -18,7 +18,14 @@ PEER_MODEL = BUILD / "peers" / "smollm2-genai-fp32"
 
 CAPACITY = 512
 # 107 tokens, whose greedy continuation by SmolLM2-135M-Instruct goes on for more than 128.
-PROMPT = """PLACEHOLDER"""
+PROMPT = """<|im_start|>user
+I am writing a small guide for visitors of an old lighthouse. It has a spiral staircase of two hundred steps, a brass \
+lamp, and a lens that was ground in Paris. The keeper's family lived there for three generations, and the youngest \
+daughter kept the light burning through the great storm when nobody else could. Please write the text for the sign \
+beside the door: tell visitors what they will see on each floor, why the light was built, and what they should be \
+careful about.<|im_end|>
+<|im_start|>assistant
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,17 @@ class Plan:
         target = self.artifact or self.work / "artifact"
         if self.artifact is None:
             self.note("exporting")
-            command = [script("precast"), "export", self.model, "--sequence-length", CAPACITY, "-o", target, "--force", "-q"]
+            command = [
+                script("precast"),
+                "export",
+                self.model,
+                "--sequence-length",
+                CAPACITY,
+                "-o",
+                target,
+                "--force",
+                "-q",
+            ]
             subprocess.run([*map(str, command)], env=environment(), stdout=subprocess.DEVNULL, check=True)
         return target
 

@@ -42,7 +42,11 @@ def main(model: str, target: str, length: str, threads: str) -> None:
         for step in _steps(Path(model), Path(target), int(length)):
             stamps.append(time.perf_counter())
         seconds = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
-        return {"base_bytes": base, "peak_bytes": peak(), "seconds": dict(zip(("load", "torch.export", "torch.onnx"), seconds, strict=True))}
+        return {
+            "base_bytes": base,
+            "peak_bytes": peak(),
+            "seconds": dict(zip(("load", "torch.export", "torch.onnx"), seconds, strict=True)),
+        }
 
     serve({}, export)
 

@@ -71,7 +71,10 @@ def _build(python: Path, checkpoint: Path, target: Path) -> None:
     shutil.rmtree(stage, ignore_errors=True)
     builder = [python, "-m", "onnxruntime_genai.models.builder"]
     done = subprocess.run(
-        [*builder, "-m", checkpoint, "-o", stage, "-p", "fp32", "-e", "cpu"], capture_output=True, text=True, check=False
+        [*builder, "-m", checkpoint, "-o", stage, "-p", "fp32", "-e", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"The peer's model builder failed:\n{done.stderr[-2000:]}")

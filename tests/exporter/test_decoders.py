@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModelForCausalLM
+from precast.runtime.artifact import read_artifact
 from precast.runtime.errors import CheckpointError, ExportError
 
 CAPACITY = 48
@@ -114,6 +115,8 @@ def test_capacity_bounds_windows(checkpoint, artifact):
             if node.op_type == "GroupQueryAttention"
         }
         assert found == expected
+        versions = read_artifact(path).contract.variants[0].host.min_versions
+        assert versions == {"onnxruntime": "1.31" if expected == {8} else "1.23"}, "older kernels see one key more"
 
 
 def test_an_architecture_past_the_interface_is_refused(checkpoint, tmp_path, monkeypatch):

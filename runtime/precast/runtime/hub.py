@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .artifact import UNLISTED, Artifact, read_artifact
+from .artifact.integrity import check_hash
 from .artifact.publish import publish, recover, staging
 from .artifact.store import home
-from .errors import ArtifactError, HubError, PublishError
+from .errors import ArtifactError, HubError, IntegrityError, PublishError
+from .progress import progress
 
 __all__ = ["locate", "push"]
 
@@ -41,7 +45,7 @@ def locate(
         str(model), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
         force_download=force_download, allow_patterns=[f"{subfolder}/*"] if subfolder else None,
     )  # fmt: skip
-    return _store(read_artifact(snapshot / (subfolder or "")))
+    return _store(read_artifact(snapshot / (subfolder or "")), again=force_download)
 
 
 def push(
@@ -57,46 +61,59 @@ def push(
 
     Files that an earlier artifact left in the repository are deleted in the same commit. Raises HubError.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api = HfApi(token=token)
-    try:
+    api, names = HfApi(token=token), _names(artifact)
+    with _hub_errors(f"{artifact.path} was not pushed to {repo_id}"):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=artifact.path, revision=revision, commit_message=commit_message,
-            allow_patterns=_names(artifact), delete_patterns=["*"],
-        )  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise HubError(f"{artifact.path} was not pushed to {repo_id}: {_first_line(error)}{_hint(error)}") from error
+        stale = set(api.list_repo_files(repo_id, revision=revision)) - {*names, ".gitattributes"}
+        # upload_folder() makes several commits of a large folder: between them the repository would be broken.
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, artifact.path / name) for name in names),
+                *(CommitOperationDelete(name) for name in sorted(stale)),
+            ],
+            commit_message=commit_message,
+            revision=revision,
+        )
     return str(commit.commit_url)
 
 
 def _download(repo_id: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(repo_id, **options))
-    except LocalEntryNotFoundError as error:
-        raise HubError(
-            f"{repo_id} is neither a local directory nor in the Hub cache, and the Hub was not asked or not reached "
-            f"(HF_HUB_OFFLINE, local_files_only, HF_ENDPOINT)."
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise HubError(f"{repo_id} could not be fetched: {_first_line(error)}{_hint(error)}") from error
+    with _hub_errors(f"{repo_id} could not be fetched"):
+        try:
+            return Path(snapshot_download(repo_id, **options))
+        except LocalEntryNotFoundError as error:
+            if _answered(error) is not None:
+                raise
+            raise HubError(
+                f"{repo_id} is neither a local directory nor in the Hub cache, and the Hub was not asked or not "
+                f"reached (HF_HUB_OFFLINE, local_files_only, HF_ENDPOINT)."
+            ) from error
 
 
-def _store(artifact: Artifact) -> Path:
-    """Link a downloaded snapshot's files into the store, under the digest of its contract."""
+def _store(artifact: Artifact, *, again: bool = False) -> Path:
+    """Link a downloaded snapshot's files into the store, under the digest of its contract.
+
+    Only what the contract says goes in: one broken download would otherwise stay until the contract changes.
+    Raises IntegrityError.
+    """
     target = home() / "artifacts" / artifact.contract.digest
-    if target.is_dir():
+    if target.is_dir() and not again:
         return target
+    files = artifact.contract.files
     try:
         with staging(target) as stage:
             for name in _names(artifact):
                 _link(artifact.path / name, stage / name)
-            publish(stage, target, force=False)
+            with progress("Checking", sum(file.size for file in files.values())) as advance:
+                for name, file in files.items():
+                    check_hash(artifact.path / name, name, file, advance)
+            publish(stage, target, force=again)
     except PublishError:
         # Another process may have been faster; what it published is the same.
         if not (target / "config.json").is_file():
@@ -110,7 +127,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(strict=True), target)
     except FileNotFoundError:
-        raise ArtifactError(f"The download lacks {source.name}, which its config.json lists.") from None
+        raise IntegrityError(f"The download lacks {source.name}, which its config.json lists.") from None
     except OSError:
         shutil.copyfile(source, target)
 
@@ -119,14 +136,35 @@ def _names(artifact: Artifact) -> list[str]:
     return [*artifact.contract.files, *(name for name in sorted(UNLISTED) if (artifact.path / name).is_file())]
 
 
-def _hint(error: BaseException) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+@contextmanager
+def _hub_errors(failed: str) -> Iterator[None]:
+    """Whatever goes wrong within is a HubError: the HTTP, LFS and xet clients raise errors of no common base."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        raise HubError(f"{failed}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    answered = _answered(error)
+    if answered is None:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    status, said = answered.response.status_code, " ".join((getattr(answered, "server_message", None) or "").split())
+    return f"the Hub answered {status}{said and ': '}{said.rstrip('.')}.{_hint(status)}"
+
+
+def _answered(error: BaseException | None) -> Any:
+    """The error, among those that led to this one, that holds the Hub's answer; None if it gave none."""
+    while error is not None and getattr(error, "response", None) is None:
+        error = error.__cause__
+    return error
+
+
+def _hint(status: int) -> str:
     if status in (401, 403):
         return " Log in with `hf auth login`, or pass --token."
     if status == 404:
         return " Check the name and revision; a private repository needs a token."
-    return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return " Try again later." if status >= 500 else ""

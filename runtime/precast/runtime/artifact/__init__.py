@@ -13,7 +13,7 @@ from ..errors import ArtifactError, FormatError
 from . import strict_json
 from .schema import FORMAT_VERSION, Contract, File, Graph, Variant
 
-__all__ = ["UNLISTED", "Artifact", "contract_digest", "read_artifact", "render_config"]
+__all__ = ["UNLISTED", "Artifact", "contract_digest", "is_artifact", "read_artifact", "render_config"]
 
 KEY = "precast"
 DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
@@ -53,6 +53,14 @@ def read_artifact(path: str | Path) -> Artifact:
     contract = _parse(config.pop(KEY), path)
     _check(contract, config, path)
     return Artifact(path, config, contract)
+
+
+def is_artifact(path: Path) -> bool:
+    """Does `path/config.json` say that it is an artifact's, whether or not it keeps the contract?"""
+    try:
+        return KEY in strict_json.loads(_read_config(path), str(path))
+    except ArtifactError:
+        return False
 
 
 def render_config(config: dict[str, Any], contract: Contract) -> bytes:

@@ -17,7 +17,7 @@ from ..errors import IntegrityError, TrustError
 from .schema import File
 from .store import home, sign, write_atomically
 
-__all__ = ["require_trust", "sha256_of", "verify_files", "vouch"]
+__all__ = ["check_hash", "require_trust", "sha256_of", "verify_files", "vouch"]
 
 CHUNK = 4 * 2**20
 
@@ -46,7 +46,7 @@ def verify_files(
         path = root / name
         found = _stat(root, path, name, expected)
         if force or not stamps.has(name, found, expected.sha256):
-            _check_hash(path, name, expected, advance)
+            check_hash(path, name, expected, advance)
             stamps.add(name, found, expected.sha256)
     stamps.save()
 
@@ -68,7 +68,8 @@ def _stat(root: Path, path: Path, name: str, expected: File) -> os.stat_result:
 _FIX = "Export or download the artifact again."
 
 
-def _check_hash(path: Path, name: str, expected: File, advance: Callable[[int], None]) -> None:
+def check_hash(path: Path, name: str, expected: File, advance: Callable[[int], None]) -> None:
+    """Read the file at `path`, which is listed as `name`. Raises IntegrityError where its hash is not the expected."""
     actual = sha256_of(path, advance)
     if actual != expected.sha256:
         raise IntegrityError(

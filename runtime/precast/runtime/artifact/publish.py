@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ..errors import PublishError
-from . import UNLISTED, Artifact, contract_digest, render_config
+from . import UNLISTED, Artifact, contract_digest, is_artifact, render_config
 from .integrity import sha256_of
 from .schema import Contract, File
 
@@ -44,23 +45,48 @@ fault: Callable[[str], None] = _no_fault
 def check_target(target: Path, *, force: bool) -> None:
     """Refuse, before any work, a target that could not be written to in the end. Raises PublishError."""
     recover(target)
+    try:
+        _check_kind(target, force=force)
+    except OSError as error:
+        raise PublishError(f"{target} cannot be written: {error.strerror} ({error.filename}).") from error
+    _check_writable(target)
+
+
+def _check_kind(target: Path, *, force: bool) -> None:
     if target.is_symlink() and not target.exists():
         raise PublishError(f"{target} is a symbolic link to nothing.")
     if target.exists() and not target.is_dir():
         raise PublishError(f"{target} exists and is a file; give a directory that does not exist yet.")
-    occupied = target.is_dir() and any(target.iterdir())
+    occupied = _is_occupied(target)
     if occupied and not force:
         raise PublishError(f"{target} exists and is not empty. Choose another directory, or replace it with --force.")
-    if occupied and not (target / "config.json").is_file():
+    if occupied and not is_artifact(target):
         raise PublishError(f"{target} holds something that is not an artifact; --force replaces artifacts only.")
-    if occupied and os.path.ismount(target):
+    if occupied and os.path.ismount(_place(target)):
         raise PublishError(f"{target} is a mount point, which cannot be exchanged; empty it first.")
-    _check_writable(target)
+
+
+def _is_occupied(target: Path) -> bool:
+    """Is there anything but stages, which lie inside where the target is a mount point?"""
+    return target.is_dir() and any(
+        not path.name.startswith(f".{_place(target).name}.stage-") for path in target.iterdir()
+    )
+
+
+def _place(target: Path) -> Path:
+    """Where the target really is: not behind symbolic links, which a rename would replace, and never just `.`."""
+    return Path(os.path.realpath(target))
+
+
+def _stages_in(target: Path) -> Path:
+    """The directory in which a target is staged: beside it, or inside a mount point."""
+    place = _place(target)
+    return place if os.path.ismount(place) else place.parent
 
 
 def _check_writable(target: Path) -> None:
-    place = target if target.is_dir() and os.path.ismount(target) else target.absolute().parent
-    while not place.exists():
+    place = _stages_in(target)
+    while not os.path.exists(place):
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise PublishError(f"{target} cannot be written: {place} is not a directory that you may write to.")
@@ -72,12 +98,11 @@ def staging(target: Path) -> Iterator[Path]:
 
     Raises PublishError where it cannot be made.
     """
-    inside = target.is_dir() and os.path.ismount(target)
-    parent = target if inside else target.absolute().parent
+    parent, name = _stages_in(target), _place(target).name
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _sweep(parent, target.name)
-        stage = parent / f".{target.name}.stage-{os.getpid()}-{secrets.token_hex(4)}"
+        _sweep(parent, name)
+        stage = parent / f".{name}.stage-{os.getpid()}-{secrets.token_hex(4)}"
         stage.mkdir()
     except OSError as error:
         raise PublishError(f"{target} cannot be written: {error.strerror} ({error.filename}).") from error
@@ -92,22 +117,26 @@ def staging(target: Path) -> Iterator[Path]:
 def publish(stage: Path, target: Path, *, force: bool) -> None:
     """Make a complete stage the artifact at `target`. Raises PublishError; then the target is as it was."""
     check_target(target, force=force)
+    place = _place(target)
     try:
         for path in sorted(stage.rglob("*")):
             fault(f"fsync {path.name}")
             _fsync(path)
         _fsync(stage)
-        if target.is_dir() and os.path.ismount(target):
-            _move_into(stage, target)
-        elif target.is_dir() and any(target.iterdir()):
-            _exchange(stage, target)
+        if os.path.ismount(place):
+            _move_into(stage, place)
+        elif _is_occupied(place):
+            _exchange(stage, place)
         else:
             fault("rename")
-            os.rename(stage, target)
-        fault("fsync parent")
-        _fsync(target.absolute().parent)
+            os.rename(stage, place)
     except OSError as error:
         raise _explained(error, target) from error
+    try:
+        fault("fsync parent")
+        _fsync(_stages_in(target))
+    except OSError as error:
+        raise PublishError(f"{target} is complete, but a power cut could undo it: {error.strerror}.") from error
 
 
 def hash_files(stage: Path) -> dict[str, File]:
@@ -141,12 +170,14 @@ def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put back the old artifact if a replacement by two renames was killed between them."""
-    if target.exists():
+    """Put back the old artifact if a replacement by two renames was killed between them, and if we may."""
+    place = _place(target)
+    if os.path.exists(place):
         return
-    for old in sorted(target.absolute().parent.glob(f".{target.name}.old-*")):
-        os.rename(old, target)
-        return
+    with suppress(OSError):
+        for old in sorted(place.parent.glob(f".{glob.escape(place.name)}.old-*")):
+            os.rename(old, place)
+            return
 
 
 def _exchange(stage: Path, target: Path) -> None:
@@ -154,14 +185,16 @@ def _exchange(stage: Path, target: Path) -> None:
     if _rename_exchange(stage, target):
         # The old artifact now lies where the stage was, and goes with it.
         return
-    old = target.absolute().parent / f".{target.name}.old-{secrets.token_hex(4)}"
+    old = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
     fault("set aside")
     os.rename(target, old)
     try:
         fault("rename")
         os.rename(stage, target)
     except BaseException:
-        os.rename(old, target)
+        with suppress(FileNotFoundError):
+            # Gone if someone found no target in this moment and put the old one back.
+            os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -181,9 +214,16 @@ def _rename_exchange(one: Path, other: Path) -> bool:
 
 def _move_into(stage: Path, target: Path) -> None:
     """A mount point cannot be renamed: move the files into it, config.json last, which makes them an artifact."""
-    for path in sorted(stage.iterdir(), key=lambda path: path.name == "config.json"):
-        fault(f"move {path.name}")
-        os.rename(path, target / path.name)
+    paths = sorted(stage.iterdir(), key=lambda path: path.name == "config.json")
+    try:
+        for path in paths:
+            fault(f"move {path.name}")
+            os.rename(path, target / path.name)
+    except BaseException:
+        for path in reversed(paths):
+            with suppress(FileNotFoundError):
+                os.rename(target / path.name, path)
+        raise
 
 
 def _fsync(path: Path) -> None:
@@ -196,12 +236,13 @@ def _fsync(path: Path) -> None:
 
 def _sweep(parent: Path, name: str) -> None:
     """Remove what killed exports left: stages whose process is gone, or that are older than a day."""
-    for path in parent.glob(f".{name}.stage-*"):
-        pid = path.name.split("-")[-2]
-        if not _is_running(pid) or time.time() - path.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+    for path in parent.glob(f".{glob.escape(name)}.stage-*"):
+        with suppress(FileNotFoundError):
+            # Gone if its process has just published it.
+            if not _is_running(path.name.split("-")[-2]) or time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
     if (parent / name).exists():
-        for path in parent.glob(f".{name}.old-*"):
+        for path in parent.glob(f".{glob.escape(name)}.old-*"):
             shutil.rmtree(path, ignore_errors=True)
 
 

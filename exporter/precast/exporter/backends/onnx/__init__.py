@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from precast.runtime.artifact.schema import Compiler, Host
+from precast.runtime.artifact.schema import Compiler, Graph, Host
 
 from ...trace import Program
 from .. import Compiled
@@ -34,7 +34,7 @@ class OnnxCompiler:
         return Compiled(
             graphs=graphs,
             weights=weights,
-            host=Host(platforms=[], device="cpu", isa=[], min_versions={"onnxruntime": _minimum_runtime()}),
+            host=Host(platforms=[], device="cpu", isa=[], min_versions={"onnxruntime": _minimum_runtime(graphs)}),
             compiler=Compiler(
                 name="torch.onnx",
                 version=version("onnxscript"),
@@ -45,6 +45,10 @@ class OnnxCompiler:
         )
 
 
-def _minimum_runtime() -> str:
-    """GroupQueryAttention computes our attention on the CPU, caches in place, from this release on (tested)."""
-    return "1.31"
+def _minimum_runtime(graphs: list[Graph]) -> str:
+    """The oldest release whose CPU kernels passed the tests: before the second, GroupQueryAttention's local window
+    sees one key more. 1.23 is the last for Python 3.10."""
+    has_window = any(
+        layer.window is not None and layer.window < graph.capacity for graph in graphs for layer in graph.cache
+    )
+    return "1.31" if has_window else "1.23"
