@@ -11,13 +11,13 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
 
-.PHONY: demo test test-slow check env models bench clean
+.PHONY: demo test test-slow check env models bench peers clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
 
 test: $(BIN)/.dev models
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(BIN)/.dev models
 	$(BIN)/python -m pytest -m slow
@@ -29,6 +29,10 @@ check: $(BIN)/.dev
 
 bench: $(BIN)/.dev models
 	$(BIN)/python benchmarks/run.py
+
+# What `make bench` compares with, where it is there: onnxruntime-genai, in an environment of its own.
+peers: $(BIN)/.exporter models
+	$(BIN)/python benchmarks/peers/make.py $(SMOLLM2) $(INDEX)
 
 env: $(BIN)/.dev
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from harness import HERE, Answer, ContenderError, Target, alternate, environment, summary
@@ -52,8 +53,7 @@ def _actions(plan: Plan, generate: list[str]) -> dict[str, Callable[[], dict[str
     }
     if plan.peer_problem() is None:
         commands[GENAI] = [*map(str, (PEER_PYTHON, "-m", "peers.genai", PEER_MODEL, plan.threads, PROMPT))]
-    to_first = (FIRST, GENAI)
-    return {name: lambda name=name, line=line: _timed(line, name in to_first) for name, line in commands.items()}
+    return {name: partial(_timed, line, name in (FIRST, GENAI)) for name, line in commands.items()}
 
 
 def _timed(command: Sequence[str], to_first_byte: bool) -> dict[str, Any]:

@@ -15,6 +15,11 @@ os.environ.update(
 )
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread per worker: torch's would otherwise fight over the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keys, stamps and pulled artifacts go to a folder of this run, also for child processes."""

@@ -24,7 +24,8 @@ class Bound:
         self.ids, self.positions = np.zeros((1, length), np.int64), np.full((1, 1), length - 1, np.int64)
         self.past, self.new = np.zeros(1, np.int32), np.full(1, length, np.int32)
         self.logits = np.zeros((1, 1, session.get_outputs()[0].shape[-1]), np.float32)
-        self._binding, self._kept = session.io_binding(), []
+        self._session, self._binding = session, session.io_binding()
+        self._kept: list[Any] = []
         names = [each.name for each in session.get_inputs()]
         inputs = dict(zip(names, (self.ids, self.past, self.new, self.positions, *caches.values()), strict=True))
         outputs = [self.logits, *caches.values()]
@@ -32,7 +33,6 @@ class Bound:
             self._binding.bind_ortvalue_input(name, self._keep(array))
         for spec, array in zip(session.get_outputs(), outputs, strict=True):
             self._binding.bind_ortvalue_output(spec.name, self._keep(array))
-        self._session = session
 
     def step(self, tokens: Any, past: int) -> Any:
         self.ids[0], self.past[0] = tokens, past
@@ -63,7 +63,8 @@ def main(path: str, threads: str) -> None:
 
 def _decode(prefill: Bound, decode: Bound, request: dict[str, Any]) -> dict[str, Any]:
     prompt, kept = request["prompt"], []
-    tokens, stamps, started = [], [], time.perf_counter()
+    tokens: list[int] = []
+    stamps, started = [], time.perf_counter()
     logits = prefill.step(prompt, 0)
     for index in range(request["count"]):
         if index:

@@ -33,7 +33,7 @@ def main(model: str, *pip_options: str) -> None:
 
 def _make_environment(path: Path, pip_options: tuple[str, ...]) -> None:
     subprocess.run([sys.executable, "-m", "venv", path], check=True)
-    pip = [path / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *pip_options]
+    pip = [str(path / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", *pip_options]
     subprocess.run([*pip, *REQUIREMENTS], check=True)
     (path / "complete").touch()
 
@@ -69,9 +69,9 @@ def _untied(model: Any) -> dict[str, Any]:
 def _build(python: Path, checkpoint: Path, target: Path) -> None:
     stage = target.with_name(f"{target.name}.part")
     shutil.rmtree(stage, ignore_errors=True)
-    builder = [python, "-m", "onnxruntime_genai.models.builder"]
+    builder = [str(python), "-m", "onnxruntime_genai.models.builder"]
     done = subprocess.run(
-        [*builder, "-m", checkpoint, "-o", stage, "-p", "fp32", "-e", "cpu"],
+        [*builder, "-m", str(checkpoint), "-o", str(stage), "-p", "fp32", "-e", "cpu"],
         capture_output=True,
         text=True,
         check=False,

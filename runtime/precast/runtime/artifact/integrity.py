@@ -11,6 +11,7 @@ import hmac
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import IntegrityError, TrustError
@@ -58,6 +59,9 @@ def _stat(root: Path, path: Path, name: str, expected: File) -> os.stat_result:
         found = path.stat()
     except FileNotFoundError:
         raise IntegrityError(f"{root} lacks the file {name} that its config.json lists. {_FIX}") from None
+    except (OSError, RuntimeError) as error:
+        # Before Python 3.13 a loop of symbolic links is a RuntimeError.
+        raise IntegrityError(f"{name} in {root} cannot be read: {error}.") from None
     if found.st_size != expected.size:
         raise IntegrityError(
             f"{name} in {root} has {found.st_size:,} bytes where config.json says {expected.size:,}. {_FIX}"
@@ -70,7 +74,10 @@ _FIX = "Export or download the artifact again."
 
 def check_hash(path: Path, name: str, expected: File, advance: Callable[[int], None]) -> None:
     """Read the file at `path`, which is listed as `name`. Raises IntegrityError where its hash is not the expected."""
-    actual = sha256_of(path, advance)
+    try:
+        actual = sha256_of(path, advance)
+    except OSError as error:
+        raise IntegrityError(f"{name} in {path.parent} cannot be read: {error.strerror}.") from None
     if actual != expected.sha256:
         raise IntegrityError(
             f"{name} in {path.parent} was altered: its sha256 is {actual[:12]}… where config.json says "
@@ -118,9 +125,10 @@ class _Stamps:
 
 
 def vouch(digest: str) -> None:
-    """Remember that the artifact with this digest was built here, by this user."""
+    """Remember that the artifact with this digest was built here, by this user, if anything can be remembered."""
     if (signature := sign(f"built {digest}".encode())) is not None:
-        write_atomically(home() / "built" / digest, signature.encode())
+        with suppress(OSError):
+            write_atomically(home() / "built" / digest, signature.encode())
 
 
 def require_trust(name: str, digest: str, *, sha256: str | None, trust_native_code: bool) -> None:

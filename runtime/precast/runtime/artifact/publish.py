@@ -68,9 +68,8 @@ def _check_kind(target: Path, *, force: bool) -> None:
 
 def _is_occupied(target: Path) -> bool:
     """Is there anything but stages, which lie inside where the target is a mount point?"""
-    return target.is_dir() and any(
-        not path.name.startswith(f".{_place(target).name}.stage-") for path in target.iterdir()
-    )
+    stages = f".{_place(target).name}.stage-"
+    return target.is_dir() and any(not path.name.startswith(stages) for path in target.iterdir())
 
 
 def _place(target: Path) -> Path:
@@ -191,10 +190,14 @@ def _exchange(stage: Path, target: Path) -> None:
     try:
         fault("rename")
         os.rename(stage, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            # Gone if someone found no target in this moment and put the old one back.
+    except BaseException as error:
+        try:
             os.rename(old, target)
+        except FileNotFoundError:
+            # Someone found no target in this moment and put the old one back.
+            if isinstance(error, OSError):
+                _exchange(stage, target)
+                return
         raise
     shutil.rmtree(old, ignore_errors=True)
 

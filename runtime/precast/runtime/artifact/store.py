@@ -14,9 +14,13 @@ __all__ = ["home", "sign", "write_atomically"]
 
 def home() -> Path:
     """`$PRECAST_HOME`, else `$XDG_CACHE_HOME/precast`, else `~/.cache/precast`."""
-    if explicit := os.environ.get("PRECAST_HOME"):
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "precast"
+    try:
+        if explicit := os.environ.get("PRECAST_HOME"):
+            return Path(explicit).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "precast"
+    except RuntimeError:
+        # A user without a home, as in some containers: a place where nothing can be kept.
+        return Path(os.devnull) / "precast"
 
 
 def sign(message: bytes) -> str | None:

@@ -1,0 +1,66 @@
+# ruff: noqa: F821, UP037 (onnxscript writes dimensions as names in annotations)
+"""Graph rewrites: exact, and done once."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnxscript import FLOAT, script
+from onnxscript import opset20 as op
+
+from precast.exporter.backends.onnx.passes import RemoveIdleReshapes, RemoveProvenance
+
+
+@script(default_opset=op)
+def there_and_back(x: FLOAT["batch", "length", 12]) -> FLOAT["batch", "length", 12]:
+    heads = op.Reshape(x, op.Constant(value_ints=[0, 0, 3, 4]))
+    merged = op.Reshape(heads, op.Constant(value_ints=[0, 0, -1]))
+    return op.Relu(merged)
+
+
+@script(default_opset=op)
+def elsewhere(x: FLOAT["batch", "length", 12]) -> FLOAT["batch", "length", 6, 2]:
+    heads = op.Reshape(x, op.Constant(value_ints=[0, 0, 3, 4]))
+    return op.Relu(op.Reshape(heads, op.Constant(value_ints=[0, 0, 6, 2])))
+
+
+def inferred(function):
+    model = ir.serde.deserialize_model(function.to_model_proto())
+    ir.passes.common.ShapeInferencePass()(model)
+    return model
+
+
+def run(model, x):
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize(("function", "modified"), [(there_and_back, True), (elsewhere, False)])
+def test_reshapes_that_lead_back_go(function, modified):
+    model = inferred(function)
+    x = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
+    before = run(model, x)
+    assert RemoveIdleReshapes()(model).modified is modified
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    assert np.array_equal(run(model, x), before)
+    assert any(node.op_type == "Reshape" for node in model.graph) is not modified
+    assert RemoveIdleReshapes()(model).modified is False
+
+
+def test_unknown_shapes_are_left_alone():
+    model = ir.serde.deserialize_model(there_and_back.to_model_proto())
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    assert RemoveIdleReshapes()(model).modified is False
+
+
+def test_provenance_goes():
+    model = inferred(there_and_back)
+    model.graph.node(0).metadata_props["stack"] = "file.py"
+    model.graph.doc_string = "made at home"
+    RemoveProvenance()(model)
+    assert not model.graph.node(0).metadata_props
+    assert not model.graph.doc_string
