@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -34,13 +33,14 @@ def command(as_json: bool) -> None:
 
 def _facts() -> dict[str, Any]:
     from precast.runtime.artifact.backends import BACKENDS
+    from precast.runtime.artifact.machine import memory_bytes, usable_cores
     from precast.runtime.artifact.store import home
 
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores usable": len(os.sched_getaffinity(0)),
-        "memory GB": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        "cores usable": usable_cores(),
+        "memory GB": round(memory_bytes() / 1e9, 1),
         "precast home": str(home()),
         "backends": ", ".join([*BACKENDS, *(found.name for found in metadata.entry_points(group="precast.backends"))]),
         **{name: _version(name) for name in _PACKAGES},

@@ -1,12 +1,13 @@
 """What reaches the terminal: results on standard output, everything else on standard error, errors in one line.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ def run(cli: click.Group) -> None:
     """Run the command line and end the process."""
     from precast.runtime.errors import PrecastError, UsageError
 
+    # Unwinding, rather than dying at once, removes what an export has staged.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         cli.main(standalone_mode=False, prog_name="precast")
     except click.exceptions.Exit as error:

@@ -17,6 +17,7 @@ __all__ = ["command"]
 @click.option("--reference", required=True, metavar="MODEL", help="The checkpoint it was compiled from.")
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
 @click.option("--record", is_flag=True, help="Write the verdict into config.json.")
+@click.option("--sha256", metavar="DIGEST", help="Run native code of the artifact with this digest.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
 @hub_options
 @json_option
@@ -26,6 +27,7 @@ def command(
     reference: str,
     atol: float,
     record: bool,
+    sha256: str | None,
     trust_remote_code: bool,
     revision: str | None,
     token: str | None,
@@ -38,7 +40,7 @@ def command(
     exporter = _exporter()
     options = exporter.ExportOptions(atol=atol, trust_remote_code=trust_remote_code, revision=revision, token=token)
     with step_reporter(quiet)("validate"):
-        accuracy = exporter.validate_again(directory, reference, options, keep=record)
+        accuracy = exporter.validate_again(directory, reference, options, keep=record, sha256=sha256)
     if as_json:
         print_json({"status": accuracy.status, "reason": accuracy.reason, "figures": accuracy.figures})
         return

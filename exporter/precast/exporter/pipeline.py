@@ -80,7 +80,7 @@ def export(
         artifact = write_config(stage, config, contract)
         if reference is not None:
             with report("validate"):
-                artifact = record(artifact, compare(stage, reference, options.atol))
+                artifact = record(artifact, compare(stage, reference, options.atol, artifact.contract.digest))
         with report("publish"):
             (stage / "README.md").write_text(render_card(artifact, checkpoint), "utf-8")
             publish(stage, target, force=options.force)

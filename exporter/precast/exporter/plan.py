@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,14 +140,12 @@ def make_plan(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
 
 
 def _check_memory(plan: Plan) -> None:
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if plan.memory_bytes > total:
+    available = memory_bytes()
+    if plan.memory_bytes > available:
         raise UsageError(
-            f"This export needs about {plan.memory_bytes / 1e9:.1f} GB of memory (weights "
-            f"{plan.weight_bytes / 1e9:.1f} GB, cache {plan.cache_bytes / 1e9:.1f} GB); the machine has "
-            f"{total / 1e9:.1f} GB ({available / 1e9:.1f} free). A smaller --sequence-length or --batch-size "
-            f"makes the cache smaller."
+            f"This export needs about {plan.memory_bytes / 1e9:.1f} GB of memory (weights {plan.weight_bytes / 1e9:.1f} "
+            f"GB, cache {plan.cache_bytes / 1e9:.1f} GB); there are {available / 1e9:.1f} GB. A smaller "
+            f"--sequence-length or --batch-size makes the cache smaller."
         )
 
 
@@ -160,7 +157,7 @@ def _plan_encoder(checkpoint: Checkpoint, options: ExportOptions, task: Task, mo
         flags = " and ".join(f"--{axis.replace('_', '-')} N" for axis in missing)
         raise UsageError(
             f"The task {task.name!r} is compiled for fixed shapes: {', '.join(task.axes)}. Add {flags}, for example: "
-            f"precast export {checkpoint.name} --batch-size 1 --sequence-length 128 -o OUT"
+            f"precast export {checkpoint.given} --batch-size 1 --sequence-length 128 -o OUT"
         )
     if options.prefill_lengths:
         raise UsageError(f"--prefill-lengths is for decoders; the task {task.name!r} has no prefill.")
@@ -225,7 +222,7 @@ def _plan_decoder(checkpoint: Checkpoint, options: ExportOptions, task: Task, mo
         lengths=(capacity,),
         prefill_lengths=prefill,
         graphs=_decoder_graphs(batch, capacity, prefill),
-        cache=_cache_plan(model, task),
+        cache=_cache_plan(checkpoint, model, task),
     )
 
 
@@ -248,10 +245,15 @@ def _default_capacity(checkpoint: Checkpoint) -> int:
     return limit
 
 
-def _cache_plan(model: nn.Module, task: Task) -> tuple[CachePlan, ...]:
+def _cache_plan(checkpoint: Checkpoint, model: nn.Module, task: Task) -> tuple[CachePlan, ...]:
     """Run the weightless model on two tokens and look at the cache that it fills."""
     example = {"input_ids": torch.ones(1, 2, dtype=torch.int64, device="meta"), "use_cache": True}
     cache = _run_skeleton(model, task, example).get("past_key_values")
+    if cache is None:
+        raise CheckpointError(
+            f"{checkpoint.name} cannot do {task.name}: as its config.json sets it up, {type(model).__name__} is no "
+            f"decoder and returns no key/value cache."
+        )
     layers = getattr(cache, "layers", None)
     if not layers or any(getattr(layer, "keys", None) is None or layer.keys.ndim != 4 for layer in layers):
         raise CheckpointError(

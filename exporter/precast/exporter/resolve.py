@@ -38,12 +38,14 @@ class Checkpoint:
     """A local copy of what the user named.
 
     Attributes:
+        given: what the user typed.
         name: Hub id or local base name, as recorded in the artifact.
         directory: where the files lie.
         gguf_file: file name within `directory` for a GGUF checkpoint.
         revision: commit of a Hub checkpoint.
     """
 
+    given: str
     name: str
     directory: Path
     gguf_file: str | None
@@ -178,8 +180,8 @@ class Checkpoint:
         if missing:
             raise CheckpointError(
                 f"{self.name} has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} of "
-                f"{type(model).__name__}, so its answers for {task.name} would be random. Choose another --task: "
-                f"{', '.join(name for name in self._possible_tasks() if name != task.name)}."
+                f"{type(model).__name__}, so its answers for {task.name} would be random. Choose the task that it was "
+                f"trained for; its config.json names {', '.join(self.config.architectures or ['no architecture'])}."
             )
 
 
@@ -190,9 +192,9 @@ def resolve(model: str, options: ExportOptions) -> Checkpoint:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        return _from_file(path, options)
+        return _from_file(model, path, options)
     if path.is_dir():
-        return _from_directory(path, options)
+        return _from_directory(model, path, options)
     if _looks_like_path(model):
         raise CheckpointError(f"There is no file or directory {model}.")
     return _from_hub(model, options)
@@ -204,23 +206,23 @@ def _looks_like_path(model: str) -> bool:
     )
 
 
-def _from_file(path: Path, options: ExportOptions) -> Checkpoint:
+def _from_file(given: str, path: Path, options: ExportOptions) -> Checkpoint:
     if path.suffix != ".gguf":
         raise CheckpointError(f"{path} is a file; MODEL is a Hub id, a checkpoint directory, or a .gguf file.")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
     path = path.resolve()
-    return Checkpoint(path.stem, path.parent, path.name, None, options.trust_remote_code)
+    return Checkpoint(given, path.stem, path.parent, path.name, None, options.trust_remote_code)
 
 
-def _from_directory(path: Path, options: ExportOptions) -> Checkpoint:
+def _from_directory(given: str, path: Path, options: ExportOptions) -> Checkpoint:
     if not (path / "config.json").is_file():
         ggufs = sorted(found.name for found in path.glob("*.gguf"))
         hint = f" To export a GGUF file, name it: precast export {path / ggufs[0]} …" if ggufs else ""
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.{hint}")
     path = path.resolve()
-    return Checkpoint(path.name, path, None, None, options.trust_remote_code)
+    return Checkpoint(given, path.name, path, None, None, options.trust_remote_code)
 
 
 def _from_hub(model: str, options: ExportOptions) -> Checkpoint:
@@ -236,10 +238,10 @@ def _from_hub(model: str, options: ExportOptions) -> Checkpoint:
         raise CheckpointError(
             f"{model} is neither a local path nor a checkpoint that the Hub would give: {_first_line(error)}"
         ) from error
-    found = _from_directory(Path(path), options)
+    found = _from_directory(model, Path(path), options)
     # The snapshot's own directory is named after the commit.
     commit = os.path.basename(os.path.normpath(path))
-    return Checkpoint(model, found.directory, None, commit, options.trust_remote_code)
+    return Checkpoint(model, model, found.directory, None, commit, options.trust_remote_code)
 
 
 def _first_line(error: BaseException) -> str:

@@ -49,9 +49,12 @@ def make_reference(model: nn.Module, checkpoint: Checkpoint, contract: Contract)
     return Reference(questions, [answer(model, question, outputs) for question in questions])
 
 
-def compare(artifact: Path, reference: Reference, atol: float) -> Accuracy:
-    """Ask the artifact at `artifact` and judge its answers. Raises AccuracyError with the figures if they differ."""
-    return judge(reference, _ask(artifact, reference.questions), atol)
+def compare(artifact: Path, reference: Reference, atol: float, sha256: str | None = None) -> Accuracy:
+    """Ask the artifact at `artifact` and judge its answers. Raises AccuracyError with the figures if they differ.
+
+    `sha256` is the artifact's digest where the caller built it and so trusts the code in it.
+    """
+    return judge(reference, _ask(artifact, reference.questions, sha256), atol)
 
 
 def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: float) -> Accuracy:
@@ -85,8 +88,12 @@ def record(artifact: Artifact, accuracy: Accuracy) -> Artifact:
     return write_config(artifact.path, artifact.config, contract)
 
 
-def validate_again(path: Path, model: str, options: ExportOptions, *, keep: bool) -> Accuracy:
+def validate_again(
+    path: Path, model: str, options: ExportOptions, *, keep: bool, sha256: str | None = None
+) -> Accuracy:
     """Compare an existing artifact with a checkpoint; with `keep` the verdict goes into its `config.json`.
+
+    Native code runs only with proof, as in `from_pretrained`; `sha256` is one.
 
     Raises AccuracyError where the answers differ, ArtifactError and CheckpointError where either cannot be opened.
     """
@@ -96,7 +103,7 @@ def validate_again(path: Path, model: str, options: ExportOptions, *, keep: bool
     loaded = checkpoint.load(get_task(artifact.contract.task), variant.dtype)
     reference = make_reference(loaded, checkpoint, artifact.contract)
     del loaded
-    accuracy = compare(path, reference, options.atol)
+    accuracy = compare(path, reference, options.atol, sha256)
     if keep:
         _rewrite(artifact, accuracy)
     return accuracy
@@ -110,12 +117,13 @@ def _rewrite(artifact: Artifact, accuracy: Accuracy) -> None:
     vouch(renewed.contract.digest)
 
 
-def _ask(artifact: Path, questions: list[Question]) -> list[list[dict[str, Array]]]:
+def _ask(artifact: Path, questions: list[Question], sha256: str | None) -> list[list[dict[str, Array]]]:
     """Run the probe in a fresh interpreter. Raises ExportError where it fails."""
     with tempfile.TemporaryDirectory(prefix="precast-") as folder:
         asked, answered = Path(folder) / "questions.json", Path(folder) / "answers.npz"
         asked.write_text(json.dumps([question.as_json() for question in questions]))
         command = [sys.executable, "-m", "precast.runtime.probe", str(artifact), str(asked), str(answered)]
+        command += [sha256] if sha256 else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             detail = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]

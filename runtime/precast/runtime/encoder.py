@@ -48,9 +48,11 @@ class _Encoder(CompiledModel):
             tensors["token_type_ids"] = self._type_ids(to_numpy(token_type_ids), ids)
         tensors, shifts = align(tensors, mask)
         graph = self._fitting(_longest(tensors["attention_mask"]))
-        parts = [
-            self._run(graph, {name: each[part] for name, each in tensors.items()}) for part in self._slices(len(ids))
-        ]
+        with self._lock:
+            parts = [
+                self._run(graph, {name: each[part] for name, each in tensors.items()})
+                for part in self._slices(len(ids))
+            ]
         outputs = {}
         for spec in graph.outputs:
             whole = np.concatenate([part[spec.name] for part in parts])

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import hub
 from .artifact import Artifact, read_artifact
-from .artifact.integrity import require_trust, verify_files
+from .artifact.integrity import identity, require_trust, verify_files
 from .artifact.publish import copy_artifact
 from .artifact.schema import Variant
 from .artifact.tasks import get_task
@@ -93,6 +93,22 @@ class CompiledModel:
             model, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, force_download=force_download,
         )  # fmt: skip
+        while True:
+            before = identity(path / "config.json")
+            try:
+                opened = cls._open(path, threads, variant, verify, sha256, trust_native_code)
+            except ArtifactError:
+                if identity(path / "config.json") == before:
+                    raise
+            else:
+                if identity(path / "config.json") == before:
+                    return opened
+            # An export has just replaced the artifact, so what was read may be half of each: once more.
+
+    @classmethod
+    def _open(
+        cls, path: Path, threads: int, variant: str | None, verify: bool, sha256: str | None, trust_native_code: bool
+    ) -> Self:
         artifact = read_artifact(path)
         chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant)
         target = cls._class_for(artifact)

@@ -1,4 +1,4 @@
-"""`python -m precast.runtime.probe ARTIFACT QUESTIONS ANSWERS`: answer a file of questions with an artifact.
+"""`python -m precast.runtime.probe ARTIFACT QUESTIONS ANSWERS [SHA256]`: answer a file of questions with an artifact.
 
 Validation runs this in a fresh process, so that what it judges is what a user will run: the artifact as it lies on
 disk, opened by the runtime, without the exporter's libraries.
@@ -20,9 +20,12 @@ from .model import CompiledModel
 __all__ = ["main"]
 
 
-def main(artifact: str, questions: str, answers: str) -> None:
-    """Read questions (JSON), write answers (npz). Arrays are named `<question>/<row>/<output>`."""
-    model = CompiledModel.from_pretrained(artifact, trust_native_code=True)
+def main(artifact: str, questions: str, answers: str, sha256: str | None = None) -> None:
+    """Read questions (JSON), write answers (npz). Arrays are named `<question>/<row>/<output>`.
+
+    `sha256` pins the artifact's digest: whoever just built it can vouch for its native code that way.
+    """
+    model = CompiledModel.from_pretrained(artifact, sha256=sha256)
     found: dict[str, Any] = {}
     for index, question in enumerate(json.loads(Path(questions).read_text())):
         answer = _ask_decoder if isinstance(model, CompiledModelForCausalLM) else _ask_encoder

@@ -27,11 +27,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Accepted:
+    """The variant runs here."""
+
     variant: Variant
 
 
 @dataclass(frozen=True)
 class Rejected:
+    """The variant does not run here, because of `reason`."""
+
     variant: Variant
     reason: str
 

@@ -44,4 +44,4 @@ def get_backend(name: str) -> Backend:
         assert isinstance(row, Backend), f"the entry point {plugin.value} is not a precast Backend"
         return row
     names = [*BACKENDS, *(plugin.name for plugin in plugins)]
-    raise UsageError(f"precast has no backend {name!r}. The backends are: {', '.join(names)}.")
+    raise UsageError(f"There is no backend {name!r}. The backends are: {', '.join(names)}.")

@@ -18,7 +18,7 @@ from ..errors import IntegrityError, TrustError
 from .schema import File
 from .store import home, sign, write_atomically
 
-__all__ = ["check_hash", "require_trust", "sha256_of", "verify_files", "vouch"]
+__all__ = ["check_hash", "identity", "require_trust", "sha256_of", "verify_files", "vouch"]
 
 CHUNK = 4 * 2**20
 
@@ -32,6 +32,15 @@ def sha256_of(path: Path, advance: Callable[[int], None] = lambda n: None) -> st
             digest.update(memoryview(buffer)[:count])
             advance(count)
     return digest.hexdigest()
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from another that takes its place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def verify_files(

@@ -23,8 +23,8 @@ from typing import Any
 
 import msgspec
 
-from ..errors import PublishError
-from . import UNLISTED, Artifact, contract_digest, is_artifact, render_config
+from ..errors import IntegrityError, PublishError
+from . import UNLISTED, Artifact, contract_digest, is_artifact, read_artifact, render_config
 from .integrity import sha256_of
 from .schema import Contract, File
 
@@ -57,6 +57,8 @@ def _check_kind(target: Path, *, force: bool) -> None:
         raise PublishError(f"{target} is a symbolic link to nothing.")
     if target.exists() and not target.is_dir():
         raise PublishError(f"{target} exists and is a file; give a directory that does not exist yet.")
+    if os.path.realpath(target) == os.getcwd():
+        raise PublishError(f"{target} is the current directory, which cannot be exchanged; give another one.")
     occupied = _is_occupied(target)
     if occupied and not force:
         raise PublishError(f"{target} exists and is not empty. Choose another directory, or replace it with --force.")
@@ -156,7 +158,7 @@ def write_config(stage: Path, config: dict[str, Any], contract: Contract) -> Art
 
 
 def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
-    """Copy an artifact, all or nothing. Raises PublishError."""
+    """Copy an artifact, all or nothing. Raises PublishError, IntegrityError."""
     if target.resolve() == artifact.path.resolve():
         raise PublishError(f"{target} is the artifact itself.")
     check_target(target, force=force)
@@ -165,6 +167,9 @@ def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
         for name in names:
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact.path / name, stage / name)
+        copied, listed = hash_files(stage), read_artifact(stage).contract.files
+        if wrong := sorted(name for name in copied if copied[name] != listed.get(name)):
+            raise IntegrityError(f"{wrong[0]} in {artifact.path} is not what config.json lists; nothing was copied.")
         publish(stage, target, force=force)
 
 

@@ -45,5 +45,5 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UsageError(f"precast has no task {name!r}.{hint} The tasks are: {', '.join(TASKS)}.")
+        raise UsageError(f"There is no task {name!r}.{hint} The tasks are: {', '.join(TASKS)}.")
     return TASKS[name]

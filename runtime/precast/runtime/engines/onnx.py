@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
+from ..artifact.integrity import identity
+from ..artifact.machine import usable_cores
 from ..artifact.schema import Variant
-from ..errors import ArtifactError
+from ..errors import ArtifactError, IntegrityError
 from . import Arrays, Step
 
 __all__ = ["OnnxEngine"]
@@ -20,7 +23,9 @@ class OnnxEngine:
 
     def __init__(self, root: Path, variant: Variant, threads: int) -> None:
         self._paths = {graph.name: root / graph.file for graph in variant.graphs}
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._verified = {path: identity(path) for path in self._paths.values()}
+        self._threads = threads or usable_cores()
+        self._lock = threading.Lock()
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
@@ -28,20 +33,24 @@ class OnnxEngine:
         return _BoundGraph(self._session(graph), inputs, outputs)
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
-        if graph not in self._sessions:
-            self._sessions[graph] = self._open(self._paths[graph])
-        return self._sessions[graph]
+        with self._lock:
+            if graph not in self._sessions:
+                self._sessions[graph] = self._open(self._paths[graph])
+            return self._sessions[graph]
 
     def _open(self, path: Path) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         try:
-            return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             # ONNX Runtime raises a dozen types of its own without a common base.
             reason = str(error).strip().splitlines()[0]
             raise ArtifactError(f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {reason}") from error
+        if identity(path) != self._verified[path]:
+            raise IntegrityError(f"{path} was replaced after it was verified. Open the artifact again.")
+        return session
 
 
 class _BoundGraph:

@@ -1,0 +1,129 @@
+"""Who may import whom, what nobody may do, and what stays unloaded until it is needed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("exporter", "runtime", "cli")
+FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
+HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def _module(path: Path) -> str:
+    """`cli/precast/cli/env.py` -> `precast.cli.env`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path, tree: ast.AST) -> Iterator[str]:
+    """The absolute dotted names that `tree`, a part of the file at `path`, imports."""
+    package = _module(path) if path.name == "__init__.py" else _module(path).rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{base}.{name.name}" for name in node.names)
+
+
+def _within(name: str, *packages: str) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+def _imported_on_load(path: Path) -> list[str]:
+    """What importing the file imports: all but the bodies of functions and of `if TYPE_CHECKING`."""
+    return [
+        name
+        for node in ast.parse(path.read_text("utf-8")).body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        for name in _imports(path, node)
+    ]
+
+
+def _may_import(part: str, name: str) -> bool:
+    if part == "runtime":
+        return not _within(name, "precast.exporter", "precast.cli", *HEAVY)
+    if part == "exporter" and _within(name, "precast.runtime"):
+        return _within(name, "precast.runtime.artifact", "precast.runtime.errors")
+    return part == "cli" or not _within(name, "precast.cli")
+
+
+def test_there_is_something_to_check():
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PARTS)
+    path = ROOT / "runtime/precast/runtime/artifact/new.py"
+    names = list(_imports(path, ast.parse("from .. import hub\nfrom .schema import File\ndef f():\n import os.path")))
+    assert names == ["precast.runtime.hub", "precast.runtime.artifact.schema.File", "os.path"]
+
+
+@every_file
+def test_imports_point_downwards(path):
+    part = path.relative_to(ROOT).parts[0]
+    assert [name for name in _imports(path, ast.parse(path.read_text("utf-8"))) if not _may_import(part, name)] == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.is_relative_to(ROOT / "cli")], ids=lambda path: path.stem
+)
+def test_the_command_line_starts_without_the_heavy_libraries(path):
+    assert not any(_within(name, "precast.exporter", "onnxruntime", *HEAVY) for name in _imported_on_load(path))
+
+
+def test_the_namespace_has_no_init_file():
+    assert [path for part in PARTS for path in (ROOT / part).glob("precast/__init__.py*")] == []
+
+
+@every_file
+def test_nothing_is_pickled_and_no_error_is_swallowed(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    assert not any(_within(name, "pickle", "cloudpickle", "dill", "shelve") for name in _imports(path, tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            # numpy.load and torch.load unpickle when they are told to.
+            allowed = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert allowed.get("allow_pickle") != "True", f"line {node.lineno}"
+            assert allowed.get("weights_only") != "False", f"line {node.lineno}"
+        if isinstance(node, ast.ExceptHandler) and _catches_everything(node):
+            silent = all(isinstance(line, ast.Pass | ast.Continue) or _is_text(line) for line in node.body)
+            assert not silent, f"line {node.lineno} swallows every error"
+
+
+def _catches_everything(handler: ast.ExceptHandler) -> bool:
+    return handler.type is None or re.search(r"\b(Base)?Exception\b", ast.unparse(handler.type)) is not None
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("precast.runtime", ("numpy", "onnxruntime", "tokenizers", "huggingface_hub", "msgspec", *HEAVY)),
+        ("precast.runtime.errors", ("numpy", "onnxruntime", *HEAVY)),
+        ("precast.runtime.artifact", ("numpy", "onnxruntime", *HEAVY)),
+        ("precast.runtime.decoder", HEAVY),
+        ("precast.runtime.encoder", HEAVY),
+        ("precast.runtime.hub", HEAVY),
+        ("precast.exporter", HEAVY),
+        ("precast.cli", ("numpy", "onnxruntime", "huggingface_hub", "msgspec", "rich", *HEAVY)),
+    ],
+)
+def test_importing_loads_no_more_than_it_needs(module, absent):
+    code = f"import sys, json, {module}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stdout)
+    assert module in loaded
+    assert [name for name in absent if name in loaded] == []
