@@ -6,10 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 import tiny
 
-from precast.cli import cli
+from precast.cli import SETTINGS, cli
 from precast.runtime.artifact.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def test_documented_commands_parse(line):
     _, name, *words = shlex.split(line)
     command = cli.get_command(None, name)
     assert command is not None, name
-    command.make_context(name, words)
+    command.make_context(name, words, parent=click.Context(cli, **SETTINGS))
 
 
 def test_the_support_table_is_what_is_tested(golden_text):

@@ -26,9 +26,7 @@ def run(cli: click.Group) -> None:
     # Unwinding, rather than dying at once, removes what an export has staged.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        cli.main(standalone_mode=False, prog_name="precast")
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        sys.exit(cli.main(standalone_mode=False, prog_name="precast") or 0)
     except click.ClickException as error:
         if not _wants_json():
             error.show()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from precast.runtime.artifact.machine import memory_bytes
 from precast.runtime.artifact.schema import Axis, Dim, Dtype, Input, Output, Role
 from precast.runtime.artifact.tasks import Task, get_task
 from precast.runtime.errors import CheckpointError, ExportError, UsageError
@@ -143,10 +144,14 @@ def _check_memory(plan: Plan) -> None:
     available = memory_bytes()
     if plan.memory_bytes > available:
         raise UsageError(
-            f"This export needs about {plan.memory_bytes / 1e9:.1f} GB of memory (weights {plan.weight_bytes / 1e9:.1f} "
-            f"GB, cache {plan.cache_bytes / 1e9:.1f} GB); there are {available / 1e9:.1f} GB. A smaller "
-            f"--sequence-length or --batch-size makes the cache smaller."
+            f"This export needs about {_gigabytes(plan.memory_bytes)} of memory (weights {_gigabytes(plan.weight_bytes)}, "
+            f"cache {_gigabytes(plan.cache_bytes)}); there are {_gigabytes(available)}. A smaller --sequence-length or "
+            f"--batch-size makes the cache smaller."
         )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
 
 
 # ---------------------------------------------------------------- encoders

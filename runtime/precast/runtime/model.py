@@ -208,6 +208,8 @@ def _export(model: str | Path, **options: Any) -> Path:
 
     try:
         exporter = import_module("precast.exporter")
+        # Only now torch and its company are imported.
+        export, settings = exporter.export, exporter.ExportOptions
     except ImportError as error:
         raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
     for name in ("sequence_length", "prefill_lengths"):
@@ -216,5 +218,5 @@ def _export(model: str | Path, **options: Any) -> Path:
     asked = {name: value for name, value in options.items() if name != "token"}
     key = hashlib.sha256(repr((str(model), sorted(asked.items()))).encode()).hexdigest()[:16]
     target = home() / "exports" / f"{Path(model).name}-{key}"
-    exporter.export(str(model), target, exporter.ExportOptions(**options, force=True))
+    export(str(model), target, settings(**options, force=True))
     return target
