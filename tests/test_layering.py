@@ -8,15 +8,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("exporter", "runtime", "cli")
 FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
 HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
+
+DISTRIBUTIONS = {
+    top: {canonicalize_name(name) for name in names} for top, names in metadata.packages_distributions().items()
+}
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -42,15 +49,16 @@ def _within(name: str, *packages: str) -> bool:
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 
+def _statements(path: Path) -> list[ast.stmt]:
+    """The file's statements, without what is only there for type checkers."""
+    body = ast.parse(path.read_text("utf-8")).body
+    return [node for node in body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+
+
 def _imported_on_load(path: Path) -> list[str]:
-    """What importing the file imports: all but the bodies of functions and of `if TYPE_CHECKING`."""
-    return [
-        name
-        for node in ast.parse(path.read_text("utf-8")).body
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
-        and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-        for name in _imports(path, node)
-    ]
+    """What importing the file imports: nothing of what its functions do."""
+    statements = (node for node in _statements(path) if not isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return [name for node in statements for name in _imports(path, node)]
 
 
 def _may_import(part: str, name: str) -> bool:
@@ -79,6 +87,21 @@ def test_imports_point_downwards(path):
 )
 def test_the_command_line_starts_without_the_heavy_libraries(path):
     assert not any(_within(name, "precast.exporter", "onnxruntime", *HEAVY) for name in _imported_on_load(path))
+
+
+@every_file
+def test_what_is_imported_is_declared(path):
+    """The wheel's metadata asks for it, or its `export` extra where the exporter needs it; others may bring it along."""
+    extras = ("", "export") if path.is_relative_to(ROOT / "exporter") else ("",)
+    asked = [Requirement(line) for line in metadata.requires("precast") or ()]
+    declared = {
+        canonicalize_name(one.name)
+        for one in asked
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras)
+    }
+    imported = {name.partition(".")[0] for node in _statements(path) for name in _imports(path, node)}
+    for name in imported - sys.stdlib_module_names - {"precast"}:
+        assert DISTRIBUTIONS[name] & declared, f"{name} comes with {DISTRIBUTIONS[name]}"
 
 
 def test_the_namespace_has_no_init_file():

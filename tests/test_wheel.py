@@ -168,6 +168,12 @@ def test_it_generates(run, decoder):
     assert json.loads(done.stdout)["text"] == expected
 
 
+def test_it_talks(run, decoder):
+    done = run("precast", "generate", decoder, "--chat", "--prompt", "Hello", "--max-new-tokens", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prompt_tokens"] > len("<s>")
+
+
 def test_it_predicts(run, encoder):
     done = run("precast", "predict", encoder, "--text", "Water boils", "--json")
     assert done.returncode == 0, done.stderr

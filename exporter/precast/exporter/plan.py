@@ -144,9 +144,9 @@ def _check_memory(plan: Plan) -> None:
     available = memory_bytes()
     if plan.memory_bytes > available:
         raise UsageError(
-            f"This export needs about {_gigabytes(plan.memory_bytes)} of memory (weights {_gigabytes(plan.weight_bytes)}, "
-            f"cache {_gigabytes(plan.cache_bytes)}); there are {_gigabytes(available)}. A smaller --sequence-length or "
-            f"--batch-size makes the cache smaller."
+            f"This export needs about {_gigabytes(plan.memory_bytes)} of memory (weights "
+            f"{_gigabytes(plan.weight_bytes)}, cache {_gigabytes(plan.cache_bytes)}); there are {_gigabytes(available)}. "
+            f"A smaller --sequence-length or --batch-size makes the cache smaller."
         )
 
 
