@@ -91,7 +91,7 @@ def test_the_command_line_starts_without_the_heavy_libraries(path):
 
 @every_file
 def test_what_is_imported_is_declared(path):
-    """The wheel's metadata asks for it, or its `export` extra where the exporter needs it; others may bring it along."""
+    """The metadata asks for it, in its `export` extra where the exporter needs it. That another brings it is luck."""
     extras = ("", "export") if path.is_relative_to(ROOT / "exporter") else ("",)
     asked = [Requirement(line) for line in metadata.requires("precast") or ()]
     declared = {

@@ -171,7 +171,9 @@ def test_it_generates(run, decoder):
 def test_it_talks(run, decoder):
     done = run("precast", "generate", decoder, "--chat", "--prompt", "Hello", "--max-new-tokens", 4, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["prompt_tokens"] > len("<s>")
+    tokenizer = CompiledModel.from_pretrained(decoder).tokenizer
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    assert json.loads(done.stdout)["prompt_tokens"] == len(tokenizer.encode(text, add_special_tokens=False))
 
 
 def test_it_predicts(run, encoder):

@@ -145,8 +145,8 @@ def _check_memory(plan: Plan) -> None:
     if plan.memory_bytes > available:
         raise UsageError(
             f"This export needs about {_gigabytes(plan.memory_bytes)} of memory (weights "
-            f"{_gigabytes(plan.weight_bytes)}, cache {_gigabytes(plan.cache_bytes)}); there are {_gigabytes(available)}. "
-            f"A smaller --sequence-length or --batch-size makes the cache smaller."
+            f"{_gigabytes(plan.weight_bytes)}, cache {_gigabytes(plan.cache_bytes)}); there is {_gigabytes(available)}"
+            f". A smaller --sequence-length or --batch-size makes the cache smaller."
         )
 
 
