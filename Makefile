@@ -49,11 +49,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/.exporter: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -q --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[export]'
+	@echo "Installing the exporter (torch and transformers: minutes on a first run) into $(VENV) …"
+	@$(PIP) install -q --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[export]'
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/.exporter
-	$(PIP) install -q --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[export,dev]'
+	@echo "Installing what the tests need …"
+	@$(PIP) install -q --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[export,dev]'
 	@touch $@
 
 clean:

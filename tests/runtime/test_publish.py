@@ -119,8 +119,9 @@ def test_a_failure_at_any_step_leaves_the_old_artifact(parent, monkeypatch, way,
         monkeypatch.setattr(publish, "fault", _Steps(index, lambda: _raise(error)))
         with pytest.raises((PublishError, KeyboardInterrupt)):
             handmade.make(parent / "out", "new", force=True)
-        assert handmade.load(parent / "out") == ("new" if step == "fsync parent" else "old"), step
+        # Before a reader could have recovered it.
         assert _names(parent) == ["out"], step
+        assert handmade.load(parent / "out") == ("new" if step == "fsync parent" else "old"), step
 
 
 DYING = """
@@ -296,20 +297,33 @@ def _dead() -> int:
     return process.pid
 
 
-def test_stages_of_dead_processes_are_swept(parent):
-    handmade.make(parent / "out")
-    kept = [
-        f".out.stage-{os.getpid()}-aaaa",
-        f".out.stage-{os.getppid()}-aaaa",
-        f".other.stage-{_dead()}-aaaa",
-        ".out.x",
-    ]
-    gone = [f".out.stage-{_dead()}-aaaa", f".out.stage-{os.getpid()}-old", ".out.old-aaaa"]
-    for name in (*kept, *gone):
-        (parent / name / "deep").mkdir(parents=True)
+@pytest.mark.parametrize("name", ["out", "out[1]"])
+def test_stages_of_dead_processes_are_swept(parent, name):
+    handmade.make(parent / name)
+    alive, dead = f".{name}.stage-{os.getpid()}", f".{name}.stage-{_dead()}"
+    kept = [f"{alive}-aaaa", f".{name}.stage-{os.getppid()}-aaaa", f".other{dead}-aaaa", f".{name}.x"]
+    gone = [f"{dead}-aaaa", f"{alive}-old", f".{name}.old-aaaa"]
+    for folder in (*kept, *gone):
+        (parent / folder / "deep").mkdir(parents=True)
     os.utime(parent / gone[1], (0, 0))
-    handmade.make(parent / "out", force=True)
-    assert _names(parent) == sorted(["out", *kept])
+    handmade.make(parent / name, force=True)
+    assert _names(parent) == sorted([name, *kept])
+
+
+def test_who_recovers_too_early_does_not_make_the_writer_fail(parent, monkeypatch):
+    """Between the two renames someone looks for the target, and puts the old artifact back."""
+    monkeypatch.setattr(publish, "_rename_exchange", lambda one, other: False)
+    handmade.make(parent / "out", "old")
+    found: list[str] = []
+
+    def look(step: str) -> None:
+        if step == "rename" and not found:
+            found.append(handmade.load(parent / "out"))
+
+    monkeypatch.setattr(publish, "fault", look)
+    handmade.make(parent / "out", "new", force=True)
+    assert (found, handmade.load(parent / "out")) == (["old"], "new")
+    assert _names(parent) == ["out"]
 
 
 def test_a_stage_may_vanish_while_we_look(parent, monkeypatch):

@@ -100,4 +100,6 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+", maxsplit=1)[0])[:4])
+    """The release's numbers without zeros at the end: 1.31 is 1.31.0."""
+    plain = re.sub(r"(\.0+)+$", "", version.split("+", maxsplit=1)[0])
+    return tuple(int(part) for part in re.findall(r"\d+", plain)[:4])
