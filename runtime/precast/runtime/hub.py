@@ -19,7 +19,7 @@ from .artifact.integrity import check_hash
 from .artifact.publish import publish, recover, staging
 from .artifact.store import home
 from .errors import ArtifactError, HubError, IntegrityError, PublishError
-from .progress import progress
+from .progress import progress, wanted
 
 __all__ = ["locate", "push"]
 
@@ -64,7 +64,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, names = HfApi(token=token), _names(artifact)
-    with _hub_errors(f"{artifact.path} was not pushed to {repo_id}"):
+    with _calling_the_hub(f"{artifact.path} was not pushed to {repo_id}"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         stale = set(api.list_repo_files(repo_id, revision=revision)) - {*names, ".gitattributes"}
         # upload_folder() makes several commits of a large folder: between them the repository would be broken.
@@ -84,7 +84,7 @@ def _download(repo_id: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with _hub_errors(f"{repo_id} could not be fetched"):
+    with _calling_the_hub(f"{repo_id} could not be fetched"):
         try:
             return Path(snapshot_download(repo_id, **options))
         except LocalEntryNotFoundError as error:
@@ -137,14 +137,26 @@ def _names(artifact: Artifact) -> list[str]:
 
 
 @contextmanager
-def _hub_errors(failed: str) -> Iterator[None]:
-    """Whatever goes wrong within is a HubError: the HTTP, LFS and xet clients raise errors of no common base."""
+def _calling_the_hub(failed: str) -> Iterator[None]:
+    """Whatever goes wrong within is a HubError: the HTTP, LFS and xet clients raise errors of no common base.
+
+    huggingface_hub draws its bars only where ours are drawn, too.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    hidden = not wanted() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    if hidden:
+        disable_progress_bars()
     try:
         yield
     except HubError:
         raise
     except Exception as error:
         raise HubError(f"{failed}: {_reason(error)}") from error
+    finally:
+        if hidden:
+            enable_progress_bars()
 
 
 def _reason(error: BaseException) -> str:

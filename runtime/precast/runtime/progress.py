@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["progress", "quiet"]
+__all__ = ["progress", "quiet", "wanted"]
 
 DELAY_SECONDS = 0.5
 _is_quiet = Event()
@@ -23,10 +23,15 @@ def quiet() -> None:
     _is_quiet.set()
 
 
+def wanted() -> bool:
+    """Whether bars are shown at all: on a terminal, unless `quiet()` was called."""
+    return sys.stderr.isatty() and not _is_quiet.is_set()
+
+
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields `advance(amount)`. The bar appears once the work has gone on for half a second."""
-    if _is_quiet.is_set() or not sys.stderr.isatty():
+    if not wanted():
         yield lambda amount: None
         return
     started, done = time.monotonic(), 0

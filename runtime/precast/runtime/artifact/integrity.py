@@ -105,7 +105,7 @@ class _Stamps:
 
     def has(self, name: str, found: os.stat_result, sha256: str) -> bool:
         claim, actual = self.known.get(name), self._sign(name, found, sha256)
-        return isinstance(claim, str) and actual is not None and hmac.compare_digest(claim, actual)
+        return isinstance(claim, str) and actual is not None and _is_equal(claim, actual)
 
     def add(self, name: str, found: os.stat_result, sha256: str) -> None:
         if (signature := self._sign(name, found, sha256)) is not None:
@@ -159,10 +159,15 @@ def require_trust(name: str, digest: str, *, sha256: str | None, trust_native_co
 def _built_here(digest: str) -> bool:
     expected = sign(f"built {digest}".encode())
     try:
-        claim = (home() / "built" / digest).read_text()
+        claim = (home() / "built" / digest).read_text("latin-1")
     except OSError:
         return False
-    return expected is not None and hmac.compare_digest(claim, expected)
+    return expected is not None and _is_equal(claim, expected)
+
+
+def _is_equal(claim: str, signature: str) -> bool:
+    """Compare in constant time. A claim can be any text, where compare_digest() takes ASCII or bytes."""
+    return hmac.compare_digest(claim.encode(errors="replace"), signature.encode())
 
 
 def total_size(files: Iterable[File]) -> int:
