@@ -48,7 +48,7 @@ def _take_turns(contenders: list[Contender], request: Request, plan: Plan) -> Re
     """After one round that does not count: memory is touched, threads are started."""
     actions = {each.name: partial(each.ask, request) for each in contenders}
     alternate(actions, 1)
-    return alternate(actions, plan.rounds(ROUNDS), plan.note)
+    return alternate(actions, plan.rounds(ROUNDS), plan.begin)
 
 
 def _prompt(artifact: Path) -> list[int]:

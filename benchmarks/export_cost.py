@@ -31,7 +31,7 @@ def measure(plan: Plan) -> Answer:
         OURS: lambda: _once(ours, {"validate": False}),
         TORCH: lambda: _once(torch, {}),
     }
-    results = alternate(actions, plan.rounds(ROUNDS), plan.note)
+    results = alternate(actions, plan.rounds(ROUNDS), plan.begin)
     for file in plan.work.glob("torch.onnx*"):
         file.unlink()
     plan.note("with validation")

@@ -122,15 +122,18 @@ def environment() -> dict[str, str]:
 
 
 def alternate(
-    actions: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, note: Callable[[str], None] = lambda text: None
+    actions: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, before: Callable[[str], None] = lambda text: None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run every action once per round, each round beginning with another one; per name its results in order."""
+    """Run every action once per round, each round beginning with another one; per name its results in order.
+
+    `before` is told what comes next; when it returns, it begins.
+    """
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in actions}
     names = list(actions)
     for turn in range(rounds):
-        note(f"round {turn + 1} of {rounds}")
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            before(f"round {turn + 1} of {rounds}: {name}")
             results[name].append(actions[name]())
     return results
 

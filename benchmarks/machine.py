@@ -6,11 +6,12 @@ import os
 import platform
 import re
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe", "revision", "slug", "threads"]
+__all__ = ["describe", "revision", "slug", "threads", "wait_until_idle"]
 
 # Flags that decide which kernels the libraries choose.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd",
@@ -49,6 +50,31 @@ def revision() -> str:
     """The commit that was measured, with `+` where files differed from it."""
     commit = _git("rev-parse", "--short", "HEAD")
     return commit + ("+" if commit and _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def wait_until_idle(seconds: float) -> bool:
+    """Wait until nobody computes on this machine, at most so long; returns whether that came."""
+    end = time.monotonic() + seconds
+    while _idle_share(0.5) < 0.95:
+        if time.monotonic() > end:
+            return False
+    return True
+
+
+def _idle_share(seconds: float) -> float:
+    """How much of all cores' time nobody used in the next `seconds`; 1 where the kernel does not say."""
+    before = _cpu_times()
+    time.sleep(seconds)
+    spent = [after - earlier for after, earlier in zip(_cpu_times(), before, strict=True)]
+    # user nice system idle iowait …
+    return sum(spent[3:5]) / sum(spent) if any(spent) else 1.0
+
+
+def _cpu_times() -> list[int]:
+    try:
+        return [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    except OSError:
+        return []
 
 
 def _cpu() -> str:

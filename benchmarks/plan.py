@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import machine
 from harness import HERE, environment
 
 __all__ = ["CAPACITY", "PEER_MODEL", "PEER_PYTHON", "PROMPT", "Plan", "script"]
@@ -35,6 +36,7 @@ class Plan:
     Attributes:
         artifact: what was exported from `model` before, or None to export it anew.
         is_quick: few repetitions, to see that all works; its figures are noise.
+        patience: before each repetition, wait at most so many seconds until nobody else computes here.
         note: shows progress to the person who waits.
     """
 
@@ -43,11 +45,19 @@ class Plan:
     work: Path
     threads: int
     is_quick: bool
+    patience: float
     note: Callable[[str], None]
+    given_up: list[str] = field(default_factory=list)
 
     def rounds(self, number: int) -> int:
         """`number`, or fewer in a quick run."""
         return min(2, number) if self.is_quick else number
+
+    def begin(self, name: str) -> None:
+        """Show what comes next, and wait for a quiet machine; repetitions that had to do without are remembered."""
+        self.note(name)
+        if self.patience and not machine.wait_until_idle(self.patience):
+            self.given_up.append(name)
 
     def ready_artifact(self) -> Path:
         """The artifact to measure; exported by the code as it is now, unless the caller named one."""

@@ -39,7 +39,7 @@ def main() -> None:
         if plan.artifact is None and (plan.work / "artifact").exists():
             # What an earlier question exported was made by this very code.
             plan = replace(plan, artifact=plan.work / "artifact")
-    facts["load_after"] = os.getloadavg()[0]
+    facts |= {"load_after": os.getloadavg()[0], "waited_in_vain": len(plan.given_up)}
     _warn_if_busy(facts)
     result = {**facts, "questions": {name: answer.as_json() for name, answer in answers.items()}}
     if options.save:
@@ -53,6 +53,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=MODEL, help="the checkpoint, a .gguf file")
     parser.add_argument("--artifact", type=Path, help="measure this artifact instead of exporting the model")
     parser.add_argument("--quick", action="store_true", help="few repetitions, to see that all works")
+    parser.add_argument(
+        "--wait", type=float, default=0, metavar="SECONDS", help="before each repetition, for an idle machine, at most"
+    )
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args()
     if unknown := sorted(set(options.only) - set(QUESTIONS)):
@@ -65,7 +68,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     shutil.rmtree(work / "artifact", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     artifact = options.artifact and options.artifact.resolve()
-    return Plan(options.model.resolve(), artifact, work, machine.threads(), options.quick, _note)
+    return Plan(options.model.resolve(), artifact, work, machine.threads(), options.quick, options.wait, _note)
 
 
 def _facts() -> dict[str, Any]:
@@ -103,10 +106,12 @@ def _cell(text: str, width: int) -> str:
 
 
 def _warn_if_busy(facts: dict[str, Any]) -> None:
-    """Our own children wait in line, so what exceeds one process per core is somebody else's."""
+    """A figure from a busy machine is no figure; ratios suffer less, since contenders take turns."""
     facts["is_busy"] = facts["load_before"] > 0.3 * (os.cpu_count() or 1)
     if facts["is_busy"]:
-        _say(f"\nThe machine was busy before this began (load {facts['load_before']:.1f}): take no figure for more.")
+        _say(f"\nOthers used the machine when this began (load {facts['load_before']:.1f}); consider --wait 60.")
+    if facts["waited_in_vain"]:
+        _say(f"{facts['waited_in_vain']} repetitions began although the machine was busy.")
 
 
 def _save(result: dict[str, Any]) -> None:

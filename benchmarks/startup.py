@@ -29,7 +29,7 @@ def measure(plan: Plan) -> Answer:
     artifact = plan.ready_artifact()
     actions = _actions(plan, [str(script("precast")), "generate", str(artifact), "--prompt", PROMPT, "-q"])
     alternate(actions, 1)
-    results = alternate(actions, plan.rounds(ROUNDS), plan.note)
+    results = alternate(actions, plan.rounds(ROUNDS), plan.begin)
     seconds = {name: [each["seconds"] for each in rounds] for name, rounds in results.items()}
     answer = Answer("Start-up, fresh processes", ["", "median ms", "min", "max"])
     for name, values in seconds.items():

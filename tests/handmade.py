@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +118,27 @@ def rewrite(target: Path, change: Any, *, seal: bool = True) -> None:
         bare = {key: value for key, value in raw["precast"].items() if key != "digest"}
         raw["precast"]["digest"] = canonical_digest({**raw, "precast": bare})
     (target / "config.json").write_bytes(dumps(raw))
+
+
+UNPRIVILEGED = """
+if os.geteuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+"""
+"""Code for a child that gives up root's right to read and write everything."""
+
+
+def child(code: str, *arguments: object, cwd: str | None = None) -> subprocess.Popen[str]:
+    """Run `code` in a fresh interpreter that can import what we can; it finds its arguments in sys.argv."""
+    lines = ["import os, sys, pathlib, handmade", "from precast.runtime.artifact import publish", code]
+    command = [sys.executable, "-c", "\n".join(lines), *map(str, arguments)]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
+    )
+
+
+def last_words(process: subprocess.Popen[str]) -> str:
+    """Wait for the end; the last line of standard error."""
+    lines = process.communicate()[1].splitlines()
+    return lines[-1] if lines else ""

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,13 +26,16 @@ def run(cli: click.Group) -> None:
 
     # Unwinding, rather than dying at once, removes what an export has staged.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    report_lost, sys.unraisablehook = sys.unraisablehook, lambda lost: _come_again(lost) or report_lost(lost)
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="precast") or 0)
     except click.ClickException as error:
-        if not _wants_json():
+        # The whole help, where click 8.2 and later take a call without arguments for a mistake.
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()
         else:
-            _print_error(error.format_message(), "UsageError")
+            context = getattr(error, "ctx", None)
+            _print_error(error.format_message() + (f" See {context.command_path} -h." if context else ""), "UsageError")
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         note("Interrupted; nothing was changed.")
@@ -45,6 +49,16 @@ def run(cli: click.Group) -> None:
             raise
         _print_error(str(error), type(error).__name__)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    finally:
+        sys.unraisablehook = report_lost
+
+
+def _come_again(lost: Any) -> bool:
+    """Python drops an interrupt that arrives while it collects garbage: let the same one arrive a moment later."""
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+    if number is not None:
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+    return number is not None
 
 
 def print_json(value: Any) -> None:
@@ -88,6 +102,7 @@ def _spinner(name: str) -> Iterator[None]:
 
 
 def _print_error(message: str, kind: str) -> None:
+    message = " ".join(message.splitlines())
     if _wants_json():
         print_json({"error": {"type": kind, "message": message}})
     note(f"precast: {message}")

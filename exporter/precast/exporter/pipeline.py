@@ -62,6 +62,7 @@ def export(
     announce(plan)
     with staging(target) as stage:
         with report("load"):
+            tokenizer = checkpoint.tokenizer
             loaded = checkpoint.load(plan.task, plan.dtype)
         with report("trace"):
             programs = list(trace(loaded, plan))
@@ -72,7 +73,7 @@ def export(
                 reference = make_reference(loaded, checkpoint, contract)
         with report("compile"):
             compiled = compiler.compile(programs, stage)
-            _write_companions(stage, checkpoint, loaded)
+            _write_companions(stage, tokenizer, loaded)
             config = _config(checkpoint, loaded)
         del loaded, programs
         gc.collect()
@@ -152,14 +153,14 @@ def _config(checkpoint: Checkpoint, model: Any) -> dict[str, Any]:
         config = json.loads(checkpoint.config.to_json_string(use_diff=True))
         config["architectures"] = [type(model).__name__]
     else:
-        config = json.loads((checkpoint.directory / "config.json").read_text("utf-8"))
+        config = checkpoint.written_config
     return {name: value for name, value in config.items() if not name.endswith("_name_or_path")}
 
 
-def _write_companions(stage: Path, checkpoint: Checkpoint, model: Any) -> None:
+def _write_companions(stage: Path, tokenizer: Any | None, model: Any) -> None:
     """Tokenizer and generation settings, in the forms that transformers writes."""
-    if checkpoint.tokenizer is not None:
-        checkpoint.tokenizer.save_pretrained(stage)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(stage)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         raw = generation.to_diff_dict()

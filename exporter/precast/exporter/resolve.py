@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import TASKS, Task
 from precast.runtime.errors import CheckpointError
@@ -56,9 +58,19 @@ class Checkpoint:
     def config(self) -> PretrainedConfig:
         """The checkpoint's configuration. Raises CheckpointError."""
         try:
+            if not self.gguf_file:
+                # What an artifact could not repeat is refused now rather than after the long work.
+                strict_json.loads(strict_json.dumps(self.written_config), f"{self.name}/config.json")
             return AutoConfig.from_pretrained(self.directory, **self._arguments)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
+            # The libraries meet a broken file with errors of any type.
             raise CheckpointError(f"The configuration of {self.name} cannot be used: {_first_line(error)}") from error
+
+    @cached_property
+    def written_config(self) -> dict[str, Any]:
+        """config.json as it stands, without what transformers adds."""
+        found: dict[str, Any] = json.loads((self.directory / "config.json").read_text("utf-8"))
+        return found
 
     @property
     def text_config(self) -> Any:
@@ -71,7 +83,7 @@ class Checkpoint:
             return None
         try:
             return AutoTokenizer.from_pretrained(self.directory, **self._arguments)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
             raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {_first_line(error)}") from error
 
     @property
@@ -127,8 +139,9 @@ class Checkpoint:
                 output_loading_info=True,
                 **self._arguments,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"The weights of {self.name} cannot be loaded: {_first_line(error)}") from error
+        except Exception as error:
+            reason = "their shapes are not those of config.json" if "mismatched" in str(error) else _first_line(error)
+            raise CheckpointError(f"The weights of {self.name} cannot be loaded: {reason}") from error
         self._check_complete(model, info, task)
         return model.eval().requires_grad_(False)
 
@@ -245,4 +258,8 @@ def _from_hub(model: str, options: ExportOptions) -> Checkpoint:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What the error says, with its type where that is needed to understand it."""
+    lines = str(error).strip().splitlines()
+    if not lines or isinstance(error, KeyError):
+        return f"{type(error).__name__} {str(error).strip()}".strip()
+    return " ".join(line.strip() for line in (lines[:2] if lines[0].endswith(":") else lines[:1]))

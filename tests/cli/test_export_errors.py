@@ -1,0 +1,297 @@
+"""`precast export` refuses in one line: what was wrong in the user's own words, and what would be right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import handmade
+import pytest
+
+from precast.cli import main
+from precast.runtime.artifact.tasks import TASKS
+
+SHAPES = ("--batch-size", 2, "--sequence-length", 16)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, checkpoint):
+    """The current directory, with two checkpoints: `llama`, of 64 positions, and `bert`, which has no head."""
+    shutil.copytree(checkpoint("llama"), tmp_path / "llama")
+    shutil.copytree(checkpoint("bert", "AutoModel"), tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, place):
+    """`run("llama", "-o", "out")`: exit code, standard output, standard error."""
+
+    def call(*words: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["precast", "export", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, *capfd.readouterr()
+
+    return call
+
+
+def _copy(place: Path, source: str, name: str, **files: bytes | None) -> str:
+    """A copy of a checkpoint with files of other content, or without them (`model__json` is model.json)."""
+    shutil.copytree(place / source, place / name)
+    for file, content in files.items():
+        path = place / name / file.replace("__", ".")
+        path.unlink() if content is None else path.write_bytes(content)
+    return name
+
+
+def _check_refused(run, place: Path, words: tuple[object, ...], code: int, *parts: str) -> None:
+    """One line on standard error with all `parts`, the same with --json as one document, and nothing written."""
+    before = sorted(place.rglob("*"))
+    found, out, err = run(*words, "-q")
+    assert (found, out) == (code, ""), err
+    assert err.startswith("precast: ")
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+    found, out, err = run(*words, "-q", "--json")
+    error = json.loads(out)["error"]
+    assert (found, err) == (code, f"precast: {error['message']}\n")
+    assert error["type"] == "UsageError" if code == 2 else error["type"].endswith("Error")
+    assert sorted(place.rglob("*")) == before
+
+
+# ---------------------------------------------------------------- what was typed
+
+
+TASK_NAMES = ", ".join(TASKS)
+WRONG = {
+    "no model": (("-o", "out"), "Missing argument 'MODEL'", "precast export -h"),
+    "no output": (("llama",), "Missing option '-o'"),
+    "an unknown option": (("llama", "-o", "out", "--batchsize", 1), "--batchsize"),
+    "private alone": (("llama", "-o", "out", "--private"), "--private", "--push-to-hub"),
+    "an encoder's shapes": (
+        ("bert", "-o", "out"),
+        "'feature-extraction'", "batch_size, sequence_length", "Add --batch-size N and --sequence-length N",
+        "precast export bert --batch-size 1 --sequence-length 128 -o OUT",
+    ),
+    "an encoder's batch size": (("bert", "-o", "out", "--sequence-length", 16), "Add --batch-size N, for"),
+    "an encoder's length": (("bert", "-o", "out", "--batch-size", 2), "Add --sequence-length N, for"),
+    "an unknown task": (("llama", "-o", "out", "--task", "summarization"), "'summarization'", TASK_NAMES),
+    "a misspelt task": (
+        ("llama", "-o", "out", "--task", "text-generaton"),
+        "'text-generaton'", "Did you mean 'text-generation'?",
+    ),
+    "an unknown backend": (("llama", "-o", "out", "--backend", "tpu"), "'tpu'", "The backends are: onnx"),
+    "an unknown dtype": (("llama", "-o", "out", "--dtype", "float8"), "'float8'", "the choices are: float32"),
+    "batch size 0": (("llama", "-o", "out", "--batch-size", 0), "--batch-size must be at least 1, not 0"),
+    "batch size x": (("llama", "-o", "out", "--batch-size", "x"), "'--batch-size'", "'x'", "integer"),
+    "length abc": (("llama", "-o", "out", "--sequence-length", "abc"), "'--sequence-length'", "'abc'", "whole number"),
+    "lengths with a hole": (("bert", "-o", "out", "--sequence-length", "16,,32"), "'16,,32'", "separated by commas"),
+    "length -1": (("llama", "-o", "out", "--sequence-length", "-1"), "--sequence-length must be at least 1, not -1"),
+    "a length twice": (("bert", "-o", "out", "--batch-size", 1, "--sequence-length", "16,16"), "twice: 16,16"),
+    "a decoder longer than made for": (
+        ("llama", "-o", "out", "--sequence-length", 65),
+        "--sequence-length 65", "llama", "max_position_embeddings allow 64",
+    ),
+    "an encoder longer than made for": (
+        ("bert", "-o", "out", "--batch-size", 1, "--sequence-length", "16,65"),
+        "--sequence-length 65", "max_position_embeddings allow 64",
+    ),
+    "several capacities": (
+        ("llama", "-o", "out", "--sequence-length", "16,32"),
+        "--sequence-length 16,32", "a decoder has one capacity", "the largest, 32",
+    ),
+    "a prompt over capacity": (
+        ("llama", "-o", "out", "--sequence-length", 16, "--prefill-lengths", "8,32"),
+        "--prefill-lengths 32 is more than --sequence-length 16",
+    ),
+    "an encoder's prefill": (("bert", "-o", "out", *SHAPES, "--prefill-lengths", 8), "--prefill-lengths", "no prefill"),
+    "atol 0": (("llama", "-o", "out", "--atol", 0), "--atol must be above 0, not 0"),
+    "atol nan": (("llama", "-o", "out", "--atol", "nan"), "--atol must be above 0, not nan"),
+    "before MODEL is looked for": (("./missing", "-o", "out", "--batch-size", 0), "--batch-size must be at least 1"),
+    "before MODEL is planned": (("./missing", "--dry-run", "--batch-size", 0), "--batch-size must be at least 1"),
+    "several at once": (
+        ("llama", "-o", "out", "--batch-size", 0, "--dtype", "int3"),
+        "--batch-size must be at least 1, not 0", "'int3'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
+def test_wrong_usage(run, place, words):
+    _check_refused(run, place, words[0], 2, *words[1:])
+
+
+# ---------------------------------------------------------------- what was named
+
+
+def test_a_checkpoint_that_is_none(run, place):
+    (place / "notes.txt").write_text("hello")
+    (place / "empty").mkdir()
+    (place / "hollow").mkdir()
+    (place / "hollow" / "model.gguf").write_bytes(b"GGUF")
+    for model, *parts in (
+        ("./missing", "There is no file or directory ./missing"),
+        ("./in\ntwo lines", "There is no file or directory ./in two lines"),
+        ("../a/b/c", "There is no file or directory ../a/b/c"),
+        ("missing.gguf", "There is no file or directory missing.gguf"),
+        ("someone/missing", "someone/missing is neither a local path nor a checkpoint that the Hub would give"),
+        ("notes.txt", "notes.txt is a file; MODEL is a Hub id, a checkpoint directory, or a .gguf file"),
+        ("empty", "empty is not a checkpoint: it has no config.json"),
+        ("hollow", "hollow is not a checkpoint", "precast export hollow/model.gguf"),
+    ):
+        _check_refused(run, place, (model, "-o", "out"), 1, *parts)
+
+
+GGUFS = {
+    "empty": b"",
+    "a word": b"GGUF",
+    "zeros": b"GGUF" + bytes(100),
+    "endless counts": b"GGUF\3\0\0\0" + b"\xff" * 100,
+    "no metadata": b"GGUF\3\0\0\0" + bytes(64),
+    "another format": b"junk" * 99,
+}
+
+
+@pytest.mark.parametrize("data", GGUFS.values(), ids=GGUFS)
+def test_a_corrupt_gguf(run, place, data):
+    (place / "corrupt.gguf").write_bytes(data)
+    _check_refused(run, place, ("corrupt.gguf", "-o", "out"), 1, "corrupt")
+
+
+def _config(**changes: object) -> bytes:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "architectures": ["LlamaForCausalLM"]}
+    return json.dumps({**config, **changes}).encode()
+
+
+CONFIGS = {
+    "cut": (b'{"model_type": ', "Expecting value"),
+    "no text": (b"\xff\xfe", "can't decode byte 0xff"),
+    "a list": (b"[]", "holds a list, not an object"),
+    "no model type": (b"{}", "model_type"),
+    "unknown model type": (_config(model_type="nonsense"), "`nonsense`"),
+    "a word for a number": (_config(hidden_size="wide"), "'hidden_size' expected int, got str (value: 'wide')"),
+    "heads that do not divide": (_config(num_attention_heads=5), "The hidden size (64)", "attention heads (5)"),
+    "no heads": (_config(num_attention_heads=0), "modulo by zero"),
+    "infinite": (_config(rope=float("inf")), "Infinity is not a JSON number"),
+}
+
+
+@pytest.mark.parametrize(("data", "parts"), [(data, parts) for data, *parts in CONFIGS.values()], ids=CONFIGS)
+def test_a_corrupt_config(run, place, data, parts):
+    name = _copy(place, "llama", "odd", config__json=data)
+    _check_refused(run, place, (name, "-o", "out"), 1, "The configuration of odd cannot be used", *parts)
+
+
+def test_a_type_that_cannot_do_the_task(run, place):
+    words = ("llama", "-o", "out", "--task", "fill-mask", *SHAPES)
+    _check_refused(
+        run, place, words, 1, "'llama'", "cannot do fill-mask", "It can be exported for: ", "text-generation"
+    )
+    name = _copy(place, "llama", "odd", config__json=_config(architectures=["SomethingElse"]))
+    _check_refused(run, place, (name, "-o", "out"), 1, "SomethingElse", "Give --task, one of: ", "text-generation")
+
+
+FILES = {
+    "no weights": ({"model__safetensors": None}, "The weights of odd cannot be loaded"),
+    "cut weights": ({"model__safetensors": b"\x40" + bytes(50)}, "The weights of odd cannot be loaded"),
+    "other weights": ({"config__json": _config(vocab_size=99)}, "shapes are not those of config.json"),
+    "cut tokenizer": ({"tokenizer__json": b"{"}, "The tokenizer of odd cannot be used"),
+    "hollow tokenizer": ({"tokenizer__json": b'{"version": "1.0"}'}, "The tokenizer of odd cannot be used"),
+    "a list for a tokenizer": ({"tokenizer_config__json": b"[]"}, "The tokenizer of odd cannot be used"),
+}
+
+
+@pytest.mark.parametrize(("files", "part"), FILES.values(), ids=FILES)
+def test_corrupt_files(run, place, files, part):
+    name = _copy(place, "llama", "odd", **files)
+    _check_refused(run, place, (name, "-o", "out", "--sequence-length", 16, "--no-validate"), 1, part)
+
+
+def test_weights_that_would_be_random(run, place):
+    words = ("bert", "-o", "out", "--task", "text-classification", *SHAPES)
+    parts = ("bert has no weights for classifier.bias, classifier.weight", "BertForSequenceClassification", "random")
+    _check_refused(run, place, words, 1, *parts)
+
+
+def test_the_libraries_below_keep_quiet(place):
+    """In a process of its own: in ours, what they log would pass by the capture."""
+    (place / "corrupt.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
+    for words in (("bert", "--task", "text-classification", *SHAPES), ("corrupt.gguf",)):
+        command = [sys.executable, "-c", "from precast.cli import main; main()", "export", *words, "-o", "out", "-q"]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("precast: ")
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_targets_are_refused_before_any_work(run, place):
+    (place / "file").write_text("mine")
+    (place / "full").mkdir()
+    (place / "full" / "notes").write_text("mine")
+    handmade.make(place / "old")
+    # The checkpoint is missing too, which nobody has looked for yet.
+    for words, *parts in (
+        (("-o", "file"), "file exists and is a file"),
+        (("-o", "full"), "full exists and is not empty", "--force"),
+        (("-o", "full", "--force"), "full holds something that is not an artifact"),
+        (("-o", "old"), "old exists and is not empty", "--force"),
+        (("-o", "llama", "--force"), "llama holds something that is not an artifact"),
+    ):
+        _check_refused(run, place, ("./missing", *words), 1, *parts)
+    _check_refused(run, place, ("./missing", "-o", "old", "--force"), 1, "There is no file or directory ./missing")
+    assert handmade.load(place / "old") == "old"
+
+
+# ---------------------------------------------------------------- --dry-run
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(run, place):
+    _copy(place, "llama", "light", model__safetensors=None)
+    before = sorted(place.rglob("*"))
+    code, out, err = run("light", "-o", "out", "--sequence-length", 16, "--prefill-lengths", "4,8", "--dry-run")
+    assert (code, err) == (0, "")
+    for fact in (
+        "text-generation (llama)",
+        "batch size       1",
+        "sequence length  16",
+        "prefill_4, prefill_8, decode",
+    ):
+        assert fact in out
+    code, out, err = run(
+        "bert", "--batch_size", 2, "--sequence_length", "32,16", "--dynamic_batch_size", "--dry_run", "--json"
+    )
+    plan = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (plan["task"], plan["model_type"], plan["dtype"]) == ("feature-extraction", "bert", "float32")
+    assert (plan["batch_size"], plan["sequence_length"], plan["dynamic_batch_size"]) == (2, [16, 32], True)
+    assert plan["graphs"] == ["model_16", "model_32"]
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_an_export_would(run, place):
+    _check_refused(run, place, ("bert", "--dry-run"), 2, "Add --batch-size N and --sequence-length N")
+    _check_refused(run, place, ("./missing", "--dry-run"), 1, "There is no file or directory ./missing")
+
+
+# ---------------------------------------------------------------- success
+
+
+def test_results_go_to_one_stream_and_progress_to_the_other(run, place):
+    words = ("llama", "--sequence_length", 16, "--no_validate")
+    code, out, err = run(*words, "-o", "out")
+    assert code == 0
+    assert out.splitlines() == [out.strip()]
+    assert out.startswith("out: ")
+    assert [line.split()[0] for line in err.splitlines() if line.startswith("  ")] == [
+        "resolve", "plan", "load", "trace", "compile", "publish",
+    ]  # fmt: skip
+    code, out, err = run(*words, "-o", "out", "--force", "--json", "-q")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert (result["path"], result["accuracy"]["status"], result["url"]) == ("out", "skipped", None)
+    assert result["digest"] == json.loads((place / "out" / "config.json").read_text())["precast"]["digest"]
