@@ -247,6 +247,33 @@ def test_targets_are_refused_before_any_work(run, place):
     assert handmade.load(place / "old") == "old"
 
 
+LOSSY = """
+import click
+from precast.cli.output import run
+
+class Interrupted:
+    def __del__(self):
+        raise {error}
+
+@click.command()
+def long_work():
+    Interrupted()
+    for _ in range(10**8):
+        pass
+
+run(long_work)
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("KeyboardInterrupt", 130), ("SystemExit(143)", 143)])
+def test_an_interrupt_during_garbage_collection_is_not_lost(error, code):
+    """Python drops what is raised there, and freeing a model takes long enough for Ctrl-C to hit it."""
+    command = [sys.executable, "-c", LOSSY.format(error=error)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.strip() == ("Interrupted; nothing was changed." if code == 130 else "")
+
+
 # ---------------------------------------------------------------- --dry-run
 
 
