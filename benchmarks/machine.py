@@ -30,7 +30,6 @@ def describe() -> dict[str, Any]:
         "hypervisor": "hypervisor" in _cpu_field("flags").split(),
         "ram_gb": round(_memory_bytes() / 1e9, 1),
         "system": _system(),
-        "kernel": platform.release(),
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
     }
