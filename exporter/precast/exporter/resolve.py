@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import TASKS, Task
 from precast.runtime.errors import CheckpointError
 
+from .gguf_reader import ParsedOnce
 from .options import ExportOptions
+from .packed import Grid, Packing, check_understood, packing_of, quantization_settings, unpacked, without_quantization
 
 __all__ = ["Checkpoint", "resolve"]
 
@@ -60,17 +63,38 @@ class Checkpoint:
         try:
             if not self.gguf_file:
                 # What an artifact could not repeat is refused now rather than after the long work.
-                strict_json.loads(strict_json.dumps(self.written_config), f"{self.name}/config.json")
-            return AutoConfig.from_pretrained(self.directory, **self._arguments)
+                strict_json.loads(strict_json.dumps(self._config_file), f"{self.name}/config.json")
+            with self._parsed_once:
+                config = AutoConfig.from_pretrained(self.directory, **self._arguments)
         except Exception as error:
             # The libraries meet a broken file with errors of any type.
             raise CheckpointError(f"The configuration of {self.name} cannot be used: {_first_line(error)}") from error
+        if self.packing:
+            # Its weights will be floats, and transformers would look for the library that packed them.
+            for part in (config, config.get_text_config()):
+                vars(part).pop("quantization_config", None)
+        return config
 
     @cached_property
     def written_config(self) -> dict[str, Any]:
-        """config.json as it stands, without what transformers adds."""
+        """config.json as it stands, without what transformers adds; and without how weights were packed."""
+        return without_quantization(self._config_file)
+
+    @cached_property
+    def _config_file(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.directory / "config.json").read_text("utf-8"))
         return found
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How its weights are packed, where it is quantized. Raises CheckpointError for a way that is not supported."""
+        settings = None if self.gguf_file else quantization_settings(self._config_file)
+        return packing_of(settings, self.name) if settings else None
+
+    @property
+    def grid(self) -> Grid | None:
+        """The levels that its packed weights lie on; None where it is not quantized, and for GGUF files."""
+        return self.packing.grid if self.packing else None
 
     @property
     def text_config(self) -> Any:
@@ -82,7 +106,8 @@ class Checkpoint:
         if not self.gguf_file and not any((self.directory / name).exists() for name in _TOKENIZER_FILES):
             return None
         try:
-            return AutoTokenizer.from_pretrained(self.directory, **self._arguments)
+            with self._parsed_once:
+                return AutoTokenizer.from_pretrained(self.directory, **self._arguments)
         except Exception as error:
             raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {_first_line(error)}") from error
 
@@ -129,21 +154,39 @@ class Checkpoint:
 
     def load(self, task: Task, dtype: str) -> nn.Module:
         """The model with its weights, for inference, with eager attention. Raises CheckpointError."""
+        settings = {
+            "config": self.config,
+            "dtype": getattr(torch, dtype),
+            "attn_implementation": "eager",
+            "output_loading_info": True,
+        }
         model: nn.Module
         try:
-            model, info = self._auto_class(task).from_pretrained(
-                self.directory,
-                config=self.config,
-                dtype=getattr(torch, dtype),
-                attn_implementation="eager",
-                output_loading_info=True,
-                **self._arguments,
-            )
+            if self.packing:
+                model, info = self._load_unpacked(self.packing, task, settings)
+            else:
+                with self._parsed_once:
+                    auto = self._auto_class(task)
+                    model, info = auto.from_pretrained(self.directory, **settings, **self._arguments)
+                # A parsed vocabulary is large, and weights are the last to be read.
+                vars(self).pop("_parsed_once")
+        except CheckpointError:
+            raise
         except Exception as error:
             reason = "their shapes are not those of config.json" if "mismatched" in str(error) else _first_line(error)
             raise CheckpointError(f"The weights of {self.name} cannot be loaded: {reason}") from error
         self._check_complete(model, info, task)
         return model.eval().requires_grad_(False)
+
+    def _load_unpacked(self, packing: Packing, task: Task, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """As from_pretrained loads it, which takes tensors only from those who name no directory."""
+        tensors, generation = unpacked(self.directory, packing), None
+        if (self.directory / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(self.directory)
+        cls: Any = type(self.skeleton(task))
+        model, info = cls.from_pretrained(None, state_dict=tensors, generation_config=generation, **settings)
+        check_understood(model, tensors, info["unexpected_keys"], self.name)
+        return model, info
 
     def weights_sha256(self) -> str:
         """One hash over all weight files: the file's own, or of the list of names and hashes for several."""
@@ -152,6 +195,10 @@ class Checkpoint:
         if len(hashes) == 1:
             return hashes[0][1]
         return hashlib.sha256("".join(f"{name} {value}\n" for name, value in hashes).encode()).hexdigest()
+
+    @cached_property
+    def _parsed_once(self) -> AbstractContextManager[None]:
+        return ParsedOnce() if self.gguf_file else nullcontext()
 
     @property
     def _arguments(self) -> dict[str, Any]:

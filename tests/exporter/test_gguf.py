@@ -1,0 +1,69 @@
+"""GGUF files, written here from tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from precast.exporter import ExportOptions
+from precast.exporter.resolve import resolve
+from precast.runtime.artifact.tasks import get_task
+
+
+def write_gguf(source: Path, target: Path) -> None:
+    """A Llama checkpoint as GGUF, in float32."""
+    config = json.loads((source / "config.json").read_text())
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    _write_tokenizer(writer, json.loads((source / "tokenizer.json").read_text())["model"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, tensor in load_file(source / "model.safetensors").items():
+        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, model: dict) -> None:
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def test_a_file_is_parsed_once(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(checkpoint("llama"), tmp_path / "tiny.gguf")
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    found = resolve(str(tmp_path / "tiny.gguf"), ExportOptions())
+    tokenizer, model = found.tokenizer, found.load(get_task("text-generation"), "float32")
+    assert parsed == [str(tmp_path / "tiny.gguf")]
+    assert gguf.GGUFReader is Counted
+    assert tokenizer("Water")["input_ids"]
+    expected = load_file(checkpoint("llama") / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(model.get_parameter("model.layers.0.mlp.up_proj.weight"), expected.float())
