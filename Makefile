@@ -30,7 +30,8 @@ check: $(BIN)/.dev
 bench: $(BIN)/.dev models
 	$(BIN)/python benchmarks/run.py
 
-# What `make bench` compares with, where it is there: onnxruntime-genai, in an environment of its own.
+# What `make bench` compares with, where it is there: each peer in an environment of its own (7 GB, and a compiler for
+# llama.cpp). What cannot be made is left out, with its reason in the results.
 peers: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/peers/make.py $(SMOLLM2) $(INDEX)
 

@@ -70,6 +70,11 @@ class Contender:
         process.stdin.flush()
         return self._answer()
 
+    @property
+    def process_id(self) -> int:
+        """Of the child that runs."""
+        return self._running().pid
+
     def close(self) -> None:
         """End it; a contender whose input ends leaves by itself."""
         if self._process is not None:
@@ -99,14 +104,24 @@ class Contender:
         raise ContenderError(f"{self.name}: {last[-1]}")
 
 
-def serve(facts: dict[str, Any], repeat: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """A contender's side: say `facts`, then answer each request by a repetition."""
+def serve(
+    facts: dict[str, Any],
+    repeat: Callable[[dict[str, Any]], dict[str, Any]],
+    force: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
+    """A contender's side: say `facts`, then answer each request by a repetition.
+
+    A request with a `text` is answered by `force`: it writes the logits after each of the text's tokens, float32
+    `[tokens, vocabulary]`, to the file `logits`.
+    """
     # Libraries print what they like; the answers have a channel of their own.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(json.dumps(facts), file=channel, flush=True)
     for line in sys.stdin:
-        print(json.dumps(repeat(json.loads(line))), file=channel, flush=True)
+        request = json.loads(line)
+        answer = force(request) if force and "text" in request else repeat(request)
+        print(json.dumps(answer), file=channel, flush=True)
 
 
 def environment() -> dict[str, str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import machine
-from harness import HERE, environment
+from harness import HERE, ContenderError, environment
 
 __all__ = ["CAPACITY", "PEER_MODEL", "PEER_PYTHON", "PROMPT", "Plan", "script"]
 
@@ -35,6 +35,7 @@ class Plan:
 
     Attributes:
         artifact: what was exported from `model` before, or None to export it anew.
+        artifacts: the same for each scheme of quantization; what is not there is exported.
         is_quick: few repetitions, to see that all works; its figures are noise.
         patience: before each repetition, wait at most so many seconds until nobody else computes here.
         note: shows progress to the person who waits.
@@ -42,6 +43,7 @@ class Plan:
 
     model: Path
     artifact: Path | None
+    artifacts: Mapping[str, Path]
     work: Path
     threads: int
     is_quick: bool
@@ -63,20 +65,28 @@ class Plan:
         """The artifact to measure; exported by the code as it is now, unless the caller named one."""
         target = self.artifact or self.work / "artifact"
         if self.artifact is None:
-            self.note("exporting")
-            command = [
-                script("precast"),
-                "export",
-                self.model,
-                "--sequence-length",
-                CAPACITY,
-                "-o",
-                target,
-                "--force",
-                "-q",
-            ]
-            subprocess.run([*map(str, command)], env=environment(), stdout=subprocess.DEVNULL, check=True)
+            self._export(target)
         return target
+
+    def scheme_artifact(self, scheme: str) -> Path:
+        """The artifact of a scheme: `fp32`, or a value of `--quantize`. Raises ContenderError if it is refused."""
+        if scheme in self.artifacts:
+            return self.artifacts[scheme]
+        if scheme == "fp32":
+            return self.ready_artifact()
+        target = self.work / f"artifact-{scheme}"
+        self._export(target, "--quantize", scheme)
+        return target
+
+    def _export(self, target: Path, *options: str) -> None:
+        self.note(f"exporting {target.name}")
+        shape = ("--batch-size", "1", "--sequence-length", str(CAPACITY))
+        command = [str(script("precast")), "export", str(self.model), *shape, *options, "-o", str(target)]
+        done = subprocess.run(
+            [*command, "--force", "-q"], env=environment(), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise ContenderError(f"precast export {' '.join(options)}: {done.stderr.strip() or done.returncode}")
 
     def peer_problem(self) -> str | None:
         """Why onnxruntime-genai cannot take part, if so."""

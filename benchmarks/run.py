@@ -22,7 +22,7 @@ import machine
 from harness import HERE, Answer, Target
 from plan import BUILD, Plan
 
-QUESTIONS = ("export_cost", "decode", "startup")
+QUESTIONS = ("export_cost", "decode", "startup", "schemes")
 MODEL = BUILD / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = HERE / "results"
 
@@ -52,6 +52,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), default=QUESTIONS, metavar=",".join(QUESTIONS))
     parser.add_argument("--model", type=Path, default=MODEL, help="the checkpoint, a .gguf file")
     parser.add_argument("--artifact", type=Path, help="measure this artifact instead of exporting the model")
+    parser.add_argument(
+        "--artifacts", type=_artifacts, default={}, metavar="NAME=DIR,…",
+        help="of `schemes`, instead of exporting: fp32, source, int8, int4, or names of your own",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few repetitions, to see that all works")
     parser.add_argument(
         "--wait", type=float, default=0, metavar="SECONDS", help="before each repetition, for an idle machine, at most"
@@ -63,12 +67,29 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def _artifacts(text: str) -> dict[str, Path]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if bad := [name for name, _, path in pairs if not (Path(path) / "config.json").is_file()]:
+        raise argparse.ArgumentTypeError(f"{bad[0]!r} needs =DIR of an artifact")
+    return {name: Path(path).resolve() for name, _, path in pairs}
+
+
 def _plan(options: argparse.Namespace) -> Plan:
     work = BUILD / "bench"
-    shutil.rmtree(work / "artifact", ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
     artifact = options.artifact and options.artifact.resolve()
-    return Plan(options.model.resolve(), artifact, work, machine.threads(), options.quick, options.wait, _note)
+    if work / "artifact" not in (artifact, *options.artifacts.values()):
+        shutil.rmtree(work / "artifact", ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    return Plan(
+        model=options.model.resolve(),
+        artifact=artifact,
+        artifacts=options.artifacts,
+        work=work,
+        threads=machine.threads(),
+        is_quick=options.quick,
+        patience=options.wait,
+        note=_note,
+    )
 
 
 def _facts() -> dict[str, Any]:
@@ -116,7 +137,9 @@ def _warn_if_busy(facts: dict[str, Any]) -> None:
 
 def _save(result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{result['date'][:10]}-{machine.slug()}.json"
+    asked = tuple(result["questions"])
+    part = "" if asked == QUESTIONS else "-" + "-".join(asked).replace("_", "-")
+    path = RESULTS / f"{result['date'][:10]}-{machine.slug()}{part}.json"
     path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
     _say(f"\nSaved to {path.relative_to(HERE.parent)}")
 

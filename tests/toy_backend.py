@@ -39,14 +39,16 @@ class ToyCompiler:
 class ToyEngine:
     """Runs a program and copies its results into the bound arrays."""
 
-    def __init__(self, root: Path, variant: Any, threads: int) -> None:
+    def __init__(self, artifact: Any, variant: Any, settings: Any) -> None:
         import torch
 
         # The program calls our operator, whose eager meaning is its definition.
         import precast.exporter.attention  # noqa: F401
 
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        self._modules = {name: torch.export.load(root / graph.file).module() for name, graph in self._graphs.items()}
+        self._modules = {
+            name: torch.export.load(artifact.path / graph.file).module() for name, graph in self._graphs.items()
+        }
 
     def bind(self, graph: str, inputs: Any, outputs: Any) -> Any:
         import torch

@@ -28,7 +28,7 @@ class _Clock:
         pass
 
 
-def main(artifact: str, threads: str, way: str) -> None:
+def main(artifact: str, threads: str, way: str = "generate") -> None:
     """Serve requests."""
     model = CompiledModelForCausalLM.from_pretrained(artifact, threads=int(threads))
     repeat = {"generate": _generate, "stream": _stream}[way]
@@ -38,10 +38,12 @@ def main(artifact: str, threads: str, way: str) -> None:
             return _with_logits(model, request)
         return repeat(model, request)
 
-    serve({}, answer)
+    serve({}, answer, lambda request: _force(model, request))
 
 
 def _generate(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    # What an earlier request left in the cache would be used again, and the first token come too soon.
+    model.reset()
     clock, started = _Clock(), time.perf_counter()
     whole = model.generate([request["prompt"]], max_new_tokens=request["count"], streamer=clock, **GREEDY)
     stamps = [stamp - started for stamp in clock.stamps[1:]]
@@ -49,6 +51,7 @@ def _generate(model: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stream(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    model.reset()
     tokens, stamps, started = [], [], time.perf_counter()
     for token in model.stream([request["prompt"]], max_new_tokens=request["count"], **GREEDY):
         stamps.append(time.perf_counter() - started)
@@ -67,6 +70,23 @@ def _with_logits(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     whole = model.generate([request["prompt"]], max_new_tokens=request["count"], logits_processor=[keep], **GREEDY)
     np.save(request["logits"], np.stack(kept))
     return {"tokens": whole[0, len(request["prompt"]) :].tolist()}
+
+
+def _force(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Not timed: every token of the text in turn is made the likeliest by far."""
+    kept: list[Any] = []
+    following = iter([*request["text"][1:], 0])
+
+    def force(tokens: Any, logits: Any) -> Any:
+        kept.append(logits[0].copy())
+        forced = np.full_like(logits, -np.inf)
+        forced[:, next(following)] = 0
+        return forced
+
+    text = request["text"]
+    model.generate([text[:1]], max_new_tokens=len(text), logits_processor=[force], **GREEDY)
+    np.save(request["logits"], np.stack(kept))
+    return {}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def main(path: str, threads: str, prompt: str | None = None) -> None:
     from harness import serve
 
     names = ("onnxruntime-genai", "onnxruntime")
-    serve({"packages": {name: version(name) for name in names}}, lambda request: _decode(model, request))
+    facts = {"packages": {name: version(name) for name in names}}
+    serve(facts, lambda request: _decode(model, request), lambda request: _force(model, request))
 
 
 def _decode(model: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +49,17 @@ def _decode(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "stamps": stamps}
 
 
+def _force(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    rows, first, rest = [], request["text"][:1], request["text"][1:]
+    generator = _generator(model, first)
+    for token in [*rest, None]:
+        rows.append(np.array(generator.get_logits(), np.float32).reshape(-1))
+        if token is not None:
+            generator.append_tokens(np.array([[token]], np.int32))
+    np.save(request["logits"], np.stack(rows))
+    return {}
+
+
 def _print_first(model: Any, prompt: str) -> None:
     tokenizer = onnxruntime_genai.Tokenizer(model)
     generator = _generator(model, tokenizer.encode(prompt))
@@ -57,7 +69,8 @@ def _print_first(model: Any, prompt: str) -> None:
 
 def _generator(model: Any, prompt: Any) -> Any:
     parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=CAPACITY, do_sample=False)
+    # The end of a text must not be its end here.
+    parameters.set_search_options(max_length=CAPACITY, min_length=CAPACITY, do_sample=False)
     generator = onnxruntime_genai.Generator(model, parameters)
     generator.append_tokens(np.array([prompt], np.int32))
     return generator

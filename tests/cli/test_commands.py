@@ -73,6 +73,11 @@ def test_generate_samples_when_told_how(run, decoder):
         (("generate", "{decoder}", "--prompt", ""), 2, "empty"),
         (("generate", "{decoder}", "--prompt", "x", "--top-p", "7"), 2, "top_p must lie between 0 and 1, not 7"),
         (("generate", "{decoder}", "--prompt", "x", "--system", "y"), 2, "add --chat"),
+        (
+            ("generate", "{decoder}", "--prompt", "x", "--prompt-lookup", "-1"),
+            2,
+            "prompt_lookup_num_tokens must be a whole number of at least 0",
+        ),
         (("generate", "./missing", "--prompt", "x"), 1, "There is no directory ./missing"),
         (("generate", "{decoder}", "--prompt", "x", "--variant", "cuda"), 1, "no variant 'cuda'. It has: onnx"),
         (("generate", "{decoder}", "--prompt", "x", "--sha256", "0" * 64), 1, "not 000"),

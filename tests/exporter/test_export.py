@@ -71,13 +71,13 @@ def test_a_wrong_graph_is_not_published(checkpoint, tmp_path, monkeypatch):
     """Break the lowering: validation must notice, and the target must stay as it was."""
     from precast.exporter.backends.onnx import lowering
 
-    right = lowering._lowering_for
+    right = lowering._attention_for
 
     def wrong(graph):
         inner = right(graph)
         return lambda *args, **kwargs: inner(*args[:7], 2 * args[7], *args[8:], **kwargs)
 
-    monkeypatch.setattr(lowering, "_lowering_for", wrong)
+    monkeypatch.setattr(lowering, "_attention_for", wrong)
     with pytest.raises(AccuracyError, match=r"differ by .* where .* is allowed"):
         export(str(checkpoint("llama")), tmp_path / "out", ExportOptions(sequence_length=(16,)))
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import LENGTHS, hub_options, json_option, quiet_option
+from .options import LENGTHS, hub_options, json_option, quantize_options, quiet_option
 from .output import note, print_json, step_reporter
 
 __all__ = ["command"]
@@ -29,6 +29,7 @@ __all__ = ["command"]
 @click.option("--backend", default="onnx", show_default=True, metavar="NAME", help="What compiles and runs the model.")
 @click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of weights and results.")
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
+@quantize_options
 @click.option("--no-validate", is_flag=True, help="Do not compare with the eager model; recorded as skipped.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload the artifact when it is done.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-__all__ = ["LENGTHS", "hub_options", "json_option", "model_options", "quiet_option"]
+__all__ = ["LENGTHS", "hub_options", "json_option", "model_options", "quantize_options", "quiet_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,6 +44,34 @@ def hub_options(function: F) -> F:
     """--revision and --token."""
     function = click.option("--token", metavar="TOKEN", help="Hub token, if not logged in (HF_TOKEN).")(function)
     return click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")(function)
+
+
+def quantize_options(function: F) -> F:
+    """How weights and caches are rounded, and what that may cost."""
+    for option in reversed(
+        [
+            click.option("--quantize", default="none", show_default=True, metavar="SCHEME",
+                         help="Weights as: none, int8, int4, source (the grid they lie on already), auto."),
+            click.option("--method", "quantize_method", metavar="NAME",
+                         help="How weights are rounded: rtn, search, gptq. int8: rtn, int4: search."),
+            click.option("--group-size", type=int, default=32, show_default=True, help="Weights that share a scale."),
+            click.option("--symmetric/--asymmetric", default=None,
+                         help="Zero in the middle of the grid, or anywhere. int8: symmetric, int4: asymmetric."),
+            click.option("--skip", multiple=True, metavar="PATTERN",
+                         help="Layers that stay as they are, as 'model.layers.0.*'; repeatable."),
+            click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+                         help="Text for methods that look at activations, instead of the built-in one."),
+            click.option("--kv-cache", default="float32", show_default=True, metavar="DTYPE",
+                         help="Keys and values as: float32, int8."),
+            click.option("--max-kl", type=float, metavar="X",
+                         help="Largest KL divergence from fp32 on held-out text. int4: 0.1, others: 0.01."),
+            click.option("--min-agreement", type=float, metavar="X",
+                         help="Smallest share of equal likeliest tokens. int4: none, others: 0.95."),
+            click.option("--accept-loss", is_flag=True, help="Write the artifact even below these floors."),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def model_options(function: F) -> F:

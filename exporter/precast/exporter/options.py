@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from precast.runtime.artifact.schema import Dtype
 from precast.runtime.errors import UsageError
 
-__all__ = ["DTYPES", "ExportOptions"]
+__all__ = ["DTYPES", "GROUP_SIZES", "KV_CACHES", "QUANTIZE", "ExportOptions"]
 
 DTYPES = ("float32",)
+QUANTIZE = ("none", "source", "int8", "int4", "auto")
+KV_CACHES = ("float32", "int8")
+GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,18 @@ class ExportOptions:
         validate: compare with the eager model before publishing.
         revision, token: of a Hub checkpoint.
         trust_remote_code: run modelling code that comes with the checkpoint.
+        quantize: "none"; "int8" or "int4", the linear layers' and embedding's weights on a grid; "source", the grid
+            that the checkpoint's weights lie on already; "auto", the smallest mixture of int8 and int4 within `max_kl`.
+        quantize_method: how weights get onto the grid, one of METHODS' names; None is "rtn" for int8, "search" for
+            int4.
+        group_size: weights that share a scale.
+        symmetric: zero in the middle of each grid, or anywhere; None is True for int8, False for int4.
+        skip: patterns of layers' names that stay as they are.
+        calibration: a text file for methods that look at activations; None is a small text of our own.
+        kv_cache: the caches' dtype; "int8" is rounded with scales from the calibration text.
+        max_kl: the largest mean KL divergence from the eager fp32 model, in nats per token of held-out text.
+        min_agreement: the smallest share of tokens for which the likeliest is the same.
+        accept_loss: write the artifact even if it is below these floors, and record that.
         force: replace an existing artifact.
     """
 
@@ -45,7 +61,22 @@ class ExportOptions:
     revision: str | None = None
     token: str | None = None
     trust_remote_code: bool = False
+    quantize: str = "none"
+    quantize_method: str | None = None
+    group_size: int = 32
+    symmetric: bool | None = None
+    skip: tuple[str, ...] = ()
+    calibration: Path | None = None
+    kv_cache: str = "float32"
+    max_kl: float | None = None
+    min_agreement: float | None = None
+    accept_loss: bool = False
     force: bool = False
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether less than fp32 is asked for, so that the artifact is held to a loss rather than to a difference."""
+        return self.quantize != "none" or self.kv_cache != "float32"
 
     def check(self) -> None:
         """Raise one UsageError that lists everything wrong with these options."""
@@ -63,5 +94,36 @@ class ExportOptions:
                 yield f"--{flag} names a length twice: {','.join(map(str, values))}."
         if self.dtype not in DTYPES:
             yield f"--dtype {self.dtype!r} is not supported; the choices are: {', '.join(DTYPES)}."
+        yield from self._quantization_holes()
         if not self.atol > 0:
             yield f"--atol must be above 0, not {self.atol}."
+
+    def _quantization_holes(self) -> Iterator[str]:
+        choices = {"quantize": QUANTIZE, "kv-cache": KV_CACHES, "group-size": GROUP_SIZES}
+        for flag, allowed in choices.items():
+            if (value := getattr(self, flag.replace("-", "_"))) not in allowed:
+                yield f"--{flag} {value!r} is not supported; the choices are: {', '.join(map(str, allowed))}."
+        if self.quantize in ("none", "source") and (useless := self._only_for_rounding()):
+            yield f"{', '.join(useless)} say how weights are rounded, which --quantize {self.quantize} does not do."
+        if not self.is_lossy and (useless := self._only_for_loss()):
+            yield f"{', '.join(useless)} bound what quantization loses; without --quantize or --kv-cache, use --atol."
+        if self.max_kl is not None and not self.max_kl > 0:
+            yield f"--max-kl must be above 0, not {self.max_kl}."
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            yield f"--min-agreement must lie between 0 and 1, not {self.min_agreement}."
+        if self.calibration is not None and not self.calibration.is_file():
+            yield f"--calibration: there is no file {self.calibration}."
+
+    def _only_for_rounding(self) -> list[str]:
+        given = {"--method": self.quantize_method, "--symmetric/--asymmetric": self.symmetric}
+        return [flag for flag, value in given.items() if value is not None]
+
+    def _only_for_loss(self) -> list[str]:
+        given = {
+            "--max-kl": self.max_kl,
+            "--min-agreement": self.min_agreement,
+            "--accept-loss": self.accept_loss or None,
+            "--calibration": self.calibration,
+            "--skip": self.skip or None,
+        }
+        return [flag for flag, value in given.items() if value is not None]

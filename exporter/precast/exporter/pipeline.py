@@ -15,15 +15,16 @@ from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
-from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, Shapes, Source, Variant
+from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, Graph, Shapes, Source, Variant
 
 from .backends import Compiled, ProgramCompiler
 from .card import render_card
 from .options import ExportOptions
 from .plan import DecoderPlan, Plan, make_plan
+from .quantize.choose import quantize_model
 from .resolve import Checkpoint, resolve
 from .trace import trace
-from .validate import compare, make_reference, record
+from .validate import compare, in_words, make_reference, record
 
 __all__ = ["Report", "export", "preview"]
 
@@ -64,13 +65,17 @@ def export(
         with report("load"):
             tokenizer = checkpoint.tokenizer
             loaded = checkpoint.load(plan.task, plan.dtype)
-        with report("trace"):
-            programs = list(trace(loaded, plan))
-        contract = _draft(checkpoint, options, plan, [program.graph for program in programs])
         reference = None
         if options.validate:
             with report("reference"):
-                reference = make_reference(loaded, checkpoint, contract)
+                reference = make_reference(loaded, checkpoint, plan.task, plan.outline(), is_scored=options.is_lossy)
+        rounding = None
+        if options.quantize != "none":
+            with report("quantize"):
+                rounding = quantize_model(loaded, checkpoint, options)
+        with report("trace"):
+            programs = list(trace(loaded, plan))
+        contract = _draft(checkpoint, options, plan, [program.graph for program in programs], rounding)
         with report("compile"):
             compiled = compiler.compile(programs, stage)
             _write_companions(stage, tokenizer, loaded)
@@ -81,7 +86,8 @@ def export(
         artifact = write_config(stage, config, contract)
         if reference is not None:
             with report("validate"):
-                artifact = record(artifact, compare(stage, reference, options.atol, artifact.contract.digest))
+                words = in_words(artifact.contract.variants[0])
+                artifact = record(artifact, compare(stage, reference, options, words, artifact.contract.digest))
         with report("publish"):
             (stage / "README.md").write_text(render_card(artifact, checkpoint), "utf-8")
             publish(stage, target, force=options.force)
@@ -102,13 +108,15 @@ def _compiler(backend: str) -> ProgramCompiler:
     return compiler
 
 
-def _draft(checkpoint: Checkpoint, options: ExportOptions, plan: Plan, graphs: list[Any]) -> Contract:
+def _draft(
+    checkpoint: Checkpoint, options: ExportOptions, plan: Plan, graphs: list[Graph], rounding: str | None
+) -> Contract:
     """The contract as far as it is known before anything is compiled."""
     variant = Variant(
-        name=options.backend,
+        name="-".join([options.backend, *([options.quantize] if rounding else [])]),
         backend=options.backend,
         dtype=plan.dtype,
-        quantization=None,
+        quantization=rounding,
         kv_cache=None,
         host=None,  # type: ignore[arg-type]
         compiler=None,  # type: ignore[arg-type]

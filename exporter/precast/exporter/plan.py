@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precast.runtime.artifact.machine import memory_bytes
-from precast.runtime.artifact.schema import Axis, Dim, Dtype, Input, Output, Role
+from precast.runtime.artifact.schema import Axis, Dim, Dtype, Graph, Input, Output, Role
 from precast.runtime.artifact.tasks import Task, get_task
 from precast.runtime.errors import CheckpointError, ExportError, UsageError
 
@@ -81,6 +81,10 @@ class Plan:
     def cache_bytes(self) -> int:
         return 0
 
+    def outline(self) -> list[Graph]:
+        """The graphs as far as they are known before tracing."""
+        raise NotImplementedError
+
     @property
     def memory_bytes(self) -> int:
         """An estimate of the export's peak: the model, its packed copy, and the buffers of writing it."""
@@ -109,6 +113,24 @@ class EncoderPlan(Plan):
     inputs: tuple[TensorPlan, ...]
     outputs: tuple[TensorPlan, ...]
 
+    def outline(self) -> list[Graph]:
+        return [self.describe(graph) for graph in self.graphs]
+
+    def describe(self, graph: GraphPlan) -> Graph:
+        """The graph in the words of the contract; `file` is the backend's to fill in."""
+        sizes = {"batch": graph.batch, "length": graph.length}
+        return Graph(
+            name=graph.name,
+            role=graph.role,
+            file="pending",
+            batch=graph.batch,
+            length=graph.length,
+            capacity=0,
+            inputs=[spec.as_input(sizes) for spec in self.inputs],
+            outputs=[spec.as_output(sizes) for spec in self.outputs],
+            cache=[],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderPlan(Plan):
@@ -120,6 +142,15 @@ class DecoderPlan(Plan):
     @property
     def capacity(self) -> int:
         return self.lengths[0]
+
+    def outline(self) -> list[Graph]:
+        return [
+            Graph(
+                name=graph.name, role=graph.role, file="pending", batch=graph.batch, length=graph.length,
+                capacity=self.capacity, inputs=[], outputs=[], cache=[],
+            )
+            for graph in self.graphs
+        ]  # fmt: skip
 
     @property
     def cache_bytes(self) -> int:
@@ -133,6 +164,11 @@ def make_plan(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
     that cannot be exported for this task."""
     options.check()
     task = get_task(options.task or checkpoint.infer_task())
+    if options.is_lossy and task.kind != "decoder":
+        raise UsageError(
+            f"--quantize and --kv-cache are for decoders: what they cost is measured on the text that a model "
+            f"predicts, and {task.name!r} predicts none. Leave them out."
+        )
     model = checkpoint.skeleton(task)
     plan = _plan_decoder if task.kind == "decoder" else _plan_encoder
     result = plan(checkpoint, options, task, model)

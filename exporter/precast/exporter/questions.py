@@ -11,18 +11,20 @@ from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any
 
-from precast.runtime.artifact.schema import Contract, Dim, Graph
+from precast.runtime.artifact.schema import Dim, Graph
 
-__all__ = ["Question", "make_questions"]
+__all__ = ["Question", "make_questions", "make_scored"]
 
 GREEDY_PROMPTS = 8
 GREEDY_TOKENS = 24
 POSITIONS = 16
+HELD_OUT_LENGTH = 128
 
 
 @dataclass(frozen=True)
 class Question:
-    """`kind`: "outputs" of an encoder, "logits" at `positions` of a decoder, or `count` "greedy" tokens of one."""
+    """`kind`: "outputs" of an encoder, "logits" at `positions` of a decoder, `count` "greedy" tokens of one, or
+    "score": logits after every token of a held-out text."""
 
     name: str
     kind: str
@@ -36,20 +38,29 @@ class Question:
         return asdict(self)
 
 
-def make_questions(contract: Contract, tokenizer: Any | None, vocabulary: int) -> list[Question]:
-    """The questions for an artifact with this contract; `tokenizer` None makes them of random ids (always the same)."""
-    texts = _texts(tokenizer, vocabulary)
-    graphs = contract.variants[0].graphs
+def make_questions(graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:
+    """The questions for an artifact with these graphs; `tokenizer` None makes them of random ids (always the same)."""
+    texts = _texts("texts.txt", tokenizer, vocabulary)
     if graphs[0].role == "encode":
         return [question for graph in graphs for question in _encoder_questions(graph, texts)]
     return [*_logit_questions(graphs, texts), *_greedy_questions(graphs[0], texts)]
 
 
-def _texts(tokenizer: Any | None, vocabulary: int) -> list[list[int]]:
+def make_scored(graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:
+    """Text that no calibration has seen, in rows that fit the graphs, to be scored token by token."""
+    length = min(HELD_OUT_LENGTH, graphs[0].capacity)
+    rows = [text[:length] for text in _texts("heldout.txt", tokenizer, vocabulary)]
+    return [
+        Question(f"held-out text {index + 1}", "score", [row], positions=[list(range(len(row)))])
+        for index, row in enumerate(rows)
+    ]
+
+
+def _texts(name: str, tokenizer: Any | None, vocabulary: int) -> list[list[int]]:
     if tokenizer is None:
         numbers = random.Random(0)  # noqa: S311  (to repeat, not to be secret)
         return [[numbers.randrange(vocabulary) for _ in range(numbers.randint(5, 40))] for _ in range(20)]
-    lines = resources.files(__package__).joinpath("texts.txt").read_text("utf-8").splitlines()
+    lines = resources.files(__package__).joinpath(name).read_text("utf-8").splitlines()
     return [tokenizer(line)["input_ids"] for line in lines]
 
 

@@ -32,7 +32,7 @@ def answer(model: nn.Module, question: Question, outputs: tuple[str, ...]) -> li
         if question.kind == "outputs":
             types: Sequence[list[int] | None] = question.types or [None] * len(question.rows)
             return [_encode(model, row, kinds, outputs) for row, kinds in zip(question.rows, types, strict=True)]
-        if question.kind == "logits":
+        if question.kind in ("logits", "score"):
             pairs = zip(question.rows, question.positions, strict=True)
             return [_logits(model, row, positions) for row, positions in pairs]
         return [_greedy(model, row, question.count) for row in question.rows]

@@ -62,21 +62,7 @@ def _trace_encoder(model: nn.Module, plan: EncoderPlan, graph: GraphPlan) -> Pro
     example = [torch.ones(graph.batch, graph.length, dtype=torch.int64) for _ in names]
     program = _Encoder(model, names, [output.name for output in plan.outputs]).eval()
     exported = _export(program, tuple(example), None)
-    sizes = {"batch": graph.batch, "length": graph.length}
-    return Program(
-        Graph(
-            name=graph.name,
-            role="encode",
-            file="pending",
-            batch=graph.batch,
-            length=graph.length,
-            capacity=0,
-            inputs=[spec.as_input(sizes) for spec in plan.inputs],
-            outputs=[spec.as_output(sizes) for spec in plan.outputs],
-            cache=[],
-        ),
-        exported,
-    )
+    return Program(plan.describe(graph), exported)
 
 
 # ---------------------------------------------------------------- decoders

@@ -18,17 +18,18 @@ from torch import nn
 from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import write_config
-from precast.runtime.artifact.schema import Accuracy, Contract
+from precast.runtime.artifact.schema import Accuracy, Graph, Variant
 from precast.runtime.artifact.store import write_atomically
-from precast.runtime.artifact.tasks import get_task
+from precast.runtime.artifact.tasks import Task, get_task
 from precast.runtime.errors import AccuracyError, ExportError
 
+from .loss import check, floor_for, log_softmax, score
 from .options import ExportOptions
-from .questions import Question, make_questions
+from .questions import Question, make_questions, make_scored
 from .reference import Answer, answer
 from .resolve import Checkpoint, resolve
 
-__all__ = ["Reference", "compare", "judge", "make_reference", "record", "validate_again"]
+__all__ = ["Reference", "compare", "in_words", "judge", "judge_loss", "make_reference", "record", "validate_again"]
 
 Array = np.ndarray[Any, Any]
 Pair: TypeAlias = tuple[Question, Answer, dict[str, Array]]
@@ -36,25 +37,106 @@ Pair: TypeAlias = tuple[Question, Answer, dict[str, Array]]
 
 @dataclass(frozen=True)
 class Reference:
-    """Questions and the eager model's answers; small enough to keep while the artifact is loaded."""
+    """Questions and the eager model's answers. Those to score, a vocabulary per token, are on disk in `folder`, which
+    goes with this object."""
 
     questions: list[Question]
     answers: list[list[Answer]]
+    folder: tempfile.TemporaryDirectory[str] | None = None
 
 
-def make_reference(model: nn.Module, checkpoint: Checkpoint, contract: Contract) -> Reference:
-    """Ask the eager model everything that the artifact with this contract will be asked."""
-    outputs = get_task(contract.task).outputs
-    questions = make_questions(contract, checkpoint.tokenizer, checkpoint.text_config.vocab_size)
-    return Reference(questions, [answer(model, question, outputs) for question in questions])
+def make_reference(
+    model: nn.Module, checkpoint: Checkpoint, task: Task, graphs: list[Graph], *, is_scored: bool
+) -> Reference:
+    """Ask the eager model everything that an artifact with these graphs will be asked."""
+    asked = (graphs, checkpoint.tokenizer, checkpoint.text_config.vocab_size)
+    questions = make_questions(*asked)
+    folder = None
+    if is_scored:
+        questions += make_scored(*asked)
+        folder = tempfile.TemporaryDirectory(prefix="precast-")
+    answers = []
+    for index, question in enumerate(questions):
+        found = answer(model, question, task.outputs)
+        if question.kind == "score" and folder:
+            found = [_on_disk(found[0], Path(folder.name) / f"{index}.npy")]
+        answers.append(found)
+    return Reference(questions, answers, folder)
 
 
-def compare(artifact: Path, reference: Reference, atol: float, sha256: str | None = None) -> Accuracy:
+def _on_disk(found: Answer, path: Path) -> Answer:
+    np.save(path, found.outputs["logits"])
+    return Answer({"logits": np.load(path, mmap_mode="r")})
+
+
+def compare(
+    artifact: Path, reference: Reference, options: ExportOptions, quantization: str | None, sha256: str | None = None
+) -> Accuracy:
     """Ask the artifact at `artifact` and judge its answers. Raises AccuracyError with the figures if they differ.
 
-    `sha256` is the artifact's digest where the caller built it and so trusts the code in it.
+    `quantization` says in words how it was rounded; `sha256` is the artifact's digest where the caller built it and so
+    trusts the code in it.
     """
-    return judge(reference, _ask(artifact, reference.questions, sha256), atol)
+    answers = _ask(artifact, reference.questions, sha256)
+    if quantization is None:
+        return judge(reference, answers, options.atol)
+    return judge_loss(reference, answers, options, quantization)
+
+
+def judge_loss(
+    reference: Reference, answers: list[list[dict[str, Array]]], options: ExportOptions, quantization: str
+) -> Accuracy:
+    """The rule for all that is rounded: floors on what is lost on held-out text.
+
+    At the edges of shapes (padding, one token, a full cache) the loss may be as large as short texts make it, but not
+    of another kind: a mask that is wrong there costs nats.
+    """
+    pairs = list(_pairs(reference, answers))
+    measured = [pair for pair in pairs if pair[0].kind != "greedy"]
+    worst, _ = max(_differences(measured))
+    scores = score((question.rows[0], mine.outputs["logits"], theirs["logits"])
+                   for question, mine, theirs in pairs if question.kind == "score")  # fmt: skip
+    edges = _agreement(measured)["kl_divergence"]
+    figures: dict[str, int | float] = {
+        **scores.as_figures(),
+        "kl_divergence_at_edges": edges,
+        "max_abs_difference": _two_digits(worst),
+        **_count_greedy([pair for pair in pairs if pair[0].kind == "greedy"]),
+    }
+    floor = floor_for(options)
+    try:
+        check(scores, floor, quantization)
+        _check_edges(edges, scores.kl_divergence)
+    except AccuracyError:
+        if not options.accept_loss:
+            raise
+        return Accuracy(status="accepted", reason=f"taken as it is, though not within {floor}", figures=figures)
+    return Accuracy(status="passed", reason=f"compared with the eager fp32 model: {floor}", figures=figures)
+
+
+EDGE_NATS = 1.0
+"""What a few tokens without context may lose on average; the wrong mask or position costs several times as much."""
+
+
+def _check_edges(divergence: float, held_out: float) -> None:
+    allowed = max(EDGE_NATS, 10 * held_out)
+    if divergence > allowed:
+        raise AccuracyError(
+            f"At the edges of its shapes (padded, one token, a full cache) the compiled model is off by a KL "
+            f"divergence of {divergence:.2g} where {allowed:.2g} is allowed and ordinary text loses {held_out:.2g}. "
+            f"Nothing was written. This is a fault of the compiled graph rather than of rounding: please report it."
+        )
+
+
+def _count_greedy(pairs: list[Pair]) -> dict[str, int | float]:
+    """Tokens before the first that differs; rounding moves close decisions, so this is a figure and no rule."""
+    equal = sum(_first_difference(mine.outputs["tokens"], theirs["tokens"]) for _, mine, theirs in pairs)
+    return {"greedy_tokens_equal": equal, "greedy_tokens": sum(len(mine.outputs["tokens"]) for _, mine, _ in pairs)}
+
+
+def _first_difference(expected: Array, found: Array) -> int:
+    differing = np.flatnonzero(expected != found)
+    return int(differing[0]) if len(differing) else len(expected)
 
 
 def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: float) -> Accuracy:
@@ -100,13 +182,20 @@ def validate_again(
     artifact = read_artifact(path)
     checkpoint = resolve(model, options)
     variant = artifact.contract.variants[0]
-    loaded = checkpoint.load(get_task(artifact.contract.task), variant.dtype)
-    reference = make_reference(loaded, checkpoint, artifact.contract)
+    task, words = get_task(artifact.contract.task), in_words(variant)
+    loaded = checkpoint.load(task, variant.dtype)
+    reference = make_reference(loaded, checkpoint, task, variant.graphs, is_scored=words is not None)
     del loaded
-    accuracy = compare(path, reference, options.atol, sha256)
+    accuracy = compare(path, reference, options, words, sha256)
     if keep:
         _rewrite(artifact, accuracy)
     return accuracy
+
+
+def in_words(variant: Variant) -> str | None:
+    """How the variant is rounded, or None where it is not."""
+    parts = [variant.quantization, f"{variant.kv_cache} caches" if variant.kv_cache else None]
+    return " with ".join(part for part in parts if part) or None
 
 
 def _rewrite(artifact: Artifact, accuracy: Accuracy) -> None:
@@ -170,7 +259,7 @@ def _agreement(measured: list[Pair]) -> dict[str, float]:
     if not logits:
         return {}
     expected, found = (np.concatenate(each).astype(np.float64) for each in zip(*logits, strict=True))
-    mine, theirs = _log_softmax(expected), _log_softmax(found)
+    mine, theirs = log_softmax(expected), log_softmax(found)
     divergence = (np.exp(mine) * (mine - theirs)).sum(-1).mean()
     return {
         "top1_agreement": round(float((expected.argmax(-1) == found.argmax(-1)).mean()), 3),
@@ -183,8 +272,7 @@ def _judge_greedy(pairs: list[Pair], difference: float) -> dict[str, int | float
     for question, mine, theirs in pairs:
         expected, found, margins = mine.outputs["tokens"], theirs["tokens"], mine.margins
         assert margins is not None, "greedy answers carry margins"
-        differing = np.flatnonzero(expected != found)
-        first = int(differing[0]) if len(differing) else len(expected)
+        first = _first_difference(expected, found)
         equal, total = equal + first, total + len(expected)
         if first < len(expected) and margins[first] >= 2 * difference:
             raise AccuracyError(
@@ -193,12 +281,6 @@ def _judge_greedy(pairs: list[Pair], difference: float) -> dict[str, int | float
                 f"{margins[first]:.2g} and logits differ by {difference:.2g} at most. Nothing was written."
             )
     return {"greedy_tokens_equal": equal, "greedy_tokens": total} if pairs else {}
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 def _two_digits(value: float) -> float:

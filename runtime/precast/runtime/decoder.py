@@ -14,8 +14,10 @@ from .artifact.schema import Variant
 from .engines import Engine
 from .errors import ArtifactError, InputError, PrecastError
 from .generation import GenerationConfig
+from .lookup import Lookup
 from .model import CompiledModel
 from .padding import as_ids, as_mask, real_rows
+from .request import Ends, Request
 from .sampling import Processor, Sampler
 from .session import Session
 from .tensors import ModelOutput, like, to_numpy
@@ -40,6 +42,12 @@ class CompiledModelForCausalLM(CompiledModel):
     def capacity(self) -> int:
         """Tokens per row that fit, prompt and answer together."""
         return self._session.capacity
+
+    def reset(self) -> None:
+        """Forget the tokens of earlier calls, so that the next one computes all of its prompt."""
+        with self._lock:
+            self._owner += 1
+            self._session.reset()
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
@@ -102,6 +110,11 @@ class CompiledModelForCausalLM(CompiledModel):
     ) -> Any:
         """Continue each row, as `transformers.GenerationMixin.generate` does.
 
+        What the caches hold from the call before is used again: at batch 1 whatever a prompt begins with, as in the
+        next turn of a chat; with more rows only where each lacks its last token. The answer is the one from scratch,
+        but a quantized model's kernels round one token otherwise than several, so there it may differ; `reset()` first
+        makes it repeatable.
+
         Args:
             input_ids: int64 [batch, length], numpy or torch.
             attention_mask: [batch, length] of 0 and 1; padding may be anywhere, the answer is that of the row without.
@@ -124,14 +137,17 @@ class CompiledModelForCausalLM(CompiledModel):
         rows = real_rows(ids, mask)
         count = config.new_tokens(ids.shape[1])
         self._check_room(rows, count)
+        self._check_lookup(config)
         if streamer is not None:
             _check_streamer(streamer, rows)
             streamer.put(ids)
         answers: list[list[int]] = []
         with self._lock:
             for part in self._slices(len(rows)):
-                requests = self._requests(rows[part], config, logits_processor, stopping_criteria, part.start)
-                for tokens in self._steps(requests, count):
+                requests = self._requests(
+                    rows[part], count, config, logits_processor or (), stopping_criteria or (), part.start
+                )
+                for tokens in self._steps(requests):
                     if streamer is not None:
                         streamer.put(np.array(tokens))
                 answers += [request.generated for request in requests]
@@ -154,10 +170,11 @@ class CompiledModelForCausalLM(CompiledModel):
         rows = real_rows(ids, mask)
         count = config.new_tokens(ids.shape[1])
         self._check_room(rows, count)
-        return (tokens[0] for tokens in self._steps(self._requests(rows, config, None, None, 0), count))
+        self._check_lookup(config)
+        return (tokens[0] for tokens in self._steps(self._requests(rows, count, config)))
 
-    def _steps(self, requests: list[_Request], count: int) -> Iterator[list[int]]:
-        """Generate up to `count` tokens per request; yields each step's tokens, of rows that go on."""
+    def _steps(self, requests: list[Request]) -> Iterator[list[int]]:
+        """Generate until all requests are done; yields the new tokens of the rows that go on, one per row."""
         session = self._session
         with self._lock:
             self._owner += 1
@@ -165,15 +182,25 @@ class CompiledModelForCausalLM(CompiledModel):
             logits = session.prefill([request.prompt for request in requests])
             chosen = [request.choose(logits[index]) for index, request in enumerate(requests)]
         yield chosen
-        tokens, is_active = np.zeros(session.batch, np.int64), np.zeros(session.batch, bool)
-        for _ in range(count - 1):
-            for index, request in enumerate(requests):
-                tokens[index], is_active[index] = request.generated[-1], not request.is_done
-            if not is_active.any():
-                return
+        rest = self._one_row(requests[0], owner) if session.batch == 1 else self._many_rows(requests, owner)
+        yield from rest
+
+    def _one_row(self, request: Request, owner: int) -> Iterator[list[int]]:
+        session = self._session
+        while not request.is_done:
             with self._lock:
                 self._check_owner(owner)
-                logits = session.decode(tokens, is_active)
+                guesses = request.guess()
+                chosen = request.check(guesses, session.append([request.generated[-1], *guesses]))
+                session.drop(len(guesses) + 1 - len(chosen))
+            for token in chosen:
+                yield [token]
+
+    def _many_rows(self, requests: list[Request], owner: int) -> Iterator[list[int]]:
+        while not all(request.is_done for request in requests):
+            with self._lock:
+                self._check_owner(owner)
+                logits = self._session.decode([None if each.is_done else each.generated[-1] for each in requests])
                 active = [(index, request) for index, request in enumerate(requests) if not request.is_done]
                 chosen = [request.choose(logits[index]) for index, request in active]
             yield chosen
@@ -212,55 +239,43 @@ class CompiledModelForCausalLM(CompiledModel):
             f"{self._recompile(need)}"
         )
 
+    def _check_lookup(self, config: GenerationConfig) -> None:
+        if not config.prompt_lookup_num_tokens or self._session.is_flexible:
+            return
+        lengths = self.artifact.contract.shapes.prefill_lengths
+        static = f" and the fixed lengths --prefill-lengths {','.join(map(str, lengths))}" if lengths else ""
+        raise InputError(
+            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} checks several tokens of one row in one step, "
+            f"which takes a model compiled for batch 1 and any length; this one was compiled for batch "
+            f"{self.batch_size}{static}. Pass prompt_lookup_num_tokens=0 to go without, or export it again with "
+            f"--batch-size 1 and without --prefill-lengths."
+        )
+
     def _requests(
         self,
         rows: list[Array],
+        count: int,
         config: GenerationConfig,
-        processors: Sequence[Processor] | None,
-        criteria: Sequence[Any] | None,
-        first: int,
-    ) -> list[_Request]:
+        processors: Sequence[Processor] = (),
+        criteria: Sequence[Any] = (),
+        first: int = 0,
+    ) -> list[Request]:
         # A row's randomness depends on the seed and on its own place, not on its neighbours.
         seeds = [None if config.seed is None else [config.seed, first + index] for index in range(len(rows))]
-        ends = _Ends(config, criteria or (), self.tokenizer if config.stops else None)
+        samplers = [
+            Sampler(config, row, np.random.default_rng(seed), processors) for row, seed in zip(rows, seeds, strict=True)
+        ]
+        ends = Ends(config, criteria, self.tokenizer if config.stops else None)
         return [
-            _Request(row, Sampler(config, row, np.random.default_rng(seed), processors or ()), ends)
-            for row, seed in zip(rows, seeds, strict=True)
+            Request(row, count, sampler, ends, _lookup(config, row))
+            for row, sampler in zip(rows, samplers, strict=True)
         ]
 
 
-class _Request:
-    """One row on its way: its prompt, what was generated, and whether it is done."""
-
-    def __init__(self, prompt: Array, sampler: Sampler, ends: _Ends) -> None:
-        self.prompt, self.generated, self.is_done = prompt, [], False  # type: tuple[Array, list[int], bool]
-        self._tokens: list[int] = prompt.tolist()
-        self._sampler, self._ends = sampler, ends
-
-    def choose(self, logits: Array) -> int:
-        """Take the next token from logits [vocabulary]."""
-        token = self._sampler(self._tokens, logits)
-        self._tokens.append(token)
-        self.generated.append(token)
-        self.is_done = self._ends(token, self.generated, self._tokens, logits)
-        return token
-
-
-class _Ends:
-    """Does a row end here?"""
-
-    def __init__(self, config: GenerationConfig, criteria: Sequence[Any], tokenizer: Any) -> None:
-        self._eos, self._criteria = frozenset(config.eos_ids), criteria
-        self._stops, self._tokenizer = config.stops, tokenizer
-        # A character is at most four bytes, a token at least one.
-        self._window = 4 * max(map(len, self._stops), default=0) + 4
-
-    def __call__(self, token: int, generated: list[int], tokens: list[int], logits: Array) -> bool:
-        if token in self._eos:
-            return True
-        if self._stops and any(stop in self._tokenizer.decode(generated[-self._window :]) for stop in self._stops):
-            return True
-        return any(np.all(to_numpy(end(np.array([tokens]), logits[None]))) for end in self._criteria)
+def _lookup(config: GenerationConfig, row: Array) -> Lookup | None:
+    if not config.prompt_lookup_num_tokens:
+        return None
+    return Lookup(row.tolist(), config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
 
 
 def _check_streamer(streamer: Any, rows: list[Array]) -> None:

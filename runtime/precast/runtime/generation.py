@@ -34,7 +34,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1, 1.0),
     "length_penalty": (...,),
     "low_memory": (...,),
-    "max_matching_ngram_size": (...,),
     "num_assistant_tokens": (...,),
     "num_assistant_tokens_schedule": (...,),
     "assistant_confidence_threshold": (...,),
@@ -49,7 +48,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "output_scores": (None, False),
     "penalty_alpha": (None, 0.0),
     "prefill_chunk_size": (...,),
-    "prompt_lookup_num_tokens": (None,),
     "remove_invalid_values": (None, False),
     "renormalize_logits": (None, False),
     "return_dict_in_generate": (None, False),
@@ -78,6 +76,10 @@ class GenerationConfig:
         no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 is off.
         eos_token_id: one id or several, any of which ends a row; an empty list is none.
         pad_token_id: fills rows that ended before others; the first eos id if None.
+        prompt_lookup_num_tokens: guess up to so many next tokens from what followed the last ones where they occurred
+            before, and check them in one step: quicker where an answer quotes its prompt, and the same answer. 0 is
+            off. A quantized model's kernels round one token otherwise than several, so there the answer may differ.
+        max_matching_ngram_size: to guess, look for the last so many tokens, then for fewer; 2 if None.
         stop_strings: texts that end a row when they appear in what was generated.
         seed: makes sampling repeatable.
     """
@@ -95,6 +97,8 @@ class GenerationConfig:
     no_repeat_ngram_size: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
     stop_strings: str | list[str] | None = None
     seed: int | None = None
 
@@ -155,7 +159,7 @@ class GenerationConfig:
 
     def _holes(self) -> Iterator[str]:
         at_least = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "top_k": 0,
-                    "no_repeat_ngram_size": 0}  # fmt: skip
+                    "no_repeat_ngram_size": 0, "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1}  # fmt: skip
         for name, low in at_least.items():
             if (value := getattr(self, name)) is not None and (
                 isinstance(value, bool) or not isinstance(value, int) or value < low

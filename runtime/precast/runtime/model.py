@@ -16,7 +16,7 @@ from .artifact.integrity import identity, require_trust, verify_files
 from .artifact.publish import copy_artifact
 from .artifact.schema import Variant
 from .artifact.tasks import get_task
-from .engines import Engine, open_engine
+from .engines import Engine, Settings, open_engine
 from .errors import ArtifactError, InputError, UsageError
 from .progress import progress
 from .select import choose_variant, this_machine
@@ -57,6 +57,7 @@ class CompiledModel:
         force_download: bool = False,
         device: str = "cpu",
         threads: int = 0,
+        prepack: bool = True,
         variant: str | None = None,
         verify: bool = False,
         sha256: str | None = None,
@@ -72,6 +73,10 @@ class CompiledModel:
             subfolder: where in the directory or repository the artifact lies.
             device: where to run; "cpu".
             threads: how many; 0 is one per usable core.
+            prepack: when the model is first opened, save its weights as this machine's kernels want them (up to twice
+                their size); later it opens in half the time, and all processes share that memory. The environment
+                can say no for all models, PRECAST_PREPACK=0, and how much may be kept, PRECAST_PREPACK_GB=20.
+                `precast cache` shows and clears it.
             variant: the name of the compiled form to use; by default the first that runs here.
             verify: hash every file anew, whatever was verified before.
             sha256: the artifact's digest as you know it; anything else is refused.
@@ -96,7 +101,7 @@ class CompiledModel:
         while True:
             before = identity(path / "config.json")
             try:
-                opened = cls._open(path, threads, variant, verify, sha256, trust_native_code)
+                opened = cls._open(path, Settings(threads, prepack, verify), variant, sha256, trust_native_code)
             except ArtifactError:
                 if identity(path / "config.json") == before:
                     raise
@@ -107,14 +112,14 @@ class CompiledModel:
 
     @classmethod
     def _open(
-        cls, path: Path, threads: int, variant: str | None, verify: bool, sha256: str | None, trust_native_code: bool
+        cls, path: Path, settings: Settings, variant: str | None, sha256: str | None, trust_native_code: bool
     ) -> Self:
         artifact = read_artifact(path)
         chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant)
         target = cls._class_for(artifact)
-        verify_artifact(artifact, chosen, force=verify)
+        verify_artifact(artifact, chosen, force=settings.verify)
         _check_trust(artifact, chosen, sha256, trust_native_code)
-        return target(artifact, chosen, open_engine(path, chosen, threads))
+        return target(artifact, chosen, open_engine(artifact, chosen, settings))
 
     @property
     def config(self) -> dict[str, Any]:

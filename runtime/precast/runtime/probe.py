@@ -36,7 +36,7 @@ def main(artifact: str, questions: str, answers: str, sha256: str | None = None)
 
 def _ask_decoder(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [np.array(row, np.int64) for row in question["rows"]]
-    if question["kind"] == "logits":
+    if question["kind"] in ("logits", "score"):
         return [{"logits": each} for each in model.logits_at(rows, question["positions"])]
     ids, mask = _padded(rows, question["side"])
     # Spelled out, so that the checkpoint's own generation settings play no part.

@@ -16,7 +16,7 @@ Processor = Callable[[Array, Array], Array]
 
 
 class Sampler:
-    """Chooses the next token of one row from its logits [vocabulary] and its tokens so far."""
+    """Chooses the next token of one row from its tokens so far, int64 [length], and its logits [vocabulary]."""
 
     def __init__(
         self, config: GenerationConfig, prompt: Array, generator: np.random.Generator, extra: Sequence[Processor] = ()
@@ -26,15 +26,18 @@ class Sampler:
         if config.do_sample:
             self._processors += _warpers(config)
 
-    def __call__(self, tokens: Sequence[int], logits: Array) -> int:
+    def __call__(self, tokens: Array, logits: Array) -> int:
         """The next token's id."""
         if self._processors:
-            logits, history = logits.astype(np.float32), np.asarray(tokens)
+            logits = logits.astype(np.float32)
             for process in self._processors:
-                logits = process(history, logits)
-        if self._generator is None:
-            return int(logits.argmax())
-        return int(self._generator.choice(len(logits), p=_softmax(logits.astype(np.float64))))
+                logits = process(tokens, logits)
+        return int(logits.argmax()) if self._generator is None else _draw(self._generator, logits)
+
+
+def _draw(generator: np.random.Generator, logits: Array) -> int:
+    possible = np.flatnonzero(logits > -np.inf)
+    return int(generator.choice(possible, p=_softmax(logits[possible].astype(np.float64))))
 
 
 def _one_row(process: Processor) -> Processor:
@@ -72,9 +75,9 @@ def _warpers(config: GenerationConfig) -> list[Processor]:
 
 def repetition_penalty(tokens: Array, logits: Array, penalty: float) -> Array:
     """Divide positive and multiply negative logits of tokens that occurred (Keskar et al. 2019)."""
-    seen = np.unique(tokens)
     penalised: Array = logits.copy()
-    penalised[seen] = np.where(logits[seen] < 0, logits[seen] * np.float32(penalty), logits[seen] / np.float32(penalty))
+    seen = logits[tokens]
+    penalised[tokens] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
     return penalised
 
 
@@ -109,7 +112,8 @@ def top_k(logits: Array, count: int) -> Array:
 
 def top_p(logits: Array, mass: float) -> Array:
     """Keep the likeliest tokens that together reach `mass` (Holtzman et al. 2020), at least one."""
-    order = np.argsort(logits, kind="stable")
+    possible = np.flatnonzero(logits > -np.inf)
+    order = possible[np.argsort(logits[possible], kind="stable")]
     dropped = np.cumsum(_softmax(logits[order])) <= 1 - mass
     dropped[-1] = False
     result: Array = logits.copy()

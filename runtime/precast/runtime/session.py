@@ -1,11 +1,15 @@
 """One set of key/value caches over an engine's graphs: tokens in, logits out.
 
 Inside, rows are right-padded and each has its own length, so the padding that the caller used never reaches the model.
+
+What ONNX Runtime's GroupQueryAttention can do bounds what happens here: several new tokens after a past only at batch 1
+and without padding, since it writes padded rows into the cache once there is a past.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,49 +21,91 @@ __all__ = ["Session"]
 
 Array = np.ndarray[Any, Any]
 
+_TOKENS_PER_READ = 8
+"""A step reads all weights, and that takes about as long as computing so many tokens. Measured on two cores with
+SmolLM2-135M in float32; of one order of magnitude for all decoders, and nothing but speed depends on it."""
+
 
 class Session:
     """The caches of up to `batch` rows.
 
-    `lengths` int32 [batch] counts the tokens that each row has in the cache; it grows only after a completed step, so
-    a step that fails or is interrupted leaves the rows as they were.
+    `tokens` holds, per row, the ids whose keys and values are in the cache. It grows only after a completed step, and
+    shrinks before one that overwrites, so whatever fails or is interrupted, it is true.
     """
 
     def __init__(self, engine: Engine, graphs: Sequence[Graph]) -> None:
         self._engine = engine
         first = graphs[0]
         self.batch, self.capacity = first.batch, first.capacity
-        self.lengths = np.zeros(self.batch, np.int32)
+        self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
         self._step_graph = next((graph for graph in graphs if graph.role == "decode"), first)
         self._prefill_graphs = {
             _longest(graph): graph for graph in graphs if graph is not self._step_graph or _is_free(graph)
         }
         self._caches = _allocate(first)
         self._bound: dict[tuple[str, int, int], _Call] = {}
+        self._appending: dict[int, _Call] = {}
+
+    @property
+    def is_flexible(self) -> bool:
+        """Can `append` take several tokens?"""
+        return self.batch == 1 and _is_free(self._step_graph)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.lengths[:] = 0
+        for held in self.tokens:
+            held.clear()
 
     def prefill(self, rows: Sequence[Array]) -> Array:
-        """Start over with one prompt per row; returns the logits after each row's last token, [batch, vocabulary].
+        """Take one prompt per row; returns the logits after each row's last token, [batch, vocabulary].
 
-        The array is overwritten by the next call.
+        What the caches hold of a prompt is not computed again where that is quicker, and, with more rows than one,
+        where every row lacks its last token only. The array is overwritten by the next call.
         """
+        kept = [_shared(held, row[:-1]) for held, row in zip(self.tokens, rows, strict=False)]
+        if self.batch == 1:
+            del self.tokens[0][self._worth_keeping(kept[0], len(rows[0])) :]
+            return self._feed_row(rows[0][len(self.tokens[0]) :])
+        if all(count == len(row) - 1 for count, row in zip(kept, rows, strict=True)):
+            for held, count in zip(self.tokens, kept, strict=False):
+                del held[count:]
+            return self.decode([int(row[-1]) for row in rows])
         self.reset()
-        return self._feed(rows)
+        return self._feed_rows(rows)
 
-    def decode(self, tokens: Array, is_active: Array) -> Array:
-        """Append one token to every active row; returns logits [batch, vocabulary], overwritten by the next call."""
+    def decode(self, tokens: Sequence[int | None]) -> Array:
+        """Append one token to each row that is given one; the others, and those beyond `tokens`, rest.
+
+        Returns logits [batch, vocabulary], overwritten by the next call.
+        """
         call = self._call(self._step_graph, 1, 1)
-        call.ids[:, 0] = tokens
-        # A row that is done writes again where it wrote last: its neighbours do not see it, and nobody reads it.
-        call.past[:] = np.where(is_active, self.lengths, np.maximum(self.lengths - 1, 0))
-        call.new[:] = 1
-        call.positions[:] = 0
+        pairs = list(zip_longest(self.tokens, tokens))
+        for index, (held, token) in enumerate(pairs):
+            # A row that rests writes its last token once more: its neighbours do not see it, and nobody reads it.
+            call.ids[index, 0] = token if token is not None else held[-1] if held else call.pad
+            call.past[index] = len(held) if token is not None else max(len(held) - 1, 0)
         call.run()
-        self.lengths += is_active.astype(np.int32)
+        for held, token in pairs:
+            if token is not None:
+                held.append(token)
         return call.logits[:, 0]
+
+    def append(self, tokens: list[int]) -> Array:
+        """At batch 1: append tokens; returns the logits after each, [len(tokens), vocabulary], overwritten by the next
+        call. More than one at a time only if `is_flexible`."""
+        call = self._appending.get(len(tokens)) or self._bind_appending(len(tokens))
+        held = self.tokens[0]
+        call.ids[0] = tokens
+        call.past[0] = len(held)
+        call.run()
+        held.extend(tokens)
+        logits: Array = call.logits[0]
+        return logits
+
+    def drop(self, count: int) -> None:
+        """At batch 1: forget the last `count` tokens."""
+        held = self.tokens[0]
+        del held[len(held) - count :]
 
     def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
         """Logits after each of a row's `positions` (ascending), per row [len(positions), vocabulary], in new memory."""
@@ -67,7 +113,7 @@ class Session:
         longest = max(self._prefill_graphs, default=0)
         if longest and _is_free(graph := self._prefill_graphs[longest]):
             call = self._call(graph, max(map(len, rows)), max(map(len, positions)), keep=False)
-            self._prefill(call, rows, positions)
+            self._run(call, rows, positions)
             return [call.logits[index, : len(asked)].copy() for index, asked in enumerate(positions)]
         return [self._logits_one_by_one(row, asked) for row, asked in zip(rows, positions, strict=True)]
 
@@ -76,62 +122,35 @@ class Session:
         self.reset()
         found, done = [], 0
         for position in positions:
-            found.append(self._feed([row[done : position + 1]])[0].copy())
+            part = row[done : position + 1]
+            logits = self._feed_row(part) if self.batch == 1 else self._feed_rows([part])
+            found.append(logits[0].copy())
             done = position + 1
         return np.stack(found)
 
-    def _feed(self, rows: Sequence[Array]) -> Array:
-        """Append several tokens to each row, in as few calls as the graphs allow."""
-        if not self.lengths.any():
-            done, logits = self._first_chunk(rows)
-        else:
-            done, logits = np.zeros(len(rows), int), None
-        if self.batch == 1:
-            return self._feed_chunks(rows[0], int(done[0]), logits)
-        return self._feed_tokens(rows, done, logits)
+    def _worth_keeping(self, shared: int, length: int) -> int:
+        """How many of `shared` tokens to keep for a prompt of `length`. With static graphs it can be quicker to read
+        the whole prompt at once than what is new in it token by token."""
+        return min((shared, 0), key=lambda past: self._effort(past, length))
 
-    def _first_chunk(self, rows: Sequence[Array]) -> tuple[Array, Array | None]:
-        """As much of every row as the largest fitting prefill graph takes, padded."""
+    def _effort(self, past: int, length: int) -> float:
+        """The time to get from `past` to `length` tokens, in reads of the weights."""
+        return sum(1 + size / _TOKENS_PER_READ for _, size in self._chunks(past, length))
+
+    def _chunks(self, past: int, length: int) -> Iterator[tuple[Graph, int]]:
+        """The calls, by graph and compiled size, that take one row from `past` to `length` tokens."""
+        while past < length:
+            graph, size = self._chunk(length - past) if past else self._first_chunk(length)
+            yield graph, size
+            past += size
+
+    def _first_chunk(self, wanted: int) -> tuple[Graph, int]:
+        """The smallest graph that holds `wanted` tokens, or the largest there is. Without a past it may be padded."""
         if not self._prefill_graphs:
-            return np.zeros(len(rows), int), None
-        wanted = max(len(row) for row in rows)
+            return self._step_graph, 1
         limit = min((size for size in self._prefill_graphs if size >= wanted), default=max(self._prefill_graphs))
         graph = self._prefill_graphs[limit]
-        size = min(wanted, limit) if _is_free(graph) else limit
-        call = self._call(graph, size, 1, keep=not _is_free(graph))
-        chunks = [row[:limit] for row in rows]
-        self._prefill(call, chunks, None)
-        return np.array([len(chunk) for chunk in chunks]), call.logits[:, 0]
-
-    def _prefill(self, call: _Call, rows: Sequence[Array], positions: Sequence[Sequence[int]] | None) -> None:
-        """Run a first call: rows right-padded, rows that nobody uses hold one padding token."""
-        call.ids[:] = call.pad
-        call.new[:] = 1
-        call.past[:] = 0
-        call.positions[:] = 0
-        for index, row in enumerate(rows):
-            call.ids[index, : len(row)] = row
-            call.new[index] = len(row)
-            asked = [len(row) - 1] if positions is None else positions[index]
-            call.positions[index, : len(asked)] = asked
-        call.run()
-        self.lengths[:] = 0
-        self.lengths[: len(rows)] = call.new[: len(rows)]
-
-    def _feed_chunks(self, row: Array, done: int, logits: Array | None) -> Array:
-        """Batch 1 on top of a past: whole chunks only, never padded, since ONNX Runtime's GroupQueryAttention writes
-        padded rows into the cache once there is a past."""
-        while done < len(row):
-            left = len(row) - done
-            graph, size = self._chunk(left)
-            call = self._call(graph, size, 1, keep=size == 1)
-            call.ids[0] = row[done : done + size]
-            call.past[:], call.new[:], call.positions[:] = self.lengths, size, size - 1
-            call.run()
-            self.lengths += size
-            done, logits = done + size, call.logits[:, 0]
-        assert logits is not None, "a prompt has at least one token"
-        return logits
+        return graph, min(wanted, limit) if _is_free(graph) else limit
 
     def _chunk(self, left: int) -> tuple[Graph, int]:
         """The largest unpadded step towards `left` tokens."""
@@ -139,20 +158,51 @@ class Session:
         size = max((size for size in sizes if size <= left), default=0)
         return (sizes[size], size) if size else (self._step_graph, 1)
 
-    def _feed_tokens(self, rows: Sequence[Array], done: Array, logits: Array | None) -> Array:
-        """A batch on top of a past: one token per row and step; a row that is through keeps its last logits."""
-        last: Array | None = None if logits is None else logits.copy()
-        while any(count < len(row) for count, row in zip(done, rows, strict=True)):
-            is_active = np.zeros(self.batch, bool)
-            tokens = np.zeros(self.batch, np.int64)
-            for index, row in enumerate(rows):
-                is_active[index] = done[index] < len(row)
-                tokens[index] = row[min(done[index], len(row) - 1)]
-            logits = self.decode(tokens, is_active)
+    def _feed_row(self, row: Array) -> Array:
+        """At batch 1: append tokens in as few calls as the graphs allow; returns the last one's logits."""
+        past, done = len(self.tokens[0]), 0
+        for graph, size in self._chunks(past, past + len(row)):
+            call = self._call(graph, size, 1, keep=size == 1 or not _is_free(graph))
+            self._run(call, [row[done : done + size]])
+            done += size
+        return call.logits[:, 0]
+
+    def _feed_rows(self, rows: Sequence[Array]) -> Array:
+        """Append tokens to several rows: as much as one call takes where there is no past, then one token per row and
+        step. A row that is through keeps its last logits."""
+        last: Array | None = None
+        done = 0
+        if not any(self.tokens):
+            graph, done = self._first_chunk(max(map(len, rows)))
+            call = self._call(graph, done, 1, keep=not _is_free(graph))
+            self._run(call, [row[:done] for row in rows])
+            last = call.logits[:, 0].copy()
+        for step in range(done, max(map(len, rows))):
+            is_active = np.array([step < len(row) for row in rows] + [False] * (self.batch - len(rows)))
+            logits = self.decode([int(row[step]) if step < len(row) else None for row in rows])
             last = logits.copy() if last is None else np.where(is_active[:, None], logits, last)
-            done = done + is_active[: len(rows)]
         assert last is not None, "a prompt has at least one token"
         return last
+
+    def _run(self, call: _Call, rows: Sequence[Array], positions: Sequence[Sequence[int]] | None = None) -> None:
+        """Append `rows`, right-padded, with logits at `positions` or at the last token of each. Rows that nobody uses
+        hold one padding token."""
+        call.ids[:], call.new[:], call.positions[:] = call.pad, 1, 0
+        call.past[:] = [len(held) for held in self.tokens]
+        for index, row in enumerate(rows):
+            call.ids[index, : len(row)] = row
+            call.new[index] = len(row)
+            asked = [len(row) - 1] if positions is None else positions[index]
+            call.positions[index, : len(asked)] = asked
+        call.run()
+        for held, row in zip(self.tokens, rows, strict=False):
+            held.extend(row.tolist())
+
+    def _bind_appending(self, count: int) -> _Call:
+        call = _Call(self._engine, self._step_graph, count, count, self._caches)
+        call.new[0], call.positions[0] = count, np.arange(count)
+        self._appending[count] = call
+        return call
 
     def _call(self, graph: Graph, length: int, positions: int, *, keep: bool = True) -> _Call:
         key = (graph.name, length, positions)
@@ -193,6 +243,13 @@ def _allocate(graph: Graph) -> dict[str, Array]:
         for layer in graph.cache
         for name in (layer.key_in, layer.value_in)
     }
+
+
+def _shared(held: list[int], row: Array) -> int:
+    """How many tokens at their beginning are the same."""
+    count = min(len(held), len(row))
+    differ = np.flatnonzero(np.array(held[:count], np.int64) != row[:count])
+    return int(differ[0]) if differ.size else count
 
 
 def _longest(graph: Graph) -> int:

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..artifact import Artifact
 from ..artifact.backends import get_backend
 from ..artifact.schema import Variant
 
-__all__ = ["Arrays", "Engine", "Step", "open_engine"]
+__all__ = ["Arrays", "Engine", "Settings", "Step", "open_engine"]
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Step = Callable[[], None]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How an artifact is opened.
+
+    Attributes:
+        threads: how many; 0 is one per usable core.
+        prepack: an engine may save on this machine what makes the next load faster.
+        verify: nothing that was verified before counts.
+    """
+
+    threads: int = 0
+    prepack: bool = True
+    verify: bool = False
+
+
 class Engine(Protocol):
     """The runtime's half of a backend; the other half is `precast.exporter.backends.ProgramCompiler`.
 
-    An engine is made from the artifact's directory, one of its variants, and a thread count (0: one per usable core).
-    It is shared by sessions in several threads.
+    An engine is made from a verified artifact and one of its variants. It is shared by sessions in several threads.
     """
 
-    def __init__(self, root: Path, variant: Variant, threads: int) -> None: ...
+    def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None: ...
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """Tie a graph to arrays, by its own input and output names, and return what runs it once.
@@ -37,8 +52,8 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(root: Path, variant: Variant, threads: int) -> Engine:
+def open_engine(artifact: Artifact, variant: Variant, settings: Settings) -> Engine:
     """The engine of the variant's backend, imported now."""
     module, _, name = get_backend(variant.backend).engine.partition(":")
-    engine: Engine = getattr(import_module(module), name)(root, variant, threads)
+    engine: Engine = getattr(import_module(module), name)(artifact, variant, settings)
     return engine

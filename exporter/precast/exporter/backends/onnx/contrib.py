@@ -23,7 +23,8 @@ _INT, _FLOAT = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT
 @cache
 def microsoft() -> Any:
     """The opset `com.microsoft` 1, with our schemas registered."""
-    onnx.defs.register_schema(_group_query_attention())
+    for schema in (_group_query_attention(), _matmul_nbits(), _gather_block_quantized()):
+        onnx.defs.register_schema(schema)
     return Opset(_DOMAIN, 1)
 
 
@@ -48,6 +49,55 @@ def _group_query_attention() -> OpSchema:
             *(OpSchema.Attribute(name, _INT, required=True) for name in ("num_heads", "kv_num_heads")),
             *(OpSchema.Attribute(name, _FLOAT, required=False) for name in ("scale", "softcap")),
             OpSchema.Attribute("local_window_size", _INT, required=False),
+        ],
+    )
+
+
+def _matmul_nbits() -> OpSchema:
+    return OpSchema(
+        "MatMulNBits",
+        _DOMAIN,
+        1,
+        inputs=[
+            _parameter("A", "T1"),
+            _parameter("B", "T2"),
+            _parameter("scales", "T1"),
+            _parameter("zero_points", "T2", _OPTIONAL),
+            _parameter("g_idx", "T4", _OPTIONAL),
+            _parameter("bias", "T1", _OPTIONAL),
+        ],
+        outputs=[_parameter("Y", "T1")],
+        type_constraints=[
+            ("T1", ["tensor(float)"], ""),
+            ("T2", ["tensor(uint8)"], ""),
+            ("T4", ["tensor(int32)"], ""),
+        ],
+        attributes=[
+            OpSchema.Attribute(name, _INT, required=True) for name in ("K", "N", "bits", "block_size", "accuracy_level")
+        ],
+    )
+
+
+def _gather_block_quantized() -> OpSchema:
+    return OpSchema(
+        "GatherBlockQuantized",
+        _DOMAIN,
+        1,
+        inputs=[
+            _parameter("data", "T1"),
+            _parameter("indices", "Tind"),
+            _parameter("scales", "T2"),
+            _parameter("zero_points", "T1", _OPTIONAL),
+        ],
+        outputs=[_parameter("output", "T2")],
+        type_constraints=[
+            ("T1", ["tensor(uint8)"], ""),
+            ("T2", ["tensor(float)"], ""),
+            ("Tind", ["tensor(int64)"], ""),
+        ],
+        attributes=[
+            OpSchema.Attribute(name, _INT, required=True)
+            for name in ("bits", "block_size", "gather_axis", "quantize_axis")
         ],
     )
 

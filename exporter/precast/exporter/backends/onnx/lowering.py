@@ -16,7 +16,8 @@ from onnxscript import opset20 as op
 from precast.runtime.artifact.schema import Graph
 from precast.runtime.errors import ExportError
 
-from ... import attention  # noqa: F401  (registers the operator that is lowered here)
+from ... import attention  # noqa: F401  (registers an operator that is lowered here)
+from ...quantize import linear  # noqa: F401  (registers the others)
 from ...trace import Program
 from .contrib import microsoft
 
@@ -35,7 +36,9 @@ def lower(program: Program) -> ir.Model:
             output_names=[spec.name for spec in program.graph.outputs],
             opset_version=OPSET,
             custom_translation_table={
-                torch.ops.precast.cached_attention.default: _lowering_for(program.graph),
+                torch.ops.precast.cached_attention.default: _attention_for(program.graph),
+                torch.ops.precast.quantized_linear.default: _quantized_linear,
+                torch.ops.precast.quantized_embedding.default: _quantized_embedding,
             },
             verbose=False,
         )
@@ -43,7 +46,7 @@ def lower(program: Program) -> ir.Model:
     return converted.model
 
 
-def _lowering_for(graph: Graph) -> Any:
+def _attention_for(graph: Graph) -> Any:
     """The translation of the operator. Windows and chunks that the cache cannot outgrow are plain causal masks."""
 
     def cached_attention(  # type: ignore[no-untyped-def]
@@ -74,6 +77,29 @@ def _lowering_for(graph: Graph) -> Any:
         return op.Transpose(op.Reshape(output, split), perm=[0, 2, 1, 3]), k_new, v_new
 
     return cached_attention
+
+
+INT8_ACTIVATIONS = 4
+"""MatMulNBits' accuracy_level that rounds activations to int8, group by group: the only one with a fast kernel."""
+
+
+def _quantized_linear(  # type: ignore[no-untyped-def]
+    x, codes, scales, zeros, bias, bits: int, group: int, columns: int, extra: int
+):
+    """`MatMulNBits`; where offsets are held in extra columns, x is followed by the means of its groups."""
+    if extra:
+        x = op.Concat(x, op.AveragePool(x, kernel_shape=[group], strides=[group]), axis=-1)
+    return microsoft().MatMulNBits(
+        x, codes, scales, zeros, None, bias,
+        K=columns + extra, N=codes.shape[0], bits=bits, block_size=group, accuracy_level=INT8_ACTIVATIONS,
+    )  # fmt: skip
+
+
+def _quantized_embedding(ids, codes, scales, zeros, bits: int, group: int):  # type: ignore[no-untyped-def]
+    """`GatherBlockQuantized` over the rows of a table."""
+    return microsoft().GatherBlockQuantized(
+        codes, ids, scales, zeros, bits=bits, block_size=group, gather_axis=0, quantize_axis=1
+    )
 
 
 def _merge(x: Any) -> Any:

@@ -7,6 +7,9 @@ from onnx_ir.passes import common
 
 from precast.runtime.artifact.schema import Graph
 
+from .rotary import FoldRotary
+from .siblings import PackSiblings
+
 __all__ = ["RemoveProvenance", "optimize"]
 
 
@@ -17,6 +20,8 @@ def optimize(model: ir.Model, graph: Graph) -> None:
     fuse_for_onnxruntime(model, "cpu")
     for each in (
         RemoveIdleReshapes(),
+        PackSiblings(),
+        FoldRotary(graph),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
         RemoveProvenance(),

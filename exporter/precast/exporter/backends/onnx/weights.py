@@ -45,7 +45,8 @@ def _store(value: ir.Value, written: dict[str, ir.ExternalTensor], file: BinaryI
     content = (
         memoryview(tensor.numpy()).cast("B") if tensor.numpy().flags.c_contiguous else memoryview(tensor.tobytes())
     )
-    key = f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
+    # Without the shape: an embedding and an output embedding are one table in two shapes.
+    key = f"{tensor.dtype} {hashlib.sha256(content).hexdigest()}"
     if key not in written:
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
         offset = file.tell()

@@ -1,0 +1,130 @@
+"""Rotary position embedding into GroupQueryAttention: two operators and a split less per layer."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from onnx_ir.convenience import extract
+
+from precast.runtime.artifact.schema import Dim, Graph
+
+__all__ = ["FoldRotary"]
+
+Array = np.ndarray[Any, Any]
+Tables: TypeAlias = tuple[ir.Value, ir.Value]
+
+
+class FoldRotary(ir.passes.InPlacePass):  # type: ignore[misc]
+    """Let the operator rotate queries and keys itself, from constant tables over all positions.
+
+    The tables are what the graph computes for every position up to the capacity, so whatever frequencies, scaling or
+    partial rotation the model has is in them. Angles that depend on more than the position are left as they are.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every attention whose queries and keys are rotated by the same angles."""
+        tables: dict[tuple[str, str], Tables | None] = {}
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "GroupQueryAttention" or (rotated := _rotated(node)) is None:
+                continue
+            cos, sin = (_name(value) for value in rotated.inputs[2:4])
+            if (cos, sin) not in tables:
+                tables[cos, sin] = self._tabulate(model, rotated)
+            if (found := tables[cos, sin]) is not None:
+                _fold(node, rotated, found)
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+    def _tabulate(self, model: ir.Model, node: ir.Node) -> Tables | None:
+        """cos and sin [capacity, D / 2] as initializers, or None where they are no function of the position."""
+        angles = _Angles(model, node, self._graph)
+        if not angles.is_bounded:
+            return None
+        table = angles.table()
+        if not np.array_equal(angles.at(self._graph.capacity - angles.length), table[:, -angles.length :]):
+            return None
+        values = [ir.tensor(np.ascontiguousarray(each), name=_name(node.inputs[2 + index]) + "_table")
+                  for index, each in enumerate(table)]  # fmt: skip
+        return _initializer(model, values[0]), _initializer(model, values[1])
+
+
+class _Angles:
+    """The part of the graph that computes rotations, run by itself."""
+
+    def __init__(self, model: ir.Model, node: ir.Node, graph: Graph) -> None:
+        self._graph, self.length = graph, graph.capacity if isinstance(graph.length, Dim) else graph.length
+        inputs = list(model.graph.inputs[:2])
+        self._names = [_name(value) for value in inputs]
+        try:
+            part = extract(model.graph, inputs, [value for value in node.inputs[1:4] if value is not None])
+        except ValueError:
+            self.is_bounded = False
+            return
+        self.is_bounded = True
+        whole = ir.Model(part, ir_version=model.ir_version)
+        self._session = onnxruntime.InferenceSession(
+            ir.to_proto(whole).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+
+    def at(self, past: int, length: int | None = None) -> Array:
+        """cos and sin of the first row's tokens when it has `past` of them: [2, length, D / 2]."""
+        length, batch = length or self.length, self._graph.batch
+        given = {self._names[0]: np.zeros((batch, length), np.int64), self._names[1]: np.full(batch, past, np.int32)}
+        wanted = {spec.name for spec in self._session.get_inputs()}
+        found = self._session.run(None, {name: array for name, array in given.items() if name in wanted})
+        positions, cos, sin = found
+        return np.stack([cos[positions[0]], sin[positions[0]]])
+
+    def table(self) -> Array:
+        """cos and sin of all positions: [2, capacity, D / 2]."""
+        capacity = self._graph.capacity
+        parts = [self.at(past) for past in range(0, capacity, self.length)]
+        return np.concatenate(parts, axis=1)[:, :capacity]
+
+
+def _rotated(node: ir.Node) -> ir.Node | None:
+    """The RotaryEmbedding of the queries, if the keys have the same."""
+    query, key = (value.producer() if value is not None else None for value in node.inputs[:2])
+    if query is None or key is None or {query.op_type, key.op_type} != {"RotaryEmbedding"}:
+        return None
+    same = all(one is other for one, other in zip(query.inputs[1:4], key.inputs[1:4], strict=True))
+    return query if same and _is_interleaved(query) == _is_interleaved(key) else None
+
+
+def _is_interleaved(node: ir.Node) -> int:
+    attribute = node.attributes.get("interleaved")
+    return attribute.as_int() if attribute is not None else 0
+
+
+def _fold(node: ir.Node, rotated: ir.Node, tables: Tables) -> None:
+    query, key, value = (rotated.inputs[0], node.inputs[1].producer().inputs[0], node.inputs[2])
+    split = query.producer() if query is not None else None
+    if split is not None and split.op_type == "Split" and list(split.outputs) == [query, key, value]:
+        query, key, value = split.inputs[0], None, None
+    for index, each in enumerate((query, key, value)):
+        node.replace_input_with(index, each)
+    node.resize_inputs(max(9, len(node.inputs)))
+    for index, table in enumerate(tables):
+        node.replace_input_with(7 + index, table)
+    node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
+    node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", _is_interleaved(rotated))
+
+
+def _initializer(model: ir.Model, tensor: Any) -> ir.Value:
+    value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _name(value: ir.Value | None) -> str:
+    name = value.name if value is not None else None
+    assert name is not None, "every value has a name"
+    return str(name)

@@ -1,0 +1,108 @@
+"""What rounding costs: perplexity, KL divergence and agreement on held-out text, against the eager fp32 model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from precast.runtime.errors import AccuracyError
+
+from .options import ExportOptions
+
+__all__ = ["Floor", "Scores", "check", "floor_for", "log_softmax", "score"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What an artifact may lose: mean KL divergence in nats per token, and the share of tokens for which the likeliest
+    must be the same. None asks for nothing."""
+
+    max_kl: float | None
+    min_agreement: float | None
+
+    def __str__(self) -> str:
+        kl = [] if self.max_kl is None else [f"KL divergence <= {self.max_kl:g}"]
+        return ", ".join(kl + ([] if self.min_agreement is None else [f"top-1 agreement >= {self.min_agreement:g}"]))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of two models that read the same text: perplexities, and how far the second's distributions are from the
+    first's."""
+
+    tokens: int
+    reference_perplexity: float
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+
+    def as_figures(self) -> dict[str, int | float]:
+        return {
+            "heldout_tokens": self.tokens,
+            "reference_perplexity": float(f"{self.reference_perplexity:.4g}"),
+            "perplexity": float(f"{self.perplexity:.4g}"),
+            "kl_divergence": float(f"{self.kl_divergence:.2g}"),
+            "top1_agreement": round(self.top1_agreement, 3),
+        }
+
+
+def floor_for(options: ExportOptions) -> Floor:
+    """The floors that the user named, else those of the scheme: what one can ship without thinking."""
+    kl, agreement = (0.1, None) if options.quantize == "int4" else (0.01, 0.95)
+    if options.max_kl is not None or options.min_agreement is not None:
+        return Floor(options.max_kl, options.min_agreement)
+    return Floor(kl, agreement)
+
+
+def score(rows: Iterable[tuple[list[int], Array, Array]]) -> Scores:
+    """Each row: token ids, the reference's logits and the other's, both [tokens, vocabulary]."""
+    parts = [np.stack(list(_row(*row))) for row in rows]
+    surprise, other_surprise, divergence, agreement = np.concatenate(parts, axis=1)
+    said = ~np.isnan(surprise)
+    return Scores(
+        tokens=len(agreement),
+        reference_perplexity=float(np.exp(surprise[said].mean())),
+        perplexity=float(np.exp(other_surprise[said].mean())),
+        kl_divergence=max(0.0, float(divergence.mean())),
+        top1_agreement=float(agreement.mean()),
+    )
+
+
+def _row(ids: list[int], reference: Array, other: Array) -> Iterator[Array]:
+    mine, theirs = log_softmax(reference), log_softmax(other)
+    for logs in (mine, theirs):
+        # The last token's logits are about a token that is not there.
+        said = np.full(len(ids), np.nan)
+        said[:-1] = -logs[np.arange(len(ids) - 1), ids[1:]]
+        yield said
+    yield (np.exp(mine) * (mine - theirs)).sum(-1)
+    yield (reference.argmax(-1) == other.argmax(-1)).astype(np.float64)
+
+
+def log_softmax(logits: Array) -> Array:
+    """Over the last dimension, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def check(scores: Scores, floor: Floor, what: str) -> None:
+    """Raise AccuracyError, with the figures and what to try, if `scores` are below `floor`."""
+    holes = []
+    if floor.max_kl is not None and not scores.kl_divergence <= floor.max_kl:
+        holes.append(f"a KL divergence of {scores.kl_divergence:.2g} where --max-kl allows {floor.max_kl:g}")
+    if floor.min_agreement is not None and not scores.top1_agreement >= floor.min_agreement:
+        share, wanted = f"{scores.top1_agreement:.1%}", f"{floor.min_agreement:.1%}"
+        holes.append(f"the same likeliest token for {share} where --min-agreement asks for {wanted}")
+    if holes:
+        raise AccuracyError(
+            f"Quantized to {what}, the model loses too much on {scores.tokens} tokens of held-out text: "
+            f"{' and '.join(holes)} (perplexity {scores.perplexity:.4g}, in fp32 {scores.reference_perplexity:.4g}). "
+            f"Nothing was written. Try --method gptq, a smaller --group-size, --quantize int8, or --quantize auto, "
+            f"which keeps the worst layers in int8; --accept-loss takes it as it is."
+        )

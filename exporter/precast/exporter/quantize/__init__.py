@@ -1,0 +1,73 @@
+"""Weight-only quantization: the model's linear layers on a grid, before it is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import blocks, hessians
+from .grid import Grid, find_grid
+from .linear import Packed, QuantizedEmbedding, QuantizedLinear
+from .methods import METHODS, Scheme, get_method
+from .recipe import Layer, Recipe, find_layers
+
+__all__ = ["METHODS", "Recipe", "Scheme", "quantize"]
+
+SOURCE_BITS = (4, 8)
+"""The grids of a source that can be kept, finest last."""
+
+
+def quantize(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Sequence[Tensor] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, str]:
+    """Replace the layers of `model` in place, each freed as soon as its successor stands.
+
+    Args:
+        calibration: rows of token ids [S], for methods that are calibrated.
+        progress: told how many layers of how many are done.
+
+    Returns:
+        Per layer, in words, the grid that it is on now.
+    """
+    method, done = get_method(recipe.method), dict[str, str]()
+    layers = {layer.name: layer for layer in find_layers(model, recipe.skipped)}
+    for names in blocks(list(layers)):
+        learned = hessians(model, names, calibration) if method.is_calibrated else {}
+        for name in names:
+            layer = layers.pop(name)
+            grid, words = _grid(layer, recipe, learned.pop(name, None))
+            _replace(model, layer, Packed(grid))
+            done[name] = words
+            progress(len(done), len(done) + len(layers))
+    return done
+
+
+@torch.no_grad()
+def _grid(layer: Layer, recipe: Recipe, hessian: Tensor | None) -> tuple[Grid, str]:
+    """The source's own grid if that is to be kept and there is one, otherwise what the method makes."""
+    scheme = recipe.scheme_for(layer.name)
+    if recipe.keeps_source:
+        for bits in SOURCE_BITS:
+            found = find_grid(layer.weight, scheme.group, bits)
+            if found is not None and (found.offsets is None or _has_room(layer, scheme.group)):
+                return found, f"the source's int{bits} in groups of {scheme.group}"
+    if scheme.zero == "free" and not _has_room(layer, scheme.group):
+        scheme = replace(scheme, zero="whole")
+    return get_method(recipe.method).quantize(layer.weight, scheme, hessian), str(scheme)
+
+
+def _has_room(layer: Layer, group: int) -> bool:
+    """Offsets are held in columns behind the others: a table has none, and they begin where whole groups end."""
+    return layer.table is None and layer.weight.shape[1] % group == 0
+
+
+def _replace(model: nn.Module, layer: Layer, packed: Packed) -> None:
+    model.set_submodule(layer.name, QuantizedLinear(packed, layer.bias))
+    if layer.table is not None:
+        model.set_submodule(layer.table, QuantizedEmbedding(packed))

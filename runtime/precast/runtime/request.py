@@ -1,0 +1,73 @@
+"""One row on its way through generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .generation import GenerationConfig
+from .lookup import Lookup
+from .sampling import Sampler
+from .tensors import to_numpy
+
+__all__ = ["Ends", "Request"]
+
+Array = np.ndarray[Any, Any]
+
+
+class Request:
+    """A row's prompt, what was generated, and whether it is done: it ended, or has `count` new tokens."""
+
+    def __init__(self, prompt: Array, count: int, sampler: Sampler, ends: Ends, lookup: Lookup | None) -> None:
+        self.prompt, self.generated, self.is_done = prompt, [], False  # type: tuple[Array, list[int], bool]
+        self._tokens = np.concatenate([prompt, np.zeros(count, prompt.dtype)])
+        self._length = len(prompt)
+        self._sampler, self._ends, self._lookup = sampler, ends, lookup
+
+    def choose(self, logits: Array) -> int:
+        """Take the next token from logits [vocabulary]."""
+        token = self._sampler(self._tokens[: self._length], logits)
+        self._tokens[self._length] = token
+        self._length += 1
+        self.generated.append(token)
+        if self._lookup is not None:
+            self._lookup.append(token)
+        is_full = self._length == len(self._tokens)
+        self.is_done = self._ends(token, self.generated, self._tokens[: self._length], logits) or is_full
+        return token
+
+    def guess(self) -> list[int]:
+        """Tokens that may come after the newest one; none without a lookup."""
+        # The last token of all need not be guessed: the step that checks the one before it gives it.
+        return [] if self._lookup is None else self._lookup.guess(len(self._tokens) - self._length - 1)
+
+    def check(self, guesses: list[int], logits: Array) -> list[int]:
+        """Take tokens as long as they were guessed, and the first that was not, from logits [guesses + 1, vocabulary].
+
+        Each is chosen as it would be one by one, so the guesses change nothing but the time that it takes.
+        """
+        chosen = [self.choose(logits[0])]
+        while len(chosen) <= len(guesses) and chosen[-1] == guesses[len(chosen) - 1] and not self.is_done:
+            chosen.append(self.choose(logits[len(chosen)]))
+        if self._lookup is not None:
+            self._lookup.learn(len(guesses), len(chosen) - 1)
+        return chosen
+
+
+class Ends:
+    """Does a row end here? By an end-of-sequence token, a stop string, or one of the caller's `criteria`."""
+
+    def __init__(self, config: GenerationConfig, criteria: Sequence[Any], tokenizer: Any) -> None:
+        self._eos, self._criteria = frozenset(config.eos_ids), criteria
+        self._stops, self._tokenizer = config.stops, tokenizer
+        # A character is at most four bytes, a token at least one.
+        self._window = 4 * max(map(len, self._stops), default=0) + 4
+
+    def __call__(self, token: int, generated: list[int], tokens: Array, logits: Array) -> bool:
+        if token in self._eos:
+            return True
+        if self._stops and any(stop in self._tokenizer.decode(generated[-self._window :]) for stop in self._stops):
+            return True
+        return any(np.all(to_numpy(end(tokens[None], logits[None]))) for end in self._criteria)
