@@ -33,6 +33,8 @@ def cached_attention(
     softcap: float,
     sinks: Tensor | None,
     slopes: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the new keys and values into the caches, then attend to what the caches hold.
 
@@ -49,26 +51,37 @@ def cached_attention(
         k_cache, v_cache: [B, Hkv, C, D].
         past_lengths, new_lengths: int32 [B], `past + new <= C`.
         sinks, slopes: [H] or None.
+        k_scales, v_scales: float32 [Hkv, D] where the caches are int8, else None: a cache row holds
+            `round(value / scale)`, and what attention reads is that times the scale.
 
     Returns:
         The output [B, H, S, D], undefined at padded queries, and both caches [B, Hkv, C, D], undefined at rows
         `>= past + new`.
     """
-    k_cache = _append(k_cache, k, past_lengths, new_lengths)
-    v_cache = _append(v_cache, v, past_lengths, new_lengths)
-    scores = _scores(q, k_cache, scale, softcap)
+    k_cache = _append(k_cache, _rounded(k, k_scales), past_lengths, new_lengths)
+    v_cache = _append(v_cache, _rounded(v, v_scales), past_lengths, new_lengths)
+    keys, values = _restored(k_cache, k_scales), _restored(v_cache, v_scales)
+    scores = _scores(q, keys, scale, softcap)
     distance = _distances(past_lengths, q.shape[2], k_cache.shape[2])
     if slopes is not None:
         scores = scores + slopes.view(1, -1, 1, 1) * distance[:, None]
     visible = _visible(distance, past_lengths, mask, window)
     scores = scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
     probabilities = _softmax(scores, sinks).to(v.dtype)
-    return probabilities @ _repeat(v_cache, q.shape[1]), k_cache, v_cache
+    return probabilities @ _repeat(values, q.shape[1]), k_cache, v_cache
 
 
 @cached_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+def _rounded(x: Tensor, scales: Tensor | None) -> Tensor:
+    return x if scales is None else (x / scales[None, :, None]).round().clamp(-128, 127).to(torch.int8)
+
+
+def _restored(cache: Tensor, scales: Tensor | None) -> Tensor:
+    return cache if scales is None else cache * scales[None, :, None]
 
 
 def _append(cache: Tensor, new: Tensor, past: Tensor, count: Tensor) -> Tensor:

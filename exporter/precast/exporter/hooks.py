@@ -61,11 +61,13 @@ class Mask:
 
 @dataclass
 class Caches:
-    """The caches of one traced call: per layer `(keys, values)`, the lengths, and what the layers returned."""
+    """The caches of one traced call: per layer `(keys, values)`, the lengths, the scales of caches in int8, and what
+    the layers returned."""
 
     past: list[tuple[Tensor, Tensor]]
     past_lengths: Tensor
     new_lengths: Tensor
+    scales: list[tuple[Tensor, Tensor]] | None = None
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     pending: tuple[int, Tensor, Tensor] | None = None
 
@@ -130,12 +132,13 @@ def attend(
     index, new_keys, new_values = _take_pending(caches, key, value)
     mask = mask or Mask("causal", 0)
     k_cache, v_cache = caches.past[index]
+    k_scales, v_scales = caches.scales[index] if caches.scales else (None, None)
     value_width = value.shape[-1]
     output: Tensor
     output, k_cache, v_cache = cached_attention(
         _widen(query, k_cache), _widen(new_keys, k_cache), _widen(new_values, v_cache), k_cache, v_cache,
         caches.past_lengths, caches.new_lengths, float(scale), mask.kind, mask.window, float(softcap or 0.0),
-        sinks, slopes,
+        sinks, slopes, k_scales, v_scales,
     )  # fmt: skip
     caches.present[index] = (k_cache, v_cache)
     return output[..., :value_width] if value_width < output.shape[-1] else output

@@ -67,7 +67,7 @@ class ExportOptions:
     symmetric: bool | None = None
     skip: tuple[str, ...] = ()
     calibration: Path | None = None
-    kv_cache: str = "float32"
+    kv_cache: Dtype = "float32"
     max_kl: float | None = None
     min_agreement: float | None = None
     accept_loss: bool = False

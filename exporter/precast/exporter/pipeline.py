@@ -19,9 +19,10 @@ from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, 
 
 from .backends import Compiled, ProgramCompiler
 from .card import render_card
+from .kv_cache import cache_scales
 from .options import ExportOptions
 from .plan import DecoderPlan, Plan, make_plan
-from .quantize.choose import quantize_model
+from .quantize.choose import calibration_rows, quantize_model
 from .resolve import Checkpoint, resolve
 from .trace import trace
 from .validate import compare, in_words, make_reference, record
@@ -69,12 +70,16 @@ def export(
         if options.validate:
             with report("reference"):
                 reference = make_reference(loaded, checkpoint, plan.task, plan.outline(), is_scored=options.is_lossy)
-        rounding = None
+        scales, rounding = None, None
+        if options.kv_cache == "int8" and isinstance(plan, DecoderPlan):
+            with report("calibrate"):
+                widths = [layer.head_dim for layer in plan.cache]
+                scales = cache_scales(loaded, calibration_rows(checkpoint, options), widths)
         if options.quantize != "none":
             with report("quantize"):
                 rounding = quantize_model(loaded, checkpoint, options)
         with report("trace"):
-            programs = list(trace(loaded, plan))
+            programs = list(trace(loaded, plan, scales))
         contract = _draft(checkpoint, options, plan, [program.graph for program in programs], rounding)
         with report("compile"):
             compiled = compiler.compile(programs, stage)
@@ -109,15 +114,19 @@ def _compiler(backend: str) -> ProgramCompiler:
 
 
 def _draft(
-    checkpoint: Checkpoint, options: ExportOptions, plan: Plan, graphs: list[Graph], rounding: str | None
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    plan: Plan,
+    graphs: list[Graph],
+    rounding: str | None,
 ) -> Contract:
     """The contract as far as it is known before anything is compiled."""
     variant = Variant(
-        name="-".join([options.backend, *([options.quantize] if rounding else [])]),
+        name="-".join([options.backend, *([options.quantize] if rounding else []), *_cache_part(options)]),
         backend=options.backend,
         dtype=plan.dtype,
         quantization=rounding,
-        kv_cache=None,
+        kv_cache="int8" if options.kv_cache == "int8" else None,
         host=None,  # type: ignore[arg-type]
         compiler=None,  # type: ignore[arg-type]
         trust=get_backend(options.backend).trust,
@@ -140,6 +149,10 @@ def _draft(
         variants=[variant],
         files={},
     )
+
+
+def _cache_part(options: ExportOptions) -> list[str]:
+    return [] if options.kv_cache == "float32" else [f"kv-{options.kv_cache}"]
 
 
 def _complete(contract: Contract, compiled: Compiled, stage: Path) -> Contract:

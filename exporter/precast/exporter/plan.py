@@ -137,6 +137,7 @@ class DecoderPlan(Plan):
     """One graph with a free query length, or static prefill graphs and a decode graph, over one set of caches."""
 
     cache: tuple[CachePlan, ...]
+    cache_dtype: Dtype
     prefill_lengths: tuple[int, ...]
 
     @property
@@ -155,7 +156,7 @@ class DecoderPlan(Plan):
     @property
     def cache_bytes(self) -> int:
         numbers = sum(2 * layer.heads * layer.head_dim for layer in self.cache) * self.batch_size * self.capacity
-        item_size: int = getattr(torch, self.dtype).itemsize
+        item_size: int = getattr(torch, self.cache_dtype).itemsize
         return numbers * item_size
 
 
@@ -264,6 +265,7 @@ def _plan_decoder(checkpoint: Checkpoint, options: ExportOptions, task: Task, mo
         prefill_lengths=prefill,
         graphs=_decoder_graphs(batch, capacity, prefill),
         cache=_cache_plan(checkpoint, model, task),
+        cache_dtype=options.kv_cache,
     )
 
 

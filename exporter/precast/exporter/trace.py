@@ -20,6 +20,7 @@ from precast.runtime.errors import ExportError
 
 from . import hooks
 from .architectures import adapted
+from .kv_cache import Scales
 from .plan import DecoderPlan, EncoderPlan, GraphPlan, Plan
 
 __all__ = ["Program", "logits_at", "trace"]
@@ -33,10 +34,13 @@ class Program:
     exported: torch.export.ExportedProgram
 
 
-def trace(model: nn.Module, plan: Plan) -> Iterator[Program]:
-    """Trace `model` once per graph of the plan. Raises ExportError where the model cannot be traced faithfully."""
+def trace(model: nn.Module, plan: Plan, scales: Scales | None = None) -> Iterator[Program]:
+    """Trace `model` once per graph of the plan; `scales` are those of caches in int8.
+
+    Raises ExportError where the model cannot be traced faithfully.
+    """
     if isinstance(plan, DecoderPlan):
-        return (_trace_decoder(model, plan, graph) for graph in plan.graphs)
+        return (_trace_decoder(model, plan, graph, scales) for graph in plan.graphs)
     assert isinstance(plan, EncoderPlan), "there are two kinds of plans"
     return (_trace_encoder(model, plan, graph) for graph in plan.graphs)
 
@@ -71,15 +75,17 @@ def _trace_encoder(model: nn.Module, plan: EncoderPlan, graph: GraphPlan) -> Pro
 class _Decoder(nn.Module):
     """The model as one step: tokens and caches in, logits at the asked positions and updated caches out."""
 
-    def __init__(self, model: nn.Module, layers: int) -> None:
+    def __init__(self, model: nn.Module, layers: int, scales: Scales | None) -> None:
         super().__init__()
         self.model, self.layers = model, layers
+        self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(
         self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        caches = hooks.Caches(list(zip(past[0::2], past[1::2], strict=True)), past_lengths, new_lengths)
+        scales = list(zip(self.scales[0::2], self.scales[1::2], strict=True)) or None
+        caches = hooks.Caches(list(zip(past[0::2], past[1::2], strict=True)), past_lengths, new_lengths, scales)
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True, "return_dict": True}
         if self.takes_positions:
             arguments["position_ids"] = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
@@ -119,8 +125,8 @@ def _pick(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[-1]))
 
 
-def _trace_decoder(model: nn.Module, plan: DecoderPlan, graph: GraphPlan) -> Program:
-    program = _Decoder(model, len(plan.cache)).eval()
+def _trace_decoder(model: nn.Module, plan: DecoderPlan, graph: GraphPlan, scales: Scales | None) -> Program:
+    program = _Decoder(model, len(plan.cache), scales).eval()
     length, positions, shapes = graph.length, 1, None
     if isinstance(length, Dim):
         length, positions = min(8, plan.capacity), min(3, plan.capacity)
@@ -155,7 +161,7 @@ def _vocabulary(exported: torch.export.ExportedProgram) -> int:
 
 def _decoder_example(plan: DecoderPlan, batch: int, length: int, positions: int) -> tuple[Any, ...]:
     caches = [
-        torch.zeros(batch, layer.heads, plan.capacity, layer.head_dim, dtype=getattr(torch, plan.dtype))
+        torch.zeros(batch, layer.heads, plan.capacity, layer.head_dim, dtype=getattr(torch, plan.cache_dtype))
         for layer in plan.cache
         for _ in range(2)
     ]
@@ -191,7 +197,7 @@ def _decoder_graph(plan: DecoderPlan, graph: GraphPlan, windows: list[int | None
             Input(name="new_lengths", dtype="int32", shape=[batch], pad=1),
             Input(name="logit_positions", dtype="int64", shape=[batch, positions], pad=0),
             *(
-                Input(name=name, dtype=plan.dtype, shape=shapes[name], pad=0)
+                Input(name=name, dtype=plan.cache_dtype, shape=shapes[name], pad=0)
                 for layer in cache
                 for name in (layer.key_in, layer.value_in)
             ),
@@ -204,7 +210,7 @@ def _decoder_graph(plan: DecoderPlan, graph: GraphPlan, windows: list[int | None
                 slice=["batch", "positions", None],
             ),
             *(
-                Output(name=name, dtype=plan.dtype, shape=shapes[name], slice=[None] * 4)
+                Output(name=name, dtype=plan.cache_dtype, shape=shapes[name], slice=[None] * 4)
                 for layer in cache
                 for name in (layer.key_out, layer.value_out)
             ),
@@ -222,7 +228,7 @@ def _cache_layer(plan: DecoderPlan, index: int, window: int | None) -> CacheLaye
         value_out=f"present.{index}.value",
         heads=plan.cache[index].heads,
         head_dim=plan.cache[index].head_dim,
-        dtype=plan.dtype,
+        dtype=plan.cache_dtype,
         window=window,
     )
 

@@ -29,7 +29,7 @@ def hessians(model: nn.Module, names: Sequence[str], rows: Sequence[Tensor]) -> 
     sums: dict[str, Tensor] = {}
     for row in rows:
         seen: set[str] = set()
-        with ExitStack() as hooks, torch.no_grad(), suppress(_SeenAll):
+        with ExitStack() as hooks, torch.no_grad(), suppress(_SeenAllError):
             for name in names:
                 collector = _collector(sums, seen, name, len(names))
                 hooks.callback(model.get_submodule(name).register_forward_pre_hook(collector).remove)
@@ -38,7 +38,7 @@ def hessians(model: nn.Module, names: Sequence[str], rows: Sequence[Tensor]) -> 
     return {name: total / tokens for name, total in sums.items()}
 
 
-class _SeenAll(Exception):
+class _SeenAllError(Exception):
     """Every layer that was asked about has had its inputs; what comes after would be computed for nothing."""
 
 
@@ -48,6 +48,6 @@ def _collector(sums: dict[str, Tensor], seen: set[str], name: str, count: int) -
         sums[name] = sums.get(name, 0) + x.T @ x
         seen.add(name)
         if len(seen) == count:
-            raise _SeenAll
+            raise _SeenAllError
 
     return collect

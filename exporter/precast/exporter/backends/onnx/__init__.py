@@ -47,8 +47,10 @@ class OnnxCompiler:
 
 def _minimum_runtime(graphs: list[Graph]) -> str:
     """The oldest release whose CPU kernels passed the tests: before the second, GroupQueryAttention's local window
-    sees one key more. 1.23 is the last for Python 3.10."""
-    has_window = any(
-        layer.window is not None and layer.window < graph.capacity for graph in graphs for layer in graph.cache
+    sees one key more, and it has no caches in int8. 1.23 is the last for Python 3.10."""
+    is_new = any(
+        layer.dtype == "int8" or (layer.window is not None and layer.window < graph.capacity)
+        for graph in graphs
+        for layer in graph.cache
     )
-    return "1.31" if has_window else "1.23"
+    return "1.31" if is_new else "1.23"

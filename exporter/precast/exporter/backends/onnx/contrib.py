@@ -17,7 +17,7 @@ __all__ = ["microsoft"]
 
 _DOMAIN = "com.microsoft"
 _OPTIONAL = OpSchema.FormalParameterOption.Optional
-_INT, _FLOAT = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT
+_INT, _FLOAT, _STRING = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT, OpSchema.AttrType.STRING
 
 
 @cache
@@ -35,20 +35,28 @@ def _group_query_attention() -> OpSchema:
         _DOMAIN,
         1,
         inputs=[
-            *(_parameter(name, "T") for name in ("query", "key", "value", "past_key", "past_value")),
+            *(_parameter(name, "T") for name in ("query", "key", "value")),
+            *(_parameter(name, "T_CACHE") for name in ("past_key", "past_value")),
             *(_parameter(name, "M") for name in ("seqlens_k", "total_sequence_length")),
             *(_parameter(name, "P" if name == "position_ids" else "T", _OPTIONAL) for name in optional),
+            *(_parameter(name, "T_KV_SCALE", _OPTIONAL) for name in ("k_scale", "v_scale")),
         ],
-        outputs=[_parameter(name, "T") for name in ("output", "present_key", "present_value")],
+        outputs=[
+            _parameter("output", "T"),
+            *(_parameter(name, "T_CACHE") for name in ("present_key", "present_value")),
+        ],
         type_constraints=[
             ("T", ["tensor(float)", "tensor(float16)"], ""),
+            ("T_CACHE", ["tensor(float)", "tensor(float16)", "tensor(int8)"], ""),
+            ("T_KV_SCALE", ["tensor(float)"], ""),
             ("M", ["tensor(int32)"], ""),
             ("P", ["tensor(int64)"], ""),
         ],
         attributes=[
             *(OpSchema.Attribute(name, _INT, required=True) for name in ("num_heads", "kv_num_heads")),
             *(OpSchema.Attribute(name, _FLOAT, required=False) for name in ("scale", "softcap")),
-            OpSchema.Attribute("local_window_size", _INT, required=False),
+            *(OpSchema.Attribute(name, _INT, required=False) for name in ("local_window_size", "kv_cache_bit_width")),
+            *(OpSchema.Attribute(name, _STRING, required=False) for name in ("k_quant_type", "v_quant_type")),
         ],
     )
 

@@ -51,7 +51,7 @@ def _attention_for(graph: Graph) -> Any:
 
     def cached_attention(  # type: ignore[no-untyped-def]
         q, k, v, k_cache, v_cache, past_lengths, new_lengths,
-        scale: float, mask: str, window: int, softcap: float, sinks=None, slopes=None,
+        scale: float, mask: str, window: int, softcap: float, sinks=None, slopes=None, k_scales=None, v_scales=None,
     ):  # fmt: skip
         """`GroupQueryAttention` of com.microsoft.
 
@@ -69,8 +69,11 @@ def _attention_for(graph: Graph) -> Any:
         options: dict[str, Any] = {"softcap": softcap} if softcap else {}
         if bounded:
             options["local_window_size"] = window
+        if k_scales is not None:
+            options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         output, k_new, v_new = microsoft().GroupQueryAttention(
             _merge(q), _merge(k), _merge(v), k_cache, v_cache, last, total, None, None, None, None, sinks,
+            k_scales, v_scales,
             num_heads=q.shape[1], kv_num_heads=k.shape[1], scale=scale, **options,
         )  # fmt: skip
         split = op.Constant(value_ints=[0, 0, q.shape[1], q.shape[3]])

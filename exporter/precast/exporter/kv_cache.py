@@ -1,0 +1,40 @@
+"""Scales for caches in int8: how large keys and values get on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Scales", "cache_scales"]
+
+Scales = list[Tensor]
+"""Per layer two tensors in turn, of keys and of values, each float32 [Hkv, D]."""
+
+LARGEST = 127
+
+
+def cache_scales(model: nn.Module, rows: Sequence[Tensor], widths: Sequence[int]) -> Scales:
+    """One scale per layer, head and channel, such that what `model` caches on `rows` [S] of ids just fits int8.
+
+    `widths` are the head sizes that the caches are compiled with; channels beyond the model's own are zero.
+    """
+    tops: list[Tensor] = []
+    for row in rows:
+        with torch.no_grad():
+            cache = model(input_ids=row[None], use_cache=True, return_dict=True).past_key_values
+        found = [_top(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        tops = [torch.maximum(*pair) for pair in zip(tops, found, strict=True)] if tops else found
+    return [_scale(top, widths[index // 2]) for index, top in enumerate(tops)]
+
+
+def _top(tensor: Tensor) -> Tensor:
+    """[B, H, S, D] -> the largest absolute value per head and channel, [H, D]."""
+    return tensor.float().abs().amax((0, 2))
+
+
+def _scale(top: Tensor, width: int) -> Tensor:
+    scale: Any = torch.where(top == 0, 1.0, top / LARGEST)
+    return torch.nn.functional.pad(scale, (0, width - top.shape[1]), value=1.0)
