@@ -84,7 +84,8 @@ class _Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        scales = list(zip(self.scales[0::2], self.scales[1::2], strict=True)) or None
+        flat = list(self.scales)
+        scales = list(zip(flat[0::2], flat[1::2], strict=True)) or None
         caches = hooks.Caches(list(zip(past[0::2], past[1::2], strict=True)), past_lengths, new_lengths, scales)
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True, "return_dict": True}
         if self.takes_positions:

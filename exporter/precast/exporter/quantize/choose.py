@@ -12,17 +12,22 @@ from torch import Tensor, nn
 
 from precast.runtime.errors import CheckpointError
 
+from ..loss import floor_for
 from ..options import ExportOptions
 from ..resolve import Checkpoint
 from . import quantize
-from .methods import Scheme, Zero, get_method
+from .methods import METHODS, Scheme, Zero, get_method
+from .mixture import mixture
 from .recipe import Recipe, find_layers
 
 __all__ = ["calibration_rows", "quantize_model"]
 
 ROW = 512
 """Tokens per row of calibration text."""
-DEFAULT_METHODS = {"source": "rtn", "int8": "rtn", "int4": "search"}
+DEFAULT_METHODS = {"source": "rtn", "int8": "rtn", "int4": "search", "auto": "search"}
+FOUR_BITS_SHARE = 0.4
+"""Of the allowed loss, what `auto` spends on 4-bit weights. The rest is for what calibration in fp32 does not see: the
+rounding of activations to int8, which alone cost half of the default 0.01 on SmolLM2."""
 
 
 def quantize_model(
@@ -35,9 +40,10 @@ def quantize_model(
 
     Raises UsageError for patterns and methods that do not exist, CheckpointError where `source` has no grid to keep.
     """
-    recipe = _recipe(model, checkpoint, options)
-    needs_text = get_method(recipe.method).is_calibrated
+    method = options.quantize_method or DEFAULT_METHODS[options.quantize]
+    needs_text = get_method(method).is_calibrated or options.quantize == "auto"
     rows = calibration_rows(checkpoint, options) if needs_text else []
+    recipe = _recipe(model, checkpoint, options, method, rows)
     done = quantize(model, recipe, rows, progress)
     if recipe.keeps_source and not any(words.startswith("the source's") for words in done.values()):
         raise CheckpointError(
@@ -48,15 +54,21 @@ def quantize_model(
     return _in_words(done, recipe)
 
 
-def _recipe(model: nn.Module, checkpoint: Checkpoint, options: ExportOptions) -> Recipe:
-    method = options.quantize_method or DEFAULT_METHODS[options.quantize]
+def _recipe(
+    model: nn.Module, checkpoint: Checkpoint, options: ExportOptions, method: str, rows: list[Tensor]
+) -> Recipe:
     if options.quantize == "source":
         return Recipe(Scheme(8, _source_group(checkpoint, options), "whole"), method, {}, options.skip, True)
     if options.quantize == "int8":
         zero: Zero = "whole" if options.symmetric is False else "middle"
         return Recipe(Scheme(8, options.group_size, zero), method, {}, options.skip)
-    scheme = Scheme(4, options.group_size, "middle" if options.symmetric else "free")
-    return Recipe(scheme, method, _head_in_int8(model, options), options.skip)
+    four = Scheme(4, options.group_size, "middle" if options.symmetric else "free")
+    if options.quantize == "auto":
+        layers = list(find_layers(model, options.skip))
+        budget = FOUR_BITS_SHARE * (floor_for(options).max_kl or 0.0)
+        chosen = mixture(model, layers, four, METHODS["search"], rows, budget)
+        return Recipe(Scheme(8, options.group_size, "middle"), method, chosen, options.skip)
+    return Recipe(four, method, _head_in_int8(model, options), options.skip)
 
 
 def _head_in_int8(model: nn.Module, options: ExportOptions) -> Mapping[str, Scheme]:
