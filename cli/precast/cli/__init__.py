@@ -11,6 +11,7 @@ from .output import run
 __all__ = ["main"]
 
 COMMANDS = {
+    "bench": "Measure an artifact's speed and memory, or compare several.",
     "cache": "Show or clear what precast keeps on this machine.",
     "completion": "Print the shell's completion script.",
     "env": "Show versions and machine facts, for bug reports.",

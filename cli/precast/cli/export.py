@@ -103,6 +103,8 @@ def _in_words(plan: Any) -> str:
         f"graphs           {', '.join(facts['graphs'])}",
         f"weights          {_megabytes(facts['weight_bytes'])} as {facts['dtype']}",
     ]
+    if facts["quantize"] != "none":
+        lines.append(f"quantized to     {facts['quantize']}")
     if facts["cache_bytes"]:
         lines.append(f"cache            {_megabytes(facts['cache_bytes'])}")
     return "\n".join([*lines, f"memory to export about {_megabytes(facts['memory_bytes'])}"])

@@ -61,6 +61,8 @@ def _show(artifact: Any, runs: list[str | None], verified: bool) -> None:
         accuracy = variant.accuracy
         rows += [
             (f"variant {variant.name}", f"{variant.backend}, {variant.dtype}, trust tier {variant.trust}"),
+            *([("  weights", variant.quantization)] if variant.quantization else []),
+            *([("  key/value cache", variant.kv_cache)] if variant.kv_cache else []),
             ("  runs here", "yes" if reason is None else f"no: {reason}"),
             ("  accuracy", f"{accuracy.status}: {accuracy.reason}"),
             *((f"    {name}", value) for name, value in accuracy.figures.items()),

@@ -17,7 +17,10 @@ from typing import Any
 
 import click
 
-__all__ = ["note", "print_json", "run", "step_reporter"]
+__all__ = ["Tell", "note", "print_json", "run", "step_reporter"]
+
+Tell = Callable[[int, int], None]
+"""Told how many parts of a step are done, and of how many."""
 
 
 def run(cli: click.Group) -> None:
@@ -71,34 +74,39 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
-def step_reporter(quiet: bool) -> Callable[[str], AbstractContextManager[Any]]:
-    """Shows each step with its time: a spinner on a terminal, a line when done; nothing if `quiet`."""
+def step_reporter(quiet: bool) -> Callable[[str], AbstractContextManager[Tell]]:
+    """Shows each step with its time: a bar on a terminal, a line when done; nothing if `quiet`. A step is given a
+    function to tell it how much is done, and of how much."""
 
     @contextmanager
-    def step(name: str) -> Iterator[None]:
+    def step(name: str) -> Iterator[Tell]:
         if quiet:
-            yield
+            yield _tell_nobody
             return
         started = time.perf_counter()
-        with _spinner(name):
-            yield
+        with _bar(name) as tell:
+            yield tell
         note(f"  {name:<10} {time.perf_counter() - started:6.1f} s")
 
     return step
 
 
+def _tell_nobody(done: int, total: int) -> None:
+    pass
+
+
 @contextmanager
-def _spinner(name: str) -> Iterator[None]:
+def _bar(name: str) -> Iterator[Tell]:
     if not sys.stderr.isatty():
-        yield
+        yield _tell_nobody
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        bar.add_task(name, total=None)
-        yield
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_error(message: str, kind: str) -> None:

@@ -51,9 +51,13 @@ class Scores:
         }
 
 
+# What `auto` may lose is a choice, of KL divergence alone.
+_FLOORS: dict[str, tuple[float, float | None]] = {"int4": (0.1, None), "auto": (0.01, None)}
+
+
 def floor_for(options: ExportOptions) -> Floor:
     """The floors that the user named, else those of the scheme: what one can ship without thinking."""
-    kl, agreement = (0.1, None) if options.quantize == "int4" else (0.01, 0.95)
+    kl, agreement = _FLOORS.get(options.quantize, (0.01, 0.95))
     if options.max_kl is not None or options.min_agreement is not None:
         return Floor(options.max_kl, options.min_agreement)
     return Floor(kl, agreement)

@@ -47,7 +47,8 @@ def export(
         model: a Hub id, a checkpoint directory, or a .gguf file.
         target: the directory to make.
         options: see ExportOptions.
-        report: called with the name of each step; what it returns is entered for as long as the step takes.
+        report: called with the name of each step; what it returns is entered for as long as the step takes. If that
+            gives a function, long steps call it with how many of how many parts are done.
         announce: told the plan before the long work begins.
 
     Raises:
@@ -76,8 +77,8 @@ def export(
                 widths = [layer.head_dim for layer in plan.cache]
                 scales = cache_scales(loaded, calibration_rows(checkpoint, options), widths)
         if options.quantize != "none":
-            with report("quantize"):
-                rounding = quantize_model(loaded, checkpoint, options)
+            with report("quantize") as tell:
+                rounding = quantize_model(loaded, checkpoint, options, tell or _tell_nobody)
         with report("trace"):
             programs = list(trace(loaded, plan, scales))
         contract = _draft(checkpoint, options, plan, [program.graph for program in programs], rounding)
@@ -149,6 +150,10 @@ def _draft(
         variants=[variant],
         files={},
     )
+
+
+def _tell_nobody(done: int, total: int) -> None:
+    pass
 
 
 def _cache_part(options: ExportOptions) -> list[str]:

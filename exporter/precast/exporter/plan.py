@@ -75,6 +75,7 @@ class Plan:
     dynamic_batch_size: bool
     graphs: tuple[GraphPlan, ...]
     weight_bytes: int
+    quantize: str
     pad_token_id: int
 
     @property
@@ -100,6 +101,7 @@ class Plan:
             "dynamic_batch_size": self.dynamic_batch_size,
             "graphs": [graph.name for graph in self.graphs],
             "dtype": self.dtype,
+            "quantize": self.quantize,
             "weight_bytes": self.weight_bytes,
             "cache_bytes": self.cache_bytes,
             "memory_bytes": self.memory_bytes,
@@ -322,6 +324,7 @@ def _common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: n
         "dtype": options.dtype,
         "dynamic_batch_size": options.dynamic_batch_size,
         "weight_bytes": size * sum(parameter.numel() for parameter in model.parameters()),
+        "quantize": options.quantize,
         "pad_token_id": checkpoint.pad_token_id,
     }
 

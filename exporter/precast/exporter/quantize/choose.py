@@ -43,7 +43,7 @@ def quantize_model(
     method = options.quantize_method or DEFAULT_METHODS[options.quantize]
     needs_text = get_method(method).is_calibrated or options.quantize == "auto"
     rows = calibration_rows(checkpoint, options) if needs_text else []
-    recipe = _recipe(model, checkpoint, options, method, rows)
+    recipe = _recipe(model, checkpoint, options, method, rows, progress)
     done = quantize(model, recipe, rows, progress)
     if recipe.keeps_source and not any(words.startswith("the source's") for words in done.values()):
         raise CheckpointError(
@@ -55,7 +55,12 @@ def quantize_model(
 
 
 def _recipe(
-    model: nn.Module, checkpoint: Checkpoint, options: ExportOptions, method: str, rows: list[Tensor]
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    method: str,
+    rows: list[Tensor],
+    progress: Callable[[int, int], None],
 ) -> Recipe:
     if options.quantize == "source":
         return Recipe(Scheme(8, _source_group(checkpoint, options), "whole"), method, {}, options.skip, True)
@@ -66,7 +71,7 @@ def _recipe(
     if options.quantize == "auto":
         layers = list(find_layers(model, options.skip))
         budget = FOUR_BITS_SHARE * (floor_for(options).max_kl or 0.0)
-        chosen = mixture(model, layers, four, METHODS["search"], rows, budget)
+        chosen = mixture(model, layers, four, METHODS["search"], rows, budget, progress)
         return Recipe(Scheme(8, options.group_size, "middle"), method, chosen, options.skip)
     return Recipe(four, method, _head_in_int8(model, options), options.skip)
 

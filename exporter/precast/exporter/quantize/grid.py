@@ -7,13 +7,17 @@ point cannot hold: formats like GGUF's Q4_1 put a group's minimum anywhere. Ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Grid", "encode", "find_grid", "grouped"]
+__all__ = ["Ends", "Grid", "choose", "encode", "find_grid", "grouped"]
+
+Ends: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Scales, zero points and offsets, each [N, G]."""
 
 EXACT = 2e-6
 """What may be lost, relative to a group's largest weight, for weights to count as lying on a grid: the float32
@@ -76,48 +80,70 @@ def find_grid(weight: Tensor, group: int, bits: int) -> Grid | None:
     """The grid that `weight` [N, K] already lies on, or None.
 
     Weights that come out of a quantized file take at most 2**bits equally spaced values in each group. Symmetric grids
-    (GGUF's Q8_0 and Q4_0, most of GPTQ's) are tried first; for 4 bits and fewer then any (Q4_1, Q4_K, AWQ): its spacing
-    is the group's range divided by the number of steps in it, tried from the largest, as a group need not use its ends.
+    (GGUF's Q8_0 and Q4_0, most of GPTQ's) are tried first; for 4 bits and fewer then those with a whole zero point
+    (AWQ), then any (Q4_1, Q4_K): the spacing is the group's range divided by the number of steps in it, tried from the
+    largest, as a group need not use its ends.
     """
     groups = grouped(weight, group)
-    for scales in _symmetric(groups, bits):
-        if bool(_fits(groups, torch.zeros_like(scales), scales).all()):
-            zeros = torch.full_like(scales, 2 ** (bits - 1))
-            return encode(groups, scales, zeros, None, bits, weight.shape[1])
-    return _find_affine(groups, bits, weight.shape[1]) if bits <= 4 else None
+    for candidates in (_symmetric, _whole, _free) if bits <= 4 else (_symmetric,):
+        # A few rows show that most weights are on no such grid.
+        if _fitting(groups[:SAMPLE], candidates, bits) and (ends := _fitting(groups, candidates, bits)):
+            return encode(groups, *ends, bits, weight.shape[1])
+    return None
 
 
-def _symmetric(groups: Tensor, bits: int) -> Iterator[Tensor]:
-    """Scales under which the largest weight is the largest code, on the side that has one more or on the other."""
+SAMPLE = 64
+"""Rows."""
+
+
+def _symmetric(groups: Tensor, bits: int) -> Iterator[Ends]:
+    """The largest weight is the largest code, on the side that has one more or on the other."""
     ends = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
     for steps in (2 ** (bits - 1) - 1, -(2 ** (bits - 1))):
-        yield ends / steps
+        yield ends / steps, torch.full_like(ends, 2 ** (bits - 1)), None
 
 
-def _find_affine(groups: Tensor, bits: int, columns: int) -> Grid | None:
-    low, high = groups.amin(-1), groups.amax(-1)
-    scales, is_found = torch.zeros_like(low), high == low
+def _whole(groups: Tensor, bits: int) -> Iterator[Ends]:
+    """Zero is a code, so it belongs to the range even where no weight is zero."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     for steps in range(2**bits - 1, 0, -1):
+        scales = (high - low) / steps
+        yield scales, _zero_points(low, scales, bits), None
+
+
+def _free(groups: Tensor, bits: int) -> Iterator[Ends]:
+    """Each group's minimum is a code: a whole zero point and the offset that is left."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    for steps in range(2**bits - 1, 0, -1):
+        scales = (high - low) / steps
+        zeros = _zero_points(low, scales, bits)
+        yield scales, zeros, low + scales * zeros
+
+
+def _zero_points(low: Tensor, scales: Tensor, bits: int) -> Tensor:
+    return (-low / torch.where(scales == 0, 1.0, scales)).round().clamp(0, 2**bits - 1)
+
+
+def _fitting(groups: Tensor, candidates: Callable[[Tensor, int], Iterator[Ends]], bits: int) -> Ends | None:
+    """For each group the first of the candidates that gives it back, or None where one has none."""
+    best, is_found = None, torch.zeros(groups.shape[:-1], dtype=torch.bool)
+    for ends in candidates(groups, bits):
+        best = ends if best is None else choose(is_found, best, ends)
+        is_found = is_found | _fits(groups, ends, bits)
         if bool(is_found.all()):
-            return _anchor(groups, scales, low, bits, columns)
-        fits = ~is_found & _fits(groups, low, (high - low) / steps)
-        scales, is_found = torch.where(fits, (high - low) / steps, scales), is_found | fits
-    return _anchor(groups, scales, low, bits, columns) if bool(is_found.all()) else None
+            return best
+    return None
 
 
-def _fits(groups: Tensor, minima: Tensor, scales: Tensor) -> Tensor:
-    """Which groups lie on `minimum + scale * whole`."""
-    scales = torch.where(scales == 0, 1.0, scales)[..., None]
-    steps = (groups - minima[..., None]) / scales
-    error = ((steps - steps.round()) * scales).abs().amax(-1)
-    return error <= EXACT * groups.abs().amax(-1)
+def _fits(groups: Tensor, ends: Ends, bits: int) -> Tensor:
+    """Which groups come back as they were."""
+    found = encode(groups, *ends, bits, groups[0].numel()).dequantize().view_as(groups)
+    return (groups - found).abs().amax(-1) <= EXACT * groups.abs().amax(-1)
 
 
-def _anchor(groups: Tensor, scales: Tensor, low: Tensor, bits: int, columns: int) -> Grid:
-    """Split each group's minimum into a whole zero point and the offset that is left. A group of one value has no
-    spacing of its own: it is that offset."""
-    scales = torch.where(scales == 0, 1.0, scales)
-    zeros = (-low / scales).round().clamp(0, 2**bits - 1)
-    offsets = low + scales * zeros
-    negligible = offsets.abs() <= EXACT * groups.abs().amax(-1)
-    return encode(groups, scales, zeros, None if bool(negligible.all()) else offsets, bits, columns)
+def choose(is_first: Tensor, first: Ends, second: Ends) -> Ends:
+    """Per group the ends of one or of the other."""
+    scales, zeros = (torch.where(is_first, *pair) for pair in zip(first[:2], second[:2], strict=True))
+    if first[2] is None or second[2] is None:
+        return scales, zeros, None
+    return scales, zeros, torch.where(is_first, first[2], second[2])

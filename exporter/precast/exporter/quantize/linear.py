@@ -63,7 +63,8 @@ def quantized_embedding(
 ) -> Tensor:
     """Rows of a table on a grid: ids int64 [...] -> float32 [..., K].
 
-    `codes` is uint8 [V, K * bits / 8], K a multiple of `group`; the rest is as for `quantized_linear`.
+    `codes` is uint8 [V, K * bits / 8], K a multiple of `group`, padding included; the rest is as for
+    `quantized_linear`.
     """
     rows = codes[ids.flatten()].unflatten(1, (-1, group * bits // 8))
     picked = None if zeros is None else zeros[ids.flatten()]
@@ -115,7 +116,7 @@ class Packed(nn.Module):
             self.extra, grid = grid.offsets.shape[1], _with_offsets(grid)
         self.register_buffer("codes", _join(grid.codes, grid.bits).contiguous())
         self.register_buffer("scales", grid.scales.contiguous())
-        self.register_buffer("zeros", None if grid.is_symmetric else _join(_even(grid.zeros), grid.bits).contiguous())
+        self.register_buffer("zeros", None if grid.is_symmetric else _zero_points(grid))
 
     @property
     def nbytes(self) -> int:
@@ -143,8 +144,10 @@ def _with_offsets(grid: Grid) -> Grid:
     )
 
 
-def _even(zeros: Tensor) -> Tensor:
-    return torch.nn.functional.pad(zeros, (0, zeros.shape[1] % 2))
+def _zero_points(grid: Grid) -> Tensor:
+    """In bytes, each row from a byte of its own."""
+    missing = grid.zeros.shape[1] % 2 if grid.bits == 4 else 0
+    return _join(torch.nn.functional.pad(grid.zeros, (0, missing)), grid.bits).contiguous()
 
 
 class QuantizedLinear(nn.Module):
@@ -179,4 +182,4 @@ class QuantizedEmbedding(nn.Module):
         """int64 [...] -> float32 [..., K]."""
         it = self.packed
         result: Tensor = quantized_embedding(ids, self.table, it.scales, it.zeros, it.bits, it.group)
-        return result
+        return result if result.shape[-1] == it.columns else result[..., : it.columns]

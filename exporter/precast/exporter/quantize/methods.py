@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from precast.runtime.errors import UsageError
 
-from .grid import Grid, encode, grouped
+from .grid import Ends, Grid, choose, encode, grouped
 
 __all__ = ["METHODS", "Method", "Scheme", "Zero", "get_method"]
 
 Zero = Literal["middle", "whole", "free"]
 """Where a group's zero lies: in the middle of its codes (symmetric), on any code (asymmetric), or anywhere, by an
 offset beside the zero point."""
-Ends: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
-"""Scales, zero points and offsets, each [N, G]."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def _search(groups: Tensor, scheme: Scheme) -> Ends:
     for factor in FACTORS:
         found = _refit(groups, importance, _stretch(groups, scheme, factor), scheme)
         error = _error(groups, importance, found, scheme)
-        best, least = _choose(error < least, found, best), torch.minimum(error, least)
+        best, least = choose(error < least, found, best), torch.minimum(error, least)
     return best
 
 
@@ -149,13 +147,6 @@ def _refit(groups: Tensor, importance: Tensor, ends: Ends, scheme: Scheme) -> En
 def _error(groups: Tensor, importance: Tensor, ends: Ends, scheme: Scheme) -> Tensor:
     found = encode(groups, *ends, scheme.bits, groups.shape[1] * groups.shape[2]).dequantize()
     return (importance * (groups - found.view_as(groups)).square()).sum(-1)
-
-
-def _choose(is_better: Tensor, ends: Ends, other: Ends) -> Ends:
-    scales, zeros = (torch.where(is_better, *pair) for pair in zip(ends[:2], other[:2], strict=True))
-    if ends[2] is None or other[2] is None:
-        return scales, zeros, None
-    return scales, zeros, torch.where(is_better, ends[2], other[2])
 
 
 # ---------------------------------------------------------------- gptq
