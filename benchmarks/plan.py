@@ -65,7 +65,7 @@ class Plan:
         """The artifact to measure; exported by the code as it is now, unless the caller named one."""
         target = self.artifact or self.work / "artifact"
         if self.artifact is None:
-            self._export(target)
+            self.export(target.name)
         return target
 
     def scheme_artifact(self, scheme: str) -> Path:
@@ -74,19 +74,23 @@ class Plan:
             return self.artifacts[scheme]
         if scheme == "fp32":
             return self.ready_artifact()
-        target = self.work / f"artifact-{scheme}"
-        self._export(target, "--quantize", scheme)
-        return target
+        return self.export(f"artifact-{scheme}", "--quantize", scheme)
 
-    def _export(self, target: Path, *options: str) -> None:
-        self.note(f"exporting {target.name}")
-        shape = ("--batch-size", "1", "--sequence-length", str(CAPACITY))
-        command = [str(script("precast")), "export", str(self.model), *shape, *options, "-o", str(target)]
-        done = subprocess.run(
-            [*command, "--force", "-q"], env=environment(), capture_output=True, text=True, check=False
-        )
+    def export(self, name: str, *options: str, batch: int = 1, model: Path | None = None) -> Path:
+        """Export into the working folder. Raises ContenderError where it is refused."""
+        target = self.work / name
+        self.note(f"exporting {name}")
+        command = self.command(target, *options, batch=batch, model=model)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
         if done.returncode:
             raise ContenderError(f"precast export {' '.join(options)}: {done.stderr.strip() or done.returncode}")
+        return target
+
+    def command(self, target: Path, *options: str, batch: int = 1, model: Path | None = None) -> list[str]:
+        """The command line of an export."""
+        shape = ("--batch-size", str(batch), "--sequence-length", str(CAPACITY))
+        given = (str(model or self.model), *shape, *options, "-o", str(target))
+        return [str(script("precast")), "export", *given, "--force", "-q"]
 
     def peer_problem(self) -> str | None:
         """Why onnxruntime-genai cannot take part, if so."""

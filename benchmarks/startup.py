@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from harness import HERE, Answer, ContenderError, Target, alternate, environment, summary
 from plan import PEER_MODEL, PEER_PYTHON, PROMPT, Plan, script
 
-__all__ = ["measure"]
+__all__ = ["first_token", "measure"]
 
 ROUNDS = 20
 FIRST, IMPORT, HELP = "precast generate, first token", "import precast.runtime", "precast --help"
@@ -42,10 +43,20 @@ def measure(plan: Plan) -> Answer:
     return answer
 
 
+def first_token(plan: Plan, artifact: Path) -> dict[str, Any]:
+    """Seconds from spawning `precast generate` to the first byte of its answer."""
+    generate = [str(script("precast")), "generate", str(artifact), "--prompt", PROMPT, "-q"]
+    return _timed(_asked(generate, plan), True)
+
+
+def _asked(generate: list[str], plan: Plan) -> list[str]:
+    return [*generate, "--threads", str(plan.threads), "--max-new-tokens", "8", "--temperature", "0"]
+
+
 def _actions(plan: Plan, generate: list[str]) -> dict[str, Callable[[], dict[str, Any]]]:
     opened = "from precast.runtime import CompiledModelForCausalLM"
     commands = {
-        FIRST: [*generate, "--threads", str(plan.threads), "--max-new-tokens", "8", "--temperature", "0"],
+        FIRST: _asked(generate, plan),
         IMPORT: [sys.executable, "-c", "import precast.runtime"],
         OPEN: [sys.executable, "-c", opened],
         HELP: [str(script("precast")), "--help"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["forget_peak", "peak", "proportional", "resident"]
+__all__ = ["forget_peak", "peak", "private", "proportional", "resident", "tree"]
 
 
 def resident() -> int:
@@ -21,6 +21,21 @@ def peak(process: int | str = "self") -> int:
 def proportional(process: int | str = "self") -> int:
     """Bytes now, of which those that several processes share are divided among them."""
     return _field("Pss", process, "smaps_rollup")
+
+
+def private(process: int | str = "self") -> int:
+    """Bytes now that no other process shares."""
+    return sum(_field(name, process, "smaps_rollup") for name in ("Private_Clean", "Private_Dirty"))
+
+
+def tree(process: int) -> int:
+    """Bytes now of a process and all its descendants; what they share is counted once."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return proportional(process) + sum(tree(int(child)) for child in children)
+    except (OSError, AssertionError):
+        # It ended while it was looked at.
+        return 0
 
 
 def forget_peak() -> None:

@@ -45,7 +45,8 @@ def _generate(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     # What an earlier request left in the cache would be used again, and the first token come too soon.
     model.reset()
     clock, started = _Clock(), time.perf_counter()
-    whole = model.generate([request["prompt"]], max_new_tokens=request["count"], streamer=clock, **GREEDY)
+    rows, options = [request["prompt"]] * request.get("batch", 1), request.get("options", {})
+    whole = model.generate(rows, max_new_tokens=request["count"], streamer=clock, **GREEDY, **options)
     stamps = [stamp - started for stamp in clock.stamps[1:]]
     return {"tokens": whole[0, len(request["prompt"]) :].tolist(), "stamps": stamps}
 

@@ -176,9 +176,10 @@ def _show(result: dict[str, Any]) -> None:
 
 def _in_words(request: dict[str, Any]) -> str:
     rows = f"{request['batch_size']} row{'s' if request['batch_size'] > 1 else ''} of {request['prompt_length']} tokens"
-    new = f", {request['new_tokens']} new ones each" if request["new_tokens"] else ""
+    new = f", {request['new_tokens']} new each" if request["new_tokens"] else ""
     lookup = f", guessing up to {request['prompt_lookup']}" if request["prompt_lookup"] else ""
-    return f"{rows}{new}{lookup}; medians of {request['repeat']} rounds"
+    rounds = f"medians of {request['repeat']} rounds" if request["repeat"] > 1 else "1 round"
+    return f"{rows}{new}{lookup}; {rounds}"
 
 
 def _spread(entry: dict[str, Any]) -> Any:

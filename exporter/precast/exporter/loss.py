@@ -99,10 +99,11 @@ def check(scores: Scores, floor: Floor, what: str) -> None:
     """Raise AccuracyError, with the figures and what to try, if `scores` are below `floor`."""
     holes = []
     if floor.max_kl is not None and not scores.kl_divergence <= floor.max_kl:
-        holes.append(f"a KL divergence of {scores.kl_divergence:.2g} where --max-kl allows {floor.max_kl:g}")
+        found = _beyond(scores.kl_divergence, floor.max_kl)
+        holes.append(f"a KL divergence of {found} where --max-kl allows {floor.max_kl}")
     if floor.min_agreement is not None and not scores.top1_agreement >= floor.min_agreement:
-        share, wanted = f"{scores.top1_agreement:.1%}", f"{floor.min_agreement:.1%}"
-        holes.append(f"the same likeliest token for {share} where --min-agreement asks for {wanted}")
+        found = _beyond(scores.top1_agreement, floor.min_agreement)
+        holes.append(f"a top-1 agreement of {found} where --min-agreement asks for {floor.min_agreement}")
     if holes:
         raise AccuracyError(
             f"Quantized to {what}, the model loses too much on {scores.tokens} tokens of held-out text: "
@@ -110,3 +111,9 @@ def check(scores: Scores, floor: Floor, what: str) -> None:
             f"Nothing was written. Try --method gptq, a smaller --group-size, --quantize int8, or --quantize auto, "
             f"which keeps the worst layers in int8; --accept-loss takes it as it is."
         )
+
+
+def _beyond(value: float, bound: float) -> str:
+    """`value` in two digits, or as many as it takes to see on which side of `bound` it is."""
+    texts = (f"{value:.{digits}g}" for digits in range(2, 18))
+    return next((text for text in texts if (float(text) < bound) == (value < bound) and float(text) != bound), "nan")

@@ -49,7 +49,7 @@ class FoldRotary(ir.passes.InPlacePass):  # type: ignore[misc]
         if not angles.is_bounded:
             return None
         table = angles.table()
-        if not np.array_equal(angles.at(self._graph.capacity - angles.length), table[:, -angles.length :]):
+        if not angles.follow(table):
             return None
         values = [ir.tensor(np.ascontiguousarray(each), name=_name(node.inputs[2 + index]) + "_table")
                   for index, each in enumerate(table)]  # fmt: skip
@@ -74,10 +74,11 @@ class _Angles:
             ir.to_proto(whole).SerializeToString(), providers=["CPUExecutionProvider"]
         )
 
-    def at(self, past: int, length: int | None = None) -> Array:
-        """cos and sin of the first row's tokens when it has `past` of them: [2, length, D / 2]."""
-        length, batch = length or self.length, self._graph.batch
-        given = {self._names[0]: np.zeros((batch, length), np.int64), self._names[1]: np.full(batch, past, np.int32)}
+    def at(self, past: int, length: int, elsewhere: int = 0) -> Array:
+        """cos and sin of the first row's tokens when it has `past` of them and the others `elsewhere`:
+        [2, length, D / 2]."""
+        lengths = np.array([past] + [elsewhere] * (self._graph.batch - 1), np.int32)
+        given = {self._names[0]: np.zeros((len(lengths), length), np.int64), self._names[1]: lengths}
         wanted = {spec.name for spec in self._session.get_inputs()}
         found = self._session.run(None, {name: array for name, array in given.items() if name in wanted})
         positions, cos, sin = found
@@ -86,8 +87,21 @@ class _Angles:
     def table(self) -> Array:
         """cos and sin of all positions: [2, capacity, D / 2]."""
         capacity = self._graph.capacity
-        parts = [self.at(past) for past in range(0, capacity, self.length)]
+        parts = [self.at(past, self.length) for past in range(0, capacity, self.length)]
         return np.concatenate(parts, axis=1)[:, :capacity]
+
+    def follow(self, table: Array) -> bool:
+        """Whether the angles are those of `table` too for tokens alone, from odd places, beside rows far ahead."""
+        length = 1 if isinstance(self._graph.length, Dim) else self.length
+        last = self._graph.capacity - length
+        return all(
+            np.allclose(self.at(past, length, last), table[:, past : past + length], rtol=0, atol=SAME)
+            for past in {0, min(1, last), last}
+        )
+
+
+SAME = 1e-6
+"""Of a cosine: a vector unit and what is left over for a scalar one may differ in the last bit."""
 
 
 def _rotated(node: ir.Node) -> ir.Node | None:

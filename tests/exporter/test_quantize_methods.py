@@ -1,0 +1,173 @@
+"""What rounding may cost: bounds that hold for any weights, and that better methods are better."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from precast.exporter.quantize.grid import grouped
+from precast.exporter.quantize.methods import METHODS, Scheme, get_method, gptq, round_to_nearest, search
+from precast.runtime.errors import UsageError
+
+some = settings(max_examples=50, deadline=None)
+seeds = st.integers(0, 2**31)
+schemes = st.builds(
+    Scheme,
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([16, 32]),
+    zero=st.sampled_from(["middle", "whole", "free"]),
+)
+# Everything that a weight can be: huge, tiny, subnormal, zero, of either sign.
+anything = st.one_of(
+    st.just(0.0),
+    st.floats(-1, 1, width=32),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.sampled_from([1e-45, -1e-38, 1e-20, 1e30, -1e30]),
+)
+
+
+def random_weight(seed: int, rows: int = 5, columns: int = 80) -> torch.Tensor:
+    """Weights with a few outliers, in a row that is no multiple of 32."""
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=random)
+    return weight * torch.randn(rows, columns, generator=random).abs()
+
+
+def inputs(seed: int, columns: int = 80, tokens: int = 400) -> torch.Tensor:
+    """Correlated, as a layer's inputs are: a few directions carry most."""
+    random = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(8, columns, generator=random)
+    noise = torch.randn(tokens, columns, generator=random)
+    return torch.randn(tokens, 8, generator=random) @ mixing + 0.1 * noise
+
+
+def hessian(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x / len(x)
+
+
+# ---------------------------------------------------------------- any weights
+
+
+@some
+@given(values=st.lists(anything, min_size=1, max_size=70), scheme=schemes, name=st.sampled_from(list(METHODS)))
+def test_any_finite_weights_give_finite_weights_in_range(values, scheme, name):
+    weight = torch.tensor([values, values[::-1]])
+    grid = get_method(name).quantize(weight, scheme, torch.eye(len(values)) if name == "gptq" else None)
+    assert grid.dequantize().shape == weight.shape
+    assert grid.dequantize().isfinite().all()
+    assert (grid.bits, grid.group) == (scheme.bits, scheme.group)
+    assert grid.scales.isfinite().all()
+    assert grid.codes.shape[:2] == grid.scales.shape == grid.zeros.shape
+    assert max(int(grid.codes.max()), int(grid.zeros.max())) < 2**scheme.bits
+    assert (grid.offsets is None) == (scheme.zero != "free")
+    assert scheme.zero != "middle" or grid.is_symmetric
+    # Never worse than a group of zeros by much: no weight leaves its group's range by more than that range.
+    largest = grouped(weight, scheme.group).abs().amax(-1, keepdim=True)
+    error = (grouped(grid.dequantize(), scheme.group) - grouped(weight, scheme.group)).abs()
+    assert (error <= largest + 1e-44).all()
+
+
+@some
+@given(seed=seeds, scheme=schemes)
+def test_round_to_nearest_is_off_by_half_a_step(seed, scheme):
+    """Half a step; at the end of a symmetric grid that lacks a code, and where a zero point is rounded, one."""
+    weight = random_weight(seed)
+    grid = round_to_nearest(weight, scheme)
+    error = (grouped(grid.dequantize(), scheme.group) - grouped(weight, scheme.group)).abs()
+    step = grid.scales.abs()[..., None]
+    inside = (grid.codes > 0) & (grid.codes < 2**scheme.bits - 1)
+    bound = torch.where(inside | torch.tensor(scheme.zero == "free"), 0.5, 1.0)
+    assert (error <= bound * step * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("zero", ["middle", "whole", "free"])
+@pytest.mark.parametrize("name", METHODS)
+def test_zero_stays_zero_where_it_is_a_code(name, zero):
+    """Pruned weights stay pruned unless the zero is free; a row of zeros always."""
+    weight = random_weight(0, columns=64)
+    weight[:, ::3] = 0
+    weight[0] = 0
+    found = get_method(name).quantize(weight, Scheme(4, 32, zero), None).dequantize()
+    assert (found[0] == 0).all()
+    if zero != "free":
+        assert (found[:, ::3] == 0).all()
+
+
+# ---------------------------------------------------------------- better methods
+
+
+@some
+@given(seed=seeds, scheme=schemes)
+def test_search_loses_no_more_than_round_to_nearest(seed, scheme):
+    """By the measure that it minimizes, group by group."""
+    weight = random_weight(seed)
+    groups = grouped(weight, scheme.group)
+    importance = groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()
+
+    def loss(grid):
+        return (importance * (grouped(grid.dequantize(), scheme.group) - groups).square())[:, :-1].sum(-1)
+
+    assert (loss(search(weight, scheme)) <= loss(round_to_nearest(weight, scheme)) * (1 + 1e-4) + 1e-12).all()
+
+
+def test_search_is_clearly_better_at_4_bits():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    for zero, share in (("middle", 0.92), ("whole", 0.95), ("free", 0.95)):
+        scheme = Scheme(4, 32, zero)
+        errors = [
+            (method(weight, scheme).dequantize() - weight).square().sum() for method in (round_to_nearest, search)
+        ]
+        assert errors[1] < share * errors[0], zero
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds, zero=st.sampled_from(["middle", "whole", "free"]))
+def test_gptq_loses_less_at_the_outputs(seed, zero):
+    """x (w - ŵ)ᵀ for the inputs that it learned from: at most 0.9 of what search loses, typically half."""
+    weight, x, scheme = random_weight(seed, rows=24), inputs(seed + 1), Scheme(4, 32, zero)
+    losses = [
+        (x @ (weight - grid.dequantize()).T).square().mean()
+        for grid in (gptq(weight, scheme, hessian(x)), search(weight, scheme))
+    ]
+    assert losses[0] < 0.9 * losses[1]
+
+
+@some
+@given(seed=seeds, scheme=schemes)
+def test_gptq_of_uncorrelated_inputs_is_search(seed, scheme):
+    """Nothing to make up for: and a layer that no token reached is only searched."""
+    weight = random_weight(seed)
+    expected = search(weight, scheme)
+    assert torch.equal(gptq(weight, scheme).dequantize(), expected.dequantize())
+    alike = gptq(weight, scheme, torch.eye(weight.shape[1])).dequantize()
+    assert torch.allclose(alike, expected.dequantize(), atol=1e-5 * float(weight.abs().max()))
+
+
+@pytest.mark.parametrize("dead", [slice(0, 1), slice(10, 50), slice(0, 80)])
+def test_gptq_of_inputs_that_are_never_used(dead):
+    """Columns whose inputs are always 0 neither fail nor spoil the others."""
+    weight, x = random_weight(3, rows=24), inputs(4)
+    x[:, dead] = 0
+    scheme = Scheme(4, 32, "free")
+    grid = gptq(weight, scheme, hessian(x))
+    assert grid.dequantize().isfinite().all()
+    loss, other = ((x @ (weight - each.dequantize()).T).square().mean() for each in (grid, search(weight, scheme)))
+    assert loss <= other
+
+
+def test_gptq_of_a_single_token():
+    """A Hessian of rank 1 can be inverted only because it is damped."""
+    weight, x = random_weight(5), inputs(6, tokens=1)
+    assert gptq(weight, Scheme(4, 32, "middle"), hessian(x)).dequantize().isfinite().all()
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_methods_and_schemes_in_words():
+    with pytest.raises(UsageError, match=r"no quantization method 'awq'.*rtn, search, gptq"):
+        get_method("awq")
+    assert str(Scheme(4, 32, "free")) == "int4 in groups of 32, asymmetric with offsets"
+    assert [name for name, method in METHODS.items() if method.is_calibrated] == ["gptq"]
