@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Output
 from precast.runtime.errors import ExportError
@@ -238,5 +239,12 @@ def _cache_layer(plan: DecoderPlan, index: int, window: int | None) -> CacheLaye
 
 
 def _export(program: nn.Module, example: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
-    with torch.no_grad():
-        return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
+    try:
+        with torch.no_grad():
+            return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
+    except GuardOnDataDependentSymNode as error:
+        raise ExportError(
+            f"This model decides by its inputs' values what to compute, which one graph cannot ({error.cond}). Rotary "
+            f"scaling of the kinds 'dynamic' does; so far only models that compute the same at every "
+            f"length can be compiled."
+        ) from error

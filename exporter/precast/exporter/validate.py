@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +39,11 @@ Pair: TypeAlias = tuple[Question, Answer, dict[str, Array]]
 
 @dataclass(frozen=True)
 class Reference:
-    """Questions and the eager model's answers. Those to score, a vocabulary per token, are on disk in `folder`, which
-    goes with this object."""
+    """Questions and the eager model's answers. Those to score, a vocabulary per token, are on disk, and go
+    with this object."""
 
     questions: list[Question]
     answers: list[list[Answer]]
-    folder: tempfile.TemporaryDirectory[str] | None = None
 
 
 def make_reference(
@@ -54,14 +55,17 @@ def make_reference(
     folder = None
     if is_scored:
         questions += make_scored(*asked)
-        folder = tempfile.TemporaryDirectory(prefix="precast-")
+        folder = Path(tempfile.mkdtemp(prefix="precast-"))
     answers = []
     for index, question in enumerate(questions):
         found = answer(model, question, task.outputs)
         if question.kind == "score" and folder:
-            found = [_on_disk(found[0], Path(folder.name) / f"{index}.npy")]
+            found = [_on_disk(found[0], folder / f"{index}.npy")]
         answers.append(found)
-    return Reference(questions, answers, folder)
+    reference = Reference(questions, answers)
+    if folder:
+        weakref.finalize(reference, shutil.rmtree, folder, ignore_errors=True)
+    return reference
 
 
 def _on_disk(found: Answer, path: Path) -> Answer:

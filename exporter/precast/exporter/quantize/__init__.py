@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .calibration import blocks, hessians
-from .grid import Grid, find_grid
+from .grid import Grid, find_grid, stacked
 from .linear import Packed, QuantizedEmbedding, QuantizedLinear
 from .methods import METHODS, Scheme, get_method
 from .recipe import Layer, Recipe, find_layers
@@ -18,6 +19,8 @@ __all__ = ["METHODS", "Recipe", "Scheme", "quantize"]
 
 SOURCE_BITS = (4, 8)
 """The grids of a source that can be kept, finest last."""
+AT_ONCE = 2**20
+"""Weights that are rounded together."""
 
 
 def quantize(
@@ -54,12 +57,28 @@ def _grid(layer: Layer, recipe: Recipe, hessian: Tensor | None) -> tuple[Grid, s
     scheme = recipe.scheme_for(layer.name)
     if recipe.keeps_source:
         for bits in SOURCE_BITS:
-            found = find_grid(layer.weight, scheme.group, bits)
+            found = _by_rows(layer.weight, partial(find_grid, group=scheme.group, bits=bits))
             if found is not None and (found.offsets is None or _has_room(layer, scheme.group)):
                 return found, f"the source's int{bits} in groups of {scheme.group}"
     if scheme.zero == "free" and not _has_room(layer, scheme.group):
         scheme = replace(scheme, zero="whole")
-    return get_method(recipe.method).quantize(layer.weight, scheme, hessian), str(scheme)
+    method = get_method(recipe.method)
+    if method.is_calibrated:
+        return method.quantize(layer.weight, scheme, hessian), str(scheme)
+    grid = _by_rows(layer.weight, lambda rows: method.quantize(rows, scheme, None))
+    assert grid is not None, "a method always finds a grid"
+    return grid, str(scheme)
+
+
+def _by_rows(weight: Tensor, function: Callable[[Tensor], Grid | None]) -> Grid | None:
+    """The grids of parts of the rows, joined, or None if one has none. What a method needs meanwhile is many times what
+    it works on, and an embedding can be most of a model."""
+    parts = []
+    for rows in weight.split(max(1, AT_ONCE // weight.shape[1])):
+        if (part := function(rows)) is None:
+            return None
+        parts.append(part)
+    return stacked(parts)
 
 
 def _has_room(layer: Layer, group: int) -> bool:

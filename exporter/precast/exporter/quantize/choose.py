@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precast.runtime.errors import CheckpointError
+from precast.runtime.errors import CheckpointError, UsageError
 
 from ..loss import floor_for
 from ..options import ExportOptions
@@ -101,10 +101,17 @@ def _in_words(done: Mapping[str, str], recipe: Recipe) -> str:
 def calibration_rows(checkpoint: Checkpoint, options: ExportOptions) -> list[Tensor]:
     """The calibration text in rows of ROW token ids; without a tokenizer, random ids, always the same."""
     tokenizer: Any = checkpoint.tokenizer
+    length = min(ROW, getattr(checkpoint.text_config, "max_position_embeddings", None) or ROW)
     if tokenizer is None:
         numbers = torch.Generator().manual_seed(0)
-        return list(torch.randint(checkpoint.text_config.vocab_size, (4, ROW), generator=numbers))
+        return list(torch.randint(checkpoint.text_config.vocab_size, (4, length), generator=numbers))
     built_in = resources.files(__package__).joinpath("calibration.txt")
-    text = (options.calibration or built_in).read_text("utf-8")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    return [row for row in ids.split(ROW) if len(row) > 1]
+    try:
+        text = (options.calibration or built_in).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--calibration {options.calibration} is not text in UTF-8: {error}.") from error
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    rows = [row for row in ids.split(length) if len(row) > 1]
+    if not rows:
+        raise UsageError(f"--calibration {options.calibration} holds {len(ids)} tokens; it takes 2 at least.")
+    return rows

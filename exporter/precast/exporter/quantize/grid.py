@@ -7,14 +7,14 @@ point cannot hold: formats like GGUF's Q4_1 put a group's minimum anywhere. Ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Ends", "Grid", "choose", "encode", "find_grid", "grouped"]
+__all__ = ["Ends", "Grid", "choose", "encode", "find_grid", "grouped", "stacked"]
 
 Ends: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Scales, zero points and offsets, each [N, G]."""
@@ -74,6 +74,20 @@ def encode(groups: Tensor, scales: Tensor, zeros: Tensor, offsets: Tensor | None
     shifted = groups if offsets is None else groups - offsets[..., None]
     codes = (shifted / scales[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
     return Grid(bits, codes.to(torch.uint8), scales, zeros.to(torch.uint8), offsets, columns)
+
+
+def stacked(parts: Sequence[Grid]) -> Grid:
+    """One grid of the rows of several."""
+    first, has_offsets = parts[0], any(part.offsets is not None for part in parts)
+    offsets = [torch.zeros_like(part.scales) if part.offsets is None else part.offsets for part in parts]
+    return Grid(
+        first.bits,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat([part.zeros for part in parts]),
+        torch.cat(offsets) if has_offsets else None,
+        first.columns,
+    )
 
 
 def find_grid(weight: Tensor, group: int, bits: int) -> Grid | None:

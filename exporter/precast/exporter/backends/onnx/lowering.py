@@ -91,11 +91,19 @@ def _quantized_linear(  # type: ignore[no-untyped-def]
 ):
     """`MatMulNBits`; where offsets are held in extra columns, x is followed by the means of its groups."""
     if extra:
-        x = op.Concat(x, op.AveragePool(x, kernel_shape=[group], strides=[group]), axis=-1)
+        x = op.Concat(x, _means(x, group), axis=-1)
     return microsoft().MatMulNBits(
         x, codes, scales, zeros, None, bias,
         K=columns + extra, N=codes.shape[0], bits=bits, block_size=group, accuracy_level=INT8_ACTIVATIONS,
     )  # fmt: skip
+
+
+def _means(x: Any, group: int) -> Any:
+    """`AveragePool`, which wants three dimensions; a router's input has two."""
+    if len(x.shape) > 2:
+        return op.AveragePool(x, kernel_shape=[group], strides=[group])
+    front = op.Constant(value_ints=[0])
+    return op.Squeeze(op.AveragePool(op.Unsqueeze(x, front), kernel_shape=[group], strides=[group]), front)
 
 
 def _quantized_embedding(ids, codes, scales, zeros, bits: int, group: int):  # type: ignore[no-untyped-def]
