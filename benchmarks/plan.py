@@ -36,6 +36,7 @@ class Plan:
     Attributes:
         artifact: what was exported from `model` before, or None to export it anew.
         artifacts: the same for each scheme of quantization; what is not there is exported.
+        without: peers whose name contains one of these take no part.
         is_quick: few repetitions, to see that all works; its figures are noise.
         patience: before each repetition, wait at most so many seconds until nobody else computes here.
         note: shows progress to the person who waits.
@@ -44,6 +45,7 @@ class Plan:
     model: Path
     artifact: Path | None
     artifacts: Mapping[str, Path]
+    without: tuple[str, ...]
     work: Path
     threads: int
     is_quick: bool

@@ -56,6 +56,10 @@ def _options() -> argparse.Namespace:
         "--artifacts", type=_artifacts, default={}, metavar="NAME=DIR,…",
         help="of `schemes`, instead of exporting: fp32, source, int8, int4, or names of your own",
     )  # fmt: skip
+    parser.add_argument(
+        "--without", type=lambda text: tuple(text.split(",")), default=(), metavar="NAME,…",
+        help="of `schemes`: leave out the peers whose name contains one of these",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few repetitions, to see that all works")
     parser.add_argument(
         "--wait", type=float, default=0, metavar="SECONDS", help="before each repetition, for an idle machine, at most"
@@ -84,6 +88,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         model=options.model.resolve(),
         artifact=artifact,
         artifacts=options.artifacts,
+        without=options.without,
         work=work,
         threads=machine.threads(),
         is_quick=options.quick,

@@ -23,7 +23,7 @@ from plan import CAPACITY, PROMPT, Plan
 
 __all__ = ["measure"]
 
-COUNT, WARM_UP, ROUNDS = 128, 16, 10
+COUNT, WARM_UP, ROUNDS = 128, 16, 5
 SCHEMES = ("fp32", "source", "int8", "int4")
 PROSE = HERE / "prose.txt"
 # Each is as many tokens as the artifact holds; the last of them is only predicted.
@@ -93,7 +93,9 @@ def _ours(plan: Plan, notes: list[str]) -> Iterator[Entrant]:
 
 def _theirs(plan: Plan, notes: list[str]) -> Iterator[Entrant]:
     for peer in peers(plan.model):
-        if problem := peer.problem():
+        if any(part in peer.name for part in plan.without):
+            notes.append(f"{peer.name}: left out by --without")
+        elif problem := peer.problem():
             notes.append(problem)
         else:
             yield Entrant(_contender(peer, plan), peer.library, peer.scheme, _disk(peer.model))

@@ -70,11 +70,16 @@ def score(rows: Iterable[tuple[list[int], Array, Array]]) -> Scores:
     said = ~np.isnan(surprise)
     return Scores(
         tokens=len(agreement),
-        reference_perplexity=float(np.exp(surprise[said].mean())),
-        perplexity=float(np.exp(other_surprise[said].mean())),
+        reference_perplexity=_perplexity(surprise[said]),
+        perplexity=_perplexity(other_surprise[said]),
         kl_divergence=max(0.0, float(divergence.mean())),
         top1_agreement=float(agreement.mean()),
     )
+
+
+def _perplexity(surprise: Array) -> float:
+    """Of a text of one token, which says nothing that could surprise, it is 1."""
+    return float(np.exp(surprise.mean())) if surprise.size else 1.0
 
 
 def _row(ids: list[int], reference: Array, other: Array) -> Iterator[Array]:

@@ -108,9 +108,10 @@ def judge_loss(
         **_count_greedy([pair for pair in pairs if pair[0].kind == "greedy"]),
     }
     floor = floor_for(options)
+    # A faulty graph is no loss that could be accepted.
+    _check_edges(edges, scores.kl_divergence)
     try:
         check(scores, floor, quantization)
-        _check_edges(edges, scores.kl_divergence)
     except AccuracyError:
         if not options.accept_loss:
             raise
