@@ -102,7 +102,7 @@ def expected(encoder):
 def test_quantized_weights_are_never_saved(checkpoint, artifact, home):
     """ONNX Runtime opens what it saved of MatMulNBits, without an error, to NaN."""
     path = artifact(checkpoint("llama"), sequence_length=(16,), quantize="int4", accept_loss=True, max_kl=9.0)
-    first, second = (CompiledModel.from_pretrained(path)(IDS).logits for _ in range(2))
+    first, second = (CompiledModel.from_pretrained(path)(IDS[:1]).logits for _ in range(2))
     settle()
     assert np.isfinite(first).all()
     assert second.tobytes() == first.tobytes()

@@ -41,7 +41,8 @@ def quantize(
     method, done = get_method(recipe.method), dict[str, str]()
     layers = {layer.name: layer for layer in find_layers(model, recipe.skipped)}
     for names in blocks(list(layers)):
-        learned = hessians(model, names, calibration) if method.is_calibrated else {}
+        asked = [name for name in names if layers[name].linear] if method.is_calibrated else []
+        learned = hessians(model, asked, calibration) if asked else {}
         for name in names:
             layer = layers.pop(name)
             grid, words = _grid(layer, recipe, learned.pop(name, None))
@@ -87,6 +88,7 @@ def _has_room(layer: Layer, group: int) -> bool:
 
 
 def _replace(model: nn.Module, layer: Layer, packed: Packed) -> None:
-    model.set_submodule(layer.name, QuantizedLinear(packed, layer.bias))
+    if layer.linear is not None:
+        model.set_submodule(layer.linear, QuantizedLinear(packed, layer.bias))
     if layer.table is not None:
         model.set_submodule(layer.table, QuantizedEmbedding(packed))

@@ -34,9 +34,9 @@ def mixture(
 ) -> dict[str, Scheme]:
     """The layers that take `coarse` at a joint KL divergence of at most `budget` nats per token; `model` is unchanged.
 
-    `rows` are calibration token ids [S]. Layers of the output embedding are never among them.
+    `rows` are calibration token ids [S]. Embeddings, on the way in or out, are never among them.
     """
-    meter, groups = _Meter(model, rows), families(layer for layer in layers if not layer.is_head)
+    meter, groups = _Meter(model, rows), families(layer for layer in layers if not layer.is_vocabulary)
     costs = []
     for family in groups:
         with _rounded(family, coarse, method):

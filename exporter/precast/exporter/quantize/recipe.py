@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,13 +19,22 @@ __all__ = ["Layer", "Recipe", "find_layers"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be quantized: its module's name, its weight [N, K], and the names of modules that share it."""
+    """What can be quantized: a linear layer, an embedding, or both where they share a table.
+
+    Attributes:
+        name: of the module.
+        weight: [N, K], one row per output or per token.
+        linear: the name of the linear layer that uses it, or None.
+        table: the name of the embedding that uses it, or None.
+        is_vocabulary: one row per token, on the way in or out.
+    """
 
     name: str
     weight: Tensor
     bias: Tensor | None
-    is_head: bool
+    linear: str | None
     table: str | None
+    is_vocabulary: bool
 
 
 @dataclass(frozen=True)
@@ -45,22 +55,29 @@ class Recipe:
 
 
 def find_layers(model: nn.Module, skipped: tuple[str, ...]) -> Iterator[Layer]:
-    """The linear layers of `model` in its own order, without those whose name matches a pattern of `skipped`.
+    """The linear layers and the embedding of `model` in its own order, without those whose name matches a pattern of
+    `skipped`.
 
-    An embedding that shares its table with the output embedding goes with it. Raises UsageError for a pattern that
-    matches nothing.
+    An embedding that shares its table with the output embedding goes with it; one that does more than look up rows is
+    left as it is. Raises UsageError for a pattern that matches nothing.
     """
-    modules = dict(model.named_modules())
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-    _check_patterns(skipped, linear)
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    for name, module in linear.items():
-        if any(fnmatchcase(name, pattern) for pattern in skipped):
+    modules: dict[str, Any] = dict(model.named_modules())
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    kinds = (nn.Linear, Conv1D)
+    found: dict[str, Any] = {name: module for name, module in modules.items()
+             if isinstance(module, kinds) or (module is embedding and type(module) is nn.Embedding)}  # fmt: skip
+    _check_patterns(skipped, found)
+    is_tied = head is not None and type(embedding) is nn.Embedding and embedding.weight is head.weight
+    table = next((name for name, module in found.items() if module is embedding), None)
+    for name, module in found.items():
+        if any(fnmatchcase(name, pattern) for pattern in skipped) or (name == table and is_tied):
+            continue
+        if name == table:
+            yield Layer(name, module.weight.detach(), None, None, name, True)
             continue
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        is_tied = module is head and type(table) is nn.Embedding and table.weight is module.weight
-        shared = next(other for other, found in modules.items() if found is table) if is_tied else None
-        yield Layer(name, weight.detach(), module.bias, module is head, shared)
+        shared = table if module is head and is_tied else None
+        yield Layer(name, weight.detach(), module.bias, name, shared, module is head)
 
 
 def _check_patterns(patterns: tuple[str, ...], linear: Mapping[str, nn.Module]) -> None:
