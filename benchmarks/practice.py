@@ -68,7 +68,7 @@ def _answer(values: dict[str, list[float]], private: int, peak: float, size: int
         Target("batch 8 over batch 1, tokens/s in total", over[MANY], 3.0, is_floor=True),
         Target("prompt lookup over plain decoding, quoting", over[LOOKUP], 1.8, is_floor=True),
         Target("Llama of 0.5 billion over the limit of reading its weights", over[LARGE], 0.7, is_floor=True),
-        Target("start to first token, prepacked", answer.figures[START]["median"], 0.5, unit="s"),
+        Target("start to first token", answer.figures[START]["median"], 0.5, unit="s"),
         Target("private memory of a second process", private / 1e6, 60, unit="MB"),
         Target("peak memory of the export over the fp32 weights", peak, 1.25),
     ]
