@@ -22,12 +22,24 @@ def cache_scales(model: nn.Module, rows: Sequence[Tensor], widths: Sequence[int]
     `widths` are the head sizes that the caches are compiled with; channels beyond the model's own are zero.
     """
     tops: list[Tensor] = []
-    for row in rows:
-        with torch.no_grad():
-            cache = model(input_ids=row[None], use_cache=True, return_dict=True).past_key_values
-        found = [_top(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    for part in (part for row in rows for part in _parts(model, row)):
+        found = [_top(tensor) for tensor in _cached(model, part)]
         tops = [torch.maximum(*pair) for pair in zip(tops, found, strict=True)] if tops else found
     return [_scale(top, widths[index // 2]) for index, top in enumerate(tops)]
+
+
+def _parts(model: nn.Module, row: Tensor) -> tuple[Tensor, ...]:
+    """The row, cut where a layer with a sliding window would forget what it cached."""
+    held = min(tensor.shape[2] for tensor in _cached(model, row))
+    parts: tuple[Tensor, ...] = row.split(held)
+    return parts
+
+
+def _cached(model: nn.Module, row: Tensor) -> list[Tensor]:
+    """Keys and values of each layer in turn, [1, H, S, D]."""
+    with torch.no_grad():
+        cache = model(input_ids=row[None], use_cache=True, return_dict=True).past_key_values
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _top(tensor: Tensor) -> Tensor:

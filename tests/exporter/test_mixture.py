@@ -1,0 +1,46 @@
+"""The mixture of bits keeps to its budget and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from precast.exporter.quantize.methods import METHODS, Scheme
+from precast.exporter.quantize.mixture import families, mixture
+from precast.exporter.quantize.recipe import find_layers
+
+FOUR = Scheme(4, 32, "middle")
+
+
+@pytest.fixture
+def model(checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint("llama"), attn_implementation="eager").eval()
+
+
+def chosen(model, budget):
+    rows = [torch.arange(3, 40)]
+    return mixture(model, list(find_layers(model, ())), FOUR, METHODS["rtn"], rows, budget)
+
+
+def test_a_large_budget_takes_all_but_the_vocabulary(model):
+    names = {layer.name for layer in find_layers(model, ()) if not layer.is_vocabulary}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert chosen(model, 100.0) == dict.fromkeys(names, FOUR)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_no_budget_takes_nothing(model):
+    assert chosen(model, 0.0) == {}
+
+
+def test_a_budget_between_takes_whole_families_and_keeps_to_it(model):
+    everything, some = chosen(model, 100.0), {}
+    for exponent in range(2, 9):
+        some = chosen(model, 10.0**-exponent)
+        if 0 < len(some) < len(everything):
+            break
+    assert 0 < len(some) < len(everything)
+    for family in families(find_layers(model, ())):
+        assert len({layer.name in some for layer in family if not layer.is_vocabulary}) <= 1
