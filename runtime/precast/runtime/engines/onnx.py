@@ -53,8 +53,8 @@ class OnnxEngine:
 
     def _open(self, graph: Graph) -> onnxruntime.InferenceSession:
         path = self._artifact.path / graph.file
-        # Saved and opened again, packed MatMulNBits weights gave NaN with ONNX Runtime 1.31: zero points, or a table
-        # that two operators share, are enough. Quantized weights are small and packed quickly; they do without.
+        # Saved and opened again, packed MatMulNBits weights gave NaN or zeros with ONNX Runtime 1.31, in some graphs
+        # and without an error. Quantized weights are small and packed quickly; they do without.
         if self._variant.quantization is not None or not (self._settings.prepack and is_wanted()):
             return self._open_verified(path, self._options())
         entry = Entry(self._artifact, self._variant, graph, _BUILD)
