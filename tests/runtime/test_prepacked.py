@@ -490,7 +490,7 @@ def test_on_a_full_disk_models_load_as_ever(encoder, home, expected, file_limit,
 
 
 def test_a_disk_that_fills_up_while_saving(encoder, home, expected, monkeypatch):
-    monkeypatch.setattr(cache, "_sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    monkeypatch.setattr(cache, "fsync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     assert answer(encoder) == expected
     assert entries(home) == []
 
@@ -624,7 +624,7 @@ DEATHS = {
     "while ONNX Runtime writes": "onnx._start = lambda *w, start=onnx._start: (start(*w), die())",
     "before anything is hashed": "prepacked.verify_files = die",
     "before the manifest": "prepacked._write = die",
-    "before it is on disk": "cache._sync = die",
+    "before it is on disk": "cache.fsync = die",
     "before the rename": "cache.os.rename = die",
     "before the stamps": "prepacked.remember = die",
     "before the others are trimmed": "cache.trim = die",

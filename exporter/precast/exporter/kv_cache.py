@@ -22,17 +22,17 @@ def cache_scales(model: nn.Module, rows: Sequence[Tensor], widths: Sequence[int]
     `widths` are the head sizes that the caches are compiled with; channels beyond the model's own are zero.
     """
     tops: list[Tensor] = []
-    for part in (part for row in rows for part in _parts(model, row)):
-        found = [_top(tensor) for tensor in _cached(model, part)]
+    for cached in (cached for row in rows for cached in _complete(model, row)):
+        found = [_top(tensor) for tensor in cached]
         tops = [torch.maximum(*pair) for pair in zip(tops, found, strict=True)] if tops else found
     return [_scale(top, widths[index // 2]) for index, top in enumerate(tops)]
 
 
-def _parts(model: nn.Module, row: Tensor) -> tuple[Tensor, ...]:
-    """The row, cut where a layer with a sliding window would forget what it cached."""
-    held = min(tensor.shape[2] for tensor in _cached(model, row))
-    parts: tuple[Tensor, ...] = row.split(held)
-    return parts
+def _complete(model: nn.Module, row: Tensor) -> list[list[Tensor]]:
+    """What the model caches of a row, which it reads in parts where a layer's sliding window would forget some."""
+    cached = _cached(model, row)
+    held = min(tensor.shape[2] for tensor in cached)
+    return [cached] if held == len(row) else [_cached(model, part) for part in row.split(held)]
 
 
 def _cached(model: nn.Module, row: Tensor) -> list[Tensor]:

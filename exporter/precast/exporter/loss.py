@@ -12,7 +12,7 @@ from precast.runtime.errors import AccuracyError
 
 from .options import ExportOptions
 
-__all__ = ["Floor", "Scores", "check", "floor_for", "log_softmax", "score"]
+__all__ = ["Floor", "Scores", "check", "divergence", "floor_for", "log_softmax", "score"]
 
 Array = np.ndarray[Any, Any]
 
@@ -89,8 +89,14 @@ def _row(ids: list[int], reference: Array, other: Array) -> Iterator[Array]:
         said = np.full(len(ids), np.nan)
         said[:-1] = -logs[np.arange(len(ids) - 1), ids[1:]]
         yield said
-    yield (np.exp(mine) * (mine - theirs)).sum(-1)
+    yield divergence(mine, theirs)
     yield (reference.argmax(-1) == other.argmax(-1)).astype(np.float64)
+
+
+def divergence(mine: Array, theirs: Array) -> Array:
+    """Per token the KL divergence in nats; both are logarithms of probabilities [..., vocabulary]."""
+    result: Array = (np.exp(mine) * (mine - theirs)).sum(-1)
+    return result
 
 
 def log_softmax(logits: Array) -> Array:

@@ -9,13 +9,14 @@ from pathlib import Path
 from precast.runtime.artifact.schema import Dtype
 from precast.runtime.errors import UsageError
 
+from .quantize.methods import METHODS
+
 __all__ = ["DTYPES", "GROUP_SIZES", "KV_CACHES", "QUANTIZE", "ExportOptions"]
 
 DTYPES = ("float32",)
 QUANTIZE = ("none", "source", "int8", "int4", "auto")
 KV_CACHES = ("float32", "int8")
 GROUP_SIZES = (16, 32, 64, 128, 256)
-QUANTIZE_METHODS = ("rtn", "search", "gptq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,8 @@ class ExportOptions:
         for flag, allowed in choices.items():
             if (value := getattr(self, flag.replace("-", "_"))) not in allowed:
                 yield f"--{flag} {value!r} is not supported; the choices are: {', '.join(map(str, allowed))}."
-        if self.quantize_method not in (None, *QUANTIZE_METHODS):
-            known = ", ".join(QUANTIZE_METHODS)
+        if self.quantize_method not in (None, *METHODS):
+            known = ", ".join(METHODS)
             yield f"--method {self.quantize_method!r} is not supported; the choices are: {known}."
         if self.quantize in ("none", "source") and (useless := self._only_for_rounding()):
             yield f"{', '.join(useless)} say how weights are rounded, which --quantize {self.quantize} does not do."

@@ -245,6 +245,6 @@ def _export(program: nn.Module, example: tuple[Any, ...], shapes: Any) -> torch.
     except GuardOnDataDependentSymNode as error:
         raise ExportError(
             f"This model decides by its inputs' values what to compute, which one graph cannot ({error.cond}). Rotary "
-            f"scaling of the kinds 'dynamic' does; so far only models that compute the same at every "
+            f"scaling of the kind 'dynamic' does; so far only models that compute the same at every "
             f"length can be compiled."
         ) from error

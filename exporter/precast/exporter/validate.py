@@ -25,7 +25,7 @@ from precast.runtime.artifact.store import write_atomically
 from precast.runtime.artifact.tasks import Task, get_task
 from precast.runtime.errors import AccuracyError, ExportError
 
-from .loss import check, floor_for, log_softmax, score
+from .loss import check, divergence, floor_for, log_softmax, score
 from .options import ExportOptions
 from .questions import Question, make_questions, make_scored
 from .reference import Answer, answer
@@ -265,10 +265,9 @@ def _agreement(measured: list[Pair]) -> dict[str, float]:
         return {}
     expected, found = (np.concatenate(each).astype(np.float64) for each in zip(*logits, strict=True))
     mine, theirs = log_softmax(expected), log_softmax(found)
-    divergence = (np.exp(mine) * (mine - theirs)).sum(-1).mean()
     return {
         "top1_agreement": round(float((expected.argmax(-1) == found.argmax(-1)).mean()), 3),
-        "kl_divergence": _two_digits(max(0.0, float(divergence))),
+        "kl_divergence": _two_digits(max(0.0, float(divergence(mine, theirs).mean()))),
     }
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .artifact import read_artifact
-from .artifact.store import home
+from .artifact.store import fsync, home
 from .errors import ArtifactError, PrecastError
 
 __all__ = ["KINDS", "MANIFEST", "Kept", "Stage", "clear", "kept", "place", "remove", "sweep", "total_bytes", "trim"]
@@ -159,9 +159,9 @@ class Stage:
     def publish(self, target: Path) -> None:
         """Write everything to disk and rename to `target`. Raises OSError, also where another was faster."""
         for path in [*self.path.iterdir(), self.path]:
-            _sync(path)
+            fsync(path)
         os.rename(self.path, target)
-        _sync(target.parent)
+        fsync(target.parent)
 
     def close(self) -> None:
         """Delete what was not published."""
@@ -178,14 +178,6 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _directories(folder: Path) -> list[Path]:

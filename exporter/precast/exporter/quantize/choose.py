@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ..loss import floor_for
-from ..options import ExportOptions
+from ..options import GROUP_SIZES, ExportOptions
 from ..resolve import Checkpoint
 from . import quantize
 from .methods import METHODS, Scheme, Zero, get_method
@@ -85,11 +85,7 @@ def _head_in_int8(model: nn.Module, options: ExportOptions) -> Mapping[str, Sche
 
 def _source_group(checkpoint: Checkpoint, options: ExportOptions) -> int:
     grid = checkpoint.grid
-    return options.group_size if grid is None or grid.group_size not in GROUPS else grid.group_size
-
-
-GROUPS = (16, 32, 64, 128, 256)
-"""The groups that kernels have; any larger group is several of these."""
+    return options.group_size if grid is None or grid.group_size not in GROUP_SIZES else grid.group_size
 
 
 def _in_words(done: Mapping[str, str], recipe: Recipe) -> str:

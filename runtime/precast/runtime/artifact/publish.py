@@ -27,6 +27,7 @@ from ..errors import IntegrityError, PublishError
 from . import UNLISTED, Artifact, contract_digest, is_artifact, read_artifact, render_config
 from .integrity import sha256_of
 from .schema import Contract, File
+from .store import fsync
 
 __all__ = ["check_target", "copy_artifact", "hash_files", "publish", "recover", "staging", "write_config"]
 
@@ -122,8 +123,8 @@ def publish(stage: Path, target: Path, *, force: bool) -> None:
     try:
         for path in sorted(stage.rglob("*")):
             fault(f"fsync {path.name}")
-            _fsync(path)
-        _fsync(stage)
+            fsync(path)
+        fsync(stage)
         if os.path.ismount(place):
             _move_into(stage, place)
         elif _is_occupied(place):
@@ -135,7 +136,7 @@ def publish(stage: Path, target: Path, *, force: bool) -> None:
         raise _explained(error, target) from error
     try:
         fault("fsync parent")
-        _fsync(_stages_in(target))
+        fsync(_stages_in(target))
     except OSError as error:
         raise PublishError(f"{target} is complete, but a power cut could undo it: {error.strerror}.") from error
 
@@ -232,14 +233,6 @@ def _move_into(stage: Path, target: Path) -> None:
             with suppress(FileNotFoundError):
                 os.rename(target / path.name, path)
         raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(parent: Path, name: str) -> None:

@@ -9,7 +9,7 @@ import secrets
 import stat
 from pathlib import Path
 
-__all__ = ["home", "sign", "write_atomically"]
+__all__ = ["fsync", "home", "sign", "write_atomically"]
 
 
 def home() -> Path:
@@ -41,6 +41,15 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
     except BaseException:
         stage.unlink(missing_ok=True)
         raise
+
+
+def fsync(path: Path) -> None:
+    """Let a file or a directory reach the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _key() -> bytes | None:
