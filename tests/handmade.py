@@ -90,6 +90,12 @@ def contract(**changes: Any) -> Contract:
 
 
 def make(target: Path, note: str = "old", *, force: bool = False, **changes: Any) -> Artifact:
+    """Publish an artifact as `write` does, and read it back."""
+    write(target, note, force=force, **changes)
+    return read_artifact(target)
+
+
+def write(target: Path, note: str, *, force: bool, **changes: Any) -> None:
     """Publish an artifact step by step, as an export does. `note` is in its config and in every file."""
     check_target(target, force=force)
     with staging(target) as stage:
@@ -98,7 +104,6 @@ def make(target: Path, note: str = "old", *, force: bool = False, **changes: Any
             (stage / name).write_text(f"{name} of {note}\n" * 50)
         write_config(stage, {"model_type": "llama", "note": note}, contract(files=hash_files(stage), **changes))
         publish(stage, target, force=force)
-    return read_artifact(target)
 
 
 def load(target: Path) -> str:
