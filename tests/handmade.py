@@ -77,7 +77,7 @@ def variant(name: str = "onnx", **changes: Any) -> Variant:
 def contract(**changes: Any) -> Contract:
     """A valid contract, but for `files` and `digest`."""
     fields: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": 2,
         "precast_version": "0.1.0",
         "digest": "0" * 64,
         "task": "text-generation",

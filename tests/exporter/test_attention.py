@@ -15,8 +15,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from precast.exporter import hooks
-from precast.exporter.attention import cached_attention
+from precast.exporter.decoder import hooks
+from precast.exporter.decoder.attention import cached_attention
 from precast.runtime.errors import ExportError
 
 HEADS, KV_HEADS, WIDTH, CAPACITY = 4, 2, 8, 12

@@ -7,8 +7,8 @@ import oracle
 import pytest
 import torch
 
-from precast.exporter.attention import cached_attention
-from precast.exporter.kv_cache import cache_scales
+from precast.exporter.decoder.attention import cached_attention
+from precast.exporter.decoder.kv_cache import cache_scales
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 

@@ -19,9 +19,10 @@ from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, 
 
 from .backends import Compiled, ProgramCompiler
 from .card import render_card
-from .kv_cache import cache_scales
+from .decoder.kv_cache import cache_scales
+from .decoder.plan import DecoderPlan
 from .options import ExportOptions
-from .plan import DecoderPlan, Plan, make_plan
+from .plan import Plan, make_plan
 from .quantize.choose import calibration_rows, quantize_model
 from .resolve import Checkpoint, resolve
 from .trace import trace

@@ -50,7 +50,7 @@ def make_reference(
     model: nn.Module, checkpoint: Checkpoint, task: Task, graphs: list[Graph], *, is_scored: bool
 ) -> Reference:
     """Ask the eager model everything that an artifact with these graphs will be asked."""
-    asked = (graphs, checkpoint.tokenizer, checkpoint.text_config.vocab_size)
+    asked = (task, graphs, checkpoint.tokenizer, checkpoint.text_config.vocab_size)
     questions = make_questions(*asked)
     folder = None
     if is_scored:
@@ -58,7 +58,7 @@ def make_reference(
         folder = Path(tempfile.mkdtemp(prefix="precast-"))
     answers = []
     for index, question in enumerate(questions):
-        found = answer(model, question, task.outputs)
+        found = answer(model, question, task)
         if question.kind == "score" and folder:
             found = [_on_disk(found[0], folder / f"{index}.npy")]
         answers.append(found)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..hooks import IMPLEMENTATION
+from ..decoder.hooks import IMPLEMENTATION
 
 __all__ = ["ADAPTERS", "adapted"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from ..hooks import attend
+from ..decoder.hooks import attend
 
 __all__ = ["adapted"]
 

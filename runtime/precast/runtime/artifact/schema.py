@@ -1,7 +1,8 @@
 """The artifact contract: what `config.json["precast"]` may hold, as closed, frozen types.
 
 A field that is not here is an error, so is a value of another type or beyond its bound. Adding a field raises
-`FORMAT_VERSION`.
+`FORMAT_VERSION`; it gets a default that says what older artifacts meant, and is left out where it is that, since their
+digests were made without it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = [
     "Variant",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Size = Annotated[int, Meta(ge=0, le=2**31)]
 Bytes = Annotated[int, Meta(ge=0, le=2**50)]
@@ -37,7 +38,7 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 _PATH = r"^[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*\Z"
 Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=_PATH)]
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
-Axis = Literal["batch", "length", "positions"]
+Axis = Literal["batch", "length", "positions", "choices", "samples", "frames"]
 Role = Literal["encode", "prefill", "decode", "decoder", "verify"]
 Trust = Literal["data", "graph", "native"]
 
@@ -54,13 +55,15 @@ class Dim(_Closed, frozen=True, kw_only=True):
     max: Size
 
 
-class Input(_Closed, frozen=True, kw_only=True):
-    """One input tensor of a graph. `pad` fills what the caller did not give."""
+class Input(_Closed, frozen=True, kw_only=True, omit_defaults=True):
+    """One input tensor of a graph. `pad` fills what the caller did not give, along the dimensions that `axes` names; a
+    dimension without a name must be given in full. Format 1 had no names: an encoder's inputs were [batch, length]."""
 
     name: Name
     dtype: Dtype
     shape: list[Size | Dim]
     pad: int | float
+    axes: list[Axis | None] = []
 
 
 class Output(_Closed, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from onnxscript import opset20 as op
 from precast.runtime.artifact.schema import Graph
 from precast.runtime.errors import ExportError
 
-from ... import attention  # noqa: F401  (registers an operator that is lowered here)
+from ...decoder import attention  # noqa: F401  (registers an operator that is lowered here)
 from ...quantize import linear  # noqa: F401  (registers the others)
 from ...trace import Program
 from .contrib import microsoft

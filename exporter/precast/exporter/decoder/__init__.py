@@ -1,0 +1,1 @@
+"""Decoders: tokens one after the other, with caches of what came before."""

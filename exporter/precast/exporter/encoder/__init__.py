@@ -1,0 +1,1 @@
+"""Encoders: all of the input at once, one forward pass."""
