@@ -128,6 +128,7 @@ def _gigabytes(count: int) -> str:
 
 
 def common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> dict[str, Any]:
+    """What every plan has, but for its shapes and graphs."""
     size = getattr(torch, options.dtype).itemsize
     return {
         "task": task,
@@ -141,6 +142,7 @@ def common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn
 
 
 def check_length(checkpoint: Checkpoint, length: int) -> None:
+    """Raise UsageError for more than the model was made for."""
     limit = checkpoint.max_length
     if limit is not None and length > limit:
         raise UsageError(
@@ -159,6 +161,7 @@ class _NoValues(TorchDispatchMode):
 
 
 def run_skeleton(model: nn.Module, task: Task, example: dict[str, Any]) -> Any:
+    """The answer of a model without weights, whose shapes are all that it has. Raises ExportError."""
     try:
         with torch.no_grad(), _NoValues():  # type: ignore[no-untyped-call]
             return model(**example, return_dict=True)

@@ -59,6 +59,7 @@ class DecoderPlan(Plan):
 
 
 def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> DecoderPlan:
+    """The graphs and caches. Raises UsageError for impossible shapes, CheckpointError for a state that is no cache."""
     if len(options.sequence_length) > 1:
         raise UsageError(
             f"--sequence-length {','.join(map(str, options.sequence_length))}: a decoder has one capacity. Give the "

@@ -46,6 +46,7 @@ class EncoderPlan(Plan):
 
 
 def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> EncoderPlan:
+    """A graph per length. Raises UsageError for missing or impossible shapes."""
     if missing := [axis for axis in task.axes if not getattr(options, axis)]:
         flags = " and ".join(f"--{axis.replace('_', '-')} N" for axis in missing)
         raise UsageError(
