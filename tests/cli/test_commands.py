@@ -81,9 +81,6 @@ def test_generate_samples_when_told_how(run, decoder):
         (("generate", "./missing", "--prompt", "x"), 1, "There is no directory ./missing"),
         (("generate", "{decoder}", "--prompt", "x", "--variant", "cuda"), 1, "no variant 'cuda'. It has: onnx"),
         (("generate", "{decoder}", "--prompt", "x", "--sha256", "0" * 64), 1, "not 000"),
-        (("predict", "{decoder}", "--text", "x"), 2, "precast generate"),
-        (("predict", "{encoder}", "--text", "x", "--question", "y"), 2, "--question is for question-answering"),
-        (("predict", "{encoder}", "--text", "x", "--top", "0"), 2, "x>=1"),
         (("inspect", "{decoder}/model.onnx"), 1, "is a file; a precast artifact is a directory"),
         (("push", "{decoder}/missing", "user/repo"), 1, "There is no directory"),
         (("nonsense",), 2, "No such command 'nonsense'"),
@@ -102,38 +99,6 @@ def test_mistakes_get_one_line_and_the_right_code(run, decoder, encoder, words, 
         found, out, _ = run(*words, "--json")
         assert found == code
         assert json.loads(out)["error"]["message"]
-
-
-def test_predict_answers_per_text(run, encoder, checkpoint, artifact):
-    code, out, _ = run("predict", encoder, "--text", "Water boils.", "--text", "你好", "--json")
-    answers = json.loads(out)
-    assert code == 0
-    assert [answer["text"] for answer in answers] == ["Water boils.", "你好"]
-    assert len(answers[0]["embedding"]) == 64
-    source = checkpoint("bert", "AutoModelForTokenClassification")
-    tagger = artifact(source, batch_size=3, sequence_length=(16, 48), dynamic_batch_size=True)
-    _, out, _ = run("predict", tagger, "--text", "Water boils 你好")
-    tokens = json.loads(out)["tokens"]
-    assert "".join(token["text"] for token in tokens if token["text"].isascii()).replace(" ", "").startswith("Water")
-    assert {token["label"] for token in tokens} <= {"LABEL_0", "LABEL_1"}
-
-
-def test_predict_for_masks_labels_and_questions(run, checkpoint, artifact):
-    shapes = {"batch_size": 3, "sequence_length": (16, 48), "dynamic_batch_size": True}
-    masked = artifact(checkpoint("bert", "AutoModelForMaskedLM"), **shapes)
-    _, out, _ = run("predict", masked, "--text", "Water <mask> here", "--top", "3")
-    assert len(json.loads(out)["masks"][0]) == 3
-    assert run("predict", masked, "--text", "no mask")[0] == 2
-    labels = artifact(checkpoint("bert", "AutoModelForSequenceClassification"), **shapes)
-    _, out, _ = run("predict", labels, "--text", "Water")
-    scores = [each["score"] for each in json.loads(out)["labels"]]
-    assert sum(scores) == pytest.approx(1)
-    assert scores == sorted(scores, reverse=True)
-    reader = artifact(checkpoint("bert", "AutoModelForQuestionAnswering"), **shapes)
-    context = "Water boils at 100 degrees."
-    _, out, _ = run("predict", reader, "--text", context, "--question", "When?")
-    answer = json.loads(out)
-    assert answer["answer"] == context[answer["start"] : answer["end"]]
 
 
 def test_inspect_tells_what_is_there(run, decoder):

@@ -88,7 +88,7 @@ WRONG = {
     "an unknown backend": (("llama", "-o", "out", "--backend", "tpu"), "'tpu'", "The backends are: onnx"),
     "an unknown dtype": (("llama", "-o", "out", "--dtype", "float8"), "'float8'", "the choices are: float32"),
     "batch size 0": (("llama", "-o", "out", "--batch-size", 0), "--batch-size must be at least 1, not 0"),
-    "batch size x": (("llama", "-o", "out", "--batch-size", "x"), "'--batch-size'", "'x'", "integer"),
+    "batch size x": (("llama", "-o", "out", "--batch-size", "x"), "'--batch-size'", "'x'", "whole number"),
     "length abc": (("llama", "-o", "out", "--sequence-length", "abc"), "'--sequence-length'", "'abc'", "whole number"),
     "lengths with a hole": (("bert", "-o", "out", "--sequence-length", "16,,32"), "'16,,32'", "separated by commas"),
     "length -1": (("llama", "-o", "out", "--sequence-length", "-1"), "--sequence-length must be at least 1, not -1"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +18,11 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from precast.exporter.backends.onnx.lowering import lower
 from precast.exporter.decoder import hooks
 from precast.exporter.decoder.attention import cached_attention
+from precast.exporter.trace import Program
+from precast.runtime.artifact.schema import Dim, Graph, Input, Output
 from precast.runtime.errors import ExportError
 
 HEADS, KV_HEADS, WIDTH, CAPACITY = 4, 2, 8, 12
@@ -111,3 +117,95 @@ def test_an_argument_that_would_change_the_result_is_refused():
     x = torch.zeros(1, 1, 1, 8)
     with pytest.raises(ExportError, match="alibi_bias"):
         hooks._attention(torch.nn.Identity(), x, x, x, None, alibi_bias=x)
+
+
+def test_layers_may_share_the_keys_of_another():
+    """Gemma 3n: the second layer attends to what the first has cached, and the cache holds it once."""
+    torch.manual_seed(0)
+    past = [(torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8))]
+    lengths, new = torch.tensor([3], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    caches = hooks.Caches(past, lengths, new)
+    queries = torch.randn(2, 1, 1, 2, 8)
+    with hooks.tracing(caches) as cache:
+        key, value = cache.update(torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 8), 0)
+        first = hooks.attend(queries[0], key, value, scale=1.0)
+        shared = hooks.attend(queries[1], key, value, scale=1.0)
+        alone = hooks.Caches(past, lengths, new)
+    with hooks.tracing(alone) as cache:
+        again = hooks.attend(queries[1], *cache.update(key, value, 0), scale=1.0)
+    assert not torch.equal(first, shared)
+    assert torch.equal(shared, again)
+    assert torch.equal(caches.present[0][0], alone.present[0][0])
+
+
+def test_the_mask_of_an_encoder_is_refused_where_a_decoder_attends():
+    x = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ExportError, match="bidirectional"):
+        hooks.attend(x, x, x, scale=1.0, mask=hooks.Mask("bidirectional", 0))
+
+
+class Attention(torch.nn.Module):
+    """The operator alone, with 8 wide heads as ONNX Runtime wants them."""
+
+    def __init__(self, mask, window, slopes):
+        super().__init__()
+        self.mask, self.window, self.slopes = mask, window, slopes
+
+    def forward(self, q, k, v, k_cache, v_cache, past, new):
+        return cached_attention(
+            q, k, v, k_cache, v_cache, past, new, 0.3, self.mask, self.window, 0.0, None, self.slopes
+        )
+
+
+NAMES = ["q", "k", "v", "k_cache", "v_cache", "past", "new"]
+
+
+def lowered(module, batch):
+    """The operator in ONNX Runtime, for any number of new tokens."""
+    example = inputs(batch, [0] * batch, [4] * batch)
+    length = torch.export.Dim("length", min=1, max=CAPACITY)
+    free = {2: length}
+    exported = torch.export.export(module, example, dynamic_shapes=(free, free, free, None, None, None, None))
+    specs = [
+        Input(name=name, dtype="float32", shape=[Dim(min=1, max=CAPACITY)], pad=0) for name in NAMES
+    ]  # fmt: skip
+    outputs = [Output(name=f"out{index}", dtype="float32", shape=[1], slice=[None]) for index in range(3)]
+    graph = Graph(
+        name="model", role="decoder", file="pending", batch=batch, length=4, capacity=CAPACITY, inputs=specs,
+        outputs=outputs, cache=[],
+    )  # fmt: skip
+    model = onnx_ir.to_proto(lower(Program(graph, exported))).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return lambda example: session.run(None, {name: x.numpy() for name, x in zip(NAMES, example, strict=True)})
+
+
+def inputs(batch, past, new):
+    q = torch.randn(batch, HEADS, max(new), WIDTH)
+    k, v = torch.randn(2, batch, KV_HEADS, max(new), WIDTH)
+    k_cache, v_cache = torch.randn(2, batch, KV_HEADS, CAPACITY, WIDTH)
+    return q, k, v, k_cache, v_cache, torch.tensor(past, dtype=torch.int32), torch.tensor(new, dtype=torch.int32)
+
+
+CALLS = {
+    "a ragged prompt": (3, [0, 0, 0], [7, 1, 4]),
+    "a step after ragged pasts": (3, [9, 0, 4], [1, 1, 1]),
+    "a whole cache": (1, [0], [CAPACITY]),
+    "more of a prompt": (1, [5], [4]),
+    "the last row": (1, [CAPACITY - 1], [1]),
+}
+
+
+@pytest.mark.parametrize("with_slopes", [False, True])
+@pytest.mark.parametrize(("mask", "window"), [("causal", 0), ("window", 3), ("chunk", 4)])
+def test_onnx_runtime_attends_as_the_operator_means(mask, window, with_slopes):
+    """ALiBi and chunks below the capacity, at every kind of call that the runtime makes."""
+    torch.manual_seed(0)
+    module = Attention(mask, window, torch.tensor([0.5, 0.07, 1.0, 0.003]) if with_slopes else None)
+    sessions = {batch: lowered(module, batch) for batch in (1, 3)}
+    for name, (batch, past, new) in CALLS.items():
+        example = inputs(batch, past, new)
+        expected, found = module(*example), sessions[batch](example)
+        for row in range(batch):
+            total = past[row] + new[row]
+            assert np.allclose(found[0][row, :, : new[row]], expected[0][row, :, : new[row]], atol=1e-5), name
+            assert np.array_equal(found[1][row, :, :total], expected[1][row, :, :total].numpy()), name

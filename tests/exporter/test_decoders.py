@@ -11,6 +11,7 @@ import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zoo import decoders as zoo
 
 from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModelForCausalLM
@@ -24,10 +25,13 @@ sides = st.sampled_from(["left", "right", "middle"])
 many = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module", params=tiny.DECODERS)
-def family(request, checkpoint, artifact):
+@pytest.fixture(scope="module", params=[*tiny.DECODERS, *zoo.REPRESENTATIVES])
+def family(request, checkpoint, artifact, tmp_path_factory):
     """One checkpoint and its artifact: batch 3, more rows in slices."""
-    source = checkpoint(request.param)
+    if request.param in tiny.DECODERS:
+        source = checkpoint(request.param)
+    else:
+        source = zoo.make(tmp_path_factory.mktemp("zoo") / request.param, request.param)
     compiled = artifact(source, batch_size=3, sequence_length=(CAPACITY,), dynamic_batch_size=True)
     return source, CompiledModelForCausalLM.from_pretrained(compiled)
 
@@ -54,6 +58,7 @@ def test_greedy_tokens_are_transformers_own(family, side):
         assert values[ids.shape[1] :][: len(expected)].tolist() == expected
 
 
+@pytest.mark.parametrize("family", tiny.DECODERS, indirect=True)
 def test_census(family):
     """One GroupQueryAttention per layer, caches straight from input to it and from it to output."""
     _, model = family
@@ -119,19 +124,20 @@ def test_capacity_bounds_windows(checkpoint, artifact):
         assert versions == {"onnxruntime": "1.31" if expected == {8} else "1.23"}, "older kernels see one key more"
 
 
-def test_an_architecture_past_the_interface_is_refused(checkpoint, tmp_path, monkeypatch):
-    """GPT-J without its adapter: nothing calls the operator, and a silent export would be wrong."""
+def test_an_architecture_past_the_interface_keeps_its_own_operators(checkpoint, tmp_path, monkeypatch):
+    """GPT-J without its adapter: nothing calls the operator, which is noticed when it is planned."""
     monkeypatch.delitem(__import__("precast.exporter.architectures", fromlist=["ADAPTERS"]).ADAPTERS, "gptj")
-    with pytest.raises(ExportError, match=r"2 cached layers but 0 of them.*CONTRIBUTING"):
-        export(str(checkpoint("gptj")), tmp_path / "out", ExportOptions(sequence_length=(16,)))
-    assert not (tmp_path / "out").exists()
+    found = export(str(checkpoint("gptj")), tmp_path / "out", ExportOptions(sequence_length=(16,)))
+    assert found.contract.variants[0].compiler.options["attention"] == "ordinary operators"
+    assert found.contract.variants[0].accuracy.status == "passed"
 
 
-def test_a_state_other_than_keys_and_values_is_refused(tmp_path):
-    from transformers import MambaConfig
+def test_a_cache_that_is_none_of_transformers_own_is_refused(tmp_path):
+    """RWKV hands a list of tensors around."""
+    from transformers import RwkvConfig
 
-    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
-    config.architectures = ["MambaForCausalLM"]
-    config.save_pretrained(tmp_path / "mamba")
-    with pytest.raises((CheckpointError, ExportError), match="Mamba"):
-        export(str(tmp_path / "mamba"), tmp_path / "out", ExportOptions(sequence_length=(16,)))
+    config = RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    config.architectures = ["RwkvForCausalLM"]
+    config.save_pretrained(tmp_path / "rwkv")
+    with pytest.raises((CheckpointError, ExportError), match="Rwkv"):
+        export(str(tmp_path / "rwkv"), tmp_path / "out", ExportOptions(sequence_length=(16,)))

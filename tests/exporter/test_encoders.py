@@ -1,6 +1,10 @@
-"""Every encoder family and task: any length, batch and padding side gives the eager answer of the unpadded row."""
+"""Every encoder family and task: any size, batch and padding side gives the eager answer of the unpadded row."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import oracle
@@ -9,8 +13,12 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zoo import encoders as zoo
 
+from precast.exporter import ExportOptions, export, quiet_libraries
 from precast.runtime import CompiledModel
+from precast.runtime.artifact.tasks import get_task
+from precast.runtime.errors import CheckpointError, InputError, UsageError
 
 AUTO = {
     "feature-extraction": "AutoModel",
@@ -24,15 +32,22 @@ rows_of_any_length = st.lists(
     st.lists(st.integers(3, tiny.VOCABULARY - 1), min_size=1, max_size=LENGTH), min_size=1, max_size=7
 )
 many = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = (
+    ("bert", "fill-mask"),
+    ("roberta", "token-classification"),
+    ("distilbert", "text-classification"),
+    ("electra", "question-answering"),
+    ("convbert", "token-classification"),
+)
 
 
-@pytest.fixture(scope="module", params=[(family, task) for family in tiny.ENCODERS for task in AUTO], ids="-".join)
-def pair(request, checkpoint, artifact):
+@pytest.fixture(scope="module", params=FAST, ids="-".join)
+def pair(request, tmp_path_factory):
     """Checkpoint, class and artifact with lengths 16 and 48 at batch 3; more rows run in slices."""
     family, task = request.param
-    source = checkpoint(family, AUTO[task])
-    compiled = artifact(source, batch_size=3, sequence_length=(16, LENGTH), dynamic_batch_size=True)
-    model = CompiledModel.from_pretrained(compiled)
+    source = zoo.make(tmp_path_factory.mktemp("pair") / "source", family, task)
+    options = ExportOptions(batch_size=3, sequence_length=(16, LENGTH), dynamic_batch_size=True, validate=False)
+    model = CompiledModel.from_pretrained(export(str(source), source.parent / "out", options).path)
     assert model.artifact.contract.task == task, "the task is inferred"
     return source, AUTO[task], model
 
@@ -51,6 +66,156 @@ def test_outputs_are_those_of_the_unpadded_row(pair, rows, side):
             found = values[index][mask[index] == 1] if cut[name] else values[index]
             assert values.shape[: 1 + cut[name]] == ids.shape[: 1 + cut[name]]
             assert np.abs(found - expected[name][0].numpy()).max() < 1e-4
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tiny checkpoint beside its artifact."""
+
+    model: Any
+    eager: Any
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`made("vit", "image-classification", batch_size=2)`: once per module."""
+    quiet_libraries()
+
+    @lru_cache
+    def make(family: str, task: str, **options: Any) -> Made:
+        source = zoo.make(tmp_path_factory.mktemp(family) / "source", family, task)
+        sizes = {**zoo.options(family, task), "validate": False, **options}
+        compiled = export(str(source), source.parent / "out", ExportOptions(task=task, **sizes)).path
+        return Made(CompiledModel.from_pretrained(compiled), oracle.eager(source, get_task(task, "encoder").auto))
+
+    return make
+
+
+@many
+@given(
+    rows=st.lists(
+        st.lists(st.lists(st.integers(3, tiny.VOCABULARY - 1), min_size=1, max_size=24), min_size=2, max_size=2),
+        min_size=1, max_size=3,
+    ),
+    side=st.sampled_from(["left", "right"]),
+)  # fmt: skip
+def test_every_choice_gets_the_answer_of_the_choice_alone(made, rows, side):
+    """Two choices of three that were compiled for, each of a length of its own."""
+    pair = made("bert", "multiple-choice")
+    ids, mask = oracle.padded([choice for row in rows for choice in row], side)
+    shape = (len(rows), 2, -1)
+    found = [pair.model(ids.reshape(shape)[part], mask.reshape(shape)[part]).logits for part in _pairs(len(rows))]
+    logits = np.concatenate(found)
+    assert logits.shape == (len(rows), 2)
+    for index, row in enumerate(rows):
+        for place, choice in enumerate(row):
+            with torch.inference_mode():
+                expected = pair.eager(torch.tensor([[choice]])).logits[0, 0]
+            assert abs(logits[index, place] - float(expected)) < 1e-4
+
+
+def _pairs(count):
+    return [slice(start, start + 2) for start in range(0, count, 2)]
+
+
+@many
+@given(numbers=st.integers(0, 1000), count=st.integers(1, 2))
+def test_images_in_any_batch(made, numbers, count):
+    pair = made("vit", "image-classification")
+    pixels = np.random.default_rng(numbers).standard_normal((count, 3, 32, 32)).astype(np.float32)
+    with torch.inference_mode():
+        expected = pair.eager(torch.from_numpy(pixels)).logits.numpy()
+    assert np.abs(pair.model(pixel_values=pixels).logits - expected).max() < 1e-4
+
+
+def test_images_are_never_resized_nor_padded(made):
+    pair = made("vit", "image-classification")
+    with pytest.raises(InputError, match=r"pixel_values is 3x24x32 where the model was compiled for 3x32x32"):
+        pair.model(np.zeros((1, 3, 24, 32), np.float32))
+    with pytest.raises(InputError, match="these are uint8"):
+        pair.model(np.zeros((1, 3, 32, 32), np.uint8))
+
+
+LONGEST = 1200
+sounds = st.lists(st.integers(60, LONGEST), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("wav2vec2", "automatic-speech-recognition"), ("wav2vec2", "audio-xvector"), ("sew", "audio-classification"),
+     ("data2vec-audio", "feature-extraction")],
+)  # fmt: skip
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=sounds, side=st.sampled_from(["left", "right"]), numbers=st.integers(0, 99))
+def test_sound_of_any_length(made, family, task, lengths, side, numbers):
+    """Norms over time, convolutions over frames and statistics see no padding, and frames of it never appear."""
+    pair = made(family, task, batch_size=2, dynamic_batch_size=True)
+    shortest = pair.model.variant.graphs[0].frames
+    lengths = [max(length, (shortest.fewest - 1) * shortest.step + shortest.size) for length in lengths]
+    random = np.random.default_rng(numbers)
+    sounds = [random.standard_normal(length).astype(np.float32) for length in lengths]
+    values, mask = np.full((len(lengths), max(lengths)), 7, np.float32), np.zeros((len(lengths), max(lengths)), int)
+    for index, sound in enumerate(sounds):
+        place = slice(max(lengths) - len(sound), None) if side == "left" else slice(len(sound))
+        values[index, place], mask[index, place] = sound, 1
+    outputs = pair.model(values, attention_mask=mask)
+    for index, sound in enumerate(sounds):
+        with torch.inference_mode():
+            expected = pair.eager(torch.from_numpy(sound[None]))
+        for name, found in outputs.items():
+            mine = expected[name][0].numpy()
+            if "frames" in {spec.name: spec.slice for spec in pair.model.variant.graphs[0].outputs}[name]:
+                assert pair.model.frames(len(sound)) == len(mine)
+                assert not found[index, len(mine) :].any()
+                assert found.shape[1] == pair.model.frames(max(lengths))
+            assert np.abs(found[index][: len(mine)] - mine).max() < 1e-4
+
+
+def test_sound_that_is_too_short_or_has_a_hole(made):
+    pair = made("wav2vec2", "automatic-speech-recognition", batch_size=2, dynamic_batch_size=True)
+    with pytest.raises(InputError, match="A row has 29 samples; this model answers 40 or more"):
+        pair.model(np.zeros((1, 29), np.float32))
+    mask = np.ones((1, 100), int)
+    mask[0, 50] = 0
+    with pytest.raises(InputError, match="a hole"):
+        pair.model(np.zeros((1, 100), np.float32), attention_mask=mask)
+
+
+@many
+@given(
+    texts=st.lists(st.lists(st.integers(3, tiny.VOCABULARY - 1), min_size=1, max_size=14), min_size=1, max_size=3),
+    side=st.sampled_from(["left", "right"]),
+    count=st.integers(1, 5),
+    ends=st.booleans(),
+)
+def test_texts_and_images_in_batches_of_their_own(made, texts, side, count, ends):
+    pair = made("clip", "zero-shot-image-classification", batch_size=2, dynamic_batch_size=True)
+    texts = [[*text, 2] if ends else text for text in texts]
+    ids, mask = oracle.padded(texts, side)
+    pixels = np.random.default_rng(len(texts)).standard_normal((count, 3, 32, 32)).astype(np.float32)
+    outputs = pair.model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+    assert outputs.logits_per_image.shape == (count, len(texts))
+    for index, text in enumerate(texts):
+        with torch.inference_mode():
+            expected = pair.eager(input_ids=torch.tensor([text]), pixel_values=torch.from_numpy(pixels))
+        assert np.abs(outputs.logits_per_image[:, index] - expected.logits_per_image[:, 0].numpy()).max() < 1e-4
+        assert np.abs(outputs.text_embeds[index] - expected.text_embeds[0].numpy()).max() < 1e-4
+    assert np.abs(outputs.image_embeds - expected.image_embeds.numpy()).max() < 1e-4
+    with pytest.raises(InputError, match="There are 4 texts; the model was compiled for 3"):
+        pair.model(input_ids=np.ones((4, 2), int), pixel_values=pixels)
+
+
+def test_siglip_reads_every_position(made):
+    pair = made("siglip", "zero-shot-image-classification")
+    pixels, ids = np.ones((2, 3, 32, 32), np.float32), np.arange(32).reshape(2, 16) + 3
+    with torch.inference_mode():
+        expected = pair.eager(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels))
+    found = pair.model(input_ids=ids, pixel_values=pixels)
+    assert np.abs(found.logits_per_image - expected.logits_per_image.numpy()).max() < 1e-4
+    with pytest.raises(InputError, match="input_ids is 15 where the model was compiled for 16"):
+        pair.model(input_ids=ids[:, 1:], pixel_values=pixels)
+    with pytest.raises(InputError, match="none can be masked"):
+        pair.model(input_ids=ids, pixel_values=pixels, attention_mask=(ids > 4).astype(int))
 
 
 def test_segments_count(checkpoint, artifact):
@@ -87,3 +252,58 @@ def test_attention_holes_mean_what_they_mean_to_transformers(checkpoint, artifac
         expected = oracle.eager(source, "AutoModel")(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
     found = model(ids, mask).last_hidden_state
     assert np.abs(found - expected.last_hidden_state.numpy())[mask == 1].max() < 1e-4
+
+
+def test_the_smallest_of_all_combinations_is_used(made, monkeypatch):
+    sizes = {"batch_size": (1, 4), "sequence_length": (8, 24), "dynamic_batch_size": True}
+    model = made("bert", "feature-extraction", **sizes).model
+    used = []
+    bind = model._engine.bind
+    monkeypatch.setattr(model._engine, "bind", lambda name, *arrays: used.append(name) or bind(name, *arrays))
+    for rows, length in ((1, 8), (1, 9), (2, 3), (4, 24), (9, 8)):
+        model(np.ones((rows, length), np.int64) * 5)
+    assert used == ["model_1x8", "model_1x24", "model_4x8", "model_4x24", "model_4x8", "model_4x8", "model_1x8"]
+    weights = {graph.file for graph in model.variant.graphs}
+    assert len(weights) == 4
+    assert len(model.variant.weights) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 1}, "compiled for fixed shapes: batch_size, sequence_length. Add --sequence-length N"),
+        ({"batch_size": 1, "sequence_length": (8,), "image_size": (32,)}, "--image-size fixes nothing here"),
+        ({"batch_size": (1, 1), "sequence_length": (8,)}, "--batch-size names a size twice: 1,1"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model(checkpoint, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        export(str(checkpoint("bert", "AutoModel")), tmp_path / "out", ExportOptions(**options))
+
+
+def test_inputs_that_the_model_does_not_have(encoder):
+    model = CompiledModel.from_pretrained(encoder)
+    with pytest.raises(InputError, match=r"no input 'pixels'. It has: input_ids, attention_mask, token_type_ids"):
+        model(np.ones((1, 2), int), pixels=1)
+    with pytest.raises(InputError, match="needs 'input_ids'"):
+        model(attention_mask=np.ones((1, 2), int))
+    with pytest.raises(InputError, match="given twice"):
+        model(np.ones((1, 2), int), input_ids=np.ones((1, 2), int))
+
+
+def test_models_of_images_and_texts_name_their_task(tmp_path):
+    source = zoo.make(tmp_path / "clip", "clip", "zero-shot-image-classification")
+    with pytest.raises(CheckpointError, match="zero-shot-image-classification"):
+        export(str(source), tmp_path / "out", ExportOptions(task="feature-extraction", batch_size=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", zoo.pairs(), ids="-".join)
+def test_every_pair_passes_or_has_its_reason(pair, tmp_path):
+    family, task = pair
+    reason = zoo.REFUSED.get(family) or zoo.REFUSED.get(pair)
+    if reason:
+        pytest.skip(reason)
+    source = zoo.make(tmp_path / "source", family, task)
+    artifact = export(str(source), tmp_path / "out", ExportOptions(task=task, **zoo.options(family, task)))
+    assert artifact.contract.variants[0].accuracy.status == "passed"

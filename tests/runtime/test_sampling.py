@@ -40,7 +40,7 @@ def test_repetition_penalty(seed, penalty):
 @given(seeds, st.integers(1, 4))
 def test_no_repeat_ngram(seed, size):
     tokens, logits = make(seed)
-    found = sampling.no_repeat_ngram(tokens, logits, size)
+    found = sampling.no_ngram_of(tokens, tokens, logits, size)
     ours_and_theirs(found, theirs.NoRepeatNGramLogitsProcessor(size), tokens, logits)
 
 
@@ -77,7 +77,7 @@ def test_draws_follow_the_distribution():
     """20,000 draws with temperature 0.7 and top-k 5: frequencies within five standard deviations."""
     _, logits = make(3)
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=5)
-    sampler = sampling.Sampler(config, np.array([1]), np.random.default_rng(0))
+    sampler = sampling.Sampler(sampling.Processors(config, 1, 9), np.random.default_rng(0))
     drawn = np.bincount([sampler([1], logits) for _ in range(20_000)], minlength=VOCABULARY) / 20_000
     kept = np.sort(logits)[-5]
     expected = np.where(logits >= kept, np.exp(logits / 0.7), 0)
@@ -89,4 +89,4 @@ def test_draws_follow_the_distribution():
 def test_without_sampling_the_shape_of_the_distribution_plays_no_part(flag):
     _, logits = make(4)
     config = GenerationConfig(do_sample=flag, temperature=9.0, top_k=1, top_p=0.1, min_p=0.5)
-    assert sampling.Sampler(config, np.array([1]), np.random.default_rng(0))([1], logits) == logits.argmax()
+    assert sampling.Sampler(sampling.Processors(config, 1, 9), None)([1], logits) == logits.argmax()

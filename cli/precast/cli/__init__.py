@@ -12,14 +12,16 @@ __all__ = ["main"]
 
 COMMANDS = {
     "bench": "Measure an artifact's speed and memory, or compare several.",
+    "buckets": "Propose the sequence lengths to compile for.",
     "cache": "Show or clear what precast keeps on this machine.",
     "completion": "Print the shell's completion script.",
     "env": "Show versions and machine facts, for bug reports.",
     "export": "Compile a checkpoint into an artifact.",
     "generate": "Continue a prompt with a compiled decoder.",
     "inspect": "Show what an artifact is, without running it.",
-    "predict": "Run a compiled encoder on text.",
+    "predict": "Run a compiled model on texts, images or sounds.",
     "push": "Upload an artifact to the Hub.",
+    "tasks": "Show what a model can be exported for, and which shapes that needs.",
     "validate": "Compare an artifact with its checkpoint again.",
 }
 SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}

@@ -17,14 +17,29 @@ __all__ = ["command"]
 @click.argument("model")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="The directory to make.")
 @click.option("--task", metavar="TASK", help="Inferred from the checkpoint if not given.")
-@click.option("--batch-size", type=int, metavar="N", help="Rows per call. Decoders: 1 if not given.")
+@click.option(
+    "--batch-size", type=LENGTHS, help="Rows per call. Encoders: several make buckets. Decoders: 1 if not given."
+)
 @click.option(
     "--sequence-length", type=LENGTHS, default=(), show_default=False,
     help="Tokens per row; for a decoder prompt and answer together. Encoders: several make buckets.",
 )  # fmt: skip
 @click.option(
+    "--decoder-sequence-length", type=int, metavar="N",
+    help="Encoder-decoders: tokens per answer, where --sequence-length is the source's.",
+)  # fmt: skip
+@click.option(
     "--prefill-lengths", type=LENGTHS, default=(), help="Decoders: fully static graphs with these prompt lengths."
 )
+@click.option("--num-choices", type=int, metavar="N", help="Multiple choice: choices per row.")
+@click.option("--text-batch-size", type=int, metavar="N", help="Images with texts: texts per call.")
+@click.option(
+    "--audio-sequence-length", type=LENGTHS, default=(), help="Sound: samples per row, or frames of a spectrogram."
+)
+@click.option(
+    "--image-size", type=LENGTHS, default=(), metavar="HEIGHT[,WIDTH]",
+    help="Images: pixels, by default as the checkpoint says.",
+)  # fmt: skip
 @click.option("--dynamic-batch-size", is_flag=True, help="Run larger batches in slices of --batch-size.")
 @click.option("--backend", default="onnx", show_default=True, metavar="NAME", help="What compiles and runs the model.")
 @click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of weights and results.")
@@ -55,6 +70,13 @@ def command(
         raise click.UsageError("Missing option '-o': the directory to make.")
     if private and not push_to_hub:
         raise click.UsageError("--private says how --push-to-hub makes its repository; give both.")
+    # Before torch is imported: what is known not to work is said at once.
+    from precast.exporter.support import check_supported
+
+    check_supported(
+        model, options["task"], revision=options["revision"], token=options["token"],
+        trust_remote_code=options["trust_remote_code"],
+    )  # fmt: skip
     exporter = _exporter()
     settings = exporter.ExportOptions(validate=not no_validate, **options)
     if dry_run:
@@ -99,12 +121,15 @@ def _in_words(plan: Any) -> str:
     lines = [
         f"task             {facts['task']} ({facts['model_type']})",
         f"batch size       {facts['batch_size']}{' (larger ones in slices)' if facts['dynamic_batch_size'] else ''}",
-        f"sequence length  {', '.join(map(str, facts['sequence_length']))}",
+        *([f"sequence length  {', '.join(map(str, facts['sequence_length']))}"] if facts["sequence_length"] else []),
+        *(f"input            {name} {shape}" for name, shape in facts.get("inputs", {}).items()),
         f"graphs           {', '.join(facts['graphs'])}",
         f"weights          {_megabytes(facts['weight_bytes'])} as {facts['dtype']}",
     ]
     if facts["quantize"] != "none":
         lines.append(f"quantized to     {facts['quantize']}")
+    if "attention" in facts:
+        lines.append(f"attention        {facts['attention']}")
     if facts["cache_bytes"]:
         lines.append(f"cache            {_megabytes(facts['cache_bytes'])}")
     return "\n".join([*lines, f"memory to export about {_megabytes(facts['memory_bytes'])}"])

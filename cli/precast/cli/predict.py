@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,42 +18,119 @@ __all__ = ["command"]
 
 @click.command("predict", epilog='precast predict out --text "A film to remember."')
 @click.argument("model")
-@click.option("--text", "texts", multiple=True, help="A text; repeatable. Without any, lines of standard input.")
+@click.option(
+    "--text", "texts", multiple=True, help="What to answer: a text, or a file for images and sounds; repeatable."
+)
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="Texts, one a line; '-' is standard input, which is read where nothing else is given.",
+)
+@click.option("--task", help="What to ask of the model, if not what it was compiled for: zero-shot-classification.")
 @click.option("--question", help="For question-answering: what to ask of each text.")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many answers to show.")
+@click.option("--labels", metavar="A,B", help="For zero-shot classification: the labels to choose from.")
+@click.option("--top", type=click.IntRange(min=1), help="How many answers to show.")
+@click.option(
+    "--option",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of the task's pipeline, as aggregation_strategy=simple; repeatable.",
+)
 @model_options
 @json_option
 @quiet_option
 def command(
-    model: str, texts: tuple[str, ...], question: str | None, top: int, as_json: bool, quiet: bool, **options: Any
+    model: str,
+    texts: tuple[str, ...],
+    file: Path | None,
+    task: str | None,
+    question: str | None,
+    labels: str | None,
+    top: int | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
-    """Run the compiled encoder MODEL — a directory or a Hub repository — on texts."""
-    from precast.runtime import CompiledModel
+    """Run the compiled MODEL — a directory or a Hub repository — on texts, images or sounds.
+
+    Each answer is a line of JSON, {"input": …, "answer": …}; with --json they are one document.
+    """
+    from precast.runtime import CompiledModel, pipeline
     from precast.runtime.progress import quiet as no_bars
 
     if quiet:
         no_bars()
     opened = CompiledModel.from_pretrained(model, **options)
-    ask = _asker(opened, question, top)
-    texts = texts or tuple(line.rstrip("\n") for line in sys.stdin)
-    answers = [{"text": text, **ask(text)} for text in texts]
+    pipe = pipeline(task, opened)
+    asked = {**dict(map(_setting, settings)), **_named(type(pipe), top_k=top, candidate_labels=labels)}
+    asked = {**_defaults(opened, asked), **asked}
+    answers = []
+    for text in (*texts, *_lines(file, bool(texts))):
+        answer = {"input": text, "answer": _plain(pipe(_input(opened, question, text), **asked))}
+        if as_json:
+            answers.append(answer)
+        else:
+            click.echo(json.dumps(answer, ensure_ascii=False))
     if as_json:
         print_json(answers)
+
+
+def _plain(answer: Any) -> Any:
+    """As JSON can say it: of a mask its size, where it lies, and how many pixels it has."""
+    if isinstance(answer, dict):
+        return {name: _plain(value) for name, value in answer.items()}
+    if isinstance(answer, list):
+        return [_plain(each) for each in answer]
+    if not hasattr(answer, "getbbox"):
+        return answer
+    return {"size": answer.size, "box": answer.getbbox(), "pixels": answer.histogram()[255]}
+
+
+def _lines(file: Path | None, has_texts: bool) -> Iterator[str]:
+    """The lines of a file, or of standard input where nothing else was given."""
+    if file is None and has_texts:
         return
-    for answer in answers:
-        click.echo(json.dumps(answer, ensure_ascii=False))
+    if file is None or str(file) == "-":
+        yield from (line.rstrip("\n") for line in sys.stdin)
+    else:
+        yield from file.read_text("utf-8").splitlines()
 
 
-def _asker(opened: Any, question: str | None, top: int) -> Any:
-    from precast.runtime.errors import UsageError
-
-    task = opened.artifact.contract.task
+def _input(model: Any, question: str | None, text: str) -> Any:
+    task = model.artifact.contract.task
     if task == "question-answering":
         if question is None:
-            raise UsageError("This model answers questions about texts; give --question.")
-        return lambda text: opened.answer(question, text)
+            raise click.UsageError("This model answers questions about texts; give --question.")
+        return {"question": question, "context": text}
     if question is not None:
-        raise UsageError(f"--question is for question-answering; this model does {task}.")
-    if not hasattr(opened, "predict"):
-        raise UsageError(f"This model does {task}; use: precast generate {opened.artifact.path} --prompt …")
-    return lambda text: opened.predict(text, top=top)
+        raise click.UsageError(f"--question is for question-answering; this model does {task}.")
+    return text
+
+
+def _named(pipeline: Any, **values: Any) -> dict[str, Any]:
+    """The options that were given. Raises click.UsageError where the pipeline has none of this name."""
+    words = {"top_k": "--top", "candidate_labels": "--labels"}
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in given:
+        if name not in pipeline.option_names():
+            raise click.UsageError(f"{words[name]} is not for this task; {pipeline.__name__} has no {name}.")
+    return given
+
+
+def _defaults(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """One vector per text, rather than one per token, is what fits on a screen."""
+    is_bare = model.artifact.contract.task == "feature-extraction" and model.main_input_name == "input_ids"
+    has_own = any(spec.name == "sentence_embedding" for spec in model.variant.graphs[0].outputs)
+    return {"pooling": "mean"} if is_bare and not has_own and "pooling" not in asked else {}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise click.UsageError(f"--option {text!r} is not NAME=VALUE.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

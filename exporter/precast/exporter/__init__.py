@@ -15,6 +15,7 @@ _EXPORTS = {
     "export": "pipeline",
     "preview": "pipeline",
     "quiet_libraries": "quiet",
+    "supported_tasks": "support",
     "validate_again": "validate",
 }
 

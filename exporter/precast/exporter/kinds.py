@@ -12,6 +12,7 @@ __all__ = ["KINDS", "kind_of"]
 KINDS = {
     "encoder": "precast.exporter.encoder.kind",
     "decoder": "precast.exporter.decoder.kind",
+    "seq2seq": "precast.exporter.seq2seq.kind",
 }
 
 

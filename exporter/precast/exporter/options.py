@@ -25,9 +25,16 @@ class ExportOptions:
 
     Attributes:
         task: a task name; None infers it from the checkpoint.
-        batch_size: rows per call; required for encoders, 1 for decoders if None.
+        batch_size: rows per call; required for encoders, which may be compiled for several, 1 for decoders if None.
         sequence_length: encoders: one or more compiled lengths (buckets); decoders: the cache's capacity in tokens,
             prompt and answer together, by default the model's max_position_embeddings.
+        decoder_sequence_length: encoder-decoders: the capacity of the answer in tokens, its start included, by default
+            as many as the model has positions for; sequence_length is then that of the source.
+        num_choices: multiple-choice: choices per row.
+        text_batch_size: zero-shot-image-classification: texts per call, where batch_size counts images.
+        audio_sequence_length: sound: one or more compiled lengths, in samples (or frames, for models of spectrograms).
+        image_size: pixels, (height, width) or (side,); by default what the checkpoint's configuration or its
+            preprocessor_config.json says.
         prefill_lengths: decoders: compile fully static graphs with these prompt lengths and one for decoding.
         dynamic_batch_size: at run time, split larger batches into slices of `batch_size`.
         backend: what compiles, one of the backends' names.
@@ -52,8 +59,13 @@ class ExportOptions:
     """
 
     task: str | None = None
-    batch_size: int | None = None
+    batch_size: int | tuple[int, ...] | None = None
     sequence_length: tuple[int, ...] = ()
+    decoder_sequence_length: int | None = None
+    num_choices: int | None = None
+    text_batch_size: int | None = None
+    audio_sequence_length: tuple[int, ...] = ()
+    image_size: tuple[int, ...] = ()
     prefill_lengths: tuple[int, ...] = ()
     dynamic_batch_size: bool = False
     backend: str = "onnx"
@@ -76,6 +88,12 @@ class ExportOptions:
     force: bool = False
 
     @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """All batch sizes that were given, from the smallest to the largest."""
+        given = self.batch_size
+        return () if given is None else (given,) if isinstance(given, int) else tuple(sorted(given))
+
+    @property
     def is_lossy(self) -> bool:
         """Whether less than fp32 is asked for, so that the artifact is held to a loss rather than to a difference."""
         return self.quantize != "none" or self.kv_cache != "float32"
@@ -86,19 +104,33 @@ class ExportOptions:
             raise UsageError(" ".join(holes))
 
     def _holes(self) -> Iterator[str]:
-        if self.batch_size is not None and self.batch_size < 1:
-            yield f"--batch-size must be at least 1, not {self.batch_size}."
-        for flag, values in (("sequence-length", self.sequence_length), ("prefill-lengths", self.prefill_lengths)):
+        for flag, values in self._sizes().items():
             for value in values:
                 if value < 1:
                     yield f"--{flag} must be at least 1, not {value}."
-            if len(set(values)) != len(values):
-                yield f"--{flag} names a length twice: {','.join(map(str, values))}."
+            if len(set(values)) != len(values) and flag != "image-size":
+                what = "length" if "length" in flag else "size"
+                yield f"--{flag} names a {what} twice: {','.join(map(str, values))}."
+        if len(self.image_size) > 2:
+            yield f"--image-size is HEIGHT,WIDTH or one number for both, not {','.join(map(str, self.image_size))}."
         if self.dtype not in DTYPES:
             yield f"--dtype {self.dtype!r} is not supported; the choices are: {', '.join(DTYPES)}."
         yield from self._quantization_holes()
         if not self.atol > 0:
             yield f"--atol must be above 0, not {self.atol}."
+
+    def _sizes(self) -> dict[str, tuple[int, ...]]:
+        """Every size that was given, by its flag."""
+        return {
+            "batch-size": self.batch_sizes,
+            "sequence-length": self.sequence_length,
+            "prefill-lengths": self.prefill_lengths,
+            "decoder-sequence-length": () if self.decoder_sequence_length is None else (self.decoder_sequence_length,),
+            "num-choices": () if self.num_choices is None else (self.num_choices,),
+            "text-batch-size": () if self.text_batch_size is None else (self.text_batch_size,),
+            "audio-sequence-length": self.audio_sequence_length,
+            "image-size": self.image_size,
+        }
 
     def _quantization_holes(self) -> Iterator[str]:
         choices = {"quantize": QUANTIZE, "kv-cache": KV_CACHES, "group-size": GROUP_SIZES}

@@ -86,10 +86,11 @@ def export(
         with report("compile"):
             compiled = compiler.compile(programs, stage)
             _write_companions(stage, tokenizer, loaded)
+            _write_rules(stage, checkpoint.processor_config)
             config = _config(checkpoint, loaded)
         del loaded, programs
         gc.collect()
-        contract = _complete(contract, compiled, stage)
+        contract = _complete(contract, compiled, plan, stage)
         artifact = write_config(stage, config, contract)
         if reference is not None:
             with report("validate"):
@@ -161,13 +162,13 @@ def _cache_part(options: ExportOptions) -> list[str]:
     return [] if options.kv_cache == "float32" else [f"kv-{options.kv_cache}"]
 
 
-def _complete(contract: Contract, compiled: Compiled, stage: Path) -> Contract:
+def _complete(contract: Contract, compiled: Compiled, plan: Plan, stage: Path) -> Contract:
     from msgspec.structs import replace
 
     variant = replace(
         contract.variants[0],
         host=compiled.host,
-        compiler=compiled.compiler,
+        compiler=replace(compiled.compiler, options={**compiled.compiler.options, **plan.notes}),
         weights=compiled.weights,
         graphs=compiled.graphs,
     )
@@ -193,3 +194,10 @@ def _write_companions(stage: Path, tokenizer: Any | None, model: Any) -> None:
         raw = generation.to_diff_dict()
         kept = {name: value for name, value in raw.items() if name != "transformers_version" and name[0] != "_"}
         (stage / "generation_config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _write_rules(stage: Path, processor: dict[str, Any]) -> None:
+    """How images and sounds are prepared, where the checkpoint says so."""
+    if processor:
+        text = json.dumps(processor, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (stage / "preprocessor_config.json").write_text(text, "utf-8")

@@ -12,33 +12,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precast.runtime.artifact.machine import memory_bytes
 from precast.runtime.artifact.schema import Axis, Dim, Dtype, Graph, Input, Output, Role
-from precast.runtime.artifact.tasks import Task, get_task
+from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import ExportError, UsageError
 
 from .kinds import kind_of
 from .options import ExportOptions
 from .resolve import Checkpoint
 
-__all__ = ["GraphPlan", "Plan", "TensorPlan", "check_length", "common", "make_plan", "run_skeleton"]
+__all__ = [
+    "GraphPlan",
+    "NoValues",
+    "Plan",
+    "TensorPlan",
+    "check_length",
+    "common",
+    "make_plan",
+    "run_skeleton",
+    "single_batch",
+]
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor whose dimensions are sizes or the names of axes ("batch", "length")."""
+    """A tensor whose dimensions are sizes or the names of axes ("batch", "length"). Inputs are filled with `pad` along
+    named axes, except along those in `exact`, which callers must give in full, and outputs are cut along them."""
 
     name: str
     dtype: Dtype
     axes: tuple[int | Axis, ...]
     pad: int = 0
+    exact: tuple[Axis, ...] = ()
 
-    def as_input(self, sizes: Mapping[str, int | Dim]) -> Input:
-        return Input(name=self.name, dtype=self.dtype, shape=self._shape(sizes), pad=self.pad)
+    def as_input(self, sizes: Mapping[Any, int | Dim]) -> Input:
+        return Input(name=self.name, dtype=self.dtype, shape=self._shape(sizes), pad=self.pad, axes=self._named())
 
-    def as_output(self, sizes: Mapping[str, int | Dim]) -> Output:
-        cut = [axis if isinstance(axis, str) else None for axis in self.axes]
-        return Output(name=self.name, dtype=self.dtype, shape=self._shape(sizes), slice=cut)
+    def as_output(self, sizes: Mapping[Any, int | Dim]) -> Output:
+        return Output(name=self.name, dtype=self.dtype, shape=self._shape(sizes), slice=self._named())
 
-    def _shape(self, sizes: Mapping[str, int | Dim]) -> list[int | Dim]:
+    def _named(self) -> list[Axis | None]:
+        return [axis if isinstance(axis, str) and axis not in self.exact else None for axis in self.axes]
+
+    def _shape(self, sizes: Mapping[Any, int | Dim]) -> list[int | Dim]:
         return [sizes[axis] if isinstance(axis, str) else axis for axis in self.axes]
 
 
@@ -71,6 +85,11 @@ class Plan:
     def cache_bytes(self) -> int:
         return 0
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What the artifact records, and the user is told, of how the model is compiled."""
+        return {}
+
     def outline(self) -> list[Graph]:
         """The graphs as far as they are known before tracing."""
         raise NotImplementedError
@@ -94,6 +113,7 @@ class Plan:
             "weight_bytes": self.weight_bytes,
             "cache_bytes": self.cache_bytes,
             "memory_bytes": self.memory_bytes,
+            **self.notes,
         }
 
 
@@ -101,7 +121,7 @@ def make_plan(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
     """Decide what to compile. Raises UsageError for missing or impossible shapes, CheckpointError for a model type
     that cannot be exported for this task."""
     options.check()
-    task = get_task(options.task or checkpoint.infer_task())
+    task = checkpoint.task(options.task)
     if options.is_lossy and task.kind != "decoder":
         raise UsageError(
             f"--quantize and --kv-cache are for decoders: what they cost is measured on the text that a model "
@@ -141,6 +161,17 @@ def common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn
     }
 
 
+def single_batch(options: ExportOptions) -> int:
+    """The batch size of a model that has one set of caches, 1 by default. Raises UsageError for several."""
+    sizes = options.batch_sizes or (1,)
+    if len(sizes) > 1:
+        raise UsageError(
+            f"--batch-size {','.join(map(str, sizes))}: a model that generates has caches for one batch size. Give the "
+            f"largest, {sizes[-1]}; smaller batches run in it."
+        )
+    return sizes[0]
+
+
 def check_length(checkpoint: Checkpoint, length: int) -> None:
     """Raise UsageError for more than the model was made for."""
     limit = checkpoint.max_length
@@ -151,11 +182,11 @@ def check_length(checkpoint: Checkpoint, length: int) -> None:
         )
 
 
-class _NoValues(TorchDispatchMode):
+class NoValues(TorchDispatchMode):
     """Answers 0 where code looks into an empty tensor (to warn about padding, say); only shapes matter here."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 0
         return func(*args, **(kwargs or {}))
 
@@ -163,7 +194,7 @@ class _NoValues(TorchDispatchMode):
 def run_skeleton(model: nn.Module, task: Task, example: dict[str, Any]) -> Any:
     """The answer of a model without weights, whose shapes are all that it has. Raises ExportError."""
     try:
-        with torch.no_grad(), _NoValues():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), torch.device("meta"), NoValues():  # type: ignore[no-untyped-call]
             return model(**example, return_dict=True)
     except Exception as error:
         raise ExportError(

@@ -1,4 +1,4 @@
-"""What a compiled model is asked before it is published: real text, and the edges of its shapes.
+"""What a compiled model is asked before it is published: real inputs, and the edges of its shapes.
 
 Questions are plain data. The reference answers them one row at a time without any padding; the artifact must give the
 same answers in batches, padded on either side.
@@ -6,34 +6,59 @@ same answers in batches, padded on either side.
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from precast.runtime.artifact.schema import Graph
 from precast.runtime.artifact.tasks import Task
 
 from .kinds import kind_of
 
-__all__ = ["Question", "make_questions", "make_scored", "repeat"]
+__all__ = ["Question", "make_questions", "make_scored", "repeat", "write_questions"]
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Question:
     """`kind`: "outputs" of an encoder, "logits" at `positions` of a decoder, `count` "greedy" tokens of one, or
-    "score": logits after every token of a held-out text."""
+    "score": logits after every token of a held-out text.
+
+    A decoder's rows are token ids. An encoder's are tensors by name, without the dimension of the batch."""
 
     name: str
     kind: str
-    rows: list[list[int]]
+    rows: list[list[int]] = field(default_factory=list)
     side: str = "right"
-    types: list[list[int]] = field(default_factory=list)
     positions: list[list[int]] = field(default_factory=list)
     count: int = 0
+    tensors: list[dict[str, Array]] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def size(self) -> int:
+        """How many rows it has."""
+        return len(self.rows or self.tensors)
+
+
+def write_questions(questions: Sequence[Question], path: Path) -> None:
+    """Write questions for the probe: `path` as JSON, and beside it, ending in .npz, their tensors, each named
+    `<question>/<row>/<input>`."""
+    plain = [{name: value for name, value in asdict(each).items() if name != "tensors"} for each in questions]
+    path.write_text(json.dumps(plain))
+    tensors: dict[str, Any] = {
+        f"{index}/{row}/{name}": tensor
+        for index, question in enumerate(questions)
+        for row, named in enumerate(question.tensors)
+        for name, tensor in named.items()
+    }
+    np.savez(path.with_suffix(".npz"), **tensors)
 
 
 def make_questions(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import sha256_of
-from precast.runtime.artifact.tasks import TASKS, Task
-from precast.runtime.errors import CheckpointError
+from precast.runtime.artifact.tasks import ROWS, TASKS, Task, get_task, tasks_named
+from precast.runtime.errors import CheckpointError, FormatError
 
+from .encoder.sentences import attach_sentences, sentence_weights
 from .gguf_reader import ParsedOnce
 from .options import ExportOptions
 from .packed import Grid, Packing, check_understood, packing_of, quantization_settings, unpacked, without_quantization
@@ -61,11 +63,14 @@ class Checkpoint:
     def config(self) -> PretrainedConfig:
         """The checkpoint's configuration. Raises CheckpointError."""
         try:
+            self._check_trust()
             if not self.gguf_file:
                 # What an artifact could not repeat is refused now rather than after the long work.
                 strict_json.loads(strict_json.dumps(self._config_file), f"{self.name}/config.json")
             with self._parsed_once:
                 config = AutoConfig.from_pretrained(self.directory, **self._arguments)
+        except CheckpointError:
+            raise
         except Exception as error:
             # The libraries meet a broken file with errors of any type.
             raise CheckpointError(f"The configuration of {self.name} cannot be used: {_first_line(error)}") from error
@@ -74,6 +79,17 @@ class Checkpoint:
             for part in (config, config.get_text_config()):
                 vars(part).pop("quantization_config", None)
         return config
+
+    def _check_trust(self) -> None:
+        """Code of a checkpoint runs only on request; nothing of it is needed to say so."""
+        if self.gguf_file or self.trust_remote_code:
+            return
+        code = self._config_file.get("auto_map", {}).get("AutoConfig")
+        if code and self._config_file.get("model_type") not in transformers.CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{self.name} brings code of its own ({code}) and is of no type that transformers has. Read that code; "
+                f"then --trust-remote-code runs it."
+            )
 
     @cached_property
     def written_config(self) -> dict[str, Any]:
@@ -100,6 +116,28 @@ class Checkpoint:
     def text_config(self) -> Any:
         return self.config.get_text_config()
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are; 1 for models of anything but text."""
+        found = getattr(self.text_config, "vocab_size", None)
+        return found if isinstance(found, int) else 1
+
+    @property
+    def vision_config(self) -> Any:
+        """The part of the configuration that says what images are like."""
+        return getattr(self.config, "vision_config", self.config)
+
+    @cached_property
+    def processor_config(self) -> dict[str, Any]:
+        """What preprocessor_config.json says of images or sound, if there is one. Raises CheckpointError."""
+        path = self.directory / "preprocessor_config.json"
+        if self.gguf_file or not path.is_file():
+            return {}
+        try:
+            return strict_json.loads(path.read_bytes(), f"{self.name}/{path.name}")
+        except FormatError as error:
+            raise CheckpointError(str(error)) from error
+
     @cached_property
     def tokenizer(self) -> Any | None:
         """The checkpoint's tokenizer, or None where it carries none."""
@@ -125,14 +163,24 @@ class Checkpoint:
         offset = self.pad_token_id + 1 if self.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
         return found - offset if isinstance(found, int) and found > 0 else None
 
-    def infer_task(self) -> str:
+    def task(self, name: str | None = None) -> Task:
+        """The task of this name, done in the way that the checkpoint's type does it; by default the inferred one.
+
+        Raises UsageError for an unknown name, CheckpointError where the checkpoint does not say what it is for.
+        """
+        if name is None:
+            return self._infer_task()
+        rows = tasks_named(name) or [get_task(name)]
+        return next((row for row in rows if self._class_names(row)), rows[0])
+
+    def _infer_task(self) -> Task:
         """The task of the class that the checkpoint names. Raises CheckpointError, which lists the tasks."""
         if self.gguf_file:
-            return "text-generation"
+            return get_task("text-generation")
         names = self.config.architectures or []
-        for task in TASKS.values():
+        for task in ROWS:
             if any(name in self._class_names(task) for name in names):
-                return task.name
+                return task
         named = f"names {', '.join(names)}, which is for none of them" if names else "names no architecture"
         raise CheckpointError(
             f"The task of {self.name} cannot be inferred: its config.json {named}. Give --task, one of: "
@@ -142,7 +190,7 @@ class Checkpoint:
     def skeleton(self, task: Task) -> nn.Module:
         """The model without weights, on the meta device. Raises CheckpointError for an unsupported model type."""
         auto = self._auto_class(task)
-        if not self._class_names(task) and not self._has_own_code(auto):
+        if not self._class_names(task):
             possible = self._possible_tasks()
             choices = f"It can be exported for: {', '.join(possible)}." if possible else "It has no supported task."
             raise CheckpointError(
@@ -150,6 +198,7 @@ class Checkpoint:
             )
         with torch.device("meta"):
             model: nn.Module = auto.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        self._attach_sentences(model, task)
         return model.eval()
 
     def load(self, task: Task, dtype: str) -> nn.Module:
@@ -176,6 +225,7 @@ class Checkpoint:
             reason = "their shapes are not those of config.json" if "mismatched" in str(error) else _first_line(error)
             raise CheckpointError(f"The weights of {self.name} cannot be loaded: {reason}") from error
         self._check_complete(model, info, task)
+        self._attach_sentences(model, task)
         return model.eval().requires_grad_(False)
 
     def _load_unpacked(self, packing: Packing, task: Task, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -191,7 +241,7 @@ class Checkpoint:
     def weights_sha256(self) -> str:
         """One hash over all weight files: the file's own, or of the list of names and hashes for several."""
         files = self._weight_files()
-        hashes = [(path.name, sha256_of(path)) for path in files]
+        hashes = [(path.relative_to(self.directory).as_posix(), sha256_of(path)) for path in files]
         if len(hashes) == 1:
             return hashes[0][1]
         return hashlib.sha256("".join(f"{name} {value}\n" for name, value in hashes).encode()).hexdigest()
@@ -212,17 +262,18 @@ class Checkpoint:
             return [self.directory / self.gguf_file]
         for pattern in ("*.safetensors", "*.bin"):
             if files := sorted(self.directory.glob(pattern)):
-                return files
+                return [*files, *sentence_weights(self.directory, self.name)]
         raise CheckpointError(f"{self.name} has no weights: no *.safetensors or *.bin file in it.")
 
     def _auto_class(self, task: Task) -> Any:
-        from optimum.exporters.tasks import TasksManager
-
-        return TasksManager.get_model_class_for_task(task.name, framework="pt", model_type=self.config.model_type)
+        return getattr(transformers, task.auto)
 
     def _class_names(self, task: Task) -> list[str]:
         """The model classes that do `task` for this checkpoint's type; none where it cannot."""
-        mapping = self._auto_class(task)._model_mapping
+        auto = self._auto_class(task)
+        if self._has_own_code(auto):
+            return [self.config.auto_map[auto.__name__].rpartition(".")[2]]
+        mapping = auto._model_mapping
         if type(self.config) not in mapping:
             return []
         found = mapping[type(self.config)]
@@ -232,7 +283,12 @@ class Checkpoint:
         return self.trust_remote_code and auto.__name__ in getattr(self.config, "auto_map", {})
 
     def _possible_tasks(self) -> list[str]:
-        return [task.name for task in TASKS.values() if self._class_names(task)]
+        return list(dict.fromkeys(task.name for task in ROWS if self._class_names(task)))
+
+    def _attach_sentences(self, model: nn.Module, task: Task) -> None:
+        """A sentence-transformers checkpoint's vectors are those of its texts."""
+        if task.name == "feature-extraction" and not self.gguf_file:
+            attach_sentences(model, self.directory, self.name)
 
     def _check_complete(self, model: nn.Module, info: dict[str, Any], task: Task) -> None:
         """Weights that the checkpoint lacks would be random. A pooler is not part of any answer."""

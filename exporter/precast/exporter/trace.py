@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from precast.runtime.artifact.schema import Graph
-from precast.runtime.errors import ExportError
+from precast.runtime.errors import ExportError, PrecastError
 
 from .kinds import kind_of
 from .plan import Plan
@@ -43,11 +44,30 @@ def trace(model: nn.Module, plan: Plan, scales: Any = None) -> Iterator[Program]
 def export_program(program: nn.Module, example: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
     """`torch.export` of a program that takes `example`. Raises ExportError where it cannot be one graph."""
     try:
-        with torch.no_grad():
-            return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
+        try:
+            return _export(program, example, shapes, is_oblivious=False)
+        except UserError:
+            return _export(program, example, shapes, is_oblivious=True)
     except GuardOnDataDependentSymNode as error:
         raise ExportError(
             f"This model decides by its inputs' values what to compute, which one graph cannot ({error.cond}). Rotary "
             f"scaling of the kind 'dynamic' does; so far only models that compute the same at every "
             f"length can be compiled."
         ) from error
+    except PrecastError:
+        raise
+    except Exception as error:
+        # Modelling code, and what traces it, may raise anything.
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason given'}"
+        hint = "" if shapes is None else " Fixed lengths may do where a free one does not: --prefill-lengths 64."
+        raise ExportError(f"This model cannot be traced as one graph. {reason}{hint}") from error
+
+
+def _export(
+    program: nn.Module, example: tuple[Any, ...], shapes: Any, *, is_oblivious: bool
+) -> torch.export.ExportedProgram:
+    """`is_oblivious`: decide nothing by whether a free length is 1. With it torch traces some models that it gives up
+    on otherwise, and gives up on others, whose products of matrices run over such a length."""
+    settings: Any = torch.fx.experimental._config
+    with torch.no_grad(), settings.patch(backed_size_oblivious=is_oblivious):
+        return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)

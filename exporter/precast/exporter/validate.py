@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -22,12 +21,12 @@ from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import write_config
 from precast.runtime.artifact.schema import Accuracy, Graph, Variant
 from precast.runtime.artifact.store import write_atomically
-from precast.runtime.artifact.tasks import Task, get_task
+from precast.runtime.artifact.tasks import Task, get_task, kind_of_roles
 from precast.runtime.errors import AccuracyError, ExportError
 
 from .loss import check, divergence, floor_for, log_softmax, score
 from .options import ExportOptions
-from .questions import Question, make_questions, make_scored
+from .questions import Question, make_questions, make_scored, write_questions
 from .reference import Answer, answer
 from .resolve import Checkpoint, resolve
 
@@ -50,7 +49,7 @@ def make_reference(
     model: nn.Module, checkpoint: Checkpoint, task: Task, graphs: list[Graph], *, is_scored: bool
 ) -> Reference:
     """Ask the eager model everything that an artifact with these graphs will be asked."""
-    asked = (task, graphs, checkpoint.tokenizer, checkpoint.text_config.vocab_size)
+    asked = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
     questions = make_questions(*asked)
     folder = None
     if is_scored:
@@ -187,7 +186,8 @@ def validate_again(
     artifact = read_artifact(path)
     checkpoint = resolve(model, options)
     variant = artifact.contract.variants[0]
-    task, words = get_task(artifact.contract.task), in_words(variant)
+    task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in variant.graphs))
+    words = in_words(variant)
     loaded = checkpoint.load(task, variant.dtype)
     reference = make_reference(loaded, checkpoint, task, variant.graphs, is_scored=words is not None)
     del loaded
@@ -215,7 +215,7 @@ def _ask(artifact: Path, questions: list[Question], sha256: str | None) -> list[
     """Run the probe in a fresh interpreter. Raises ExportError where it fails."""
     with tempfile.TemporaryDirectory(prefix="precast-") as folder:
         asked, answered = Path(folder) / "questions.json", Path(folder) / "answers.npz"
-        asked.write_text(json.dumps([question.as_json() for question in questions]))
+        write_questions(questions, asked)
         command = [sys.executable, "-m", "precast.runtime.probe", str(artifact), str(asked), str(answered)]
         command += [sha256] if sha256 else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -223,7 +223,7 @@ def _ask(artifact: Path, questions: list[Question], sha256: str | None) -> list[
             detail = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
             raise ExportError(f"The compiled model could not be run to validate it: {detail}")
         with np.load(answered) as archive:
-            return [_rows(archive, index, len(question.rows)) for index, question in enumerate(questions)]
+            return [_rows(archive, index, question.size) for index, question in enumerate(questions)]
 
 
 def _rows(archive: Any, question: int, count: int) -> list[dict[str, Array]]:

@@ -15,16 +15,28 @@ from typing import Any
 
 _EXPORTS = {
     "CompiledModel": "model",
+    "CompiledModelForAudioClassification": "audio",
+    "CompiledModelForAudioFrameClassification": "audio",
+    "CompiledModelForCTC": "audio",
     "CompiledModelForCausalLM": "decoder",
     "CompiledModelForFeatureExtraction": "encoder",
+    "CompiledModelForImageClassification": "vision",
     "CompiledModelForMaskedLM": "encoder",
+    "CompiledModelForMultipleChoice": "encoder",
+    "CompiledModelForObjectDetection": "vision",
     "CompiledModelForQuestionAnswering": "encoder",
+    "CompiledModelForSemanticSegmentation": "vision",
+    "CompiledModelForSeq2SeqLM": "seq2seq",
     "CompiledModelForSequenceClassification": "encoder",
+    "CompiledModelForSpeechSeq2Seq": "speech",
     "CompiledModelForTokenClassification": "encoder",
+    "CompiledModelForXVector": "audio",
+    "CompiledModelForZeroShotImageClassification": "vision",
     "GenerationConfig": "generation",
     "PrecastError": "errors",
     "TextStream": "tokenizer",
     "Tokenizer": "tokenizer",
+    "pipeline": "pipelines",
 }
 
 __all__ = list(_EXPORTS)

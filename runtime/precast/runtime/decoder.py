@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from .artifact import Artifact
-from .artifact.schema import Variant
-from .engines import Engine
-from .errors import ArtifactError, InputError, PrecastError
-from .generation import GenerationConfig
-from .lookup import Lookup
-from .model import CompiledModel
+from .errors import InputError
+from .generative import Generation, GenerativeModel, check_streamer
+from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
-from .request import Ends, Request
-from .sampling import Processor, Sampler
-from .session import Session
+from .sampling import Processor
 from .tensors import ModelOutput, like, to_numpy
 
 __all__ = ["CompiledModelForCausalLM"]
@@ -27,38 +19,17 @@ __all__ = ["CompiledModelForCausalLM"]
 Array = np.ndarray[Any, Any]
 
 
-class CompiledModelForCausalLM(CompiledModel):
+class CompiledModelForCausalLM(GenerativeModel):
     """A decoder with its key/value cache of fixed capacity."""
 
     task = "text-generation"
-
-    def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
-        super().__init__(artifact, variant, engine)
-        self._session = Session(engine, variant.graphs)
-        # Which call the caches belong to; a stream that finds another number has lost them.
-        self._owner = 0
 
     @property
     def capacity(self) -> int:
         """Tokens per row that fit, prompt and answer together."""
         return self._session.capacity
 
-    def reset(self) -> None:
-        """Forget the tokens of earlier calls, so that the next one computes all of its prompt."""
-        with self._lock:
-            self._owner += 1
-            self._session.reset()
-
-    @cached_property
-    def generation_config(self) -> GenerationConfig:
-        """What the artifact's generation_config.json says."""
-        path = self.artifact.path / "generation_config.json"
-        try:
-            raw = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
-        return GenerationConfig.of(raw, "generation_config.json")
-
+    @with_labels
     def __call__(self, input_ids: Any, attention_mask: Any = None) -> ModelOutput:
         """Logits for every token of every row.
 
@@ -126,8 +97,9 @@ class CompiledModelForCausalLM(CompiledModel):
             options: fields of GenerationConfig, such as max_new_tokens=64.
 
         Returns:
-            int64 [batch, length + new]: the input followed by what was generated; rows that ended early are filled with
-            pad_token_id.
+            int64 [batch * num_return_sequences, length + new]: the input followed by what was generated; rows that
+            ended early are filled with pad_token_id. With return_dict_in_generate an output with `.sequences` and, of
+            beams with output_scores, `.sequences_scores` float32 [batch * num_return_sequences].
 
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
@@ -139,21 +111,10 @@ class CompiledModelForCausalLM(CompiledModel):
         self._check_room(rows, count)
         self._check_lookup(config)
         if streamer is not None:
-            _check_streamer(streamer, rows)
+            check_streamer(streamer, len(rows), config)
             streamer.put(ids)
-        answers: list[list[int]] = []
-        with self._lock:
-            for part in self._slices(len(rows)):
-                requests = self._requests(
-                    rows[part], count, config, logits_processor or (), stopping_criteria or (), part.start
-                )
-                for tokens in self._steps(requests):
-                    if streamer is not None:
-                        streamer.put(np.array(tokens))
-                answers += [request.generated for request in requests]
-        if streamer is not None:
-            streamer.end()
-        return like(input_ids, _assemble(ids, answers, config))
+        asked = Generation(config, count, logits_processor, stopping_criteria, streamer)
+        return self._answer(input_ids, rows, [None] * len(rows), asked, ids)
 
     def stream(
         self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
@@ -171,58 +132,11 @@ class CompiledModelForCausalLM(CompiledModel):
         count = config.new_tokens(ids.shape[1])
         self._check_room(rows, count)
         self._check_lookup(config)
-        return (tokens[0] for tokens in self._steps(self._requests(rows, count, config)))
-
-    def _steps(self, requests: list[Request]) -> Iterator[list[int]]:
-        """Generate until all requests are done; yields the new tokens of the rows that go on, one per row."""
-        session = self._session
-        with self._lock:
-            self._owner += 1
-            owner = self._owner
-            logits = session.prefill([request.prompt for request in requests])
-            chosen = [request.choose(logits[index]) for index, request in enumerate(requests)]
-        yield chosen
-        rest = self._one_row(requests[0], owner) if session.batch == 1 else self._many_rows(requests, owner)
-        yield from rest
-
-    def _one_row(self, request: Request, owner: int) -> Iterator[list[int]]:
-        session = self._session
-        while not request.is_done:
-            with self._lock:
-                self._check_owner(owner)
-                guesses = request.guess()
-                chosen = request.check(guesses, session.append([request.generated[-1], *guesses]))
-                session.drop(len(guesses) + 1 - len(chosen))
-            for token in chosen:
-                yield [token]
-
-    def _many_rows(self, requests: list[Request], owner: int) -> Iterator[list[int]]:
-        while not all(request.is_done for request in requests):
-            with self._lock:
-                self._check_owner(owner)
-                logits = self._session.decode([None if each.is_done else each.generated[-1] for each in requests])
-                active = [(index, request) for index, request in enumerate(requests) if not request.is_done]
-                chosen = [request.choose(logits[index]) for index, request in active]
-            yield chosen
-
-    def _check_owner(self, owner: int) -> None:
-        if owner != self._owner:
-            raise PrecastError(
-                "This stream was left half-way and another call on the same model has taken over its caches. "
-                "Use model.new_session() for streams that live side by side."
-            )
+        return self._stream(rows[0], None, config, count)
 
     def _inputs(self, input_ids: Any, attention_mask: Any) -> tuple[Array, Array]:
         ids = as_ids(to_numpy(input_ids), self._vocabulary())
         return ids, as_mask(to_numpy(attention_mask), ids)
-
-    def _config(self, given: Any, options: dict[str, Any]) -> GenerationConfig:
-        config = self.generation_config
-        if given is not None:
-            config = GenerationConfig.of(given, "generation_config").over(config)
-        config = GenerationConfig.of(options, "generate()").over(config)
-        config.check()
-        return config
 
     def _check_room(self, rows: list[Array], new: int) -> None:
         longest = max(map(len, rows))
@@ -238,59 +152,3 @@ class CompiledModelForCausalLM(CompiledModel):
             f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer}{verb} a larger one: "
             f"{self._recompile(need)}"
         )
-
-    def _check_lookup(self, config: GenerationConfig) -> None:
-        if not config.prompt_lookup_num_tokens or self._session.is_flexible:
-            return
-        lengths = self.artifact.contract.shapes.prefill_lengths
-        static = f" and the fixed lengths --prefill-lengths {','.join(map(str, lengths))}" if lengths else ""
-        raise InputError(
-            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} checks several tokens of one row in one step, "
-            f"which takes a model compiled for batch 1 and any length; this one was compiled for batch "
-            f"{self.batch_size}{static}. Pass prompt_lookup_num_tokens=0 to go without, or export it again with "
-            f"--batch-size 1 and without --prefill-lengths."
-        )
-
-    def _requests(
-        self,
-        rows: list[Array],
-        count: int,
-        config: GenerationConfig,
-        processors: Sequence[Processor] = (),
-        criteria: Sequence[Any] = (),
-        first: int = 0,
-    ) -> list[Request]:
-        # A row's randomness depends on the seed and on its own place, not on its neighbours.
-        seeds = [None if config.seed is None else [config.seed, first + index] for index in range(len(rows))]
-        samplers = [
-            Sampler(config, row, np.random.default_rng(seed), processors) for row, seed in zip(rows, seeds, strict=True)
-        ]
-        ends = Ends(config, criteria, self.tokenizer if config.stops else None)
-        return [
-            Request(row, count, sampler, ends, _lookup(config, row))
-            for row, sampler in zip(rows, samplers, strict=True)
-        ]
-
-
-def _lookup(config: GenerationConfig, row: Array) -> Lookup | None:
-    if not config.prompt_lookup_num_tokens:
-        return None
-    return Lookup(row.tolist(), config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
-
-
-def _check_streamer(streamer: Any, rows: list[Array]) -> None:
-    for name in ("put", "end"):
-        if not callable(getattr(streamer, name, None)):
-            raise InputError(f"streamer has no {name}(); it needs put(tokens) and end().")
-    if len(rows) > 1:
-        raise InputError(f"A streamer follows one row; this batch has {len(rows)}.")
-
-
-def _assemble(ids: Array, answers: list[list[int]], config: GenerationConfig) -> Array:
-    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(config.eos_ids), 0)
-    width = max(map(len, answers))
-    result = np.full((len(ids), ids.shape[1] + width), pad, np.int64)
-    result[:, : ids.shape[1]] = ids
-    for row, answer in zip(result, answers, strict=True):
-        row[ids.shape[1] : ids.shape[1] + len(answer)] = answer
-    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from .errors import InputError
 
@@ -15,24 +15,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "_from_model_config": (True, False),
     "_attn_implementation": (None, "eager", "sdpa", "flash_attention_2"),
     "assistant_early_exit": (None,),
-    "bad_words_ids": (None,),
-    "begin_suppress_tokens": (None,),
     "bos_token_id": (...,),
     "cache_implementation": (...,),
     "constraints": (None,),
-    "decoder_start_token_id": (...,),
     "diversity_penalty": (None, 0.0),
-    "early_stopping": (...,),
-    "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1.0),
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
     "exponential_decay_length_penalty": (None,),
     "force_words_ids": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
     "guidance_scale": (None, 1, 1.0),
-    "length_penalty": (...,),
     "low_memory": (...,),
     "num_assistant_tokens": (...,),
     "num_assistant_tokens_schedule": (...,),
@@ -40,20 +32,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_lookbehind": (...,),
     "target_lookbehind": (...,),
     "num_beam_groups": (None, 1),
-    "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
     "output_logits": (None, False),
-    "output_scores": (None, False),
     "penalty_alpha": (None, 0.0),
     "prefill_chunk_size": (...,),
     "remove_invalid_values": (None, False),
     "renormalize_logits": (None, False),
-    "return_dict_in_generate": (None, False),
     "sequence_bias": (None,),
-    "suppress_tokens": (None,),
     "token_healing": (None, False),
+    "tokenizer": (...,),
     "top_h": (None,),
     "transformers_version": (...,),
     "typical_p": (None, 1.0),
@@ -74,6 +62,7 @@ class GenerationConfig:
         temperature, top_k, top_p, min_p: shape the distribution that is drawn from; top_k 0 is all.
         repetition_penalty: above 1 makes tokens less likely that occurred before (Keskar et al. 2019).
         no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 is off.
+        encoder_no_repeat_ngram_size: of encoder-decoders: nor one that occurs in the source; 0 is off.
         eos_token_id: one id or several, any of which ends a row; an empty list is none.
         pad_token_id: fills rows that ended before others; the first eos id if None.
         prompt_lookup_num_tokens: guess up to so many next tokens from what followed the last ones where they occurred
@@ -81,6 +70,17 @@ class GenerationConfig:
             off. A quantized model's kernels round one token otherwise than several, so there the answer may differ.
         max_matching_ngram_size: to guess, look for the last so many tokens, then for fewer; 2 if None.
         stop_strings: texts that end a row when they appear in what was generated.
+        num_beams: follow so many continuations of each prompt at once and return the likeliest as a whole; 1 is off.
+        num_return_sequences: rows to return per prompt: the best beams, or so many draws.
+        length_penalty: with beams, a row's score is its log-probability divided by its length to this power; 1 if None.
+        early_stopping: with beams, True ends a prompt when `num_beams` rows have ended, False when no running row is
+            likely to beat them, "never" when none can.
+        decoder_start_token_id: what an encoder-decoder's answer begins with; the first bos id if None.
+        forced_bos_token_id, forced_eos_token_id: the token after the first, and the last one if a row gets that long.
+        suppress_tokens, begin_suppress_tokens: ids that never come, or not first.
+        bad_words_ids: sequences of ids that never come.
+        output_scores: with beams, return their scores too (`return_dict_in_generate`).
+        return_dict_in_generate: return `.sequences`, and with beams `.sequences_scores`, instead of an array.
         seed: makes sampling repeatable.
     """
 
@@ -95,11 +95,24 @@ class GenerationConfig:
     min_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    encoder_no_repeat_ngram_size: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int | None = None
     stop_strings: str | list[str] | None = None
+    num_beams: int | None = None
+    num_return_sequences: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
+    bad_words_ids: list[list[int]] | None = None
+    output_scores: bool | None = None
+    return_dict_in_generate: bool | None = None
     seed: int | None = None
 
     @classmethod
@@ -119,13 +132,17 @@ class GenerationConfig:
 
     def over(self, base: GenerationConfig) -> GenerationConfig:
         """This configuration, with what it leaves open taken from `base`."""
-        given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        given = self.to_diff_dict()
         # A length that the call gives is not to be undone by the other way of saying it in a file.
         if given.keys() & {"max_new_tokens", "max_length"}:
             base = replace(base, max_new_tokens=None, max_length=None)
         if given.keys() & {"min_new_tokens", "min_length"}:
             base = replace(base, min_new_tokens=None, min_length=None)
         return replace(base, **given)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is set, as transformers' configuration of this name says it."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     def check(self) -> None:
         """Raise one InputError that lists every value out of range."""
@@ -148,8 +165,17 @@ class GenerationConfig:
     @property
     def eos_ids(self) -> list[int]:
         """All end-of-sequence ids, as a list."""
-        eos = self.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return _as_list(self.eos_token_id)
+
+    @property
+    def last_ids(self) -> list[int]:
+        """The ids of which one is forced to be the last, as a list."""
+        return _as_list(self.forced_eos_token_id)
+
+    @property
+    def beams(self) -> int:
+        """Rows per prompt that are followed at once."""
+        return self.num_beams or 1
 
     @property
     def stops(self) -> list[str]:
@@ -159,7 +185,8 @@ class GenerationConfig:
 
     def _holes(self) -> Iterator[str]:
         at_least = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "top_k": 0,
-                    "no_repeat_ngram_size": 0, "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1}  # fmt: skip
+                    "no_repeat_ngram_size": 0, "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1,
+                    "num_beams": 1, "num_return_sequences": 1, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
         for name, low in at_least.items():
             if (value := getattr(self, name)) is not None and (
                 isinstance(value, bool) or not isinstance(value, int) or value < low
@@ -172,6 +199,32 @@ class GenerationConfig:
         for name in ("top_p", "min_p"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 yield f"{name} must lie between 0 and 1, not {value!r}."
+        if self.early_stopping not in (None, True, False, "never"):
+            yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
+        yield from self._beam_holes() if self.beams > 1 else self._rows_holes()
+
+    def _beam_holes(self) -> Iterator[str]:
+        """What does not go together with beams, as far as the runtime does it."""
+        asked = f"num_beams={self.num_beams}"
+        if self.do_sample:
+            yield f"{asked} with do_sample=True, sampling beams, is not done here; pass do_sample=False or num_beams=1."
+        if self.prompt_lookup_num_tokens:
+            yield f"{asked} leaves no room for prompt_lookup_num_tokens={self.prompt_lookup_num_tokens}; pass one only."
+        if (count := self.num_return_sequences or 1) > self.beams:
+            yield f"num_return_sequences={count} is more than {asked}, and each returned row is a beam."
+
+    def _rows_holes(self) -> Iterator[str]:
+        if (self.num_return_sequences or 1) > 1 and not self.do_sample:
+            yield (
+                f"num_return_sequences={self.num_return_sequences} would return equal rows: the likeliest token each "
+                f"time is always the same. Pass do_sample=True, or num_beams={self.num_return_sequences}."
+            )
+        if self.output_scores:
+            yield "output_scores=True is done with num_beams above 1 only; pass output_scores=False to go without."
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _refuse_unless_neutral(name: str, value: Any, origin: str) -> None:

@@ -21,7 +21,7 @@ from .artifact.store import home
 from .errors import ArtifactError, HubError, IntegrityError, PublishError
 from .progress import progress, wanted
 
-__all__ = ["locate", "push"]
+__all__ = ["locate", "locate_tokenizer", "push"]
 
 
 def locate(
@@ -46,6 +46,20 @@ def locate(
         force_download=force_download, allow_patterns=[f"{subfolder}/*"] if subfolder else None,
     )  # fmt: skip
     return _store(read_artifact(snapshot / (subfolder or "")), again=force_download)
+
+
+def locate_tokenizer(model: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The local directory with the tokenizer of an artifact or a checkpoint, of which nothing else is downloaded.
+
+    Raises ArtifactError, HubError.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise ArtifactError(f"There is no directory {model}.")
+    files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    return _download(str(model), revision=revision, token=token, allow_patterns=files)
 
 
 def push(

@@ -15,7 +15,8 @@ from .artifact import Artifact, read_artifact
 from .artifact.integrity import identity, require_trust, verify_files
 from .artifact.publish import copy_artifact
 from .artifact.schema import Variant
-from .artifact.tasks import get_task
+from .artifact.tasks import get_task, kind_of_roles
+from .compat import Config, ForTransformers
 from .engines import Engine, Settings, open_engine
 from .errors import ArtifactError, InputError, UsageError
 from .progress import progress
@@ -30,7 +31,7 @@ __all__ = ["CompiledModel"]
 Array = np.ndarray[Any, Any]
 
 
-class CompiledModel:
+class CompiledModel(ForTransformers):
     """A compiled model. `CompiledModel.from_pretrained` picks the class that fits the artifact's task.
 
     Calls from several threads are served one after the other; `new_session()` gives a thread its own buffers over the
@@ -41,6 +42,7 @@ class CompiledModel:
 
     def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
         self.artifact, self.variant, self._engine = artifact, variant, engine
+        self.config = Config(artifact.config)
         self._lock = threading.RLock()
         self._tokenizer: Tokenizer | None = None
 
@@ -122,11 +124,6 @@ class CompiledModel:
         return target(artifact, chosen, open_engine(artifact, chosen, settings))
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The checkpoint's own configuration."""
-        return self.artifact.config
-
-    @property
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer, opened when first used. Raises ArtifactError where it has none."""
         if self._tokenizer is None:
@@ -178,7 +175,8 @@ class CompiledModel:
 
     @classmethod
     def _class_for(cls, artifact: Artifact) -> type[Self]:
-        task = get_task(artifact.contract.task)
+        roles = [graph.role for graph in artifact.contract.variants[0].graphs]
+        task = get_task(artifact.contract.task, kind_of_roles(roles))
         module, _, name = task.model_class.partition(":")
         found: type[CompiledModel] = getattr(import_module(module), name)
         if not issubclass(found, cls):
@@ -217,7 +215,7 @@ def _export(model: str | Path, **options: Any) -> Path:
         export, settings = exporter.export, exporter.ExportOptions
     except ImportError as error:
         raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
-    for name in ("sequence_length", "prefill_lengths"):
+    for name in ("sequence_length", "prefill_lengths", "audio_sequence_length", "image_size"):
         if isinstance(options.get(name), int):
             options[name] = (options[name],)
     asked = {name: value for name, value in options.items() if name != "token"}

@@ -9,22 +9,20 @@ import numpy as np
 
 from .errors import InputError
 
-__all__ = ["align", "as_ids", "as_mask", "pad_rows", "real_rows", "smallest_fit", "unalign"]
+__all__ = ["align", "as_floats", "as_ids", "as_mask", "cut", "ends_of", "fill", "real_rows", "unalign"]
 
 Array = np.ndarray[Any, Any]
+EMPTY_ROWS = ("batch", "choices", "texts")
+"""Axes whose padding repeats what comes first, which is as harmless as any real row, where a row of nothing but padding
+can make a softmax undefined."""
 
 
-def as_ids(value: Any, vocabulary: int | None, name: str = "input_ids") -> Array:
-    """Token ids as int64 [batch, length]. Raises InputError for another rank, dtype, an empty tensor, or ids outside
-    0..vocabulary-1."""
-    try:
-        ids = np.asarray(value)
-    except ValueError:
-        raise InputError(f"{name} has rows of different lengths; pad them and give an attention_mask.") from None
-    if ids.ndim == 1 and ids.size and ids.dtype != object:
-        raise InputError(f"{name} has one dimension, [{ids.size}]; give [batch, length], for one row [1, {ids.size}].")
-    if ids.dtype == object or ids.ndim != 2:
-        raise InputError(f"{name} must be [batch, length]; this has {ids.ndim} dimensions, {list(ids.shape)}.")
+def as_ids(
+    value: Any, vocabulary: int | None, name: str = "input_ids", axes: Sequence[str] = ("batch", "length")
+) -> Array:
+    """Token ids (or other whole numbers) as int64 with these axes. Raises InputError for another rank, dtype, an empty
+    tensor, or ids outside 0..vocabulary-1."""
+    ids = _as_array(value, name, axes)
     if ids.size == 0:
         raise InputError(f"{name} is empty: its shape is {list(ids.shape)}. Give at least one token per row.")
     if ids.dtype.kind not in "iu":
@@ -35,19 +33,45 @@ def as_ids(value: Any, vocabulary: int | None, name: str = "input_ids") -> Array
     return ids.astype(np.int64, copy=False)
 
 
-def as_mask(value: Any, ids: Array) -> Array:
-    """An attention mask as bool [batch, length]; all true where the caller gave none. Raises InputError for another
-    shape, values other than 0 and 1, or a row without any token."""
+def as_floats(value: Any, name: str, axes: Sequence[str]) -> Array:
+    """Pixels, samples or features as float32 with these axes. Raises InputError for another rank or dtype, or an empty
+    tensor."""
+    numbers = _as_array(value, name, axes)
+    if numbers.size == 0:
+        raise InputError(f"{name} is empty: its shape is {list(numbers.shape)}.")
+    if numbers.dtype.kind != "f":
+        raise InputError(
+            f"{name} must be fractions (float32); these are {numbers.dtype}. The checkpoint's processor scales them."
+        )
+    return numbers.astype(np.float32, copy=False)
+
+
+def _as_array(value: Any, name: str, axes: Sequence[str]) -> Array:
+    shape = f"[{', '.join(axes)}]"
+    try:
+        found = np.asarray(value)
+    except ValueError:
+        raise InputError(f"{name} has rows of different lengths; pad them and give an attention_mask.") from None
+    if found.ndim == 1 and found.size and found.dtype != object and len(axes) == 2:
+        raise InputError(f"{name} has one dimension, [{found.size}]; give {shape}, for one row [1, {found.size}].")
+    if found.dtype == object or found.ndim != len(axes):
+        raise InputError(f"{name} must be {shape}; this has {found.ndim} dimensions, {list(found.shape)}.")
+    return found
+
+
+def as_mask(value: Any, main: Array, name: str = "input_ids") -> Array:
+    """An attention mask as bool of the main input's shape; all true where the caller gave none. Raises InputError for
+    another shape, values other than 0 and 1, or a row without any token."""
     if value is None:
-        return np.ones(ids.shape, bool)
+        return np.ones(main.shape, bool)
     mask = np.asarray(value)
-    if mask.shape != ids.shape:
-        raise InputError(f"attention_mask has the shape {list(mask.shape)}, input_ids {list(ids.shape)}.")
+    if mask.shape != main.shape:
+        raise InputError(f"attention_mask has the shape {list(mask.shape)}, {name} {list(main.shape)}.")
     if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
         raise InputError("attention_mask must hold 0 (padding) and 1 (token) only.")
     mask = mask.astype(bool)
-    if not mask.any(1).all():
-        raise InputError(f"Row {int(np.argmin(mask.any(1)))} of attention_mask has no token at all.")
+    if not mask.any(-1).all():
+        raise InputError(f"Row {int(np.argmin(mask.any(-1)))} of attention_mask has no token at all.")
     return mask
 
 
@@ -59,38 +83,42 @@ def real_rows(ids: Array, mask: Array) -> list[Array]:
     return [row[keep] for row, keep in zip(ids, mask, strict=True)]
 
 
-def align(tensors: dict[str, Array], mask: Array) -> tuple[dict[str, Array], Array]:
-    """Move each row left over its leading padding, so that its first token stands at position 0.
-
-    Returns the moved tensors and, per row, by how much.
-    """
-    shifts = mask.argmax(1)
-    if not shifts.any():
-        return tensors, shifts
-    index = (np.arange(mask.shape[1])[None] + shifts[:, None]) % mask.shape[1]
-    return {name: np.take_along_axis(tensor, index, 1) for name, tensor in tensors.items()}, shifts
+def align(tensor: Array, shifts: Array) -> Array:
+    """Move each row [..., length, …] left by its shift [...], so that its first token stands at position 0."""
+    return _roll(tensor, shifts)
 
 
 def unalign(tensor: Array, shifts: Array) -> Array:
-    """Move the rows of an output [batch, length, …] back to where the caller had them."""
+    """Move the rows of an output [..., length, …] back to where the caller had them."""
+    return _roll(tensor, -shifts)
+
+
+def _roll(tensor: Array, shifts: Array) -> Array:
     if not shifts.any():
         return tensor
-    index = (np.arange(tensor.shape[1])[None] - shifts[:, None]) % tensor.shape[1]
-    return np.take_along_axis(tensor, index.reshape(*index.shape, *[1] * (tensor.ndim - 2)), 1)
+    axis = shifts.ndim
+    index = (np.arange(tensor.shape[axis]) + shifts[..., None]) % tensor.shape[axis]
+    return np.take_along_axis(tensor, index.reshape(*index.shape, *[1] * (tensor.ndim - index.ndim)), axis)
 
 
-def pad_rows(target: Array, source: Array, pad: int | float) -> None:
-    """Copy `source` [size, length] into the corner of `target` [padded_size, padded_length].
-
-    What is right of it becomes `pad`; rows below it repeat the first row, which is as harmless as any real row, where
-    a row of nothing but padding can make a softmax undefined.
-    """
-    rows, length = source.shape[:2]
-    target[:rows, :length] = source
-    target[:rows, length:] = pad
-    target[rows:] = target[:1]
+def ends_of(mask: Array) -> Array:
+    """How many positions each row of a mask [..., length] needs, up to its last token."""
+    found: Array = (mask * np.arange(1, mask.shape[-1] + 1)).max(-1)
+    return found
 
 
-def smallest_fit(size: int, sizes: Sequence[int]) -> int | None:
-    """The smallest of `sizes` that holds `size`, if any."""
-    return min((each for each in sizes if each >= size), default=None)
+def cut(tensor: Array, ends: Array, pad: int | float) -> Array:
+    """The tensor [..., length, …] with `pad` from each row's end on, whatever the caller padded with."""
+    axis = ends.ndim
+    beyond = np.arange(tensor.shape[axis]) >= ends[..., None]
+    return np.where(beyond.reshape(*beyond.shape, *[1] * (tensor.ndim - beyond.ndim)), tensor.dtype.type(pad), tensor)
+
+
+def fill(target: Array, source: Array, axes: Sequence[str | None], pad: int | float) -> None:
+    """Copy `source` into the corner of `target`; what is beside it becomes `pad`, or repeats the first row."""
+    target.fill(pad)
+    target[tuple(slice(size) for size in source.shape)] = source
+    for index, (axis, size) in enumerate(zip(axes, source.shape, strict=True)):
+        if axis in EMPTY_ROWS and size < target.shape[index]:
+            before = (slice(None),) * index
+            target[(*before, slice(size, None))] = target[(*before, slice(1))]

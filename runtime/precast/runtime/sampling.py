@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from .generation import GenerationConfig
 
-__all__ = ["Sampler"]
+__all__ = ["Processors", "Sampler"]
 
 Array = np.ndarray[Any, Any]
 Processor = Callable[[Array, Array], Array]
 
 
-class Sampler:
-    """Chooses the next token of one row from its tokens so far, int64 [length], and its logits [vocabulary]."""
+class Processors:
+    """What may be chosen next in a row: its tokens so far, int64 [length], and logits or log-probabilities
+    [vocabulary] -> the same, changed.
+
+    `prompt_length` is the row's own, `most` the length at which it is full, `source` the tokens that an
+    encoder-decoder answers.
+    """
 
     def __init__(
-        self, config: GenerationConfig, prompt: Array, generator: np.random.Generator, extra: Sequence[Processor] = ()
+        self,
+        config: GenerationConfig,
+        prompt_length: int,
+        most: int,
+        extra: Sequence[Processor] = (),
+        source: Array | None = None,
     ) -> None:
-        self._generator = generator if config.do_sample else None
-        self._processors = [*_penalties(config, len(prompt)), *map(_one_row, extra)]
+        self._steps = [*_penalties(config, prompt_length, most, source), *map(_one_row, extra)]
         if config.do_sample:
-            self._processors += _warpers(config)
+            self._steps += _warpers(config)
+
+    def __call__(self, tokens: Array, logits: Array) -> Array:
+        if self._steps:
+            logits = logits.astype(np.float32)
+            for process in self._steps:
+                logits = process(tokens, logits)
+        return logits
+
+
+class Sampler:
+    """Chooses the next token of one row from its tokens so far, int64 [length], and its logits [vocabulary].
+
+    `generator` draws; without one the likeliest token is taken.
+    """
+
+    def __init__(self, process: Processors, generator: np.random.Generator | None) -> None:
+        self._process, self._generator = process, generator
 
     def __call__(self, tokens: Array, logits: Array) -> int:
         """The next token's id."""
-        if self._processors:
-            logits = logits.astype(np.float32)
-            for process in self._processors:
-                logits = process(tokens, logits)
+        logits = self._process(tokens, logits)
         return int(logits.argmax()) if self._generator is None else _draw(self._generator, logits)
 
 
@@ -45,18 +68,34 @@ def _one_row(process: Processor) -> Processor:
     return lambda tokens, logits: np.asarray(process(tokens[None], logits[None]))[0]
 
 
-def _penalties(config: GenerationConfig, prompt_length: int) -> list[Processor]:
-    found: list[Processor] = []
+def _penalties(config: GenerationConfig, prompt_length: int, most: int, source: Array | None) -> Iterator[Processor]:
     if (penalty := config.repetition_penalty) is not None and penalty != 1:
-        found.append(lambda tokens, logits: repetition_penalty(tokens, logits, penalty))
+        yield lambda tokens, logits: repetition_penalty(tokens, logits, penalty)
     if size := config.no_repeat_ngram_size:
-        found.append(lambda tokens, logits: no_repeat_ngram(tokens, logits, size))
+        yield lambda tokens, logits: no_ngram_of(tokens, tokens, logits, size)
+    if source is not None and (from_source := config.encoder_no_repeat_ngram_size):
+        yield lambda tokens, logits: no_ngram_of(source, tokens, logits, from_source)
+    if words := [word for word in config.bad_words_ids or () if word not in [[end] for end in config.eos_ids]]:
+        yield lambda tokens, logits: no_bad_words(tokens, logits, words)
     least = config.min_length or 0
     if config.min_new_tokens is not None:
         least = prompt_length + config.min_new_tokens
     if least > prompt_length and config.eos_ids:
-        found.append(lambda tokens, logits: minimum_length(tokens, logits, least, config.eos_ids))
-    return found
+        yield lambda tokens, logits: minimum_length(tokens, logits, least, config.eos_ids)
+    yield from _forced(config, prompt_length, most)
+
+
+def _forced(config: GenerationConfig, prompt_length: int, most: int) -> Iterator[Processor]:
+    """What is fixed at a row's beginning and end, and what is never said."""
+    if (first := config.forced_bos_token_id) is not None:
+        yield lambda tokens, logits: only(logits, [first]) if len(tokens) == 1 else logits
+    if last := config.last_ids:
+        yield lambda tokens, logits: only(logits, last) if len(tokens) == most - 1 else logits
+    if never := config.suppress_tokens:
+        yield lambda _, logits: without(logits, never)
+    if not_first := config.begin_suppress_tokens:
+        start = prompt_length + (prompt_length == 1 and first is not None)
+        yield lambda tokens, logits: without(logits, not_first) if len(tokens) == start else logits
 
 
 def _warpers(config: GenerationConfig) -> list[Processor]:
@@ -81,24 +120,37 @@ def repetition_penalty(tokens: Array, logits: Array, penalty: float) -> Array:
     return penalised
 
 
-def no_repeat_ngram(tokens: Array, logits: Array, size: int) -> Array:
-    """Forbid what would complete a sequence of `size` tokens that occurred."""
-    if len(tokens) < size:
+def no_ngram_of(history: Array, tokens: Array, logits: Array, size: int) -> Array:
+    """Forbid what would complete a sequence of `size` tokens that occurs in `history`."""
+    if len(history) < size or len(tokens) < size - 1:
         return logits
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
+    windows = np.lib.stride_tricks.sliding_window_view(history, size)
     tail = tokens[len(tokens) - size + 1 :]
-    banned = windows[(windows[:, :-1] == tail).all(1), -1]
-    result: Array = logits.copy()
-    result[banned] = -np.inf
-    return result
+    return without(logits, windows[(windows[:, :-1] == tail).all(1), -1].tolist())
+
+
+def no_bad_words(tokens: Array, logits: Array, words: Sequence[Sequence[int]]) -> Array:
+    """Forbid what would complete one of these sequences of tokens."""
+    ends = [word[-1] for word in words if tokens[len(tokens) - len(word) + 1 :].tolist() == list(word[:-1])]
+    return without(logits, ends)
 
 
 def minimum_length(tokens: Array, logits: Array, least: int, eos_ids: Sequence[int]) -> Array:
     """Forbid the end before `least` tokens."""
-    if len(tokens) >= least:
-        return logits
+    return without(logits, eos_ids) if len(tokens) < least else logits
+
+
+def without(logits: Array, ids: Sequence[int]) -> Array:
+    """Forbid these tokens; ids outside the vocabulary never come anyway."""
     result: Array = logits.copy()
-    result[list(eos_ids)] = -np.inf
+    result[[token for token in ids if token < len(logits)]] = -np.inf
+    return result
+
+
+def only(logits: Array, ids: Sequence[int]) -> Array:
+    """Forbid all but these tokens, which become equally likely."""
+    result: Array = np.full_like(logits, -np.inf)
+    result[list(ids)] = 0
     return result
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .artifact import DECODER_INPUTS
 from .artifact.schema import Dim, Graph
 from .engines import Engine, Step
 
@@ -29,6 +30,9 @@ SmolLM2-135M in float32; of one order of magnitude for all decoders, and nothing
 class Session:
     """The caches of up to `batch` rows.
 
+    `context` holds the other inputs that stay from step to step, by name: what an encoder made of its input. Whoever
+    changes them calls `reset`.
+
     `tokens` holds, per row, the ids whose keys and values are in the cache. It grows only after a completed step, and
     shrinks before one that overwrites, so whatever fails or is interrupted, it is true.
     """
@@ -43,6 +47,8 @@ class Session:
             _longest(graph): graph for graph in graphs if graph is not self._step_graph or _is_free(graph)
         }
         self._caches = _allocate(first)
+        self._states = _States(first)
+        self.context = _context(first, self._caches | self._states.before)
         self._bound: dict[tuple[str, int, int], _Call] = {}
         self._appending: dict[int, _Call] = {}
 
@@ -62,7 +68,7 @@ class Session:
         What the caches hold of a prompt is not computed again where that is quicker, and, with more rows than one,
         where every row lacks its last token only. The array is overwritten by the next call.
         """
-        kept = [_shared(held, row[:-1]) for held, row in zip(self.tokens, rows, strict=False)]
+        kept = [self._shared(held, row[:-1]) for held, row in zip(self.tokens, rows, strict=False)]
         if self.batch == 1:
             del self.tokens[0][self._worth_keeping(kept[0], len(rows[0])) :]
             return self._feed_row(rows[0][len(self.tokens[0]) :])
@@ -83,8 +89,8 @@ class Session:
         for index, (held, token) in enumerate(pairs):
             # A row that rests writes its last token once more: its neighbours do not see it, and nobody reads it.
             call.ids[index, 0] = token if token is not None else held[-1] if held else call.pad
-            call.past[index] = len(held) if token is not None else max(len(held) - 1, 0)
-        call.run()
+            call.past[index] = len(held) if token is not None else self._resting_place(held)
+        self._compute(call, [index for index, (_, token) in enumerate(pairs) if token is not None])
         for held, token in pairs:
             if token is not None:
                 held.append(token)
@@ -97,7 +103,7 @@ class Session:
         held = self.tokens[0]
         call.ids[0] = tokens
         call.past[0] = len(held)
-        call.run()
+        self._compute(call, [0])
         held.extend(tokens)
         logits: Array = call.logits[0]
         return logits
@@ -106,6 +112,22 @@ class Session:
         """At batch 1: forget the last `count` tokens."""
         held = self.tokens[0]
         del held[len(held) - count :]
+
+    def reorder(self, parents: Sequence[int]) -> None:
+        """Let row `i` go on from what row `parents[i]` holds; rows beyond `parents` stay."""
+        moved = {index: parent for index, parent in enumerate(parents) if index != parent}
+        if not moved:
+            return
+        held = [list(self.tokens[parent]) for parent in moved.values()]
+        for index in moved:
+            self.tokens[index] = []
+        live = max(map(len, held))
+        for cache in self._caches.values():
+            cache[list(moved), :, :live] = cache[list(moved.values()), :, :live]
+        for state in self._states.before.values():
+            state[list(moved)] = state[list(moved.values())]
+        for index, tokens in zip(moved, held, strict=True):
+            self.tokens[index] = tokens
 
     def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
         """Logits after each of a row's `positions` (ascending), per row [len(positions), vocabulary], in new memory."""
@@ -194,12 +216,28 @@ class Session:
             call.new[index] = len(row)
             asked = [len(row) - 1] if positions is None else positions[index]
             call.positions[index, : len(asked)] = asked
-        call.run()
+        self._compute(call, list(range(len(rows))))
         for held, row in zip(self.tokens, rows, strict=False):
             held.extend(row.tolist())
 
+    def _compute(self, call: _Call, rows: list[int]) -> None:
+        """Run a call that brings new tokens to these rows."""
+        self._states.begin([row for row in rows if not call.past[row]])
+        call.run()
+        self._states.keep(rows)
+
+    def _resting_place(self, held: list[int]) -> int:
+        """Where a row that rests writes its last token again. With states that gives other keys than the first time,
+        which go where there are none yet, or, where all are there, in the place of one that no further token reads."""
+        return min(len(held), self.capacity - 1) if self._states.before else max(len(held) - 1, 0)
+
+    def _shared(self, held: list[int], row: Array) -> int:
+        """How many of the tokens held can stay for a prompt that begins with `row`."""
+        count = _shared(held, row)
+        return count if count == len(held) or not self._states.before else 0
+
     def _bind_appending(self, count: int) -> _Call:
-        call = _Call(self._engine, self._step_graph, count, count, self._caches)
+        call = _Call(self._engine, self._step_graph, count, count, self._caches | self.context, self._states)
         call.new[0], call.positions[0] = count, np.arange(count)
         self._appending[count] = call
         return call
@@ -208,16 +246,18 @@ class Session:
         key = (graph.name, length, positions)
         if key in self._bound:
             return self._bound[key]
-        call = _Call(self._engine, graph, length, positions, self._caches)
+        call = _Call(self._engine, graph, length, positions, self._caches | self.context, self._states)
         if keep:
             self._bound[key] = call
         return call
 
 
 class _Call:
-    """One graph bound to its input arrays, its logits and the session's caches."""
+    """One graph bound to its input arrays, its logits and what the session holds."""
 
-    def __init__(self, engine: Engine, graph: Graph, length: int, positions: int, caches: dict[str, Array]) -> None:
+    def __init__(
+        self, engine: Engine, graph: Graph, length: int, positions: int, held: dict[str, Array], states: _States
+    ) -> None:
         batch, output = graph.batch, graph.outputs[0]
         self.ids = np.zeros((batch, length), np.int64)
         self.past, self.new = np.zeros(batch, np.int32), np.ones(batch, np.int32)
@@ -229,11 +269,35 @@ class _Call:
         inputs: dict[str, Array] = dict(
             zip((spec.name for spec in graph.inputs), (self.ids, self.past, self.new, self.positions), strict=False)
         )
-        outputs = {output.name: self.logits}
+        held = held | states.before
+        inputs |= {spec.name: held[spec.name] for spec in graph.inputs[len(inputs) :]}
+        outputs = {output.name: self.logits, **states.after}
         for layer in graph.cache:
             for name_in, name_out in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out)):
-                inputs[name_in] = outputs[name_out] = caches[name_in]
+                outputs[name_out] = held[name_in]
         self.run: Step = engine.bind(graph.name, inputs, outputs)
+
+
+class _States:
+    """What rows carry from token to token, by the names of the graph's inputs and outputs.
+
+    A step reads it in one place and writes it in another, so it is kept only of rows that brought a token, and only
+    once the step is through.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.before = {state.name_in: np.zeros(state.shape, state.dtype) for state in graph.states}
+        self.after = {state.name_out: np.zeros(state.shape, state.dtype) for state in graph.states}
+
+    def begin(self, rows: list[int]) -> None:
+        """These rows have no past."""
+        for state in self.before.values():
+            state[rows] = 0
+
+    def keep(self, rows: list[int]) -> None:
+        """These rows go on from what was computed."""
+        for state, computed in zip(self.before.values(), self.after.values(), strict=True):
+            state[rows] = computed[rows]
 
 
 def _allocate(graph: Graph) -> dict[str, Array]:
@@ -243,6 +307,12 @@ def _allocate(graph: Graph) -> dict[str, Array]:
         for layer in graph.cache
         for name in (layer.key_in, layer.value_in)
     }
+
+
+def _context(graph: Graph, caches: dict[str, Array]) -> dict[str, Array]:
+    """The inputs that are neither a step's own nor caches, by name."""
+    others = [spec for spec in graph.inputs[len(DECODER_INPUTS) :] if spec.name not in caches]
+    return {spec.name: np.zeros([size for size in spec.shape if isinstance(size, int)], spec.dtype) for spec in others}
 
 
 def _shared(held: list[int], row: Array) -> int:

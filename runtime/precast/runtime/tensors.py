@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,17 @@ def _is_tensor(value: Any) -> bool:
 
 
 class ModelOutput(OrderedDict[str, Any]):
-    """Named outputs: `output.logits`, `output["logits"]` and `output[0]` are the same tensor, as in transformers."""
+    """Named outputs: `output.logits`, `output["logits"]` and `output[0]` are the same tensor, as in transformers.
+
+    Where transformers is imported they are also of its class of this name, by which its pipelines know outputs.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> ModelOutput:
+        return super().__new__(_also_theirs() if cls is ModelOutput else cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Not transformers' own, which wants a dataclass.
+        OrderedDict.__init__(self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
@@ -36,3 +47,13 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __getitem__(self, key: str | int) -> Any:
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+def _also_theirs() -> type[ModelOutput]:
+    transformers = sys.modules.get("transformers.utils.generic")
+    return ModelOutput if transformers is None else _both(transformers.ModelOutput)
+
+
+@cache
+def _both(theirs: type) -> type[ModelOutput]:
+    return type("ModelOutput", (ModelOutput, theirs), {})

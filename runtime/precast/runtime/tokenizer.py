@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Tokenizer:
         self._config = _read_json(self.path / "tokenizer_config.json")
         self.special_tokens = _special_tokens({**_read_json(self.path / "special_tokens_map.json"), **self._config})
         self.padding_side = self._config.get("padding_side", "right")
+        self._cutting = lru_cache(maxsize=4)(self._copy_that_cuts)
 
     def token_id(self, name: str) -> int | None:
         """The id of a special token by its role: "bos", "eos", "pad", "unk", "cls", "sep", "mask"."""
@@ -52,12 +53,68 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | Array, *, skip_special_tokens: bool = True) -> str:
         """The text of a list of ids."""
-        return str(self._tokenizer.decode([int(each) for each in ids], skip_special_tokens=skip_special_tokens))
+        text = str(self._tokenizer.decode([int(each) for each in ids], skip_special_tokens=skip_special_tokens))
+        return _cleaned(text) if self._cleans_up else text
 
     def token(self, index: int) -> str | None:
         """The token with this id, as the vocabulary spells it."""
         found: str | None = self._tokenizer.id_to_token(index)
         return found
+
+    def vocabulary_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it."""
+        return self._tokenizer.token_to_id(token)
+
+    @property
+    def marks_subwords(self) -> bool:
+        """Whether a token that goes on with a word is written differently from one that begins it, as in WordPiece."""
+        return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """The text of tokens as the vocabulary spells them."""
+        decoder = self._tokenizer.decoder
+        return str(decoder.decode(list(tokens))) if decoder is not None else " ".join(tokens)
+
+    def encodings(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        length: int | None = None,
+        stride: int = 0,
+        strategy: str = "longest_first",
+    ) -> list[tokenizers.Encoding]:
+        """The encoding of a text, or of a pair of texts: ids, offsets in characters, which text and word each is of.
+
+        With `length`, what has more tokens is cut; further encodings hold the rest, and begin with the last `stride`
+        tokens of the one before. `strategy` says which of a pair is cut: "longest_first", "only_first", "only_second".
+
+        Raises InputError where nothing is left to cut.
+        """
+        if length is None:
+            return [self._encode(text, pair, add_special_tokens)]
+        try:
+            cutting = self._cutting(length, stride, strategy)
+            whole = cutting.encode(text, pair, add_special_tokens=add_special_tokens)
+        except Exception as error:
+            # The library raises no narrower class.
+            raise InputError(
+                f"The text cannot be cut to {length} tokens with an overlap of {stride}: {error}"
+            ) from error
+        return [whole, *whole.overflowing]
+
+    def pad(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
+        """A batch of encodings: int64 arrays [batch, longest], padded on the tokenizer's own side; all three, or those
+        that the checkpoint's tokenizer_config.json names."""
+        pad = self.token_id("pad") or 0
+        rows = {
+            "input_ids": ([each.ids for each in encodings], pad),
+            "token_type_ids": ([each.type_ids for each in encodings], 0),
+            "attention_mask": ([[1] * len(each.ids) for each in encodings], 0),
+        }
+        named = self._config.get("model_input_names", rows)
+        return {name: self._pad(values, fill) for name, (values, fill) in rows.items() if name in named}
 
     def __call__(
         self, texts: str | Sequence[str], pairs: Sequence[str] | None = None, *, add_special_tokens: bool = True
@@ -66,16 +123,12 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise InputError("There is no text to encode.")
-        encoded = [
-            self._encode(text, pairs[index] if pairs else None, add_special_tokens) for index, text in enumerate(texts)
-        ]
-        pad = self.token_id("pad") or 0
-        rows = {
-            "input_ids": ([each.ids for each in encoded], pad),
-            "token_type_ids": ([each.type_ids for each in encoded], 0),
-            "attention_mask": ([[1] * len(each.ids) for each in encoded], 0),
-        }
-        return {name: self._pad(values, fill) for name, (values, fill) in rows.items()}
+        return self.pad(
+            [
+                self._encode(text, pairs[index] if pairs else None, add_special_tokens)
+                for index, text in enumerate(texts)
+            ]
+        )
 
     def offsets(self, text: str, pair: str | None = None) -> list[tuple[int, int]]:
         """For every token of `encode`, where in its text it stands: (first character, one past the last)."""
@@ -109,6 +162,18 @@ class Tokenizer:
 
     def _encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
         return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
+
+    def _copy_that_cuts(self, length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
+        # Cutting is a state of the library's object, which other threads share.
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.enable_truncation(length, stride=stride, strategy=strategy)
+        return copy
+
+    @cached_property
+    def _cleans_up(self) -> bool:
+        # As in transformers: byte-pair encodings keep the spaces of their texts, so there is nothing to clean up.
+        is_pairs = isinstance(self._tokenizer.model, tokenizers.models.BPE)
+        return bool(self._config.get("clean_up_tokenization_spaces")) and not is_pairs
 
     def _pad(self, rows: list[list[int]], fill: int) -> Array:
         width = max(map(len, rows))
@@ -195,6 +260,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
     return value if isinstance(value, dict) else {}
+
+
+# What transformers' clean_up_tokenization takes back of spaces that a tokenizer has put between tokens.
+_SPACES = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
+           (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
+
+
+def _cleaned(text: str) -> str:
+    for spaced, close in _SPACES:
+        text = text.replace(spaced, close)
+    return text
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

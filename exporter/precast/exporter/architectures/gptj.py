@@ -1,34 +1,36 @@
-"""GPT-J: its attention is a method `_attn` of each layer, called right after the cache."""
+"""GPT-J, CodeGen and GPT-Neo: their attention is a method `_attn` of each layer, called right after the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.models.codegen.modeling_codegen import CodeGenAttention
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from ..decoder.hooks import attend
+from ..decoder.hooks import Mask, attend
+from .swap import replaced
 
 __all__ = ["adapted"]
 
 
-@contextmanager
-def adapted(model: nn.Module) -> Iterator[None]:
-    """Replace `_attn` of every layer; GPT-J attends causally and has no window."""
-    layers = [module for module in model.modules() if isinstance(module, GPTJAttention)]
-    for layer in layers:
-        layer._attn = _attention(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer._attn
+def adapted(model: nn.Module) -> AbstractContextManager[Any]:
+    """Replace `_attn` of every layer."""
+    stack = ExitStack()
+    for cls in (GPTJAttention, CodeGenAttention, GPTNeoSelfAttention):
+        stack.enter_context(replaced(model, cls, "_attn", _attention))
+    return stack
 
 
-def _attention(layer: GPTJAttention) -> Any:
+def _attention(layer: Any) -> Any:
+    # GPT-Neo does not scale, and every other layer sees a window.
+    scale = 1 / float(getattr(layer, "scale_attn", 1.0))
+    is_local = getattr(layer, "attention_type", None) == "local"
+    mask = Mask("window", layer.config.window_size) if is_local else None
+
     def attention(query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> tuple[Tensor, None]:
-        return attend(query, key, value, scale=1 / layer.scale_attn), None
+        return attend(query, key, value, scale=scale, mask=mask), None
 
     return attention

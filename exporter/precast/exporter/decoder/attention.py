@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MASKS", "cached_attention"]
+__all__ = ["MASKS", "cached_attention", "cross_attention"]
 
 MASKS = ("causal", "window", "chunk")
 
@@ -35,6 +35,7 @@ def cached_attention(
     slopes: Tensor | None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the new keys and values into the caches, then attend to what the caches hold.
 
@@ -42,8 +43,8 @@ def cached_attention(
     of row `b` stands at position `p = past_lengths[b] + s` and sees the cache rows `c <= p`, of these with
     `mask="window"` only `c > p - window`, with `mask="chunk"` only those of its own chunk,
     `c // window == p // window`. Scores are `q·k * scale`, then, in this order: `softcap * tanh(scores / softcap)`
-    where softcap is not 0 (Gemma 2), `+ slopes[h] * (c - p)` (ALiBi, Press et al. 2022), and `sinks[h]` as one more
-    column of the softmax that has no value (gpt-oss).
+    where softcap is not 0 (Gemma 2), `+ slopes[h] * (c - p)` (ALiBi, Press et al. 2022), `+ bias[b, h, s, c]`
+    (T5), and `sinks[h]` as one more column of the softmax that has no value (gpt-oss).
 
     Args:
         q: [B, H, S, D], any float dtype. Softmax is taken in float32.
@@ -53,6 +54,7 @@ def cached_attention(
         sinks, slopes: [H] or None.
         k_scales, v_scales: float32 [Hkv, D] where the caches are int8, else None: a cache row holds
             `round(value / scale)`, and what attention reads is that times the scale.
+        bias: [B or 1, H or 1, S, C] or None.
 
     Returns:
         The output [B, H, S, D], undefined at padded queries, and both caches [B, Hkv, C, D], undefined at rows
@@ -65,6 +67,8 @@ def cached_attention(
     distance = _distances(past_lengths, q.shape[2], k_cache.shape[2])
     if slopes is not None:
         scores = scores + slopes.view(1, -1, 1, 1) * distance[:, None]
+    if bias is not None:
+        scores = scores + bias
     visible = _visible(distance, past_lengths, mask, window)
     scores = scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
     probabilities = _softmax(scores, sinks).to(v.dtype)
@@ -74,6 +78,30 @@ def cached_attention(
 @cached_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+@torch.library.custom_op("precast::cross_attention", mutates_args=())
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend to what an encoder made, `softmax(q·k * scale)·v`; an operator, so that no backend copies `k` and `v`,
+    which stay the same from step to step.
+
+    Args:
+        q: [B, H, S, D].
+        k, v: [B, H, L, D].
+        mask: [B, L], 0 where there is padding, or None where there is none.
+
+    Returns:
+        [B, H, S, D]; undefined for rows that are all padding.
+    """
+    scores = (q @ k.transpose(2, 3)).float() * scale
+    if mask is not None:
+        scores = scores.masked_fill(mask[:, None, None] == 0, torch.finfo(torch.float32).min)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+@cross_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
 
 
 def _rounded(x: Tensor, scales: Tensor | None) -> Tensor:

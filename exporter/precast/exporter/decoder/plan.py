@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
-from precast.runtime.errors import CheckpointError, UsageError
+from precast.runtime.errors import UsageError
 
 from ..options import ExportOptions
-from ..plan import GraphPlan, Plan, check_length, common, run_skeleton
+from ..plan import GraphPlan, Plan, check_length, common, single_batch
 from ..resolve import Checkpoint
+from .ordinary import NAME, Layout, Stored, fits_operator, layout
+from .states import Carried
 
-__all__ = ["CachePlan", "DecoderPlan", "plan"]
+__all__ = ["HEAD_MULTIPLE", "CachePlan", "DecoderPlan", "plan"]
 
 HEAD_MULTIPLE = 8
 """Head sizes are rounded up to this: ONNX Runtime's GroupQueryAttention takes multiples of 8 only."""
+
+FIXED_LENGTHS = (64, 512)
+"""The prompts that are compiled for where a free length is impossible, unless --prefill-lengths says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,21 @@ class DecoderPlan(Plan):
     cache: tuple[CachePlan, ...]
     cache_dtype: Dtype
     prefill_lengths: tuple[int, ...]
+    ordinary: Layout | None
+    """How the model itself caches, where its attention stays in its own, ordinary operators."""
 
     @property
     def capacity(self) -> int:
         return self.lengths[0]
+
+    @property
+    def notes(self) -> dict[str, str]:
+        notes = {"attention": NAME} if self.ordinary and self.cache else {}
+        return notes | ({"states": "tokens are read one at a time"} if self.states else {})
+
+    @property
+    def states(self) -> list[Carried]:
+        return self.ordinary.states if self.ordinary else []
 
     def outline(self) -> list[Graph]:
         return [
@@ -55,7 +70,9 @@ class DecoderPlan(Plan):
     def cache_bytes(self) -> int:
         numbers = sum(2 * layer.heads * layer.head_dim for layer in self.cache) * self.batch_size * self.capacity
         item_size: int = getattr(torch, self.cache_dtype).itemsize
-        return numbers * item_size
+        states = sum(state.example(1).nbytes for state in self.states)
+        # What comes in and what goes out have memory of their own.
+        return numbers * item_size + 2 * self.batch_size * states
 
 
 def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> DecoderPlan:
@@ -67,28 +84,41 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
         )
     capacity = options.sequence_length[0] if options.sequence_length else _default_capacity(checkpoint)
     check_length(checkpoint, capacity)
-    prefill = tuple(sorted(options.prefill_lengths))
-    if prefill and prefill[-1] > capacity:
-        raise UsageError(f"--prefill-lengths {prefill[-1]} is more than --sequence-length {capacity}.")
-    batch = options.batch_size or 1
+    if max(options.prefill_lengths, default=0) > capacity:
+        raise UsageError(f"--prefill-lengths {max(options.prefill_lengths)} is more than --sequence-length {capacity}.")
+    batch = single_batch(options)
+    found = layout(model, task)
+    if found.states:
+        _check_one_by_one(options, model)
+    prefill = tuple(sorted(options.prefill_lengths)) or (_fixed_lengths(capacity) if found.is_tuples else ())
+    cache = tuple(_cache_plan(layer.cached) for layer in found.layers if layer.cached)
+    is_one_operator = fits_operator(model, found, [(layer.heads, layer.head_dim) for layer in cache])
+    if not is_one_operator:
+        _check_one_operator(options, model)
     return DecoderPlan(
         **common(checkpoint, options, task, model),
         batch_size=batch,
         lengths=(capacity,),
         prefill_lengths=prefill,
-        graphs=_decoder_graphs(batch, capacity, prefill),
-        cache=_cache_plan(checkpoint, model, task),
+        graphs=_decoder_graphs(batch, capacity, prefill, one_by_one=bool(found.states)),
+        cache=cache,
         cache_dtype=options.kv_cache,
+        ordinary=None if is_one_operator else found,
     )
 
 
-def _decoder_graphs(batch: int, capacity: int, prefill: tuple[int, ...]) -> tuple[GraphPlan, ...]:
-    if not prefill:
+def _decoder_graphs(batch: int, capacity: int, prefill: tuple[int, ...], *, one_by_one: bool) -> tuple[GraphPlan, ...]:
+    if not prefill and not one_by_one:
         return (GraphPlan("model", "decoder", batch, Dim(min=1, max=capacity)),)
     return (
         *(GraphPlan(f"prefill_{length}", "prefill", batch, length) for length in prefill),
         GraphPlan("decode", "decode", batch, 1),
     )
+
+
+def _fixed_lengths(capacity: int) -> tuple[int, ...]:
+    """Code that hands tuples of tensors around looks at their sizes, so it is traced with sizes that are known."""
+    return tuple(length for length in FIXED_LENGTHS if length < capacity) or (capacity,)
 
 
 def _default_capacity(checkpoint: Checkpoint) -> int:
@@ -101,24 +131,22 @@ def _default_capacity(checkpoint: Checkpoint) -> int:
     return limit
 
 
-def _cache_plan(checkpoint: Checkpoint, model: nn.Module, task: Task) -> tuple[CachePlan, ...]:
-    """Run the weightless model on two tokens and look at the cache that it fills."""
-    example = {"input_ids": torch.ones(1, 2, dtype=torch.int64, device="meta"), "use_cache": True}
-    cache = run_skeleton(model, task, example).get("past_key_values")
-    if cache is None:
-        raise CheckpointError(
-            f"{checkpoint.name} cannot do {task.name}: as its config.json sets it up, {type(model).__name__} is no "
-            f"decoder and returns no key/value cache."
-        )
-    layers = getattr(cache, "layers", None)
-    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.ndim != 4 for layer in layers):
-        raise CheckpointError(
-            f"{type(model).__name__} keeps a state other than one key/value cache per layer; precast cannot export it "
-            f"for {task.name} yet."
-        )
-    return tuple(_layer_plan(layer) for layer in layers)
+def _cache_plan(layer: tuple[Stored, ...]) -> CachePlan:
+    heads, width = (max(getattr(stored, size) for stored in layer) for size in ("heads", "width"))
+    return CachePlan(heads, -(-width // HEAD_MULTIPLE) * HEAD_MULTIPLE)
 
 
-def _layer_plan(layer: Any) -> CachePlan:
-    width = max(layer.keys.shape[-1], layer.values.shape[-1])
-    return CachePlan(layer.keys.shape[1], -(-width // HEAD_MULTIPLE) * HEAD_MULTIPLE)
+def _check_one_by_one(options: ExportOptions, model: nn.Module) -> None:
+    if options.prefill_lengths:
+        raise UsageError(
+            f"--prefill-lengths {','.join(map(str, options.prefill_lengths))}: {type(model).__name__} carries states "
+            f"that padding would change, so it is compiled to read one token at a time. Leave it out."
+        )
+
+
+def _check_one_operator(options: ExportOptions, model: nn.Module) -> None:
+    if options.kv_cache == "int8":
+        raise UsageError(
+            f"--kv-cache int8 needs attention that is one operator, and {type(model).__name__} computes its own in "
+            f"ordinary ones. Leave it out."
+        )

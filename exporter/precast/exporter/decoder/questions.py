@@ -10,7 +10,7 @@ from precast.runtime.artifact.schema import Dim, Graph
 
 from ..questions import Question, repeat
 from ..reference import Answer
-from .trace import logits_at
+from .step import cache_argument, logits_at
 
 __all__ = ["answer", "questions", "scored"]
 
@@ -86,10 +86,11 @@ def _logits(model: nn.Module, row: list[int], positions: list[int]) -> Answer:
 
 def _greedy(model: nn.Module, row: list[int], count: int) -> Answer:
     tokens, margins, cache, ids = [], [], None, torch.tensor([row])
+    name = cache_argument(model)
     for _ in range(count):
-        result = model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
+        result = model(input_ids=ids, use_cache=True, return_dict=True, **{name: cache})
         best = result.logits[0, -1].float().topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))
-        cache, ids = result.past_key_values, best.indices[:1][None]
+        cache, ids = result[name], best.indices[:1][None]
     return Answer({"tokens": np.array(tokens)}, np.array(margins))

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Output
-from precast.runtime.errors import ExportError
+from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Output, State
 
-from ..architectures import adapted
+from ..architectures import adapted, traceable
 from ..plan import GraphPlan
 from ..trace import Program, export_program
-from . import hooks
 from .kv_cache import Scales
+from .ordinary import OrdinaryDecoder
 from .plan import DecoderPlan
+from .states import Carried
+from .step import OperatorDecoder
 
-__all__ = ["logits_at", "trace"]
+__all__ = ["trace"]
 
 
 def trace(model: nn.Module, plan: DecoderPlan, scales: Scales | None = None) -> Iterator[Program]:
@@ -28,87 +27,39 @@ def trace(model: nn.Module, plan: DecoderPlan, scales: Scales | None = None) -> 
     return (_trace(model, plan, graph, scales) for graph in plan.graphs)
 
 
-class _Decoder(nn.Module):
-    """The model as one step: tokens and caches in, logits at the asked positions and updated caches out."""
-
-    def __init__(self, model: nn.Module, layers: int, scales: Scales | None) -> None:
-        super().__init__()
-        self.model, self.layers = model, layers
-        self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-
-    def forward(
-        self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        flat = list(self.scales)
-        scales = list(zip(flat[0::2], flat[1::2], strict=True)) or None
-        caches = hooks.Caches(list(zip(past[0::2], past[1::2], strict=True)), past_lengths, new_lengths, scales)
-        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True, "return_dict": True}
-        if self.takes_positions:
-            arguments["position_ids"] = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
-        with hooks.tracing(caches) as cache, logits_at(self.model, logit_positions) as at:
-            logits = at(self.model(past_key_values=cache, **arguments).logits)
-        self._check(caches)
-        return logits, *(tensor for index in range(self.layers) for tensor in caches.present[index])
-
-    def _check(self, caches: hooks.Caches) -> None:
-        if len(caches.present) != self.layers:
-            raise ExportError(
-                f"{type(self.model).__name__} has {self.layers} cached layers but {len(caches.present)} of them call "
-                f"attention through transformers' AttentionInterface. This architecture needs an adapter: see "
-                f"CONTRIBUTING.md, 'Add an architecture'."
-            )
-
-
-@contextmanager
-def logits_at(model: nn.Module, positions: Tensor) -> Iterator[Any]:
-    """Compute logits for `positions` [B, K] only, by picking hidden states before the output embedding.
-
-    Yields what maps the model's logits to [B, K, V]: nothing where the hook picked already, else the picking.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        yield lambda logits: _pick(logits, positions)
-        return
-    handle = head.register_forward_pre_hook(lambda _, args: (_pick(args[0], positions), *args[1:]))
-    try:
-        yield lambda logits: logits
-    finally:
-        handle.remove()
-
-
-def _pick(states: Tensor, positions: Tensor) -> Tensor:
-    """[B, S, X] at [B, K] -> [B, K, X]."""
-    return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[-1]))
-
-
 def _trace(model: nn.Module, plan: DecoderPlan, graph: GraphPlan, scales: Scales | None) -> Program:
-    program = _Decoder(model, len(plan.cache), scales).eval()
-    length, positions, shapes = graph.length, 1, None
+    program = _program(model, plan, scales)
+    length, positions = graph.length, 1
+    shapes: tuple[Any, ...] | None = None
     if isinstance(length, Dim):
         length, positions = min(8, plan.capacity), min(3, plan.capacity)
         free = torch.export.Dim("length", min=1, max=plan.capacity)
         asked = torch.export.Dim("positions", min=1, max=plan.capacity)
-        shapes = ({1: free}, None, None, {1: asked}, [None] * (2 * len(plan.cache)))
+        shapes = ({1: free}, None, None, {1: asked}, [None] * (2 * len(plan.cache)), *([[]] if plan.ordinary else []))
     example = _decoder_example(plan, graph.batch, length, positions)
-    with adapted(model):
+    with traceable(model) if plan.ordinary else adapted(model):
         exported = export_program(program, example, shapes)
-    return Program(_decoder_graph(plan, graph, _windows(exported), _vocabulary(exported)), exported)
+    windows: list[int | None] = [None] * len(plan.cache) if plan.ordinary else _windows(exported)
+    return Program(_decoder_graph(plan, graph, windows, _vocabulary(exported)), exported)
+
+
+def _program(model: nn.Module, plan: DecoderPlan, scales: Scales | None) -> nn.Module:
+    if not plan.ordinary:
+        return OperatorDecoder(model, len(plan.cache), scales).eval()
+    with torch.no_grad():
+        # What code of a checkpoint's own prepares on its first call must be done before it is traced.
+        model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=False)
+    return OrdinaryDecoder(model, plan.ordinary, plan.capacity).eval()
 
 
 def _windows(exported: torch.export.ExportedProgram) -> list[int | None]:
     """The sliding window of each layer, read off the operators; a layer is known by the cache that it takes."""
-    caches = [node for node in exported.graph.nodes if node.op == "placeholder"][-2 * _count(exported) :: 2]
     windows = {
         node.args[3]: node.args[9] if node.args[8] == "window" else None
         for node in exported.graph.nodes
         if node.target is torch.ops.precast.cached_attention.default
     }
-    return [windows[cache] for cache in caches]
-
-
-def _count(exported: torch.export.ExportedProgram) -> int:
-    return sum(node.target is torch.ops.precast.cached_attention.default for node in exported.graph.nodes)
+    return [windows[node] for node in exported.graph.nodes if node.op == "placeholder" and node in windows]
 
 
 def _vocabulary(exported: torch.export.ExportedProgram) -> int:
@@ -128,6 +79,7 @@ def _decoder_example(plan: DecoderPlan, batch: int, length: int, positions: int)
         torch.full((batch,), length, dtype=torch.int32),
         torch.zeros(batch, positions, dtype=torch.int64),
         caches,
+        *([[state.example(batch) for state in plan.states]] if plan.ordinary else []),
     )
 
 
@@ -140,6 +92,7 @@ def _decoder_graph(plan: DecoderPlan, graph: GraphPlan, windows: list[int | None
         for layer in cache
         for name in (layer.key_in, layer.key_out, layer.value_in, layer.value_out)
     }
+    states = [_state(carried, batch) for carried in plan.states]
     pad = plan.pad_token_id
     return Graph(
         name=graph.name,
@@ -158,6 +111,7 @@ def _decoder_graph(plan: DecoderPlan, graph: GraphPlan, windows: list[int | None
                 for layer in cache
                 for name in (layer.key_in, layer.value_in)
             ),
+            *(Input(name=state.name_in, dtype=state.dtype, shape=[*state.shape], pad=0) for state in states),
         ],
         outputs=[
             Output(
@@ -171,8 +125,13 @@ def _decoder_graph(plan: DecoderPlan, graph: GraphPlan, windows: list[int | None
                 for layer in cache
                 for name in (layer.key_out, layer.value_out)
             ),
+            *(
+                Output(name=state.name_out, dtype=state.dtype, shape=[*state.shape], slice=[None] * len(state.shape))
+                for state in states
+            ),
         ],
         cache=cache,
+        states=states,
     )
 
 
@@ -187,4 +146,13 @@ def _cache_layer(plan: DecoderPlan, index: int, window: int | None) -> CacheLaye
         head_dim=plan.cache[index].head_dim,
         dtype=plan.cache_dtype,
         window=window,
+    )
+
+
+def _state(carried: Carried, batch: int) -> State:
+    return State(
+        name_in=f"past_states.{carried.name}",
+        name_out=f"present_states.{carried.name}",
+        shape=[batch, *carried.shape],
+        dtype=carried.dtype,
     )

@@ -1,37 +1,65 @@
-"""Encoders: one graph per compiled length, each a whole forward pass."""
+"""Encoders: one graph per combination of compiled sizes, each a whole forward pass."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import nn
 
-from precast.runtime.artifact.schema import Axis, Dtype, Graph
+from precast.runtime.artifact.schema import Axis, Frames, Graph
 from precast.runtime.artifact.tasks import Task
-from precast.runtime.errors import UsageError
+from precast.runtime.errors import CheckpointError
 
 from ..options import ExportOptions
-from ..plan import GraphPlan, Plan, TensorPlan, check_length, common, run_skeleton
+from ..plan import GraphPlan, Plan, TensorPlan, common, run_skeleton
 from ..resolve import Checkpoint
+from .exact import check_paddable
+from .frames import convolutions_of
+from .inputs import Sizes, example, inputs_of, running_axis, sizes_of
+from .sentences import output_names
 
-__all__ = ["EncoderPlan", "plan"]
+__all__ = ["EncoderGraph", "EncoderPlan", "plan"]
+
+Trials = dict[Axis, tuple[int, int]]
+
+_TRIALS: Trials = {
+    "batch": (2, 3),
+    "texts": (8, 10),
+    "choices": (4, 6),
+    "length": (5, 7),
+    "frames": (31, 44),
+}
+"""Two sizes of each axis, no two pairs alike."""
+
+
+@dataclass(frozen=True)
+class EncoderGraph(GraphPlan):
+    """A graph with the size of each of its axes; `length` is that along which rows are padded, or 0."""
+
+    sizes: Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderPlan(Plan):
-    """One graph per length, each a whole forward pass."""
+    """One graph per combination of sizes."""
 
+    graphs: tuple[EncoderGraph, ...]
     inputs: tuple[TensorPlan, ...]
     outputs: tuple[TensorPlan, ...]
+    frames: Frames | None
 
     def outline(self) -> list[Graph]:
         return [self.describe(graph) for graph in self.graphs]
 
-    def describe(self, graph: GraphPlan) -> Graph:
+    def as_json(self) -> dict[str, Any]:
+        """See Plan; and the inputs' shapes in the last graph, which is the largest."""
+        shapes = {spec.name: spec.shape for spec in self.outline()[-1].inputs}
+        return {**super().as_json(), "inputs": shapes}
+
+    def describe(self, graph: EncoderGraph) -> Graph:
         """The graph in the words of the contract; `file` is the backend's to fill in."""
-        sizes = {"batch": graph.batch, "length": graph.length}
         return Graph(
             name=graph.name,
             role=graph.role,
@@ -39,57 +67,94 @@ class EncoderPlan(Plan):
             batch=graph.batch,
             length=graph.length,
             capacity=0,
-            inputs=[spec.as_input(sizes) for spec in self.inputs],
-            outputs=[spec.as_output(sizes) for spec in self.outputs],
+            inputs=[spec.as_input(graph.sizes) for spec in self.inputs],
+            outputs=[spec.as_output(graph.sizes) for spec in self.outputs],
             cache=[],
+            frames=self.frames,
         )
 
 
 def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> EncoderPlan:
-    """A graph per length. Raises UsageError for missing or impossible shapes."""
-    if missing := [axis for axis in task.axes if not getattr(options, axis)]:
-        flags = " and ".join(f"--{axis.replace('_', '-')} N" for axis in missing)
-        raise UsageError(
-            f"The task {task.name!r} is compiled for fixed shapes: {', '.join(task.axes)}. Add {flags}, for example: "
-            f"precast export {checkpoint.given} --batch-size 1 --sequence-length 128 -o OUT"
-        )
-    if options.prefill_lengths:
-        raise UsageError(f"--prefill-lengths is for decoders; the task {task.name!r} has no prefill.")
-    lengths = tuple(sorted(options.sequence_length))
-    check_length(checkpoint, lengths[-1])
-    batch = options.batch_size or 1
-    names = ["model"] if len(lengths) == 1 else [f"model_{length}" for length in lengths]
+    """A graph per combination of sizes. Raises UsageError for missing or impossible shapes, CheckpointError for a model
+    whose padded rows would not get the answer of the row alone."""
+    check_paddable(model, task)
+    inputs = inputs_of(checkpoint, options, task, model)
+    sizes = sizes_of(checkpoint, options, task, inputs)
+    frames = _frames(checkpoint, task)
+    graphs = _graphs(sizes, running_axis(inputs), frames)
     return EncoderPlan(
         **common(checkpoint, options, task, model),
-        batch_size=batch,
-        lengths=lengths,
-        graphs=tuple(GraphPlan(name, "encode", batch, length) for name, length in zip(names, lengths, strict=True)),
-        inputs=_encoder_inputs(checkpoint, model),
-        outputs=_encoder_outputs(model, task, options.dtype),
+        batch_size=max(graph.batch for graph in graphs),
+        lengths=tuple(sorted({graph.length for graph in graphs if isinstance(graph.length, int)} - {0})),
+        graphs=graphs,
+        frames=frames,
+        inputs=inputs,
+        outputs=_outputs(checkpoint, options, task, model, inputs),
     )
 
 
-def _encoder_inputs(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPlan, ...]:
-    accepted = inspect.signature(model.forward).parameters
-    pads = {"input_ids": checkpoint.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-    if getattr(checkpoint.text_config, "type_vocab_size", 2) < 2:
-        del pads["token_type_ids"]
-    return tuple(TensorPlan(name, "int64", ("batch", "length"), pad) for name, pad in pads.items() if name in accepted)
-
-
-def _encoder_outputs(model: nn.Module, task: Task, dtype: Dtype) -> tuple[TensorPlan, ...]:
-    """Run the weightless model at two sizes: a dimension that follows the batch or the length is that axis."""
-    small, large = (_encoder_shapes(model, task, batch, length) for batch, length in ((2, 5), (3, 7)))
-    axes: dict[tuple[int, int], Axis] = {(2, 3): "batch", (5, 7): "length"}
+def _graphs(sizes: Sequence[Sizes], running: Axis | None, frames: Frames | None) -> tuple[EncoderGraph, ...]:
+    """Graphs are named after the sizes that differ."""
+    differing = [axis for axis in sizes[0] if len({each[axis] for each in sizes}) > 1]
     return tuple(
-        TensorPlan(
-            name, dtype, tuple(a if a == b else axes[a, b] for a, b in zip(small[name], large[name], strict=True))
+        EncoderGraph(
+            name="_".join(["model", *(["x".join(str(each[axis]) for axis in differing)] if differing else [])]),
+            role="encode",
+            batch=each["batch"],
+            length=each[running] if running else 0,
+            sizes={**each, "frames": frames.count(each["samples"])} if "samples" in each and frames else each,
         )
-        for name in task.outputs
+        for each in sizes
     )
 
 
-def _encoder_shapes(model: nn.Module, task: Task, batch: int, length: int) -> dict[str, tuple[int, ...]]:
-    example = {"input_ids": torch.ones(batch, length, dtype=torch.int64, device="meta")}
-    result = run_skeleton(model, task, example)
-    return {name: tuple(result[name].shape) for name in task.outputs}
+def _frames(checkpoint: Checkpoint, task: Task) -> Frames | None:
+    """How samples become frames; None for models that read none.
+
+    SEW pools frames and needs one pool full; an x-vector's deviation takes two of what its own layers leave.
+    """
+    config = checkpoint.config.to_dict()
+    chain = convolutions_of(config)
+    fewest = int(config.get("squeeze_factor", 1))
+    if task.name == "audio-xvector":
+        layers = zip(config["tdnn_kernel"], config["tdnn_dilation"], strict=True)
+        fewest = 2 + sum((kernel - 1) * dilation for kernel, dilation in layers)
+    return chain.as_frames(fewest) if chain.stages or fewest > 1 else None
+
+
+def _outputs(
+    checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module, inputs: Sequence[TensorPlan]
+) -> tuple[TensorPlan, ...]:
+    """Run the weightless model at two sizes: a dimension that follows an axis is that axis."""
+    trials = _trials(checkpoint)
+    sizes = [{axis: pair[index] for axis, pair in trials.items()} for index in (0, 1)]
+    small, large = (run_skeleton(model, task, example(inputs, each, "meta")) for each in sizes)
+    axes = {pair: axis for axis, pair in trials.items()}
+    exact = tuple(axis for spec in inputs for axis in spec.exact)
+    found = []
+    for name in output_names(model, task.outputs):
+        if small.get(name) is None:
+            raise CheckpointError(f"{type(model).__name__} gives no {name!r}, which the task {task.name!r} is about.")
+        pairs = zip(small[name].shape, large[name].shape, strict=True)
+        named = tuple(_axis(model, name, pair, axes) for pair in pairs)
+        found.append(TensorPlan(name, options.dtype, named, exact=exact))
+    return tuple(found)
+
+
+def _trials(checkpoint: Checkpoint) -> Trials:
+    chain = convolutions_of(checkpoint.config.to_dict())
+    if not chain.stages:
+        return _TRIALS
+    small, large = _TRIALS["frames"]
+    return {**_TRIALS, "samples": (chain.samples(small), chain.samples(large))}
+
+
+def _axis(model: nn.Module, name: str, pair: tuple[int, int], axes: dict[tuple[int, int], Axis]) -> int | Axis:
+    if pair[0] == pair[1]:
+        return pair[0]
+    if pair in axes:
+        return axes[pair]
+    raise CheckpointError(
+        f"{type(model).__name__}'s {name!r} grows with its input in a way that precast does not know: from "
+        f"{pair[0]} to {pair[1]}."
+    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..plan import GraphPlan
 from ..trace import Program, export_program
-from .plan import EncoderPlan
+from .exact import padded_exactly
+from .inputs import example
+from .plan import EncoderGraph, EncoderPlan
 
 __all__ = ["trace"]
 
@@ -28,14 +28,13 @@ class _Encoder(nn.Module):
         self.model, self.inputs, self.outputs = model, inputs, outputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        result = self.model(**dict(zip(self.inputs, tensors, strict=True)), return_dict=True)
+        named = dict(zip(self.inputs, tensors, strict=True))
+        with padded_exactly(self.model, named.get("attention_mask")):
+            result = self.model(**named, return_dict=True)
         return tuple(result[name] for name in self.outputs)
 
 
-def _trace(model: nn.Module, plan: EncoderPlan, graph: GraphPlan) -> Program:
-    assert isinstance(graph.length, int), "an encoder's length is static"
-    names = [spec.name for spec in plan.inputs]
-    example = [torch.ones(graph.batch, graph.length, dtype=torch.int64) for _ in names]
-    program = _Encoder(model, names, [output.name for output in plan.outputs]).eval()
-    exported = export_program(program, tuple(example), None)
-    return Program(plan.describe(graph), exported)
+def _trace(model: nn.Module, plan: EncoderPlan, graph: EncoderGraph) -> Program:
+    inputs = example(plan.inputs, graph.sizes)
+    program = _Encoder(model, list(inputs), [output.name for output in plan.outputs]).eval()
+    return Program(plan.describe(graph), export_program(program, tuple(inputs.values()), None))

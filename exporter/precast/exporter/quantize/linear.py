@@ -160,9 +160,17 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., K] -> [..., N]."""
+        return self._times(x, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [N, K], for modelling code that multiplies by it itself, as Mamba's does."""
+        return self._times(torch.eye(self.packed.columns), None).T
+
+    def _times(self, x: Tensor, bias: Tensor | None) -> Tensor:
         it = self.packed
         result: Tensor = quantized_linear(
-            x, it.codes, it.scales, it.zeros, self.bias, it.bits, it.group, it.columns, it.extra
+            x, it.codes, it.scales, it.zeros, bias, it.bits, it.group, it.columns, it.extra
         )
         return result
 

@@ -11,12 +11,14 @@ import msgspec
 
 from ..errors import ArtifactError, FormatError
 from . import strict_json
-from .schema import FORMAT_VERSION, Contract, File, Graph, Variant
+from .schema import FORMAT_VERSION, Contract, File, Graph, Input, State, Variant
 
 __all__ = ["UNLISTED", "Artifact", "contract_digest", "is_artifact", "read_artifact", "render_config"]
 
 KEY = "precast"
 DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
+ENCODER_MASK = "encoder_attention_mask"
+"""An encoder-decoder's input, int64 [batch, positions], that says which encoded positions are no padding."""
 """The first inputs of every decoder graph; its caches follow."""
 UNLISTED = frozenset({"config.json", "README.md", "bench.json", ".gitattributes"})
 """Files that `files` never lists: the contract itself, and what may change without changing the model."""
@@ -123,6 +125,33 @@ def _check(contract: Contract, config: dict[str, Any], path: Path) -> None:
         for graph in variant.graphs:
             if hole := _graph_hole(graph):
                 raise FormatError(f"{path / 'config.json'}: graph {graph.name!r} of variant {variant.name!r} {hole}.")
+            if unfed := _unfed(graph, variant):
+                raise FormatError(
+                    f"{path / 'config.json'}: no encoder of variant {variant.name!r} makes the input {unfed[0]!r} of "
+                    f"graph {graph.name!r}."
+                )
+
+
+def _unfed(graph: Graph, variant: Variant) -> list[str]:
+    """Inputs of a decoder that are neither its own nor made by an encoder that fits."""
+    if graph.role == "encode":
+        return []
+    own = {*DECODER_INPUTS, ENCODER_MASK, *(state.name_in for state in graph.states)}
+    own |= {name for layer in graph.cache for name in (layer.key_in, layer.value_in)}
+    encoders = [each for each in variant.graphs if each.role == "encode"]
+    return [spec.name for spec in graph.inputs if spec.name not in own and not _is_made(spec, encoders)]
+
+
+def _is_made(wanted: Input, encoders: list[Graph]) -> bool:
+    """Does every encoder make it, one row at a time and at most as long as wanted?"""
+    made = [next((spec for spec in graph.outputs if spec.name == wanted.name), None) for graph in encoders]
+    return bool(made) and all(
+        spec is not None
+        and [1, *wanted.shape[1:2], *wanted.shape[3:]] == [*spec.shape[:2], *spec.shape[3:]]
+        and len(spec.shape) == len(wanted.shape) == 4
+        and int(spec.shape[2]) <= int(wanted.shape[2])  # type: ignore[arg-type]
+        for spec in made
+    )
 
 
 def _graph_hole(graph: Graph) -> str | None:
@@ -131,14 +160,20 @@ def _graph_hole(graph: Graph) -> str | None:
     if graph.role == "encode":
         sizes = [graph.length, *(size for spec in graph.outputs for size in spec.shape)]
         return None if all(isinstance(size, int) for size in sizes) else "is an encoder with a free dimension"
-    if [spec.name for spec in graph.inputs[:4]] != list(DECODER_INPUTS) or not graph.cache:
+    if [spec.name for spec in graph.inputs[:4]] != list(DECODER_INPUTS) or not (graph.cache or graph.states):
         return f"is a decoder whose inputs are not {', '.join(DECODER_INPUTS)} and caches"
     if not graph.outputs or len(graph.outputs[0].shape) != 3 or not isinstance(graph.outputs[0].shape[-1], int):
         return "does not give logits [batch, positions, vocabulary] first"
     for layer in graph.cache:
         if not {layer.key_in, layer.value_in} <= given or not {layer.key_out, layer.value_out} <= made:
             return f"lacks the cache tensors of layer {layer.layer}"
-    return None
+    if graph.states and graph.length != 1:
+        return "carries states through several tokens at once"
+    return next((f"lacks {each.name_in}" for each in graph.states if not _is_held(each, given, made)), None)
+
+
+def _is_held(state: State, given: set[str], made: set[str]) -> bool:
+    return state.name_in in given and state.name_out in made
 
 
 def _named(variant: Variant) -> set[str]:

@@ -19,12 +19,14 @@ __all__ = [
     "Contract",
     "Dim",
     "File",
+    "Frames",
     "Graph",
     "Host",
     "Input",
     "Output",
     "Shapes",
     "Source",
+    "State",
     "Variant",
 ]
 
@@ -38,7 +40,7 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 _PATH = r"^[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*\Z"
 Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=_PATH)]
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
-Axis = Literal["batch", "length", "positions", "choices", "samples", "frames"]
+Axis = Literal["batch", "texts", "length", "positions", "choices", "samples", "frames"]
 Role = Literal["encode", "prefill", "decode", "decoder", "verify"]
 Trust = Literal["data", "graph", "native"]
 
@@ -89,8 +91,32 @@ class CacheLayer(_Closed, frozen=True, kw_only=True):
     window: Size | None
 
 
-class Graph(_Closed, frozen=True, kw_only=True):
-    """One compiled graph. `length` is its query (or sequence) length, `capacity` that of its cache (0: no cache)."""
+class State(_Closed, frozen=True, kw_only=True):
+    """A state of fixed size that a row carries from token to token, zero before its first. `shape` begins with the
+    batch. Such a graph takes one token per row, and what goes in and what comes out have memory of their own."""
+
+    name_in: Name
+    name_out: Name
+    shape: list[Size]
+    dtype: Dtype
+
+
+class Frames(_Closed, frozen=True, kw_only=True):
+    """Frames of sound: the first looks at `size` samples, each further one is a `step` on. An answer takes at least
+    `fewest` of them."""
+
+    size: Size
+    step: Size
+    fewest: Size
+
+    def count(self, samples: int) -> int:
+        """The frames of so many samples."""
+        return max(0, (samples - self.size) // self.step + 1)
+
+
+class Graph(_Closed, frozen=True, kw_only=True, omit_defaults=True):
+    """One compiled graph. `length` is its query (or sequence) length, in tokens or samples, `capacity` that of its
+    cache (0: no cache). `frames` says how many frames its outputs have of so many samples."""
 
     name: Name
     role: Role
@@ -101,6 +127,8 @@ class Graph(_Closed, frozen=True, kw_only=True):
     inputs: list[Input]
     outputs: list[Output]
     cache: list[CacheLayer]
+    frames: Frames | None = None
+    states: list[State] = []
 
 
 class Host(_Closed, frozen=True, kw_only=True):

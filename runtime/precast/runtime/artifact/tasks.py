@@ -3,47 +3,127 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import UsageError
 
-__all__ = ["TASKS", "Task", "get_task"]
+__all__ = ["ROWS", "TASKS", "Task", "get_task", "kind_of_roles", "tasks_named"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """`kind` says how the model is traced and run; `axes` are the static shapes that an export must be given; `outputs`
-    are the fields of the model's answer that are kept, by transformers' names."""
+    """One thing that models are for.
+
+    Attributes:
+        name: as optimum's TasksManager spells it.
+        kind: how the model is traced and run: "encoder", "decoder" or "seq2seq". One name may have rows of several
+            kinds; the checkpoint's class decides at export, the graphs' roles at run time.
+        auto: the class of transformers that loads a model for it.
+        axes: the static shapes that every export must be given, as ExportOptions names them. What a model's own inputs
+            need in addition (sequence_length for text, audio_sequence_length for sound) the plan finds out.
+        outputs: the fields of the model's answer that are kept, by transformers' names.
+        model_class: what runs it, as `module:class`.
+    """
 
     name: str
     kind: str
+    auto: str
     axes: tuple[str, ...]
     outputs: tuple[str, ...]
     model_class: str
 
 
-_ENCODER_AXES = ("batch_size", "sequence_length")
+_ANY = ("batch_size",)
+_TEXT = ("batch_size", "sequence_length")
+_CHOICES = ("batch_size", "num_choices", "sequence_length")
+_AUDIO = ("batch_size", "audio_sequence_length")
+_PAIRS = ("batch_size", "text_batch_size")
+_LOGITS = ("logits",)
 
-_ENCODER = "precast.runtime.encoder:CompiledModelFor"
 
-_ROWS = (
-    Task("feature-extraction", "encoder", _ENCODER_AXES, ("last_hidden_state",), _ENCODER + "FeatureExtraction"),
-    Task("fill-mask", "encoder", _ENCODER_AXES, ("logits",), _ENCODER + "MaskedLM"),
-    Task("text-classification", "encoder", _ENCODER_AXES, ("logits",), _ENCODER + "SequenceClassification"),
-    Task("token-classification", "encoder", _ENCODER_AXES, ("logits",), _ENCODER + "TokenClassification"),
-    Task(
-        "question-answering", "encoder", _ENCODER_AXES, ("start_logits", "end_logits"), _ENCODER + "QuestionAnswering"
+def _encoder(name: str, auto: str, model_class: str, axes: tuple[str, ...], outputs: tuple[str, ...] = _LOGITS) -> Task:
+    return Task(name, "encoder", f"AutoModel{auto}", axes, outputs, f"precast.runtime.{model_class}")
+
+
+# Where a class is for several tasks, the first is the one that is inferred.
+ROWS = (
+    _encoder(
+        "zero-shot-image-classification", "ForZeroShotImageClassification",
+        "vision:CompiledModelForZeroShotImageClassification", _PAIRS,
+        ("logits_per_image", "image_embeds", "text_embeds"),
     ),
-    Task("text-generation", "decoder", (), ("logits",), "precast.runtime.decoder:CompiledModelForCausalLM"),
-)
+    _encoder(
+        "feature-extraction", "", "encoder:CompiledModelForFeatureExtraction", _ANY, ("last_hidden_state",)
+    ),
+    _encoder("fill-mask", "ForMaskedLM", "encoder:CompiledModelForMaskedLM", _TEXT),
+    _encoder(
+        "text-classification", "ForSequenceClassification", "encoder:CompiledModelForSequenceClassification", _TEXT
+    ),
+    _encoder(
+        "token-classification", "ForTokenClassification", "encoder:CompiledModelForTokenClassification", _TEXT
+    ),
+    _encoder(
+        "question-answering", "ForQuestionAnswering", "encoder:CompiledModelForQuestionAnswering", _TEXT,
+        ("start_logits", "end_logits"),
+    ),
+    _encoder("multiple-choice", "ForMultipleChoice", "encoder:CompiledModelForMultipleChoice", _CHOICES),
+    _encoder("image-classification", "ForImageClassification", "vision:CompiledModelForImageClassification", _ANY),
+    _encoder(
+        "semantic-segmentation", "ForSemanticSegmentation", "vision:CompiledModelForSemanticSegmentation", _ANY
+    ),
+    _encoder(
+        "object-detection", "ForObjectDetection", "vision:CompiledModelForObjectDetection", _ANY,
+        ("logits", "pred_boxes"),
+    ),
+    _encoder("audio-classification", "ForAudioClassification", "audio:CompiledModelForAudioClassification", _ANY),
+    _encoder("automatic-speech-recognition", "ForCTC", "audio:CompiledModelForCTC", _AUDIO),
+    _encoder(
+        "audio-frame-classification", "ForAudioFrameClassification",
+        "audio:CompiledModelForAudioFrameClassification", _AUDIO,
+    ),
+    _encoder("audio-xvector", "ForAudioXVector", "audio:CompiledModelForXVector", _AUDIO, ("logits", "embeddings")),
+    Task(
+        "text-generation", "decoder", "AutoModelForCausalLM", (), _LOGITS,
+        "precast.runtime.decoder:CompiledModelForCausalLM",
+    ),
+    Task(
+        "text2text-generation", "seq2seq", "AutoModelForSeq2SeqLM", ("sequence_length",), _LOGITS,
+        "precast.runtime.seq2seq:CompiledModelForSeq2SeqLM",
+    ),
+    Task(
+        "automatic-speech-recognition", "seq2seq", "AutoModelForSpeechSeq2Seq", (), _LOGITS,
+        "precast.runtime.speech:CompiledModelForSpeechSeq2Seq",
+    ),
+)  # fmt: skip
 
-TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
+TASKS: dict[str, Task] = {}
+for _row in ROWS:
+    TASKS.setdefault(_row.name, _row)
 
 
-def get_task(name: str) -> Task:
-    """The row of task `name`. Raises UsageError, which lists the valid names."""
+_ALIASES = dict.fromkeys(["translation", "summarization"], "text2text-generation")
+
+
+def get_task(name: str, kind: str | None = None) -> Task:
+    """The row of task `name`, of the given kind where it has several. Raises UsageError, which lists the names."""
+    name = _ALIASES.get(name, name)
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UsageError(f"There is no task {name!r}.{hint} The tasks are: {', '.join(TASKS)}.")
-    return TASKS[name]
+    rows = tasks_named(name)
+    return next((row for row in rows if row.kind == kind), rows[0])
+
+
+def tasks_named(name: str) -> list[Task]:
+    """All rows of a name, one per kind of model that does it; none for an unknown name."""
+    return [row for row in ROWS if row.name == _ALIASES.get(name, name)]
+
+
+def kind_of_roles(roles: Iterable[str]) -> str:
+    """The kind of model whose graphs have these roles."""
+    found = set(roles)
+    if "encode" not in found:
+        return "decoder"
+    return "encoder" if found == {"encode"} else "seq2seq"

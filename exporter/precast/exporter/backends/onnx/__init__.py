@@ -12,7 +12,7 @@ from precast.runtime.artifact.schema import Compiler, Graph, Host
 
 from ...trace import Program
 from .. import Compiled
-from .lowering import lower
+from .lowering import lower, quiet
 from .passes import optimize
 from .weights import save
 
@@ -27,7 +27,8 @@ class OnnxCompiler:
         graphs, models = [], []
         for program in programs:
             model = lower(program)
-            optimize(model, program.graph)
+            with quiet():
+                optimize(model, program.graph)
             models.append(model)
             graphs.append(msgspec.structs.replace(program.graph, file=f"{program.graph.name}.onnx"))
         weights = save(models, [stage / graph.file for graph in graphs], stage / "model.onnx.data")

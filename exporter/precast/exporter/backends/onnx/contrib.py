@@ -23,7 +23,7 @@ _INT, _FLOAT, _STRING = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT, OpSchema
 @cache
 def microsoft() -> Any:
     """The opset `com.microsoft` 1, with our schemas registered."""
-    for schema in (_group_query_attention(), _matmul_nbits(), _gather_block_quantized()):
+    for schema in (_group_query_attention(), _multi_head_attention(), _matmul_nbits(), _gather_block_quantized()):
         onnx.defs.register_schema(schema)
     return Opset(_DOMAIN, 1)
 
@@ -57,6 +57,25 @@ def _group_query_attention() -> OpSchema:
             *(OpSchema.Attribute(name, _FLOAT, required=False) for name in ("scale", "softcap")),
             *(OpSchema.Attribute(name, _INT, required=False) for name in ("local_window_size", "kv_cache_bit_width")),
             *(OpSchema.Attribute(name, _STRING, required=False) for name in ("k_quant_type", "v_quant_type")),
+        ],
+    )
+
+
+def _multi_head_attention() -> OpSchema:
+    return OpSchema(
+        "MultiHeadAttention",
+        _DOMAIN,
+        1,
+        inputs=[
+            *(_parameter(name, "T") for name in ("query", "key", "value")),
+            _parameter("bias", "T", _OPTIONAL),
+            _parameter("key_padding_mask", "M", _OPTIONAL),
+        ],
+        outputs=[_parameter("output", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], ""), ("M", ["tensor(int32)"], "")],
+        attributes=[
+            OpSchema.Attribute("num_heads", _INT, required=True),
+            OpSchema.Attribute("scale", _FLOAT, required=False),
         ],
     )
 

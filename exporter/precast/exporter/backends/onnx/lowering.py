@@ -10,25 +10,24 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import INT32
+from onnxscript import FLOAT, INT32, INT64
 from onnxscript import opset20 as op
 
 from precast.runtime.artifact.schema import Graph
-from precast.runtime.errors import ExportError
 
 from ...decoder import attention  # noqa: F401  (registers an operator that is lowered here)
 from ...quantize import linear  # noqa: F401  (registers the others)
 from ...trace import Program
 from .contrib import microsoft
 
-__all__ = ["lower"]
+__all__ = ["lower", "quiet"]
 
 OPSET = 20
 
 
 def lower(program: Program) -> ir.Model:
     """Convert to ONNX with the graph's own input and output names. Raises ExportError."""
-    with _quiet():
+    with quiet():
         converted = torch.onnx.export(
             program.exported,
             (),
@@ -37,6 +36,7 @@ def lower(program: Program) -> ir.Model:
             opset_version=OPSET,
             custom_translation_table={
                 torch.ops.precast.cached_attention.default: _attention_for(program.graph),
+                torch.ops.precast.cross_attention.default: _cross_attention,
                 torch.ops.precast.quantized_linear.default: _quantized_linear,
                 torch.ops.precast.quantized_embedding.default: _quantized_embedding,
             },
@@ -52,6 +52,7 @@ def _attention_for(graph: Graph) -> Any:
     def cached_attention(  # type: ignore[no-untyped-def]
         q, k, v, k_cache, v_cache, past_lengths, new_lengths,
         scale: float, mask: str, window: int, softcap: float, sinks=None, slopes=None, k_scales=None, v_scales=None,
+        bias=None,
     ):  # fmt: skip
         """`GroupQueryAttention` of com.microsoft.
 
@@ -60,19 +61,22 @@ def _attention_for(graph: Graph) -> Any:
         query's own included, as transformers' sliding_window does.
         """
         bounded = mask != "causal" and window < graph.capacity
-        if slopes is not None or (bounded and mask == "chunk"):
-            what = "ALiBi slopes" if slopes is not None else f"chunks of {window} below the capacity {graph.capacity}"
-            raise ExportError(f"The onnx backend cannot compile attention with {what} yet.")
         length = op.Cast(op.Shape(q, start=2, end=3), to=INT32.dtype)
         total = op.Squeeze(op.Add(op.ReduceMax(past_lengths, keepdims=1), length))
         last = op.Sub(op.Add(past_lengths, new_lengths), op.Constant(value=ir.tensor([1], ir.DataType.INT32)))
         options: dict[str, Any] = {"softcap": softcap} if softcap else {}
-        if bounded:
+        if bias is not None:
+            bias = _up_to(bias, total)
+        if slopes is not None:
+            bias = _sum(bias, _slope_bias(slopes, length, total))
+        if bounded and mask == "chunk":
+            bias = _sum(bias, _chunk_bias(past_lengths, length, total, window))
+        elif bounded:
             options["local_window_size"] = window
         if k_scales is not None:
             options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         output, k_new, v_new = microsoft().GroupQueryAttention(
-            _merge(q), _merge(k), _merge(v), k_cache, v_cache, last, total, None, None, None, None, sinks,
+            _merge(q), _merge(k), _merge(v), k_cache, v_cache, last, total, None, None, None, bias, sinks,
             k_scales, v_scales,
             num_heads=q.shape[1], kv_num_heads=k.shape[1], scale=scale, **options,
         )  # fmt: skip
@@ -80,6 +84,51 @@ def _attention_for(graph: Graph) -> Any:
         return op.Transpose(op.Reshape(output, split), perm=[0, 2, 1, 3]), k_new, v_new
 
     return cached_attention
+
+
+def _cross_attention(q, k, v, mask, scale: float):  # type: ignore[no-untyped-def]
+    """`MultiHeadAttention`, which takes keys and values [B, H, L, D] as they are."""
+    padding = None if mask is None else op.Cast(mask, to=INT32.dtype)
+    output = microsoft().MultiHeadAttention(_merge(q), k, v, None, padding, num_heads=q.shape[1], scale=scale)
+    split = op.Constant(value_ints=[0, 0, q.shape[1], v.shape[3]])
+    return op.Transpose(op.Reshape(output, split), perm=[0, 2, 1, 3])
+
+
+def _sum(one: Any, other: Any) -> Any:
+    return other if one is None else op.Add(one, other)
+
+
+def _up_to(bias: Any, total: Any) -> Any:
+    """[..., C] -> [..., T]: the part over the cache's rows that hold something."""
+    end = op.Cast(op.Reshape(total, op.Constant(value_ints=[1])), to=INT64.dtype)
+    return op.Slice(bias, op.Constant(value_ints=[0]), end, op.Constant(value_ints=[3]))
+
+
+def _slope_bias(slopes: Any, length: Any, total: Any) -> Any:
+    """[1, H, S, T]: slope times the key's distance from the last key. What the operator means is the distance from the
+    query, but softmax does not see what a query adds to all of its keys alike."""
+    distance = op.Cast(op.Sub(_count(total), op.Sub(total, _int32(1))), to=FLOAT.dtype)
+    by_head = op.Mul(op.Reshape(slopes, op.Constant(value_ints=[1, -1, 1, 1])), distance)
+    one = op.Constant(value_ints=[1])
+    return op.Expand(by_head, op.Concat(one, one, op.Cast(length, to=INT64.dtype), one, axis=0))
+
+
+def _chunk_bias(past_lengths: Any, length: Any, total: Any, chunk: int) -> Any:
+    """[B, 1, S, T]: 0 for keys of the query's own chunk, else the lowest number."""
+    first = op.Reshape(past_lengths, op.Constant(value_ints=[-1, 1, 1, 1]))
+    steps = op.Reshape(_count(op.Squeeze(length)), op.Constant(value_ints=[1, 1, -1, 1]))
+    is_seen = op.Equal(op.Div(_count(total), _int32(chunk)), op.Div(op.Add(first, steps), _int32(chunk)))
+    lowest = op.Constant(value=ir.tensor(torch.finfo(torch.float32).min, ir.DataType.FLOAT))
+    return op.Where(is_seen, op.Constant(value=ir.tensor(0.0, ir.DataType.FLOAT)), lowest)
+
+
+def _count(limit: Any) -> Any:
+    """int32 0, 1, ... up to a scalar."""
+    return op.Range(_int32(0), limit, _int32(1))
+
+
+def _int32(value: int) -> Any:
+    return op.Constant(value=ir.tensor(value, ir.DataType.INT32))
 
 
 INT8_ACTIVATIONS = 4
@@ -119,7 +168,7 @@ def _merge(x: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.onnx and its helpers talk about their own internals; what matters to the user we say ourselves."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]

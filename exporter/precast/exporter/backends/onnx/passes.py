@@ -7,6 +7,7 @@ from onnx_ir.passes import common
 
 from precast.runtime.artifact.schema import Graph
 
+from .matmuls import SplitBatchTransposes
 from .rotary import FoldRotary
 from .siblings import PackSiblings
 
@@ -19,6 +20,7 @@ def optimize(model: ir.Model, graph: Graph) -> None:
 
     fuse_for_onnxruntime(model, "cpu")
     for each in (
+        SplitBatchTransposes(),
         RemoveIdleReshapes(),
         PackSiblings(),
         FoldRotary(graph),

@@ -1,0 +1,34 @@
+"""BLOOM: attention with ALiBi, written out in each layer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes, dropout_add
+
+from ..decoder.hooks import attend
+from .swap import replaced
+
+__all__ = ["adapted"]
+
+
+def adapted(model: nn.Module) -> AbstractContextManager[Any]:
+    """Replace the attention of every layer."""
+    return replaced(model, BloomAttention, "forward", _attention)
+
+
+def _attention(layer: Any) -> Any:
+    slopes = _get_alibi_slopes(layer.num_heads, torch.device("cpu"))
+
+    def attention(
+        hidden_states: Tensor, residual: Tensor, *, layer_past: Any, **_: Any
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        query, key, value = layer._reshape(layer.query_key_value(hidden_states))
+        key, value = layer_past.update(key, value, layer.layer_idx)
+        output = attend(query, key, value, scale=layer.inv_norm_factor, slopes=slopes)
+        return dropout_add(layer.dense(output.transpose(1, 2).flatten(2)), residual, 0.0, False), None
+
+    return attention

@@ -1,0 +1,77 @@
+"""A decoder as one step: tokens and caches in, logits at the asked positions and updated caches out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precast.runtime.errors import ExportError
+
+from . import hooks
+from .kv_cache import Scales
+
+__all__ = ["OperatorDecoder", "cache_argument", "logits_at"]
+
+
+class OperatorDecoder(nn.Module):
+    """The model as one step, its attention in one operator per layer. `scales` are those of caches in int8."""
+
+    def __init__(self, model: nn.Module, layers: int, scales: Scales | None) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+        self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        flat = list(self.scales)
+        scales = list(zip(flat[0::2], flat[1::2], strict=True)) or None
+        caches = hooks.Caches(list(zip(past[0::2], past[1::2], strict=True)), past_lengths, new_lengths, scales)
+        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True, "return_dict": True}
+        if self.takes_positions:
+            arguments["position_ids"] = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
+        with hooks.tracing(caches) as cache, logits_at(self.model, logit_positions) as at:
+            logits = at(self.model(past_key_values=cache, **arguments).logits)
+        self._check(caches)
+        return logits, *(tensor for index in range(self.layers) for tensor in caches.present[index])
+
+    def _check(self, caches: hooks.Caches) -> None:
+        if len(caches.present) != self.layers:
+            raise ExportError(
+                f"{type(self.model).__name__} has {self.layers} cached layers but {len(caches.present)} of them call "
+                f"attention through transformers' AttentionInterface. This architecture needs an adapter: see "
+                f"CONTRIBUTING.md, 'Add an architecture'."
+            )
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the model calls the cache that it takes and returns."""
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+@contextmanager
+def logits_at(model: nn.Module, positions: Tensor) -> Iterator[Any]:
+    """Compute logits for `positions` [B, K] only, by picking hidden states before the output embedding.
+
+    Yields what maps the model's logits to [B, K, V]: nothing where the hook picked already, else the picking.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        yield lambda logits: _pick(logits, positions)
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (_pick(args[0], positions), *args[1:]))
+    try:
+        yield lambda logits: logits
+    finally:
+        handle.remove()
+
+
+def _pick(states: Tensor, positions: Tensor) -> Tensor:
+    """[B, S, X] at [B, K] -> [B, K, X]."""
+    return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[-1]))

@@ -1,0 +1,245 @@
+"""Padded rows get the answer of the row alone, also from layers that look beside them.
+
+transformers masks attention. Convolutions along the sequence, norms and statistics over time read padding all the same,
+so that there a padded row's answer depends on how far it is padded. While a model is traced its layers are given what
+they would see without padding: zeros beyond the end, means over what is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precast.runtime.artifact.tasks import Task
+from precast.runtime.errors import CheckpointError
+
+from .frames import Convolutions, convolutions_of
+
+__all__ = ["check_paddable", "padded_exactly"]
+
+
+class _Real:
+    """Which positions are real: of the input, and of what each convolution makes of it.
+
+    A position is known by how long its tensor is, since every stage is shorter than the one before.
+    """
+
+    def __init__(self, mask: Tensor, chain: Convolutions) -> None:
+        mask = mask.reshape(-1, mask.shape[-1])
+        self.masks = {mask.shape[-1]: mask.bool()}
+        length, counts = mask.shape[-1], mask.sum(-1)
+        for kernel, stride in chain.stages:
+            length = (length - kernel) // stride + 1
+            counts = torch.div(counts - kernel, stride, rounding_mode="floor") + 1
+            self.masks[length] = self.first(counts, length)
+        self.counts = counts
+
+    @staticmethod
+    def first(counts: Tensor, length: int) -> Tensor:
+        """bool [B, length]: the first `counts` [B] of each row."""
+        return torch.arange(length)[None] < counts[:, None]
+
+    def at(self, length: int) -> Tensor | None:
+        """bool [B, length]; None where no stage is so long."""
+        return self.masks.get(length)
+
+
+@contextmanager
+def padded_exactly(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
+    """For as long as this lasts, `model` answers each row as without its padding, which `mask` [B, …, L] names."""
+    with ExitStack() as stack:
+        if mask is not None:
+            real = _Real(mask, convolutions_of(model.config.to_dict()))  # type: ignore[operator, union-attr]
+            for module in model.modules():
+                for rule in _RULES:
+                    for undo in rule(module, real):
+                        stack.callback(undo)
+        yield
+
+
+Undo = Callable[[], None]
+
+
+def _convolution(module: nn.Module, real: _Real) -> Iterator[Undo]:
+    """Padding is zeros to a convolution that pads with zeros."""
+    if not isinstance(module, nn.Conv1d) or module.padding in ("valid", (0,)):
+        return
+
+    def silence(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        mask = real.at(args[0].shape[-1])
+        return None if mask is None else (args[0] * mask[:, None],)
+
+    yield module.register_forward_pre_hook(silence).remove
+
+
+def _group_norm(module: nn.Module, real: _Real) -> Iterator[Undo]:
+    """Mean and variance over real time only."""
+    if not isinstance(module, nn.GroupNorm):
+        return
+
+    def normalize(norm: nn.GroupNorm, args: tuple[Tensor], usual: Tensor) -> Tensor:
+        mask = real.at(args[0].shape[-1]) if args[0].ndim == 3 else None
+        return usual if mask is None else _masked_group_norm(norm, args[0], mask)
+
+    yield module.register_forward_hook(normalize).remove
+
+
+def _masked_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor) -> Tensor:
+    """`nn.GroupNorm` of x [B, C, T] over the frames in mask [B, T]."""
+    groups = x.reshape(len(x), norm.num_groups, -1, x.shape[-1])
+    weights = mask[:, None, None].to(x.dtype)
+    count = weights.sum(-1, keepdim=True) * groups.shape[2]
+    centred = (groups - (groups * weights).sum((2, 3), keepdim=True) / count) * weights
+    variance = (centred * centred).sum((2, 3), keepdim=True) / count
+    found = (centred / torch.sqrt(variance + norm.eps)).reshape(x.shape)
+    return found * norm.weight[:, None] + norm.bias[:, None]
+
+
+def _frame_mask(module: Any, real: _Real) -> Iterator[Undo]:
+    """The mask of frames without writing at computed places, which graphs do slowly."""
+    if "_get_feature_vector_attention_mask" not in dir(module) or not convolutions_of(module.config.to_dict()).stages:
+        return
+    module._get_feature_vector_attention_mask = lambda length, mask, add_adapter=None: real.at(length)
+    yield lambda: delattr(module, "_get_feature_vector_attention_mask")
+
+
+def _statistics(module: Any, real: _Real) -> Iterator[Undo]:
+    """An x-vector's mean and standard deviation over real frames only.
+
+    transformers loops over rows of lengths that it looks up, and counts frames of dilated layers as if they were not.
+    """
+    if not hasattr(module, "tdnn"):
+        return
+    seen: dict[str, Tensor] = {}
+    lost = sum((layer.kernel_size - 1) * layer.dilation for layer in module.tdnn)
+
+    def keep_mask(_: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+        seen["mask"] = named.pop("attention_mask")
+        return args, named
+
+    def give_mask(_: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+        return args, {**named, "attention_mask": seen["mask"]}
+
+    def keep_states(_: nn.Module, args: Any, states: Tensor) -> None:
+        seen["states"] = states
+
+    def pool(_: nn.Module, args: Any) -> tuple[Tensor]:
+        states = seen["states"]
+        return (_mean_and_deviation(states, real.first(real.counts - lost, states.shape[1])),)
+
+    yield module.register_forward_pre_hook(keep_mask, with_kwargs=True).remove
+    yield module.base_model.register_forward_pre_hook(give_mask, with_kwargs=True).remove
+    yield module.tdnn[-1].register_forward_hook(keep_states).remove
+    yield module.feature_extractor.register_forward_pre_hook(pool).remove
+
+
+def _mean_and_deviation(states: Tensor, mask: Tensor) -> Tensor:
+    """states [B, T, D] over mask [B, T] -> [B, 2 D]; the deviation is torch's, which divides by one less."""
+    weights = mask[:, :, None].to(states.dtype)
+    count = weights.sum(1)
+    mean = (states * weights).sum(1) / count
+    centred = (states - mean[:, None]) * weights
+    return torch.cat([mean, torch.sqrt((centred * centred).sum(1) / (count - 1))], -1)
+
+
+def _named_layers(module: nn.Module, real: _Real) -> Iterator[Undo]:
+    rule = _BY_CLASS.get(type(module).__name__)
+    if rule is not None:
+        yield from rule(module, real)
+
+
+def _silenced(module: nn.Module, real: _Real) -> Undo:
+    """What `module` gives, [B, L, D], is zero at padding."""
+
+    def silence(_: nn.Module, args: Any, result: Tensor) -> Tensor:
+        mask = real.at(result.shape[1])
+        return result if mask is None else result * mask[:, :, None]
+
+    return module.register_forward_hook(silence).remove
+
+
+def _convbert(module: Any, real: _Real) -> Iterator[Undo]:
+    """Its spans are cut from a projection with zeros on both sides."""
+    yield _silenced(module.conv_out_layer, real)
+
+
+def _mobilebert(module: Any, real: _Real) -> Iterator[Undo]:
+    """Each position's embedding is joined with both neighbours'."""
+    yield _silenced(module.word_embeddings, real)
+
+
+def _nystromformer(module: Any, real: _Real) -> Iterator[Undo]:
+    """A convolution along the values, [B, heads, L, D]."""
+
+    def silence(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        mask = real.at(args[0].shape[2])
+        return None if mask is None else (args[0] * mask[:, None, :, None],)
+
+    yield module.conv.register_forward_pre_hook(silence).remove
+
+
+def _summary(module: Any, real: _Real) -> Iterator[Undo]:
+    """The last position's state, or the mean of all, is that of the last real one, or of all real ones."""
+    if module.summary_type not in ("last", "mean"):
+        return
+
+    def summarize(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        mask = real.at(args[0].shape[1])
+        if mask is None:
+            return None
+        weights = mask.to(args[0].dtype)
+        if module.summary_type == "last":
+            after = torch.arange(1, args[0].shape[1] + 1)
+            weights = nn.functional.one_hot((mask * after).argmax(1), args[0].shape[1]).to(args[0].dtype)
+        return (weights[:, None] @ args[0] / weights.sum(1)[:, None, None], *args[1:])
+
+    yield module.register_forward_pre_hook(summarize).remove
+
+
+def _sew(module: Any, real: _Real) -> Iterator[Undo]:
+    """Frames are pooled by a factor and spread again. What is left over of a row is dropped, then zero."""
+    factor = module.config.squeeze_factor
+    whole = real.counts // factor
+
+    def mask_attention(_: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+        keep = real.first(whole, args[0].shape[1])[:, None, None]
+        lowest = torch.finfo(args[0].dtype).min
+        return args, {**named, "attention_mask": torch.where(keep, 0.0, lowest)}
+
+    def drop_rest(_: nn.Module, args: Any, result: Any) -> Any:
+        states = result.last_hidden_state
+        result.last_hidden_state = states * real.first(whole * factor, states.shape[1])[:, :, None]
+        return result
+
+    for layer in module.layers:
+        yield layer.register_forward_pre_hook(mask_attention, with_kwargs=True).remove
+    yield module.register_forward_hook(drop_rest).remove
+
+
+_BY_CLASS: dict[str, Callable[[Any, _Real], Iterator[Undo]]] = {
+    "ConvBertSelfAttention": _convbert,
+    "MobileBertEmbeddings": _mobilebert,
+    "NystromformerSelfAttention": _nystromformer,
+    "SEWEncoder": _sew,
+    **{
+        f"{prefix}SequenceSummary": _summary
+        for prefix in ("ConvBert", "Electra", "Flaubert", "RoFormer", "XLM", "XLNet")
+    },
+}
+
+_RULES = (_convolution, _group_norm, _frame_mask, _statistics, _named_layers)
+
+
+def check_paddable(model: nn.Module, task: Task) -> None:
+    """Raise CheckpointError for a model whose answer to a row depends on how it is padded, whatever is masked."""
+    config: Any = model.config
+    if config.model_type == "nystromformer" and config.num_landmarks != config.segment_means_seq_len:
+        raise CheckpointError(
+            f"This nystromformer approximates attention by {config.num_landmarks} means over "
+            f"{config.segment_means_seq_len} positions, padding among them; only models with as many landmarks as "
+            f"positions can be compiled for {task.name}."
+        )

@@ -1,0 +1,295 @@
+"""What all models that generate have in common: requests in groups, step by step, over one session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact
+from .artifact.schema import Variant
+from .beams import Beams
+from .engines import Engine
+from .errors import ArtifactError, InputError, PrecastError
+from .generation import GenerationConfig
+from .lookup import Lookup
+from .model import CompiledModel
+from .request import Ends, Request
+from .sampling import Processor, Processors, Sampler
+from .session import Session
+from .tensors import ModelOutput, like
+
+__all__ = ["Generation", "GenerativeModel", "check_streamer"]
+
+Array = np.ndarray[Any, Any]
+
+
+class Generation:
+    """One call's settings: the caller's own `processors`, `criteria` and `streamer`, and `count` new tokens at most."""
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        count: int,
+        processors: Sequence[Processor] | None = None,
+        criteria: Sequence[Any] | None = None,
+        streamer: Any = None,
+    ) -> None:
+        self.config, self.count, self.streamer = config, count, streamer
+        self.processors, self.criteria = processors or (), criteria or ()
+
+    @property
+    def width(self) -> int:
+        """Rows that a prompt takes."""
+        return max(self.config.beams, self.config.num_return_sequences or 1)
+
+
+class GenerativeModel(CompiledModel):
+    """A model with a key/value cache of fixed capacity, which continues rows of tokens."""
+
+    def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
+        super().__init__(artifact, variant, engine)
+        self._session = Session(engine, [graph for graph in variant.graphs if graph.role != "encode"])
+        # Which call the caches belong to; a stream that finds another number has lost them.
+        self._owner = 0
+
+    def reset(self) -> None:
+        """Forget the tokens of earlier calls, so that the next one computes all of its prompt."""
+        with self._lock:
+            self._owner += 1
+            self._session.reset()
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What the artifact's generation_config.json says."""
+        return GenerationConfig.of(self._generation_file, "generation_config.json")
+
+    @cached_property
+    def _generation_file(self) -> dict[str, Any]:
+        path = self.artifact.path / "generation_config.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
+        return found
+
+    def _attend(self, contexts: Sequence[Any], width: int) -> None:
+        """Make ready for prompts that belong to `contexts`, each with `width` rows."""
+
+    def _finished(self, tokens: list[int], config: GenerationConfig) -> list[int]:
+        """What the caller gets of an answer."""
+        return tokens
+
+    def _source(self, context: Any) -> Array | None:
+        """The tokens of a context, where it has any."""
+        return None
+
+    def _answer(
+        self, given: Any, prompts: list[Array], contexts: Sequence[Any], asked: Generation, front: Array
+    ) -> Any:
+        """Continue `prompts` and put `front` [prompts, length], what the caller sees of them, before each answer."""
+        found: list[list[int]] = []
+        scores: list[float] = []
+        with self._lock:
+            for part in self._groups(len(prompts), asked.width):
+                group = prompts[part], contexts[part], asked
+                if asked.config.beams > 1:
+                    best = self._search(*group)
+                    scores += [score for score, _ in best]
+                    found += [tokens for _, tokens in best]
+                else:
+                    found += self._continue(*group, part.start * asked.width)
+        if asked.streamer is not None:
+            asked.streamer.end()
+        count = asked.config.num_return_sequences or 1
+        answers = [self._finished(tokens, asked.config) for tokens in found]
+        sequences = like(given, _assemble(np.repeat(front, count, 0), answers, asked.config))
+        if not asked.config.return_dict_in_generate:
+            return sequences
+        outputs = {"sequences": sequences}
+        if asked.config.output_scores:
+            outputs["sequences_scores"] = like(given, np.array(scores, np.float32))
+        return ModelOutput(outputs)
+
+    def _groups(self, count: int, width: int) -> list[slice]:
+        """Prompts that run together, each in `width` rows. Raises InputError where not even one fits."""
+        if width == 1:
+            return self._slices(count)
+        if width > self.batch_size:
+            raise InputError(
+                f"Each prompt takes {width} rows (num_beams or num_return_sequences); the model was compiled for "
+                f"{self.batch_size}. Pass num_beams=1 and num_return_sequences=1, or compile with --batch-size {width}."
+            )
+        self._slices(count)
+        size = self.batch_size // width
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _continue(
+        self, prompts: list[Array], contexts: Sequence[Any], asked: Generation, first: int
+    ) -> list[list[int]]:
+        requests = self._requests(prompts, contexts, asked, first)
+        for tokens in self._steps(requests, contexts):
+            if asked.streamer is not None:
+                asked.streamer.put(np.array(tokens))
+        return [request.generated for request in requests]
+
+    def _search(
+        self, prompts: list[Array], contexts: Sequence[Any], asked: Generation
+    ) -> list[tuple[float, list[int]]]:
+        """Beam search of a group: the returned rows' scores and tokens."""
+        searches = self._searches(prompts, contexts, asked)
+        session, width = self._session, asked.width
+        self._owner += 1
+        self._attend(contexts, width)
+        logits = session.prefill([search.prompt for search in searches for _ in range(width)])
+        while True:
+            parents: list[int] = list(range(len(searches) * width))
+            for index, search in enumerate(searches):
+                if not search.is_done:
+                    rows = slice(index * width, (index + 1) * width)
+                    parents[rows] = [rows.start + parent for parent in search.advance(logits[rows])]
+            if all(search.is_done for search in searches):
+                break
+            session.reorder(parents)
+            logits = session.decode(
+                list(chain.from_iterable([None] * width if each.is_done else each.last_tokens for each in searches))
+            )
+        count = asked.config.num_return_sequences or 1
+        return [row for search in searches for row in search.best(count)]
+
+    def _steps(self, requests: list[Request], contexts: Sequence[Any]) -> Iterator[list[int]]:
+        """Generate until all requests are done; yields the new tokens of the rows that go on, one per row."""
+        session = self._session
+        with self._lock:
+            self._owner += 1
+            owner = self._owner
+            self._attend(contexts, len(requests) // len(contexts))
+            logits = session.prefill([request.prompt for request in requests])
+            chosen = [request.choose(logits[index]) for index, request in enumerate(requests)]
+        yield chosen
+        rest = self._one_row(requests[0], owner) if session.batch == 1 else self._many_rows(requests, owner)
+        yield from rest
+
+    def _one_row(self, request: Request, owner: int) -> Iterator[list[int]]:
+        session = self._session
+        while not request.is_done:
+            with self._lock:
+                self._check_owner(owner)
+                guesses = request.guess()
+                chosen = request.check(guesses, session.append([request.generated[-1], *guesses]))
+                session.drop(len(guesses) + 1 - len(chosen))
+            for token in chosen:
+                yield [token]
+
+    def _many_rows(self, requests: list[Request], owner: int) -> Iterator[list[int]]:
+        while not all(request.is_done for request in requests):
+            with self._lock:
+                self._check_owner(owner)
+                logits = self._session.decode([None if each.is_done else each.generated[-1] for each in requests])
+                active = [(index, request) for index, request in enumerate(requests) if not request.is_done]
+                chosen = [request.choose(logits[index]) for index, request in active]
+            yield chosen
+
+    def _check_owner(self, owner: int) -> None:
+        if owner != self._owner:
+            raise PrecastError(
+                "This stream was left half-way and another call on the same model has taken over its caches. "
+                "Use model.new_session() for streams that live side by side."
+            )
+
+    def _stream(self, prompt: Array, context: Any, config: GenerationConfig, count: int) -> Iterator[int]:
+        if config.beams > 1:
+            raise InputError(
+                f"num_beams={config.num_beams}: which tokens a search keeps is known at its end only, so it cannot be "
+                f"streamed. Pass num_beams=1, or use generate()."
+            )
+        if (config.num_return_sequences or 1) > 1:
+            raise InputError(f"stream() gives one row, not num_return_sequences={config.num_return_sequences}.")
+        requests = self._requests([prompt], [context], Generation(config, count), 0)
+        return (tokens[0] for tokens in self._steps(requests, [context]))
+
+    def _config(self, given: Any, options: dict[str, Any]) -> GenerationConfig:
+        config = self.generation_config
+        if given is not None:
+            config = GenerationConfig.of(given, "generation_config").over(config)
+        config = GenerationConfig.of(options, "generate()").over(config)
+        config.check()
+        return config
+
+    def _check_lookup(self, config: GenerationConfig) -> None:
+        if not config.prompt_lookup_num_tokens or self._session.is_flexible:
+            return
+        if self.variant.graphs[0].states:
+            raise InputError(
+                f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} takes back tokens guessed wrong; "
+                f"this model carries states, which cannot be taken back. Pass prompt_lookup_num_tokens=0."
+            )
+        lengths = self.artifact.contract.shapes.prefill_lengths
+        static = f" and the fixed lengths --prefill-lengths {','.join(map(str, lengths))}" if lengths else ""
+        raise InputError(
+            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} checks several tokens of one row in one step, "
+            f"which takes a model compiled for batch 1 and any length; this one was compiled for batch "
+            f"{self.batch_size}{static}. Pass prompt_lookup_num_tokens=0 to go without, or export it again with "
+            f"--batch-size 1 and without --prefill-lengths."
+        )
+
+    def _requests(self, prompts: list[Array], contexts: Sequence[Any], asked: Generation, first: int) -> list[Request]:
+        config, ends = asked.config, self._ends(asked)
+        requests: list[Request] = []
+        for prompt, context in zip(prompts, contexts, strict=True):
+            for _ in range(asked.width):
+                # A row's randomness depends on the seed and on its own place, not on its neighbours.
+                seed = None if config.seed is None else [config.seed, first + len(requests)]
+                sampler = _sampler(self._processors(prompt, context, asked), config, seed)
+                requests.append(Request(prompt, asked.count, sampler, ends, _lookup(config, prompt)))
+        return requests
+
+    def _searches(self, prompts: list[Array], contexts: Sequence[Any], asked: Generation) -> list[Beams]:
+        ends = self._ends(asked)
+        return [
+            Beams(prompt, asked.count, asked.config, self._processors(prompt, context, asked), ends)
+            for prompt, context in zip(prompts, contexts, strict=True)
+        ]
+
+    def _processors(self, prompt: Array, context: Any, asked: Generation) -> Processors:
+        most = len(prompt) + asked.count
+        return Processors(asked.config, len(prompt), most, asked.processors, self._source(context))
+
+    def _ends(self, asked: Generation) -> Ends:
+        return Ends(asked.config, asked.criteria, self.tokenizer if asked.config.stops else None)
+
+
+def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:
+    """Raise InputError for a streamer that is none, or cannot follow."""
+    for name in ("put", "end"):
+        if not callable(getattr(streamer, name, None)):
+            raise InputError(f"streamer has no {name}(); it needs put(tokens) and end().")
+    rows *= config.num_return_sequences or 1
+    if rows > 1:
+        raise InputError(f"A streamer follows one row; this batch has {rows}.")
+    if config.beams > 1:
+        raise InputError(f"A streamer cannot follow num_beams={config.num_beams}; pass num_beams=1 or no streamer.")
+
+
+def _sampler(process: Processors, config: GenerationConfig, seed: list[int] | None) -> Sampler:
+    return Sampler(process, np.random.default_rng(seed) if config.do_sample else None)
+
+
+def _lookup(config: GenerationConfig, row: Array) -> Lookup | None:
+    if not config.prompt_lookup_num_tokens:
+        return None
+    return Lookup(row.tolist(), config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
+
+
+def _assemble(front: Array, answers: list[list[int]], config: GenerationConfig) -> Array:
+    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(config.eos_ids), 0)
+    width = max(map(len, answers))
+    result = np.full((len(front), front.shape[1] + width), pad, np.int64)
+    result[:, : front.shape[1]] = front
+    for row, answer in zip(result, answers, strict=True):
+        row[front.shape[1] : front.shape[1] + len(answer)] = answer
+    return result

@@ -1,0 +1,105 @@
+"""`pipeline(task, model)`: what the user has in, what the user wants out.
+
+Text tasks take numpy and tokenizers, images Pillow too; what is prepared in less common ways takes transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..model import CompiledModel
+from .base import Batch, Pipeline
+
+__all__ = ["PIPELINES", "Batch", "Pipeline", "pipeline", "pipeline_class"]
+
+_SAME = {
+    "image-feature-extraction": "feature-extraction",
+    "sentiment-analysis": "text-classification",
+    "ner": "token-classification",
+    "semantic-segmentation": "image-segmentation",
+}
+_SEQ2SEQ = ("text2text-generation", "summarization", "translation")
+
+# Task -> where its pipeline is, and the tasks whose artifacts it runs.
+PIPELINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "feature-extraction": ("text:FeatureExtractionPipeline", ("feature-extraction",)),
+    "fill-mask": ("text:FillMaskPipeline", ("fill-mask",)),
+    "text-classification": ("text:TextClassificationPipeline", ("text-classification",)),
+    "token-classification": ("tokens:TokenClassificationPipeline", ("token-classification",)),
+    "question-answering": ("answers:QuestionAnsweringPipeline", ("question-answering",)),
+    "zero-shot-classification": ("choices:ZeroShotClassificationPipeline", ("text-classification",)),
+    "multiple-choice": ("choices:MultipleChoicePipeline", ("multiple-choice",)),
+    "image-classification": ("vision:ImageClassificationPipeline", ("image-classification",)),
+    "image-segmentation": ("vision:ImageSegmentationPipeline", ("semantic-segmentation",)),
+    "object-detection": ("vision:ObjectDetectionPipeline", ("object-detection",)),
+    "zero-shot-image-classification": (
+        "vision:ZeroShotImageClassificationPipeline",
+        ("zero-shot-image-classification",),
+    ),
+    "audio-classification": ("audio:AudioClassificationPipeline", ("audio-classification",)),
+    "automatic-speech-recognition": ("audio:SpeechRecognitionPipeline", ("automatic-speech-recognition",)),
+    "text-generation": ("generation:TextGenerationPipeline", ("text-generation",)),
+    "text2text-generation": ("generation:Text2TextGenerationPipeline", _SEQ2SEQ),
+    "summarization": ("generation:SummarizationPipeline", _SEQ2SEQ),
+    "translation": ("generation:TranslationPipeline", _SEQ2SEQ),
+}
+
+
+def pipeline(task: str | None = None, model: str | Path | CompiledModel | None = None, **options: Any) -> Pipeline:
+    """A compiled model that takes texts, images or sounds, and answers in words.
+
+    Args:
+        task: by default what the model was compiled for. A model of text-classification also does
+            zero-shot-classification.
+        model: a directory, a Hub repository, or a model that is open already.
+        options: of the pipeline's steps, for every call; all others as for `CompiledModel.from_pretrained`.
+
+    Raises:
+        UsageError: there is no such task, or the model was compiled for another one.
+        ArtifactError: as `CompiledModel.from_pretrained`.
+    """
+    if model is None:
+        raise UsageError("Name the model: pipeline(model='out'), a directory, a Hub repository, or a model.")
+    found = None if task is None else pipeline_class(task)
+    opened = model if isinstance(model, CompiledModel) else None
+    if opened is None:
+        loading = {name: options.pop(name) for name in list(options) if name in _LOADING}
+        opened = CompiledModel.from_pretrained(model, **loading)  # type: ignore[arg-type]
+    compiled_for = opened.artifact.contract.task
+    _check(task, opened, compiled_for)
+    return (found or pipeline_class(compiled_for)).of(opened)(opened, **options)
+
+
+# Those of an export are not among them: export first, then ask.
+_LOADING = {
+    each.name
+    for each in inspect.signature(CompiledModel.from_pretrained).parameters.values()
+    if each.kind is each.KEYWORD_ONLY and each.name != "export"
+}
+
+
+def pipeline_class(task: str) -> type[Pipeline]:
+    """The class of a task's pipeline. Raises UsageError, which lists the tasks."""
+    name = _SAME.get(task, task)
+    if name not in PIPELINES:
+        close = difflib.get_close_matches(task, PIPELINES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(f"There is no pipeline for {task!r}.{hint} There are: {', '.join(PIPELINES)}.")
+    module, _, attribute = PIPELINES[name][0].partition(":")
+    found: type[Pipeline] = getattr(import_module(f"{__name__}.{module}"), attribute)
+    return found
+
+
+def _check(task: str | None, model: CompiledModel, compiled_for: str) -> None:
+    fits = PIPELINES[_SAME.get(task, task)][1] if task is not None else (compiled_for,)
+    if compiled_for not in fits:
+        others = [name for name, (_, runs) in PIPELINES.items() if compiled_for in runs]
+        raise UsageError(
+            f"{model.artifact.path} was compiled for {compiled_for}, which the pipeline {task!r} does not run. Ask it "
+            f"for: {', '.join(others)}."
+        )

@@ -1,0 +1,116 @@
+"""Sounds in; labels and texts out."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArtifactError
+from .base import Batch, Pipeline
+from .generation import GeneratingPipeline
+from .processors import SoundProcessor
+from .text import classify
+
+__all__ = [
+    "AudioClassificationPipeline",
+    "AudioFeatureExtractionPipeline",
+    "SpeechRecognitionPipeline",
+    "TranscriptionPipeline",
+]
+
+
+class _SoundPipeline(Pipeline):
+    @cached_property
+    def processor(self) -> SoundProcessor:
+        """What makes arrays of sounds, by the checkpoint's rules."""
+        return SoundProcessor(self.model.artifact.path)
+
+    def preprocess(self, inputs: Any) -> Batch:
+        """Sounds as `input_values` float32 [sounds, samples], or as spectrograms where the model takes these.
+
+        Args:
+            inputs: a .wav file, an array float [samples] or {"raw": array, "sampling_rate": n}; or a list of these.
+        """
+        given, is_one = self._listed(inputs)
+        sounds = [self.processor.opened(each) for each in given]
+        arrays = {name: rows for name, rows in self.processor(sounds).items() if name in self.model.inputs}
+        return Batch(arrays, given, is_one, samples=[len(sound) for sound in sounds])
+
+
+class AudioClassificationPipeline(_SoundPipeline):
+    """Labels of sounds."""
+
+    def postprocess(self, outputs: Batch, *, top_k: int | None = 5, function_to_apply: str | None = None) -> Any:
+        """[{"score", "label"}, …] for each sound, the likeliest first; options as for text-classification."""
+        several = "softmax" if self.model.config.get("problem_type") is None else None
+        rows = [classify(self.model.config, row, function_to_apply or several)[:top_k] for row in outputs["logits"]]
+        return outputs.answer(rows)
+
+
+class AudioFeatureExtractionPipeline(_SoundPipeline):
+    """Vectors of sounds."""
+
+    def postprocess(self, outputs: Batch) -> Any:
+        """Every frame's vector, [1, frames, hidden], as nested lists."""
+        states = outputs["last_hidden_state"]
+        counts = [self.model.frames(samples) for samples in outputs.notes["samples"]]
+        return outputs.answer([rows[None, :count].tolist() for rows, count in zip(states, counts, strict=True)])
+
+
+class TranscriptionPipeline(_SoundPipeline, GeneratingPipeline):
+    """What is said, written down by a decoder: Whisper."""
+
+    def preprocess(self, inputs: Any) -> Batch:
+        """Sounds of up to 30 seconds as `input_features`, log-mel spectrograms float32 [sounds, mels, frames]."""
+        given, is_one = self._listed(inputs)
+        sounds = [self.processor.opened(each) for each in given]
+        return Batch({"input_features": self.processor(sounds)["input_features"]}, given, is_one)
+
+    def forward(self, batch: Batch, **options: Any) -> Batch:
+        """{"sequences": int64 [sounds, new]}; `options` are generate()'s, such as language="french"."""
+        return self.generated(batch, options)
+
+    def postprocess(self, outputs: Batch) -> Any:
+        """{"text"} for each sound."""
+        return outputs.answer([{"text": self.tokenizer.decode(row)} for row in outputs["sequences"]])
+
+
+class SpeechRecognitionPipeline(_SoundPipeline):
+    """What is said, by connectionist temporal classification (Graves et al. 2006): the likeliest character of every
+    frame, repetitions and blanks taken out. Models that generate have a pipeline of their own."""
+
+    @classmethod
+    def of(cls, model: Any) -> type[Pipeline]:
+        """The class for how the model writes."""
+        return TranscriptionPipeline if model.can_generate() else cls
+
+    def postprocess(self, outputs: Batch) -> Any:
+        """{"text"} for each sound."""
+        frames = [self.model.frames(samples) for samples in outputs.notes["samples"]]
+        rows = zip(outputs["logits"], frames, strict=True)
+        return outputs.answer([{"text": self._text(logits[:count].argmax(-1))} for logits, count in rows])
+
+    def _text(self, ids: np.ndarray[Any, Any]) -> str:
+        spelled = self._spelling
+        kept = [spelled["tokens"][index] for index, _ in groupby(ids.tolist()) if index != spelled["blank"]]
+        text = "".join(" " if token == spelled["space"] else token for token in kept).strip()
+        return text.lower() if spelled["lower"] else text
+
+    @cached_property
+    def _spelling(self) -> dict[str, Any]:
+        path = self.model.artifact.path
+        if not (path / "vocab.json").is_file():
+            raise ArtifactError(f"{path} has no vocab.json, which says what the model's classes spell.")
+        words = json.loads((path / "vocab.json").read_text("utf-8"))
+        config = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+        # A vocabulary for several languages has one inside for each.
+        words = words.get(config.get("target_lang"), words)
+        added = {int(index): token["content"] for index, token in config.get("added_tokens_decoder", {}).items()}
+        tokens = {**added, **{index: token for token, index in words.items()}}
+        blank = words.get(config.get("pad_token", "<pad>"))
+        return {"tokens": tokens, "blank": blank, "space": config.get("word_delimiter_token", "|"),
+                "lower": bool(config.get("do_lower_case"))}  # fmt: skip

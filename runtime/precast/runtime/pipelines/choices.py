@@ -1,0 +1,133 @@
+"""Which of several labels or answers fits a text, with labels that are not known before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .base import Array, Batch, TextPipeline
+from .scores import best, softmax
+
+__all__ = ["MultipleChoicePipeline", "ZeroShotClassificationPipeline", "labels_of"]
+
+
+class ZeroShotClassificationPipeline(TextPipeline):
+    """Labels that are named with the question: a model of natural language inference says of each whether it follows
+    from the text (Yin et al. 2019)."""
+
+    def preprocess(
+        self,
+        inputs: Any,
+        *,
+        candidate_labels: str | Sequence[str] = (),
+        hypothesis_template: str = "This example is {}.",
+        truncation: bool = False,
+    ) -> Batch:
+        """Each text with each label, as token ids.
+
+        Args:
+            inputs: a text or a list of texts.
+            candidate_labels: the labels; a string names several with commas.
+            hypothesis_template: the sentence that is to follow from the text, {} stands for the label.
+            truncation: cut texts that are longer than compiled for, instead of refusing them.
+        """
+        texts, is_one = self._listed(inputs)
+        labels = labels_of(candidate_labels)
+        if hypothesis_template.format(labels[0]) == hypothesis_template:
+            raise InputError(f"hypothesis_template={hypothesis_template!r} has no {{}}, where the label goes.")
+        length = self._longest() if truncation else None
+        encodings = [
+            self.tokenizer.encodings(text, hypothesis_template.format(name), length=length, strategy="only_first")[0]
+            for text in texts
+            for name in labels
+        ]
+        return Batch(self._arrays(encodings), texts, is_one, labels=labels)
+
+    def postprocess(self, outputs: Batch, *, multi_label: bool = False) -> Any:
+        """{"sequence", "labels", "scores"} for each text, the likeliest label first.
+
+        Args:
+            outputs: of `forward`.
+            multi_label: whether several labels can be right: each is scored by itself, entailment against
+                contradiction. Otherwise the scores sum to 1.
+        """
+        labels = outputs.notes["labels"]
+        scores = self._scores(outputs["logits"].reshape(len(outputs.inputs), len(labels), -1), multi_label)
+        answers = []
+        for text, row in zip(outputs.inputs, scores, strict=True):
+            order = best(row, None)
+            answers.append(
+                {"sequence": text, "labels": [labels[at] for at in order], "scores": [float(row[at]) for at in order]}
+            )
+        return outputs.answer(answers)
+
+    def _scores(self, logits: Array, multi_label: bool) -> Array:
+        """Probabilities [texts, labels] from logits [texts, labels, classes]."""
+        entailment = self._entailment()
+        if multi_label or logits.shape[1] == 1:
+            contradiction = -1 if entailment == 0 else 0
+            return softmax(logits[..., [contradiction, entailment]])[..., 1]
+        return softmax(logits[..., entailment])
+
+    def _entailment(self) -> int:
+        names = self.model.config.get("id2label", {})
+        for index, name in names.items():
+            if name.lower().startswith("entail"):
+                return int(index)
+        raise InputError(
+            f"Zero-shot classification takes a model of natural language inference, one of whose labels is "
+            f"'entailment'; this model's are: {', '.join(names.values()) or 'unnamed'}."
+        )
+
+
+class MultipleChoicePipeline(TextPipeline):
+    """Which of several continuations fits a text best."""
+
+    def preprocess(self, inputs: Any, *, truncation: bool = False) -> Batch:
+        """Each prompt with each of its choices, as token ids [inputs, choices, length].
+
+        Args:
+            inputs: {"prompt": text, "choices": [text, …]}, or a list of these, all with the same number of choices.
+            truncation: cut what is longer than compiled for, instead of refusing it.
+        """
+        given, is_one = self._listed(inputs)
+        counts = {len(choices) for _, choices in map(_prompt_and_choices, given)}
+        if len(counts) > 1:
+            raise InputError(f"All inputs of a list must have the same number of choices; these have {sorted(counts)}.")
+        encodings = [
+            self._encoding(prompt, choice, truncation)
+            for prompt, choices in map(_prompt_and_choices, given)
+            for choice in choices
+        ]
+        flat = self._arrays(encodings)
+        arrays = {name: rows.reshape(len(given), *counts, -1) for name, rows in flat.items()}
+        return Batch(arrays, given, is_one)
+
+    def postprocess(self, outputs: Batch) -> Any:
+        """{"choice": index, "answer": text, "score", "scores": of all choices} for each input."""
+        answers = []
+        for given, scores in zip(outputs.inputs, softmax(outputs["logits"]), strict=True):
+            index = int(scores.argmax())
+            answers.append(
+                {"choice": index, "answer": given["choices"][index], "score": float(scores[index]),
+                 "scores": np.asarray(scores, float).tolist()}
+            )  # fmt: skip
+        return outputs.answer(answers)
+
+
+def labels_of(given: str | Sequence[str]) -> list[str]:
+    """The labels that were named, in a list or with commas between them. Raises InputError where there is none."""
+    names = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
+    labels = [name for name in names if name]
+    if not labels:
+        raise InputError("Name the labels to choose from: candidate_labels=['politics', 'sports'].")
+    return labels
+
+
+def _prompt_and_choices(given: Any) -> tuple[str, list[str]]:
+    if isinstance(given, dict) and given.keys() == {"prompt", "choices"} and given["choices"]:
+        return given["prompt"], list(given["choices"])
+    raise InputError(f'An input is {{"prompt": text, "choices": [text, …]}}; this is {given!r:.80}.')

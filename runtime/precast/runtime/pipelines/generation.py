@@ -1,0 +1,172 @@
+"""Texts in, texts out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..tensors import ModelOutput
+from .base import Batch, Pipeline, TextPipeline
+
+__all__ = [
+    "GeneratingPipeline",
+    "SummarizationPipeline",
+    "Text2TextGenerationPipeline",
+    "TextGenerationPipeline",
+    "TranslationPipeline",
+]
+
+_MOST_NEW_TOKENS = 256
+
+
+class GeneratingPipeline(Pipeline):
+    """A pipeline whose model generates."""
+
+    def generated(self, batch: Batch, options: dict[str, Any], skip: int = 0) -> Batch:
+        """{"sequences": int64 [rows, longest]} of generate() without the first `skip` tokens, slice by slice; those
+        that ended before others are padded."""
+        found = [self.model.generate(**rows, **options) for rows in self._slices(batch)]
+        parts = [(each["sequences"] if isinstance(each, ModelOutput) else each)[:, skip:] for each in found]
+        width = max(part.shape[1] for part in parts)
+        pad = self.tokenizer.token_id("pad") or self.tokenizer.token_id("eos") or 0
+        rows = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=pad) for part in parts]
+        return batch.holding({"sequences": np.concatenate(rows)})
+
+    def _batch(self, encodings: list[Any], given: list[Any], is_one: bool, **notes: Any) -> Batch:
+        arrays = self.tokenizer.pad(encodings)
+        return Batch({name: arrays[name] for name in ("input_ids", "attention_mask")}, given, is_one, **notes)
+
+    def _texts(self, outputs: Batch) -> list[list[str]]:
+        """For each input its texts, one or num_return_sequences of them."""
+        rows = outputs["sequences"].reshape(len(outputs.inputs), -1, outputs["sequences"].shape[1])
+        return [[self.tokenizer.decode(row) for row in own] for own in rows]
+
+
+class TextGenerationPipeline(GeneratingPipeline):
+    """Prompts, or conversations, and how they go on."""
+
+    def preprocess(self, inputs: Any, *, tools: Any = None, continue_final_message: bool | None = None) -> Batch:
+        """Prompts as token ids.
+
+        Args:
+            inputs: a prompt; or a conversation, [{"role", "content"}, …], which goes through the model's chat
+                template; or a list of these.
+            tools: for the chat template.
+            continue_final_message: whether the answer continues the last message, by default when it is the
+                assistant's own.
+        """
+        given, is_one = self._listed(inputs)
+        encodings = [self._encoding(each, tools, continue_final_message) for each in given]
+        return self._batch(encodings, given, is_one, continues=continue_final_message)
+
+    def forward(self, batch: Batch, **options: Any) -> Batch:
+        """{"sequences": int64 [batch, length + new]}; `options` are generate()'s. Where neither they nor the model's
+        generation_config.json say how long, as long as fits, up to 256 new tokens."""
+        if not self._says_how_long(options):
+            room = self.model.capacity - int(batch["attention_mask"].sum(1).max())
+            options["max_new_tokens"] = max(1, min(room, _MOST_NEW_TOKENS))
+        return self.generated(batch, options, skip=batch["input_ids"].shape[1])
+
+    def postprocess(self, outputs: Batch, *, return_full_text: bool = True) -> Any:
+        """[{"generated_text"}] for each input.
+
+        Args:
+            outputs: of `forward`.
+            return_full_text: with the prompt, or for a conversation all its messages; otherwise what is new.
+        """
+        continues = outputs.notes["continues"]
+        answers = []
+        for given, texts in zip(outputs.inputs, self._texts(outputs), strict=True):
+            whole = [_whole(given, text, continues) if return_full_text else text for text in texts]
+            answers.append([{"generated_text": text} for text in whole])
+        return outputs.answer(answers)
+
+    def _is_list(self, inputs: Any) -> bool:
+        return super()._is_list(inputs) and not _is_conversation(inputs)
+
+    def _encoding(self, given: Any, tools: Any, continues: bool | None) -> Any:
+        if isinstance(given, str):
+            return self.tokenizer.encodings(given)[0]
+        if not _is_conversation(given):
+            raise InputError(f'An input is a text, or messages [{{"role": …, "content": …}}]; this is {given!r:.80}.')
+        if not _continues(given, continues):
+            prompt = self.tokenizer.apply_chat_template(given, tools=tools)
+        else:
+            prompt = self._up_to_the_last_word(given, tools)
+        return self.tokenizer.encodings(prompt, add_special_tokens=False)[0]
+
+    def _up_to_the_last_word(self, messages: Any, tools: Any) -> str:
+        """The conversation's prompt without what the template puts after its last message."""
+        prompt: str = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=False)
+        last = messages[-1]["content"].strip()
+        if last not in prompt:
+            raise InputError("The chat template changes the last message, so it cannot be continued.")
+        return prompt[: prompt.rindex(last) + len(last)]
+
+    def _says_how_long(self, options: dict[str, Any]) -> bool:
+        config = self.model.generation_config
+        own = config.max_new_tokens is not None or config.max_length is not None
+        return own or bool(options.keys() & {"max_new_tokens", "max_length", "generation_config"})
+
+
+class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
+    """Texts and what an encoder-decoder makes of them."""
+
+    key = "generated_text"
+    task = "text2text-generation"
+
+    def preprocess(self, inputs: Any, *, truncation: bool = False, prefix: str | None = None) -> Batch:
+        """Texts as token ids.
+
+        Args:
+            inputs: a text or a list of texts.
+            truncation: cut what is longer than compiled for, instead of refusing it.
+            prefix: what the model wants in front of each text; by default what its config.json says for the task.
+        """
+        given, is_one = self._listed(inputs)
+        prefix = self._own_prefix() if prefix is None else prefix
+        return self._batch([self._encoding(prefix + text, None, truncation) for text in given], given, is_one)
+
+    def forward(self, batch: Batch, **options: Any) -> Batch:
+        """{"sequences": int64 [batch, new]}; `options` are generate()'s."""
+        return self.generated(batch, options)
+
+    def postprocess(self, outputs: Batch) -> Any:
+        """[{"generated_text"}] for each text; "summary_text" and "translation_text" from those pipelines."""
+        return outputs.answer([[{self.key: text} for text in texts] for texts in self._texts(outputs)])
+
+    def _own_prefix(self) -> str:
+        known = (self.model.config.get("task_specific_params") or {}).get(self.task) or {}
+        return str(known.get("prefix") or self.model.config.get("prefix") or "")
+
+
+class SummarizationPipeline(Text2TextGenerationPipeline):
+    """Texts and their summaries."""
+
+    key = "summary_text"
+    task = "summarization"
+
+
+class TranslationPipeline(Text2TextGenerationPipeline):
+    """Texts in another language."""
+
+    key = "translation_text"
+    task = "translation"
+
+
+def _is_conversation(given: Any) -> bool:
+    return isinstance(given, list | tuple) and bool(given) and isinstance(given[0], dict) and "role" in given[0]
+
+
+def _continues(messages: Any, asked: bool | None) -> bool:
+    return messages[-1]["role"] == "assistant" if asked is None else asked
+
+
+def _whole(given: Any, text: str, continues: bool | None) -> Any:
+    if isinstance(given, str):
+        return given + text
+    if not _continues(given, continues):
+        return [*given, {"role": "assistant", "content": text}]
+    return [*given[:-1], {**given[-1], "content": given[-1]["content"] + text}]

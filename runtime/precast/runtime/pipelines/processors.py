@@ -1,0 +1,217 @@
+"""Images and sounds -> arrays, by the rules of the checkpoint's preprocessor_config.json.
+
+The common rules are done here, with Pillow and numpy; the others by transformers' own processors, where installed.
+"""
+
+from __future__ import annotations
+
+import json
+import wave
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArtifactError, InputError, UsageError
+
+__all__ = ["ImageProcessor", "SoundProcessor", "opened_image", "resized"]
+
+Array = np.ndarray[Any, Any]
+
+# The processors that do no more than resize, crop, rescale and normalize.
+_COMMON = ("ViT", "DeiT", "CLIP", "Siglip", "Segformer", "Bit", "Beit")
+_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+
+
+class ImageProcessor:
+    """Images as the model was trained to see them. Raises ArtifactError where the artifact does not say how."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.config = path, _config(path, "images")
+        kind = str(self.config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("ImageProcessor")
+        asked = {name for name, value in self.config.items() if name.startswith("do_") and value}
+        self._is_common = kind in _COMMON and asked <= set(_STEPS) and set(self._size()) in _SIZES
+        self._theirs: Any = None
+
+    def __call__(self, images: list[Any], **rules: Any) -> dict[str, Array]:
+        """`pixel_values` float32 [images, channels, height, width], and what else transformers' processor makes.
+
+        `rules` override those of the checkpoint.
+        """
+        if self._is_common and not rules:
+            return {"pixel_values": np.stack([self._pixels(image) for image in images])}
+        if self._theirs is None:
+            self._theirs = _from_transformers("AutoImageProcessor", self.path)
+        found = self._theirs(images=images, return_tensors="np", **rules)
+        return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
+
+    def _size(self) -> dict[str, int]:
+        size = self.config.get("size", {})
+        return {"height": size, "width": size} if isinstance(size, int) else size
+
+    def _pixels(self, image: Any) -> Array:
+        rules = self.config
+        if rules.get("do_resize", True):
+            image = image.resize(_target(image.size, self._size()), rules.get("resample", 2))
+        pixels = np.asarray(image)
+        if rules.get("do_center_crop", False):
+            pixels = _cropped(pixels, rules["crop_size"])
+        values = pixels.transpose(2, 0, 1)
+        if rules.get("do_rescale", True):
+            values = values.astype(np.float64) * rules.get("rescale_factor", 1 / 255)
+        values = values.astype(np.float32)
+        if rules.get("do_normalize", True):
+            mean, deviation = (np.array(rules[f"image_{name}"], np.float32)[:, None, None] for name in ("mean", "std"))
+            values = (values - mean) / deviation
+        return values.astype(np.float32)
+
+
+_SIZES: tuple[set[str], ...] = ({"height", "width"}, {"shortest_edge"})
+
+
+def opened_image(given: Any) -> Any:
+    """An image as Pillow has it, in colours: of a file, of an array uint8 [height, width, channels], or as it is.
+
+    Raises UsageError without Pillow, InputError for anything else.
+    """
+    try:
+        pillow = import_module("PIL.Image")
+    except ImportError as error:
+        raise UsageError("Images take Pillow: pip install 'precast[vision]'") from error
+    if isinstance(given, np.ndarray):
+        given = pillow.fromarray(given)
+    elif isinstance(given, str | Path):
+        try:
+            given = pillow.open(given)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{given} cannot be read as an image: {error}.") from error
+    if not isinstance(given, pillow.Image):
+        raise InputError(f"An image is a file, an array [height, width, 3] or a Pillow image; this is {given!r:.80}.")
+    return given.convert("RGB")
+
+
+def resized(values: Array, height: int, width: int) -> Array:
+    """[..., h, w] -> [..., height, width], bilinear as torch's interpolate without align_corners."""
+    for axis, size in ((-2, height), (-1, width)):
+        old = values.shape[axis]
+        place = np.maximum((np.arange(size) + 0.5) * old / size - 0.5, 0).astype(np.float32)
+        first = place.astype(np.int64)
+        second = np.minimum(first + 1, old - 1)
+        share = (place - first)[:, None] if axis == -2 else place - first
+        values = np.take(values, first, axis) * (1 - share) + np.take(values, second, axis) * share
+    return values
+
+
+class SoundProcessor:
+    """Sounds as the model was trained to hear them. Raises ArtifactError where the artifact does not say how."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.config = path, _config(path, "sounds")
+        self.rate = int(self.config.get("sampling_rate", 16000))
+        self._is_waves = self.config.get("feature_extractor_type") == "Wav2Vec2FeatureExtractor"
+
+    def __call__(self, sounds: list[Array]) -> dict[str, Array]:
+        """`input_values` float32 [sounds, samples] with `attention_mask`, or what transformers' extractor makes."""
+        if not self._is_waves:
+            extractor = _from_transformers("AutoFeatureExtractor", self.path)
+            found = extractor(sounds, sampling_rate=self.rate, return_tensors="np")
+            return {name: np.asarray(value) for name, value in found.items()}
+        width = max(map(len, sounds))
+        values = np.zeros((len(sounds), width), np.float32)
+        mask = np.zeros((len(sounds), width), np.int64)
+        for index, sound in enumerate(sounds):
+            values[index, : len(sound)] = _leveled(sound) if self.config.get("do_normalize", True) else sound
+            mask[index, : len(sound)] = 1
+        return {"input_values": values, "attention_mask": mask}
+
+    def opened(self, given: Any) -> Array:
+        """A sound, float32 [samples]: of a .wav file, an array, or {"raw" or "array": array, "sampling_rate": n}.
+
+        Raises InputError for anything else, and for another sampling rate.
+        """
+        rate = self.rate
+        if isinstance(given, dict) and "sampling_rate" in given and given.keys() & {"raw", "array"}:
+            given, rate = given.get("raw", given.get("array")), given["sampling_rate"]
+        elif isinstance(given, str | Path):
+            given, rate = _wave(Path(given))
+        if not isinstance(given, np.ndarray) or given.ndim != 1 or not given.size:
+            raise InputError(
+                f'A sound is a .wav file, an array [samples], or {{"raw": array, "sampling_rate": n}}; this is '
+                f"{given!r:.80}."
+            )
+        if rate != self.rate:
+            raise InputError(f"The sound has {rate} samples per second; the model takes {self.rate}. Resample it.")
+        return given.astype(np.float32)
+
+
+def _target(size: tuple[int, int], asked: dict[str, int]) -> tuple[int, int]:
+    """(width, height) of the resized image."""
+    if "shortest_edge" not in asked:
+        return asked["width"], asked["height"]
+    short, long = sorted(size)
+    edge = asked["shortest_edge"]
+    longer = int(edge * long / short)
+    return (edge, longer) if size[0] <= size[1] else (longer, edge)
+
+
+def _cropped(pixels: Array, asked: Any) -> Array:
+    """The middle of an image [height, width, channels], with black around it where it is smaller."""
+    sizes = (asked, asked) if isinstance(asked, int) else (asked["height"], asked["width"])
+    for axis, size in enumerate(sizes):
+        missing = max(0, size - pixels.shape[axis])
+        before = -(-missing // 2)
+        pads = [(before, missing - before) if each == axis else (0, 0) for each in range(3)]
+        pixels = np.pad(pixels, pads)
+        start = (pixels.shape[axis] - size) // 2
+        pixels = pixels.take(range(start, start + size), axis)
+    return pixels
+
+
+def _leveled(sound: Array) -> Array:
+    """Mean 0 and variance 1, as wav2vec 2.0 was trained."""
+    result: Array = (sound - sound.mean()) / np.sqrt(sound.var() + 1e-7)
+    return result
+
+
+def _wave(path: Path) -> tuple[Array, int]:
+    try:
+        with wave.open(str(path)) as file:
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+    except (OSError, EOFError, wave.Error) as error:
+        raise InputError(f"{path} cannot be read as a .wav file: {error}. Give an array of samples instead.") from error
+    if width == 1:
+        values = raw.astype(np.float32) / 128 - 1
+    else:
+        # Little-endian samples of any width, moved to the top of 32 bits.
+        wide = np.zeros((len(raw) // width, 4), np.uint8)
+        wide[:, 4 - width :] = raw.reshape(-1, width)
+        values = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
+    return values.reshape(-1, channels).mean(1), rate
+
+
+def _config(path: Path, what: str) -> dict[str, Any]:
+    file = path / "preprocessor_config.json"
+    if not file.is_file():
+        raise ArtifactError(
+            f"{path} has no preprocessor_config.json: its checkpoint does not say how {what} are prepared. Call the "
+            f"model with arrays instead."
+        )
+    try:
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file} is not valid JSON: {error}.") from error
+    return found
+
+
+def _from_transformers(name: str, path: Path) -> Any:
+    try:
+        return getattr(import_module("transformers"), name).from_pretrained(path)
+    except ImportError as error:
+        kind = json.loads((path / "preprocessor_config.json").read_text("utf-8"))
+        kind = kind.get("image_processor_type") or kind.get("feature_extractor_type")
+        raise UsageError(
+            f"{kind} is prepared by transformers, which is not installed or lacks something: {error}. "
+            f"pip install 'precast[export]'"
+        ) from error

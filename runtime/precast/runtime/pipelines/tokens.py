@@ -1,0 +1,176 @@
+"""Labels of tokens, of words, of entities.
+
+The rules are those of transformers' TokenClassificationPipeline: how tokens make words, words entities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from ..errors import UsageError
+from .base import Array, Batch, TextPipeline
+from .scores import label, softmax
+
+__all__ = ["TokenClassificationPipeline"]
+
+Found = dict[str, Any]
+
+
+class TokenClassificationPipeline(TextPipeline):
+    """Entities in texts."""
+
+    def preprocess(self, inputs: Any, *, truncation: bool = False, stride: int | None = None) -> Batch:
+        """Texts as token ids.
+
+        Args:
+            inputs: a text or a list of texts.
+            truncation: cut what is longer than compiled for, instead of refusing it.
+            stride: read a longer text in pieces that overlap by so many tokens; takes an aggregation_strategy.
+        """
+        if stride is None:
+            batch = super().preprocess(inputs, truncation=truncation)
+            return Batch(batch, batch.inputs, batch.is_one, **batch.notes, owners=range(len(batch.inputs)))
+        given, is_one = self._listed(inputs)
+        pieces = [self.tokenizer.encodings(text, length=self._longest(), stride=stride) for text in given]
+        encodings = [each for piece in pieces for each in piece]
+        owners = [index for index, piece in enumerate(pieces) for _ in piece]
+        return Batch(self._arrays(encodings), given, is_one, encodings=encodings, owners=owners)
+
+    def postprocess(
+        self, outputs: Batch, *, aggregation_strategy: str = "none", ignore_labels: Sequence[str] = ("O",)
+    ) -> Any:
+        """The entities of each text, in their order.
+
+        Args:
+            outputs: of `forward`.
+            aggregation_strategy: "none" gives every token, {"entity", "score", "index", "word", "start", "end"}. The
+                others give groups of neighbours with the same label, {"entity_group", "score", "word", "start",
+                "end"}, where a label B-X begins a new one: "simple" of tokens; "first", "average" and "max" of words,
+                whose label is that of their first token, of the mean of their tokens' probabilities, or of the most
+                certain token.
+            ignore_labels: labels that are no entities.
+
+        `start` and `end` are the first character and one past the last.
+        """
+        strategy = aggregation_strategy.lower()
+        if strategy not in ("none", "simple", *_OF_A_WORD):
+            raise UsageError(
+                f"aggregation_strategy={aggregation_strategy!r} is not known; choose one of: none, simple, "
+                f"{', '.join(_OF_A_WORD)}."
+            )
+        answers: list[list[list[Found]]] = [[] for _ in outputs.inputs]
+        rows = zip(outputs.notes["owners"], outputs.notes["encodings"], self._own(outputs, "logits"), strict=True)
+        for owner, encoding, logits in rows:
+            found = self._entities(outputs.inputs[owner], encoding, softmax(logits), strategy)
+            kept = [each for each in found if (each.get("entity") or each.get("entity_group")) not in ignore_labels]
+            answers[owner].append(kept)
+        if strategy == "none" and any(len(pieces) > 1 for pieces in answers):
+            raise UsageError("stride= reads texts in pieces, which takes an aggregation_strategy other than 'none'.")
+        return outputs.answer([pieces[0] if len(pieces) == 1 else _without_overlap(pieces) for pieces in answers])
+
+    def _entities(self, text: str, encoding: tokenizers.Encoding, scores: Array, strategy: str) -> list[Found]:
+        tokens = list(self._tokens(text, encoding, scores, strategy))
+        if strategy in _OF_A_WORD:
+            words = [self._word(group, _OF_A_WORD[strategy]) for group in _split(tokens, _begins_word)]
+            return [self._group(group) for group in _split(words, _begins_entity)]
+        entities = [self._entity(token) for token in tokens]
+        if strategy == "none":
+            return entities
+        return [self._group(group) for group in _split(entities, _begins_entity)]
+
+    def _tokens(self, text: str, encoding: tokenizers.Encoding, scores: Array, strategy: str) -> Iterator[Found]:
+        unknown = self.tokenizer.token_id("unk")
+        special = encoding.special_tokens_mask
+        for index, (start, end) in enumerate(encoding.offsets):
+            if special[index]:
+                continue
+            word, written = encoding.tokens[index], text[start:end]
+            if self.tokenizer.marks_subwords:
+                goes_on = len(word) != len(written)
+            else:
+                goes_on = start > 0 and " " not in text[start - 1 : start + 1]
+            if encoding.ids[index] == unknown:
+                word, goes_on = written, False
+            yield {
+                "word": word,
+                "scores": scores[index],
+                "start": start,
+                "end": end,
+                "index": index,
+                "goes_on": goes_on,
+            }
+
+    def _entity(self, token: Found) -> Found:
+        best = int(token["scores"].argmax())
+        return {
+            "entity": label(self.model.config, best),
+            "score": float(token["scores"][best]),
+            **{name: token[name] for name in ("index", "word", "start", "end")},
+        }
+
+    def _word(self, tokens: list[Found], pick: Callable[[Array], Array]) -> Found:
+        scores = pick(np.stack([token["scores"] for token in tokens]))
+        best = int(scores.argmax())
+        return {"entity": label(self.model.config, best), "score": float(scores[best]), **self._span(tokens)}
+
+    def _group(self, entities: list[Found]) -> Found:
+        score = np.mean([each["score"] for each in entities])
+        name = entities[0]["entity"].split("-", 1)[-1]
+        return {"entity_group": name, "score": float(score), **self._span(entities)}
+
+    def _span(self, parts: list[Found]) -> Found:
+        word = self.tokenizer.join([part["word"] for part in parts])
+        return {"word": word, "start": parts[0]["start"], "end": parts[-1]["end"]}
+
+
+_OF_A_WORD: dict[str, Callable[[Array], Array]] = {
+    "first": lambda scores: scores[0],
+    "average": lambda scores: scores.mean(0),
+    "max": lambda scores: scores[scores.max(1).argmax()],
+}
+
+
+def _split(items: list[Found], begins: Callable[[Found, Found], bool]) -> list[list[Found]]:
+    """Runs of items; `begins(before, item)` says where a new one starts."""
+    if not items:
+        return []
+    runs = [[items[0]]]
+    for before, item in pairwise(items):
+        if begins(before, item):
+            runs.append([])
+        runs[-1].append(item)
+    return runs
+
+
+def _begins_word(before: Found, token: Found) -> bool:
+    return not token["goes_on"]
+
+
+def _begins_entity(before: Found, entity: Found) -> bool:
+    begins, kind = _tag(entity["entity"])
+    return begins or kind != _tag(before["entity"])[1]
+
+
+def _tag(name: str) -> tuple[bool, str]:
+    """Whether a label begins an entity, and of which kind: B-X does, I-X and X do not."""
+    return name.startswith("B-"), name[2:] if name.startswith(("B-", "I-")) else name
+
+
+def _without_overlap(pieces: list[list[Found]]) -> list[Found]:
+    """The entities of overlapping pieces: of two that overlap the longer, of equally long ones the likelier."""
+    kept: list[Found] = []
+    for entity in sorted((each for piece in pieces for each in piece), key=lambda each: each["start"]):
+        if not kept or not kept[-1]["start"] <= entity["start"] < kept[-1]["end"]:
+            kept.append(entity)
+        elif _weight(entity) > _weight(kept[-1]):
+            kept[-1] = entity
+    return kept
+
+
+def _weight(entity: Found) -> tuple[int, float]:
+    return entity["end"] - entity["start"], entity["score"]

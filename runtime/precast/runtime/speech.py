@@ -1,0 +1,216 @@
+"""Speech to text with an encoder-decoder: Whisper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .generation import GenerationConfig
+from .generative import Generation, check_streamer
+from .languages import CODES
+from .loss import with_labels
+from .padding import as_ids, as_mask, real_rows
+from .sampling import Processor
+from .seq2seq import EncoderCall, EncoderDecoder
+from .tensors import ModelOutput, like, to_numpy
+
+__all__ = ["CompiledModelForSpeechSeq2Seq"]
+
+Array = np.ndarray[Any, Any]
+
+# What Whisper's generation_config.json says besides a GenerationConfig's fields.
+_OWN = frozenset(
+    [
+        "alignment_heads",
+        "condition_on_prev_tokens",
+        "forced_decoder_ids",
+        "is_multilingual",
+        "lang_to_id",
+        "language",
+        "max_initial_timestamp_index",
+        "median_filter_width",
+        "no_timestamps_token_id",
+        "prev_sot_token_id",
+        "return_timestamps",
+        "task",
+        "task_to_id",
+    ]
+)
+
+
+class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
+    """Whisper: what is said in up to 30 seconds of sound, or its English translation, without timestamps."""
+
+    task = "automatic-speech-recognition"
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What the artifact's generation_config.json says, but for what is Whisper's own."""
+        plain = {name: value for name, value in self._generation_file.items() if name not in _OWN}
+        return GenerationConfig.of(plain, "generation_config.json")
+
+    @with_labels
+    def __call__(self, input_features: Any, decoder_input_ids: Any = None) -> ModelOutput:
+        """Logits for every token of the decoder's rows.
+
+        Args:
+            input_features: log-mel spectrograms as the checkpoint's feature extractor makes them, float32
+                [batch, mels, frames], numpy or torch.
+            decoder_input_ids: int64 [batch, answer], each row beginning with the decoder's start token.
+
+        Returns:
+            `.logits` [batch, answer, vocabulary].
+
+        Raises:
+            InputError: the tensors do not fit each other or the compiled sizes.
+        """
+        if decoder_input_ids is None:
+            raise InputError("Logits are those of the decoder's rows: pass decoder_input_ids, or use generate().")
+        sources = self._sources(input_features)
+        ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary(), "decoder_input_ids")
+        return ModelOutput(logits=like(input_features, self._logits(sources, ids, as_mask(None, ids))))
+
+    def generate(
+        self,
+        input_features: Any,
+        generation_config: Any = None,
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        streamer: Any = None,
+        *,
+        language: str | Sequence[str] | None = None,
+        task: str | None = None,
+        return_timestamps: bool | None = None,
+        decoder_input_ids: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Write down what is said, as `transformers.WhisperForConditionalGeneration.generate` does.
+
+        Args:
+            input_features: log-mel spectrograms as the checkpoint's feature extractor makes them, float32
+                [batch, mels, frames], of 30 seconds each.
+            generation_config, logits_processor, stopping_criteria: as for decoders.
+            streamer: told each step's tokens by `put`, and the end by `end`.
+            language: a name ("french"), a code ("fr") or one per row; None has it detected.
+            task: "transcribe" or "translate" (into English).
+            return_timestamps: not done here: None or False.
+            decoder_input_ids: what the answers begin with, int64 [batch, length], instead of language and task.
+            options: fields of GenerationConfig, such as max_new_tokens=64 or num_beams=4.
+
+        Returns:
+            int64 [batch * num_return_sequences, new]: the tokens that were generated, without those that an answer
+            begins with and without its end; shorter rows are filled with pad_token_id. With return_dict_in_generate
+            as for decoders.
+
+        Raises:
+            InputError: an argument is wrong, or the request is longer than compiled for.
+        """
+        if return_timestamps or (return_timestamps is None and self._generation_file.get("return_timestamps")):
+            raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
+        sources = self._sources(input_features)
+        config = self._config(generation_config, options)
+        if decoder_input_ids is None:
+            prompts = self._prompts(sources, config, language, task)
+        else:
+            ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary(), "decoder_input_ids")
+            self._check_rows(len(ids), len(sources))
+            prompts = real_rows(ids, as_mask(None, ids))
+        count = self._room(config, max(map(len, prompts)))
+        self._check_lookup(config)
+        if streamer is not None:
+            check_streamer(streamer, len(sources), config)
+        asked = Generation(config, count, logits_processor, stopping_criteria, streamer)
+        return self._answer(input_features, prompts, sources, asked, np.zeros((len(sources), 0), np.int64))
+
+    def _finished(self, tokens: list[int], config: GenerationConfig) -> list[int]:
+        return tokens[:-1] if tokens[-1] in config.eos_ids else tokens
+
+    def _sources(self, input_features: Any) -> list[Array]:
+        features = np.asarray(to_numpy(input_features))
+        (frames,) = self._encoders
+        wanted = self._encoders[frames].inputs["input_features"].shape[1:]
+        if features.ndim != 3 or features.shape[1:] != wanted or features.dtype.kind != "f":
+            raise InputError(
+                f"input_features must be log-mel spectrograms, float32 [batch, {wanted[0]}, {wanted[1]}]; these are "
+                f"{features.dtype} {list(features.shape)}. The checkpoint's feature extractor makes them, padded to 30 "
+                f"seconds; longer sound must be cut."
+            )
+        return list(features.astype(np.float32, copy=False))
+
+    def _encode(self, source: Array) -> tuple[EncoderCall, int]:
+        (call,) = self._encoders.values()
+        call.inputs["input_features"][0] = source
+        call.run()
+        return call, 0
+
+    def _room(self, config: GenerationConfig, first: int) -> int:
+        """New tokens: as transformers counts them here, `max_length` does not count the first ones."""
+        count = config.max_new_tokens
+        if count is None:
+            most = self.config["max_target_positions"] - first
+            count = min(20 if config.max_length is None else config.max_length, most)
+        self._check_room(first, count)
+        return count
+
+    def _prompts(
+        self, sources: list[Array], config: GenerationConfig, language: str | Sequence[str] | None, task: str | None
+    ) -> list[Array]:
+        """What each answer begins with: start, language, task, and that there are no timestamps."""
+        file = self._generation_file
+        language, task = language or file.get("language"), task or file.get("task")
+        if file.get("is_multilingual") is False and (language or task):
+            raise InputError("This model knows English only; leave language and task out.")
+        first = [self.start_token(config), *(self._legacy() if language is None and task is None else [])]
+        languages = self._languages(sources, first, language, config)
+        return [np.array(self._completed(first, code, language is not None, task), np.int64) for code in languages]
+
+    def _legacy(self) -> list[int | None]:
+        """What older checkpoints force after the start, position by position; None stands for the language."""
+        found = self._generation_file.get("forced_decoder_ids") or self.config.get("forced_decoder_ids") or []
+        return [token for _, token in found]
+
+    def _languages(
+        self, sources: list[Array], first: list[int | None], language: str | Sequence[str] | None,
+        config: GenerationConfig,
+    ) -> list[int | None]:  # fmt: skip
+        """The language's token for each source, None where the model has none or it is set already."""
+        known = self._generation_file.get("lang_to_id")
+        if language is not None:
+            given = [language] * len(sources) if isinstance(language, str) else list(language)
+            if len(given) != len(sources):
+                raise InputError(f"language names {len(given)} languages; there are {len(sources)} rows.")
+            return [self._language_id(name, known or {}) for name in given]
+        if known and (len(first) == 1 or first[1] is None):
+            return [*self._detect(sources, self.start_token(config), list(known.values()))]
+        return [None] * len(sources)
+
+    def _language_id(self, name: str, known: dict[str, int]) -> int:
+        for token in (name.lower(), f"<|{CODES.get(name.lower(), name.lower())}|>"):
+            if token in known:
+                return known[token]
+        codes = ", ".join(token.strip("<|>") for token in known)
+        raise InputError(f"language={name!r} is none that this model knows: {codes or 'it names none'}.")
+
+    def _detect(self, sources: list[Array], start: int, languages: list[int]) -> list[int]:
+        """The likeliest language of each source, after nothing but the start."""
+        ids = np.full((len(sources), 1), start)
+        logits = self._logits(sources, ids, as_mask(None, ids))[:, 0]
+        return [languages[int(values[languages].argmax())] for values in logits]
+
+    def _completed(self, first: list[int | None], code: int | None, is_chosen: bool, task: str | None) -> list[int]:
+        """`first` with the language's `code`, the task, and the word that no timestamps follow."""
+        row, tasks = list(first), self._generation_file.get("task_to_id", {})
+        if code is not None:
+            row[1:2] = [code]
+        if task is not None and task not in tasks:
+            raise InputError(f"task={task!r} is none that this model knows: {', '.join(tasks) or 'it names none'}.")
+        if tasks and (task or is_chosen):
+            row.append(tasks[task or "transcribe"])
+        silent = self._generation_file.get("no_timestamps_token_id")
+        if silent is not None and row[-1] != silent:
+            row.append(silent)
+        return [token for token in row if token is not None]

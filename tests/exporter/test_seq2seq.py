@@ -1,0 +1,283 @@
+"""Every encoder-decoder: logits, greedy tokens and beams are transformers' own, whatever lengths and padding."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir
+import oracle
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zoo import seq2seq as zoo
+
+from precast.exporter import ExportOptions, export
+from precast.runtime import CompiledModel, CompiledModelForSeq2SeqLM, CompiledModelForSpeechSeq2Seq
+from precast.runtime.errors import CheckpointError, InputError, UsageError
+
+LONGEST, CAPACITY = 24, 24
+FAST = ("bart", "t5")
+PAD = 1  # transformers takes 0 for none, and fills with the end instead
+tokens = st.integers(3, tiny.VOCABULARY - 1)
+sources = st.lists(st.lists(tokens, min_size=1, max_size=LONGEST), min_size=1, max_size=5)
+sides = st.sampled_from(["left", "right", "middle"])
+few = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+text_types = [
+    model_type if model_type in FAST else pytest.param(model_type, marks=pytest.mark.slow)
+    for model_type, task in zoo.pairs()
+    if task == zoo.TEXT
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`made("t5")`: a checkpoint and its artifact: two source lengths, batch 3, more rows in slices."""
+    root, found = tmp_path_factory.mktemp("seq2seq"), {}
+
+    def make(model_type, task=zoo.TEXT):
+        if model_type not in found:
+            source = zoo.make(root / model_type, model_type, task)
+            options = ExportOptions(task=task, validate=False, **zoo.OPTIONS[task])
+            found[model_type] = source, export(str(source), root / f"{model_type}-out", options).path
+        source, compiled = found[model_type]
+        return source, CompiledModel.from_pretrained(compiled)
+
+    return make
+
+
+@pytest.fixture(scope="module", params=text_types)
+def family(request, made):
+    return made(request.param)
+
+
+def eager_logits(source, row, answer):
+    model = oracle.eager(source, "AutoModelForSeq2SeqLM")
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([row]), decoder_input_ids=torch.tensor([answer])).logits[0].numpy()
+
+
+def eager_answer(source, row, **options):
+    """What transformers' own generate() answers to one source, the start included."""
+    model = oracle.eager(source, "AutoModelForSeq2SeqLM")
+    with torch.inference_mode():
+        return model.generate(torch.tensor([row]), do_sample=False, pad_token_id=PAD, **options)[0].tolist()
+
+
+def check_answers(family, rows, side, **options):
+    source, model = family
+    ids, mask = oracle.padded(rows, side)
+    found = model.generate(ids, mask, do_sample=False, pad_token_id=PAD, **options)
+    for row, values in zip(rows, found.tolist(), strict=True):
+        expected = eager_answer(source, row, **options)
+        assert values[: len(expected)] == expected
+        assert set(values[len(expected) :]) <= {PAD}
+
+
+@few
+@given(rows=sources, side=sides, data=st.data())
+def test_logits_are_those_of_the_unpadded_row(family, rows, side, data):
+    source, model = family
+    answers = [data.draw(st.lists(tokens, min_size=1, max_size=CAPACITY)) for _ in rows]
+    ids, mask = oracle.padded(rows, side)
+    answer_ids, answer_mask = oracle.padded(answers, data.draw(sides))
+    found = model(ids, mask, answer_ids, answer_mask).logits
+    for row, answer, values, keep in zip(rows, answers, found, answer_mask, strict=True):
+        expected = eager_logits(source, row, answer)
+        assert np.abs(values[keep == 1] - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+@few
+@given(rows=sources, side=sides, beams=st.integers(1, 3), ends=st.sampled_from([[2], [2, *range(3, 60)]]))
+def test_answers_are_transformers_own(family, rows, side, beams, ends):
+    check_answers(family, rows, side, num_beams=beams, eos_token_id=ends, max_new_tokens=18)
+
+
+SETTINGS = [
+    {"forced_bos_token_id": 77},
+    {"forced_eos_token_id": 2, "max_new_tokens": 5},
+    {"max_length": 12, "min_length": 6, "eos_token_id": list(range(2, 160))},
+    {"bad_words_ids": [[30], [40, 41]], "suppress_tokens": list(range(100, 200)), "begin_suppress_tokens": [50, 60]},
+    {"no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 1, "repetition_penalty": 1.3},
+    {"length_penalty": 2.0, "early_stopping": True, "eos_token_id": list(range(2, 60))},
+    {"decoder_start_token_id": 99},
+]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("asked", SETTINGS, ids=",".join)
+def test_settings_do_what_they_do_in_transformers(made, asked, beams):
+    given_ = {"max_new_tokens": 16, **asked} if "max_length" not in asked else asked
+    if beams == 1:
+        given_ = {name: value for name, value in given_.items() if name not in ("length_penalty", "early_stopping")}
+    check_answers(made("bart"), [[5, 9, 30, 7, 200], [80, 81]], "left", num_beams=beams, **given_)
+
+
+def test_answers_may_begin_with_more_than_the_start(made):
+    source, model = made("t5")
+    row, first = [5, 9, 30, 7], [0, 70, 71]
+    found = model.generate(np.array([row]), decoder_input_ids=np.array([first]), max_new_tokens=6, do_sample=False)
+    expected = eager_answer(source, row, decoder_input_ids=torch.tensor([first]), max_new_tokens=6)
+    assert found[0].tolist() == expected
+
+
+def test_a_stream_gives_the_answer(made):
+    _, model = made("t5")
+    row = np.array([[5, 9, 30]])
+    whole = model.generate(row, max_new_tokens=8, eos_token_id=[])
+    abandoned = model.stream(row[:, ::-1], max_new_tokens=8)
+    next(abandoned)
+    assert list(model.stream(row, max_new_tokens=8, eos_token_id=[])) == whole[0, 1:].tolist()
+
+
+def test_the_same_source_is_encoded_anew_for_each_call(made):
+    """A source whose array changes between calls is another source."""
+    _, model = made("t5")
+    ids = np.array([[5, 9, 30]])
+    model.generate(ids, max_new_tokens=4)
+    ids[:] = [[200, 201, 202]]
+    fresh = model.new_session().generate(ids.copy(), max_new_tokens=4)
+    assert model.generate(ids, max_new_tokens=4).tolist() == fresh.tolist()
+
+
+def test_census(made):
+    """One operator per layer for either attention; caches and encoded states go straight into them, and no copy of
+    the encoder is in the decoder, nor of its weights in the file."""
+    for model_type in FAST:
+        source, model = made(model_type)
+        graph = onnx_ir.load(model.artifact.path / "decoder.onnx").graph
+        counts = Counter(node.op_type for node in graph.all_nodes())
+        assert (counts["GroupQueryAttention"], counts["MultiHeadAttention"]) == (2, 2)
+        assert not counts.keys() & {"ScatterND", "Softmax", "Where"}
+        wanted = {"past_key_values": "GroupQueryAttention", "encoder.": "MultiHeadAttention"}
+        for value in graph.inputs:
+            for start, operator in wanted.items():
+                if value.name.startswith(start):
+                    assert [user.op_type for user, _ in value.uses()] == [operator], value.name
+        stored = (model.artifact.path / "model.onnx.data").stat().st_size
+        assert stored <= 1.1 * (source / "model.safetensors").stat().st_size
+
+
+def test_an_export_is_validated(tmp_path, made):
+    source, _ = made("t5")
+    artifact = export(str(source), tmp_path / "out", ExportOptions(task="translation", **zoo.OPTIONS[zoo.TEXT]))
+    accuracy = artifact.contract.variants[0].accuracy
+    assert accuracy.status == "passed"
+    assert accuracy.figures["greedy_tokens_equal"] > 0
+    assert accuracy.figures["questions"] == 13
+    assert artifact.contract.task == zoo.TEXT
+
+
+BAD_EXPORTS = [
+    ({}, UsageError, r"fixed source lengths\. Add --sequence-length N"),
+    ({"sequence_length": (8,), "prefill_lengths": (4,)}, UsageError, "--prefill-lengths is for decoders"),
+    ({"sequence_length": (65,)}, UsageError, "--sequence-length 65 is more"),
+    (
+        {"sequence_length": (8,), "decoder_sequence_length": 65},
+        UsageError,
+        "--decoder-sequence-length 65.*64 positions",
+    ),
+    (
+        {"sequence_length": (8,), "decoder_sequence_length": 0},
+        UsageError,
+        "--decoder-sequence-length must be at least 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_EXPORTS, ids=range(len(BAD_EXPORTS)))
+def test_what_cannot_be_exported_is_explained(made, tmp_path, options, error, message):
+    source, _ = made("bart")
+    with pytest.raises(error, match=message):
+        export(str(source), tmp_path / "out", ExportOptions(task=zoo.TEXT, **options))
+
+
+def test_what_does_not_fit_is_explained(made):
+    _, model = made("t5")
+    assert isinstance(model, CompiledModelForSeq2SeqLM)
+    with pytest.raises(InputError, match=r"25 tokens; the model was compiled for 24.*--sequence-length 25"):
+        model.generate(np.ones((1, 25), int))
+    with pytest.raises(InputError, match=r"compiled 24\. Ask for max_new_tokens=23.*--decoder-sequence-length 25"):
+        model.generate(np.ones((1, 2), int), max_new_tokens=24)
+    with pytest.raises(InputError, match="decoder_input_ids has 2 rows; there are 1 sources"):
+        model.generate(np.ones((1, 2), int), decoder_input_ids=np.ones((2, 1), int))
+    with pytest.raises(InputError, match=r"pass decoder_input_ids, or use generate\(\)"):
+        model(np.ones((1, 2), int))
+
+
+# ---------------------------------------------------------------- speech
+
+
+@pytest.fixture(scope="module")
+def whisper(made):
+    return made("whisper", zoo.SPEECH)
+
+
+FEATURES = np.random.default_rng(0).normal(0, 0.5, (4, 16, 120)).astype(np.float32)
+SPOKEN = [
+    {},
+    {"language": "fr"},
+    {"language": "French", "task": "translate"},
+    {"language": "<|zh|>"},
+    {"task": "transcribe"},
+    {"language": ["en", "zh", "fr", "en"]},
+    {"num_beams": 3},
+    {"max_new_tokens": 9},
+    {"eos_token_id": [2, *range(200, 300)], "num_beams": 2},
+    {"eos_token_id": [2, *range(200, 300)]},
+]
+
+
+@pytest.mark.parametrize("asked", SPOKEN, ids=lambda asked: ",".join(asked) or "defaults")
+def test_speech_is_written_down_as_by_transformers(whisper, asked):
+    source, model = whisper
+    eager = oracle.eager(source, "WhisperForConditionalGeneration")
+    found = model.generate(FEATURES, **asked)
+    for row, values in zip(range(4), found, strict=True):
+        alone = {**asked, "language": asked["language"][row]} if isinstance(asked.get("language"), list) else asked
+        with torch.inference_mode():
+            expected = eager.generate(torch.from_numpy(FEATURES[row : row + 1]), **alone)[0].tolist()
+        # With several ends transformers leaves the end in.
+        expected = expected[:-1] if expected and expected[-1] in (asked.get("eos_token_id") or [2]) else expected
+        assert values[: len(expected)].tolist() == expected
+        assert not values[len(expected) :].any(), "what follows the end is padding"
+
+
+def test_speech_logits(whisper):
+    source, model = whisper
+    assert isinstance(model, CompiledModelForSpeechSeq2Seq)
+    answers = np.random.default_rng(1).integers(3, 300, (4, 20))
+    eager = oracle.eager(source, "WhisperForConditionalGeneration")
+    with torch.inference_mode():
+        expected = eager(torch.from_numpy(FEATURES), decoder_input_ids=torch.from_numpy(answers)).logits.numpy()
+    found = model(torch.from_numpy(FEATURES), torch.from_numpy(answers)).logits
+    assert np.abs(found.numpy() - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+BAD_SPEECH = [
+    ({"language": "klingon"}, "language='klingon' is none that this model knows: en, fr, zh"),
+    ({"language": ["en", "fr"]}, "names 2 languages; there are 4 rows"),
+    ({"task": "sing"}, "task='sing' is none that this model knows: transcribe, translate"),
+    ({"return_timestamps": True}, r"return_timestamps=True is not done.*return_timestamps=False"),
+    ({"input_features": FEATURES[:, :, :100]}, r"float32 \[batch, 16, 120\]; these are float32 \[4, 16, 100\]"),
+    ({"max_new_tokens": 31}, r"--decoder-sequence-length"),
+]
+
+
+@pytest.mark.parametrize(("asked", "message"), BAD_SPEECH, ids=range(len(BAD_SPEECH)))
+def test_what_speech_models_cannot_do_is_explained(whisper, asked, message):
+    _, model = whisper
+    with pytest.raises(InputError, match=message):
+        model.generate(**{"input_features": FEATURES, **asked})
+
+
+def test_only_whisper_of_its_kind(tmp_path):
+    from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
+
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 40, "max_target_positions": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    Speech2TextForConditionalGeneration(Speech2TextConfig(**small, **heads)).save_pretrained(tmp_path / "source")
+    with pytest.raises(CheckpointError, match="encoder-decoders of type 'whisper' can"):
+        export(str(tmp_path / "source"), tmp_path / "out", ExportOptions(task=zoo.SPEECH))

@@ -1,0 +1,261 @@
+"""Pipelines of images and sounds beside transformers' own: the same answers from the same files."""
+
+from __future__ import annotations
+
+import json
+import wave
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+import transformers
+from compare import assert_same, silence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from precast.runtime import CompiledModel, pipeline
+from precast.runtime.errors import ArtifactError, InputError, UsageError
+from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, opened_image, resized
+
+LABELS = {"id2label": {0: "猫", 1: "Hund", 2: "bird"}, "label2id": {"猫": 0, "Hund": 1, "bird": 2}}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+IMAGES = {**SMALL, "image_size": 32, "patch_size": 8, **LABELS}
+SOUNDS = {
+    **SMALL, "conv_dim": [32, 32], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 10, "classifier_proj_size": 16,
+}  # fmt: skip
+SQUARE = {"size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+
+
+def save(root, name, config, auto, *companions):
+    """A checkpoint with what else it carries."""
+    path = tiny.save_checkpoint(root / name, config, getattr(transformers, auto))
+    for each in companions:
+        each.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Of several sizes, one of them lying down, one standing."""
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)) for size in ((40, 64), (70, 33), (32, 32))]
+
+
+@pytest.fixture(scope="module")
+def sounds():
+    random = np.random.default_rng(0)
+    return [random.normal(size=length).astype(np.float32) * 0.1 + 0.3 for length in (900, 1200, 333)]
+
+
+def theirs(task, path, auto, **parts):
+    model = getattr(transformers, auto).from_pretrained(path).eval()
+    return transformers.pipeline(task, model=model, device="cpu", **parts)
+
+
+def test_image_classification(root, artifact, pictures, tmp_path):
+    processor = transformers.ViTImageProcessorPil(**SQUARE)
+    path = save(root, "vit", transformers.ViTConfig(**IMAGES), "AutoModelForImageClassification", processor)
+    compiled = artifact(path, batch_size=2, sequence_length=())
+    eager = theirs("image-classification", path, "AutoModelForImageClassification", image_processor=processor)
+    ours = pipeline("image-classification", compiled)
+    assert_same(ours(pictures), eager(pictures))
+    assert_same(ours(pictures[0], top_k=2), eager(pictures[0], top_k=2))
+    pictures[1].save(tmp_path / "图.png")
+    assert_same(ours(str(tmp_path / "图.png")), eager(pictures[1]))
+    assert_same(ours(np.asarray(pictures[1])), eager(pictures[1]))
+    with silence():
+        passed = transformers.pipeline(
+            "image-classification", model=CompiledModel.from_pretrained(compiled), image_processor=processor
+        )
+        assert_same(passed(pictures), eager(pictures))
+    with pytest.raises(InputError, match=r"nothing.png cannot be read as an image"):
+        ours("nothing.png")
+
+
+def test_image_segmentation(root, artifact, pictures):
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3],
+        strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, **LABELS,
+    )  # fmt: skip
+    processor = transformers.SegformerImageProcessorPil(**SQUARE)
+    path = save(root, "segformer", config, "AutoModelForSemanticSegmentation", processor)
+    ours = pipeline("image-segmentation", artifact(path, batch_size=2, image_size=(32,), sequence_length=()))
+    eager = theirs("image-segmentation", path, "AutoModelForSemanticSegmentation", image_processor=processor)
+    for found, expected in zip(ours(pictures), eager(pictures), strict=True):
+        assert [each["label"] for each in found] == [each["label"] for each in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert np.mean(np.asarray(one["mask"]) != np.asarray(other["mask"])) < 1e-3
+
+
+def test_object_detection(root, artifact, pictures):
+    config = transformers.YolosConfig(**{**IMAGES, "image_size": [32, 32]}, num_detection_tokens=5)
+    processor = transformers.YolosImageProcessorPil(size={"height": 32, "width": 32})
+    path = save(root, "yolos", config, "AutoModelForObjectDetection", processor)
+    ours = pipeline("object-detection", artifact(path, batch_size=2, sequence_length=()))
+    eager = theirs("object-detection", path, "AutoModelForObjectDetection", image_processor=processor)
+    found = ours(pictures, threshold=0.2)
+    assert any(found)
+    assert_same(found, eager(pictures, threshold=0.2))
+
+
+def test_zero_shot_images(root, artifact, pictures):
+    text = {**SMALL, "vocab_size": tiny.VOCABULARY, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_convert_rgb=True
+    )
+    path = save(root, "clip", config, "AutoModelForZeroShotImageClassification", processor)
+    shapes = {"batch_size": 2, "text_batch_size": 4, "sequence_length": (16,)}
+    ours = pipeline(model=artifact(path, **shapes))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    eager = theirs(
+        "zero-shot-image-classification", path, "AutoModelForZeroShotImageClassification", image_processor=processor,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    options = {"candidate_labels": ["猫", "a dog", "water"], "hypothesis_template": "It is {}</s>"}
+    assert_same(ours(pictures, **options), eager(pictures, **options))
+
+
+def test_audio_classification_and_speech(root, artifact, sounds, tmp_path):
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    (tmp_path / "vocab.json").write_text(
+        json.dumps(dict(zip([*"ab天气c", "<s>", "</s>", "<unk>", "|", "<pad>"], range(10), strict=True)))
+    )
+    speller = transformers.Wav2Vec2CTCTokenizer(tmp_path / "vocab.json")
+    config = transformers.Wav2Vec2Config(**SOUNDS, **LABELS, feat_extract_norm="layer")
+    path = save(root, "audio", config, "AutoModelForAudioClassification", extractor)
+    shapes = {"batch_size": 2, "audio_sequence_length": (1200,), "sequence_length": ()}
+    eager = theirs("audio-classification", path, "AutoModelForAudioClassification", feature_extractor=extractor)
+    compiled = artifact(path, **shapes)
+    ours = pipeline(model=compiled)
+    assert_same(ours(sounds), eager(sounds))
+    with silence():
+        passed = transformers.pipeline(
+            "audio-classification", model=CompiledModel.from_pretrained(compiled), feature_extractor=extractor
+        )
+        assert_same(passed(sounds), eager(sounds))
+    path = save(root, "ctc", config, "AutoModelForCTC", extractor)
+    for old in path.glob("tokenizer*"):
+        old.unlink()
+    speller.save_pretrained(path)
+    parts = {"feature_extractor": extractor, "tokenizer": speller}
+    eager = theirs("automatic-speech-recognition", path, "AutoModelForCTC", **parts)
+    compiled = artifact(path, **shapes)
+    ours = pipeline("automatic-speech-recognition", compiled)
+    expected = eager(sounds)
+    assert any(each["text"] for each in expected)
+    assert_same(ours(sounds), expected)
+    with silence():
+        passed = transformers.pipeline(
+            "automatic-speech-recognition", model=CompiledModel.from_pretrained(compiled), **parts
+        )
+        assert_same(passed(sounds), expected)
+    with pytest.raises(InputError, match=r"8000 samples per second; the model takes 16000"):
+        ours({"raw": sounds[0], "sampling_rate": 8000})
+    with pytest.raises(InputError, match=r"no.wav cannot be read as a .wav file"):
+        ours("no.wav")
+    with pytest.raises(InputError, match=r"A sound is a .wav file"):
+        ours(3)
+
+
+def test_transcription(root, artifact, sounds):
+    """The text of the tokens that eager Whisper generates from the same spectrograms."""
+    config = transformers.WhisperConfig(
+        vocab_size=tiny.VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, max_source_positions=50,
+        max_target_positions=24, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    path = save(root, "whisper", config, "AutoModelForSpeechSeq2Seq", extractor)
+    ours = pipeline(model=artifact(path, batch_size=2, sequence_length=()))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    features = extractor(sounds, sampling_rate=16000, return_tensors="pt")["input_features"]
+    with torch.inference_mode():
+        ids = oracle.eager(path, "AutoModelForSpeechSeq2Seq").generate(features, max_new_tokens=6, do_sample=False)
+    expected = [{"text": tokenizer.decode(row, skip_special_tokens=True)} for row in ids]
+    assert_same(ours(sounds, max_new_tokens=6), expected)
+    assert_same(ours(sounds[1], max_new_tokens=6), expected[1])
+
+
+def test_feature_extraction(root, artifact, pictures, sounds):
+    processor = transformers.ViTImageProcessorPil(**SQUARE)
+    path = save(root, "see", transformers.ViTConfig(**IMAGES), "AutoModel", processor)
+    ours = pipeline("feature-extraction", artifact(path, batch_size=2, sequence_length=()))
+    eager = theirs("image-feature-extraction", path, "AutoModel", image_processor=processor)
+    assert_same(ours(pictures), eager(pictures))
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    config = transformers.Wav2Vec2Config(**SOUNDS, feat_extract_norm="layer")
+    path = save(root, "hear", config, "AutoModel", extractor)
+    ours = pipeline(model=artifact(path, batch_size=2, audio_sequence_length=(1200,), sequence_length=()))
+    for sound, found in zip(sounds, ours(sounds), strict=True):
+        batch = extractor(sound, sampling_rate=16000, return_tensors="pt")
+        with torch.inference_mode():
+            expected = oracle.eager(path, "AutoModel")(**batch).last_hidden_state
+        assert_same(found, expected.tolist())
+
+
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    rule=st.sampled_from([{"height": 24, "width": 17}, {"shortest_edge": 20}]),
+    crop=st.sampled_from([None, {"height": 16, "width": 30}, {"height": 31, "width": 9}]),
+    resample=st.sampled_from([0, 2, 3]),
+)
+@settings(max_examples=30, deadline=None)
+def test_images_are_prepared_as_by_transformers(tmp_path_factory, size, rule, crop, resample):
+    theirs = transformers.CLIPImageProcessorPil(
+        size=rule, crop_size=crop, do_center_crop=crop is not None, resample=resample,
+        image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4],
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("rules")
+    theirs.save_pretrained(path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    found = ImageProcessor(path)([image])["pixel_values"]
+    expected = theirs(images=[image], return_tensors="np")["pixel_values"]
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-5
+
+
+@given(old=st.tuples(st.integers(1, 9), st.integers(1, 9)), new=st.tuples(st.integers(1, 20), st.integers(1, 20)))
+@settings(max_examples=30, deadline=None)
+def test_resizing_is_torchs(old, new):
+    values = np.random.default_rng(0).normal(size=(3, *old)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(values)[None], new, mode="bilinear")[0].numpy()
+    assert np.abs(resized(values, *new) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sound_files(tmp_path, width, channels):
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    wanted = np.sin(np.arange(50) / 5) * 0.9
+    levels = np.round(wanted * 2 ** (8 * width - 1)).astype(np.int64) + (128 if width == 1 else 0)
+    raw = b"".join(int(each).to_bytes(width, "little", signed=width > 1) * channels for each in levels)
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setnchannels(channels), file.setsampwidth(width), file.setframerate(16000)
+        file.writeframes(raw)
+    found = SoundProcessor(tmp_path).opened(tmp_path / "sound.wav")
+    assert np.abs(found - wanted).max() < 2 ** (2 - 8 * min(width, 3))
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ArtifactError, match="does not say how images are prepared"):
+        ImageProcessor(tmp_path)
+    with pytest.raises(InputError, match="An image is a file, an array"):
+        opened_image(3)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "OddImageProcessor"}')
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(UsageError, match=r"OddImageProcessor is prepared by transformers.*precast\[export\]"):
+        ImageProcessor(tmp_path)([Image.new("RGB", (2, 2))])
+    monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
+    with pytest.raises(UsageError, match=r"Images take Pillow: pip install 'precast\[vision\]'"):
+        opened_image("x.png")

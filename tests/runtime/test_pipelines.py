@@ -1,0 +1,361 @@
+"""Our pipelines beside transformers' own, on the same checkpoint: the same answers, key by key."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+import tokenizers
+import torch
+import transformers
+from compare import assert_same
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from precast.runtime import CompiledModel, pipeline
+from precast.runtime.errors import InputError, UsageError
+
+NAMES = ["O", "B-人", "I-人", "B-Ort", "I-Ort"]
+NLI = ["contradiction", "neutral", "entailment"]
+texts = st.lists(st.sampled_from([*" ".join(tiny.TEXTS).split(), "zzz", "天气"]), min_size=1, max_size=8).map(" ".join)
+many = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def wordpiece() -> transformers.PreTrainedTokenizerFast:
+    """As BERT's: words in pieces, Chinese characters by themselves, [CLS] … [SEP]."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    inner.decoder = tokenizers.decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(tiny.TEXTS, trainer)
+    ends = [("[CLS]", inner.token_to_id("[CLS]")), ("[SEP]", inner.token_to_id("[SEP]"))]
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=48, clean_up_tokenization_spaces=True,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, artifact):
+    """`pairs("AutoModelForMaskedLM", labels=…)`: checkpoint with a WordPiece tokenizer, and its artifact."""
+    root, made = tmp_path_factory.mktemp("words"), {}
+
+    def make(auto, labels=(), model_type="bert", **changes):
+        key = (auto, tuple(labels), model_type, repr(changes))
+        if key not in made:
+            if labels:
+                changes["id2label"] = dict(enumerate(labels))
+                changes["label2id"] = {name: index for index, name in enumerate(labels)}
+            path = root / f"checkpoint-{len(made)}"
+            tiny.save_checkpoint(path, tiny.config_for(model_type, **changes), getattr(transformers, auto))
+            wordpiece().save_pretrained(path)
+            choices = {"num_choices": changes["num_choices"]} if "num_choices" in changes else {}
+            made[key] = path, artifact(path, batch_size=3, sequence_length=(16, 48), **choices)
+        return made[key]
+
+    return make
+
+
+def theirs(task, path, auto, **options):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    return transformers.pipeline(task, model=oracle.eager(path, auto), tokenizer=tokenizer, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def classifiers(pairs):
+    auto = "AutoModelForSequenceClassification"
+    path, compiled = pairs(auto, ["好评 (4–5)", "差评", "中立"])
+    return theirs("text-classification", path, auto), pipeline("text-classification", compiled)
+
+
+@many
+@given(given=st.one_of(texts, st.lists(texts, min_size=1, max_size=7)), top_k=st.sampled_from([..., None, 1, 2]))
+def test_text_classification(classifiers, given, top_k):
+    eager, compiled = classifiers
+    options = {} if top_k is ... else {"top_k": top_k}
+    assert_same(compiled(given, **options), eager(given, **options))
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid", "none"])
+def test_text_classification_scores_and_pairs(classifiers, function):
+    eager, compiled = classifiers
+    pair = {"text": tiny.TEXTS[0], "text_pair": tiny.TEXTS[3]}
+    assert_same(
+        compiled([pair, pair], top_k=None, function_to_apply=function),
+        eager([pair, pair], top_k=None, function_to_apply=function),
+    )
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [("regression", ["x"]), ("multi_label_classification", ["a", "b"]), (None, ["x"]), ("regression", ["a", "b"])],
+)
+def test_text_classification_by_problem_type(pairs, problem, labels):
+    auto = "AutoModelForSequenceClassification"
+    path, compiled = pairs(auto, labels)
+    eager, ours = theirs("text-classification", path, auto), pipeline(model=compiled)
+    eager.model.config.problem_type = ours.model.config["problem_type"] = problem
+    assert_same(ours(tiny.TEXTS, top_k=None), eager(tiny.TEXTS, top_k=None))
+
+
+@pytest.fixture(scope="module")
+def taggers(pairs):
+    auto = "AutoModelForTokenClassification"
+    path, compiled = pairs(auto, NAMES)
+    return theirs("ner", path, auto), pipeline("ner", compiled)
+
+
+@many
+@given(text=texts, strategy=st.sampled_from(["none", "simple", "first", "average", "max"]))
+def test_token_classification(taggers, text, strategy):
+    eager, compiled = taggers
+    found = compiled(text, aggregation_strategy=strategy)
+    assert_same(found, eager(text, aggregation_strategy=strategy))
+    for entity in found:
+        assert text[entity["start"] : entity["end"]].strip()
+
+
+def test_token_classification_of_lists_and_long_texts(taggers):
+    eager, compiled = taggers
+    assert_same(compiled(tiny.TEXTS, ignore_labels=[]), eager(tiny.TEXTS, ignore_labels=[]))
+    long = " ".join(tiny.TEXTS)
+    options = {"stride": 8, "aggregation_strategy": "simple"}
+    assert_same(compiled([long, "Paris"], **options), eager([long, "Paris"], **options))
+    with pytest.raises(UsageError, match="takes an aggregation_strategy"):
+        compiled(long, stride=8)
+    with pytest.raises(InputError, match="was compiled for 48"):
+        compiled(long)
+    assert_same(compiled(long, truncation=True), eager(long))
+
+
+def test_byte_level_words_are_told_by_spaces(checkpoint, artifact):
+    auto = "AutoModelForTokenClassification"
+    path = checkpoint("bert", auto, id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
+    eager, compiled = theirs("ner", path, auto), pipeline("ner", artifact(path, batch_size=2))
+    for strategy in ("none", "simple", "average"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Tokenizer does not support real words")
+            expected = eager(tiny.TEXTS[1:4:2], aggregation_strategy=strategy)
+        assert_same(compiled(tiny.TEXTS[1:4:2], aggregation_strategy=strategy), expected)
+
+
+def test_fill_mask(pairs):
+    auto = "AutoModelForMaskedLM"
+    path, compiled = pairs(auto)
+    eager, ours = theirs("fill-mask", path, auto), pipeline("fill-mask", compiled)
+    batch = ["The [MASK] of France.", "今天[MASK]气很[MASK]。", "Water boils at 100 degrees [MASK] sea level."]
+    assert_same(ours(batch), eager(batch))
+    assert_same(ours(batch[1], top_k=3), eager(batch[1], top_k=3))
+    options = {"targets": ["paris", "天", "is", "天"], "top_k": 5}
+    assert_same(ours(batch[0], **options), eager(batch[0], **options))
+    with pytest.raises(InputError, match=r"has no \[MASK\]"):
+        ours("no mask")
+    with pytest.raises(InputError, match=r"'boiling water' is .* tokens"):
+        ours(batch[0], targets="boiling water")
+
+
+def test_feature_extraction(pairs):
+    path, compiled = pairs("AutoModel")
+    eager, ours = theirs("feature-extraction", path, "AutoModel"), pipeline(model=compiled)
+    assert_same(ours(tiny.TEXTS), eager(tiny.TEXTS))
+    assert_same(ours(tiny.TEXTS[3]), eager(tiny.TEXTS[3]))
+    states = np.array(eager(tiny.TEXTS[3])[0])
+    assert_same(ours(tiny.TEXTS[3], pooling="mean"), states.mean(0).tolist())
+    assert_same(ours(tiny.TEXTS[3:4], pooling="cls"), [states[0].tolist()])
+    with pytest.raises(UsageError, match="choose one of: none, mean, cls"):
+        ours("x", pooling="sum")
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_zero_shot(pairs, multi_label):
+    auto = "AutoModelForSequenceClassification"
+    path, compiled = pairs(auto, NLI)
+    eager, ours = theirs("zero-shot-classification", path, auto), pipeline("zero-shot-classification", compiled)
+    options = {"candidate_labels": ["天气", "water", "Paris", "sea"], "multi_label": multi_label}
+    assert_same(ours(tiny.TEXTS[2:4], **options), eager(tiny.TEXTS[2:4], **options))
+    options = {"candidate_labels": "water, sea", "hypothesis_template": "It is about {}.", "multi_label": multi_label}
+    assert_same(ours(tiny.TEXTS[2], **options), eager(tiny.TEXTS[2], **options))
+    with pytest.raises(InputError, match="Name the labels"):
+        ours("x")
+
+
+def test_text_generation(decoder, checkpoint):
+    path = checkpoint("llama")
+    eager = theirs("text-generation", path, "AutoModelForCausalLM", do_sample=False)
+    ours = pipeline("text-generation", decoder)
+    options = {"max_new_tokens": 6, "return_full_text": False}
+    for prompt in (tiny.TEXTS[0], tiny.TEXTS[3]):
+        assert_same(ours(prompt, max_new_tokens=6), eager(prompt, max_new_tokens=6))
+        assert_same(ours([prompt, "Water"], **options), eager([prompt, "Water"], **options))
+    talk = [{"role": "user", "content": "你好"}]
+    started = [*talk, {"role": "assistant", "content": "The"}]
+    for messages in (talk, started, [talk, started]):
+        assert_same(ours(messages, max_new_tokens=4), eager(messages, max_new_tokens=4))
+    [answer] = ours("Water")
+    assert answer["generated_text"].startswith("Water"), "as long as fits"
+
+
+def test_multiple_choice(pairs):
+    path, compiled = pairs("AutoModelForMultipleChoice", num_choices=3)
+    inputs = [{"prompt": tiny.TEXTS[0], "choices": ["Paris", "天气", "It boils."]},
+              {"prompt": tiny.TEXTS[3], "choices": ["好", "a compiler", "naïve"]}]  # fmt: skip
+    ours, tokenizer = pipeline(model=compiled), transformers.AutoTokenizer.from_pretrained(path)
+    for given_, found in zip(inputs, ours(inputs), strict=True):
+        batch = tokenizer([given_["prompt"]] * 3, given_["choices"], return_tensors="pt", padding=True)
+        with torch.inference_mode():
+            logits = oracle.eager(path, "AutoModelForMultipleChoice")(**{k: v[None] for k, v in batch.items()}).logits[
+                0
+            ]
+        assert_same(found["scores"], logits.softmax(-1).tolist())
+        assert found["answer"] == given_["choices"][found["choice"]]
+        assert found["score"] == max(found["scores"])
+    with pytest.raises(InputError, match="the same number of choices"):
+        ours([inputs[0], {"prompt": "x", "choices": ["y"]}])
+    with pytest.raises(InputError, match="An input is"):
+        ours({"prompt": "x"})
+
+
+@pytest.fixture(scope="module")
+def summarizer(tmp_path_factory, artifact):
+    """A T5 that wants its translations announced."""
+    config = transformers.T5Config(
+        vocab_size=tiny.VOCABULARY, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, pad_token_id=0,
+        eos_token_id=2, decoder_start_token_id=0, task_specific_params={"translation": {"prefix": "to German: "}},
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("t5")
+    tiny.save_checkpoint(path, config, transformers.AutoModelForSeq2SeqLM)
+    return path, artifact(path, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("task", "key"), [(None, "generated_text"), ("summarization", "summary_text"), ("translation", "translation_text")]
+)
+def test_text_of_text(summarizer, task, key):
+    path, compiled = summarizer
+    ours = pipeline(task, compiled)
+    prefix = "to German: " if task == "translation" else ""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    answers = ours(tiny.TEXTS[2:5], max_new_tokens=6)
+    for text, [found] in zip(tiny.TEXTS[2:5], answers, strict=True):
+        batch = tokenizer(prefix + text, return_tensors="pt")
+        with torch.inference_mode():
+            ids = oracle.eager(path, "AutoModelForSeq2SeqLM").generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False
+            )
+        assert found == {key: tokenizer.decode(ids[0], skip_special_tokens=True)}
+    assert ours(tiny.TEXTS[2], max_new_tokens=6) == answers[0]
+
+
+@pytest.fixture(scope="module")
+def reader(pairs):
+    return pipeline("question-answering", pairs("AutoModelForQuestionAnswering")[1])
+
+
+@many
+@given(context=texts, longest=st.integers(1, 6))
+def test_question_answering_finds_the_best_span(reader, context, longest):
+    """Against every span there is, with the probabilities of the model's own logits."""
+    question = "What boils?"
+    encoding = reader.tokenizer.encodings(question, context)[0]
+    output = reader.model(**reader.tokenizer.pad([encoding]))
+    inside = [index for index, owner in enumerate(encoding.sequence_ids) if owner == 1]
+    starts, ends = (np.exp(output[name][0]) for name in ("start_logits", "end_logits"))
+    scores = {
+        (encoding.offsets[first][0], encoding.offsets[last][1]):
+        float(starts[first] * ends[last] / starts[inside].sum() / ends[inside].sum())
+        for first in inside for last in inside if first <= last < first + longest
+    }  # fmt: skip
+    found = reader({"question": question, "context": context}, max_answer_len=longest, align_to_words=False)
+    assert math.isclose(found["score"], max(scores.values()), rel_tol=1e-3)
+    assert math.isclose(scores[found["start"], found["end"]], found["score"], rel_tol=1e-3)
+    assert found["answer"] == context[found["start"] : found["end"]]
+    aligned = reader(question=question, context=context)
+    assert aligned["answer"] in context
+    assert all(word in context.split() or not word.isascii() for word in aligned["answer"].split()[1:-1])
+
+
+def test_question_answering_reads_long_contexts_in_pieces(reader):
+    long = {"question": "What boils?", "context": " ".join(tiny.TEXTS * 3)}
+    answers = reader([long, {"question": "谁?", "context": tiny.TEXTS[3]}], top_k=3, doc_stride=4)
+    for given_, found in zip((long["context"], tiny.TEXTS[3]), answers, strict=True):
+        assert [each["answer"] for each in found] == [given_[each["start"] : each["end"]] for each in found]
+        assert [each["score"] for each in found] == sorted((each["score"] for each in found), reverse=True)
+    assert len(reader.preprocess(long)["input_ids"]) > 3
+    assert len(reader.preprocess(long, truncation=True)["input_ids"]) == 1
+    nothing = reader(long, handle_impossible_answer=True, top_k=1000)
+    assert {"start": 0, "end": 0, "answer": ""}.items() <= min(nothing, key=lambda each: len(each["answer"])).items()
+    with pytest.raises(InputError, match="The question alone has"):
+        reader(question="What? " * 48, context="x")
+    with pytest.raises(InputError, match="empty"):
+        reader(question="What?", context=" ")
+
+
+def test_calling_is_the_three_steps_in_turn(classifiers, reader, taggers):
+    for pipe, inputs in (
+        (classifiers[1], tiny.TEXTS[0]),
+        (classifiers[1], tiny.TEXTS[:3]),
+        (taggers[1], tiny.TEXTS[:2]),
+        (reader, {"question": "What boils?", "context": tiny.TEXTS[2]}),
+    ):
+        batch = pipe.preprocess(inputs)
+        assert all(isinstance(array, np.ndarray) for array in batch.values())
+        assert_same(pipe.postprocess(pipe.forward(batch)), pipe(inputs))
+
+
+def test_options_may_be_given_once(pairs, taggers):
+    _, compiled = pairs("AutoModelForTokenClassification", NAMES)
+    simple = pipeline(model=compiled, aggregation_strategy="simple", threads=1)
+    assert_same(simple(tiny.TEXTS[0]), taggers[1](tiny.TEXTS[0], aggregation_strategy="simple"))
+    same = pipeline("token-classification", CompiledModel.from_pretrained(compiled))
+    assert_same(same(tiny.TEXTS[0]), taggers[1](tiny.TEXTS[0]))
+
+
+def test_mistakes_are_named(classifiers, decoder, encoder):
+    with pytest.raises(UsageError, match=r"does not know topk. Its options are: function_to_apply, top_k, truncation"):
+        classifiers[1]("x", topk=1)
+    with pytest.raises(UsageError, match="Did you mean 'fill-mask'"):
+        pipeline("fillmask", encoder)
+    with pytest.raises(UsageError, match=r"compiled for feature-extraction.*Ask it for: feature-extraction"):
+        pipeline("text-generation", encoder)
+    with pytest.raises(UsageError, match="Name the model"):
+        pipeline("fill-mask")
+    with pytest.raises(InputError, match="list of inputs is empty"):
+        classifiers[1]([])
+    with pytest.raises(InputError, match="An input is a text"):
+        classifiers[1](7)
+    with pytest.raises(UsageError, match="choose one of: softmax, sigmoid, none"):
+        classifiers[1]("x", function_to_apply="relu")
+    with pytest.raises(InputError, match="An input is a text, or messages"):
+        pipeline(model=decoder)(7)
+
+
+def test_zero_shot_wants_a_model_of_inference(classifiers):
+    pipe = pipeline("zero-shot-classification", classifiers[1].model)
+    with pytest.raises(InputError, match="one of whose labels is 'entailment'; this model's are: 好评"):
+        pipe("x", candidate_labels=["a", "b"])
+
+
+def test_text_tasks_need_neither_torch_nor_transformers(pairs):
+    import subprocess
+    import sys
+
+    _, compiled = pairs("AutoModelForTokenClassification", NAMES)
+    code = f"""
+import sys, json
+from precast.runtime import pipeline
+print(json.dumps(pipeline(model={str(compiled)!r})("天气 Paris", ignore_labels=[])))
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"天", "气"} <= {each["word"] for each in json.loads(done.stdout)} | {"天", "气"}

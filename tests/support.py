@@ -1,0 +1,270 @@
+"""Makes the support table, `exporter/precast/exporter/support.json` and `docs/SUPPORT.md`, by trying everything.
+
+    python tests/support.py [--jobs 2] [TYPE ...]
+
+Every pair of a model type and a task in `tests/zoo` is made into a tiny random checkpoint and exported with validation,
+decoders also with `--quantize int8`. Workers try many pairs each; one that dies takes only its pair with it. With types
+named, only their lines are made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from queue import Queue
+from threading import Timer
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "exporter/precast/exporter/support.json"
+PAGE = ROOT / "docs/SUPPORT.md"
+ZOOS = ("decoders", "encoders", "seq2seq")
+LIMIT = 600.0
+"""Seconds that a pair may take: some would take for ever."""
+
+Pair = tuple[str, str, str]
+"""The zoo's name, the model type, the task."""
+
+
+def pairs(zoo: str) -> list[Pair]:
+    """All that the zoo has."""
+    return [(zoo, *pair) for pair in import_module(f"zoo.{zoo}").pairs()]
+
+
+def attempt(pair: Pair) -> dict[str, Any]:
+    """Export one pair and compare; a line of the table, with `error` instead where it fails."""
+    from precast.runtime.errors import PrecastError
+
+    zoo, model_type, task = pair
+    line: dict[str, Any] = {"model_type": model_type, "task": task}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            source = import_module(f"zoo.{zoo}").make(Path(folder) / "source", model_type, task)
+            line |= _measured(pair, source, Path(folder) / "out")
+            if zoo == "decoders":
+                line["kl_int8"] = _kl_of_int8(pair, source, Path(folder) / "int8")
+        except PrecastError as error:
+            line["error"] = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            # Whatever transformers' own code raises for a configuration is this pair's result too.
+            line["error"] = f"{type(error).__module__}.{type(error).__name__}: {error}"
+    return line
+
+
+def _measured(pair: Pair, source: Path, target: Path) -> dict[str, Any]:
+    variant = _export(pair, source, target).contract.variants[0]
+    figures = variant.accuracy.figures
+    assert variant.accuracy.status == "passed", variant.accuracy
+    difference = figures["max_abs_difference"] / max(1.0, figures["max_abs_reference"])
+    return {"way": _way(pair, variant), "difference": float(f"{difference:.1g}")}
+
+
+def _way(pair: Pair, variant: Any) -> str:
+    from precast.exporter.architectures import ADAPTERS
+
+    if variant.graphs[-1].states:
+        return "states"
+    if "attention" in variant.compiler.options:
+        return str(variant.compiler.options["attention"])
+    ways = {"encoders": "encoder", "seq2seq": "encoder and decoder"}
+    return ways.get(pair[0]) or ("adapter" if pair[1] in ADAPTERS else "operator")
+
+
+def _kl_of_int8(pair: Pair, source: Path, target: Path) -> float | None:
+    from precast.runtime.errors import PrecastError
+
+    try:
+        artifact = _export(pair, source, target, quantize="int8", accept_loss=True)
+    except PrecastError:
+        return None
+    return float(f"{artifact.contract.variants[0].accuracy.figures['kl_divergence']:.1g}")
+
+
+def _export(pair: Pair, source: Path, target: Path, **options: Any) -> Any:
+    from precast.exporter import ExportOptions, export
+
+    zoo, model_type, task = pair
+    shapes = import_module(f"zoo.{zoo}").options(model_type, task)
+    return export(str(source), target, ExportOptions(task=task, **shapes, **options))
+
+
+# ---------------------------------------------------------------- many of them
+
+
+class Worker:
+    """A process that tries one pair after the other."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def attempt(self, pair: Pair) -> dict[str, Any]:
+        if self._process is None:
+            command = [sys.executable, __file__, "--worker"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(pair) + "\n")
+        self._process.stdin.flush()
+        alarm = Timer(LIMIT, self._process.kill)
+        alarm.start()
+        answer = self._process.stdout.readline()
+        alarm.cancel()
+        if answer:
+            line: dict[str, Any] = json.loads(answer)
+            return line
+        code, self._process = self._process.wait(), None
+        return {"model_type": pair[1], "task": pair[2], "error": f"the process died, status {code}"}
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+
+
+def attempt_all(todo: Iterable[Pair], jobs: int) -> Iterator[dict[str, Any]]:
+    """The lines of all pairs, in their order."""
+    idle: Queue[Worker] = Queue()
+    for _ in range(jobs):
+        idle.put(Worker())
+
+    def one(pair: Pair) -> dict[str, Any]:
+        worker = idle.get()
+        try:
+            return worker.attempt(pair)
+        finally:
+            idle.put(worker)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(one, todo)
+    for _ in range(jobs):
+        idle.get().close()
+
+
+def work() -> None:
+    """What a worker does: pairs on standard input, lines on standard output, nothing else there."""
+    from precast.exporter import quiet_libraries
+
+    quiet_libraries()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for words in sys.stdin:
+        print(json.dumps(attempt(tuple(json.loads(words)))), file=answers, flush=True)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def expected_reason(pair: Pair) -> str | None:
+    """Why the zoo says that this pair is refused."""
+    refused = getattr(import_module(f"zoo.{pair[0]}"), "REFUSED", {})
+    found: str | None = refused.get(pair[1:]) or refused.get(pair[1])
+    return found
+
+
+def surprise(pair: Pair, line: dict[str, Any]) -> str | None:
+    """What is wrong where a pair does not do what the zoo says."""
+    reason = expected_reason(pair)
+    if reason is None and "error" in line:
+        return f"{pair[1]} {pair[2]} fails: {line['error']}"
+    if reason is not None and "error" not in line:
+        return f"{pair[1]} {pair[2]} passes now; take it out of REFUSED ({reason})"
+    return None
+
+
+def as_line(pair: Pair, line: dict[str, Any]) -> dict[str, Any]:
+    """The line as the table keeps it."""
+    reason = expected_reason(pair)
+    known = {"model_type": pair[1], "task": pair[2]}
+    return known | ({"reason": reason} if reason else {name: line[name] for name in line if line[name] is not None})
+
+
+def write(lines: Iterable[dict[str, Any]]) -> None:
+    """Write the table and its page."""
+    from importlib.metadata import version
+
+    ordered = sorted(lines, key=lambda line: (line["model_type"], line["task"]))
+    body = ",\n".join(json.dumps(line, ensure_ascii=False) for line in ordered)
+    TABLE.write_text(f'{{"transformers": "{version("transformers")}", "lines": [\n{body}\n]}}\n', "utf-8")
+    PAGE.write_text(page(json.loads(TABLE.read_text("utf-8"))), "utf-8")
+
+
+def page(table: dict[str, Any]) -> str:
+    """`docs/SUPPORT.md`."""
+    lines = table["lines"]
+    parts = [
+        "# What is supported",
+        "",
+        f"Made by `python tests/support.py`, which exports a tiny random checkpoint of every model type (transformers "
+        f"{table['transformers']}, backend `onnx`) and compares it with the eager model: padded on either side, at the "
+        f"edges of its shapes, and for decoders token by token. The difference is the largest one, relative to "
+        f"max(1, max|reference|); at most 1e-4 passes. `int8` is the KL divergence that `--quantize int8` costs with "
+        f"these random weights: it says that the model can be quantized, not how well a trained one bears it.",
+        "",
+        "`precast tasks MODEL` answers from this table; what it refuses is refused before a weight is downloaded.",
+    ]
+    for task in dict.fromkeys(line["task"] for line in sorted(lines, key=lambda line: line["task"])):
+        parts += ["", f"## {task}", "", *_section([line for line in lines if line["task"] == task])]
+    return "\n".join(parts) + "\n"
+
+
+def _section(lines: list[dict[str, Any]]) -> list[str]:
+    passed, refused = ([line for line in lines if ("reason" in line) is wanted] for wanted in (False, True))
+    rows = [f"{len(passed)} model types pass{f', {len(refused)} are refused' if refused else ''}."]
+    if passed:
+        has_int8 = any("kl_int8" in line for line in passed)
+        rows += ["", "| model type | way | difference |" + (" int8 |" if has_int8 else "")]
+        rows += ["|---|---|---|" + ("---|" if has_int8 else "")]
+        rows += [_row(line, has_int8) for line in passed]
+    if refused:
+        rows += ["", "| refused | because |", "|---|---|"]
+        rows += [f"| {line['model_type']} | {line['reason']} |" for line in refused]
+    return rows
+
+
+def _row(line: dict[str, Any], has_int8: bool) -> str:
+    cells = [line["model_type"], line["way"], f"{line['difference']:.0e}"]
+    if has_int8:
+        cells.append(f"{line['kl_int8']:.0e}" if "kl_int8" in line else "–")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Try what was asked for, say how it goes, write the table; 1 where something is not as the zoo says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", help="only these model types")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--zoo", choices=ZOOS, help="only this part")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.worker:
+        work()
+        return 0
+    todo = [pair for zoo in ZOOS if asked.zoo in (None, zoo) for pair in pairs(zoo)]
+    todo = [pair for pair in todo if not asked.types or pair[1] in asked.types]
+    kept = {(line["model_type"], line["task"]): line for line in json.loads(TABLE.read_text("utf-8"))["lines"]}
+    if not asked.types and asked.zoo is None:
+        kept = {}
+    surprises = []
+    for pair, line in zip(todo, attempt_all(todo, asked.jobs), strict=True):
+        said = surprise(pair, line)
+        print(f"{pair[1]:<32}{pair[2]:<32}{said or line.get('error', line.get('difference'))}", flush=True)
+        if said:
+            surprises.append(said)
+            kept.pop(pair[1:], None)
+        else:
+            kept[pair[1:]] = as_line(pair, line)
+    write(kept.values())
+    print("\n".join(["", *surprises, f"{len(kept)} lines, {len(surprises)} surprises"]))
+    return 1 if surprises else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    sys.exit(main())
