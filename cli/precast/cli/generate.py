@@ -81,12 +81,19 @@ _SAMPLING = (
 
 
 def _open(model: str, quiet: bool, options: dict[str, Any]) -> Any:
-    from precast.runtime import CompiledModelForCausalLM
+    from precast.runtime import CompiledModel, CompiledModelForCausalLM
+    from precast.runtime.errors import UsageError
     from precast.runtime.progress import quiet as no_bars
 
     if quiet:
         no_bars()
-    return CompiledModelForCausalLM.from_pretrained(model, **options)
+    opened = CompiledModel.from_pretrained(model, **options)
+    if not isinstance(opened, CompiledModelForCausalLM):
+        raise UsageError(
+            f"{model} was compiled for {opened.artifact.contract.task} and continues no prompts. "
+            f"Ask it with: precast predict {model} --text …"
+        )
+    return opened
 
 
 def _as_conversation(opened: Any, prompt: str, system: str | None) -> str:

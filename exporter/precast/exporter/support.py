@@ -161,13 +161,18 @@ def _gguf_config(path: Path) -> dict[str, Any] | None:
 
 def _from_hub(model: str, revision: str | None, token: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(model, "config.json", revision=revision, token=token))
+    except RemoteEntryNotFoundError:
+        return None
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
         raise CheckpointError(
             f"{model} is neither a local path nor a checkpoint that the Hub would give: {str(error).splitlines()[0]}"
         ) from error

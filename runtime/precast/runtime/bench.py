@@ -25,7 +25,7 @@ from . import errors
 from .artifact import Artifact
 from .artifact.machine import memory_bytes, usable_cores
 from .artifact.schema import Dim, Variant
-from .artifact.tasks import get_task
+from .artifact.tasks import kind_of_roles
 from .errors import InputError, PrecastError, UsageError
 from .tokenizer import Tokenizer
 
@@ -65,8 +65,8 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """ "decoder" or "encoder"."""
-        return get_task(self.artifact.contract.task).kind
+        """ "decoder", "encoder" or "seq2seq"."""
+        return kind_of_roles(graph.role for graph in self.variant.graphs)
 
     @property
     def batch_size(self) -> int:
@@ -108,6 +108,8 @@ def plan(
     Raises UsageError where the subjects cannot be compared or take no such option, InputError where one is too small.
     """
     kind = _common_kind(subjects)
+    for subject in subjects:
+        _check_text(subject)
     if kind == "encoder" and (new_tokens is not None or prompt_lookup):
         raise UsageError(
             f"--new-tokens and --prompt-lookup are for decoders; {subjects[0].name} was compiled for "
@@ -120,6 +122,15 @@ def plan(
         _check_batch(subject, batch)
         _check_length(subject, prompt, new)
     return Request(kind, batch, prompt, new if kind == "decoder" else None, prompt_lookup)
+
+
+def _check_text(subject: Subject) -> None:
+    first = subject.variant.graphs[0].inputs[0]
+    if subject.kind == "seq2seq" or first.name != "input_ids" or len(first.shape) != 2:
+        raise UsageError(
+            f"{subject.name} was compiled for {subject.artifact.contract.task}; bench measures models of text: "
+            f"decoders, and encoders of one text per row."
+        )
 
 
 def token_ids(subject: Subject, text: str | None = None) -> list[int]:

@@ -126,6 +126,11 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         asked = Generation(config, count, logits_processor, stopping_criteria, streamer)
         return self._answer(input_features, prompts, sources, asked, np.zeros((len(sources), 0), np.int64))
 
+    def _recompile(self, length: int) -> str:
+        # The source's length is the model's own.
+        contract = self.artifact.contract
+        return f"precast export {contract.source.model} --batch-size {contract.shapes.batch_size} -o OUT"
+
     def _finished(self, tokens: list[int], config: GenerationConfig) -> list[int]:
         return tokens[:-1] if tokens[-1] in config.eos_ids else tokens
 

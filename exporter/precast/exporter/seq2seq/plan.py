@@ -70,6 +70,9 @@ class Seq2SeqPlan(Plan):
         item_size: int = getattr(torch, self.cache_dtype).itemsize
         return (own + encoded) * self.batch_size * item_size
 
+    def as_json(self) -> dict[str, Any]:
+        return {**super().as_json(), "decoder_sequence_length": self.capacity}
+
 
 def cross_names(layers: int) -> list[tuple[str, str]]:
     """What the encoder's keys and values are called, by layer."""
