@@ -23,7 +23,7 @@ from fakehub import FakeHub
 from packaging.requirements import Requirement
 
 from precast.cli import COMMANDS
-from precast.runtime import CompiledModel
+from precast.runtime import CompiledModel, pipeline
 
 ROOT = Path(__file__).parent.parent
 IDS = [[5, 6, 7, 8]]
@@ -180,7 +180,7 @@ def test_it_predicts(run, encoder):
     done = run("precast", "predict", encoder, "--text", "Water boils", "--json")
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout)
-    assert answer == {"text": "Water boils", **CompiledModel.from_pretrained(encoder).predict("Water boils")}
+    assert answer == {"input": "Water boils", "answer": pipeline(model=encoder, pooling="mean")("Water boils")}
 
 
 def test_it_pulls_from_the_hub(run, decoder, tmp_path):

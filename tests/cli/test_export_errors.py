@@ -80,7 +80,7 @@ WRONG = {
     ),
     "an encoder's batch size": (("bert", "-o", "out", "--sequence-length", 16), "Add --batch-size N, for"),
     "an encoder's length": (("bert", "-o", "out", "--batch-size", 2), "Add --sequence-length N, for"),
-    "an unknown task": (("llama", "-o", "out", "--task", "summarization"), "'summarization'", TASK_NAMES),
+    "an unknown task": (("llama", "-o", "out", "--task", "juggling"), "'juggling'", TASK_NAMES),
     "a misspelt task": (
         ("llama", "-o", "out", "--task", "text-generaton"),
         "'text-generaton'", "Did you mean 'text-generation'?",

@@ -135,7 +135,7 @@ def test_buckets_from_texts(run, tmp_path, encoder):
         (("{file}",), 2, "Line 1 of .* is 'Water boils', which is no length; .* give --model"),
         (("{file}", "--model", "./none"), 1, "There is no directory ./none"),
         (("{file}", "--model", "{encoder}", "--count", "0"), 2, "count must be at least 1"),
-        (("missing",), 2, "does not exist"),
+        (("missing",), 2, "cannot be read"),
     ],
 )
 def test_buckets_mistakes(run, tmp_path, encoder, words, code, message):

@@ -82,7 +82,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phimoe": {"sliding_window": 8},
     "starcoder2": {"sliding_window": 8},
     "bamba": {"attn_layer_indices": [1]},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "reformer": _DECODER | {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "cohere_compass_text": {
@@ -97,14 +101,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _GLOBAL_HEADS,
     "gemma4_unified_assistant": {"text_config": _GLOBAL_HEADS | {"num_kv_shared_layers": 2}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": _CONVOLUTIONS,
     "lfm2_moe": _CONVOLUTIONS,
     "mamba2": {"num_heads": 8},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": _DECODER | {"languages": ["en_XX"], "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": 8},
 }
@@ -115,16 +134,41 @@ REPRESENTATIVES = ["bart", "bloom", "falcon", "gemma3n_text", "gpt_oss", "llama4
 attention, shared keys, sinks and experts, chunks. RoBERTa's kind is not among them: what transformers' own generate()
 tells it as positions is not what it counts itself."""
 
+_INDEX = "it chooses the keys it attends to by an index that has a cache of its own"
+_CODEBOOKS = "it predicts several codebooks of sound at a time, from text that it is given as states"
+_NO_CACHE = "it has no cache: every token is computed from the whole text before it"
+_OWN_CACHE = "it keeps its states in a form of its own instead of one of transformers' caches"
+_DRAFTS = "it drafts for another model, from whose states it continues"
+_IMAGES_ONLY = "transformers loads its text model only out of the model for images"
+
 REFUSED: dict[str, str] = {
+    "axk2": _INDEX,
     "blt": "it predicts bytes in patches whose ends its input decides",
-    "emu3": "transformers loads its text model only out of the model for images",
+    "cpmant": "it puts a prompt of its own before every text, in its caches too",
+    "deepseek_v32": _INDEX,
+    "deepseek_v4": "it compresses its caches by weights of their own",
+    "dots3_note": _INDEX,
+    "dots3_note_text": _INDEX,
+    "emu3": _IMAGES_ONLY,
     "gemma3n": "its image tower needs the timm library; its text model is gemma3n_text",
-    "gemma4_assistant": "it drafts for another model, from whose states it continues",
-    "gemma4_unified_assistant": "it drafts for another model, from whose states it continues",
-    "laguna": "its gates per head become an invalid ONNX graph",
-    "mllama": "transformers loads its text model only out of the model for images",
-    "musicgen": "it predicts several codebooks of sound at a time, from text that it is given as states",
-    "musicgen_melody": "it predicts several codebooks of sound at a time, from text that it is given as states",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "git": "it expects an image at the beginning of its caches",
+    "glm_moe_dsa": _INDEX,
+    "hy_v4": _INDEX,
+    "minimax": _OWN_CACHE,
+    "mllama": _IMAGES_ONLY,
+    "musicgen": _CODEBOOKS,
+    "musicgen_melody": _CODEBOOKS,
+    "openai-gpt": _NO_CACHE,
+    "qwen4_exp_text": _INDEX,
+    "recurrent_gemma": "it keeps its recurrent states in its layers instead of in a cache",
+    "reformer": "it caches hidden states and their hashes instead of keys and values",
+    "rwkv": _OWN_CACHE,
+    "xlm": _NO_CACHE,
+    "xlnet": "it caches hidden states instead of keys and values",
+    "xlstm": _OWN_CACHE,
+    "zamba2": "its own answers differ by more than 1e-4 between reading a prompt at once and token by token",
 }
 """Model types that cannot be exported, each with the reason in one line for users."""
 

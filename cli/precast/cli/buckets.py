@@ -19,7 +19,7 @@ __all__ = ["command"]
 
 
 @click.command("buckets", epilog="precast buckets questions.txt --model out --count 3")
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", metavar="DIR_OR_REPO", help="Whose tokenizer counts; not needed for a file of numbers.")
 @click.option("--count", type=int, default=4, show_default=True, help="How many lengths at most.")
 @click.option("--multiple", type=int, default=8, show_default=True, help="Of which each is a multiple.")
@@ -56,7 +56,10 @@ def _table(plan: Plan, texts: int) -> None:
 
 
 def _lengths(file: Path, model: str | None, **hub: Any) -> Iterable[int]:
-    lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{file} cannot be read as text: {error}.") from error
     if model is None:
         return _numbers(file, lines)
     from precast.runtime.hub import locate_tokenizer

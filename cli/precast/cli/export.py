@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,10 @@ def command(
         raise click.UsageError("Missing option '-o': the directory to make.")
     if private and not push_to_hub:
         raise click.UsageError("--private says how --push-to-hub makes its repository; give both.")
-    # Before torch is imported: what is known not to work is said at once.
     from precast.exporter.support import check_supported
 
-    check_supported(
-        model, options["task"], revision=options["revision"], token=options["token"],
-        trust_remote_code=options["trust_remote_code"],
-    )  # fmt: skip
-    exporter = _exporter()
+    hub = {name: options[name] for name in ("revision", "token", "trust_remote_code")}
+    exporter = _exporter(lambda: check_supported(model, options["task"], **hub))
     settings = exporter.ExportOptions(validate=not no_validate, **options)
     if dry_run:
         _show_plan(exporter.preview(model, settings), as_json)
@@ -94,18 +92,17 @@ def command(
     _show_result(artifact, url, as_json)
 
 
-def _exporter() -> Any:
-    """The exporter, with its libraries kept from drawing bars over ours."""
+def _exporter(check: Callable[[], None] = lambda: None) -> Any:
+    """The exporter, with its libraries kept from drawing bars over ours; `check` comes before they are imported."""
     from precast.runtime.errors import PrecastError
 
-    try:
-        from precast import exporter
+    for name in ("torch", "transformers", "onnxscript"):
+        if find_spec(name) is None:
+            raise PrecastError(f"Exporting needs {name}, which is not installed: pip install 'precast[export]'")
+    check()
+    from precast import exporter
 
-        exporter.quiet_libraries()
-    except ImportError as error:
-        raise PrecastError(
-            f"Exporting needs {error.name}, which is not installed: pip install 'precast[export]'"
-        ) from error
+    exporter.quiet_libraries()
     return exporter
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precast.runtime.artifact.machine import memory_bytes
@@ -191,10 +192,18 @@ class NoValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Numbers(TorchFunctionMode):
+    """Single numbers keep their values where everything else has none: DeBERTa computes sizes with them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = {"device": "cpu"} if func is torch.tensor and isinstance(args[0], (int, float)) else {}
+        return func(*args, **{**place, **(kwargs or {})})
+
+
 def run_skeleton(model: nn.Module, task: Task, example: dict[str, Any]) -> Any:
     """The answer of a model without weights, whose shapes are all that it has. Raises ExportError."""
     try:
-        with torch.no_grad(), torch.device("meta"), NoValues():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), torch.device("meta"), _Numbers(), NoValues():  # type: ignore[no-untyped-call]
             return model(**example, return_dict=True)
     except Exception as error:
         raise ExportError(

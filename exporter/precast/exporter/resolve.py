@@ -63,10 +63,10 @@ class Checkpoint:
     def config(self) -> PretrainedConfig:
         """The checkpoint's configuration. Raises CheckpointError."""
         try:
-            self._check_trust()
             if not self.gguf_file:
                 # What an artifact could not repeat is refused now rather than after the long work.
                 strict_json.loads(strict_json.dumps(self._config_file), f"{self.name}/config.json")
+            self._check_trust()
             with self._parsed_once:
                 config = AutoConfig.from_pretrained(self.directory, **self._arguments)
         except CheckpointError:
@@ -199,7 +199,8 @@ class Checkpoint:
         with torch.device("meta"):
             model: nn.Module = auto.from_config(self.config, trust_remote_code=self.trust_remote_code)
         self._attach_sentences(model, task)
-        return model.eval()
+        # Some layers make tensors by constructors that heed no device.
+        return model.to("meta").eval()
 
     def load(self, task: Task, dtype: str) -> nn.Module:
         """The model with its weights, for inference, with eager attention. Raises CheckpointError."""

@@ -50,9 +50,8 @@ def export_program(program: nn.Module, example: tuple[Any, ...], shapes: Any) ->
             return _export(program, example, shapes, is_oblivious=True)
     except GuardOnDataDependentSymNode as error:
         raise ExportError(
-            f"This model decides by its inputs' values what to compute, which one graph cannot ({error.cond}). Rotary "
-            f"scaling of the kind 'dynamic' does; so far only models that compute the same at every "
-            f"length can be compiled."
+            f"This model decides by its inputs' values what to compute, which one graph cannot ({error.cond}): only "
+            f"models that compute the same for every input can be compiled."
         ) from error
     except PrecastError:
         raise

@@ -38,6 +38,8 @@ ADAPTERS = {
 
 TRACEABLE = {
     **dict.fromkeys(_COUNTING, f"{_HERE}.positions"),
+    "dbrx": f"{_HERE}.dbrx",
+    "deepseek_v2": f"{_HERE}.deepseek_v2",
     "gemma3n_text": f"{_HERE}.gemma3n",
     "gemma4_text": f"{_HERE}.gemma4",
     "jetmoe": f"{_HERE}.jetmoe",

@@ -12,7 +12,6 @@ same memory.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from ..architectures import adapted, traceable
 from ..plan import NoValues, run_skeleton
 from .hooks import after
 from .states import Carried, StateLayer, carried
-from .step import OperatorDecoder, cache_argument, logits_at
+from .step import OperatorDecoder, cache_argument, logits_at, takes_positions
 
 __all__ = ["NAME", "LayerLayout", "Layout", "OrdinaryDecoder", "Stored", "fits_operator", "layout"]
 
@@ -150,9 +149,14 @@ def _keys_and_values(layer: Any) -> list[Any]:
 
 def _both_stored(small: Any, large: Any) -> tuple[Stored, ...]:
     pairs = list(zip(_keys_and_values(small), _keys_and_values(large), strict=True))
-    if any(one is None or one.ndim != 4 for one, _ in pairs):
+    if any(one is None or one.ndim != 4 or not _grows(one.shape, other.shape) for one, other in pairs):
         return ()
     return tuple(_stored(one.shape, other.shape) for one, other in pairs)
+
+
+def _grows(small: Sequence[int], large: Sequence[int]) -> bool:
+    """Whether there is a row for every token of the two runs, and no others."""
+    return set(zip(_SMALL, _LARGE, strict=True)) <= set(zip(small, large, strict=True))
 
 
 def _stored(small: Sequence[int], large: Sequence[int]) -> Stored:
@@ -169,7 +173,7 @@ class OrdinaryDecoder(nn.Module):
     def __init__(self, model: nn.Module, plan: Layout, capacity: int) -> None:
         super().__init__()
         self.model, self.layout, self.capacity = model, plan, capacity
-        self.takes = inspect.signature(model.forward).parameters.keys()
+        self.takes_positions = takes_positions(model)
 
     def forward(
         self,
@@ -186,7 +190,7 @@ class OrdinaryDecoder(nn.Module):
         if past:
             # Without keys there is nothing to mask.
             arguments["attention_mask"] = rows.mask
-        if "position_ids" in self.takes:
+        if self.takes_positions:
             arguments["position_ids"] = rows.positions
         with logits_at(self.model, logit_positions) as at, _UnknownMask(), after(past_lengths):
             result = self.model(**arguments)

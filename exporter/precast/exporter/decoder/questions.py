@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from precast.runtime.artifact.schema import Dim, Graph
 
@@ -87,10 +89,22 @@ def _logits(model: nn.Module, row: list[int], positions: list[int]) -> Answer:
 def _greedy(model: nn.Module, row: list[int], count: int) -> Answer:
     tokens, margins, cache, ids = [], [], None, torch.tensor([row])
     name = cache_argument(model)
-    for _ in range(count):
-        result = model(input_ids=ids, use_cache=True, return_dict=True, **{name: cache})
+    for step in range(count):
+        told = _positions_told(model, len(row), step)
+        result = model(input_ids=ids, use_cache=True, return_dict=True, **{name: cache}, **told)
         best = result.logits[0, -1].float().topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))
         cache, ids = result[name], best.indices[:1][None]
     return Answer({"tokens": np.array(tokens)}, np.array(margins))
+
+
+COUNT_FROM_ZERO = frozenset({"bamba"})
+"""Model types that count positions from the first token of every call, unless they are told, as generate() does."""
+
+
+def _positions_told(model: Any, length: int, step: int) -> dict[str, Tensor]:
+    if model.config.model_type not in COUNT_FROM_ZERO:
+        return {}
+    positions = torch.arange(length + step)[None]
+    return {"position_ids": positions[:, -1:] if step else positions}

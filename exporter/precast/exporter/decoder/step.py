@@ -15,7 +15,7 @@ from precast.runtime.errors import ExportError
 from . import hooks
 from .kv_cache import Scales
 
-__all__ = ["OperatorDecoder", "cache_argument", "logits_at"]
+__all__ = ["OperatorDecoder", "cache_argument", "logits_at", "takes_positions"]
 
 
 class OperatorDecoder(nn.Module):
@@ -25,7 +25,7 @@ class OperatorDecoder(nn.Module):
         super().__init__()
         self.model, self.layers = model, layers
         self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.takes_positions = takes_positions(model)
 
     def forward(
         self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
@@ -53,6 +53,14 @@ class OperatorDecoder(nn.Module):
 def cache_argument(model: nn.Module) -> str:
     """What the model calls the cache that it takes and returns."""
     return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the model, or the text model within that it hands unknown arguments to, is told positions."""
+    own = inspect.signature(model.forward).parameters
+    if "position_ids" in own or all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in own.values()):
+        return "position_ids" in own
+    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
 
 
 @contextmanager

@@ -220,11 +220,21 @@ def _sew(module: Any, real: _Real) -> Iterator[Undo]:
     yield module.register_forward_hook(drop_rest).remove
 
 
+def _xlnet(module: Any, real: _Real) -> Iterator[Undo]:
+    """Its mask is subtracted from 1.0, which torch.onnx cannot do with integers."""
+
+    def make_float(_: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+        return args, {**named, "attention_mask": named["attention_mask"].to(module.dtype)}
+
+    yield module.register_forward_pre_hook(make_float, with_kwargs=True).remove
+
+
 _BY_CLASS: dict[str, Callable[[Any, _Real], Iterator[Undo]]] = {
     "ConvBertSelfAttention": _convbert,
     "MobileBertEmbeddings": _mobilebert,
     "NystromformerSelfAttention": _nystromformer,
     "SEWEncoder": _sew,
+    "XLNetModel": _xlnet,
     **{
         f"{prefix}SequenceSummary": _summary
         for prefix in ("ConvBert", "Electra", "Flaubert", "RoFormer", "XLM", "XLNet")

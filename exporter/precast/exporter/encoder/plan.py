@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from precast.runtime.artifact.schema import Axis, Frames, Graph
 from precast.runtime.artifact.tasks import Task
-from precast.runtime.errors import CheckpointError
+from precast.runtime.errors import CheckpointError, ExportError
 
 from ..options import ExportOptions
 from ..plan import GraphPlan, Plan, TensorPlan, common, run_skeleton
@@ -128,7 +128,7 @@ def _outputs(
     """Run the weightless model at two sizes: a dimension that follows an axis is that axis."""
     trials = _trials(checkpoint)
     sizes = [{axis: pair[index] for axis, pair in trials.items()} for index in (0, 1)]
-    small, large = (run_skeleton(model, task, example(inputs, each, "meta")) for each in sizes)
+    small, large = (_answer(options, task, model, example(inputs, each, "meta")) for each in sizes)
     axes = {pair: axis for axis, pair in trials.items()}
     exact = tuple(axis for spec in inputs for axis in spec.exact)
     found = []
@@ -139,6 +139,19 @@ def _outputs(
         named = tuple(_axis(model, name, pair, axes) for pair in pairs)
         found.append(TensorPlan(name, options.dtype, named, exact=exact))
     return tuple(found)
+
+
+def _answer(options: ExportOptions, task: Task, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
+    try:
+        return run_skeleton(model, task, tensors)
+    except ExportError as error:
+        if not options.image_size:
+            raise
+        size = ",".join(map(str, options.image_size))
+        raise ExportError(
+            f"{error} It may be that this model cannot have images of --image-size {size}: without it they are as "
+            f"large as its configuration says."
+        ) from error
 
 
 def _trials(checkpoint: Checkpoint) -> Trials:

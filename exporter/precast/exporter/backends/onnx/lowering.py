@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ import onnx_ir as ir
 import torch
 from onnxscript import FLOAT, INT32, INT64
 from onnxscript import opset20 as op
+from torch.onnx.errors import OnnxExporterError
 
 from precast.runtime.artifact.schema import Graph
+from precast.runtime.errors import ExportError
 
 from ...decoder import attention  # noqa: F401  (registers an operator that is lowered here)
 from ...quantize import linear  # noqa: F401  (registers the others)
@@ -27,23 +30,38 @@ OPSET = 20
 
 def lower(program: Program) -> ir.Model:
     """Convert to ONNX with the graph's own input and output names. Raises ExportError."""
-    with quiet():
-        converted = torch.onnx.export(
-            program.exported,
-            (),
-            input_names=[spec.name for spec in program.graph.inputs],
-            output_names=[spec.name for spec in program.graph.outputs],
-            opset_version=OPSET,
-            custom_translation_table={
-                torch.ops.precast.cached_attention.default: _attention_for(program.graph),
-                torch.ops.precast.cross_attention.default: _cross_attention,
-                torch.ops.precast.quantized_linear.default: _quantized_linear,
-                torch.ops.precast.quantized_embedding.default: _quantized_embedding,
-            },
-            verbose=False,
-        )
+    try:
+        with quiet():
+            converted = _convert(program)
+    except OnnxExporterError as error:
+        raise ExportError(f"This model cannot be converted to ONNX. {_first_cause(error)}") from error
     assert converted is not None, "torch.onnx.export returns a program when it is given no file"
     return converted.model
+
+
+def _convert(program: Program) -> torch.onnx.ONNXProgram | None:
+    return torch.onnx.export(
+        program.exported,
+        (),
+        input_names=[spec.name for spec in program.graph.inputs],
+        output_names=[spec.name for spec in program.graph.outputs],
+        opset_version=OPSET,
+        custom_translation_table={
+            torch.ops.precast.cached_attention.default: _attention_for(program.graph),
+            torch.ops.precast.cross_attention.default: _cross_attention,
+            torch.ops.precast.quantized_linear.default: _quantized_linear,
+            torch.ops.precast.quantized_embedding.default: _quantized_embedding,
+        },
+        verbose=False,
+    )
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of what went wrong first, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
 def _attention_for(graph: Graph) -> Any:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import onnx_ir as ir
 from onnx_ir.passes import common
+from onnxscript.rewriter.ort_fusions import _core
 
 from precast.runtime.artifact.schema import Graph
 
@@ -18,8 +22,10 @@ def optimize(model: ir.Model, graph: Graph) -> None:
     """Rewrite `model` in place. Every rewrite is exact."""
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-    fuse_for_onnxruntime(model, "cpu")
+    with _whole_rotations():
+        fuse_for_onnxruntime(model, "cpu")
     for each in (
+        RestoreConstants(),
         SplitBatchTransposes(),
         RemoveIdleReshapes(),
         PackSiblings(),
@@ -30,6 +36,34 @@ def optimize(model: ir.Model, graph: Graph) -> None:
         common.NameFixPass(),
     ):
         each(model)
+
+
+@contextmanager
+def _whole_rotations() -> Iterator[None]:
+    """Within this block no rotation of a part of each head becomes one operator. Where lengths are static it would,
+    and the fusion of attention that follows makes the rotation of its queries anew and forgets that it is of a part.
+    """
+    before = _core.fuse_partial_rotary_embedding
+    _core.fuse_partial_rotary_embedding = lambda model, **_: 0
+    try:
+        yield
+    finally:
+        _core.fuse_partial_rotary_embedding = before
+
+
+class RestoreConstants(ir.passes.InPlacePass):
+    """Register constants that nodes read and the graph has lost, as it does where folding gives two one name."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Give every such constant a name of its own."""
+        known, modified = model.graph.initializers, False
+        for value in [value for node in model.graph for value in node.inputs if value is not None]:
+            if value.producer() is not None or value.const_value is None or known.get(value.name or "") is value:
+                continue
+            value.name = f"{value.name}_restored_{len(known)}"
+            model.graph.register_initializer(value)
+            modified = True
+        return ir.passes.PassResult(model, modified)
 
 
 class RemoveIdleReshapes(ir.passes.InPlacePass):

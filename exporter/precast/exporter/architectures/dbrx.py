@@ -1,0 +1,34 @@
+"""DBRX asks which experts were hit; here every token is given the weights of its experts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+
+from .swap import replaced
+
+__all__ = ["traceable"]
+
+
+def traceable(model: nn.Module) -> AbstractContextManager[Any]:
+    """Replace the experts."""
+    return replaced(model, DbrxExperts, "forward", _experts)
+
+
+def _experts(module: DbrxExperts) -> Any:
+    def forward(states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """[B, S, D], and per token K experts and their weights [B * S, K]."""
+        chosen, count, layers = experts.flatten(), experts.shape[1], module.mlp
+        tokens = states.flatten(0, 1).repeat_interleave(count, 0)[:, :, None]
+        w1, v1, w2 = (each.view(-1, layers.ffn_hidden_size, layers.hidden_size)[chosen]
+                      for each in (layers.w1, layers.v1, layers.w2))  # fmt: skip
+        inner = layers.activation_fn(torch.bmm(w1, tokens)) * torch.bmm(v1, tokens)
+        results = torch.bmm(inner.transpose(1, 2), w2)[:, 0]
+        summed: Tensor = (results.unflatten(0, (-1, count)) * weights[:, :, None]).sum(1)
+        return summed.view(states.shape).type_as(states)
+
+    return forward
