@@ -248,20 +248,21 @@ def main() -> int:
         return 0
     todo = [pair for zoo in ZOOS if asked.zoo in (None, zoo) for pair in pairs(zoo)]
     todo = [pair for pair in todo if not asked.types or pair[1] in asked.types]
-    kept = {(line["model_type"], line["task"]): line for line in json.loads(TABLE.read_text("utf-8"))["lines"]}
-    if not asked.types and asked.zoo is None:
-        kept = {}
+    made: dict[tuple[str, str], dict[str, Any]] = {}
     surprises = []
     for pair, line in zip(todo, attempt_all(todo, asked.jobs), strict=True):
         said = surprise(pair, line)
         print(f"{pair[1]:<32}{pair[2]:<32}{said or line.get('error', line.get('difference'))}", flush=True)
         if said:
             surprises.append(said)
-            kept.pop(pair[1:], None)
         else:
-            kept[pair[1:]] = as_line(pair, line)
-    write(kept.values())
-    print("\n".join(["", *surprises, f"{len(kept)} lines, {len(surprises)} surprises"]))
+            made[pair[1:]] = as_line(pair, line)
+    # Read now: others may have been made meanwhile.
+    kept = {(line["model_type"], line["task"]): line for line in json.loads(TABLE.read_text("utf-8"))["lines"]}
+    known = {pair[1:] for zoo in ZOOS for pair in pairs(zoo)}
+    tried = {pair[1:] for pair in todo}
+    write([*(line for key, line in kept.items() if key in known - tried), *made.values()])
+    print("\n".join(["", *surprises, f"{len(made)} lines made, {len(surprises)} surprises"]))
     return 1 if surprises else 0
 
 

@@ -34,7 +34,7 @@ def test_constants_that_folding_loses_are_restored(tmp_path: Path) -> None:
 
 def test_what_has_no_onnx_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(architectures.TRACEABLE, "deepseek_v2")
-    with pytest.raises(ExportError, match="cannot be converted to ONNX.*complex") as caught:
+    with pytest.raises(ExportError, match=r"cannot be converted to ONNX.*complex") as caught:
         exported(tmp_path, "deepseek_v2")
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)

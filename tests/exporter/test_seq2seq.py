@@ -28,7 +28,7 @@ few = settings(max_examples=10, deadline=None, suppress_health_check=[HealthChec
 text_types = [
     model_type if model_type in FAST else pytest.param(model_type, marks=pytest.mark.slow)
     for model_type, task in zoo.pairs()
-    if task == zoo.TEXT
+    if task == zoo.TEXT and model_type not in zoo.REFUSED
 ]
 
 

@@ -124,7 +124,7 @@ _SPEAKS = {
 
 def pairs() -> list[tuple[str, str]]:
     """Model types with the task of each."""
-    return [(model_type, SPEECH if model_type == "whisper" else TEXT) for model_type in CONFIGS]
+    return [(model_type, SPEECH if model_type == "whisper" else TEXT) for model_type in (*CONFIGS, *REFUSED)]
 
 
 def make(path: Path, model_type: str, task: str = TEXT) -> Path:
@@ -137,3 +137,8 @@ def make(path: Path, model_type: str, task: str = TEXT) -> Path:
     settings = {name: value for name, value in json.loads(file.read_text()).items() if name != "_from_model_config"}
     file.write_text(json.dumps({**settings, **_SPEAKS}))
     return path
+
+
+def options(model_type: str, task: str) -> dict[str, Any]:
+    """The sizes to compile it for."""
+    return OPTIONS[task]

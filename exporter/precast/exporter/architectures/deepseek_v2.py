@@ -31,7 +31,8 @@ def _angles(module: modeling.DeepseekV2RotaryEmbedding) -> Any:
     def forward(states: Tensor, position_ids: Tensor) -> Tensor:
         """[B, S, D / 2, 2]: cosine and sine of each angle."""
         angles = position_ids[..., None].float() * module.inv_freq.float()
-        return torch.stack([angles.cos(), angles.sin()], dim=-1) * module.attention_scaling
+        turns: Tensor = torch.stack([angles.cos(), angles.sin()], dim=-1) * module.attention_scaling
+        return turns
 
     return forward
 
@@ -44,5 +45,5 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     """Neighbours of `x` [B, heads, S, D] are one complex number."""
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles[:, None].unbind(-1)
-    turned: Tensor = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
-    return turned.flatten(3).type_as(x)
+    turned: Tensor = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1).flatten(3)
+    return turned.to(x.dtype)
