@@ -161,6 +161,7 @@ REFUSED: dict[str, str] = {
     "musicgen": _CODEBOOKS,
     "musicgen_melody": _CODEBOOKS,
     "openai-gpt": _NO_CACHE,
+    "prophetnet": "it predicts several tokens at a time, each from a stream of states of its own",
     "qwen4_exp_text": _INDEX,
     "recurrent_gemma": "it keeps its recurrent states in its layers instead of in a cache",
     "reformer": "it caches hidden states and their hashes instead of keys and values",
