@@ -12,6 +12,7 @@ from precast.runtime.artifact.schema import Axis, Frames, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, ExportError
 
+from ..architectures import traceable
 from ..options import ExportOptions
 from ..plan import GraphPlan, Plan, TensorPlan, common, run_skeleton
 from ..resolve import Checkpoint
@@ -143,7 +144,8 @@ def _outputs(
 
 def _answer(options: ExportOptions, task: Task, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
     try:
-        return run_skeleton(model, task, tensors)
+        with traceable(model):
+            return run_skeleton(model, task, tensors)
     except ExportError as error:
         if not options.image_size:
             raise

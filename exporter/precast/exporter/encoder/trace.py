@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..architectures import traceable
 from ..trace import Program, export_program
 from .exact import padded_exactly
 from .inputs import example
@@ -37,4 +38,6 @@ class _Encoder(nn.Module):
 def _trace(model: nn.Module, plan: EncoderPlan, graph: EncoderGraph) -> Program:
     inputs = example(plan.inputs, graph.sizes)
     program = _Encoder(model, list(inputs), [output.name for output in plan.outputs]).eval()
-    return Program(plan.describe(graph), export_program(program, tuple(inputs.values()), None))
+    with traceable(model):
+        exported = export_program(program, tuple(inputs.values()), None)
+    return Program(plan.describe(graph), exported)
