@@ -29,6 +29,8 @@ ZOOS = ("decoders", "encoders", "seq2seq")
 LIMIT = 600.0
 """Seconds that a pair may take: some would take for ever."""
 
+AXES = ("batch_size", "text_batch_size", "num_choices", "sequence_length", "audio_sequence_length")
+
 Pair = tuple[str, str, str]
 """The zoo's name, the model type, the task."""
 
@@ -182,7 +184,18 @@ def as_line(pair: Pair, line: dict[str, Any]) -> dict[str, Any]:
     """The line as the table keeps it."""
     reason = expected_reason(pair)
     known = {"model_type": pair[1], "task": pair[2]}
-    return known | ({"reason": reason} if reason else {name: line[name] for name in line if line[name] is not None})
+    if reason:
+        return known | {"reason": reason}
+    return {name: line[name] for name in line if line[name] is not None} | {"axes": axes(pair)}
+
+
+def axes(pair: Pair) -> list[str]:
+    """The sizes that an export of this pair must be given."""
+    zoo, model_type, task = pair
+    given = import_module(f"zoo.{zoo}").options(model_type, task)
+    # A decoder takes what its configuration says where nothing is given; so do images, and batches of encoder-decoders.
+    needed = {"encoders": AXES, "seq2seq": ("sequence_length",), "decoders": ()}[zoo]
+    return [axis for axis in AXES if axis in given and axis in needed]
 
 
 def write(lines: Iterable[dict[str, Any]]) -> None:

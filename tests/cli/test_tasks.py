@@ -47,7 +47,10 @@ def test_a_checkpoint_and_its_bare_type_say_the_same(run, checkpoint):
     _, out, _ = run("bert", "--json")
     lines = json.loads(out)["tasks"]
     assert {"feature-extraction", "fill-mask", "text-classification"} <= {line["task"] for line in lines}
-    assert all(line["axes"][:2] == ["batch_size", "sequence_length"] for line in lines if line["supported"])
+    axes = {line["task"]: line["axes"] for line in lines}
+    assert axes["feature-extraction"] == ["batch_size", "sequence_length"]
+    assert axes["multiple-choice"] == ["batch_size", "num_choices", "sequence_length"]
+    assert axes["text-generation"] == []
     _, out, _ = run(checkpoint("bert", "AutoModelForMaskedLM"), "--json")
     assert [{**line, "inferred": False} for line in json.loads(out)["tasks"]] == lines
     assert [line["task"] for line in json.loads(out)["tasks"] if line["inferred"]] == ["fill-mask"]

@@ -36,6 +36,14 @@ _GLOBAL_HEADS = {"per_layer_config": {1: {"head_dim": 32}}}
 _SPARSE_GEMMA = {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "intermediate_size": [96] * 4, "laurel_rank": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
+_INDEXED = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         [
@@ -108,13 +116,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lfm2_moe": _CONVOLUTIONS,
     "mamba2": {"num_heads": 8},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 16,
-        "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": _DECODER | {"languages": ["en_XX"], "default_language": "en_XX"},
@@ -162,6 +165,7 @@ REFUSED: dict[str, str] = {
     "musicgen_melody": _CODEBOOKS,
     "openai-gpt": _NO_CACHE,
     "prophetnet": "it predicts several tokens at a time, each from a stream of states of its own",
+    "qwen4_exp": _INDEX,
     "qwen4_exp_text": _INDEX,
     "recurrent_gemma": "it keeps its recurrent states in its layers instead of in a cache",
     "reformer": "it caches hidden states and their hashes instead of keys and values",

@@ -21,14 +21,15 @@ __all__ = ["command"]
 def command(model: str | None, task: str | None, revision: str | None, token: str | None, as_json: bool) -> None:
     """What MODEL — a Hub id, a checkpoint directory, or a model type such as bert — can be exported for, and which
     shapes each task needs. Only its config.json is read. Without MODEL: all tasks."""
-    from precast.exporter.support import supported_types
     from precast.runtime.artifact.tasks import TASKS, get_task
 
     tasks = [get_task(task).name] if task else list(TASKS)
     if model is not None:
         lines = _lines_of(model, tasks, revision, token)
     else:
-        lines = [{"task": name, **_axes(name), "model_types": supported_types(name)} for name in tasks]
+        lines = [
+            {"task": name, "axes": list(get_task(name).axes), "model_types": supported_types(name)} for name in tasks
+        ]
     if as_json:
         print_json({"model": model, "tasks": lines} if model else lines)
     elif model is not None:
@@ -55,7 +56,7 @@ def _lines_of(model: str, tasks: list[str], revision: str | None, token: str | N
     return [
         {
             "task": line.task,
-            **_axes(line.task),
+            "axes": list(line.axes),
             "supported": line.passes,
             "difference": line.difference if line.passes else None,
             "reason": line.reason or None,
@@ -66,10 +67,11 @@ def _lines_of(model: str, tasks: list[str], revision: str | None, token: str | N
     ]
 
 
-def _axes(name: str) -> dict[str, list[str]]:
+def _line_of(name: str) -> dict[str, Any]:
+    from precast.exporter.support import supported_types
     from precast.runtime.artifact.tasks import get_task
 
-    return {"axes": list(get_task(name).axes)}
+    return {"task": name, "axes": list(get_task(name).axes), "model_types": supported_types(name)}
 
 
 def _flags(line: dict[str, Any]) -> str:

@@ -58,6 +58,7 @@ class Support:
             "encoder", …; empty where it is refused.
         difference: the largest from eager fp32, relative to max(1, max|reference|).
         kl_int8: the KL divergence of `--quantize int8` with random weights, in nats; None where that is not offered.
+        axes: the sizes that an export must be given, as ExportOptions names them.
         reason: why it is refused; empty where it passes.
     """
 
@@ -66,6 +67,7 @@ class Support:
     way: str = ""
     difference: float = 0.0
     kl_int8: float | None = None
+    axes: tuple[str, ...] = ()
     reason: str = ""
 
     @property
@@ -77,7 +79,7 @@ class Support:
 def table() -> tuple[Support, ...]:
     """All lines, by type and task."""
     raw = json.loads(resources.files(__package__).joinpath("support.json").read_text("utf-8"))
-    return tuple(Support(**line) for line in raw["lines"])
+    return tuple(Support(**{**line, "axes": tuple(line.get("axes", ()))}) for line in raw["lines"])
 
 
 def supported_tasks(model_type: str) -> dict[str, Support]:
