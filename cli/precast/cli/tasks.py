@@ -24,12 +24,7 @@ def command(model: str | None, task: str | None, revision: str | None, token: st
     from precast.runtime.artifact.tasks import TASKS, get_task
 
     tasks = [get_task(task).name] if task else list(TASKS)
-    if model is not None:
-        lines = _lines_of(model, tasks, revision, token)
-    else:
-        lines = [
-            {"task": name, "axes": list(get_task(name).axes), "model_types": supported_types(name)} for name in tasks
-        ]
+    lines = _lines_of(model, tasks, revision, token) if model is not None else [_line_of(name) for name in tasks]
     if as_json:
         print_json({"model": model, "tasks": lines} if model else lines)
     elif model is not None:
