@@ -51,7 +51,7 @@ def quantize_model(
             f"of 4 or 8 bits in groups of {recipe.scheme.group}. Use --quantize int8 or int4 to round them, or "
             f"--group-size if the checkpoint was quantized in groups of another size."
         )
-    return _in_words(done, recipe)
+    return _in_words([*_experts(model), *_counted(done)], recipe)
 
 
 def _recipe(
@@ -88,9 +88,23 @@ def _source_group(checkpoint: Checkpoint, options: ExportOptions) -> int:
     return options.group_size if grid is None or grid.group_size not in GROUP_SIZES else grid.group_size
 
 
-def _in_words(done: Mapping[str, str], recipe: Recipe) -> str:
-    counts = Counter(done.values())
-    parts = [f"{words} ({count} layers)" for words, count in counts.most_common()]
+def _experts(model: nn.Module) -> list[str]:
+    """Experts in one tensor of three dimensions are no layers that could be replaced: that must not go unsaid."""
+    left = sum(
+        parameter.numel()
+        for module in model.modules()
+        if not isinstance(module, nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3
+    )
+    return [f"experts stay float32 ({left:,} weights)"] if left else []
+
+
+def _counted(done: Mapping[str, str]) -> list[str]:
+    return [f"{words} ({count} layers)" for words, count in Counter(done.values()).most_common()]
+
+
+def _in_words(parts: list[str], recipe: Recipe) -> str:
     return f"{'; '.join(parts)}; by {recipe.method}"[:256]
 
 
