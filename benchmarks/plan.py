@@ -11,12 +11,18 @@ from pathlib import Path
 import machine
 from harness import HERE, ContenderError, environment
 
-__all__ = ["CAPACITY", "PEER_MODEL", "PEER_PYTHON", "PROMPT", "Plan", "script"]
+__all__ = ["CAPACITY", "NATIVE", "PEER_MODEL", "PEER_PYTHON", "PROMPT", "Plan", "script"]
 
 BUILD = HERE.parent / "build"
 PEER_PYTHON = BUILD / "peers" / "onnxruntime-genai" / "bin" / "python"
 PEER_MODEL = BUILD / "peers" / "smollm2-genai-fp32"
 
+NATIVE = {
+    "aoti-fp32": ("--backend", "aoti"),
+    "aoti-bf16": ("--backend", "aoti", "--auto-cast", "matmul"),
+    "aoti-int8": ("--backend", "aoti", "--quantize", "int8"),
+}
+"""Schemes of native code, and how they are asked for."""
 CAPACITY = 512
 # 107 tokens, whose greedy continuation by SmolLM2-135M-Instruct goes on for more than 128.
 PROMPT = """<|im_start|>user
@@ -71,12 +77,12 @@ class Plan:
         return target
 
     def scheme_artifact(self, scheme: str) -> Path:
-        """The artifact of a scheme: `fp32`, or a value of `--quantize`. Raises ContenderError if it is refused."""
+        """The artifact of a scheme: `fp32`, a value of `--quantize`, or one of NATIVE. Raises ContenderError if it is refused."""
         if scheme in self.artifacts:
             return self.artifacts[scheme]
         if scheme == "fp32":
             return self.ready_artifact()
-        return self.export(f"artifact-{scheme}", "--quantize", scheme)
+        return self.export(f"artifact-{scheme}", *NATIVE.get(scheme, ("--quantize", scheme)))
 
     def export(self, name: str, *options: str, batch: int = 1, model: Path | None = None) -> Path:
         """Export into the working folder. Raises ContenderError where it is refused."""

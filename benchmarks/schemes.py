@@ -24,7 +24,7 @@ from plan import CAPACITY, PROMPT, Plan
 __all__ = ["measure"]
 
 COUNT, WARM_UP, ROUNDS = 128, 16, 5
-SCHEMES = ("fp32", "source", "int8", "int4")
+SCHEMES = ("fp32", "source", "int8", "int4", "aoti-fp32", "aoti-bf16", "aoti-int8")
 PROSE = HERE / "prose.txt"
 # Each is as many tokens as the artifact holds; the last of them is only predicted.
 PASSAGES = 2
@@ -87,7 +87,7 @@ def _ours(plan: Plan, notes: list[str]) -> Iterator[Entrant]:
             notes.append(f"precast {scheme} is missing: {error}")
             continue
         contender = Contender(f"precast {scheme}", "contenders.precast_decode", artifact, plan.threads)
-        weights = sum(file.stat().st_size for file in artifact.glob("*.data"))
+        weights = sum(file.stat().st_size for name in ("*.data", "*.safetensors") for file in artifact.glob(name))
         yield Entrant(contender, "precast", scheme, _disk(artifact), weights)
 
 
@@ -287,9 +287,19 @@ class _Judge:
             yield from self._losses_beside(f"precast {scheme}", self._best(self._speeds, rivals, max))
         for rival in ("onnxruntime-genai fp32", "CTranslate2 fp32"):
             yield self._speed("precast fp32", [rival], 1.5)
+        yield from self._native()
         for scheme in ("int4", "int8"):
             yield self._first(f"precast {scheme}", [llama, f"onnxruntime-genai {scheme}"], 1.0)
             yield self._first(f"precast {scheme}", [f"OpenVINO GenAI {scheme}"], 1.5)
+
+    def _native(self) -> Iterator[Target]:
+        int8, libraries = "precast aoti-int8", ("onnxruntime-genai", "OpenVINO GenAI", "CTranslate2")
+        yield self._speed(int8, ["llama.cpp Q4_1"], 1.5)
+        yield self._speed(int8, [f"{library} int8" for library in libraries], 1.6)
+        yield self._loss(int8, "kl_divergence", 0.001, "")
+        yield self._speed("precast aoti-bf16", ["OpenVINO GenAI fp32"], 1.3)
+        for ours, theirs in (("aoti-int8", "int8"), ("aoti-bf16", "fp32")):
+            yield self._first(f"precast {ours}", [f"OpenVINO GenAI {theirs}"], 1.3)
 
     def _speed(self, ours: str, rivals: list[str], bound: float) -> Target:
         name, value = self._over(self._speeds, ours, rivals, max)

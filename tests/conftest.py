@@ -78,6 +78,18 @@ def encoder(checkpoint: Callable[..., Path], artifact: Callable[..., Path]) -> P
     return artifact(checkpoint("bert", "AutoModel"), batch_size=3, sequence_length=(16, 48))
 
 
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What installing toy_backend.py would do: its row under the entry point group, its module importable."""
+    metadata = tmp_path / "site" / "toy_backend-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-backend\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[precast.backends]\ntoy = toy_backend:ROW\n")
+    monkeypatch.syspath_prepend(str(metadata.parent))
+    folders = [str(metadata.parent), str(Path(__file__).parent)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="Write the goldens instead of comparing with them.")
 

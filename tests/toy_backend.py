@@ -21,7 +21,7 @@ ROW = Backend("toy", "native", "toy_backend:ToyCompiler", "toy_backend:ToyEngine
 class ToyCompiler:
     """Programs as they are."""
 
-    def compile(self, programs: Iterable[Any], stage: Path) -> Any:
+    def compile(self, programs: Iterable[Any], stage: Path, options: Any) -> Any:
         import torch
 
         from precast.exporter.backends import Compiled

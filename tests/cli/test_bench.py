@@ -240,8 +240,8 @@ def test_json_is_one_document_with_everything(run, decoder, pair):
     assert found.keys() == {"machine", "request", "artifacts"}
     assert found["machine"].keys() >= {"cpu", "cores", "memory_gb", "python", "precast", "onnxruntime"}
     assert found["request"] == {
-        "kind": "decoder", "batch_size": 1, "prompt_length": 8, "new_tokens": 4, "prompt_lookup": 0, "threads": 1,
-        "repeat": 2,
+        "kind": "decoder", "batch_size": 1, "prompt_length": 8, "new_tokens": 4, "prompt_lookup": 0, "device": None,
+        "provider": None, "threads": 1, "repeat": 2,
     }  # fmt: skip
     assert [each["model"] for each in found["artifacts"]] == [str(decoder), str(pair)]
     for each in found["artifacts"]:

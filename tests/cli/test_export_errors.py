@@ -87,6 +87,32 @@ WRONG = {
     ),
     "an unknown backend": (("llama", "-o", "out", "--backend", "tpu"), "'tpu'", "The backends are: onnx"),
     "an unknown dtype": (("llama", "-o", "out", "--dtype", "float8"), "'float8'", "the choices are: float32"),
+    "a cast to what": (("llama", "-o", "out", "--auto-cast", "some"), "--auto-cast 'some'", "none, matmul, all"),
+    "a cast to int8": (
+        ("llama", "-o", "out", "--auto-cast", "all", "--auto-cast-type", "int8"),
+        "--auto-cast-type 'int8'", "bf16, fp16",
+    ),
+    "a type for no cast": (("llama", "-o", "out", "--auto-cast-type", "fp16"), "--auto-cast-type fp16", "matmul or"),
+    "cast twice": (
+        ("llama", "-o", "out", "--dtype", "float16", "--auto-cast", "all"), "--auto-cast all", "--dtype float16"
+    ),
+    "cast and rounded": (
+        ("llama", "-o", "out", "--auto-cast", "matmul", "--quantize", "int8"), "--auto-cast matmul", "--quantize int8"
+    ),
+    "a dtype without kernels": (
+        ("llama", "-o", "out", "--dtype", "bfloat16"),
+        "--dtype bfloat16 is not for --backend onnx", "computes in float32", "Backends that take it: ",
+    ),
+    "a cast without kernels": (
+        ("bert", "-o", "out", *SHAPES, "--auto-cast", "matmul"), "--auto-cast matmul is not for --backend onnx"
+    ),
+    "an unknown level": (("llama", "-o", "out", "--isa", "sse2"), "--isa 'sse2'", "native, avx2, avx512"),
+    "a level for no code": (
+        ("llama", "-o", "out", "--isa", "avx2"), "--isa avx2 is not for --backend onnx", "when it runs"
+    ),
+    "an unknown device": (("llama", "-o", "out", "--device", "npu"), "--device 'npu'", "cpu, cuda"),
+    "a device for no code": (("llama", "-o", "out", "--device", "cuda"), "--device cuda is not for --backend onnx"),
+    "a bound for no loss": (("llama", "-o", "out", "--accept-loss"), "--accept-loss bound what is lost"),
     "batch size 0": (("llama", "-o", "out", "--batch-size", 0), "--batch-size must be at least 1, not 0"),
     "batch size x": (("llama", "-o", "out", "--batch-size", "x"), "'--batch-size'", "'x'", "whole number"),
     "length abc": (("llama", "-o", "out", "--sequence-length", "abc"), "'--sequence-length'", "'abc'", "whole number"),

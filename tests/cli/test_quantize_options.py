@@ -36,7 +36,7 @@ WRONG = {
     "a method for nothing": (("--method", "gptq"), "--method", NONE),
     "symmetry for nothing": (("--asymmetric",), "--symmetric/--asymmetric", NONE),
     "a method for a source": (("--quantize", "source", "--method", "gptq"), "which --quantize source does not do"),
-    "a floor for nothing": (("--max-kl", 0.1), "--max-kl bound what quantization loses", "use --atol"),
+    "a floor for nothing": (("--max-kl", 0.1), "--max-kl bound what is lost", "--atol is the bound"),
     "acceptance of nothing": (("--accept-loss",), "--accept-loss bound"),
     "a pattern for nothing": (("--skip", "lm_head"), "--skip"),
     "a negative loss": (("--quantize", "int8", "--max-kl", "-1"), "--max-kl must be above 0, not -1"),

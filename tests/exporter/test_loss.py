@@ -89,7 +89,7 @@ def scores(kl: float, agreement: float) -> Scores:
 def test_below_a_floor_both_numbers_are_said(kl, agreement, max_kl, least):
     is_fine = kl <= max_kl and agreement >= least
     try:
-        check(scores(kl, agreement), Floor(max_kl, least), "int4 in groups of 32")
+        check(scores(kl, agreement), Floor(max_kl, least), "quantized to int4 in groups of 32")
     except AccuracyError as error:
         message = str(error)
         assert not is_fine
@@ -102,7 +102,7 @@ def test_below_a_floor_both_numbers_are_said(kl, agreement, max_kl, least):
 
 def test_the_message_word_by_word():
     with pytest.raises(AccuracyError) as caught:
-        check(scores(0.25, 0.6), Floor(0.01, 0.95), "int8 in groups of 64")
+        check(scores(0.25, 0.6), Floor(0.01, 0.95), "quantized to int8 in groups of 64")
     assert str(caught.value) == (
         "Quantized to int8 in groups of 64, the model loses too much on 500 tokens of held-out text: a KL divergence "
         "of 0.25 where --max-kl allows 0.01 and a top-1 agreement of 0.6 where --min-agreement asks for 0.95 "

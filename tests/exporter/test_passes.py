@@ -10,7 +10,7 @@ import pytest
 from onnxscript import FLOAT, script
 from onnxscript import opset20 as op
 
-from precast.exporter.backends.onnx.passes import RemoveIdleReshapes, RemoveProvenance
+from precast.exporter.backends.onnx.passes import RemoveIdleOutputs, RemoveIdleReshapes, RemoveProvenance
 
 
 @script(default_opset=op)
@@ -55,6 +55,28 @@ def test_unknown_shapes_are_left_alone():
         for value in node.outputs:
             value.shape = None
     assert RemoveIdleReshapes()(model).modified is False
+
+
+@pytest.mark.parametrize(("read", "left"), [(0, 1), (3, 4)])
+def test_outputs_of_a_normalization_that_nobody_reads_go(read, left):
+    scale = ir.Value(name="scale", shape=ir.Shape([8]), const_value=ir.tensor(np.ones(8, np.float32), name="scale"))
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=[2, 8])
+    norm = ir.node("SkipLayerNormalization", [x, x, scale], domain="com.microsoft", num_outputs=4)
+    last = ir.node("Relu", [norm.outputs[read]])
+    last.outputs[0].name, last.outputs[0].dtype = "y", ir.DataType.FLOAT
+    graph = ir.Graph(
+        [x],
+        last.outputs,
+        nodes=[norm, last],
+        initializers=[scale],
+        opset_imports={"": 20, "com.microsoft": 1},
+        name="g",
+    )
+    model, array = ir.Model(graph, ir_version=10), np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    before = run(model, array)
+    assert RemoveIdleOutputs()(model).modified is (left < 4)
+    assert len(norm.outputs) == left
+    assert np.array_equal(run(model, array), before)
 
 
 def test_provenance_goes():

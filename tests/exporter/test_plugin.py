@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import oracle
 import pytest
@@ -13,18 +10,6 @@ from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.errors import TrustError, UsageError
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """What installing the plug-in would do: its row under the entry point group, its module importable."""
-    metadata = tmp_path / "site" / "toy_backend-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-backend\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[precast.backends]\ntoy = toy_backend:ROW\n")
-    monkeypatch.syspath_prepend(str(metadata.parent))
-    folders = [str(metadata.parent), str(Path(__file__).parents[1])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
 
 
 def test_one_file_and_one_row_make_a_backend(toy, checkpoint, tmp_path):
@@ -47,5 +32,5 @@ def test_its_native_code_needs_proof(toy, checkpoint, tmp_path, monkeypatch):
 
 
 def test_an_unknown_backend_is_refused_with_the_choices(toy):
-    with pytest.raises(UsageError, match=r"no backend 'tpu'.*onnx, toy"):
+    with pytest.raises(UsageError, match=r"no backend 'tpu'.*onnx, .*toy\."):
         get_backend("tpu")

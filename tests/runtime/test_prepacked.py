@@ -43,9 +43,9 @@ def opened(monkeypatch):
     """The paths of the graphs that ONNX Runtime opened since."""
     paths = []
 
-    def recording(path, options, start=onnx._start):
+    def recording(path, options, *place, start=onnx._start):
         paths.append(path)
-        return start(path, options)
+        return start(path, options, *place)
 
     monkeypatch.setattr(onnx, "_start", recording)
     return paths
@@ -365,10 +365,10 @@ def test_what_onnx_runtime_cannot_open_is_made_anew(encoder, packed, expected, o
 
 
 def test_an_entry_that_changes_while_it_is_opened_is_not_used(encoder, packed, expected, monkeypatch, caplog):
-    def zeroing(path, options, start=onnx._start):
+    def zeroing(path, options, *place, start=onnx._start):
         if path.parent == packed:
             _zero(packed / DATA)
-        return start(path, options)
+        return start(path, options, *place)
 
     with monkeypatch.context() as patch:
         patch.setattr(onnx, "_start", zeroing)
@@ -644,8 +644,8 @@ def test_a_kill_leaves_nothing_that_is_half_made(encoder, home, expected, fault,
 
 
 def test_an_interrupt_leaves_nothing(encoder, home, monkeypatch):
-    def interrupted(path, options, start=onnx._start):
-        start(path, options)
+    def interrupted(path, options, *place, start=onnx._start):
+        start(path, options, *place)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(onnx, "_start", interrupted)

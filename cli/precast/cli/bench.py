@@ -127,7 +127,8 @@ def _subject(model: str, options: dict[str, Any]) -> Subject:
     where = {name: options[name] for name in ("revision", "subfolder", "token", "local_files_only")}
     how = {name: value for name, value in options.items() if name not in where}
     artifact = read_artifact(locate(model, **where))
-    variant = choose_variant(artifact.contract, this_machine(artifact.contract), options["variant"])
+    place = {name: options[name] for name in ("device", "provider")}
+    variant = choose_variant(artifact.contract, this_machine(artifact.contract), options["variant"], **place)
     return Subject(model, artifact, variant, how)
 
 
@@ -145,7 +146,8 @@ def _in_full(request: Request, repeat: int, options: dict[str, Any]) -> dict[str
 
     from precast.runtime.artifact.machine import usable_cores
 
-    return {**asdict(request), "threads": options["threads"] or usable_cores(), "repeat": repeat}
+    place = {name: options[name] for name in ("device", "provider")}
+    return {**asdict(request), **place, "threads": options["threads"] or usable_cores(), "repeat": repeat}
 
 
 def _save(path: Path, result: dict[str, Any]) -> None:

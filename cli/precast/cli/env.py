@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
 
 def _facts() -> dict[str, Any]:
     from precast.runtime.artifact.backends import BACKENDS
-    from precast.runtime.artifact.machine import memory_bytes, usable_cores
+    from precast.runtime.artifact.machine import installed_version, memory_bytes, usable_cores
     from precast.runtime.artifact.store import home
 
     return {
@@ -43,12 +43,5 @@ def _facts() -> dict[str, Any]:
         "memory GB": round(memory_bytes() / 1e9, 1),
         "precast home": str(home()),
         "backends": ", ".join([*BACKENDS, *(found.name for found in metadata.entry_points(group="precast.backends"))]),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: installed_version(name) for name in _PACKAGES},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

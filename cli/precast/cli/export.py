@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import LENGTHS, hub_options, json_option, quantize_options, quiet_option
+from .options import LENGTHS, cast_options, hub_options, json_option, quantize_options, quiet_option
 from .output import note, print_json, step_reporter
 
 __all__ = ["command"]
@@ -43,8 +45,14 @@ __all__ = ["command"]
     help="Images: pixels, by default as the checkpoint says.",
 )  # fmt: skip
 @click.option("--dynamic-batch-size", is_flag=True, help="Run larger batches in slices of --batch-size.")
-@click.option("--backend", default="onnx", show_default=True, metavar="NAME", help="What compiles and runs the model.")
-@click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of weights and results.")
+@click.option(
+    "--backend",
+    default="onnx",
+    show_default=True,
+    metavar="NAME",
+    help="What compiles and runs the model; auto: the fastest here of all that can.",
+)
+@cast_options
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
 @quantize_options
 @click.option("--no-validate", is_flag=True, help="Do not compare with the eager model; recorded as skipped.")
@@ -78,7 +86,7 @@ def command(
     exporter = _exporter(lambda: check_supported(model, options["task"], **hub))
     settings = exporter.ExportOptions(validate=not no_validate, **options)
     if dry_run:
-        _show_plan(exporter.preview(model, settings), as_json)
+        _show_plans(exporter, model, settings, as_json)
         return
     report = step_reporter(quiet)
     announce = (lambda plan: None) if quiet else (lambda plan: note(_in_words(plan)))
@@ -89,7 +97,7 @@ def command(
 
         with report("push"):
             url = push(artifact, push_to_hub, private=private or None, token=options["token"])
-    _show_result(artifact, url, as_json)
+    _show_result(artifact, url, _comparison(artifact, settings), as_json)
 
 
 def _exporter(check: Callable[[], None] = lambda: None) -> Any:
@@ -106,11 +114,22 @@ def _exporter(check: Callable[[], None] = lambda: None) -> Any:
     return exporter
 
 
-def _show_plan(plan: Any, as_json: bool) -> None:
+def _show_plans(exporter: Any, model: str, settings: Any, as_json: bool) -> None:
+    """The plan, with `--backend auto` that of the first, and which backends would be tried."""
+    found: dict[str, Any] = {}
+    if settings.backend == "auto":
+        choice = exporter.choose_backends(settings)
+        settings = replace(settings, backend=choice.names[0])
+        found = {"backends": choice.names, "left_out": choice.left_out}
+    plan = exporter.preview(model, settings)
     if as_json:
-        print_json(plan.as_json())
-    else:
-        click.echo(_in_words(plan))
+        print_json({**plan.as_json(), **found})
+        return
+    click.echo(_in_words(plan))
+    for name in found.get("backends", ()):
+        click.echo(f"backend          {name}")
+    for name, reason in found.get("left_out", {}).items():
+        click.echo(f"no backend       {name}: {reason}")
 
 
 def _in_words(plan: Any) -> str:
@@ -123,6 +142,8 @@ def _in_words(plan: Any) -> str:
         f"graphs           {', '.join(facts['graphs'])}",
         f"weights          {_megabytes(facts['weight_bytes'])} as {facts['dtype']}",
     ]
+    if facts["auto_cast"] != "none":
+        lines.append(f"auto-cast        {facts['auto_cast']}")
     if facts["quantize"] != "none":
         lines.append(f"quantized to     {facts['quantize']}")
     if "attention" in facts:
@@ -132,24 +153,49 @@ def _in_words(plan: Any) -> str:
     return "\n".join([*lines, f"memory to export about {_megabytes(facts['memory_bytes'])}"])
 
 
-def _show_result(artifact: Any, url: str | None, as_json: bool) -> None:
+def _comparison(artifact: Any, settings: Any) -> dict[str, Any] | None:
+    """What `--backend auto` has found out, as it lies in the artifact."""
+    if settings.backend != "auto":
+        return None
+    found: dict[str, Any] = json.loads((artifact.path / "bench.json").read_text("utf-8"))
+    return found
+
+
+def _show_result(artifact: Any, url: str | None, comparison: dict[str, Any] | None, as_json: bool) -> None:
     variant = artifact.contract.variants[0]
     size = sum(file.size for file in artifact.contract.files.values())
     if as_json:
-        figures = {"status": variant.accuracy.status, **variant.accuracy.figures}
-        print_json(
-            {
-                "path": str(artifact.path),
-                "digest": artifact.contract.digest,
-                "bytes": size,
-                "accuracy": figures,
-                "url": url,
-            }
-        )
+        result = {
+            "path": str(artifact.path),
+            "digest": artifact.contract.digest,
+            "bytes": size,
+            "accuracy": {"status": variant.accuracy.status, **variant.accuracy.figures},
+            "url": url,
+        }
+        print_json(result if comparison is None else {**result, "comparison": comparison})
         return
+    for line in [] if comparison is None else _compared(comparison):
+        click.echo(line)
     click.echo(f"{artifact.path}: {_megabytes(size)}, accuracy {variant.accuracy.status}")
     if url:
         click.echo(url)
+
+
+def _compared(comparison: dict[str, Any]) -> list[str]:
+    """A line for each backend: what each request took, in the order in which they are told, or why there is none."""
+    asked = " | ".join(map(_request, comparison["requests"]))
+    lines = [f"medians of {comparison['rounds']} rounds, ms: {asked}"]
+    for name, entry in comparison["candidates"].items():
+        kept = "  (kept)" if name == comparison["backend"] else ""
+        lines.append(f"  {name:<8} {' | '.join(f'{value:,.4g}' for value in entry['milliseconds'])}{kept}")
+    return lines + [f"  {name:<8} left out: {reason}" for name, reason in comparison["left_out"].items()]
+
+
+def _request(request: dict[str, Any]) -> str:
+    if request["kind"] == "graphs":
+        return "all graphs, over blank inputs"
+    new = f" and {request['new_tokens']} new ones" if request["new_tokens"] else ""
+    return f"batch {request['batch_size']}, {request['prompt_length']} tokens{new}"
 
 
 def _megabytes(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-__all__ = ["LENGTHS", "hub_options", "json_option", "model_options", "quantize_options", "quiet_option"]
+__all__ = ["LENGTHS", "cast_options", "hub_options", "json_option", "model_options", "quantize_options", "quiet_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,6 +46,25 @@ def hub_options(function: F) -> F:
     return click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")(function)
 
 
+def cast_options(function: F) -> F:
+    """What is computed in, and on what."""
+    for option in reversed(
+        [
+            click.option("--dtype", default="float32", show_default=True, metavar="DTYPE",
+                         help="Of weights and computation: float32, bfloat16, float16. Results are float32."),
+            click.option("--auto-cast", default="none", show_default=True, metavar="WHAT",
+                         help="Compute in less than float32: matmul (products and their weights), all."),
+            click.option("--auto-cast-type", metavar="TYPE", help="What --auto-cast casts to: bf16 (default), fp16."),
+            click.option("--isa", default="native", show_default=True, metavar="LEVEL",
+                         help="Native code for CPUs with: avx2, avx512, or what this one has."),
+            click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
+                         help="Native code for: cpu, cuda."),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def quantize_options(function: F) -> F:
     """How weights and caches are rounded, and what that may cost."""
     for option in reversed(
@@ -54,7 +73,7 @@ def quantize_options(function: F) -> F:
                          help="Weights as: none, int8, int4, source (the grid they lie on already), auto."),
             click.option("--method", "quantize_method", metavar="NAME",
                          help="How weights are rounded: rtn, search, gptq. int8: rtn, int4: search."),
-            click.option("--group-size", type=int, default=32, show_default=True, help="Weights that share a scale."),
+            click.option("--group-size", type=int, help="Weights that share a scale: 32, or for aoti's int8 a whole row."),
             click.option("--symmetric/--asymmetric", default=None,
                          help="Zero in the middle of the grid, or anywhere. int8: symmetric, int4: asymmetric."),
             click.option("--skip", multiple=True, metavar="PATTERN",
@@ -80,6 +99,8 @@ def model_options(function: F) -> F:
         [
             click.option("--subfolder", metavar="DIR", help="Where in MODEL the artifact lies."),
             click.option("--local-files-only", is_flag=True, help="Do not ask the Hub."),
+            click.option("--device", metavar="NAME", help="Where to run: cpu, cuda, gpu, npu, coreml."),
+            click.option("--provider", metavar="NAME", help="ONNX Runtime's: cpu, cuda, tensorrt, openvino, coreml."),
             click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 is one per core."),
             click.option("--variant", metavar="NAME", help="Which compiled form to use."),
             click.option("--verify", is_flag=True, help="Hash every file again."),

@@ -12,6 +12,7 @@ from typing import Any
 
 _EXPORTS = {
     "ExportOptions": "options",
+    "choose_backends": "auto",
     "export": "pipeline",
     "preview": "pipeline",
     "quiet_libraries": "quiet",

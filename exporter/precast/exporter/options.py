@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from precast.runtime.artifact.backends import BACKENDS, get_backend
 from precast.runtime.artifact.schema import Dtype
 from precast.runtime.errors import UsageError
 
 from .quantize.methods import METHODS
 
-__all__ = ["DTYPES", "GROUP_SIZES", "KV_CACHES", "QUANTIZE", "ExportOptions"]
+__all__ = [
+    "AUTO_CAST", "AUTO_CAST_TYPES", "DEVICES", "DTYPES", "GROUP_SIZES", "ISAS", "KV_CACHES", "QUANTIZE",
+    "ExportOptions",
+]  # fmt: skip
 
-DTYPES = ("float32",)
+DTYPES = ("float32", "bfloat16", "float16")
+AUTO_CAST = ("none", "matmul", "all")
+AUTO_CAST_TYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
+ISAS = ("native", "avx2", "avx512")
+DEVICES = ("cpu", "cuda")
 QUANTIZE = ("none", "source", "int8", "int4", "auto")
 KV_CACHES = ("float32", "int8")
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -37,8 +45,14 @@ class ExportOptions:
             preprocessor_config.json says.
         prefill_lengths: decoders: compile fully static graphs with these prompt lengths and one for decoding.
         dynamic_batch_size: at run time, split larger batches into slices of `batch_size`.
-        backend: what compiles, one of the backends' names.
-        dtype: the dtype of weights, caches and results.
+        backend: what compiles, one of the backends' names; "auto" tries all that take these options, and keeps the
+            fastest here.
+        dtype: the dtype of weights, caches and computation; results are float32 always.
+        auto_cast: what is computed in less than float32 all the same: "matmul", products of matrices and convolutions,
+            their weights stored so; "all", everything but norms, softmax and sums.
+        auto_cast_type: what to compute it in, one of AUTO_CAST_TYPES; None is "bf16".
+        isa: the instructions of the CPU that native code may use: those that this machine has, or a level.
+        device: where native code runs.
         atol: the allowed difference from the reference, relative to max(1, max|reference|).
         validate: compare with the eager model before publishing.
         revision, token: of a Hub checkpoint.
@@ -47,7 +61,7 @@ class ExportOptions:
             that the checkpoint's weights lie on already; "auto", the smallest mixture of int8 and int4 within `max_kl`.
         quantize_method: how weights get onto the grid, one of METHODS' names; None is "rtn" for int8, "search" for
             int4.
-        group_size: weights that share a scale.
+        group_size: weights that share a scale; None is 32, or a whole row for int8 where the backend prefers that.
         symmetric: zero in the middle of each grid, or anywhere; None is True for int8, False for int4.
         skip: patterns of layers' names that stay as they are.
         calibration: a text file for methods that look at activations; None is a small text of our own.
@@ -70,6 +84,10 @@ class ExportOptions:
     dynamic_batch_size: bool = False
     backend: str = "onnx"
     dtype: Dtype = "float32"
+    auto_cast: str = "none"
+    auto_cast_type: str | None = None
+    isa: str = "native"
+    device: str = "cpu"
     atol: float = 1e-4
     validate: bool = True
     revision: str | None = None
@@ -77,7 +95,7 @@ class ExportOptions:
     trust_remote_code: bool = False
     quantize: str = "none"
     quantize_method: str | None = None
-    group_size: int = 32
+    group_size: int | None = None
     symmetric: bool | None = None
     skip: tuple[str, ...] = ()
     calibration: Path | None = None
@@ -94,9 +112,29 @@ class ExportOptions:
         return () if given is None else (given,) if isinstance(given, int) else tuple(sorted(given))
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether weights or caches are put on a grid."""
+        return self.quantize != "none" or self.kv_cache != "float32"
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether less than float32 is computed in."""
+        return self.dtype != "float32" or self.auto_cast != "none"
+
+    @property
     def is_lossy(self) -> bool:
         """Whether less than fp32 is asked for, so that the artifact is held to a loss rather than to a difference."""
-        return self.quantize != "none" or self.kv_cache != "float32"
+        return self.is_rounded or self.is_cast
+
+    @property
+    def cast_dtype(self) -> Dtype:
+        """What is computed in where `is_cast`."""
+        return self.dtype if self.dtype != "float32" else AUTO_CAST_TYPES[self.auto_cast_type or "bf16"]
+
+    @property
+    def cast_type(self) -> str:
+        """`cast_dtype` in short."""
+        return next(short for short, dtype in AUTO_CAST_TYPES.items() if dtype == self.cast_dtype)
 
     def check(self) -> None:
         """Raise one UsageError that lists everything wrong with these options."""
@@ -113,8 +151,9 @@ class ExportOptions:
                 yield f"--{flag} names a {what} twice: {','.join(map(str, values))}."
         if len(self.image_size) > 2:
             yield f"--image-size is HEIGHT,WIDTH or one number for both, not {','.join(map(str, self.image_size))}."
-        if self.dtype not in DTYPES:
-            yield f"--dtype {self.dtype!r} is not supported; the choices are: {', '.join(DTYPES)}."
+        yield from self._choice_holes()
+        yield from self._cast_holes()
+        yield from self._backend_holes()
         yield from self._quantization_holes()
         if not self.atol > 0:
             yield f"--atol must be above 0, not {self.atol}."
@@ -132,18 +171,49 @@ class ExportOptions:
             "image-size": self.image_size,
         }
 
+    def _choice_holes(self) -> Iterator[str]:
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed and value is not None:
+                known = ", ".join(map(str, allowed))
+                yield f"--{name.replace('_', '-')} {value!r} is not supported; the choices are: {known}."
+
+    def _cast_holes(self) -> Iterator[str]:
+        if self.auto_cast_type is not None and self.auto_cast == "none":
+            yield f"--auto-cast-type {self.auto_cast_type} says what --auto-cast casts to; give it matmul or all, too."
+        if self.dtype != "float32" and self.auto_cast != "none":
+            yield (
+                f"--auto-cast {self.auto_cast} casts what is in float32, and --dtype {self.dtype} leaves nothing in "
+                f"it; give one of them."
+            )
+        if self.is_cast and self.is_rounded:
+            given = f"--dtype {self.dtype}" if self.dtype != "float32" else f"--auto-cast {self.auto_cast}"
+            rounded = f"--quantize {self.quantize}" if self.quantize != "none" else f"--kv-cache {self.kv_cache}"
+            yield f"{given} cannot be combined with {rounded}, whose operators compute in float32; give one of them."
+
+    def _backend_holes(self) -> Iterator[str]:
+        row = get_backend(self.backend)
+        for name in ("dtype", "auto_cast", "isa", "device"):
+            value = getattr(self, name)
+            if value != getattr(ExportOptions, name) and name not in row.takes:
+                others = ", ".join(each.name for each in BACKENDS.values() if name in each.takes) or "none"
+                yield (
+                    f"--{name.replace('_', '-')} {value} is not for --backend {row.name}: {row.because}. Backends that "
+                    f"take it: {others}."
+                )
+
     def _quantization_holes(self) -> Iterator[str]:
-        choices = {"quantize": QUANTIZE, "kv-cache": KV_CACHES, "group-size": GROUP_SIZES}
-        for flag, allowed in choices.items():
-            if (value := getattr(self, flag.replace("-", "_"))) not in allowed:
-                yield f"--{flag} {value!r} is not supported; the choices are: {', '.join(map(str, allowed))}."
         if self.quantize_method not in (None, *METHODS):
             known = ", ".join(METHODS)
             yield f"--method {self.quantize_method!r} is not supported; the choices are: {known}."
         if self.quantize in ("none", "source") and (useless := self._only_for_rounding()):
             yield f"{', '.join(useless)} say how weights are rounded, which --quantize {self.quantize} does not do."
-        if not self.is_lossy and (useless := self._only_for_loss()):
-            yield f"{', '.join(useless)} bound what quantization loses; without --quantize or --kv-cache, use --atol."
+        if not self.is_rounded and (useless := self._given("calibration", "skip")):
+            yield f"{', '.join(useless)} say how weights and caches are rounded; give --quantize or --kv-cache, too."
+        if not self.is_lossy and (useless := self._given("max_kl", "min_agreement", "accept_loss")):
+            yield (
+                f"{', '.join(useless)} bound what is lost; without --quantize, --kv-cache, --dtype and --auto-cast "
+                f"nothing is, and --atol is the bound."
+            )
         if self.max_kl is not None and not self.max_kl > 0:
             yield f"--max-kl must be above 0, not {self.max_kl}."
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
@@ -155,12 +225,18 @@ class ExportOptions:
         given = {"--method": self.quantize_method, "--symmetric/--asymmetric": self.symmetric}
         return [flag for flag, value in given.items() if value is not None]
 
-    def _only_for_loss(self) -> list[str]:
-        given = {
-            "--max-kl": self.max_kl,
-            "--min-agreement": self.min_agreement,
-            "--accept-loss": self.accept_loss or None,
-            "--calibration": self.calibration,
-            "--skip": self.skip or None,
-        }
-        return [flag for flag, value in given.items() if value is not None]
+    def _given(self, *names: str) -> list[str]:
+        """The flags of those options that are not as they are by default."""
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(ExportOptions, name)]
+
+
+_CHOICES: dict[str, Collection[object]] = {
+    "dtype": DTYPES,
+    "auto_cast": AUTO_CAST,
+    "auto_cast_type": AUTO_CAST_TYPES,
+    "isa": ISAS,
+    "device": DEVICES,
+    "quantize": QUANTIZE,
+    "kv_cache": KV_CACHES,
+    "group_size": GROUP_SIZES,
+}

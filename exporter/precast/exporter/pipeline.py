@@ -19,6 +19,7 @@ from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, 
 
 from .backends import Compiled, ProgramCompiler
 from .card import render_card
+from .cast import cast, cast_of
 from .decoder.kv_cache import cache_scales
 from .decoder.plan import DecoderPlan
 from .options import ExportOptions
@@ -28,7 +29,7 @@ from .resolve import Checkpoint, resolve
 from .trace import trace
 from .validate import compare, in_words, make_reference, record
 
-__all__ = ["Report", "export", "preview"]
+__all__ = ["Report", "compiler_of", "export", "preview"]
 
 Report = Callable[[str], AbstractContextManager[Any]]
 _UNCHECKED = Accuracy(status="skipped", reason="not validated", figures={})
@@ -56,8 +57,10 @@ def export(
         PrecastError: its subclasses say which step failed; `target` is then as it was.
     """
     options, target = options or ExportOptions(), Path(target)
+    if options.backend == "auto":
+        return _export_fastest(model, target, options, report=report, announce=announce)
     options.check()
-    compiler = _compiler(options.backend)
+    compiler = compiler_of(options.backend)
     check_target(target, force=options.force)
     with report("resolve"):
         checkpoint = resolve(model, options)
@@ -71,7 +74,8 @@ def export(
         reference = None
         if options.validate:
             with report("reference"):
-                reference = make_reference(loaded, checkpoint, plan.task, plan.outline(), is_scored=options.is_lossy)
+                is_scored = options.is_lossy and plan.task.kind == "decoder"
+                reference = make_reference(loaded, checkpoint, plan.task, plan.outline(), is_scored=is_scored)
         scales, rounding = None, None
         if options.kv_cache == "int8" and isinstance(plan, DecoderPlan):
             with report("calibrate"):
@@ -82,15 +86,17 @@ def export(
                 rounding = quantize_model(loaded, checkpoint, options, tell or _tell_nobody)
         with report("trace"):
             programs = list(trace(loaded, plan, scales))
+            if how := cast_of(options):
+                programs = cast(programs, how)
         contract = _draft(checkpoint, options, plan, [program.graph for program in programs], rounding)
         with report("compile"):
-            compiled = compiler.compile(programs, stage)
+            compiled = compiler.compile(programs, stage, options)
             _write_companions(stage, tokenizer, loaded)
             _write_rules(stage, checkpoint.processor_config)
             config = _config(checkpoint, loaded)
         del loaded, programs
         gc.collect()
-        contract = _complete(contract, compiled, plan, stage)
+        contract = _complete(contract, compiled, {**plan.notes, **_cast_notes(options)}, stage)
         artifact = write_config(stage, config, contract)
         if reference is not None:
             with report("validate"):
@@ -103,14 +109,22 @@ def export(
     return read_artifact(target)
 
 
+def _export_fastest(model: str, target: Path, options: ExportOptions, **told: Any) -> Artifact:
+    """`export` once with each backend, which that module calls in turn."""
+    from .auto import export_fastest
+
+    return export_fastest(model, target, options, **told)
+
+
 def preview(model: str, options: ExportOptions) -> Plan:
     """What `export` would compile, without reading weights. Raises PrecastError as `export` does."""
     options.check()
-    _compiler(options.backend)
+    compiler_of(options.backend)
     return make_plan(resolve(model, options), options)
 
 
-def _compiler(backend: str) -> ProgramCompiler:
+def compiler_of(backend: str) -> ProgramCompiler:
+    """What compiles for a backend. Raises UsageError where there is none of this name."""
     module, _, name = get_backend(backend).compiler.partition(":")
     compiler: ProgramCompiler = getattr(import_module(module), name)()
     return compiler
@@ -125,9 +139,9 @@ def _draft(
 ) -> Contract:
     """The contract as far as it is known before anything is compiled."""
     variant = Variant(
-        name="-".join([options.backend, *([options.quantize] if rounding else []), *_cache_part(options)]),
+        name="-".join([options.backend, *_name_parts(options)]),
         backend=options.backend,
-        dtype=plan.dtype,
+        dtype=options.dtype,
         quantization=rounding,
         kv_cache="int8" if options.kv_cache == "int8" else None,
         host=None,  # type: ignore[arg-type]
@@ -158,17 +172,26 @@ def _tell_nobody(done: int, total: int) -> None:
     pass
 
 
-def _cache_part(options: ExportOptions) -> list[str]:
-    return [] if options.kv_cache == "float32" else [f"kv-{options.kv_cache}"]
+def _name_parts(options: ExportOptions) -> list[str]:
+    """What tells this variant from the plain one."""
+    parts = [] if options.quantize == "none" else [options.quantize]
+    parts += [] if options.kv_cache == "float32" else [f"kv-{options.kv_cache}"]
+    parts += [options.cast_type] if options.is_cast else []
+    return parts + ([options.auto_cast] if options.auto_cast != "none" else [])
 
 
-def _complete(contract: Contract, compiled: Compiled, plan: Plan, stage: Path) -> Contract:
+def _cast_notes(options: ExportOptions) -> dict[str, str]:
+    is_cast = options.auto_cast != "none"
+    return {"auto_cast": options.auto_cast, "auto_cast_type": options.cast_type} if is_cast else {}
+
+
+def _complete(contract: Contract, compiled: Compiled, notes: dict[str, str], stage: Path) -> Contract:
     from msgspec.structs import replace
 
     variant = replace(
         contract.variants[0],
         host=compiled.host,
-        compiler=replace(compiled.compiler, options={**compiled.compiler.options, **plan.notes}),
+        compiler=replace(compiled.compiler, options={**compiled.compiler.options, **notes}),
         weights=compiled.weights,
         graphs=compiled.graphs,
     )

@@ -69,11 +69,14 @@ class GraphPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every export has. `weight_bytes` is the size of the parameters in `dtype`, tied ones counted once."""
+    """What every export has. `dtype` is what is traced in, and what results are; `weight_dtype` what is asked for, and
+    `weight_bytes` the size of the parameters in it, tied ones counted once."""
 
     task: Task
     model_type: str
     dtype: Dtype
+    weight_dtype: Dtype
+    auto_cast: str
     batch_size: int
     lengths: tuple[int, ...]
     dynamic_batch_size: bool
@@ -97,8 +100,9 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """An estimate of the export's peak: the model, its packed copy, and the buffers of writing it."""
-        return int(2.5 * self.weight_bytes) + self.cache_bytes
+        """An estimate of the export's peak: the model in float32, its packed copy, and the buffers of writing it."""
+        in_float32 = self.weight_bytes * 4 // getattr(torch, self.weight_dtype).itemsize
+        return int(2.5 * in_float32) + self.cache_bytes
 
     def as_json(self) -> dict[str, Any]:
         """The plan's facts, for `--dry-run`."""
@@ -109,7 +113,8 @@ class Plan:
             "sequence_length": list(self.lengths),
             "dynamic_batch_size": self.dynamic_batch_size,
             "graphs": [graph.name for graph in self.graphs],
-            "dtype": self.dtype,
+            "dtype": self.weight_dtype,
+            "auto_cast": self.auto_cast,
             "quantize": self.quantize,
             "weight_bytes": self.weight_bytes,
             "cache_bytes": self.cache_bytes,
@@ -123,7 +128,7 @@ def make_plan(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
     that cannot be exported for this task."""
     options.check()
     task = checkpoint.task(options.task)
-    if options.is_lossy and task.kind != "decoder":
+    if options.is_rounded and task.kind != "decoder":
         raise UsageError(
             f"--quantize and --kv-cache are for decoders: what they cost is measured on the text that a model "
             f"predicts, and {task.name!r} predicts none. Leave them out."
@@ -154,7 +159,9 @@ def common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn
     return {
         "task": task,
         "model_type": checkpoint.config.model_type,
-        "dtype": options.dtype,
+        "dtype": "float32",
+        "weight_dtype": options.dtype,
+        "auto_cast": options.auto_cast,
         "dynamic_batch_size": options.dynamic_batch_size,
         "weight_bytes": size * sum(parameter.numel() for parameter in model.parameters()),
         "quantize": options.quantize,

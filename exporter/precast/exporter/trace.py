@@ -6,6 +6,7 @@ contract; what remains for a backend is to turn it into a file.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from precast.runtime.errors import ExportError, PrecastError
 from .kinds import kind_of
 from .plan import Plan
 
-__all__ = ["Program", "export_program", "trace"]
+__all__ = ["Program", "export_program", "functional", "trace"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,15 @@ def export_program(program: nn.Module, example: tuple[Any, ...], shapes: Any) ->
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason given'}"
         hint = "" if shapes is None else " Fixed lengths may do where a free one does not: --prefill-lengths 64."
         raise ExportError(f"This model cannot be traced as one graph. {reason}{hint}") from error
+
+
+def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program in functional operators: none writes to what it is given."""
+    with warnings.catch_warnings():
+        # torch copies what it warns of itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        found: torch.export.ExportedProgram = exported.run_decompositions({})
+    return found
 
 
 def _export(

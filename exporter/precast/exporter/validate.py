@@ -8,7 +8,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,13 +24,23 @@ from precast.runtime.artifact.store import write_atomically
 from precast.runtime.artifact.tasks import Task, get_task, kind_of_roles
 from precast.runtime.errors import AccuracyError, ExportError
 
-from .loss import check, divergence, floor_for, log_softmax, score
+from .loss import CAST_ADVICE, QUANTIZED_ADVICE, check, divergence, floor_for, log_softmax, score
 from .options import ExportOptions
 from .questions import Question, make_questions, make_scored, write_questions
 from .reference import Answer, answer
 from .resolve import Checkpoint, resolve
 
-__all__ = ["Reference", "compare", "in_words", "judge", "judge_loss", "make_reference", "record", "validate_again"]
+__all__ = [
+    "Reference",
+    "compare",
+    "in_words",
+    "judge",
+    "judge_cast",
+    "judge_loss",
+    "make_reference",
+    "record",
+    "validate_again",
+]
 
 Array = np.ndarray[Any, Any]
 Pair: TypeAlias = tuple[Question, Answer, dict[str, Array]]
@@ -73,23 +83,25 @@ def _on_disk(found: Answer, path: Path) -> Answer:
 
 
 def compare(
-    artifact: Path, reference: Reference, options: ExportOptions, quantization: str | None, sha256: str | None = None
+    artifact: Path, reference: Reference, options: ExportOptions, loss: str | None, sha256: str | None = None
 ) -> Accuracy:
     """Ask the artifact at `artifact` and judge its answers. Raises AccuracyError with the figures if they differ.
 
-    `quantization` says in words how it was rounded; `sha256` is the artifact's digest where the caller built it and so
-    trusts the code in it.
+    `loss` says in words how it is less than float32; `sha256` is the artifact's digest where the caller built it and
+    so trusts the code in it.
     """
     answers = _ask(artifact, reference.questions, sha256)
-    if quantization is None:
+    if loss is None:
         return judge(reference, answers, options.atol)
-    return judge_loss(reference, answers, options, quantization)
+    if any(question.kind == "score" for question in reference.questions):
+        return judge_loss(reference, answers, options, loss)
+    return judge_cast(reference, answers, options, loss)
 
 
 def judge_loss(
-    reference: Reference, answers: list[list[dict[str, Array]]], options: ExportOptions, quantization: str
+    reference: Reference, answers: list[list[dict[str, Array]]], options: ExportOptions, loss: str
 ) -> Accuracy:
-    """The rule for all that is rounded: floors on what is lost on held-out text.
+    """The rule for decoders that are less than float32: floors on what is lost on held-out text.
 
     At the edges of shapes (padding, one token, a full cache) the loss may be as large as short texts make it, but not
     of another kind: a mask that is wrong there costs nats.
@@ -110,12 +122,91 @@ def judge_loss(
     # A faulty graph is no loss that could be accepted.
     _check_edges(edges, scores.kl_divergence)
     try:
-        check(scores, floor, quantization)
+        check(scores, floor, loss, CAST_ADVICE if options.is_cast else QUANTIZED_ADVICE)
     except AccuracyError:
         if not options.accept_loss:
             raise
         return Accuracy(status="accepted", reason=f"taken as it is, though not within {floor}", figures=figures)
     return Accuracy(status="passed", reason=f"compared with the eager fp32 model: {floor}", figures=figures)
+
+
+ROW_ERRORS = {"bfloat16": 0.045, "float16": 0.01}
+"""‖difference‖ / ‖row‖; 0.045 is a cosine of 0.999."""
+LARGEST_DIFFERENCES = {"bfloat16": 0.05, "float16": 0.01}
+"""max|difference| / max|reference|."""
+
+
+def judge_cast(
+    reference: Reference, answers: list[list[dict[str, Array]]], options: ExportOptions, loss: str
+) -> Accuracy:
+    """The rule for encoders and encoder-decoders that are less than float32: bounds on the error of every output's
+    every row, and of every number. A row that is shorter than others is measured by the length that they have."""
+    pairs = list(_pairs(reference, answers))
+    measured, greedy = ([pair for pair in pairs if (pair[0].kind == "greedy") is it] for it in (False, True))
+    worst, _ = max(_differences(measured))
+    row_error, where = max(_row_errors(measured))
+    difference, place = max(_relative_differences(measured))
+    figures: dict[str, int | float] = {
+        "max_abs_difference": _two_digits(worst),
+        "max_relative_difference": _two_digits(difference),
+        "max_row_error": _two_digits(row_error),
+        "min_cosine": round(min(_cosines(measured)), 5),
+        "questions": len(reference.questions),
+        **_agreement(measured),
+        **(_count_greedy(greedy) if greedy else {}),
+    }
+    bounds = ROW_ERRORS[options.cast_dtype], LARGEST_DIFFERENCES[options.cast_dtype]
+    within = f"row error <= {bounds[0]:g}, difference <= {bounds[1]:g} of the largest value"
+    if row_error <= bounds[0] and difference <= bounds[1]:
+        return Accuracy(status="passed", reason=f"compared with the eager fp32 model: {within}", figures=figures)
+    if options.accept_loss and row_error <= FAULT:
+        return Accuracy(status="accepted", reason=f"taken as it is, though not within {within}", figures=figures)
+    advice = (
+        CAST_ADVICE if row_error <= FAULT else "Casting costs less: this is a fault of the graph, please report it."
+    )
+    raise AccuracyError(
+        f"{loss[0].upper()}{loss[1:]}, the model does not give the reference's answers: a row is off by "
+        f"{row_error:.2g} of its length at {where!r} where {bounds[0]:g} is allowed, and a number by {difference:.2g} "
+        f"of the largest at {place!r} where {bounds[1]:g} is. Nothing was written. {advice}"
+    )
+
+
+FAULT = 0.5
+"""An answer that is half another one is no rounding that could be accepted."""
+
+
+def _row_errors(measured: list[Pair]) -> Iterator[tuple[float, str]]:
+    for where, expected, found in _rows_of_outputs(measured):
+        typical = np.mean([np.linalg.norm(row) for row in expected])
+        for row, other in zip(expected, found, strict=True):
+            yield float(np.linalg.norm(other - row) / max(np.linalg.norm(row), typical, TINY)), where
+
+
+def _relative_differences(measured: list[Pair]) -> Iterator[tuple[float, str]]:
+    for where, expected, found in _rows_of_outputs(measured):
+        largest = max(float(np.abs(row).max()) for row in expected)
+        for row, other in zip(expected, found, strict=True):
+            yield float(np.abs(other - row).max()) / max(largest, TINY), where
+
+
+def _cosines(measured: list[Pair]) -> Iterator[float]:
+    for _, expected, found in _rows_of_outputs(measured):
+        for row, other in zip(expected, found, strict=True):
+            yield float(row.ravel() @ other.ravel() / max(np.linalg.norm(row) * np.linalg.norm(other), TINY))
+
+
+TINY = 1e-30
+
+
+def _rows_of_outputs(measured: list[Pair]) -> Iterator[tuple[str, list[Array], list[Array]]]:
+    """Per question and output: its rows, of the reference and of the other."""
+    grouped: dict[str, tuple[list[Array], list[Array]]] = {}
+    for question, mine, theirs in measured:
+        for name, expected in mine.outputs.items():
+            rows, others = grouped.setdefault(f"{question.name}, {name}", ([], []))
+            rows.append(expected.astype(np.float64))
+            others.append(theirs[name].astype(np.float64))
+    return ((where, *rows) for where, rows in grouped.items())
 
 
 EDGE_NATS = 1.0
@@ -187,9 +278,10 @@ def validate_again(
     checkpoint = resolve(model, options)
     variant = artifact.contract.variants[0]
     task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in variant.graphs))
-    words = in_words(variant)
-    loaded = checkpoint.load(task, variant.dtype)
-    reference = make_reference(loaded, checkpoint, task, variant.graphs, is_scored=words is not None)
+    words, options = in_words(variant), _as_compiled(options, variant)
+    loaded = checkpoint.load(task, "float32")
+    is_scored = words is not None and task.kind == "decoder"
+    reference = make_reference(loaded, checkpoint, task, variant.graphs, is_scored=is_scored)
     del loaded
     accuracy = compare(path, reference, options, words, sha256)
     if keep:
@@ -198,9 +290,29 @@ def validate_again(
 
 
 def in_words(variant: Variant) -> str | None:
-    """How the variant is rounded, or None where it is not."""
+    """How the variant is less than float32, or None where it is not."""
+    cast = _cast_in_words(variant)
+    rounded = f"quantized to {_grids(variant)}" if _grids(variant) else None
+    return ", ".join(part for part in (rounded, cast) if part) or None
+
+
+def _grids(variant: Variant) -> str:
     parts = [variant.quantization, f"{variant.kv_cache} caches" if variant.kv_cache else None]
-    return " with ".join(part for part in parts if part) or None
+    return " with ".join(part for part in parts if part)
+
+
+def _cast_in_words(variant: Variant) -> str | None:
+    if variant.dtype != "float32":
+        return f"computed in {variant.dtype}"
+    what, kind = (variant.compiler.options.get(name) for name in ("auto_cast", "auto_cast_type"))
+    return f"with --auto-cast {what} to {kind}" if what else None
+
+
+def _as_compiled(options: ExportOptions, variant: Variant) -> ExportOptions:
+    """The options, cast as the variant is."""
+    told = {name: variant.compiler.options[name] for name in ("auto_cast", "auto_cast_type")
+            if name in variant.compiler.options}  # fmt: skip
+    return replace(options, dtype=variant.dtype, **told)  # type: ignore[arg-type]
 
 
 def _rewrite(artifact: Artifact, accuracy: Accuracy) -> None:

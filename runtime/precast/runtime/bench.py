@@ -16,20 +16,19 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from . import errors
 from .artifact import Artifact
-from .artifact.machine import memory_bytes, usable_cores
+from .artifact.machine import installed_version, memory_bytes, usable_cores
 from .artifact.schema import Dim, Variant
 from .artifact.tasks import kind_of_roles
 from .errors import InputError, PrecastError, UsageError
 from .tokenizer import Tokenizer
 
-__all__ = ["STRIDE", "Request", "Subject", "bench", "describe_machine", "plan", "token_ids"]
+__all__ = ["STRIDE", "Request", "Subject", "ask_child", "bench", "describe_machine", "plan", "token_ids"]
 
 Report: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 Ask: TypeAlias = Callable[["Subject", dict[str, Any]], dict[str, float | None]]
@@ -37,7 +36,7 @@ Ask: TypeAlias = Callable[["Subject", dict[str, Any]], dict[str, float | None]]
 DEFAULT_LENGTH = 128
 STRIDE = 17
 """Every row, those of the warm-up too, begins so many tokens further on in the text."""
-PACKAGES = ("precast", "onnxruntime", "numpy", "tokenizers")
+PACKAGES = ("precast", "onnxruntime", "torch", "numpy", "tokenizers")
 
 TEXT = """\
 The lighthouse keeper wrote down the weather every evening, because the harbour master paid him a little for it and
@@ -87,7 +86,8 @@ class Subject:
 @dataclass(frozen=True)
 class Request:
     """What every repetition does: `batch_size` prompts of `prompt_length` tokens, and for decoders `new_tokens` more
-    for each, guessing up to `prompt_lookup` at once."""
+    for each, guessing up to `prompt_lookup` at once. `kind` is that of the subjects, or "graphs": then
+    their graphs are run for themselves, over blank inputs, as models of every kind have them."""
 
     kind: str
     batch_size: int
@@ -175,7 +175,7 @@ def bench(
     Raises:
         PrecastError: what a child raised, or how it ended.
     """
-    ask = ask or _ask_child
+    ask = ask or ask_child
     jobs = [_job(request, each) for each in ids]
     for subject, job in zip(subjects, jobs, strict=True):
         with report(f"open {subject.name}"):
@@ -200,7 +200,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_gb": round(memory_bytes() / 1e9, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
+        **{name: installed_version(name) for name in PACKAGES},
     }
 
 
@@ -274,6 +274,7 @@ def _job(request: Request, ids: list[int]) -> dict[str, Any]:
         "warm_up": rows[request.batch_size :],
         "new_tokens": request.new_tokens,
         "prompt_lookup": request.prompt_lookup,
+        "is_bare": request.kind == "graphs",
     }
 
 
@@ -281,7 +282,7 @@ def _rotated(count: int, turn: int) -> list[int]:
     return [(turn + index) % count for index in range(count)]
 
 
-def _ask_child(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
+def ask_child(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
     """Run one repetition in a fresh interpreter. Raises what it raised, PrecastError where it ended otherwise."""
     command = [sys.executable, "-m", "precast.runtime.measure"]
     asked = json.dumps({**job, "model": str(subject.artifact.path)})

@@ -8,7 +8,7 @@ PrecastError                 something the user can act on; the CLI prints it as
 │   └── AccuracyError        the compiled model does not give the reference's answers
 ├── PublishError             the artifact could not be written where it was asked for
 └── ArtifactError            an artifact cannot be opened
-    ├── FormatError          its config.json breaks the contract, or is of a newer format
+    ├── FormatError          its config.json or another of its files breaks its format, or is of a newer one
     ├── IntegrityError       a file is missing, truncated or altered
     ├── TrustError           it holds native code that nobody vouched for
     ├── HostError            no variant of it runs on this machine
@@ -65,7 +65,7 @@ class ArtifactError(PrecastError):
 
 
 class FormatError(ArtifactError):
-    """config.json breaks the artifact contract."""
+    """config.json breaks the artifact contract, or another file is not what its format allows."""
 
 
 class IntegrityError(ArtifactError):

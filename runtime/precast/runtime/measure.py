@@ -16,14 +16,19 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .artifact.schema import Dim, Graph
 from .decoder import CompiledModelForCausalLM
+from .engines import Engine, Step
 from .errors import PrecastError
 from .model import CompiledModel
+from .tensors import storage
 
-__all__ = ["CALLS", "main", "measure"]
+__all__ = ["CALLS", "STEPS", "main", "measure"]
 
 CALLS = 20
 """Forward passes of an encoder that one repetition times."""
+STEPS = 16
+"""How often a decoder's graph runs for each run of an encoder's, where graphs are timed for themselves."""
 
 Clock: TypeAlias = Callable[[], float]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -47,7 +52,7 @@ def measure(job: dict[str, Any], clock: Clock = time.perf_counter) -> Figures:
     Args:
         job: `model`, a directory; `options` of `from_pretrained`; `warm_up`, equally long lists of token ids, which are
             run first; `rows`, others of the same shape, which are timed, unless there are none; for decoders
-            `new_tokens` and `prompt_lookup`.
+            `new_tokens` and `prompt_lookup`. With `is_bare` graphs are timed for themselves, over blank inputs.
         clock: seconds, from any zero.
 
     Returns:
@@ -64,9 +69,14 @@ def measure(job: dict[str, Any], clock: Clock = time.perf_counter) -> Figures:
     started = clock()
     model = CompiledModel.from_pretrained(job["model"], **job["options"])
     load = clock() - started
-    answer = _measure_decoder if isinstance(model, CompiledModelForCausalLM) else _measure_encoder
-    first, figures = answer(model, job, clock)
+    first, figures = _way(model, job)(model, job, clock)
     return {"load_seconds": load, "cold_start_seconds": load + first, **figures, **_memory()}
+
+
+def _way(model: Any, job: dict[str, Any]) -> Callable[[Any, dict[str, Any], Clock], tuple[float, Figures]]:
+    if job.get("is_bare"):
+        return _measure_graphs
+    return _measure_decoder if isinstance(model, CompiledModelForCausalLM) else _measure_encoder
 
 
 def _measure_decoder(model: Any, job: dict[str, Any], clock: Clock) -> tuple[float, Figures]:
@@ -129,6 +139,46 @@ def _call(model: Any, rows: list[list[int]], clock: Clock) -> float:
     started = clock()
     model(ids)
     return clock() - started
+
+
+def _measure_graphs(model: Any, job: dict[str, Any], clock: Clock) -> tuple[float, Figures]:
+    """Seconds of the first run of every graph, and percentiles of running them all, as `call`."""
+    started = clock()
+    steps = [(_bind_blank(model._engine, graph), graph) for graph in model.variant.graphs]
+    for step, _ in steps:
+        step()
+    first = clock() - started
+    seconds = [_run_all(steps, clock) for _ in range(CALLS)] if job["rows"] else []
+    return first, _percentiles("call", seconds) if seconds else {}
+
+
+def _run_all(steps: list[tuple[Step, Graph]], clock: Clock) -> float:
+    started = clock()
+    for step, graph in steps:
+        for _ in range(1 if graph.role == "encode" else STEPS):
+            step()
+    return clock() - started
+
+
+def _bind_blank(engine: Engine, graph: Graph) -> Step:
+    """A graph over inputs of nothing but padding, at the largest sizes; of a decoder one step, over empty caches."""
+    is_decoder = graph.role != "encode"
+    inputs = {
+        spec.name: np.full(_sizes(spec.shape, is_decoder), spec.pad, storage(spec.dtype)) for spec in graph.inputs
+    }
+    places = {layer.key_out: layer.key_in for layer in graph.cache}
+    places |= {layer.value_out: layer.value_in for layer in graph.cache}
+    outputs = {
+        spec.name: inputs[places[spec.name]]
+        if spec.name in places
+        else np.zeros(_sizes(spec.shape, is_decoder), storage(spec.dtype))
+        for spec in graph.outputs
+    }
+    return engine.bind(graph.name, inputs, outputs)
+
+
+def _sizes(shape: list[int | Dim], is_decoder: bool) -> list[int]:
+    return [size if isinstance(size, int) else size.min if is_decoder else size.max for size in shape]
 
 
 def _percentiles(name: str, seconds: Any) -> Figures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from .artifact.schema import Variant
 from .artifact.tasks import get_task, kind_of_roles
 from .compat import Config, ForTransformers
 from .engines import Engine, Settings, open_engine
+from .engines.providers import check_place, default_device
 from .errors import ArtifactError, InputError, UsageError
 from .progress import progress
 from .select import choose_variant, this_machine
@@ -57,7 +59,8 @@ class CompiledModel(ForTransformers):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
-        device: str = "cpu",
+        device: str | None = None,
+        provider: str | None = None,
         threads: int = 0,
         prepack: bool = True,
         variant: str | None = None,
@@ -73,7 +76,12 @@ class CompiledModel(ForTransformers):
             model: the directory or `user/repo`.
             revision, token, cache_dir, local_files_only, force_download: of a Hub download, as in huggingface_hub.
             subfolder: where in the directory or repository the artifact lies.
-            device: where to run; "cpu".
+            device: where to run: "cpu", "cuda", and what else a provider serves ("gpu", "npu", "coreml"). By default
+                where the variant was compiled to run, or the provider's own.
+            provider: what runs an `onnx` artifact: "cpu", "cuda", "tensorrt", "openvino" or "coreml", by default the
+                first that serves the device. What this build of ONNX Runtime lacks is refused, with what it has and
+                how to get the other. Accuracy was checked on the CPU. Tensors stay in the host's memory and are
+                copied at every step: an encoder gains by a GPU, a decoder's caches cost it.
             threads: how many; 0 is one per usable core.
             prepack: when the model is first opened, save its weights as this machine's kernels want them (up to twice
                 their size); later it opens in half the time, and all processes share that memory. The environment
@@ -91,11 +99,12 @@ class CompiledModel(ForTransformers):
             UsageError: the task does not fit this class, or an argument is unknown.
         """
         if export:
+            # An `onnx` artifact is told where to run when it is opened; others are compiled for that.
+            if device is not None and export_options.get("backend", "onnx") != "onnx":
+                export_options["device"] = device
             model = _export(model, revision=revision, token=token, **export_options)
         elif export_options:
             raise UsageError(f"from_pretrained() does not know {', '.join(export_options)}; without export=True.")
-        if device != "cpu":
-            raise UsageError(f"device={device!r} is not available; the devices are: cpu.")
         path = hub.locate(
             model, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, force_download=force_download,
@@ -103,7 +112,8 @@ class CompiledModel(ForTransformers):
         while True:
             before = identity(path / "config.json")
             try:
-                opened = cls._open(path, Settings(threads, prepack, verify), variant, sha256, trust_native_code)
+                settings = Settings(threads, prepack, verify, provider=provider)
+                opened = cls._open(path, settings, device, variant, sha256, trust_native_code)
             except ArtifactError:
                 if identity(path / "config.json") == before:
                     raise
@@ -114,10 +124,21 @@ class CompiledModel(ForTransformers):
 
     @classmethod
     def _open(
-        cls, path: Path, settings: Settings, variant: str | None, sha256: str | None, trust_native_code: bool
+        cls,
+        path: Path,
+        settings: Settings,
+        device: str | None,
+        variant: str | None,
+        sha256: str | None,
+        trust_native_code: bool,
     ) -> Self:
         artifact = read_artifact(path)
-        chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant)
+        check_place(device, settings.provider, [each.host.device for each in artifact.contract.variants])
+        chosen = choose_variant(
+            artifact.contract, this_machine(artifact.contract), variant, device=device, provider=settings.provider
+        )
+        home = default_device(settings.provider) if settings.provider else chosen.host.device
+        settings = replace(settings, device=device or home)
         target = cls._class_for(artifact)
         verify_artifact(artifact, chosen, force=settings.verify)
         _check_trust(artifact, chosen, sha256, trust_native_code)

@@ -6,13 +6,13 @@ import platform
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
+from .artifact.machine import installed_version
 from .artifact.schema import Contract, Variant
 from .errors import HostError
 
-__all__ = ["Accepted", "Machine", "Rejected", "choose_variant", "judge", "this_machine"]
+__all__ = ["Accepted", "Machine", "Rejected", "choose_variant", "cpu_flags", "judge", "this_machine"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,25 @@ def judge(variant: Variant, machine: Machine) -> Accepted | Rejected:
     return Accepted(variant)
 
 
-def choose_variant(contract: Contract, machine: Machine, name: str | None = None) -> Variant:
-    """The first variant that runs on `machine`, or the one called `name`. Raises HostError with every reason."""
+def choose_variant(
+    contract: Contract,
+    machine: Machine,
+    name: str | None = None,
+    *,
+    device: str | None = None,
+    provider: str | None = None,
+) -> Variant:
+    """The first variant that runs on `machine`, or the one called `name`, where `device` and `provider` ask for it.
+
+    Raises HostError with every reason.
+    """
     if name is not None and name not in (known := [variant.name for variant in contract.variants]):
         raise HostError(f"The artifact has no variant {name!r}. It has: {', '.join(known)}.")
     rejected = []
     for variant in contract.variants:
         if name is not None and variant.name != name:
             continue
-        verdict = judge(variant, machine)
+        verdict = _misplaced(variant, device, provider) or judge(variant, machine)
         if isinstance(verdict, Accepted):
             return variant
         rejected.append(verdict)
@@ -74,22 +84,27 @@ def choose_variant(contract: Contract, machine: Machine, name: str | None = None
     raise HostError(f"No variant of this artifact runs here. {reasons}.")
 
 
+def _misplaced(variant: Variant, device: str | None, provider: str | None) -> Rejected | None:
+    """Whether ONNX Runtime has what is asked for is known when it opens the graph; others run where they were
+    compiled to run."""
+    if variant.backend == "onnx":
+        return None
+    if provider is not None:
+        return Rejected(variant, f"providers are ONNX Runtime's, and its backend is {variant.backend}")
+    if device not in (None, variant.host.device):
+        return Rejected(variant, f"it was compiled for the device {variant.host.device}, not for {device}")
+    return None
+
+
 def this_machine(contract: Contract) -> Machine:
     """The facts about this machine that the variants of `contract` ask for."""
     wanted = {name for variant in contract.variants for name in variant.host.min_versions}
-    versions = {name: found for name in wanted if (found := _version(name))}
-    return Machine(f"{platform.system().lower()}-{platform.machine()}", _cpu_flags(), frozenset({"cpu"}), versions)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    versions = {name: found for name in wanted if (found := installed_version(name))}
+    return Machine(f"{platform.system().lower()}-{platform.machine()}", cpu_flags(), frozenset({"cpu"}), versions)
 
 
 @cache
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     """The flags the kernel reports; empty where it reports none (only native variants ask)."""
     try:
         text = Path("/proc/cpuinfo").read_text()

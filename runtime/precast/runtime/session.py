@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import DECODER_INPUTS
-from .artifact.schema import Dim, Graph
+from .artifact import DECODER_INPUTS, ROWS
+from .artifact.schema import Dim, Graph, Input
 from .engines import Engine, Step
+from .tensors import storage
 
 __all__ = ["Session"]
 
@@ -25,6 +26,10 @@ Array = np.ndarray[Any, Any]
 _TOKENS_PER_READ = 8
 """A step reads all weights, and that takes about as long as computing so many tokens. Measured on two cores with
 SmolLM2-135M in float32; of one order of magnitude for all decoders, and nothing but speed depends on it."""
+
+
+_ROWS_AT_ONCE = 64
+"""Attention looks at so many rows of the cache, or at twice as many, and so on: each number is bound once."""
 
 
 class Session:
@@ -55,7 +60,7 @@ class Session:
     @property
     def is_flexible(self) -> bool:
         """Can `append` take several tokens?"""
-        return self.batch == 1 and _is_free(self._step_graph)
+        return self.batch == 1 and any(map(_is_free, self._prefill_graphs.values()))
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -134,7 +139,8 @@ class Session:
         self.reset()
         longest = max(self._prefill_graphs, default=0)
         if longest and _is_free(graph := self._prefill_graphs[longest]):
-            call = self._call(graph, max(map(len, rows)), max(map(len, positions)), keep=False)
+            length = max(_shortest(graph), *map(len, rows))
+            call = self._call(graph, length, max(map(len, positions)), keep=False)
             self._run(call, rows, positions)
             return [call.logits[index, : len(asked)].copy() for index, asked in enumerate(positions)]
         return [self._logits_one_by_one(row, asked) for row, asked in zip(rows, positions, strict=True)]
@@ -168,7 +174,7 @@ class Session:
 
     def _first_chunk(self, wanted: int) -> tuple[Graph, int]:
         """The smallest graph that holds `wanted` tokens, or the largest there is. Without a past it may be padded."""
-        if not self._prefill_graphs:
+        if not self._prefill_graphs or (wanted == 1 and not _is_free(self._step_graph)):
             return self._step_graph, 1
         limit = min((size for size in self._prefill_graphs if size >= wanted), default=max(self._prefill_graphs))
         graph = self._prefill_graphs[limit]
@@ -177,7 +183,7 @@ class Session:
     def _chunk(self, left: int) -> tuple[Graph, int]:
         """The largest unpadded step towards `left` tokens."""
         sizes = {min(size, left) if _is_free(graph) else size: graph for size, graph in self._prefill_graphs.items()}
-        size = max((size for size in sizes if size <= left), default=0)
+        size = max((size for size, graph in sizes.items() if _shortest(graph) <= size <= left), default=0)
         return (sizes[size], size) if size else (self._step_graph, 1)
 
     def _feed_row(self, row: Array) -> Array:
@@ -237,7 +243,8 @@ class Session:
         return count if count == len(held) or not self._states.before else 0
 
     def _bind_appending(self, count: int) -> _Call:
-        call = _Call(self._engine, self._step_graph, count, count, self._caches | self.context, self._states)
+        graph = self._step_graph if count == 1 else self._prefill_graphs[max(self._prefill_graphs)]
+        call = _Call(self._engine, graph, count, count, self._caches | self.context, self._states)
         call.new[0], call.positions[0] = count, np.arange(count)
         self._appending[count] = call
         return call
@@ -270,12 +277,34 @@ class _Call:
             zip((spec.name for spec in graph.inputs), (self.ids, self.past, self.new, self.positions), strict=False)
         )
         held = held | states.before
-        inputs |= {spec.name: held[spec.name] for spec in graph.inputs[len(inputs) :]}
+        inputs |= {spec.name: held[spec.name] for spec in graph.inputs[len(inputs) :] if spec.name != ROWS}
         outputs = {output.name: self.logits, **states.after}
         for layer in graph.cache:
             for name_in, name_out in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out)):
                 outputs[name_out] = held[name_in]
-        self.run: Step = engine.bind(graph.name, inputs, outputs)
+        if graph.inputs[-1].name == ROWS:
+            self.run: Step = _Looking(engine, graph, inputs, outputs, length)
+        else:
+            self.run = engine.bind(graph.name, inputs, outputs)
+
+
+class _Looking:
+    """A graph bound for the rows of the caches that a call needs, so that a call costs what there is to look at."""
+
+    def __init__(
+        self, engine: Engine, graph: Graph, inputs: dict[str, Array], outputs: dict[str, Array], length: int
+    ) -> None:
+        self._engine, self._graph, self._inputs, self._outputs = engine, graph, inputs, outputs
+        self._past, self._length = inputs[DECODER_INPUTS[1]], length
+        self._steps: dict[int, Step] = {}
+
+    def __call__(self) -> None:
+        needed = int(self._past.max()) + self._length
+        count = min(self._graph.capacity, -(-needed // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
+        if count not in self._steps:
+            rows = {ROWS: np.arange(count)}
+            self._steps[count] = self._engine.bind(self._graph.name, self._inputs | rows, self._outputs)
+        self._steps[count]()
 
 
 class _States:
@@ -286,8 +315,8 @@ class _States:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.before = {state.name_in: np.zeros(state.shape, state.dtype) for state in graph.states}
-        self.after = {state.name_out: np.zeros(state.shape, state.dtype) for state in graph.states}
+        self.before = {state.name_in: np.zeros(state.shape, storage(state.dtype)) for state in graph.states}
+        self.after = {state.name_out: np.zeros(state.shape, storage(state.dtype)) for state in graph.states}
 
     def begin(self, rows: list[int]) -> None:
         """These rows have no past."""
@@ -302,17 +331,18 @@ class _States:
 
 def _allocate(graph: Graph) -> dict[str, Array]:
     """The caches, by the names of the graph's inputs; all graphs of a variant use the same names."""
-    return {
-        name: np.zeros((graph.batch, layer.heads, graph.capacity, layer.head_dim), layer.dtype)
-        for layer in graph.cache
-        for name in (layer.key_in, layer.value_in)
-    }
+    names = {name for layer in graph.cache for name in (layer.key_in, layer.value_in)}
+    return {spec.name: np.zeros(_sizes(spec), storage(spec.dtype)) for spec in graph.inputs if spec.name in names}
+
+
+def _sizes(spec: Input) -> list[int]:
+    return [size for size in spec.shape if isinstance(size, int)]
 
 
 def _context(graph: Graph, caches: dict[str, Array]) -> dict[str, Array]:
     """The inputs that are neither a step's own nor caches, by name."""
     others = [spec for spec in graph.inputs[len(DECODER_INPUTS) :] if spec.name not in caches]
-    return {spec.name: np.zeros([size for size in spec.shape if isinstance(size, int)], spec.dtype) for spec in others}
+    return {spec.name: np.zeros(_sizes(spec), storage(spec.dtype)) for spec in others if spec.name != ROWS}
 
 
 def _shared(held: list[int], row: Array) -> int:
@@ -324,6 +354,10 @@ def _shared(held: list[int], row: Array) -> int:
 
 def _longest(graph: Graph) -> int:
     return graph.length.max if isinstance(graph.length, Dim) else graph.length
+
+
+def _shortest(graph: Graph) -> int:
+    return graph.length.min if isinstance(graph.length, Dim) else graph.length
 
 
 def _is_free(graph: Graph) -> bool:

@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ModelOutput", "like", "to_numpy"]
+__all__ = ["ModelOutput", "like", "storage", "to_numpy"]
+
+
+def storage(dtype: str) -> str:
+    """The dtype of the arrays that hold tensors of `dtype`: numpy has no bfloat16, so these are held as their bits."""
+    return "uint16" if dtype == "bfloat16" else dtype
 
 
 def to_numpy(value: Any) -> Any:

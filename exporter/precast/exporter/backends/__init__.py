@@ -9,6 +9,7 @@ from typing import Protocol
 
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
+from ..options import ExportOptions
 from ..trace import Program
 
 __all__ = ["Compiled", "ProgramCompiler"]
@@ -27,8 +28,9 @@ class Compiled:
 class ProgramCompiler(Protocol):
     """The exporter's half of a backend; the other half is `precast.runtime.engines.Engine`."""
 
-    def compile(self, programs: Iterable[Program], stage: Path) -> Compiled:
-        """Turn every program into a file below `stage`, with weights stored once for all of them.
+    def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
+        """Turn every program into a file below `stage`, with weights stored once for all of them. Of `options` it reads
+        what its row in the table of backends says that it takes.
 
         Raises ExportError where a program cannot be compiled.
         """

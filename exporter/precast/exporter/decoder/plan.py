@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
@@ -100,20 +101,24 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
         batch_size=batch,
         lengths=(capacity,),
         prefill_lengths=prefill,
-        graphs=_decoder_graphs(batch, capacity, prefill, one_by_one=bool(found.states)),
+        graphs=_decoder_graphs(
+            batch, capacity, prefill, one_by_one=bool(found.states), apart=get_backend(options.backend).decodes_apart
+        ),
         cache=cache,
         cache_dtype=options.kv_cache,
         ordinary=None if is_one_operator else found,
     )
 
 
-def _decoder_graphs(batch: int, capacity: int, prefill: tuple[int, ...], *, one_by_one: bool) -> tuple[GraphPlan, ...]:
-    if not prefill and not one_by_one:
-        return (GraphPlan("model", "decoder", batch, Dim(min=1, max=capacity)),)
-    return (
-        *(GraphPlan(f"prefill_{length}", "prefill", batch, length) for length in prefill),
-        GraphPlan("decode", "decode", batch, 1),
-    )
+def _decoder_graphs(
+    batch: int, capacity: int, prefill: tuple[int, ...], *, one_by_one: bool, apart: bool
+) -> tuple[GraphPlan, ...]:
+    step = GraphPlan("decode", "decode", batch, 1)
+    if prefill or one_by_one or (apart and capacity == 1):
+        return *(GraphPlan(f"prefill_{length}", "prefill", batch, length) for length in prefill), step
+    if apart:
+        return GraphPlan("prefill", "prefill", batch, Dim(min=2, max=capacity)), step
+    return (GraphPlan("model", "decoder", batch, Dim(min=1, max=capacity)),)
 
 
 def _fixed_lengths(capacity: int) -> tuple[int, ...]:

@@ -32,8 +32,8 @@ def _trace(model: nn.Module, plan: DecoderPlan, graph: GraphPlan, scales: Scales
     length, positions = graph.length, 1
     shapes: tuple[Any, ...] | None = None
     if isinstance(length, Dim):
+        free = torch.export.Dim("length", min=length.min, max=length.max)
         length, positions = min(8, plan.capacity), min(3, plan.capacity)
-        free = torch.export.Dim("length", min=1, max=plan.capacity)
         asked = torch.export.Dim("positions", min=1, max=plan.capacity)
         shapes = ({1: free}, None, None, {1: asked}, [None] * (2 * len(plan.cache)), *([[]] if plan.ordinary else []))
     example = _decoder_example(plan, graph.batch, length, positions)

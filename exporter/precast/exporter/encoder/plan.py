@@ -138,7 +138,7 @@ def _outputs(
             raise CheckpointError(f"{type(model).__name__} gives no {name!r}, which the task {task.name!r} is about.")
         pairs = zip(small[name].shape, large[name].shape, strict=True)
         named = tuple(_axis(model, name, pair, axes) for pair in pairs)
-        found.append(TensorPlan(name, options.dtype, named, exact=exact))
+        found.append(TensorPlan(name, "float32", named, exact=exact))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .calibration import blocks, hessians
 from .grid import Grid, find_grid, stacked
 from .linear import Packed, QuantizedEmbedding, QuantizedLinear
-from .methods import METHODS, Scheme, get_method
+from .methods import METHODS, WHOLE_ROW, Scheme, get_method
 from .recipe import Layer, Recipe, find_layers
 
 __all__ = ["METHODS", "Recipe", "Scheme", "quantize"]
@@ -55,7 +55,8 @@ def quantize(
 @torch.no_grad()
 def _grid(layer: Layer, recipe: Recipe, hessian: Tensor | None) -> tuple[Grid, str]:
     """The source's own grid if that is to be kept and there is one, otherwise what the method makes."""
-    scheme = recipe.scheme_for(layer.name)
+    asked = recipe.scheme_for(layer.name)
+    scheme = asked if asked.group != WHOLE_ROW else replace(asked, group=layer.weight.shape[1])
     if recipe.keeps_source:
         for bits in SOURCE_BITS:
             found = _by_rows(layer.weight, partial(find_grid, group=scheme.group, bits=bits))
@@ -65,10 +66,15 @@ def _grid(layer: Layer, recipe: Recipe, hessian: Tensor | None) -> tuple[Grid, s
         scheme = replace(scheme, zero="whole")
     method = get_method(recipe.method)
     if method.is_calibrated:
-        return method.quantize(layer.weight, scheme, hessian), str(scheme)
+        return method.quantize(layer.weight, scheme, hessian), str(_named(asked, scheme))
     grid = _by_rows(layer.weight, lambda rows: method.quantize(rows, scheme, None))
     assert grid is not None, "a method always finds a grid"
-    return grid, str(scheme)
+    return grid, str(_named(asked, scheme))
+
+
+def _named(asked: Scheme, scheme: Scheme) -> Scheme:
+    """What was done, by the group that was asked for: rows of different lengths are one scheme."""
+    return replace(scheme, group=asked.group)
 
 
 def _by_rows(weight: Tensor, function: Callable[[Tensor], Grid | None]) -> Grid | None:

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precast.runtime.artifact.backends import get_backend
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ..loss import floor_for
 from ..options import GROUP_SIZES, ExportOptions
 from ..resolve import Checkpoint
 from . import quantize
-from .methods import METHODS, Scheme, Zero, get_method
+from .methods import METHODS, WHOLE_ROW, Scheme, Zero, get_method
 from .mixture import mixture
 from .recipe import Recipe, find_layers
 
 __all__ = ["calibration_rows", "quantize_model"]
 
+GROUP = 32
+"""Weights that share a scale, unless something else is asked for."""
 ROW = 512
 """Tokens per row of calibration text."""
 DEFAULT_METHODS = {"source": "rtn", "int8": "rtn", "int4": "search", "auto": "search"}
@@ -66,26 +69,31 @@ def _recipe(
         return Recipe(Scheme(8, _source_group(checkpoint, options), "whole"), method, {}, options.skip, True)
     if options.quantize == "int8":
         zero: Zero = "whole" if options.symmetric is False else "middle"
-        return Recipe(Scheme(8, options.group_size, zero), method, {}, options.skip)
-    four = Scheme(4, options.group_size, "middle" if options.symmetric else "free")
+        return Recipe(Scheme(8, _group(options), zero), method, {}, options.skip)
+    four = Scheme(4, options.group_size or GROUP, "middle" if options.symmetric else "free")
     if options.quantize == "auto":
         layers = list(find_layers(model, options.skip))
         budget = FOUR_BITS_SHARE * (floor_for(options).max_kl or 0.0)
         chosen = mixture(model, layers, four, METHODS["search"], rows, budget, progress)
-        return Recipe(Scheme(8, options.group_size, "middle"), method, chosen, options.skip)
+        return Recipe(Scheme(8, options.group_size or GROUP, "middle"), method, chosen, options.skip)
     return Recipe(four, method, _head_in_int8(model, options), options.skip)
+
+
+def _group(options: ExportOptions) -> int:
+    """Of int8: as asked, or as the backend is fastest with; 8 bits are fine enough for either."""
+    return options.group_size or (WHOLE_ROW if get_backend(options.backend).scales_rows else GROUP)
 
 
 def _head_in_int8(model: nn.Module, options: ExportOptions) -> Mapping[str, Scheme]:
     """The output embedding decides between tokens, and as the input embedding it feeds every layer: 4 bits there cost
     more than in all other layers together (measured on SmolLM2: KL 0.09 against 0.002)."""
-    scheme = Scheme(8, options.group_size, "middle")
+    scheme = Scheme(8, options.group_size or GROUP, "middle")
     return {layer.name: scheme for layer in find_layers(model, ()) if layer.is_vocabulary}
 
 
 def _source_group(checkpoint: Checkpoint, options: ExportOptions) -> int:
     grid = checkpoint.grid
-    return options.group_size if grid is None or grid.group_size not in GROUP_SIZES else grid.group_size
+    return options.group_size or GROUP if grid is None or grid.group_size not in GROUP_SIZES else grid.group_size
 
 
 def _experts(model: nn.Module) -> list[str]:

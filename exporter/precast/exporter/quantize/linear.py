@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from .grid import Grid
 
-__all__ = ["Packed", "QuantizedEmbedding", "QuantizedLinear", "quantized_embedding", "quantized_linear"]
+__all__ = [
+    "Packed",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "codes_of",
+    "look_up",
+    "means",
+    "multiply",
+    "quantized_embedding",
+    "quantized_linear",
+    "unpack",
+]
 
 
 @torch.library.custom_op("precast::quantized_linear", mutates_args=())
@@ -45,11 +56,7 @@ def quantized_linear(
     Returns:
         float [..., N].
     """
-    weight = _unpack(codes, scales, zeros, bits)
-    result: Tensor = x @ weight[:, :columns].to(x.dtype).T
-    if extra:
-        result = result + _means(x, group) @ weight[:, columns : columns + extra].to(x.dtype).T
-    return result if bias is None else result + bias
+    return multiply(x, codes, scales, zeros, bias, bits, group, columns, extra)
 
 
 @quantized_linear.register_fake
@@ -66,9 +73,7 @@ def quantized_embedding(
     `codes` is uint8 [V, K * bits / 8], K a multiple of `group`, padding included; the rest is as for
     `quantized_linear`.
     """
-    rows = codes[ids.flatten()].unflatten(1, (-1, group * bits // 8))
-    picked = None if zeros is None else zeros[ids.flatten()]
-    return _unpack(rows, scales[ids.flatten()], picked, bits).view(*ids.shape, -1)
+    return look_up(ids, codes, scales, zeros, bits, group)
 
 
 @quantized_embedding.register_fake
@@ -76,18 +81,46 @@ def _(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: in
     return scales.new_empty(*ids.shape, codes.shape[1] * 8 // bits)
 
 
-def _means(x: Tensor, group: int) -> Tensor:
+def multiply(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    extra: int,
+) -> Tensor:
+    """`quantized_linear` in PyTorch's own operators."""
+    weight = unpack(codes, scales, zeros, bits)
+    result: Tensor = x @ weight[:, :columns].to(x.dtype).T
+    if extra:
+        result = result + means(x, group) @ weight[:, columns : columns + extra].to(x.dtype).T
+    return result if bias is None else result + bias
+
+
+def look_up(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    """`quantized_embedding` in PyTorch's own operators."""
+    rows = codes[ids.flatten()].unflatten(1, (-1, group * bits // 8))
+    picked = None if zeros is None else zeros[ids.flatten()]
+    return unpack(rows, scales[ids.flatten()], picked, bits).view(*ids.shape, -1)
+
+
+def means(x: Tensor, group: int) -> Tensor:
+    """The mean of each group of the last dimension."""
     result: Tensor = x.unflatten(-1, (-1, group)).mean(-1)
     return result
 
 
-def _unpack(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+def unpack(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """The weights, float32 [N, G * group]."""
     middle = torch.full_like(scales, 2 ** (bits - 1))
-    points = middle if zeros is None else _split(zeros, bits)[:, : scales.shape[1]].float()
-    return ((_split(codes, bits).float() - points[..., None]) * scales[..., None]).flatten(1)
+    points = middle if zeros is None else codes_of(zeros, bits)[:, : scales.shape[1]].float()
+    return ((codes_of(codes, bits).float() - points[..., None]) * scales[..., None]).flatten(1)
 
 
-def _split(packed: Tensor, bits: int) -> Tensor:
+def codes_of(packed: Tensor, bits: int) -> Tensor:
     """Bytes -> codes, along the last dimension."""
     if bits == 8:
         return packed

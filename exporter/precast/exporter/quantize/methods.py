@@ -18,11 +18,15 @@ from precast.runtime.errors import UsageError
 
 from .grid import Ends, Grid, choose, encode, grouped
 
-__all__ = ["METHODS", "Method", "Scheme", "Zero", "get_method"]
+__all__ = ["METHODS", "WHOLE_ROW", "Method", "Scheme", "Zero", "get_method"]
 
 Zero = Literal["middle", "whole", "free"]
 """Where a group's zero lies: in the middle of its codes (symmetric), on any code (asymmetric), or anywhere, by an
 offset beside the zero point."""
+
+
+WHOLE_ROW = 0
+"""As a group's size: all weights of a row share one scale."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Scheme:
 
     def __str__(self) -> str:
         kind = {"middle": "symmetric", "whole": "asymmetric", "free": "asymmetric with offsets"}[self.zero]
-        return f"int{self.bits} in groups of {self.group}, {kind}"
+        groups = "with a scale per row" if self.group == WHOLE_ROW else f"in groups of {self.group}"
+        return f"int{self.bits} {groups}, {kind}"
 
 
 @dataclass(frozen=True)

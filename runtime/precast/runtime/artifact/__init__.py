@@ -17,9 +17,11 @@ __all__ = ["UNLISTED", "Artifact", "contract_digest", "is_artifact", "read_artif
 
 KEY = "precast"
 DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
+"""The first inputs of every decoder graph; its caches follow."""
+ROWS = "rows"
+"""A decoder's input, int64 [rows], 0, 1, …: the rows of its caches that attention looks at."""
 ENCODER_MASK = "encoder_attention_mask"
 """An encoder-decoder's input, int64 [batch, positions], that says which encoded positions are no padding."""
-"""The first inputs of every decoder graph; its caches follow."""
 UNLISTED = frozenset({"config.json", "README.md", "bench.json", ".gitattributes"})
 """Files that `files` never lists: the contract itself, and what may change without changing the model."""
 
@@ -136,7 +138,7 @@ def _unfed(graph: Graph, variant: Variant) -> list[str]:
     """Inputs of a decoder that are neither its own nor made by an encoder that fits."""
     if graph.role == "encode":
         return []
-    own = {*DECODER_INPUTS, ENCODER_MASK, *(state.name_in for state in graph.states)}
+    own = {*DECODER_INPUTS, ENCODER_MASK, ROWS, *(state.name_in for state in graph.states)}
     own |= {name for layer in graph.cache for name in (layer.key_in, layer.value_in)}
     encoders = [each for each in variant.graphs if each.role == "encode"]
     return [spec.name for spec in graph.inputs if spec.name not in own and not _is_made(spec, encoders)]

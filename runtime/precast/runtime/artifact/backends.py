@@ -18,18 +18,49 @@ __all__ = ["BACKENDS", "Backend", "get_backend"]
 class Backend:
     """What turns programs into files (`compiler`), and what runs those files (`engine`).
 
-    `trust` is the tier of the files: `graph` is interpreted data, `native` is code of the machine.
+    `trust` is the tier of the files: `graph` is interpreted data, `native` is code of the machine. `takes` names the
+    export options that its compiler reads besides those of every export ("dtype", "auto_cast", "isa", "device");
+    `because` says, after a colon, why it takes no others. With `decodes_apart` a decoder has a graph of its own for one
+    new token per row, which is compiled otherwise than a prompt. With `scales_rows` weights of 8 bits have one scale per
+    row unless groups are asked for.
     """
 
     name: str
     trust: Literal["graph", "native"]
     compiler: str
     engine: str
+    takes: frozenset[str] = frozenset()
+    because: str = "it does not read that option"
+    decodes_apart: bool = False
+    scales_rows: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
     "onnx": Backend(
-        "onnx", "graph", "precast.exporter.backends.onnx:OnnxCompiler", "precast.runtime.engines.onnx:OnnxEngine"
+        "onnx",
+        "graph",
+        "precast.exporter.backends.onnx:OnnxCompiler",
+        "precast.runtime.engines.onnx:OnnxEngine",
+        because="ONNX Runtime computes in float32 on CPUs, having no other kernels for x86, and picks instructions and "
+        "device when it runs",
+    ),
+    "aoti": Backend(
+        "aoti",
+        "native",
+        "precast.exporter.backends.aoti:AotiCompiler",
+        "precast.runtime.engines.aoti:AotiEngine",
+        takes=frozenset({"dtype", "auto_cast", "isa", "device"}),
+        decodes_apart=True,
+        scales_rows=True,
+    ),
+    "export": Backend(
+        "export",
+        "graph",
+        "precast.exporter.backends.export:ExportCompiler",
+        "precast.runtime.engines.export:ExportEngine",
+        takes=frozenset({"dtype", "auto_cast"}),
+        because="its graphs are portable and run on the CPU, by torch, which picks instructions when it runs",
+        decodes_apart=True,
     ),
 }
 

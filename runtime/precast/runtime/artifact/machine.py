@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 
-__all__ = ["memory_bytes", "usable_cores"]
+__all__ = ["installed_version", "memory_bytes", "usable_cores"]
+
+_STAND_INS = {
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm"),
+}
+"""The same library under other names: builds that are installed in place of the plain one."""
 
 
 def usable_cores() -> int:
     """The cores that this process may use, which in a container are fewer than the machine has."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a distribution, or of one that stands in for it; None where there is neither."""
+    for each in (name, *_STAND_INS.get(name, ())):
+        try:
+            return metadata.version(each)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def memory_bytes() -> int:

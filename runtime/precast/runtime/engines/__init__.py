@@ -27,11 +27,15 @@ class Settings:
         threads: how many; 0 is one per usable core.
         prepack: an engine may save on this machine what makes the next load faster.
         verify: nothing that was verified before counts.
+        device: where to run; an engine whose graphs were compiled for one device is only given that.
+        provider: which of ONNX Runtime's providers is to run the graphs; None lets the device decide.
     """
 
     threads: int = 0
     prepack: bool = True
     verify: bool = False
+    device: str = "cpu"
+    provider: str | None = None
 
 
 class Engine(Protocol):

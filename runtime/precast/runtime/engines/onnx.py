@@ -1,22 +1,30 @@
-"""ONNX Runtime, on the CPU, with every buffer bound once."""
+"""ONNX Runtime: on the CPU with every buffer bound once, or with another of its providers.
+
+On the CPU a step computes in the arrays that it was bound to. Elsewhere every step copies its inputs to the device and
+its outputs back, a decoder's caches among them: right with every provider, and what a decoder pays for one.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from ..artifact import Artifact
 from ..artifact.integrity import identity
 from ..artifact.machine import usable_cores
 from ..artifact.schema import Graph, Variant
-from ..errors import ArtifactError, IntegrityError
+from ..errors import ArtifactError, HostError, IntegrityError
 from ..prepacked import DATA, GRAPH, Entry, is_wanted
 from . import Arrays, Settings, Step
+from .providers import Place, choose_place
 
 __all__ = ["OnnxEngine"]
 
@@ -30,20 +38,29 @@ _log = logging.getLogger(__name__)
 class OnnxEngine:
     """One session per graph, opened when first bound and shared by all who bind it.
 
-    The first to open a graph on a machine saves its packed weights, which those after it map (`..prepacked`).
+    On the CPU, the first to open a graph on a machine saves its packed weights, which those after it map
+    (`..prepacked`). Raises HostError where this build of ONNX Runtime lacks the provider that is asked for.
     """
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
         self._artifact, self._variant, self._settings = artifact, variant, settings
+        self._threads = settings.threads or usable_cores()
+        self._place = choose_place(
+            settings.device, settings.provider, onnxruntime.get_available_providers(), onnxruntime.__version__
+        )
         self._graphs = {graph.name: graph for graph in variant.graphs}
         paths = [artifact.path / graph.file for graph in variant.graphs]
         self._verified = {path: identity(path) for path in paths}
         self._lock = threading.Lock()
+        _load_libraries(self._place)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
-        return _BoundGraph(self._session(graph), inputs, outputs)
+        session = self._session(graph)
+        if self._place.is_home:
+            return _BoundGraph(session, inputs, outputs)
+        return _CopyingGraph(session, inputs, outputs, self._place)
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
         with self._lock:
@@ -55,7 +72,8 @@ class OnnxEngine:
         path = self._artifact.path / graph.file
         # Saved and opened again, packed MatMulNBits weights gave NaN or zeros with ONNX Runtime 1.31, in some graphs
         # and without an error. Quantized weights are small and packed quickly; they do without.
-        if self._variant.quantization is not None or not (self._settings.prepack and is_wanted()):
+        wanted = self._settings.prepack and is_wanted() and self._place.is_home
+        if self._variant.quantization is not None or not wanted:
             return self._open_verified(path, self._options())
         entry = Entry(self._artifact, self._variant, graph, _BUILD)
         return self._open_packed(entry) or self._pack(entry, path) or self._open_verified(path, self._options())
@@ -68,7 +86,7 @@ class OnnxEngine:
         # The saved graph is the optimized one: as it is, it computes what it computed when it was saved.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = _start(path, options)
+            session = _start(path, options, self._place, self._threads)
         except ArtifactError as error:
             entry.drop(str(error))
             return None
@@ -92,14 +110,14 @@ class OnnxEngine:
         return session
 
     def _open_verified(self, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-        session = _start(path, options)
+        session = _start(path, options, self._place, self._threads)
         if identity(path) != self._verified[path]:
             raise IntegrityError(f"{path} was replaced after it was verified. Open the artifact again.")
         return session
 
     def _options(self) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._settings.threads or usable_cores()
+        options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         return options
 
@@ -116,13 +134,44 @@ def _saving(options: onnxruntime.SessionOptions, folder: Path) -> onnxruntime.Se
     return options
 
 
-def _start(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _load_libraries(place: Place) -> None:
+    """CUDA and cuDNN as pip installs them, which lie where the system's loader does not look."""
+    if place.device == "cuda":
+        # It prints what it does not find, and standard output is the caller's.
+        with redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls()
+
+
+def _start(path: Path, options: onnxruntime.SessionOptions, place: Place, threads: int) -> onnxruntime.InferenceSession:
     try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        # Its fallback would open the graph on the CPU, and say so on standard output only.
+        session = onnxruntime.InferenceSession(
+            os.fspath(path), options, providers=place.arguments(threads), enable_fallback=0
+        )
     except Exception as error:
         # ONNX Runtime raises a dozen types of its own without a common base.
-        reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {reason}") from error
+        raise ArtifactError(_cannot(f"open {path}", place, error)) from error
+    _check_taken(session, place)
+    return session
+
+
+def _check_taken(session: onnxruntime.InferenceSession, place: Place) -> None:
+    """A provider that finds no driver is left out, with a line on standard error. Raises HostError."""
+    taken = session.get_providers()
+    if taken[0] != place.provider.full_name:
+        raise HostError(
+            f"ONNX Runtime {onnxruntime.__version__} has {place.provider.full_name} and could not start it on "
+            f"{place.device}; it would have run on {taken[0]} instead. It needs {place.provider.needs}: standard error "
+            f"says what was missing. Leave device and provider out to run on the CPU."
+        )
+
+
+def _cannot(what: str, place: Place, error: Exception) -> str:
+    cause = f"ONNX Runtime {onnxruntime.__version__} cannot {what}"
+    if place.is_home:
+        return f"{cause}: {str(error).strip().splitlines()[0]}"
+    reason = " ".join(str(error).split())
+    return f"{cause} with {place}: {reason}. Leave device and provider out to run it on the CPU."
 
 
 class _BoundGraph:
@@ -146,3 +195,23 @@ class _BoundGraph:
         assert value.data_ptr() == array.ctypes.data, f"{name} was copied instead of shared"
         bind(name, value)
         return array, value
+
+
+class _CopyingGraph:
+    """A session on a device, or with a provider, that has memory of its own.
+
+    Nothing is bound: a device's copy of an input is made when that is bound and not again, and a provider that knows
+    nothing of caches which are both input and output may read what it has just overwritten.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays, place: Place) -> None:
+        self._session, self._inputs, self._outputs, self._place = session, dict(inputs), dict(outputs), place
+
+    def __call__(self) -> None:
+        try:
+            found = self._session.run(list(self._outputs), self._inputs)
+        except Exception as error:
+            # Some providers compile, and fail, only now.
+            raise ArtifactError(_cannot("run the graph", self._place, error)) from error
+        for array, result in zip(self._outputs.values(), found, strict=True):
+            np.copyto(array, result, casting="no")

@@ -10,6 +10,7 @@ import msgspec
 
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
+from ...options import ExportOptions
 from ...trace import Program
 from .. import Compiled
 from .lowering import lower, quiet
@@ -22,7 +23,7 @@ __all__ = ["OnnxCompiler"]
 class OnnxCompiler:
     """`torch.onnx` with our lowering of cached attention, then fusions into ONNX Runtime's operators."""
 
-    def compile(self, programs: Iterable[Program], stage: Path) -> Compiled:
+    def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler."""
         graphs, models = [], []
         for program in programs:

@@ -17,6 +17,8 @@ from .siblings import PackSiblings
 
 __all__ = ["RemoveProvenance", "optimize"]
 
+_NORMALIZATIONS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+
 
 def optimize(model: ir.Model, graph: Graph) -> None:
     """Rewrite `model` in place. Every rewrite is exact."""
@@ -31,6 +33,7 @@ def optimize(model: ir.Model, graph: Graph) -> None:
         PackSiblings(),
         FoldRotary(graph),
         common.RemoveUnusedNodesPass(),
+        RemoveIdleOutputs(),
         common.RemoveUnusedOpsetsPass(),
         RemoveProvenance(),
         common.NameFixPass(),
@@ -105,6 +108,21 @@ def _equal_shapes(one: ir.Shape | None, other: ir.Shape | None) -> bool:
         return False
     known = all(isinstance(dim, int) or dim.value is not None for dim in one)
     return known and list(one) == list(other)
+
+
+class RemoveIdleOutputs(ir.passes.InPlacePass):
+    """Drop what normalizations give besides and nobody reads: their fusion names all four outputs, and other providers
+    than the CPU refuse those that they have no code for."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Cut every fused normalization off after its last output that is read; those before are optional too."""
+        modified = False
+        for node in [node for node in model.graph if node.op_type in _NORMALIZATIONS]:
+            read = [index for index, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
+            if read and (size := read[-1] + 1) < len(node.outputs):
+                node.resize_outputs(size)
+                modified = True
+        return ir.passes.PassResult(model, modified)
 
 
 class RemoveProvenance(ir.passes.InPlacePass):

@@ -1,0 +1,62 @@
+"""The `aoti` backend: native code of AOTInductor, one library per graph, weights in one file beside them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from precast.runtime.artifact.schema import Compiler, Host
+
+from ...options import ExportOptions
+from ...trace import Program
+from .. import Compiled
+from ..native.lowering import lower
+from ..native.weights import save_weights
+from . import frozen
+from .isa import flags_of
+from .library import FORMS, build, workspace
+
+__all__ = ["AotiCompiler"]
+
+WEIGHTS = "model.safetensors"
+
+
+class AotiCompiler:
+    """`torch.export` programs lowered to ATen, compiled by AOTInductor and the host's C++ compiler."""
+
+    def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
+        """See ProgramCompiler. Raises ExportError where there is no compiler, or where it fails."""
+        lowered = [lower(program, FORMS) for program in programs]
+        is_frozen, graphs = frozen.pays(lowered, options), []
+        with workspace():
+            for each in lowered:
+                file = f"{each.graph.name}.so"
+                build(each.exported, stage / file, options.isa, frozen.FROZEN if is_frozen else {})
+                graphs.append(replace(each.graph, file=file))
+        if not is_frozen:
+            save_weights(lowered, stage / WEIGHTS)
+        return Compiled(
+            graphs=graphs,
+            weights=[] if is_frozen else [WEIGHTS],
+            host=Host(
+                platforms=[f"{platform.system().lower()}-{platform.machine()}"],
+                device=options.device,
+                isa=flags_of(options.isa),
+                min_versions={"torch": _release("torch")},
+            ),
+            compiler=Compiler(
+                name="aotinductor",
+                version=_release("torch"),
+                options={"isa": options.isa, "frozen": is_frozen},
+                torch=_release("torch"),
+                transformers=version("transformers"),
+            ),
+        )
+
+
+def _release(name: str) -> str:
+    return version(name).split("+", maxsplit=1)[0]

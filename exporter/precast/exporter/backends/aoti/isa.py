@@ -1,0 +1,46 @@
+"""Which instructions native code may use: levels by name, as flags of the kernel and as options of the compiler."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from precast.runtime.errors import UsageError
+from precast.runtime.select import cpu_flags
+
+__all__ = ["flags_of", "options_of"]
+
+_V3 = ["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]
+_V4 = [*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
+# Flags beyond the levels that compilers and libraries generate code for where they find them.
+_BEYOND = ["amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx512vbmi", "avx_vnni",
+           "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve"]  # fmt: skip
+
+_LEVELS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "avx2": (_V3, {"cpp.march": "x86-64-v3", "cpp.simdlen": 256}),
+    "avx512": (_V4, {"cpp.march": "x86-64-v4", "cpp.simdlen": 512}),
+}
+"""The levels x86-64-v3 and -v4 of the x86-64 psABI: flags as /proc/cpuinfo names them, and inductor's options."""
+
+
+def flags_of(isa: str) -> list[str]:
+    """The flags that a CPU must have for code of this level; of "native", all of this CPU's that code may use."""
+    if isa == "native":
+        return sorted(cpu_flags() & {*_V4, *_BEYOND})
+    _check_platform(isa)
+    return sorted(_LEVELS[isa][0])
+
+
+def options_of(isa: str) -> dict[str, Any]:
+    """Inductor's options for this level."""
+    if isa == "native":
+        return {}
+    _check_platform(isa)
+    return dict(_LEVELS[isa][1])
+
+
+def _check_platform(isa: str) -> None:
+    if platform.machine() != "x86_64":
+        raise UsageError(
+            f"--isa {isa} is a level of x86-64 processors; this is {platform.machine()}. Use --isa native."
+        )

@@ -1,0 +1,145 @@
+"""ExportedProgram -> one shared library, without weights in it and without traces of where it was built."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch._inductor
+from torch._inductor import cpp_builder
+
+from precast.runtime.errors import ExportError
+
+from ..native.lowering import Forms
+from ..native.settled import settled
+from .isa import options_of
+
+__all__ = ["FORMS", "build", "workspace"]
+
+FORMS = Forms(settle=settled, sums=True, product=torch.bfloat16)
+"""One token: sums that inductor fuses. More: matrices, in bfloat16 where weights are codes."""
+
+_OPTIONS: dict[str, Any] = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+    # As many threads as the caller says at run time.
+    "cpp.dynamic_threads": True,
+    # One rounding for a product and a sum instead of two; it is also what the kernels of other backends do.
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+def build(
+    exported: torch.export.ExportedProgram, target: Path, isa: str, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Compile a program to the library `target`, which will need the program's weights unless inductor's options in
+    `more` say otherwise. Raises ExportError."""
+    with _quiet():
+        try:
+            files = _compile(exported, {**_OPTIONS, **options_of(isa), **more})
+        except Exception as error:
+            # Inductor and the compiler that it calls fail in many ways.
+            raise ExportError(f"AOTInductor cannot compile this model. {_first_line(error)}") from error
+    _check_weights(exported, files)
+    library = next(Path(file) for file in files if isinstance(file, str) and file.endswith(".so"))
+    folders = [os.environ[_FOLDER], os.path.dirname(torch.__file__)]
+    target.write_bytes(_without_paths(library.read_bytes(), folders))
+
+
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@contextmanager
+def workspace() -> Iterator[None]:
+    """Where inductor keeps its files meanwhile: a folder that goes away again, or the one that the user set. Raises
+    ExportError where there is no compiler."""
+    _check_compiler()
+    if _FOLDER in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="precast-") as folder:
+        os.environ[_FOLDER] = folder
+        try:
+            yield
+        finally:
+            del os.environ[_FOLDER]
+
+
+def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any]) -> list[Any]:
+    arguments, keywords = exported.example_inputs
+    with torch.no_grad():
+        files: Any = torch._inductor.aot_compile(
+            exported.module(check_guards=False), arguments, keywords, options=options
+        )
+    return list(files)
+
+
+def _check_weights(exported: torch.export.ExportedProgram, files: list[Any]) -> None:
+    """What the library looks up by name are weights of the program: nothing that inductor made of them."""
+    known = {*exported.state_dict, *exported.constants}
+    for held in files:
+        if not isinstance(held, str) and (unknown := sorted(set(held) - known)):
+            raise ExportError(
+                f"AOTInductor made the constants {', '.join(unknown[:3])} of its own, which are not saved."
+            )
+
+
+def _check_compiler() -> None:
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:
+        raise ExportError(
+            "Native code needs a C++ compiler, and none was found: install g++ (Debian, Ubuntu: apt install g++) or name "
+            "one in the environment variable CXX. Running what was compiled needs none."
+        ) from error
+
+
+def _without_paths(library: bytes, folders: list[str]) -> bytes:
+    """The library with the names of these folders, which it has in messages and records of its making, blotted out in
+    place: nothing that runs depends on them."""
+    strip = shutil.which("strip")
+    if strip:
+        library = _stripped(strip, library)
+    for folder in folders:
+        library = re.sub(re.escape(folder.encode()), lambda found: b"." * len(found[0]), library)
+    return library
+
+
+def _stripped(strip: str, library: bytes) -> bytes:
+    """Without symbols for debuggers and the compiler's own record, which nothing needs to run."""
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(library)
+        file.flush()
+        subprocess.run([strip, "--strip-unneeded", file.name], check=True, capture_output=True)
+        return Path(file.name).read_bytes()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inductor talks about its own internals; what matters to the user we say ourselves."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

@@ -1,0 +1,85 @@
+"""The `export` backend: graphs of torch.export as portable files, weights in one safetensors file for all of them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from msgspec.structs import replace
+from torch._export.serde.serialize import serialize
+
+from precast.runtime.artifact.pt2 import pack, parse_program, unpack
+from precast.runtime.artifact.schema import Compiler, Host
+from precast.runtime.errors import ExportError, FormatError
+
+from ..options import ExportOptions
+from ..trace import Program
+from . import Compiled
+from .native.lowering import Forms, Lowered, lower
+from .native.weights import save_weights
+
+__all__ = ["ExportCompiler"]
+
+WEIGHTS = "model.safetensors"
+
+
+class ExportCompiler:
+    """Our operators written out in ATen, torch's own JSON of the graph, and nothing that would have to be unpickled."""
+
+    def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
+        """See ProgramCompiler."""
+        with warnings.catch_warnings():
+            # torch warns of itself.
+            warnings.simplefilter("ignore", FutureWarning)
+            lowered = [lower(program, Forms()) for program in programs]
+        graphs = []
+        for each in lowered:
+            graph = replace(each.graph, file=f"{each.graph.name}.pt2")
+            (stage / graph.file).write_bytes(_file(each))
+            graphs.append(graph)
+        save_weights(lowered, stage / WEIGHTS)
+        return Compiled(
+            graphs=graphs,
+            weights=[WEIGHTS],
+            host=Host(platforms=[], device="cpu", isa=[], min_versions={"torch": "2.9"}),
+            compiler=Compiler(
+                name="torch.export",
+                version=version("torch").split("+")[0],
+                options={},
+                torch=version("torch").split("+")[0],
+                transformers=version("transformers"),
+            ),
+        )
+
+
+def _file(lowered: Lowered) -> bytes:
+    """The program's archive. Raises ExportError where the runtime would refuse it."""
+    serialized = serialize(
+        lowered.exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
+    )
+    whole = json.loads(serialized.exported_program)
+    text = json.dumps(_bare(whole), separators=(",", ":"), allow_nan=False).encode()
+    data = pack(text)
+    try:
+        parse_program(unpack(data, lowered.graph.name), lowered.graph.name)
+    except FormatError as error:
+        raise ExportError(f"The backend export cannot write this model: {error} Try --backend onnx.") from error
+    return data
+
+
+def _bare(whole: dict[str, Any]) -> dict[str, Any]:
+    """Without where the program came from, which names files of this machine, and without Python code, which is what
+    guards are: the runtime checks shapes by the contract."""
+    module = whole["graph_module"]
+    for node in module["graph"]["nodes"]:
+        node["metadata"] = {}
+        if node["target"] == "torch.ops.aten._assert_scalar.default":
+            node["inputs"][1]["arg"] = {"as_string": "a size is out of its bounds"}
+    root = [entry for entry in module["module_call_graph"] if entry["fqn"] == ""]
+    module |= {"metadata": {}, "module_call_graph": root, "treespec_namedtuple_fields": {}}
+    return whole | {"guards_code": [], "torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}

@@ -1,0 +1,226 @@
+"""Program -> program of ATen operators that updates its caches in place.
+
+What was traced is run once more, node by node, with our own operators replaced by what they mean, and traced again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from precast.runtime.artifact import ROWS
+from precast.runtime.artifact.schema import Dim, Graph, Input
+
+from ...decoder import attention as ours
+from ...quantize import linear as grids
+from ...trace import Program, export_program, functional
+from . import linear
+from .attention import Step, cached_attention, cross_attention
+
+__all__ = ["Forms", "Lowered", "lower"]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program that returns `graph.outputs` without the caches, which it changes in place, and `graph` as it is now."""
+
+    graph: Graph
+    exported: torch.export.ExportedProgram
+
+
+@dataclass(frozen=True)
+class Forms:
+    """How a backend wants things written.
+
+    Attributes:
+        settle: marks what is to be computed once and not inside every loop that reads it.
+        sums: linear layers of few rows as products and sums rather than as products of matrices.
+        product: the dtype of products of matrices with codes.
+    """
+
+    settle: Callable[[Tensor], Tensor] = lambda x: x
+    sums: bool = False
+    product: torch.dtype = torch.float32
+
+
+def lower(program: Program, forms: Forms) -> Lowered:
+    """Replace our operators and update caches in place. Raises ExportError."""
+    attends = _uses(program.exported, torch.ops.precast.cached_attention.default)
+    graph = _with_rows(program.graph) if attends else program.graph
+    if not attends and not graph.cache and not _ours(program.exported):
+        return Lowered(graph, functional(program.exported))
+    module = _Replayed(program, graph, forms)
+    example, shapes = _example(graph), _shapes(graph)
+    exported = export_program(module, example, shapes)
+    return Lowered(graph, functional(exported))
+
+
+def _ours(exported: torch.export.ExportedProgram) -> bool:
+    return any(str(node.target).startswith("precast.") for node in exported.graph.nodes)
+
+
+def _uses(exported: torch.export.ExportedProgram, target: Any) -> bool:
+    return any(node.target is target for node in exported.graph.nodes)
+
+
+def _with_rows(graph: Graph) -> Graph:
+    """The graph with an input that says how many cache rows to look at, and caches with a row to spare: a part of them
+    is then never the whole, which would be laid out otherwise and so need another program."""
+    caches = {name for layer in graph.cache for name in (layer.key_in, layer.value_in, layer.key_out, layer.value_out)}
+    rows = Input(name=ROWS, dtype="int64", shape=[Dim(min=2, max=graph.capacity)], pad=0)
+    return replace(
+        graph,
+        inputs=[*(_longer(spec, caches) for spec in graph.inputs), rows],
+        outputs=[_longer(spec, caches) for spec in graph.outputs],
+    )
+
+
+def _longer(spec: Any, caches: set[str]) -> Any:
+    """A cache with one row more; any other tensor as it is."""
+    if spec.name not in caches:
+        return spec
+    batch, heads, capacity, width = spec.shape
+    return replace(spec, shape=[batch, heads, capacity + 1, width])
+
+
+_TYPICAL = {"input_ids": 8, "logit_positions": 3, ROWS: 64}
+"""Sizes of free dimensions to trace with, no two alike."""
+
+
+def _example(graph: Graph) -> tuple[Tensor, ...]:
+    return tuple(_tensor(spec) for spec in graph.inputs)
+
+
+def _tensor(spec: Input) -> Tensor:
+    typical = _TYPICAL.get(spec.name, 5)
+    shape = [min(size.max, typical) if isinstance(size, Dim) else size for size in spec.shape]
+    if spec.name == ROWS:
+        return torch.arange(shape[0])
+    return torch.ones(shape, dtype=getattr(torch, spec.dtype))
+
+
+def _shapes(graph: Graph) -> tuple[Any, ...] | None:
+    """Free dimensions, one symbol for each pair of bounds and name."""
+    free = [
+        {index: _symbol(spec, size) for index, size in enumerate(spec.shape) if isinstance(size, Dim)} or None
+        for spec in graph.inputs
+    ]
+    return (tuple(free),) if any(free) else None
+
+
+def _symbol(spec: Input, size: Dim) -> Any:
+    return torch.export.Dim(spec.name, min=size.min, max=size.max)
+
+
+class _Replayed(nn.Module):
+    """A traced program with its weights under their own names, whose nodes are run one by one."""
+
+    def __init__(self, program: Program, graph: Graph, forms: Forms) -> None:
+        super().__init__()
+        self.graph, self.forms, self.caches = graph, forms, _cache_pairs(program.graph)
+        # In a tuple, so that it is no submodule, whose name would come before those of the weights.
+        self.traced, self.lifted = (program.exported.graph_module,), list(_lifted(program.exported))
+        for name, tensor in self.lifted:
+            _place(self, name, tensor)
+
+    def train(self, mode: bool = True) -> _Replayed:
+        """As it is: a traced program cannot be trained."""
+        return self
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip((spec.name for spec in self.graph.inputs), inputs, strict=True))
+        rows = given.pop(ROWS, None)
+        step = Step(rows, self.forms.settle) if rows is not None else None
+        weights = [self.get_parameter_or_buffer(name) for name, _ in self.lifted]
+        results = _Replacing(self.traced[0], self.forms, step).run(*weights, *given.values())
+        outputs = dict(zip((spec.name for spec in self.graph.outputs), results, strict=True))
+        for before, after in self.caches:
+            if (result := outputs.pop(after)) is not given[before]:
+                given[before].copy_(result)
+        return tuple(outputs.values())
+
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        path, _, last = name.rpartition(".")
+        found: Tensor = getattr(self.get_submodule(path), last)
+        return found
+
+
+def _cache_pairs(graph: Graph) -> list[tuple[str, str]]:
+    return [
+        pair for layer in graph.cache for pair in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out))
+    ]
+
+
+def _lifted(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+    """Weights and constants by name, in the order in which the graph takes them."""
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            name = str(spec.target)
+            held: Mapping[str, Any] = exported.state_dict if name in exported.state_dict else exported.constants
+            yield name, held[name].detach()
+
+
+def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a buffer under a dotted name."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.register_buffer(last, tensor)
+
+
+class _Replacing(fx.Interpreter):
+    """Runs a graph with our operators written out in ATen."""
+
+    def __init__(self, module: fx.GraphModule, forms: Forms, step: Step | None) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.forms, self.step = forms, step
+
+    def call_function(self, target: Any, args: Sequence[Any], kwargs: Any) -> Any:
+        written = _WRITTEN.get(target)
+        return super().call_function(target, args, kwargs) if written is None else written(self, *args, **kwargs)
+
+
+def _attention(run: _Replacing, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
+    assert run.step is not None, "a program with cached attention has the input rows"
+    return cached_attention(run.step, q, k, v, k_cache, v_cache, *rest), k_cache, v_cache
+
+
+def _cross_attention(run: _Replacing, *args: Any) -> Tensor:
+    return cross_attention(*args)
+
+
+def _linear(run: _Replacing, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if run.forms.sums and linear.is_few(x):
+        return linear.linear(x, weight, bias, run.forms.settle)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _quantized_linear(
+    run: _Replacing, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, *rest: int
+) -> Tensor:
+    if not run.forms.sums:
+        return grids.multiply(x, codes, scales, zeros, bias, *rest)
+    weight = linear.Codes(codes, scales, zeros, *rest)
+    return linear.quantized_linear(x, weight, bias, run.forms.settle, run.forms.product)
+
+
+def _quantized_embedding(run: _Replacing, *args: Any) -> Tensor:
+    return grids.look_up(*args)
+
+
+_WRITTEN: dict[Any, Callable[..., Any]] = {
+    torch.ops.precast.cached_attention.default: _attention,
+    torch.ops.precast.cross_attention.default: _cross_attention,
+    torch.ops.precast.quantized_linear.default: _quantized_linear,
+    torch.ops.precast.quantized_embedding.default: _quantized_embedding,
+    torch.ops.aten.linear.default: _linear,
+}
+assert ours and grids, "imported for the operators that they register"

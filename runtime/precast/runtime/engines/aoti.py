@@ -1,0 +1,126 @@
+"""Native code of AOTInductor: a library per graph, opened as it lies there, and one mapping of the weights for all.
+
+No compiler, no archive, no temporary copy: PyTorch's own runner takes the path of a library, and is told where in memory
+the weights are. Compiled code checks none of its inputs, so that is done here, when they are bound.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact import Artifact
+from ..artifact.integrity import identity
+from ..artifact.machine import usable_cores
+from ..artifact.schema import Graph, Variant
+from ..errors import ArtifactError, FormatError, IntegrityError
+from ..weights import open_weights, weight_of
+from . import Arrays, Settings, Step
+from .memory import bound_tensors
+
+__all__ = ["AotiEngine"]
+
+
+class AotiEngine:
+    """One library per graph, opened when first bound and shared by all who bind it. A variant without weight files has
+    them in its libraries."""
+
+    def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
+        self._graphs = {graph.name: graph for graph in variant.graphs}
+        self._paths = {graph.name: artifact.path / graph.file for graph in variant.graphs}
+        self._weight_paths = [artifact.path / name for name in variant.weights]
+        self._verified = {path: identity(path) for path in [*self._paths.values(), *self._weight_paths]}
+        self._lock = threading.Lock()
+        self._opened: dict[str, Any] = {}
+        self._weights: Mapping[str, torch.Tensor] | None = None
+        self._threads = settings.threads or usable_cores()
+
+    def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
+        """See Engine."""
+        return _Bound(self._runner(graph), self._graphs[graph], inputs, outputs, self._threads)
+
+    def _runner(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = self._open(name)
+            return self._opened[name]
+
+    def _open(self, name: str) -> Any:
+        path = self._paths[name]
+        try:
+            if self._weights is None:
+                self._weights = open_weights(self._weight_paths)
+        except OSError as error:
+            raise IntegrityError(f"{error.filename} cannot be read: {error.strerror}.") from None
+        self._check_unchanged(path)
+        runner = _load(path)
+        self._check_unchanged(path)
+        if self._weight_paths:
+            _give_weights(runner, self._weights, name, path)
+        return runner
+
+    def _check_unchanged(self, path: Path) -> None:
+        """What was verified is what is opened: code is not to be run that came in between."""
+        for each in (path, *self._weight_paths):
+            if identity(each) != self._verified[each]:
+                raise IntegrityError(f"{each} was replaced after it was verified. Open the artifact again.")
+
+
+def _load(path: Path) -> Any:
+    """The library's runner. Raises ArtifactError where it is none, or one for another PyTorch."""
+    with path.open("rb") as file:
+        if file.read(4) != b"\x7fELF":
+            raise FormatError(f"{path} is no shared library. Export or download the artifact again.")
+    try:
+        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(
+            f"PyTorch {torch.__version__} cannot open {path}: {reason} It may have been compiled for another release: "
+            f"export the model again with this one."
+        ) from error
+
+
+def _give_weights(runner: Any, weights: Mapping[str, torch.Tensor], graph: str, path: Path) -> None:
+    """Tell the library where its weights are; it copies none."""
+    names: dict[str, str] = runner.get_constant_names_to_original_fqns()
+    dtypes: dict[str, int] = runner.get_constant_names_to_dtypes()
+    found = {}
+    for inner, name in names.items():
+        tensor = weight_of(weights, graph, name)
+        if tensor is None:
+            raise FormatError(f"{path} needs the weight {name}, which the artifact's weight files lack.")
+        if dtypes.get(inner, _NUMBERS[tensor.dtype]) != _NUMBERS[tensor.dtype]:
+            raise FormatError(f"{path} needs the weight {name} in another dtype than {tensor.dtype}.")
+        found[inner] = tensor
+    if found:
+        runner.update_constant_buffer(found, False, True, True)
+
+
+_ORDER = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64]
+_NUMBERS = {
+    **{dtype: number for number, dtype in enumerate(_ORDER)},
+    torch.bool: 11,
+    torch.bfloat16: 15,
+    torch.complex64: 9,
+}
+"""PyTorch's own numbers of dtypes (c10/core/ScalarType.h)."""
+
+
+class _Bound:
+    """A graph tied to arrays: what a step reads and writes is their memory, but for outputs, which are copied there."""
+
+    def __init__(self, runner: Any, graph: Graph, inputs: Arrays, outputs: Arrays, threads: int) -> None:
+        self._run, self._threads = runner.run, threads
+        self._inputs, self._outputs = bound_tensors(graph, inputs, outputs)
+
+    def __call__(self) -> None:
+        # A setting of the calling thread, of which a server has several.
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        for target, found in zip(self._outputs, self._run(self._inputs), strict=True):
+            target.copy_(found)

@@ -1,0 +1,426 @@
+"""Graphs of torch.export, run operator by operator.
+
+A graph is run from its parsed nodes, each bound to an operator out of a fixed list. Nothing in a file becomes code:
+torch's own way, which makes Python out of the names in the file and executes it, is not taken.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact import Artifact
+from ..artifact.integrity import identity
+from ..artifact.machine import usable_cores
+from ..artifact.operators import PYTHON
+from ..artifact.pt2 import SCALAR_TYPES, Coded, Graph, Meta, Node, Ref, Symbolic, parse_program, unpack
+from ..artifact.schema import Graph as Contract
+from ..artifact.schema import Input, Output, Variant
+from ..errors import ArtifactError, FormatError, IntegrityError
+from ..weights import open_weights, weight_of
+from . import Arrays, Settings, Step
+from .memory import bound_tensors
+
+__all__ = ["ExportEngine"]
+
+_Weights = Mapping[str, torch.Tensor]
+
+
+class ExportEngine:
+    """One interpreter per graph, made when first bound and shared by all who bind it; one mapping of the weights."""
+
+    def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
+        self._graphs = {graph.name: graph for graph in variant.graphs}
+        self._paths = {graph.name: artifact.path / graph.file for graph in variant.graphs}
+        self._weight_paths = [artifact.path / name for name in variant.weights]
+        self._verified = {path: identity(path) for path in [*self._paths.values(), *self._weight_paths]}
+        self._lock = threading.Lock()
+        self._opened: dict[str, _Interpreter] = {}
+        self._weights: _Weights | None = None
+        self._threads = settings.threads or usable_cores()
+
+    def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
+        """See Engine."""
+        return _Bound(self._interpreter(graph), self._graphs[graph], inputs, outputs, self._threads)
+
+    def _interpreter(self, name: str) -> _Interpreter:
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = self._open(name)
+            return self._opened[name]
+
+    def _open(self, name: str) -> _Interpreter:
+        path = self._paths[name]
+        try:
+            if self._weights is None:
+                self._weights = open_weights(self._weight_paths)
+            graph = parse_program(unpack(path.read_bytes(), str(path)), str(path))
+        except OSError as error:
+            raise IntegrityError(f"{error.filename} cannot be read: {error.strerror}.") from None
+        for each in (path, *self._weight_paths):
+            if identity(each) != self._verified[each]:
+                raise IntegrityError(f"{each} was replaced after it was verified. Open the artifact again.")
+        _check_contract(graph, self._graphs[name], path)
+        graph = _without_repeats(graph)
+        return _Interpreter(graph, _values(graph, self._weights, name, path), path)
+
+
+def _values(graph: Graph, weights: _Weights, name: str, path: Path) -> dict[str, torch.Tensor]:
+    """The weights that the graph uses, by the names of its values, each as the graph describes it."""
+    used = {ref.name for node in graph.nodes for ref in _refs([node.args, node.kwargs])}
+    used |= {ref.name for ref in graph.outputs}
+    found = {}
+    for value, full in graph.weights.items():
+        if value in used:
+            tensor, meta = weight_of(weights, name, full), graph.metas[value]
+            if tensor is None:
+                raise FormatError(f"{path} needs the weight {full}, which the artifact's weight files lack.")
+            given = (str(tensor.dtype)[6:], tuple(tensor.shape), tuple(tensor.stride()))
+            if given != (meta.dtype, meta.shape, meta.strides) and not (
+                0 in meta.shape and given[:2] == (meta.dtype, meta.shape)
+            ):
+                raise FormatError(
+                    f"{path} needs the weight {full} as {meta.dtype} {_words(meta.shape)} with strides "
+                    f"{_words(meta.strides)}; the weight file has {given[0]} {list(given[1])} with {list(given[2])}."
+                )
+            found[value] = tensor
+    return found
+
+
+def _words(sizes: tuple[int | Symbolic, ...]) -> list[int | str]:
+    return [size if isinstance(size, int) else "free" for size in sizes]
+
+
+def _check_contract(graph: Graph, contract: Contract, path: Path) -> None:
+    """The file's inputs and outputs are those that config.json promises."""
+    cached = {name for layer in contract.cache for name in (layer.key_out, layer.value_out)}
+    outputs = [output for output in contract.outputs if output.name not in cached]
+    pairs: list[tuple[str, Sequence[Input | Output], list[str]]] = [
+        ("inputs", contract.inputs, graph.inputs),
+        ("outputs", outputs, [ref.name for ref in graph.outputs]),
+    ]
+    for kind, specs, names in pairs:
+        if len(specs) != len(names):
+            raise FormatError(f"{path} has {len(names)} {kind} where config.json lists {len(specs)}.")
+        for spec, name in zip(specs, names, strict=True):
+            _check_meta(spec, graph.metas[name], path)
+    by_name = dict(zip((spec.name for spec in contract.inputs), graph.inputs, strict=True))
+    updated = {by_name.get(name) for layer in contract.cache for name in (layer.key_in, layer.value_in)}
+    if updated != set(graph.updates):
+        raise FormatError(
+            f"{path} changes its inputs {', '.join(sorted(graph.updates)) or '(none)'}, which are not the caches that "
+            f"config.json lists."
+        )
+
+
+def _check_meta(spec: Input | Output, meta: Meta, path: Path) -> None:
+    is_same = meta.dtype == spec.dtype and len(meta.shape) == len(spec.shape)
+    if not is_same or any(
+        isinstance(found, int) and found != given for found, given in zip(meta.shape, spec.shape, strict=True)
+    ):
+        shape = [size if isinstance(size, int) else f"{size.min}–{size.max}" for size in spec.shape]
+        raise FormatError(
+            f"{path} has {meta.dtype} {_words(meta.shape)} for {spec.name}, where config.json says {spec.dtype} "
+            f"{shape}."
+        )
+
+
+class _Bound:
+    """A graph tied to arrays: what a step reads and writes is their memory."""
+
+    def __init__(
+        self, program: _Interpreter, contract: Contract, inputs: Arrays, outputs: Arrays, threads: int
+    ) -> None:
+        self._program, self._threads = program, threads
+        self._inputs, self._outputs = bound_tensors(contract, inputs, outputs)
+
+    def __call__(self) -> None:
+        # A setting of the calling thread, of which a server has several.
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            self._program.run(self._inputs, self._outputs)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `function` with the contents of registers; afterwards the `spent` ones are emptied, which nobody
+    reads any more."""
+
+    target: str
+    function: Callable[..., Any]
+    args: tuple[int, ...]
+    keywords: tuple[tuple[str, int], ...]
+    results: Any
+    spent: tuple[int, ...] = ()
+
+
+class _Interpreter:
+    """A graph as a list of calls on numbered registers, which hold its constants and weights to begin with.
+
+    Runs in several threads at once: each has registers of its own.
+    """
+
+    def __init__(self, graph: Graph, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+        self._path = path
+        self._registers: list[Any] = []
+        self._numbers: dict[str, int] = {}
+        for name, tensor in weights.items():
+            self._number(name, tensor)
+        self._inputs = [self._number(name) for name in graph.inputs]
+        self._in_place = _updated_in_place(graph)
+        calls = [call for node in graph.nodes for call in self._bind(node)]
+        self._outputs = [self._numbers[ref.name] for ref in graph.outputs]
+        self._updates = [(self._numbers[name], self._numbers[value]) for name, value in graph.updates.items()]
+        self._calls = self._freeing(calls)
+
+    def run(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Compute `outputs` from `inputs`, of which those that the graph updates are changed. Raises ArtifactError."""
+        registers = self._registers.copy()
+        for number, tensor in zip(self._inputs, inputs, strict=True):
+            registers[number] = tensor
+        target = ""
+        try:
+            for call in self._calls:
+                target = call.target
+                keywords = {name: registers[number] for name, number in call.keywords}
+                result = call.function(*[registers[number] for number in call.args], **keywords)
+                _store(registers, call.results, result)
+                for number in call.spent:
+                    registers[number] = None
+            target = "its outputs"
+            for number, tensor in zip(self._outputs, outputs, strict=True):
+                _copy(registers[number], tensor)
+            for into, value in self._updates:
+                _copy(registers[value], registers[into])
+        except Exception as error:
+            # What torch's operators raise has no common base.
+            reason = str(error).strip().splitlines()[0] if str(error) else "no reason given"
+            raise ArtifactError(f"{self._path} failed at {target}: {type(error).__name__}: {reason}") from error
+
+    def _bind(self, node: Node) -> list[_Call]:
+        """The calls that a node takes: one for each list of values among its arguments, and its own."""
+        if node.target in _CHECKED_ALREADY:
+            return []
+        before: list[_Call] = []
+        args = tuple(self._place(value, before) for value in node.args)
+        keywords = tuple((name, self._place(value, before)) for name, value in node.kwargs.items())
+        results = tuple(self._result(name) for name in node.outputs)
+        is_in_place = any(name in self._in_place for name in node.outputs if isinstance(name, str))
+        function = _IN_PLACE[node.target] if is_in_place else _function(node, self._path)
+        return [*before, _Call(node.target, function, args, keywords, results[0] if len(results) == 1 else results)]
+
+    def _result(self, name: str | list[str] | None) -> Any:
+        if isinstance(name, list):
+            return tuple(self._number(each) for each in name)
+        return None if name is None else self._number(name)
+
+    def _place(self, value: Any, before: list[_Call]) -> int:
+        """The register in which an argument is found when its call comes."""
+        if isinstance(value, Ref):
+            return self._numbers[value.name]
+        if not any(True for _ in _refs(value)):
+            return self._number(None, _constant(value))
+        args, number = tuple(self._place(each, before) for each in value), self._number(None)
+        before.append(_Call("a list of its own values", _as_list, args, (), number))
+        return number
+
+    def _number(self, name: str | None, value: Any = None) -> int:
+        self._registers.append(value)
+        if name is not None:
+            self._numbers[name] = len(self._registers) - 1
+        return len(self._registers) - 1
+
+    def _freeing(self, calls: list[_Call]) -> list[_Call]:
+        """Let each call empty the registers that it is the last to read."""
+        kept = {number for number, value in enumerate(self._registers) if value is not None}
+        kept |= {*self._outputs, *(number for pair in self._updates for number in pair)}
+        done = []
+        for call in reversed(calls):
+            touched = {*call.args, *(number for _, number in call.keywords), *_flat(call.results)}
+            done.append(replace(call, spent=tuple(sorted(touched - kept))))
+            kept |= touched
+        return done[::-1]
+
+
+def _without_repeats(graph: Graph) -> Graph:
+    """Each thing computed once: layers compute positions and masks anew, every one of them."""
+    same: dict[str, str] = {}
+    made: dict[str, Node] = {}
+    nodes = []
+    for node in graph.nodes:
+        renamed = replace(node, args=_renamed(node.args, same), kwargs=_renamed(node.kwargs, same))
+        results = [len(each) if isinstance(each, list) else each is None for each in node.outputs]
+        first = made.setdefault(repr((node.target, renamed.args, renamed.kwargs, results)), renamed)
+        if first is renamed:
+            nodes.append(renamed)
+        same.update(zip(_names(node.outputs), _names(first.outputs), strict=True))
+    outputs: list[Ref] = _renamed(graph.outputs, same)
+    return replace(
+        graph,
+        nodes=nodes,
+        outputs=outputs,
+        updates={name: same.get(value, value) for name, value in graph.updates.items()},
+    )
+
+
+def _renamed(value: Any, same: Mapping[str, str]) -> Any:
+    if isinstance(value, Ref):
+        return Ref(same.get(value.name, value.name))
+    if isinstance(value, dict):
+        return {key: _renamed(each, same) for key, each in value.items()}
+    return [_renamed(each, same) for each in value] if isinstance(value, list) else value
+
+
+def _names(outputs: Any) -> list[str]:
+    """Of all results of a call, in order."""
+    return [outputs] if isinstance(outputs, str) else [name for each in outputs or () for name in _names(each)]
+
+
+def _refs(value: Any) -> Iterator[Ref]:
+    """The values of the graph within an argument."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value if isinstance(value, list) else value.values():
+            yield from _refs(each)
+
+
+def _flat(results: Any) -> Iterator[int]:
+    if isinstance(results, tuple):
+        for each in results:
+            yield from _flat(each)
+    elif results is not None:
+        yield results
+
+
+def _as_list(*values: Any) -> list[Any]:
+    return list(values)
+
+
+def _store(registers: list[Any], places: Any, result: Any) -> None:
+    """Put the results of a call where they belong."""
+    if type(places) is int:
+        registers[places] = result
+    elif places:
+        for place, each in zip(places, result, strict=True):
+            _store(registers, place, each)
+
+
+def _copy(value: Any, into: torch.Tensor) -> None:
+    """Unlike `copy_` alone, nothing is broadcast and no dtype converted."""
+    if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (into.shape, into.dtype):
+        found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{found} where {into.dtype} {list(into.shape)} was promised")
+    if value.data_ptr() != into.data_ptr():
+        into.copy_(value)
+
+
+def _constant(value: Any) -> Any:
+    """An argument as torch takes it."""
+    if isinstance(value, list):
+        return [_constant(each) for each in value]
+    if not isinstance(value, Coded):
+        return value
+    if value.kind == "device":
+        return torch.device(str(value.value))
+    return _CODES[value.kind][value.value]
+
+
+_CODES: dict[str, dict[Any, Any]] = {
+    "dtype": {code: getattr(torch, name) for code, name in SCALAR_TYPES.items()},
+    "layout": {7: torch.strided},
+    "memory_format": {
+        1: torch.contiguous_format,
+        2: torch.channels_last,
+        3: torch.channels_last_3d,
+        4: torch.preserve_format,
+    },
+}
+
+
+def _function(node: Node, path: Path) -> Callable[..., Any]:
+    """What runs a call; its name was checked when the file was parsed."""
+    if node.target in PYTHON:
+        module, _, name = PYTHON[node.target].partition(":")
+        function: Callable[..., Any] = getattr(import_module(module), name)
+        return function
+    if node.target in _GUARDED:
+        return _GUARDED[node.target]
+    name, _, overload = node.target.removeprefix("torch.ops.aten.").partition(".")
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or overload not in packet.overloads():
+        raise ArtifactError(
+            f"{path} calls {node.target}, which torch {torch.__version__} lacks (pip install -U torch)."
+        )
+    chosen = getattr(packet, overload)
+    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in chosen._schema.arguments):
+        raise FormatError(f"{path} is refused: it calls {node.target}, which changes its arguments.")
+    return _zeroed(chosen) if name in _UNFILLED else chosen
+
+
+def _zeroed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Memory that is not filled would show what was in it before."""
+    return lambda *args, **keywords: function(*args, **keywords).zero_()
+
+
+def _int4_product(x: torch.Tensor, weight: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    """`_weight_int4pack_mm_for_cpu`, which does not see for itself whether there is a scale for each group."""
+    if group < 1 or x.ndim != 2 or weight.ndim != 2 or scales.ndim != 3:
+        raise ValueError(f"{list(x.shape)}, {list(weight.shape)} in groups of {group} are no int4 product")
+    groups = -(-x.shape[1] // group)
+    if tuple(scales.shape) != (groups, weight.shape[0], 2) or weight.shape[1] * 2 != x.shape[1]:
+        raise ValueError(f"scales {list(scales.shape)} do not fit {list(weight.shape)} in groups of {group}")
+    product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
+        x.contiguous(), weight.contiguous(), group, scales.contiguous()
+    )
+    return product
+
+
+_GUARDED: dict[str, Callable[..., Any]] = {"torch.ops.aten._weight_int4pack_mm_for_cpu.default": _int4_product}
+_UNFILLED = frozenset({"empty", "empty_like", "new_empty"})
+_CHECKED_ALREADY = frozenset({"torch.ops.aten._assert_tensor_metadata.default"})
+"""The exporter's notes on dtypes, which are those of the operators before."""
+
+
+def _slice_scatter(
+    x: torch.Tensor, source: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> torch.Tensor:
+    torch.ops.aten.slice.Tensor(x, dim, start, end, step).copy_(source)
+    return x
+
+
+_IN_PLACE: dict[str, Callable[..., Any]] = {
+    "torch.ops.aten.index_put.default": torch.ops.aten.index_put_.default,
+    "torch.ops.aten.index_copy.default": torch.ops.aten.index_copy_.default,
+    "torch.ops.aten.slice_scatter.default": _slice_scatter,
+}
+"""Operators that give a changed copy -> what changes the tensor itself."""
+
+
+def _updated_in_place(graph: Graph) -> set[str]:
+    """The values that may be made by changing the input that is to hold them, as nobody else reads what it held."""
+    readers = Counter(ref.name for node in graph.nodes for ref in _refs([node.args, node.kwargs]))
+    readers.update([*(ref.name for ref in graph.outputs), *graph.updates.values()])
+    changed = {
+        node.outputs[0]: node.args[0].name
+        for node in graph.nodes
+        if node.target in _IN_PLACE and len(node.outputs) == 1 and isinstance(node.outputs[0], str)
+        if node.args and isinstance(node.args[0], Ref)
+    }
+    found: set[str] = set()
+    for name, value in graph.updates.items():
+        chain: list[str] = []
+        reached = value
+        while reached in changed and readers[changed[reached]] == 1:
+            chain.append(reached)
+            reached = changed[reached]
+        found.update(chain if reached == name else ())
+    return found

@@ -1,0 +1,47 @@
+"""Arrays of a session as torch tensors over the same memory, checked against the contract: for the native engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..artifact.schema import Dim, Graph, Input, Output
+from ..errors import ArtifactError
+from ..tensors import storage
+from . import Arrays
+
+__all__ = ["bound_tensors"]
+
+
+def bound_tensors(graph: Graph, inputs: Arrays, outputs: Arrays) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The inputs and the outputs of a graph that updates its caches in place, which are therefore inputs only.
+
+    Raises ArtifactError for an array of another shape, dtype or layout than the graph was compiled for: it would be
+    read and written as if it had that.
+    """
+    into = {}
+    for layer in graph.cache:
+        into |= {layer.key_out: layer.key_in, layer.value_out: layer.value_in}
+    for name_out, name_in in into.items():
+        same = outputs[name_out].ctypes.data == inputs[name_in].ctypes.data
+        assert same, f"{name_out} and {name_in} are to be one array: the cache is updated in place"
+    given = [_tensor(spec, inputs[spec.name]) for spec in graph.inputs]
+    return given, [_tensor(spec, outputs[spec.name]) for spec in graph.outputs if spec.name not in into]
+
+
+def _tensor(spec: Input | Output, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    dtype = storage(spec.dtype)
+    is_good = str(array.dtype) == dtype and array.ndim == len(spec.shape) and array.flags.c_contiguous
+    if not is_good or not all(map(_fits, array.shape, spec.shape)):
+        raise ArtifactError(
+            f"{spec.name} is to be a contiguous array of {dtype} {spec.shape}, not {array.dtype} {list(array.shape)} "
+            f"with strides {list(array.strides)}."
+        )
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
+
+
+def _fits(size: int, spec: int | Dim) -> bool:
+    return size == spec if isinstance(spec, int) else spec.min <= size <= spec.max
