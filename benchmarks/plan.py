@@ -77,7 +77,8 @@ class Plan:
         return target
 
     def scheme_artifact(self, scheme: str) -> Path:
-        """The artifact of a scheme: `fp32`, a value of `--quantize`, or one of NATIVE. Raises ContenderError if it is refused."""
+        """The artifact of a scheme: `fp32`, a value of `--quantize`, or one of NATIVE. Raises ContenderError if it is
+        refused."""
         if scheme in self.artifacts:
             return self.artifacts[scheme]
         if scheme == "fp32":

@@ -74,7 +74,8 @@ def test_attention_to_an_encoder_is_the_operator():
 @pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, 40)])
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme(8, 48, "middle"), Scheme(8, 16, "whole"), Scheme(4, 16, "middle"), Scheme(4, 16, "free"), Scheme(8, 32, "whole")],
+    [Scheme(8, 48, "middle"), Scheme(8, 16, "whole"), Scheme(8, 32, "whole"), Scheme(4, 16, "middle"),
+     Scheme(4, 16, "free")],
     ids=str,
 )  # fmt: skip
 def test_products_with_codes_are_the_operator(scheme, rows):

@@ -24,6 +24,7 @@ from native_programs import GRAPH, arrays, engine
 
 from precast.runtime.artifact.pt2 import pack, unpack
 from precast.runtime.artifact.schema import Host
+from precast.runtime.engines.aoti import AotiEngine
 from precast.runtime.engines.elf import check_library
 from precast.runtime.errors import ArtifactError, FormatError, HostError
 from precast.runtime.select import Machine, choose_variant
@@ -623,7 +624,8 @@ def test_source_or_an_archive_in_place_of_a_library_is_refused_and_not_compiled(
     for content in (b"int main() { return 0; }", b"PK\3\4", b"\x80\4\x95", b"", b"MZ\0\0", b"\xcf\xfa\xed\xfe"):
         library.write_bytes(content)
         before = sorted(folder.iterdir())
-        assert re.search(r"model\.pt2 is no shared library", opened(folder))
+        with pytest.raises(FormatError, match=r"model\.pt2 is no shared library"):
+            native_programs.engine(folder, AotiEngine).bind("model", *arrays(3))
         assert sorted(folder.iterdir()) == before
 
 
@@ -632,9 +634,8 @@ def test_a_library_that_is_none_of_ours_is_refused(folder):
     assert re.search(r"PyTorch [\d.]+.* cannot open .*model\.pt2", opened(folder))
 
 
-@pytest.mark.parametrize("kept", [4, 100])
-def test_a_library_of_a_few_bytes_is_refused_and_not_a_crash(folder, kept):
-    (folder / GRAPH.file).write_bytes(Path(msgspec._core.__file__).read_bytes()[:kept])
+def test_a_library_of_a_few_bytes_is_refused_and_not_a_crash(folder):
+    (folder / GRAPH.file).write_bytes(Path(msgspec._core.__file__).read_bytes()[:100])
     assert str(folder) in opened(folder)
 
 

@@ -73,7 +73,7 @@ def quantize_options(function: F) -> F:
                          help="Weights as: none, int8, int4, source (the grid they lie on already), auto."),
             click.option("--method", "quantize_method", metavar="NAME",
                          help="How weights are rounded: rtn, search, gptq. int8: rtn, int4: search."),
-            click.option("--group-size", type=int, help="Weights that share a scale: 32, or for aoti's int8 a whole row."),
+            click.option("--group-size", type=int, help="Weights that share a scale: 32, or a row (aoti's int8)."),
             click.option("--symmetric/--asymmetric", default=None,
                          help="Zero in the middle of the grid, or anywhere. int8: symmetric, int4: asymmetric."),
             click.option("--skip", multiple=True, metavar="PATTERN",

@@ -5,14 +5,12 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
-from .artifact.machine import installed_version
+from .artifact.machine import cpu_flags, installed_version
 from .artifact.schema import Contract, Variant
 from .errors import HostError
 
-__all__ = ["Accepted", "Machine", "Rejected", "choose_variant", "cpu_flags", "judge", "this_machine"]
+__all__ = ["Accepted", "Machine", "Rejected", "choose_variant", "judge", "this_machine"]
 
 
 @dataclass(frozen=True)
@@ -101,17 +99,6 @@ def this_machine(contract: Contract) -> Machine:
     wanted = {name for variant in contract.variants for name in variant.host.min_versions}
     versions = {name: found for name in wanted if (found := installed_version(name))}
     return Machine(f"{platform.system().lower()}-{platform.machine()}", cpu_flags(), frozenset({"cpu"}), versions)
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """The flags the kernel reports; empty where it reports none (only native variants ask)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

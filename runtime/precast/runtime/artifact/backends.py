@@ -21,8 +21,8 @@ class Backend:
     `trust` is the tier of the files: `graph` is interpreted data, `native` is code of the machine. `takes` names the
     export options that its compiler reads besides those of every export ("dtype", "auto_cast", "isa", "device");
     `because` says, after a colon, why it takes no others. With `decodes_apart` a decoder has a graph of its own for one
-    new token per row, which is compiled otherwise than a prompt. With `scales_rows` weights of 8 bits have one scale per
-    row unless groups are asked for.
+    new token per row, which is compiled otherwise than a prompt. With `scales_rows` weights of 8 bits have one scale
+    per row unless groups are asked for.
     """
 
     name: str

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["installed_version", "memory_bytes", "usable_cores"]
+__all__ = ["cpu_flags", "installed_version", "memory_bytes", "usable_cores"]
 
 _STAND_INS = {
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm"),
@@ -38,3 +40,14 @@ def memory_bytes() -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """The flags the kernel reports; empty where it reports none (only native variants ask)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()

@@ -1,7 +1,7 @@
 """Native code of AOTInductor: a library per graph, opened as it lies there, and one mapping of the weights for all.
 
-No compiler, no archive, no temporary copy: PyTorch's own runner takes the path of a library, and is told where in memory
-the weights are. Compiled code checks none of its inputs, so that is done here, when they are bound.
+No compiler, no archive, no temporary copy: PyTorch's own runner takes the path of a library, and is told where in
+memory the weights are. Compiled code checks none of its inputs, so that is done here, when they are bound.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _load(path: Path) -> Any:
         if file.read(4) != b"\x7fELF":
             raise FormatError(f"{path} is no shared library. Export or download the artifact again.")
     try:
-        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # type: ignore[attr-defined]
+        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ArtifactError(

@@ -21,7 +21,7 @@ def bound_tensors(graph: Graph, inputs: Arrays, outputs: Arrays) -> tuple[list[t
     Raises ArtifactError for an array of another shape, dtype or layout than the graph was compiled for: it would be
     read and written as if it had that.
     """
-    into = {}
+    into: dict[str, str] = {}
     for layer in graph.cache:
         into |= {layer.key_out: layer.key_in, layer.value_out: layer.value_in}
     for name_out, name_in in into.items():

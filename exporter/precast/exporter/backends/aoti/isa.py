@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+from precast.runtime.artifact.machine import cpu_flags
 from precast.runtime.errors import UsageError
-from precast.runtime.select import cpu_flags
 
 __all__ = ["flags_of", "options_of"]
 

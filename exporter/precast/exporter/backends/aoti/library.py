@@ -27,7 +27,7 @@ from .isa import options_of
 
 __all__ = ["FORMS", "build", "workspace"]
 
-FORMS = Forms(settle=settled, sums=True, product=torch.bfloat16)
+FORMS = Forms(settle=settled, sums=True, product=torch.bfloat16, functional=False)
 """One token: sums that inductor fuses. More: matrices, in bfloat16 where weights are codes."""
 
 _OPTIONS: dict[str, Any] = {
@@ -101,8 +101,8 @@ def _check_compiler() -> None:
         cpp_builder.get_cpp_compiler()
     except Exception as error:
         raise ExportError(
-            "Native code needs a C++ compiler, and none was found: install g++ (Debian, Ubuntu: apt install g++) or name "
-            "one in the environment variable CXX. Running what was compiled needs none."
+            "Native code needs a C++ compiler, and none was found: install g++ (Debian, Ubuntu: apt install g++) or "
+            "name one in the environment variable CXX. Running what was compiled needs none."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Cached attention in ATen, with the caches updated in place.
 
-The meaning is that of `precast.cached_attention`; the forms are those that inductor compiles best. Attention looks at the
-first `n` rows of the caches, however long these are, so its cost goes with the tokens that are there.
+The meaning is that of `precast.cached_attention`; the forms are those that inductor compiles best. Attention looks at
+the first `n` rows of the caches, however long these are, so its cost goes with the tokens that are there.
 """
 
 from __future__ import annotations

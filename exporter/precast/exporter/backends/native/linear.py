@@ -1,9 +1,9 @@
-"""Linear layers in ATen: as sums that a compiler fuses where there is one token, as products of matrices where there are
-more.
+"""Linear layers in ATen: as sums that a compiler fuses where there is one token, as products of matrices where there
+are more.
 
-One token reads every weight once, so what counts is how few bytes a weight has and that nothing else is read or written:
-codes are turned into numbers on their way into the sum, and activations stay float32. With more tokens codes are turned
-into a bfloat16 matrix first, for the processor's fastest product.
+One token reads every weight once, so what counts is how few bytes a weight has and that nothing else is read or
+written: codes are turned into numbers on their way into the sum, and activations stay float32. With more tokens codes
+are turned into a bfloat16 matrix first, for the processor's fastest product.
 """
 
 from __future__ import annotations

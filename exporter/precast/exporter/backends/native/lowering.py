@@ -5,7 +5,7 @@ What was traced is run once more, node by node, with our own operators replaced 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from precast.runtime.artifact import ROWS
 from precast.runtime.artifact.schema import Dim, Graph, Input
 
-from ...decoder import attention as ours
+from ...decoder import attention  # noqa: F401  (registers operators that are written out here)
 from ...quantize import linear as grids
 from ...trace import Program, export_program, functional
 from . import linear
@@ -28,7 +28,7 @@ __all__ = ["Forms", "Lowered", "lower"]
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program that returns `graph.outputs` without the caches, which it changes in place, and `graph` as it is now."""
+    """A program that returns `graph.outputs` without the caches, which it changes in place, and `graph` as it is."""
 
     graph: Graph
     exported: torch.export.ExportedProgram
@@ -42,11 +42,13 @@ class Forms:
         settle: marks what is to be computed once and not inside every loop that reads it.
         sums: linear layers of few rows as products and sums rather than as products of matrices.
         product: the dtype of products of matrices with codes.
+        functional: see `precast.exporter.trace.functional`; a compiler that does that itself goes without.
     """
 
     settle: Callable[[Tensor], Tensor] = lambda x: x
     sums: bool = False
     product: torch.dtype = torch.float32
+    functional: bool = True
 
 
 def lower(program: Program, forms: Forms) -> Lowered:
@@ -54,11 +56,15 @@ def lower(program: Program, forms: Forms) -> Lowered:
     attends = _uses(program.exported, torch.ops.precast.cached_attention.default)
     graph = _with_rows(program.graph) if attends else program.graph
     if not attends and not graph.cache and not _ours(program.exported):
-        return Lowered(graph, functional(program.exported))
+        return Lowered(graph, _finished(program.exported, forms))
     module = _Replayed(program, graph, forms)
     example, shapes = _example(graph), _shapes(graph)
     exported = export_program(module, example, shapes)
-    return Lowered(graph, functional(exported))
+    return Lowered(graph, _finished(exported, forms))
+
+
+def _finished(exported: torch.export.ExportedProgram, forms: Forms) -> torch.export.ExportedProgram:
+    return functional(exported) if forms.functional else exported
 
 
 def _ours(exported: torch.export.ExportedProgram) -> bool:
@@ -183,7 +189,7 @@ class _Replacing(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.forms, self.step = forms, step
 
-    def call_function(self, target: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         written = _WRITTEN.get(target)
         return super().call_function(target, args, kwargs) if written is None else written(self, *args, **kwargs)
 
@@ -223,4 +229,3 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     torch.ops.precast.quantized_embedding.default: _quantized_embedding,
     torch.ops.aten.linear.default: _linear,
 }
-assert ours and grids, "imported for the operators that they register"
