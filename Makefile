@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
+NEURON_HLO ?= build/neuron-hlo
 
-.PHONY: demo test test-slow check env models bench peers clean
+.PHONY: demo test test-slow check env models bench peers neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
@@ -34,6 +35,17 @@ bench: $(BIN)/.dev models
 # llama.cpp). What cannot be made is left out, with its reason in the results.
 peers: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/peers/make.py $(SMOLLM2) $(INDEX)
+
+# What neuronx-cc would be given, from real torch_xla: it wants torch 2.9's CUDA build, so an environment of its own.
+neuron-hlo: $(NEURON_HLO)/.exporter models
+	$(NEURON_HLO)/bin/python benchmarks/neuron/hlo.py $(MINILM) $(SMOLLM2)
+
+$(NEURON_HLO)/.exporter: pyproject.toml
+	@echo "Installing torch_xla and torch 2.9 (7 GB) into $(NEURON_HLO) …"
+	@$(PYTHON) -m venv $(NEURON_HLO)
+	@$(NEURON_HLO)/bin/python -m pip install -q --disable-pip-version-check torch==2.9.0 torch-xla==2.9.0 \
+		transformers==5.23.0 -e '.[export]'
+	@touch $@
 
 env: $(BIN)/.dev
 

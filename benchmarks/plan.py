@@ -86,14 +86,22 @@ class Plan:
         return self.export(f"artifact-{scheme}", *NATIVE.get(scheme, ("--quantize", scheme)))
 
     def export(self, name: str, *options: str, batch: int = 1, model: Path | None = None) -> Path:
-        """Export into the working folder. Raises ContenderError where it is refused."""
+        """Export a decoder into the working folder. Raises ContenderError where it is refused."""
         target = self.work / name
-        self.note(f"exporting {name}")
-        command = self.command(target, *options, batch=batch, model=model)
+        self._export(self.command(target, *options, batch=batch, model=model), target)
+        return target
+
+    def export_as(self, target: Path, model: Path, *options: str) -> None:
+        """Export any model. Raises ContenderError where it is refused."""
+        self._export(
+            [str(script("precast")), "export", str(model), *options, "-o", str(target), "--force", "-q"], target
+        )
+
+    def _export(self, command: list[str], target: Path) -> None:
+        self.note(f"exporting {target.name}")
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ContenderError(f"precast export {' '.join(options)}: {done.stderr.strip() or done.returncode}")
-        return target
+            raise ContenderError(f"{' '.join(command[1:])}: {done.stderr.strip() or done.returncode}")
 
     def command(self, target: Path, *options: str, batch: int = 1, model: Path | None = None) -> list[str]:
         """The command line of an export."""

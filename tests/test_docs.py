@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 def commands() -> list[str]:
     """Every `precast …` command line in the documents that is meant to be typed."""
     found = []
-    for name in ("README.md", "CONTRIBUTING.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/NEURON.md"):
         for line in (ROOT / name).read_text("utf-8").splitlines():
             if match := re.match(r"\$ (precast .*?)(?:\s{2,}#.*)?$", line):
                 found.append(match[1])

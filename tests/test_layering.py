@@ -21,7 +21,7 @@ PARTS = ("exporter", "runtime", "cli")
 FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
 HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
 
-NATIVE = ("precast.runtime.weights", *(f"precast.runtime.engines.{name}" for name in ("aoti", "export", "memory")))
+NATIVE = ("precast.runtime.weights", *(f"precast.runtime.engines.{name}" for name in ("aoti", "device", "export", "gpu", "memory", "neuron")))
 """What runs on torch: imported when an artifact of these backends is opened."""
 
 DISTRIBUTIONS = {
@@ -70,8 +70,15 @@ def _may_import(part: str, name: str, module: str) -> bool:
     if part == "runtime":
         return not _within(name, "precast.exporter", "precast.cli", *HEAVY)
     if part == "exporter" and _within(name, "precast.runtime"):
-        # Timing opens artifacts in processes of their own.
-        return _within(name, "precast.runtime.artifact", "precast.runtime.errors", "precast.runtime.bench")
+        # Timing opens artifacts in processes of their own; whether one runs here, and on which GPU, is the runtime's to say.
+        allowed = (
+            "precast.runtime.artifact",
+            "precast.runtime.errors",
+            "precast.runtime.bench",
+            "precast.runtime.cuda_host",
+            "precast.runtime.select",
+        )
+        return _within(name, *allowed)
     return part == "cli" or not _within(name, "precast.cli")
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.exporter.quantize.grid import grouped
-from precast.exporter.quantize.methods import METHODS, Scheme, get_method, gptq, round_to_nearest, search
+from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
+from precast.exporter.quantize.methods import METHODS, Scheme, awq, get_method, gptq, round_to_nearest, search
 from precast.runtime.errors import UsageError
 
 some = settings(max_examples=50, deadline=None)
@@ -54,7 +55,7 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
 @given(values=st.lists(anything, min_size=1, max_size=70), scheme=schemes, name=st.sampled_from(list(METHODS)))
 def test_any_finite_weights_give_finite_weights_in_range(values, scheme, name):
     weight = torch.tensor([values, values[::-1]])
-    grid = get_method(name).quantize(weight, scheme, torch.eye(len(values)) if name == "gptq" else None)
+    grid = get_method(name).quantize(weight, scheme, torch.eye(len(values)) if METHODS[name].is_calibrated else None)
     assert grid.dequantize().shape == weight.shape
     assert grid.dequantize().isfinite().all()
     assert (grid.bits, grid.group) == (scheme.bits, scheme.group)
@@ -163,11 +164,40 @@ def test_gptq_of_a_single_token():
     assert gptq(weight, Scheme(4, 32, "middle"), hessian(x)).dequantize().isfinite().all()
 
 
+@some
+@given(seed=seeds, tokens=st.sampled_from([1, 400]), zero=st.sampled_from(["middle", "whole"]))
+def test_awq_loses_no_more_at_the_outputs_than_rounding_to_nearest(seed, tokens, zero):
+    weight, x = random_weight(seed), inputs(seed + 1, tokens=tokens)
+    scheme = Scheme(8, 80, zero)
+    mine, plain = awq(weight, scheme, hessian(x)), round_to_nearest(weight, scheme)
+    losses = [(x @ (weight - each.dequantize()).T).square().mean() for each in (mine, plain)]
+    assert losses[0] <= losses[1] * (1 + 1e-4)
+
+
+def test_awq_gains_where_inputs_differ_in_size():
+    weight, x = random_weight(1), inputs(2) * torch.logspace(-2, 1, 80)
+    scheme = Scheme(8, 80, "whole")
+    mine, plain = awq(weight, scheme, hessian(x)), round_to_nearest(weight, scheme)
+    losses = [(x @ (weight - each.dequantize()).T).square().mean() for each in (mine, plain)]
+    assert losses[0] < losses[1] / 2
+
+
+def test_a_stretched_layer_and_the_table_it_shares():
+    """What is rounded stretched is multiplied and looked up as if it had never been."""
+    weight, x = random_weight(7), inputs(8)
+    grid = awq(weight, Scheme(8, 80, "whole"), hessian(x * torch.logspace(-2, 1, 80)))
+    assert grid.stretch is not None and grid.stretch.std() > 0.1
+    packed, ids = Packed(grid), torch.tensor([[4, 0], [2, 2]])
+    torch.testing.assert_close(QuantizedLinear(packed, None)(x), x @ grid.dequantize().T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(QuantizedEmbedding(packed)(ids), grid.dequantize()[ids])
+    torch.testing.assert_close(QuantizedLinear(packed, None).weight, grid.dequantize())
+
+
 # ---------------------------------------------------------------- words
 
 
 def test_methods_and_schemes_in_words():
-    with pytest.raises(UsageError, match=r"no quantization method 'awq'.*rtn, search, gptq"):
-        get_method("awq")
+    with pytest.raises(UsageError, match=r"no quantization method 'hqq'.*rtn, search, gptq, awq"):
+        get_method("hqq")
     assert str(Scheme(4, 32, "free")) == "int4 in groups of 32, asymmetric with offsets"
-    assert [name for name, method in METHODS.items() if method.is_calibrated] == ["gptq"]
+    assert [name for name, method in METHODS.items() if method.is_calibrated] == ["gptq", "awq"]

@@ -38,7 +38,11 @@ CUDA = _variant("cuda", ["linux-x86_64", "linux-aarch64"], "cuda", torch="2.9")
         (ONNX, GPU_BOX, "onnxruntime is not installed (pip install 'onnxruntime>=1.23')"),
         (NATIVE, XEON, None),
         (NATIVE, GRAVITON, "it was built for linux-x86_64; this is linux-aarch64"),
-        (NATIVE, GPU_BOX, "this CPU lacks avx512f"),
+        (
+            NATIVE,
+            GPU_BOX,
+            "this CPU lacks avx512f; also, torch is 2.9.1, it needs 2.13 (pip install -U 'torch>=2.13')",
+        ),
         (CUDA, GPU_BOX, None),
         (CUDA, XEON, "it needs the device cuda; here are cpu"),
         (CUDA, LAPTOP, "it was built for linux-x86_64, linux-aarch64; this is darwin-arm64"),

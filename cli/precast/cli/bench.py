@@ -127,7 +127,7 @@ def _subject(model: str, options: dict[str, Any]) -> Subject:
     where = {name: options[name] for name in ("revision", "subfolder", "token", "local_files_only")}
     how = {name: value for name, value in options.items() if name not in where}
     artifact = read_artifact(locate(model, **where))
-    place = {name: options[name] for name in ("device", "provider")}
+    place = {"device": options["device"], "provider": options["provider"], "root": artifact.path}
     variant = choose_variant(artifact.contract, this_machine(artifact.contract), options["variant"], **place)
     return Subject(model, artifact, variant, how)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .options import LENGTHS, cast_options, hub_options, json_option, quantize_options, quiet_option
+from .options import LENGTHS, cast_options, hub_options, json_option, neuron_options, quantize_options, quiet_option
 from .output import note, print_json, step_reporter
 
 __all__ = ["command"]
@@ -53,8 +53,14 @@ __all__ = ["command"]
     help="What compiles and runs the model; auto: the fastest here of all that can.",
 )
 @cast_options
+@neuron_options
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
 @quantize_options
+@click.option(
+    "--also", multiple=True, metavar="NAME", help="Compile with this backend, too, into one artifact; repeatable."
+)
+@click.option("--layout", default="precast", show_default=True, metavar="NAME",
+              help="optimum-neuron: with that library's names and its section in config.json.")  # fmt: skip
 @click.option("--no-validate", is_flag=True, help="Do not compare with the eager model; recorded as skipped.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload the artifact when it is done.")
@@ -162,23 +168,31 @@ def _comparison(artifact: Any, settings: Any) -> dict[str, Any] | None:
 
 
 def _show_result(artifact: Any, url: str | None, comparison: dict[str, Any] | None, as_json: bool) -> None:
-    variant = artifact.contract.variants[0]
+    first, *others = artifact.contract.variants
     size = sum(file.size for file in artifact.contract.files.values())
     if as_json:
         result = {
             "path": str(artifact.path),
             "digest": artifact.contract.digest,
             "bytes": size,
-            "accuracy": {"status": variant.accuracy.status, **variant.accuracy.figures},
+            "accuracy": _accuracy(first),
             "url": url,
         }
+        if others:
+            result["variants"] = {variant.name: _accuracy(variant) for variant in artifact.contract.variants}
         print_json(result if comparison is None else {**result, "comparison": comparison})
         return
     for line in [] if comparison is None else _compared(comparison):
         click.echo(line)
-    click.echo(f"{artifact.path}: {_megabytes(size)}, accuracy {variant.accuracy.status}")
+    click.echo(f"{artifact.path}: {_megabytes(size)}, accuracy {first.accuracy.status}")
+    for variant in [first, *others] if others else []:
+        click.echo(f"  {variant.name:<16} {variant.accuracy.status}: {variant.accuracy.reason}")
     if url:
         click.echo(url)
+
+
+def _accuracy(variant: Any) -> dict[str, Any]:
+    return {"status": variant.accuracy.status, **variant.accuracy.figures}
 
 
 def _compared(comparison: dict[str, Any]) -> list[str]:

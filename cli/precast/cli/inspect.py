@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -27,22 +28,27 @@ def command(
     from precast.runtime.artifact import read_artifact
     from precast.runtime.hub import locate
     from precast.runtime.model import verify_artifact
-    from precast.runtime.select import Accepted, judge, this_machine
+    from precast.runtime.select import Accepted, judge, neff_headers, this_machine
 
     artifact = read_artifact(locate(model, revision=revision, subfolder=subfolder, token=token))
     machine = this_machine(artifact.contract)
-    verdicts = [judge(variant, machine) for variant in artifact.contract.variants]
+    headers = [neff_headers(artifact.path, variant) for variant in artifact.contract.variants]
+    verdicts = [
+        judge(variant, machine, found) for variant, found in zip(artifact.contract.variants, headers, strict=True)
+    ]
     if verify:
         for variant in artifact.contract.variants:
             verify_artifact(artifact, variant, force=True)
     runs = [None if isinstance(verdict, Accepted) else verdict.reason for verdict in verdicts]
     if as_json:
-        print_json({"path": str(artifact.path), "refused": runs, **msgspec.to_builtins(artifact.contract)})
+        told = [[asdict(header) for header in found] for found in headers]
+        facts = {"path": str(artifact.path), "refused": runs, **({"neffs": told} if any(told) else {})}
+        print_json({**facts, **msgspec.to_builtins(artifact.contract)})
         return
-    _show(artifact, runs, verify)
+    _show(artifact, runs, headers, verify)
 
 
-def _show(artifact: Any, runs: list[str | None], verified: bool) -> None:
+def _show(artifact: Any, runs: list[str | None], headers: list[list[Any]], verified: bool) -> None:
     contract = artifact.contract
     rows = [
         ("path", artifact.path),
@@ -57,7 +63,7 @@ def _show(artifact: Any, runs: list[str | None], verified: bool) -> None:
         ("size", f"{sum(file.size for file in contract.files.values()) / 1e6:,.1f} MB in {len(contract.files)} files"),
         ("files", "verified" if verified else "not hashed now (--verify)"),
     ]
-    for variant, reason in zip(contract.variants, runs, strict=True):
+    for variant, reason, neffs in zip(contract.variants, runs, headers, strict=True):
         accuracy = variant.accuracy
         rows += [
             (f"variant {variant.name}", f"{variant.backend}, {variant.dtype}, trust tier {variant.trust}"),
@@ -67,9 +73,18 @@ def _show(artifact: Any, runs: list[str | None], verified: bool) -> None:
             ("  accuracy", f"{accuracy.status}: {accuracy.reason}"),
             *((f"    {name}", value) for name, value in accuracy.figures.items()),
             *((f"  graph {graph.name}", _graph(graph)) for graph in variant.graphs),
+            *(("  NEFF", words) for words in dict.fromkeys(map(_neff, neffs))),
         ]
     for name, value in rows:
         click.echo(f"{name:<28}{value}")
+
+
+def _neff(header: Any) -> str:
+    features = f", features 0x{header.feature_bits:x}" if header.feature_bits else ""
+    groups = f", {header.lnc_size} physical cores each" if header.lnc_size > 1 else ""
+    return (
+        f"version {header.version}, NeuronCores {header.cores}{groups}{features}, compiler {header.build or 'unnamed'}"
+    )
 
 
 def _graph(graph: Any) -> str:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-__all__ = ["LENGTHS", "cast_options", "hub_options", "json_option", "model_options", "quantize_options", "quiet_option"]
+__all__ = [
+    "LENGTHS",
+    "cast_options",
+    "hub_options",
+    "json_option",
+    "model_options",
+    "neuron_options",
+    "quantize_options",
+    "quiet_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,11 +63,34 @@ def cast_options(function: F) -> F:
                          help="Of weights and computation: float32, bfloat16, float16. Results are float32."),
             click.option("--auto-cast", default="none", show_default=True, metavar="WHAT",
                          help="Compute in less than float32: matmul (products and their weights), all."),
-            click.option("--auto-cast-type", metavar="TYPE", help="What --auto-cast casts to: bf16 (default), fp16."),
+            click.option("--auto-cast-type", metavar="TYPE",
+                         help="What --auto-cast casts to: bf16 (default), fp16; neuron: tf32."),
             click.option("--isa", default="native", show_default=True, metavar="LEVEL",
                          help="Native code for CPUs with: avx2, avx512, or what this one has."),
             click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
                          help="Native code for: cpu, cuda."),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def neuron_options(function: F) -> F:
+    """What --backend neuron compiles for, and how."""
+    for option in reversed(
+        [
+            click.option("--instance-type", metavar="TYPE", help="Neuron: compile for inf2, trn1, trn1n or trn2."),
+            click.option("--strategy", metavar="NAME",
+                         help="Neuron: trace, or model-builder (one set of weights, several cores)."),
+            click.option("--tensor-parallel", "--num-cores", type=int, default=1, metavar="N",
+                         help="Neuron: spread each layer's weights over N NeuronCores."),
+            click.option("--inline-weights/--no-inline-weights", default=False,
+                         help="Neuron: weights within each graph, or once beside them (default)."),
+            click.option("-O", "optlevel", type=int, metavar="1|2|3", help="Neuron: how hard to optimise; 2."),
+            click.option("--compiler-arg", "compiler_args", multiple=True, metavar="ARG",
+                         help="Neuron: passed to neuronx-cc, as --compiler-arg=--verbose=info; repeatable."),
+            click.option("--compiler-workdir", type=click.Path(path_type=Path), metavar="DIR",
+                         help="Neuron: keep neuronx-cc's files and log here."),
         ]
     ):  # fmt: skip
         function = option(function)
@@ -72,10 +104,10 @@ def quantize_options(function: F) -> F:
             click.option("--quantize", default="none", show_default=True, metavar="SCHEME",
                          help="Weights as: none, int8, int4, source (the grid they lie on already), auto."),
             click.option("--method", "quantize_method", metavar="NAME",
-                         help="How weights are rounded: rtn, search, gptq. int8: rtn, int4: search."),
+                         help="How weights are rounded: rtn, search, gptq, awq. int8: rtn (aoti: awq), int4: search."),
             click.option("--group-size", type=int, help="Weights that share a scale: 32, or a row (aoti's int8)."),
             click.option("--symmetric/--asymmetric", default=None,
-                         help="Zero in the middle of the grid, or anywhere. int8: symmetric, int4: asymmetric."),
+                         help="Zero in the middle of the grid, or anywhere. int8: symmetric (aoti: not), int4: not."),
             click.option("--skip", multiple=True, metavar="PATTERN",
                          help="Layers that stay as they are, as 'model.layers.0.*'; repeatable."),
             click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
@@ -102,6 +134,9 @@ def model_options(function: F) -> F:
             click.option("--device", metavar="NAME", help="Where to run: cpu, cuda, gpu, npu, coreml."),
             click.option("--provider", metavar="NAME", help="ONNX Runtime's: cpu, cuda, tensorrt, openvino, coreml."),
             click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 is one per core."),
+            click.option(
+                "--cores", metavar="N[-N]", help="Neuron: which NeuronCores, as 0-3; several copies run at once."
+            ),
             click.option("--variant", metavar="NAME", help="Which compiled form to use."),
             click.option("--verify", is_flag=True, help="Hash every file again."),
             click.option("--sha256", metavar="DIGEST", help="Open only the artifact with this digest."),

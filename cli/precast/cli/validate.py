@@ -16,6 +16,7 @@ __all__ = ["command"]
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, metavar="MODEL", help="The checkpoint it was compiled from.")
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
+@click.option("--variant", metavar="NAME", help="Which compiled form; by default the first that runs here.")
 @click.option("--record", is_flag=True, help="Write the verdict into config.json.")
 @click.option("--sha256", metavar="DIGEST", help="Run native code of the artifact with this digest.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
@@ -26,6 +27,7 @@ def command(
     directory: Path,
     reference: str,
     atol: float,
+    variant: str | None,
     record: bool,
     sha256: str | None,
     trust_remote_code: bool,
@@ -40,7 +42,7 @@ def command(
     exporter = _exporter()
     options = exporter.ExportOptions(atol=atol, trust_remote_code=trust_remote_code, revision=revision, token=token)
     with step_reporter(quiet)("validate"):
-        accuracy = exporter.validate_again(directory, reference, options, keep=record, sha256=sha256)
+        accuracy = exporter.validate_again(directory, reference, options, keep=record, sha256=sha256, variant=variant)
     if as_json:
         print_json({"status": accuracy.status, "reason": accuracy.reason, "figures": accuracy.figures})
         return

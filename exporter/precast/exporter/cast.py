@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.schema import Dtype, Graph
 
 from .options import ExportOptions
@@ -74,10 +75,10 @@ class Cast:
 
 
 def cast_of(options: ExportOptions) -> Cast | None:
-    """What the options ask for; None for float32 throughout."""
+    """What the options ask of this pass; None for programs that stay in float32."""
     if options.dtype != "float32":
         return Cast("weights", getattr(torch, options.dtype))
-    if options.auto_cast == "none":
+    if options.auto_cast == "none" or get_backend(options.backend).casts_itself:
         return None
     what: Literal["products", "all"] = "products" if options.auto_cast == "matmul" else "all"
     return Cast(what, getattr(torch, options.cast_dtype))

@@ -51,15 +51,19 @@ class Scores:
         }
 
 
-# Measured: SmolLM2-135M loses 0.0006 to 0.001 in bfloat16, and a hundredth of that in float16.
-_CAST_FLOORS: dict[str, tuple[float, float | None]] = {"bfloat16": (0.005, 0.94), "float16": (0.0005, 0.98)}
+# Measured: SmolLM2-135M loses 0.0006 to 0.001 in bfloat16, and a hundredth of that in float16; tf32 has as many digits.
+_CAST_FLOORS: dict[str, tuple[float, float | None]] = {
+    "bf16": (0.005, 0.94),
+    "fp16": (0.0005, 0.98),
+    "tf32": (0.0005, 0.98),
+}
 # What `auto` may lose is a choice, of KL divergence alone.
 _FLOORS: dict[str, tuple[float, float | None]] = {"int4": (0.1, None), "auto": (0.01, None)}
 
 
 def floor_for(options: ExportOptions) -> Floor:
     """The floors that the user named, else those of the scheme: what one can ship without thinking."""
-    found = _CAST_FLOORS[options.cast_dtype] if options.is_cast else _FLOORS.get(options.quantize, (0.01, 0.95))
+    found = _CAST_FLOORS[options.cast_type] if options.is_cast else _FLOORS.get(options.quantize, (0.01, 0.95))
     if options.max_kl is not None or options.min_agreement is not None:
         return Floor(options.max_kl, options.min_agreement)
     return Floor(*found)

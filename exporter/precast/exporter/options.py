@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from precast.runtime.artifact.backends import BACKENDS, get_backend
 from precast.runtime.artifact.schema import Dtype
 from precast.runtime.errors import UsageError
 
+from .layout import LAYOUTS, layout_holes
+from .neuron_options import NEURON_FLAGS, neuron_holes
 from .quantize.methods import METHODS
 
 __all__ = [
@@ -19,7 +21,8 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO_CAST = ("none", "matmul", "all")
-AUTO_CAST_TYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
+AUTO_CAST_TYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32"}
+"""In tf32 numbers keep their 32 bits, and products read 19 of them: a compiler's own, for hardware that has it."""
 ISAS = ("native", "avx2", "avx512")
 DEVICES = ("cpu", "cuda")
 QUANTIZE = ("none", "source", "int8", "int4", "auto")
@@ -53,22 +56,33 @@ class ExportOptions:
         auto_cast_type: what to compute it in, one of AUTO_CAST_TYPES; None is "bf16".
         isa: the instructions of the CPU that native code may use: those that this machine has, or a level.
         device: where native code runs.
+        instance_type: neuron: what to compile for, one of INSTANCE_TYPES; required.
+        strategy: neuron: how to compile, one of STRATEGIES; None is "trace", or "model-builder" for several cores.
+        tensor_parallel: neuron: over how many NeuronCores to spread each layer's weights.
+        inline_weights: neuron: weights within every compiled graph, rather than once beside all of them.
+        optlevel: neuron: how hard neuronx-cc optimises, 1 to 3; None is its own default, 2.
+        compiler_args: neuron: further arguments of neuronx-cc, as they are.
+        compiler_workdir: neuron: where neuronx-cc is to leave its files; None is a folder that goes away again.
         atol: the allowed difference from the reference, relative to max(1, max|reference|).
         validate: compare with the eager model before publishing.
         revision, token: of a Hub checkpoint.
         trust_remote_code: run modelling code that comes with the checkpoint.
         quantize: "none"; "int8" or "int4", the linear layers' and embedding's weights on a grid; "source", the grid
             that the checkpoint's weights lie on already; "auto", the smallest mixture of int8 and int4 within `max_kl`.
-        quantize_method: how weights get onto the grid, one of METHODS' names; None is "rtn" for int8, "search" for
-            int4.
+        quantize_method: how weights get onto the grid, one of METHODS' names; None is "rtn" for int8, "awq" where a row
+            shares a scale, "search" for int4.
         group_size: weights that share a scale; None is 32, or a whole row for int8 where the backend prefers that.
-        symmetric: zero in the middle of each grid, or anywhere; None is True for int8, False for int4.
+        symmetric: zero in the middle of each grid, or anywhere; None is True for int8 in groups, False for int4 and
+            for rows that share a scale.
         skip: patterns of layers' names that stay as they are.
         calibration: a text file for methods that look at activations; None is a small text of our own.
         kv_cache: the caches' dtype; "int8" is rounded with scales from the calibration text.
         max_kl: the largest mean KL divergence from the eager fp32 model, in nats per token of held-out text.
         min_agreement: the smallest share of tokens for which the likeliest is the same.
         accept_loss: write the artifact even if it is below these floors, and record that.
+        also: further backends to compile with, into the same artifact; the loader takes the first that runs on a host.
+            They are given what they take of these options.
+        layout: how the files are named, one of LAYOUTS; "optimum-neuron" can be opened by that library as well.
         force: replace an existing artifact.
     """
 
@@ -88,6 +102,13 @@ class ExportOptions:
     auto_cast_type: str | None = None
     isa: str = "native"
     device: str = "cpu"
+    instance_type: str | None = None
+    strategy: str | None = None
+    tensor_parallel: int = 1
+    inline_weights: bool = False
+    optlevel: int | None = None
+    compiler_args: tuple[str, ...] = ()
+    compiler_workdir: Path | None = None
     atol: float = 1e-4
     validate: bool = True
     revision: str | None = None
@@ -103,7 +124,22 @@ class ExportOptions:
     max_kl: float | None = None
     min_agreement: float | None = None
     accept_loss: bool = False
+    also: tuple[str, ...] = ()
+    layout: str = "precast"
     force: bool = False
+
+    def for_backend(self, backend: str) -> ExportOptions:
+        """The same request of one backend alone: what others take and it does not is as by default."""
+        taken = frozenset[str]().union(*(row.takes for row in BACKENDS.values()))
+        given = {name: getattr(ExportOptions, name) for name in taken - get_backend(backend).takes}
+        if "auto_cast" in given:
+            given["auto_cast_type"] = None
+        if backend != self.backend:
+            given["layout"] = ExportOptions.layout
+        asked = replace(self, backend=backend, also=(), **given)
+        if self.is_lossy and not asked.is_lossy:
+            return replace(asked, max_kl=None, min_agreement=None, accept_loss=False)
+        return asked
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -128,13 +164,15 @@ class ExportOptions:
 
     @property
     def cast_dtype(self) -> Dtype:
-        """What is computed in where `is_cast`."""
+        """The dtype of what is computed in where `is_cast`."""
         return self.dtype if self.dtype != "float32" else AUTO_CAST_TYPES[self.auto_cast_type or "bf16"]
 
     @property
     def cast_type(self) -> str:
-        """`cast_dtype` in short."""
-        return next(short for short, dtype in AUTO_CAST_TYPES.items() if dtype == self.cast_dtype)
+        """What is computed in where `is_cast`, in short: one of AUTO_CAST_TYPES."""
+        if self.dtype == "float32":
+            return self.auto_cast_type or "bf16"
+        return next(short for short, dtype in AUTO_CAST_TYPES.items() if dtype == self.dtype)
 
     def check(self) -> None:
         """Raise one UsageError that lists everything wrong with these options."""
@@ -154,6 +192,8 @@ class ExportOptions:
         yield from self._choice_holes()
         yield from self._cast_holes()
         yield from self._backend_holes()
+        yield from self._also_holes()
+        yield from layout_holes(self)
         yield from self._quantization_holes()
         if not self.atol > 0:
             yield f"--atol must be above 0, not {self.atol}."
@@ -192,14 +232,25 @@ class ExportOptions:
 
     def _backend_holes(self) -> Iterator[str]:
         row = get_backend(self.backend)
-        for name in ("dtype", "auto_cast", "isa", "device"):
+        taken = row.takes.union(*(get_backend(name).takes for name in self.also))
+        for name in ("dtype", "auto_cast", "isa", "device", *NEURON_FLAGS):
             value = getattr(self, name)
-            if value != getattr(ExportOptions, name) and name not in row.takes:
+            if value != getattr(ExportOptions, name) and name not in taken:
                 others = ", ".join(each.name for each in BACKENDS.values() if name in each.takes) or "none"
-                yield (
-                    f"--{name.replace('_', '-')} {value} is not for --backend {row.name}: {row.because}. Backends that "
-                    f"take it: {others}."
-                )
+                given = NEURON_FLAGS.get(name) or f"--{name.replace('_', '-')} {value}"
+                yield f"{given} is not for --backend {row.name}: {row.because}. Backends that take it: {others}."
+        if row.name == "neuron":
+            yield from neuron_holes(self)
+        elif self.auto_cast_type == "tf32":
+            yield f"--auto-cast-type tf32 is for --backend neuron; with --backend {row.name} it is bf16 or fp16."
+
+    def _also_holes(self) -> Iterator[str]:
+        names = [self.backend, *self.also]
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+            yield f"--also {name} would compile for {name} a second time: give each backend once."
+        for name in dict.fromkeys(self.also):
+            if get_backend(name).name != self.backend:
+                yield from self.for_backend(name)._backend_holes()
 
     def _quantization_holes(self) -> Iterator[str]:
         if self.quantize_method not in (None, *METHODS):
@@ -238,5 +289,6 @@ _CHOICES: dict[str, Collection[object]] = {
     "device": DEVICES,
     "quantize": QUANTIZE,
     "kv_cache": KV_CACHES,
+    "layout": LAYOUTS,
     "group_size": GROUP_SIZES,
 }

@@ -17,17 +17,18 @@ from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
 from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, Graph, Shapes, Source, Variant
 
-from .backends import Compiled, ProgramCompiler
+from .backends import Compiled, NeedsTools, ProgramCompiler
 from .card import render_card
 from .cast import cast, cast_of
 from .decoder.kv_cache import cache_scales
 from .decoder.plan import DecoderPlan
+from .optimum_neuron import check_layout, in_layout, lay_out
 from .options import ExportOptions
 from .plan import Plan, make_plan
 from .quantize.choose import calibration_rows, quantize_model
 from .resolve import Checkpoint, resolve
 from .trace import trace
-from .validate import compare, in_words, make_reference, record
+from .validate import Reference, compare, in_words, make_reference, record, without_device
 
 __all__ = ["Report", "compiler_of", "export", "preview"]
 
@@ -57,13 +58,13 @@ def export(
         PrecastError: its subclasses say which step failed; `target` is then as it was.
     """
     options, target = options or ExportOptions(), Path(target)
-    if options.backend == "auto":
-        return _export_fastest(model, target, options, report=report, announce=announce)
+    if options.also or options.backend == "auto":
+        return _export_several(model, target, options, report=report, announce=announce)
     options.check()
-    compiler = compiler_of(options.backend)
+    compiler = _ready_compiler(options)
     check_target(target, force=options.force)
     with report("resolve"):
-        checkpoint = resolve(model, options)
+        checkpoint = in_layout(resolve(model, options), options)
     with report("plan"):
         plan = make_plan(checkpoint, options)
     announce(plan)
@@ -89,19 +90,19 @@ def export(
             if how := cast_of(options):
                 programs = cast(programs, how)
         contract = _draft(checkpoint, options, plan, [program.graph for program in programs], rounding)
+        check_layout(contract, checkpoint, options)
         with report("compile"):
             compiled = compiler.compile(programs, stage, options)
-            _write_companions(stage, tokenizer, loaded)
-            _write_rules(stage, checkpoint.processor_config)
+            _write_companions(stage, tokenizer, loaded, checkpoint.processor_config)
             config = _config(checkpoint, loaded)
         del loaded, programs
         gc.collect()
+        compiled = lay_out(compiled, contract, config, options, stage)
         contract = _complete(contract, compiled, {**plan.notes, **_cast_notes(options)}, stage)
         artifact = write_config(stage, config, contract)
         if reference is not None:
             with report("validate"):
-                words = in_words(artifact.contract.variants[0])
-                artifact = record(artifact, compare(stage, reference, options, words, artifact.contract.digest))
+                artifact = _validated(artifact, reference, options)
         with report("publish"):
             (stage / "README.md").write_text(render_card(artifact, checkpoint), "utf-8")
             publish(stage, target, force=options.force)
@@ -109,24 +110,41 @@ def export(
     return read_artifact(target)
 
 
-def _export_fastest(model: str, target: Path, options: ExportOptions, **told: Any) -> Artifact:
-    """`export` once with each backend, which that module calls in turn."""
+def _export_several(model: str, target: Path, options: ExportOptions, **told: Any) -> Artifact:
+    """`export` once with each backend, to keep the fastest or all of them; those modules call it in turn."""
+    from .also import export_with_others
     from .auto import export_fastest
 
-    return export_fastest(model, target, options, **told)
+    several = export_with_others if options.also else export_fastest
+    return several(model, target, options, **told)
+
+
+def _validated(artifact: Artifact, reference: Reference, options: ExportOptions) -> Artifact:
+    """The artifact with the verdict on it; skipped where what it was compiled for is not here. Raises AccuracyError."""
+    (variant,) = artifact.contract.variants
+    asked = (variant.name, reference, options, in_words(variant), artifact.contract.digest)
+    return record(artifact, variant.name, without_device(artifact) or compare(artifact.path, *asked))
 
 
 def preview(model: str, options: ExportOptions) -> Plan:
     """What `export` would compile, without reading weights. Raises PrecastError as `export` does."""
     options.check()
     compiler_of(options.backend)
-    return make_plan(resolve(model, options), options)
+    return make_plan(in_layout(resolve(model, options), options), options)
 
 
 def compiler_of(backend: str) -> ProgramCompiler:
     """What compiles for a backend. Raises UsageError where there is none of this name."""
     module, _, name = get_backend(backend).compiler.partition(":")
     compiler: ProgramCompiler = getattr(import_module(module), name)()
+    return compiler
+
+
+def _ready_compiler(options: ExportOptions) -> ProgramCompiler:
+    """The backend's compiler, with the tools that it needs at hand. Raises ExportError."""
+    compiler = compiler_of(options.backend)
+    if isinstance(compiler, NeedsTools):
+        compiler.check_tools(options)
     return compiler
 
 
@@ -208,8 +226,9 @@ def _config(checkpoint: Checkpoint, model: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.endswith("_name_or_path")}
 
 
-def _write_companions(stage: Path, tokenizer: Any | None, model: Any) -> None:
-    """Tokenizer and generation settings, in the forms that transformers writes."""
+def _write_companions(stage: Path, tokenizer: Any | None, model: Any, processor: dict[str, Any]) -> None:
+    """Tokenizer, generation settings and rules for images and sounds, in the forms that transformers writes."""
+    _write_rules(stage, processor)
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
     generation = getattr(model, "generation_config", None)

@@ -58,6 +58,8 @@ class Checkpoint:
     gguf_file: str | None
     revision: str | None
     trust_remote_code: bool
+    embeds_sentences: bool = True
+    """Whether a model of sentence-transformers answers with the vectors of its texts, too."""
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -288,7 +290,7 @@ class Checkpoint:
 
     def _attach_sentences(self, model: nn.Module, task: Task) -> None:
         """A sentence-transformers checkpoint's vectors are those of its texts."""
-        if task.name == "feature-extraction" and not self.gguf_file:
+        if self.embeds_sentences and task.name == "feature-extraction" and not self.gguf_file:
             attach_sentences(model, self.directory, self.name)
 
     def _check_complete(self, model: nn.Module, info: dict[str, Any], task: Task) -> None:

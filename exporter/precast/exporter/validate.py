@@ -23,7 +23,9 @@ from precast.runtime.artifact.schema import Accuracy, Graph, Variant
 from precast.runtime.artifact.store import write_atomically
 from precast.runtime.artifact.tasks import Task, get_task, kind_of_roles
 from precast.runtime.errors import AccuracyError, ExportError
+from precast.runtime.select import choose_variant, missing_device, this_machine
 
+from .encoder.sentences import OUTPUT as SENTENCES
 from .loss import CAST_ADVICE, QUANTIZED_ADVICE, check, divergence, floor_for, log_softmax, score
 from .options import ExportOptions
 from .questions import Question, make_questions, make_scored, write_questions
@@ -40,6 +42,7 @@ __all__ = [
     "make_reference",
     "record",
     "validate_again",
+    "without_device",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -83,19 +86,32 @@ def _on_disk(found: Answer, path: Path) -> Answer:
 
 
 def compare(
-    artifact: Path, reference: Reference, options: ExportOptions, loss: str | None, sha256: str | None = None
+    artifact: Path,
+    variant: str,
+    reference: Reference,
+    options: ExportOptions,
+    loss: str | None,
+    sha256: str | None = None,
 ) -> Accuracy:
-    """Ask the artifact at `artifact` and judge its answers. Raises AccuracyError with the figures if they differ.
+    """Ask a variant of the artifact at `artifact` and judge its answers. Raises AccuracyError with the figures if they
+    differ.
 
     `loss` says in words how it is less than float32; `sha256` is the artifact's digest where the caller built it and
     so trusts the code in it.
     """
-    answers = _ask(artifact, reference.questions, sha256)
+    answers = _ask(artifact, variant, reference.questions, sha256)
     if loss is None:
         return judge(reference, answers, options.atol)
     if any(question.kind == "score" for question in reference.questions):
         return judge_loss(reference, answers, options, loss)
     return judge_cast(reference, answers, options, loss)
+
+
+def without_device(artifact: Artifact) -> Accuracy | None:
+    """The verdict on an artifact just compiled for a device that is not here; None where it can be asked."""
+    reason = missing_device(artifact.contract.variants[0], this_machine(artifact.contract))
+    later = "precast validate compares it there"
+    return Accuracy(status="skipped", reason=f"no device: {reason}; {later}", figures={}) if reason else None
 
 
 def judge_loss(
@@ -130,9 +146,9 @@ def judge_loss(
     return Accuracy(status="passed", reason=f"compared with the eager fp32 model: {floor}", figures=figures)
 
 
-ROW_ERRORS = {"bfloat16": 0.045, "float16": 0.01}
+ROW_ERRORS = {"bf16": 0.045, "fp16": 0.01, "tf32": 0.01}
 """‖difference‖ / ‖row‖; 0.045 is a cosine of 0.999."""
-LARGEST_DIFFERENCES = {"bfloat16": 0.05, "float16": 0.01}
+LARGEST_DIFFERENCES = {"bf16": 0.05, "fp16": 0.01, "tf32": 0.01}
 """max|difference| / max|reference|."""
 
 
@@ -155,7 +171,7 @@ def judge_cast(
         **_agreement(measured),
         **(_count_greedy(greedy) if greedy else {}),
     }
-    bounds = ROW_ERRORS[options.cast_dtype], LARGEST_DIFFERENCES[options.cast_dtype]
+    bounds = ROW_ERRORS[options.cast_type], LARGEST_DIFFERENCES[options.cast_type]
     within = f"row error <= {bounds[0]:g}, difference <= {bounds[1]:g} of the largest value"
     if row_error <= bounds[0] and difference <= bounds[1]:
         return Accuracy(status="passed", reason=f"compared with the eager fp32 model: {within}", figures=figures)
@@ -258,17 +274,27 @@ def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: flo
     return Accuracy(status="passed", reason=f"compared with the eager model, atol {atol:g}", figures=figures)
 
 
-def record(artifact: Artifact, accuracy: Accuracy) -> Artifact:
-    """The artifact with a new verdict in its `config.json`."""
-    first = msgspec.structs.replace(artifact.contract.variants[0], accuracy=accuracy)
-    contract = msgspec.structs.replace(artifact.contract, variants=[first, *artifact.contract.variants[1:]])
+def record(artifact: Artifact, variant: str, accuracy: Accuracy) -> Artifact:
+    """The artifact with a new verdict on one of its variants in its `config.json`."""
+    variants = [
+        msgspec.structs.replace(each, accuracy=accuracy) if each.name == variant else each
+        for each in artifact.contract.variants
+    ]
+    contract = msgspec.structs.replace(artifact.contract, variants=variants)
     return write_config(artifact.path, artifact.config, contract)
 
 
 def validate_again(
-    path: Path, model: str, options: ExportOptions, *, keep: bool, sha256: str | None = None
+    path: Path,
+    model: str,
+    options: ExportOptions,
+    *,
+    keep: bool,
+    sha256: str | None = None,
+    variant: str | None = None,
 ) -> Accuracy:
-    """Compare an existing artifact with a checkpoint; with `keep` the verdict goes into its `config.json`.
+    """Compare a variant of an existing artifact, by default the first that runs here, with a checkpoint; with `keep`
+    the verdict goes into its `config.json`.
 
     Native code runs only with proof, as in `from_pretrained`; `sha256` is one.
 
@@ -276,16 +302,18 @@ def validate_again(
     """
     artifact = read_artifact(path)
     checkpoint = resolve(model, options)
-    variant = artifact.contract.variants[0]
-    task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in variant.graphs))
-    words, options = in_words(variant), _as_compiled(options, variant)
+    chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant, root=path)
+    task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in chosen.graphs))
+    words, options = in_words(chosen), _as_compiled(options, chosen)
+    made = {spec.name for graph in chosen.graphs for spec in graph.outputs}
+    checkpoint = replace(checkpoint, embeds_sentences=SENTENCES in made)
     loaded = checkpoint.load(task, "float32")
     is_scored = words is not None and task.kind == "decoder"
-    reference = make_reference(loaded, checkpoint, task, variant.graphs, is_scored=is_scored)
+    reference = make_reference(loaded, checkpoint, task, chosen.graphs, is_scored=is_scored)
     del loaded
-    accuracy = compare(path, reference, options, words, sha256)
+    accuracy = compare(path, chosen.name, reference, options, words, sha256)
     if keep:
-        _rewrite(artifact, accuracy)
+        _rewrite(artifact, chosen.name, accuracy)
     return accuracy
 
 
@@ -315,20 +343,20 @@ def _as_compiled(options: ExportOptions, variant: Variant) -> ExportOptions:
     return replace(options, dtype=variant.dtype, **told)  # type: ignore[arg-type]
 
 
-def _rewrite(artifact: Artifact, accuracy: Accuracy) -> None:
+def _rewrite(artifact: Artifact, variant: str, accuracy: Accuracy) -> None:
     """Replace config.json in one step, and vouch for the new digest."""
     with tempfile.TemporaryDirectory() as folder:
-        renewed = record(Artifact(Path(folder), artifact.config, artifact.contract), accuracy)
+        renewed = record(Artifact(Path(folder), artifact.config, artifact.contract), variant, accuracy)
         write_atomically(artifact.path / "config.json", (Path(folder) / "config.json").read_bytes(), 0o644)
     vouch(renewed.contract.digest)
 
 
-def _ask(artifact: Path, questions: list[Question], sha256: str | None) -> list[list[dict[str, Array]]]:
+def _ask(artifact: Path, variant: str, questions: list[Question], sha256: str | None) -> list[list[dict[str, Array]]]:
     """Run the probe in a fresh interpreter. Raises ExportError where it fails."""
     with tempfile.TemporaryDirectory(prefix="precast-") as folder:
         asked, answered = Path(folder) / "questions.json", Path(folder) / "answers.npz"
         write_questions(questions, asked)
-        command = [sys.executable, "-m", "precast.runtime.probe", str(artifact), str(asked), str(answered)]
+        command = [sys.executable, "-m", "precast.runtime.probe", str(artifact), str(asked), str(answered), variant]
         command += [sha256] if sha256 else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from .artifact.schema import Axis, Graph, Output
+from .engines import replicas_of
 from .errors import InputError
 from .loss import with_labels
 from .model import CompiledModel
@@ -62,7 +64,7 @@ class Encoder(CompiledModel):
         parts = [rows.part(specs, part) for part in self._slices(rows.sizes["batch"])]
         sizes = self._output_sizes(rows)
         with self._lock:
-            answers = [self._run(part, sizes) for part in parts]
+            answers = self._run_all(parts, sizes)
         outputs = {
             spec.name: like(next(iter(given.values())), self._joined([each[spec.name] for each in answers], spec, rows))
             for spec in self.variant.graphs[0].outputs
@@ -90,6 +92,14 @@ class Encoder(CompiledModel):
         if rows.ends.size:
             sizes["frames"] = self.frames(int(rows.ends.max()))
         return sizes
+
+    def _run_all(self, parts: Sequence[Rows], sizes: Mapping[Axis, int]) -> list[dict[str, Array]]:
+        """Every part's answer; as many at a time as the engine has replicas."""
+        width = min(replicas_of(self._engine), len(parts))
+        if width < 2:
+            return [self._run(part, sizes) for part in parts]
+        with ThreadPoolExecutor(width) as pool:
+            return list(pool.map(lambda part: self._run(part, sizes), parts))
 
     def _run(self, rows: Rows, sizes: Mapping[Axis, int]) -> dict[str, Array]:
         """Pad, run, and cut what was added. The results own their memory."""

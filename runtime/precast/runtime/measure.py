@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .artifact.schema import Dim, Graph
+from .artifact.schema import Graph
+from .blank import bind_blank
 from .decoder import CompiledModelForCausalLM
-from .engines import Engine, Step
+from .engines import Step
 from .errors import PrecastError
 from .model import CompiledModel
-from .tensors import storage
 
 __all__ = ["CALLS", "STEPS", "main", "measure"]
 
@@ -144,7 +144,7 @@ def _call(model: Any, rows: list[list[int]], clock: Clock) -> float:
 def _measure_graphs(model: Any, job: dict[str, Any], clock: Clock) -> tuple[float, Figures]:
     """Seconds of the first run of every graph, and percentiles of running them all, as `call`."""
     started = clock()
-    steps = [(_bind_blank(model._engine, graph), graph) for graph in model.variant.graphs]
+    steps = [(bind_blank(model._engine, graph, {}), graph) for graph in model.variant.graphs]
     for step, _ in steps:
         step()
     first = clock() - started
@@ -158,27 +158,6 @@ def _run_all(steps: list[tuple[Step, Graph]], clock: Clock) -> float:
         for _ in range(1 if graph.role == "encode" else STEPS):
             step()
     return clock() - started
-
-
-def _bind_blank(engine: Engine, graph: Graph) -> Step:
-    """A graph over inputs of nothing but padding, at the largest sizes; of a decoder one step, over empty caches."""
-    is_decoder = graph.role != "encode"
-    inputs = {
-        spec.name: np.full(_sizes(spec.shape, is_decoder), spec.pad, storage(spec.dtype)) for spec in graph.inputs
-    }
-    places = {layer.key_out: layer.key_in for layer in graph.cache}
-    places |= {layer.value_out: layer.value_in for layer in graph.cache}
-    outputs = {
-        spec.name: inputs[places[spec.name]]
-        if spec.name in places
-        else np.zeros(_sizes(spec.shape, is_decoder), storage(spec.dtype))
-        for spec in graph.outputs
-    }
-    return engine.bind(graph.name, inputs, outputs)
-
-
-def _sizes(shape: list[int | Dim], is_decoder: bool) -> list[int]:
-    return [size if isinstance(size, int) else size.min if is_decoder else size.max for size in shape]
 
 
 def _percentiles(name: str, seconds: Any) -> Figures:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -17,8 +19,10 @@ from .artifact.integrity import identity, require_trust, verify_files
 from .artifact.publish import copy_artifact
 from .artifact.schema import Variant
 from .artifact.tasks import get_task, kind_of_roles
+from .blank import bind_blank
 from .compat import Config, ForTransformers
-from .engines import Engine, Settings, open_engine
+from .engines import Engine, Settings, open_engine, replicas_of
+from .engines.cores import read_cores
 from .engines.providers import check_place, default_device
 from .errors import ArtifactError, InputError, UsageError
 from .progress import progress
@@ -67,6 +71,7 @@ class CompiledModel(ForTransformers):
         verify: bool = False,
         sha256: str | None = None,
         trust_native_code: bool = False,
+        cores: str | Sequence[int] | None = None,
         export: bool = False,
         **export_options: Any,
     ) -> Self:
@@ -91,6 +96,9 @@ class CompiledModel(ForTransformers):
             verify: hash every file anew, whatever was verified before.
             sha256: the artifact's digest as you know it; anything else is refused.
             trust_native_code: open native code from elsewhere.
+            cores: Neuron: the NeuronCores to use, as "0-3", counted among those that the process sees; by default the
+                first that the model needs. With more of them the model is opened several times: slices of a batch run
+                side by side, and `new_session()` goes to the next.
             export: `model` is a checkpoint; export it first, with `export_options` as for
                 `precast.exporter.export` (needs `pip install 'precast[export]'`).
 
@@ -112,7 +120,7 @@ class CompiledModel(ForTransformers):
         while True:
             before = identity(path / "config.json")
             try:
-                settings = Settings(threads, prepack, verify, provider=provider)
+                settings = Settings(threads, prepack, verify, provider=provider, cores=read_cores(cores))
                 opened = cls._open(path, settings, device, variant, sha256, trust_native_code)
             except ArtifactError:
                 if identity(path / "config.json") == before:
@@ -135,10 +143,12 @@ class CompiledModel(ForTransformers):
         artifact = read_artifact(path)
         check_place(device, settings.provider, [each.host.device for each in artifact.contract.variants])
         chosen = choose_variant(
-            artifact.contract, this_machine(artifact.contract), variant, device=device, provider=settings.provider
-        )
+            artifact.contract, this_machine(artifact.contract), variant, device=device, provider=settings.provider,
+            root=artifact.path,
+        )  # fmt: skip
         home = default_device(settings.provider) if settings.provider else chosen.host.device
         settings = replace(settings, device=device or home)
+        _check_cores(settings.cores, chosen)
         target = cls._class_for(artifact)
         verify_artifact(artifact, chosen, force=settings.verify)
         _check_trust(artifact, chosen, sha256, trust_native_code)
@@ -159,6 +169,17 @@ class CompiledModel(ForTransformers):
     def new_session(self) -> Self:
         """The same model with its own buffers and lock, for another thread. Weights are shared."""
         return type(self)(self.artifact, self.variant, self._engine)
+
+    def warm_up(self) -> float:
+        """Run every graph once, over nothing but padding, and return the seconds it took: graphs are opened when they
+        are first used, and on some devices loaded only then, so the first request is no slower afterwards."""
+        started = time.perf_counter()
+        with self._lock:
+            for _ in range(replicas_of(self._engine)):
+                caches: dict[str, Array] = {}
+                for graph in self.variant.graphs:
+                    bind_blank(self._engine, graph, caches)()
+        return time.perf_counter() - started
 
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:
         """Copy the artifact to a directory, all or nothing. Raises PublishError."""
@@ -215,6 +236,14 @@ def verify_artifact(artifact: Artifact, variant: Variant, *, force: bool = False
         verify_files(artifact.path, files, force=force, advance=advance)
 
 
+def _check_cores(cores: Sequence[int], variant: Variant) -> None:
+    if cores and variant.host.device != "neuron":
+        raise UsageError(
+            f"cores={','.join(map(str, cores))} are NeuronCores, and the variant {variant.name} runs on "
+            f"{variant.host.device}. Leave it out; threads= says how much of a CPU to use."
+        )
+
+
 def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust_native_code: bool) -> None:
     digest = artifact.contract.digest
     if sha256 is not None and sha256 != digest:
@@ -239,6 +268,8 @@ def _export(model: str | Path, **options: Any) -> Path:
     for name in ("sequence_length", "prefill_lengths", "audio_sequence_length", "image_size"):
         if isinstance(options.get(name), int):
             options[name] = (options[name],)
+    if isinstance(options.get("also"), str):
+        options["also"] = (options["also"],)
     asked = {name: value for name, value in options.items() if name != "token"}
     key = hashlib.sha256(repr((str(model), sorted(asked.items()))).encode()).hexdigest()[:16]
     target = home() / "exports" / f"{Path(model).name}-{key}"

@@ -1,4 +1,4 @@
-"""`python -m precast.runtime.probe ARTIFACT QUESTIONS ANSWERS [SHA256]`: answer a file of questions with an artifact.
+"""`python -m precast.runtime.probe ARTIFACT QUESTIONS ANSWERS VARIANT [SHA256]`: an artifact answers a file of questions.
 
 Validation runs this in a fresh process, so that what it judges is what a user will run: the artifact as it lies on
 disk, opened by the runtime, without the exporter's libraries.
@@ -24,12 +24,13 @@ from .seq2seq import EncoderDecoder
 __all__ = ["main"]
 
 
-def main(artifact: str, questions: str, answers: str, sha256: str | None = None) -> None:
+def main(artifact: str, questions: str, answers: str, variant: str, sha256: str | None = None) -> None:
     """Read questions (JSON, and tensors beside it), write answers (npz). Arrays are named `<question>/<row>/<name>`.
 
-    `sha256` pins the artifact's digest: whoever just built it can vouch for its native code that way.
+    `variant` is the compiled form that answers. `sha256` pins the artifact's digest: whoever just built it can vouch for
+    its native code that way.
     """
-    model = CompiledModel.from_pretrained(artifact, sha256=sha256)
+    model = CompiledModel.from_pretrained(artifact, variant=variant, sha256=sha256)
     found: dict[str, Any] = {}
     for index, question in enumerate(_read(Path(questions))):
         for row, outputs in enumerate(_ask(model, question)):

@@ -16,7 +16,7 @@ import numpy as np
 
 from .artifact import DECODER_INPUTS, ROWS
 from .artifact.schema import Dim, Graph, Input
-from .engines import Engine, Step
+from .engines import Engine, KeepsCaches, Step, move_rows
 from .tensors import storage
 
 __all__ = ["Session"]
@@ -127,8 +127,8 @@ class Session:
         for index in moved:
             self.tokens[index] = []
         live = max(map(len, held))
-        for cache in self._caches.values():
-            cache[list(moved), :, :live] = cache[list(moved.values()), :, :live]
+        move = self._engine.move_rows if isinstance(self._engine, KeepsCaches) else move_rows
+        move(self._caches, list(moved), list(moved.values()), live)
         for state in self._states.before.values():
             state[list(moved)] = state[list(moved.values())]
         for index, tokens in zip(moved, held, strict=True):

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
 from ..options import ExportOptions
-from ..trace import Program
 
-__all__ = ["Compiled", "ProgramCompiler"]
+if TYPE_CHECKING:
+    from ..trace import Program
+
+__all__ = ["Compiled", "NeedsTools", "ProgramCompiler"]
 
 
 @dataclass(frozen=True)
@@ -34,4 +36,13 @@ class ProgramCompiler(Protocol):
 
         Raises ExportError where a program cannot be compiled.
         """
+        ...
+
+
+@runtime_checkable
+class NeedsTools(Protocol):
+    """A compiler of programs that calls tools which may not be there: asked before any work starts."""
+
+    def check_tools(self, options: ExportOptions) -> None:
+        """Raise ExportError, with what to install, where something is missing."""
         ...

@@ -91,7 +91,9 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
     found = layout(model, task)
     if found.states:
         _check_one_by_one(options, model)
-    prefill = tuple(sorted(options.prefill_lengths)) or (_fixed_lengths(capacity) if found.is_tuples else ())
+    row = get_backend(options.backend)
+    is_fixed = found.is_tuples or (row.is_static and not found.states)
+    prefill = tuple(sorted(options.prefill_lengths)) or (_fixed_lengths(capacity) if is_fixed else ())
     cache = tuple(_cache_plan(layer.cached) for layer in found.layers if layer.cached)
     is_one_operator = fits_operator(model, found, [(layer.heads, layer.head_dim) for layer in cache])
     if not is_one_operator:
@@ -101,9 +103,7 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
         batch_size=batch,
         lengths=(capacity,),
         prefill_lengths=prefill,
-        graphs=_decoder_graphs(
-            batch, capacity, prefill, one_by_one=bool(found.states), apart=get_backend(options.backend).decodes_apart
-        ),
+        graphs=_decoder_graphs(batch, capacity, prefill, one_by_one=bool(found.states), apart=row.decodes_apart),
         cache=cache,
         cache_dtype=options.kv_cache,
         ordinary=None if is_one_operator else found,

@@ -34,6 +34,7 @@ class Grid:
         zeros: uint8 [N, G].
         offsets: float32 [N, G], or None for zero everywhere.
         columns: K; codes beyond it are padding.
+        stretch: float32 [K], what each column was multiplied by before it was put on the grid, or None for 1.
     """
 
     bits: int
@@ -42,6 +43,7 @@ class Grid:
     zeros: Tensor
     offsets: Tensor | None
     columns: int
+    stretch: Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -57,7 +59,8 @@ class Grid:
         values = (self.codes.float() - self.zeros.float()[..., None]) * self.scales[..., None]
         if self.offsets is not None:
             values = values + self.offsets[..., None]
-        return values.flatten(1)[:, : self.columns]
+        weight = values.flatten(1)[:, : self.columns]
+        return weight if self.stretch is None else weight / self.stretch
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:
@@ -77,7 +80,7 @@ def encode(groups: Tensor, scales: Tensor, zeros: Tensor, offsets: Tensor | None
 
 
 def stacked(parts: Sequence[Grid]) -> Grid:
-    """One grid of the rows of several."""
+    """One grid of the rows of several, whose columns were stretched alike."""
     first, has_offsets = parts[0], any(part.offsets is not None for part in parts)
     offsets = [torch.zeros_like(part.scales) if part.offsets is None else part.offsets for part in parts]
     return Grid(
@@ -87,6 +90,7 @@ def stacked(parts: Sequence[Grid]) -> Grid:
         torch.cat([part.zeros for part in parts]),
         torch.cat(offsets) if has_offsets else None,
         first.columns,
+        first.stretch,
     )
 
 

@@ -136,14 +136,17 @@ def _join(codes: Tensor, bits: int) -> Tensor:
 
 
 class Packed(nn.Module):
-    """A grid as buffers in the operators' layout. `extra` columns hold offsets; see `quantized_linear`."""
+    """A grid as buffers in the operators' layout. `extra` columns hold offsets; see `quantized_linear`. What columns
+    were stretched by is taken back by `balance` [K], which inputs are multiplied by, and rows that are looked up."""
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    balance: Tensor | None
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
+        self.register_buffer("balance", None if grid.stretch is None else 1 / grid.stretch)
         self.bits, self.group, self.columns, self.extra = grid.bits, grid.group, grid.columns, 0
         if grid.offsets is not None:
             self.extra, grid = grid.offsets.shape[1], _with_offsets(grid)
@@ -153,7 +156,7 @@ class Packed(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
+        """Bytes of codes, scales, zero points and balance."""
         return sum(buffer.nbytes for buffer in self.buffers(recurse=False))
 
 
@@ -202,6 +205,7 @@ class QuantizedLinear(nn.Module):
 
     def _times(self, x: Tensor, bias: Tensor | None) -> Tensor:
         it = self.packed
+        x = x if it.balance is None else x * it.balance.to(x.dtype)
         result: Tensor = quantized_linear(
             x, it.codes, it.scales, it.zeros, bias, it.bits, it.group, it.columns, it.extra
         )
@@ -223,4 +227,5 @@ class QuantizedEmbedding(nn.Module):
         """int64 [...] -> float32 [..., K]."""
         it = self.packed
         result: Tensor = quantized_embedding(ids, self.table, it.scales, it.zeros, it.bits, it.group)
-        return result if result.shape[-1] == it.columns else result[..., : it.columns]
+        result = result if result.shape[-1] == it.columns else result[..., : it.columns]
+        return result if it.balance is None else result * it.balance

@@ -1,14 +1,15 @@
 """How weights get onto a grid: one function and one row per method.
 
 A method takes a weight [N, K], the scheme it is to follow and, if it is calibrated, what `calibration.py` learned
-about the layer's inputs. `rtn` looks at each group's ends, `search` at the error that remains, `gptq` at the error
-that reaches the layer's outputs.
+about the layer's inputs. `rtn` looks at each group's ends, `search` at the error that remains, `gptq` and `awq` at the
+error that reaches the layer's outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -87,12 +88,28 @@ def gptq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
     return _joined(parts, scheme.bits, columns)
 
 
+def awq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
+    """Stretch the columns that matter before they are rounded, and shrink their inputs by as much (Lin et al. 2023, AWQ:
+    Activation-aware Weight Quantization).
+
+    Of several ways to stretch, the one whose error E [N, K] reaches the outputs least: the trace of E `hessian` Eᵀ. A
+    layer that no calibration token reached is rounded to nearest.
+    """
+    if hessian is None or not hessian.any():
+        return round_to_nearest(weight, scheme)
+    sample = weight[:: -(-weight.numel() // SAMPLED)].float()
+    candidates = _stretches(sample, hessian)
+    best = min(candidates, key=lambda stretch: _lost(sample, _rounded(sample, stretch, scheme), hessian))
+    return _rounded(weight, best, scheme)
+
+
 METHODS = {
     each.name: each
     for each in (
         Method("rtn", round_to_nearest, is_calibrated=False),
         Method("search", search, is_calibrated=False),
         Method("gptq", gptq, is_calibrated=True),
+        Method("awq", awq, is_calibrated=True),
     )
 }
 
@@ -196,3 +213,34 @@ def _joined(parts: list[Grid], bits: int, columns: int) -> Grid:
     )
     offsets = [part.offsets for part in parts if part.offsets is not None]
     return Grid(bits, codes, scales, zeros, torch.cat(offsets, 1) if offsets else None, columns)
+
+
+# ---------------------------------------------------------------- awq
+
+STRENGTHS = (0.0, 0.15, 0.3, 0.45, 0.6)
+"""How much a column's inputs, and how much its largest weight, say about its stretch."""
+SAMPLED = 2**17
+"""Weights that a stretch is chosen by."""
+LEAST = 1e-4
+"""Of the largest column, what the smallest counts for."""
+
+
+def _stretches(weight: Tensor, hessian: Tensor) -> Iterator[Tensor]:
+    """[K] each: wide where inputs are large, narrow where weights are, with a geometric mean of 1."""
+    inputs, weights = _bounded(hessian.diagonal().sqrt()), _bounded(weight.abs().amax(0))
+    for one, other in product(STRENGTHS, STRENGTHS):
+        stretch = inputs**one / weights**other
+        yield stretch / stretch.log().mean().exp()
+
+
+def _bounded(sizes: Tensor) -> Tensor:
+    return sizes.clamp(min=max(float(sizes.max()) * LEAST, torch.finfo(torch.float32).tiny))
+
+
+def _rounded(weight: Tensor, stretch: Tensor, scheme: Scheme) -> Grid:
+    return replace(round_to_nearest(weight * stretch, scheme), stretch=stretch)
+
+
+def _lost(weight: Tensor, grid: Grid, hessian: Tensor) -> float:
+    error = grid.dequantize() - weight
+    return float(((error @ hessian) * error).sum())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
@@ -95,7 +96,7 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
         lengths=lengths,
         graphs=(
             *(GraphPlan(_name(lengths, length), "encode", 1, length) for length in lengths),
-            GraphPlan("decoder", "decoder", batch, Dim(min=1, max=capacity)),
+            _decoder(batch, capacity, is_static=get_backend(options.backend).is_static),
         ),
         capacity=capacity,
         source=source,
@@ -106,6 +107,13 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
             CrossPlan(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in found[0][1]
         ),
     )
+
+
+def _decoder(batch: int, capacity: int, *, is_static: bool) -> GraphPlan:
+    """Any number of tokens at a time, or one: an answer begins with a few at most."""
+    if is_static:
+        return GraphPlan("decode", "decode", batch, 1)
+    return GraphPlan("decoder", "decoder", batch, Dim(min=1, max=capacity))
 
 
 def _name(lengths: tuple[int, ...], length: int) -> str:

@@ -131,19 +131,22 @@ def _trace_encoder(model: nn.Module, plan: Seq2SeqPlan, graph: GraphPlan, positi
 
 def _trace_decoder(model: nn.Module, plan: Seq2SeqPlan, graph: GraphPlan) -> Program:
     program = _Decoder(model, plan).eval()
-    free = torch.export.Dim("length", min=1, max=plan.capacity)
-    asked = torch.export.Dim("positions", min=1, max=plan.capacity)
     context, own = _context_inputs(plan, graph.batch), 2 * len(plan.cache)
-    shapes = ({1: free}, None, None, {1: asked}, [None] * len(context), [None] * own)
+    shapes: tuple[Any, ...] | None = None
+    if isinstance(graph.length, Dim):
+        free = torch.export.Dim("length", min=1, max=plan.capacity)
+        asked = torch.export.Dim("positions", min=1, max=plan.capacity)
+        shapes = ({1: free}, None, None, {1: asked}, [None] * len(context), [None] * own)
     with adapted(model):
-        exported = export_program(program, _decoder_example(plan, graph.batch, context), shapes)
+        exported = export_program(program, _decoder_example(plan, graph, context), shapes)
     output = next(node for node in exported.graph.nodes if node.op == "output")
     vocabulary = int(output.args[0][0].meta["val"].shape[-1])
     return Program(_decoder_graph(plan, graph, context, vocabulary), exported)
 
 
-def _decoder_example(plan: Seq2SeqPlan, batch: int, context: list[Input]) -> tuple[Any, ...]:
-    length, positions = min(8, plan.capacity), min(3, plan.capacity)
+def _decoder_example(plan: Seq2SeqPlan, graph: GraphPlan, context: list[Input]) -> tuple[Any, ...]:
+    is_free, batch = isinstance(graph.length, Dim), graph.batch
+    length, positions = (min(8, plan.capacity), min(3, plan.capacity)) if is_free else (1, 1)
     caches = [torch.zeros(batch, layer.heads, plan.capacity, layer.head_dim) for layer in plan.cache for _ in range(2)]
     return (
         torch.ones(batch, length, dtype=torch.int64),
@@ -178,7 +181,7 @@ def _sizes(shape: list[int | Dim]) -> list[int]:
 
 def _decoder_graph(plan: Seq2SeqPlan, graph: GraphPlan, context: list[Input], vocabulary: int) -> Graph:
     batch, length = graph.batch, graph.length
-    positions = Dim(min=1, max=plan.capacity)
+    positions: int | Dim = Dim(min=1, max=plan.capacity) if isinstance(length, Dim) else 1
     cache = [_cache_layer(plan, index) for index in range(len(plan.cache))]
     shapes: dict[str, list[int | Dim]] = {
         name: [batch, layer.heads, plan.capacity, layer.head_dim]
@@ -187,7 +190,7 @@ def _decoder_graph(plan: Seq2SeqPlan, graph: GraphPlan, context: list[Input], vo
     }
     return Graph(
         name=graph.name,
-        role="decoder",
+        role=graph.role,
         file="pending",
         batch=batch,
         length=length,

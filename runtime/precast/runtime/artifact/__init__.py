@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ..errors import ArtifactError, FormatError
-from . import strict_json
+from . import optimum_neuron, strict_json
 from .schema import FORMAT_VERSION, Contract, File, Graph, Input, State, Variant
 
 __all__ = ["UNLISTED", "Artifact", "contract_digest", "is_artifact", "read_artifact", "render_config"]
@@ -42,7 +42,8 @@ class Artifact:
 
 
 def read_artifact(path: str | Path) -> Artifact:
-    """Parse `path/config.json` and check it against the contract, without touching any other file.
+    """Parse `path/config.json` and check it against the contract, without touching any other file. What optimum-neuron
+    compiled is read as if it were ours; its files, which it does not list, are hashed.
 
     Raises ArtifactError where there is no artifact, FormatError where it breaks the contract.
     """
@@ -50,6 +51,8 @@ def read_artifact(path: str | Path) -> Artifact:
     data = _read_config(path)
     config = strict_json.loads(data, str(path / "config.json"))
     if KEY not in config:
+        if contract := optimum_neuron.imported(config, path):
+            return _as_ours(contract, config, path)
         raise ArtifactError(
             f"{path} is not a precast artifact: its config.json has no {KEY!r} key. "
             f"To make one from this checkpoint: precast export {path} -o OUT"
@@ -57,6 +60,14 @@ def read_artifact(path: str | Path) -> Artifact:
     contract = _parse(config.pop(KEY), path)
     _check(contract, config, path)
     return Artifact(path, config, contract)
+
+
+def _as_ours(contract: Contract, config: dict[str, Any], path: Path) -> Artifact:
+    """What was made of another's words is held to the same rules as what is in a file of ours."""
+    parsed = _parse(msgspec.to_builtins(contract), path)
+    sealed = msgspec.structs.replace(parsed, digest=contract_digest(config, parsed))
+    _check(sealed, config, path)
+    return Artifact(path, config, sealed)
 
 
 def is_artifact(path: Path) -> bool:

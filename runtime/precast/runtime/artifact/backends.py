@@ -22,7 +22,8 @@ class Backend:
     export options that its compiler reads besides those of every export ("dtype", "auto_cast", "isa", "device");
     `because` says, after a colon, why it takes no others. With `decodes_apart` a decoder has a graph of its own for one
     new token per row, which is compiled otherwise than a prompt. With `scales_rows` weights of 8 bits have one scale
-    per row unless groups are asked for.
+    per row unless groups are asked for. With `is_static` every dimension is fixed. With `casts_itself` its compiler
+    does what auto_cast asks for, and the program stays as it was traced.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Backend:
     because: str = "it does not read that option"
     decodes_apart: bool = False
     scales_rows: bool = False
+    is_static: bool = False
+    casts_itself: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
@@ -61,6 +64,29 @@ BACKENDS: dict[str, Backend] = {
         takes=frozenset({"dtype", "auto_cast"}),
         because="its graphs are portable and run on the CPU, by torch, which picks instructions when it runs",
         decodes_apart=True,
+    ),
+    "neuron": Backend(
+        "neuron",
+        "native",
+        "precast.exporter.backends.neuron:NeuronCompiler",
+        "precast.runtime.engines.neuron:NeuronEngine",
+        takes=frozenset(
+            {
+                "dtype",
+                "auto_cast",
+                "instance_type",
+                "strategy",
+                "tensor_parallel",
+                "inline_weights",
+                "optlevel",
+                "compiler_args",
+                "compiler_workdir",
+            }
+        ),
+        because="it compiles for the Neuron devices that --instance-type names",
+        decodes_apart=True,
+        is_static=True,
+        casts_itself=True,
     ),
 }
 

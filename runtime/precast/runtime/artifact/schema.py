@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 __all__ = [
     "FORMAT_VERSION",
+    "PATH_PATTERN",
     "Accuracy",
     "CacheLayer",
     "Compiler",
@@ -37,8 +38,8 @@ Bytes = Annotated[int, Meta(ge=0, le=2**50)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-_PATH = r"^[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*\Z"
-Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=_PATH)]
+PATH_PATTERN = r"^[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*\Z"
+Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=PATH_PATTERN)]
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
 Axis = Literal["batch", "texts", "length", "positions", "choices", "samples", "frames"]
 Role = Literal["encode", "prefill", "decode", "decoder", "verify"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..artifact import Artifact
 from ..artifact.backends import get_backend
 from ..artifact.schema import Variant
 
-__all__ = ["Arrays", "Engine", "Settings", "Step", "open_engine"]
+__all__ = ["Arrays", "Engine", "KeepsCaches", "Settings", "Step", "move_rows", "open_engine", "replicas_of"]
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Step = Callable[[], None]
@@ -29,6 +29,7 @@ class Settings:
         verify: nothing that was verified before counts.
         device: where to run; an engine whose graphs were compiled for one device is only given that.
         provider: which of ONNX Runtime's providers is to run the graphs; None lets the device decide.
+        cores: which NeuronCores to use, of those that this process sees; none lets the engine decide.
     """
 
     threads: int = 0
@@ -36,6 +37,7 @@ class Settings:
     verify: bool = False
     device: str = "cpu"
     provider: str | None = None
+    cores: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -54,6 +56,27 @@ class Engine(Protocol):
         ArtifactError where the file cannot be opened.
         """
         ...
+
+
+@runtime_checkable
+class KeepsCaches(Protocol):
+    """An engine that keeps caches elsewhere than in the arrays that it was given."""
+
+    def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
+        """In every cache [B, H, C, D] let row `to[i]` hold what row `parents[i]` held, as far as the position `live`.
+        `caches` are the arrays that graphs were bound to, by any names."""
+        ...
+
+
+def move_rows(caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
+    """See KeepsCaches: for caches that lie in their arrays."""
+    for cache in caches.values():
+        cache[list(to), :, :live] = cache[list(parents), :, :live]
+
+
+def replicas_of(engine: Engine) -> int:
+    """How many steps an engine runs at a time: one, unless it says otherwise."""
+    return int(getattr(engine, "replicas", 1))
 
 
 def open_engine(artifact: Artifact, variant: Variant, settings: Settings) -> Engine:

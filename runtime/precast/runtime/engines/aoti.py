@@ -1,13 +1,14 @@
 """Native code of AOTInductor: a library per graph, opened as it lies there, and one mapping of the weights for all.
 
 No compiler, no archive, no temporary copy: PyTorch's own runner takes the path of a library, and is told where in
-memory the weights are. Compiled code checks none of its inputs, so that is done here, when they are bound.
+memory the weights are. Compiled code checks none of its inputs, so that is done here, when they are bound. Code for a
+GPU is given the GPU's copies of weights and inputs.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from ..artifact.machine import usable_cores
 from ..artifact.schema import Graph, Variant
 from ..errors import ArtifactError, FormatError, IntegrityError
 from ..weights import open_weights, weight_of
-from . import Arrays, Settings, Step
+from . import Arrays, Settings, Step, move_rows
+from .device import Device
+from .gpu import Gpu
 from .memory import bound_tensors
 
 __all__ = ["AotiEngine"]
@@ -38,10 +41,19 @@ class AotiEngine:
         self._opened: dict[str, Any] = {}
         self._weights: Mapping[str, torch.Tensor] | None = None
         self._threads = settings.threads or usable_cores()
+        self._device = Device(Gpu()) if variant.host.device == "cuda" else None
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
-        return _Bound(self._runner(graph), self._graphs[graph], inputs, outputs, self._threads)
+        runner, described = self._runner(graph), self._graphs[graph]
+        if self._device is not None:
+            return self._device.bind(runner.run, described, inputs, outputs)
+        return _Bound(runner, described, inputs, outputs, self._threads)
+
+    def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
+        """See KeepsCaches."""
+        move = move_rows if self._device is None else self._device.move_rows
+        move(caches, to, parents, live)
 
     def _runner(self, name: str) -> Any:
         with self._lock:
@@ -57,10 +69,15 @@ class AotiEngine:
         except OSError as error:
             raise IntegrityError(f"{error.filename} cannot be read: {error.strerror}.") from None
         self._check_unchanged(path)
-        runner = _load(path)
+        if self._device is None:
+            runner = _load(path, _on_cpu)
+        else:
+            with self._device.turn():
+                runner = _load(path, self._device.place.open)
         self._check_unchanged(path)
         if self._weight_paths:
-            _give_weights(runner, self._weights, name, path)
+            copied = self._device.weight if self._device else None
+            _give_weights(runner, self._weights, name, path, copied)
         return runner
 
     def _check_unchanged(self, path: Path) -> None:
@@ -70,14 +87,18 @@ class AotiEngine:
                 raise IntegrityError(f"{each} was replaced after it was verified. Open the artifact again.")
 
 
-def _load(path: Path) -> Any:
+def _on_cpu(path: Path) -> Any:
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+
+
+def _load(path: Path, opened: Callable[[Path], Any]) -> Any:
     """The library's runner. Raises ArtifactError where it is none, or one for another PyTorch."""
     with path.open("rb") as file:
         if file.read(4) != b"\x7fELF":
             raise FormatError(f"{path} is no shared library. Export or download the artifact again.")
     try:
-        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
-    except RuntimeError as error:
+        return opened(path)
+    except (RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ArtifactError(
             f"PyTorch {torch.__version__} cannot open {path}: {reason} It may have been compiled for another release: "
@@ -85,8 +106,14 @@ def _load(path: Path) -> Any:
         ) from error
 
 
-def _give_weights(runner: Any, weights: Mapping[str, torch.Tensor], graph: str, path: Path) -> None:
-    """Tell the library where its weights are; it copies none."""
+def _give_weights(
+    runner: Any,
+    weights: Mapping[str, torch.Tensor],
+    graph: str,
+    path: Path,
+    copied: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> None:
+    """Tell the library where its weights are, or where they were `copied` to; it copies none."""
     names: dict[str, str] = runner.get_constant_names_to_original_fqns()
     dtypes: dict[str, int] = runner.get_constant_names_to_dtypes()
     found = {}
@@ -96,7 +123,7 @@ def _give_weights(runner: Any, weights: Mapping[str, torch.Tensor], graph: str, 
             raise FormatError(f"{path} needs the weight {name}, which the artifact's weight files lack.")
         if dtypes.get(inner, _NUMBERS[tensor.dtype]) != _NUMBERS[tensor.dtype]:
             raise FormatError(f"{path} needs the weight {name} in another dtype than {tensor.dtype}.")
-        found[inner] = tensor
+        found[inner] = copied(tensor) if copied else tensor
     if found:
         runner.update_constant_buffer(found, False, True, True)
 

@@ -12,7 +12,7 @@ from ..errors import ArtifactError
 from ..tensors import storage
 from . import Arrays
 
-__all__ = ["bound_tensors"]
+__all__ = ["bound_tensor", "bound_tensors"]
 
 
 def bound_tensors(graph: Graph, inputs: Arrays, outputs: Arrays) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -27,11 +27,12 @@ def bound_tensors(graph: Graph, inputs: Arrays, outputs: Arrays) -> tuple[list[t
     for name_out, name_in in into.items():
         same = outputs[name_out].ctypes.data == inputs[name_in].ctypes.data
         assert same, f"{name_out} and {name_in} are to be one array: the cache is updated in place"
-    given = [_tensor(spec, inputs[spec.name]) for spec in graph.inputs]
-    return given, [_tensor(spec, outputs[spec.name]) for spec in graph.outputs if spec.name not in into]
+    given = [bound_tensor(spec, inputs[spec.name]) for spec in graph.inputs]
+    return given, [bound_tensor(spec, outputs[spec.name]) for spec in graph.outputs if spec.name not in into]
 
 
-def _tensor(spec: Input | Output, array: np.ndarray[Any, Any]) -> torch.Tensor:
+def bound_tensor(spec: Input | Output, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The tensor of an array. Raises ArtifactError where it is not what `spec` says."""
     dtype = storage(spec.dtype)
     is_good = str(array.dtype) == dtype and array.ndim == len(spec.shape) and array.flags.c_contiguous
     if not is_good or not all(map(_fits, array.shape, spec.shape)):

@@ -17,8 +17,9 @@ from .. import Compiled
 from ..native.lowering import lower
 from ..native.weights import save_weights
 from . import frozen
+from .gpu import check_gpu, facts, moved
 from .isa import flags_of
-from .library import FORMS, build, workspace
+from .library import FORMS, build, check_compiler, workspace
 
 __all__ = ["AotiCompiler"]
 
@@ -26,19 +27,30 @@ WEIGHTS = "model.safetensors"
 
 
 class AotiCompiler:
-    """`torch.export` programs lowered to ATen, compiled by AOTInductor and the host's C++ compiler."""
+    """`torch.export` programs lowered to ATen, compiled by AOTInductor and the host's C++ compiler; for a GPU their
+    kernels by Triton."""
+
+    def check_tools(self, options: ExportOptions) -> None:
+        """See NeedsTools."""
+        check_compiler()
+        if options.device == "cuda":
+            check_gpu()
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler. Raises ExportError where there is no compiler, or where it fails."""
         lowered = [lower(program, FORMS) for program in programs]
-        is_frozen, graphs = frozen.pays(lowered, options), []
-        with workspace():
-            for each in lowered:
-                file = f"{each.graph.name}.so"
-                build(each.exported, stage / file, options.isa, frozen.FROZEN if is_frozen else {})
-                graphs.append(replace(each.graph, file=file))
+        is_frozen, is_here = frozen.pays(lowered, options), options.device == "cpu"
+        more, graphs = frozen.FROZEN if is_frozen else {}, []
         if not is_frozen:
+            # While all graphs hold the same weights, in the host's memory.
             save_weights(lowered, stage / WEIGHTS)
+        with workspace():
+            while lowered:
+                each = lowered.pop(0)
+                exported = each.exported if is_here else moved(each.exported, options.device)
+                file = f"{each.graph.name}.so"
+                build(exported, stage / file, options.isa, options.device, more)
+                graphs.append(replace(each.graph, file=file))
         return Compiled(
             graphs=graphs,
             weights=[] if is_frozen else [WEIGHTS],
@@ -51,7 +63,7 @@ class AotiCompiler:
             compiler=Compiler(
                 name="aotinductor",
                 version=_release("torch"),
-                options={"isa": options.isa, "frozen": is_frozen},
+                options={"isa": options.isa, "frozen": is_frozen, **({} if is_here else facts())},
                 torch=_release("torch"),
                 transformers=version("transformers"),
             ),

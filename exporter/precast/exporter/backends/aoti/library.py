@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,14 +18,17 @@ from typing import Any
 import torch
 import torch._inductor
 from torch._inductor import cpp_builder
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from precast.runtime.errors import ExportError
 
 from ..native.lowering import Forms
 from ..native.settled import settled
+from .gpu import KERNELS_INSIDE, check_whole
 from .isa import options_of
+from .kernels import cut
 
-__all__ = ["FORMS", "build", "workspace"]
+__all__ = ["FORMS", "build", "check_compiler", "workspace"]
 
 FORMS = Forms(settle=settled, sums=True, product=torch.bfloat16, functional=False)
 """One token: sums that inductor fuses. More: matrices, in bfloat16 where weights are codes."""
@@ -34,25 +37,39 @@ _OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",
-    # As many threads as the caller says at run time.
+    # Nothing for debuggers.
+    "aot_inductor.enable_line_tables": False,
+    "aot_inductor.enable_frame_pointer": False,
+}
+_KERNELS_IN_CPP: dict[str, Any] = {
+    # As many threads as the caller says at run time; a loop too short for two is one's alone.
     "cpp.dynamic_threads": True,
+    "cpp.threads": 2,
+    # A concatenation is computed where it is read.
+    "force_pointwise_cat": True,
     # One rounding for a product and a sum instead of two; it is also what the kernels of other backends do.
     "cpp.enable_floating_point_contract_flag": "fast",
 }
 
 
 def build(
-    exported: torch.export.ExportedProgram, target: Path, isa: str, more: Mapping[str, Any] = MappingProxyType({})
+    exported: torch.export.ExportedProgram,
+    target: Path,
+    isa: str,
+    device: str = "cpu",
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Compile a program to the library `target`, which will need the program's weights unless inductor's options in
-    `more` say otherwise. Raises ExportError."""
+    """Compile a program, whose weights are on `device`, to the library `target`, which will need the program's weights
+    unless inductor's options in `more` say otherwise. Raises ExportError."""
+    kernels = _KERNELS_IN_CPP if device == "cpu" else KERNELS_INSIDE
     with _quiet():
         try:
-            files = _compile(exported, {**_OPTIONS, **options_of(isa), **more})
+            files = _compile(exported, {**_OPTIONS, **kernels, **options_of(isa), **more}, device)
         except Exception as error:
             # Inductor and the compiler that it calls fail in many ways.
             raise ExportError(f"AOTInductor cannot compile this model. {_first_line(error)}") from error
     _check_weights(exported, files)
+    check_whole(files)
     library = next(Path(file) for file in files if isinstance(file, str) and file.endswith(".so"))
     folders = [os.environ[_FOLDER], os.path.dirname(torch.__file__)]
     target.write_bytes(_without_paths(library.read_bytes(), folders))
@@ -65,8 +82,9 @@ _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 def workspace() -> Iterator[None]:
     """Where inductor keeps its files meanwhile: a folder that goes away again, or the one that the user set. Raises
     ExportError where there is no compiler."""
-    _check_compiler()
-    if _FOLDER in os.environ:
+    check_compiler()
+    # Inductor itself puts its default there.
+    if os.environ.get(_FOLDER, default_cache_dir()) != default_cache_dir():
         yield
         return
     with tempfile.TemporaryDirectory(prefix="precast-") as folder:
@@ -77,9 +95,9 @@ def workspace() -> Iterator[None]:
             del os.environ[_FOLDER]
 
 
-def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any]) -> list[Any]:
+def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], device: str) -> list[Any]:
     arguments, keywords = exported.example_inputs
-    with torch.no_grad():
+    with torch.no_grad(), cut() if device == "cpu" else nullcontext():
         files: Any = torch._inductor.aot_compile(
             exported.module(check_guards=False), arguments, keywords, options=options
         )
@@ -96,7 +114,8 @@ def _check_weights(exported: torch.export.ExportedProgram, files: list[Any]) -> 
             )
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
+    """Raise ExportError, with what to install, where there is no C++ compiler."""
     try:
         cpp_builder.get_cpp_compiler()
     except Exception as error:

@@ -28,10 +28,12 @@ class Step:
     Attributes:
         rows: int64 [n], 0, 1, …
         settle: marks what a compiler is to compute once and not inside every loop that reads it.
+        multiplies: products of matrices for one token per row, too, rather than products and sums.
     """
 
     rows: Tensor
     settle: Callable[[Tensor], Tensor]
+    multiplies: bool = False
 
     def __post_init__(self) -> None:
         self._masks: dict[tuple[str, int], Tensor] = {}
@@ -83,12 +85,12 @@ def cached_attention(
     length, count = q.shape[2], step.rows.shape[0]
     q = step.settle(q)
     _write(k_cache, step.settle(_rounded(k, k_scales)), past, new)
-    _write(v_cache, step.settle(_rounded(v, v_scales)), past, new)
+    _write(v_cache, _rounded(v, v_scales), past, new)
     keys, values = _restored(k_cache[:, :, :count], k_scales), _restored(v_cache[:, :, :count], v_scales)
     seen = step.visible(past, length, mask, window)
     added = _added(step, past, length, slopes, bias)
-    if isinstance(length, int) and length == 1:
-        return _one_query(q, keys, values, seen, scale, softcap, added, sinks)
+    if isinstance(length, int) and length == 1 and not step.multiplies:
+        return _one_query(q, keys, values, seen, scale, softcap, added, sinks, step.settle)
     if softcap or sinks is not None:
         return _written_out(q, keys, values, seen, scale, softcap, added, sinks)
     return _at_once(q, keys, values, seen, scale, added)
@@ -131,7 +133,7 @@ def _added(step: Step, past: Tensor, length: int, slopes: Tensor | None, bias: T
 
 def _one_query(
     q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, softcap: float,
-    added: Tensor | None, sinks: Tensor | None,
+    added: Tensor | None, sinks: Tensor | None, settle: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
     """One new token per row: products and sums that read each cache row once for all heads that share it."""
     batch, heads, _, width = q.shape
@@ -141,9 +143,23 @@ def _one_query(
     scores = _each(group, lambda g: (queries[:, :, g] * keys.float()).sum(-1)).reshape(batch, heads, -1) * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     scores = scores if added is None else scores + added[:, :, 0]
-    weights = _softmax(scores.masked_fill(~seen, LOWEST), sinks).view(batch, shared, group, -1, 1)
-    output = _each(group, lambda g: (weights[:, :, g] * values.float()).sum(-2))
+    shares, total = _shares(scores.masked_fill(~seen, LOWEST), sinks)
+    shares = settle(shares).view(batch, shared, group, -1, 1)
+    output = _each(group, lambda g: (shares[:, :, g] * values.float()).sum(-2)) / total.view(batch, shared, group, 1)
     return output.to(q.dtype).view(batch, heads, 1, values.shape[-1])
+
+
+def _shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A softmax of [B, H, n] before its division, and what to divide by, [B, H, 1]: a sum over rows is divided once,
+    its rows would each be."""
+    highest = scores.amax(-1, keepdim=True)
+    if sinks is None:
+        shares = (scores - highest).exp()
+        return shares, shares.sum(-1, keepdim=True)
+    sinks = sinks.float()[None, :, None]
+    highest = highest.maximum(sinks)
+    shares = (scores - highest).exp()
+    return shares, shares.sum(-1, keepdim=True) + (sinks - highest).exp()
 
 
 def _each(count: int, of: Callable[[int | slice], Tensor]) -> Tensor:

@@ -6,7 +6,6 @@ What was traced is run once more, node by node, with our own operators replaced 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,39 +21,15 @@ from ...quantize import linear as grids
 from ...trace import Program, export_program, functional
 from . import linear
 from .attention import Step, cached_attention, cross_attention
+from .forms import Forms, Lowered
 
 __all__ = ["Forms", "Lowered", "lower"]
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A program that returns `graph.outputs` without the caches, which it changes in place, and `graph` as it is."""
-
-    graph: Graph
-    exported: torch.export.ExportedProgram
-
-
-@dataclass(frozen=True)
-class Forms:
-    """How a backend wants things written.
-
-    Attributes:
-        settle: marks what is to be computed once and not inside every loop that reads it.
-        sums: linear layers of few rows as products and sums rather than as products of matrices.
-        product: the dtype of products of matrices with codes.
-        functional: see `precast.exporter.trace.functional`; a compiler that does that itself goes without.
-    """
-
-    settle: Callable[[Tensor], Tensor] = lambda x: x
-    sums: bool = False
-    product: torch.dtype = torch.float32
-    functional: bool = True
 
 
 def lower(program: Program, forms: Forms) -> Lowered:
     """Replace our operators and update caches in place. Raises ExportError."""
     attends = _uses(program.exported, torch.ops.precast.cached_attention.default)
-    graph = _with_rows(program.graph) if attends else program.graph
+    graph = _with_rows(program.graph) if attends and not forms.whole else program.graph
     if not attends and not graph.cache and not _ours(program.exported):
         return Lowered(graph, _finished(program.exported, forms))
     module = _Replayed(program, graph, forms)
@@ -95,8 +70,8 @@ def _longer(spec: Any, caches: set[str]) -> Any:
     return replace(spec, shape=[batch, heads, capacity + 1, width])
 
 
-_TYPICAL = {"input_ids": 8, "logit_positions": 3, ROWS: 64}
-"""Sizes of free dimensions to trace with, no two alike."""
+_TYPICAL = {"input_ids": 8, "logit_positions": 3, ROWS: 512}
+"""Sizes of free dimensions to trace with, no two alike. They are also what a compiler takes for usual."""
 
 
 def _example(graph: Graph) -> tuple[Tensor, ...]:
@@ -141,8 +116,8 @@ class _Replayed(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip((spec.name for spec in self.graph.inputs), inputs, strict=True))
-        rows = given.pop(ROWS, None)
-        step = Step(rows, self.forms.settle) if rows is not None else None
+        rows = torch.arange(self.graph.capacity) if self.forms.whole else given.pop(ROWS, None)
+        step = Step(rows, self.forms.settle, self.forms.whole) if rows is not None else None
         weights = [self.get_parameter_or_buffer(name) for name, _ in self.lifted]
         results = _Replacing(self.traced[0], self.forms, step).run(*weights, *given.values())
         outputs = dict(zip((spec.name for spec in self.graph.outputs), results, strict=True))
@@ -195,7 +170,7 @@ class _Replacing(fx.Interpreter):
 
 
 def _attention(run: _Replacing, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
-    assert run.step is not None, "a program with cached attention has the input rows"
+    assert run.step is not None, "a program with cached attention knows which rows to look at"
     return cached_attention(run.step, q, k, v, k_cache, v_cache, *rest), k_cache, v_cache
 
 

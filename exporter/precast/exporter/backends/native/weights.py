@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind
 from precast.runtime.artifact.schema import Graph
 from precast.runtime.errors import ExportError
 
-__all__ = ["save_weights"]
+__all__ = ["save_tensors", "save_weights", "share"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
@@ -50,17 +50,23 @@ def save_weights(programs: Sequence[_Lowered], path: Path) -> list[str]:
     A tensor's name is its full name in the program, or `graph:name` where graphs hold different tensors under one
     name. Memory that several tensors share is stored once. The same weights give the same bytes.
     """
-    tensors = _by_name(programs)
+    return save_tensors(share({program.graph.name: dict(_used(program.exported)) for program in programs}), path)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> list[str]:
+    """Write these tensors under their names, as `save_weights` does, and return the names."""
     regions = sorted(_regions(tensors), key=lambda region: region.place)
     _write(regions, path)
     return sorted(tensors)
 
 
-def _by_name(programs: Sequence[_Lowered]) -> dict[str, torch.Tensor]:
+def share(held_by: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors that graphs hold, by graph and name: under its name alone where all hold the same, else each as
+    `graph:name`."""
     held: dict[str, dict[str, torch.Tensor]] = {}
-    for program in programs:
-        for name, tensor in _used(program.exported):
-            held.setdefault(name, {})[program.graph.name] = tensor
+    for graph, tensors in held_by.items():
+        for name, tensor in tensors.items():
+            held.setdefault(name, {})[graph] = tensor
     found: dict[str, torch.Tensor] = {}
     for name, by_graph in held.items():
         first, *others = by_graph.values()
@@ -113,7 +119,7 @@ class _Region:
         return not is_whole, 0 if is_whole else -self.flat.element_size(), self.name
 
 
-def _regions(tensors: dict[str, torch.Tensor]) -> Iterator[_Region]:
+def _regions(tensors: Mapping[str, torch.Tensor]) -> Iterator[_Region]:
     """The tensors by the memory that they lie in, overlapping ones together."""
     spans = sorted((*_span(tensor), name) for name, tensor in tensors.items())
     group: list[tuple[Any, int, int, str]] = []
@@ -135,7 +141,7 @@ def _span(tensor: torch.Tensor) -> tuple[Any, int, int]:
     return (str(tensor.dtype), tensor.untyped_storage().data_ptr()), begin, begin + reach + 1
 
 
-def _region(group: Iterable[tuple[Any, int, int, str]], tensors: dict[str, torch.Tensor]) -> _Region:
+def _region(group: Iterable[tuple[Any, int, int, str]], tensors: Mapping[str, torch.Tensor]) -> _Region:
     group = sorted(group, key=lambda span: span[3])
     begin, end = min(span[1] for span in group), max(span[2] for span in group)
     views = {

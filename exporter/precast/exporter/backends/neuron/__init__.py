@@ -1,0 +1,139 @@
+"""The `neuron` backend: graphs for AWS Inferentia and Trainium, compiled by neuronx-cc, on any machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from msgspec.structs import replace
+
+from precast.runtime.artifact.schema import Compiler, Graph, Host
+from precast.runtime.errors import UsageError
+
+from ...neuron_options import chosen_strategy
+from ...options import ExportOptions
+from .. import Compiled
+from ..native.forms import Lowered
+from ..native.weights import save_tensors
+from .compiling import compile_job, sdk_versions
+from .flags import flags_of
+from .program import NEURON_FORMS, body_of
+from .strategies import STRATEGIES, Item, Job
+
+if TYPE_CHECKING:
+    from ...trace import Program
+
+__all__ = ["NeuronCompiler"]
+
+WEIGHTS = "model.safetensors"
+
+
+class NeuronCompiler:
+    """Programs lowered to ATen, traced and compiled by the Neuron SDK in child processes."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, str] = {}
+
+    def check_tools(self, options: ExportOptions) -> None:
+        """See NeedsTools."""
+        self._versions = sdk_versions(chosen_strategy(options), str(options.instance_type))
+
+    def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
+        """See ProgramCompiler."""
+        # It needs all of the exporter, which the child process, of this package too, does without.
+        from ..native.lowering import lower
+
+        if not self._versions:
+            self.check_tools(options)
+        strategy = STRATEGIES[chosen_strategy(options)]
+        lowered = {program.graph.name: lower(program, NEURON_FORMS) for program in programs}
+        if not options.inline_weights:
+            bodies = [body_of(each) for each in lowered.values()]
+            save_tensors(strategy.weights(bodies, options.tensor_parallel), stage / WEIGHTS)
+        files = strategy.files([each.graph for each in lowered.values()])
+        for file, graphs in files.items():
+            _compile([lowered[graph.name] for graph in graphs], stage / file, options)
+        return Compiled(
+            graphs=[replace(graph, file=file) for file, graphs in files.items() for graph in graphs],
+            weights=[] if options.inline_weights else [WEIGHTS],
+            host=_host(self._versions),
+            compiler=Compiler(
+                name="neuronx-cc",
+                version=self._versions["neuronx-cc"],
+                options=_record(options, [each.graph for each in lowered.values()]),
+                torch=_release("torch"),
+                transformers=version("transformers"),
+            ),
+        )
+
+
+def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None:
+    """Write one file. Programs reach the child process as files, which go away again."""
+    with tempfile.TemporaryDirectory(prefix="precast-") as folder, _workdir(options) as workdir:
+        items = []
+        for each in lowered:
+            program = Path(folder) / f"{each.graph.name}.pt2"
+            torch.export.save(each.exported, program)
+            items.append(Item(graph=each.graph, program=str(program)))
+        job = Job(
+            strategy=chosen_strategy(options),
+            items=items,
+            file=str(file),
+            arguments=flags_of(options, [each.graph for each in lowered]),
+            cores=options.tensor_parallel,
+            inline_weights=options.inline_weights,
+            workdir=str(workdir),
+        )
+        compile_job(job, Path(folder), str(options.instance_type))
+
+
+@contextmanager
+def _workdir(options: ExportOptions) -> Iterator[Path]:
+    """Where neuronx-cc leaves its files: the user's folder, or one that goes away again. Raises UsageError."""
+    if options.compiler_workdir is None:
+        with tempfile.TemporaryDirectory(prefix="precast-neuronx-cc-") as folder:
+            yield Path(folder)
+        return
+    try:
+        options.compiler_workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--compiler-workdir {options.compiler_workdir} cannot be made: {error.strerror}.") from None
+    yield options.compiler_workdir
+
+
+def _host(versions: dict[str, str]) -> Host:
+    """What runs the files: the SDK that made them, or a later one."""
+    needed = {name: _minor(found) for name, found in versions.items() if name != "neuronx-cc"}
+    return Host(
+        platforms=["linux-x86_64"],
+        device="neuron",
+        isa=[],
+        min_versions={"torch": _minor(_release("torch")), **needed},
+    )
+
+
+def _record(options: ExportOptions, graphs: list[Graph]) -> dict[str, str | int | float | bool]:
+    """What it was compiled for, and with what: what the runtime checks, and what repeats the export."""
+    return {
+        "instance_type": str(options.instance_type),
+        "strategy": chosen_strategy(options),
+        "cores": options.tensor_parallel,
+        "inline_weights": options.inline_weights,
+        "dynamic_batch_size": options.dynamic_batch_size,
+        "optlevel": options.optlevel or 2,
+        "arguments": " ".join(flags_of(options, graphs)),
+    }
+
+
+def _release(name: str) -> str:
+    return version(name).split("+", maxsplit=1)[0]
+
+
+def _minor(found: str) -> str:
+    """The first two numbers of a version."""
+    return ".".join(found.split(".")[:2])

@@ -1,0 +1,18 @@
+"""AWS's Neuron SDK: what it consists of, and how to get it. Nothing of it is imported here."""
+
+from __future__ import annotations
+
+__all__ = ["INDEX", "INSTALL", "without_sdk"]
+
+INDEX = "https://pip.repos.neuron.amazonaws.com"
+"""Where AWS publishes the SDK. On PyPI its names are taken by placeholders that raise when they are imported."""
+INSTALL = f"pip install --extra-index-url {INDEX} 'torch-neuronx>=2.5' 'neuronx-cc>=2.15'"
+"""The floors are above the placeholders' versions, which are 1.x."""
+
+
+def without_sdk(module: str, reason: str) -> str:
+    """What to say where `module` of the SDK cannot be imported, `reason` being what was raised."""
+    is_placeholder = "WRONG PACKAGE" in reason
+    why = "what is installed is PyPI's placeholder, which cannot be used" if is_placeholder else reason
+    more = " 'neuronx-distributed>=0.9'" if module == "neuronx_distributed" else ""
+    return f"AWS's Neuron SDK is needed, and {module} cannot be imported: {why}. Install it with: {INSTALL}{more}"

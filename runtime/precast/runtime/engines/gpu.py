@@ -1,0 +1,66 @@
+"""A GPU as a place where native code runs: PyTorch's runner for it, a stream of its own, and CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .device import Compute
+
+__all__ = ["Gpu"]
+
+
+class Gpu:
+    """The GPU that is PyTorch's current one: see Place."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        # Kernels can be recorded on any stream but the default one. One for all, so that they run in order.
+        self._stream = torch.cuda.Stream(self.device)
+        # Recorded runs never overlap, so all use the same memory for what they need in between.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._is_refused = False
+
+    def open(self, path: Path) -> Any:
+        """See Place."""
+        # The last argument is `run_single_threaded`: otherwise the library asks events of its own whether the last run
+        # is through, which must not be asked of a recorded one. Those who run it here take turns anyway.
+        runner: Any = torch._C._aoti.AOTIModelContainerRunnerCuda
+        return runner(str(path), 1, str(self.device), "", True)
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """See Place."""
+        return torch.cuda.stream(self._stream)
+
+    def record(self, compute: Compute) -> Compute:
+        """See Place. A RuntimeWarning says, once, where that cannot be done."""
+        if self._is_refused:
+            return compute
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may allocate meanwhile, which only the strictest mode forbids.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                found = compute()
+        except RuntimeError as error:
+            self._refuse(error)
+            return compute
+
+        def replay() -> list[torch.Tensor]:
+            graph.replay()
+            return found
+
+        return replay
+
+    def _refuse(self, error: RuntimeError) -> None:
+        self._is_refused = True
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"This GPU cannot record the model's kernels as a CUDA graph, so each is started on its own: answers are "
+            f"the same, and come later. {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )

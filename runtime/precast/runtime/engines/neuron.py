@@ -1,0 +1,402 @@
+"""Graphs for AWS Neuron: TorchScript with compiled code in it, opened on the NeuronCores that were asked for.
+
+Inputs and outputs are copied at every step; caches stay on the device, where a graph changes them in place. They are
+copied only where that cannot be helped: from the graph that read a prompt to the one that goes on from it, when
+`torch_neuronx.trace` made them, since each has caches of its own then; and when sessions take turns.
+
+Opening follows the Neuron documentation, frameworks/torch/torch-neuronx/api-reference-guide/inference: a file is put on
+a core as it is loaded (core placement), weights that lie beside it are put in (replace_weights) and moved there
+(move_trace_to_device), and caches are the parameters of the loaded module (the T5 tutorial writes to them).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..artifact import Artifact
+from ..artifact.integrity import identity
+from ..artifact.neuron_sdk import without_sdk
+from ..artifact.schema import Graph, Input, Variant
+from ..errors import ArtifactError, FormatError, HostError, IntegrityError, UsageError
+from ..neuron_host import neuron_host
+from ..weights import open_weights
+from . import Arrays, Settings, Step, move_rows
+from .memory import bound_tensor, bound_tensors
+
+__all__ = ["NeuronEngine"]
+
+
+class NeuronEngine:
+    """The graphs of a variant, once for each group of cores. A file is opened when a graph of it is first bound."""
+
+    def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
+        self._graphs = {graph.name: graph for graph in variant.graphs}
+        groups = _groups(settings.cores, _width(variant))
+        files = _Files(artifact, variant)
+        kind = _Built if variant.compiler.options.get("strategy") == "model-builder" else _Traced
+        if kind is _Built and groups != [tuple(range(_width(variant)))]:
+            raise UsageError(
+                f"cores={','.join(map(str, settings.cores))}: a model of --strategy model-builder takes the first "
+                f"{_width(variant)} cores that its process sees. Leave cores out, and choose them by the environment "
+                f"variable NEURON_RT_VISIBLE_CORES, for example NEURON_RT_VISIBLE_CORES=2-3."
+            )
+        self._replicas = [kind(files, group) for group in groups]
+        # Of each graph, and of sessions, the next one's is the next replica.
+        self._turns = {name: itertools.cycle(self._replicas) for name in ["", *self._graphs]}
+        self._held: dict[int, _Held] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def replicas(self) -> int:
+        """How many steps run at a time."""
+        return len(self._replicas)
+
+    def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
+        """See Engine."""
+        described = self._graphs[graph]
+        given, targets = bound_tensors(described, inputs, outputs)
+        names = _cache_names(described)
+        named = dict(zip((spec.name for spec in described.inputs), given, strict=True))
+        with self._lock:
+            held = self._hold(described, inputs) if names else None
+            replica = held.replica if held else next(self._turns[graph])
+        opened = replica.open(described)
+        return _Bound(opened, replica.lock, [named[name] for name in named if name not in names], targets, named, held)
+
+    def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
+        """See KeepsCaches. It is done on the host; from there the next step brings them back."""
+        with self._lock:
+            held = self._held.get(_address(next(iter(caches.values()))))
+        if held is not None:
+            with held.replica.lock:
+                held.fetch()
+        move_rows(caches, to, parents, live)
+
+    def _hold(self, graph: Graph, inputs: Arrays) -> _Held:
+        """What is known of these caches; their owner is known by where they lie."""
+        specs = {spec.name: spec for spec in graph.inputs}
+        arrays = {name: inputs[name] for name in _cache_names(graph)}
+        first = next(iter(arrays.values()))
+        if _address(first) not in self._held:
+            replica = next(self._turns[""])
+            self._held[_address(first)] = _Held([(specs[name], each) for name, each in arrays.items()], replica)
+            weakref.finalize(first, self._held.pop, _address(first), None)
+        return self._held[_address(first)]
+
+
+def _width(variant: Variant) -> int:
+    """How many cores a graph runs on."""
+    return int(variant.compiler.options.get("cores", 1))
+
+
+def _groups(cores: Sequence[int], width: int) -> list[tuple[int, ...]]:
+    """The cores of each replica, by default of one. Raises UsageError, HostError."""
+    cores = tuple(cores) or tuple(range(width))
+    if len(cores) % width:
+        raise UsageError(f"This model runs on {width} NeuronCores at a time, of which {len(cores)} is no multiple.")
+    host = neuron_host()
+    if host is not None and max(cores) >= host.cores:
+        raise HostError(
+            f"There is no NeuronCore {max(cores)}: this process sees {host.cores}, counted from 0 "
+            f"(NEURON_RT_VISIBLE_CORES says which)."
+        )
+    return [tuple(cores[start : start + width]) for start in range(0, len(cores), width)]
+
+
+def _cache_names(graph: Graph) -> list[str]:
+    return [name for layer in graph.cache for name in (layer.key_in, layer.value_in)]
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return int(array.ctypes.data)
+
+
+class _Files:
+    """The verified files of a variant: opened only if they are still those."""
+
+    def __init__(self, artifact: Artifact, variant: Variant) -> None:
+        self._paths = {graph.name: artifact.path / graph.file for graph in variant.graphs}
+        self._weight_paths = [artifact.path / name for name in variant.weights]
+        self._verified = {path: identity(path) for path in [*self._paths.values(), *self._weight_paths]}
+        self.inlined = bool(variant.compiler.options.get("inline_weights", False))
+
+    def path(self, graph: str) -> Path:
+        """The graph's file. Raises IntegrityError where any was replaced since it was verified."""
+        path = self._paths[graph]
+        for each in (path, *self._weight_paths):
+            if identity(each) != self._verified[each]:
+                raise IntegrityError(f"{each} was replaced after it was verified. Open the artifact again.")
+        return path
+
+    def weights(self) -> dict[str, Tensor]:
+        """What lies beside the graphs, mapped into memory."""
+        try:
+            return open_weights(self._weight_paths)
+        except OSError as error:
+            raise IntegrityError(f"{error.filename} cannot be read: {error.strerror}.") from None
+
+
+def _sdk(module: str) -> Any:
+    """A module of the SDK. Raises HostError where it cannot be imported."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise HostError(without_sdk(module, str(error))) from error
+
+
+class _Place(Protocol):
+    """Caches on the device. `holder` is whose they are now."""
+
+    holder: _Held | None
+
+    def read(self) -> Sequence[Tensor]: ...
+
+    def write(self, values: Sequence[Tensor]) -> None: ...
+
+
+class _Opened(Protocol):
+    """A graph that can be run, and where its caches are, if it has any."""
+
+    graph: Graph
+    place: _Place | None
+
+    def run(self, given: Sequence[Tensor]) -> Any: ...
+
+
+class _Replica(Protocol):
+    """The graphs on one group of cores; whoever runs one holds the lock."""
+
+    lock: threading.Lock
+
+    def open(self, graph: Graph) -> _Opened: ...
+
+
+class _Traced:
+    """A file per graph, each with weights and caches of its own on the device."""
+
+    def __init__(self, files: _Files, cores: Sequence[int]) -> None:
+        self.lock = threading.Lock()
+        self._files, self._core = files, cores[0]
+        self._opened: dict[str, _Module] = {}
+
+    def open(self, graph: Graph) -> _Opened:
+        with self.lock:
+            if graph.name not in self._opened:
+                self._opened[graph.name] = self._load(graph)
+            return self._opened[graph.name]
+
+    def _load(self, graph: Graph) -> _Module:
+        sdk, path = _sdk("torch_neuronx"), self._files.path(graph.name)
+        try:
+            with _loading(), sdk.neuron_cores_context(start_nc=self._core, nc_count=1):
+                module = torch.jit.load(str(path))
+            own = {name.partition(":")[2]: each for name, each in self._own(graph.name)}
+            if own:
+                sdk.replace_weights(module, own)
+            if not self._files.inlined:
+                sdk.move_trace_to_device(module, self._core)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise _unopened(path, error) from error
+        return _Module(graph, module, path)
+
+    def _own(self, graph: str) -> Iterator[tuple[str, Tensor]]:
+        return (item for item in self._files.weights().items() if item[0].startswith(f"{graph}:"))
+
+
+_PLACING = threading.Lock()
+"""Where a file is loaded is a setting of the process, not of the thread."""
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    with _PLACING, warnings.catch_warnings():
+        # PyTorch gives TorchScript up, which is what the SDK writes.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+class _Module:
+    """What torch_neuronx.trace made of a graph, loaded; its caches are parameters, in the order of the layers."""
+
+    def __init__(self, graph: Graph, module: Any, path: Path) -> None:
+        self.graph, self.run_module, self.holder = graph, module, None
+        self.place: _Place | None = self if graph.cache else None
+        shapes = {spec.name: spec.shape for spec in graph.inputs}
+        wanted = [shapes[name] for name in _cache_names(graph)]
+        self._caches = [each for name, each in module.named_parameters() if not name.startswith("weights.")]
+        if graph.cache and [list(each.shape) for each in self._caches] != wanted:
+            found = [list(each.shape) for each in self._caches[:2]]
+            raise FormatError(f"{path} holds other caches than the artifact says: {len(self._caches)} of {found}.")
+
+    holder: _Held | None
+
+    def run(self, given: Sequence[Tensor]) -> Any:
+        return self.run_module(*given)
+
+    def read(self) -> Sequence[Tensor]:
+        return self._caches
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for cache, value in zip(self._caches, values, strict=True):
+                cache.copy_(value)
+
+
+class _Built:
+    """One file for all graphs, over one set of weights and caches, spread over the first cores."""
+
+    def __init__(self, files: _Files, cores: Sequence[int]) -> None:
+        self.lock = threading.Lock()
+        self._files, self._cores = files, cores
+        self._place: _Buffers | None = None
+
+    def open(self, graph: Graph) -> _Opened:
+        with self.lock:
+            if self._place is None:
+                self._place = _Buffers(self._load(graph), graph, len(self._cores))
+            return _Routed(graph, self._place)
+
+    def _load(self, graph: Graph) -> Any:
+        _sdk("torch_neuronx")
+        path = self._files.path(graph.name)
+        weights = self._files.weights()
+        try:
+            with _loading():
+                model = _sdk("neuronx_distributed").NxDModel.load(str(path))
+            model.set_weights([_share_of(weights, rank, len(self._cores)) for rank in range(len(self._cores))])
+            model.to_neuron()
+        except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+            raise _unopened(path, error) from error
+        return model
+
+
+def _share_of(weights: Mapping[str, Tensor], rank: int, cores: int) -> dict[str, Tensor]:
+    """The weights of one core: what is spread is so by rows."""
+    return {name: each.chunk(cores)[rank] if name.startswith("sharded.") else each for name, each in weights.items()}
+
+
+class _Buffers:
+    """The caches of an NxDModel: the same on every core."""
+
+    def __init__(self, model: Any, graph: Graph, cores: int) -> None:
+        self.model, self.holder, self._cores = model, None, cores
+        self._names = [f"cache_{index}" for index in range(len(_cache_names(graph)))]
+
+    holder: _Held | None
+
+    def read(self) -> Sequence[Tensor]:
+        return [self.model.read_from_neuron_buffer(name, 0) for name in self._names]
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        for name, value in zip(self._names, values, strict=True):
+            for rank in range(self._cores):
+                self.model.write_to_neuron_buffer(value, name, rank)
+
+
+class _Routed:
+    """One graph of an NxDModel, which picks it by the shapes that it is given."""
+
+    def __init__(self, graph: Graph, buffers: _Buffers) -> None:
+        self.graph, self._buffers = graph, buffers
+        self.place: _Place | None = buffers if graph.cache else None
+
+    def run(self, given: Sequence[Tensor]) -> Any:
+        return self._buffers.model(*given)
+
+
+class _Held:
+    """A session's caches: arrays on the host, and where on the device their newest values are, if anywhere."""
+
+    def __init__(self, arrays: Sequence[tuple[Input, np.ndarray[Any, Any]]], replica: _Replica) -> None:
+        # Not to keep alive what the session has let go of.
+        self._arrays = [(spec, weakref.ref(array)) for spec, array in arrays]
+        self.replica = replica
+        self._place: _Place | None = None
+
+    def bring(self, place: _Place, *, is_needed: bool) -> None:
+        """Have the caches at `place`; what they hold comes along if it is needed."""
+        if place is self._place:
+            return
+        if place.holder is not None:
+            place.holder.fetch()
+        if is_needed:
+            place.write(self._place.read() if self._place else self._on_host())
+        if self._place:
+            self._place.holder = None
+        self._place, place.holder = place, self
+
+    def fetch(self) -> None:
+        """Have the caches on the host, where their owner is still there."""
+        place, self._place = self._place, None
+        if place is None:
+            return
+        place.holder = None
+        for target, value in zip(self._on_host(), place.read(), strict=False):
+            target.copy_(value)
+
+    def _on_host(self) -> list[Tensor]:
+        pairs = [(spec, array()) for spec, array in self._arrays]
+        return [bound_tensor(spec, array) for spec, array in pairs if array is not None]
+
+
+class _Bound:
+    """A graph tied to arrays."""
+
+    def __init__(
+        self,
+        opened: _Opened,
+        lock: threading.Lock,
+        given: list[Tensor],
+        targets: list[Tensor],
+        named: Mapping[str, Tensor],
+        held: _Held | None,
+    ) -> None:
+        self._opened, self._lock, self._given, self._targets, self._held = opened, lock, given, targets, held
+        self._past = named.get("past_lengths")
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._held is not None and self._opened.place is not None:
+                # Without a past nothing that the caches hold is looked at.
+                has_past = self._past is None or bool(self._past.any())
+                self._held.bring(self._opened.place, is_needed=has_past)
+            for target, value in zip(self._targets, self._results(), strict=True):
+                target.copy_(value)
+
+    def _results(self) -> list[Tensor]:
+        graph = self._opened.graph
+        try:
+            found = self._opened.run(self._given)
+        except RuntimeError as error:
+            raise ArtifactError(f"The graph {graph.name} failed on the Neuron device. {_last_line(error)}") from error
+        values = [found] if isinstance(found, Tensor) else list(found.values() if isinstance(found, dict) else found)
+        shapes = [list(value.shape) for value in values]
+        wanted = [list(target.shape) for target in self._targets]
+        if shapes != wanted:
+            raise ArtifactError(f"The graph {graph.name} gave outputs {shapes}; the artifact says {wanted}.")
+        return values
+
+
+def _unopened(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{path} cannot be opened on a Neuron device: {_last_line(error)} `precast inspect {path.parent}` says what it "
+        f"was compiled for and what is here."
+    )
+
+
+def _last_line(error: Exception) -> str:
+    """Of what the runtime says, which ends with the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[-1].rstrip('.')}." if lines else f"{type(error).__name__}."

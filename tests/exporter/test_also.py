@@ -1,0 +1,183 @@
+"""`--also`: several backends' variants in one artifact, and the loader that takes what the host has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace as replace_options
+
+import numpy as np
+import oracle
+import pytest
+import toy_backend
+from click.testing import CliRunner
+from msgspec.structs import replace
+
+from precast.cli.export import command as export_command
+from precast.exporter import ExportOptions, export, validate_again
+from precast.exporter.also import _joined
+from precast.exporter.validate import record
+from precast.runtime import CompiledModel, CompiledModelForCausalLM, select
+from precast.runtime.artifact import read_artifact
+from precast.runtime.artifact.publish import copy_artifact
+from precast.runtime.artifact.schema import Accuracy, Host
+from precast.runtime.errors import AccuracyError, HostError, UsageError
+
+ROW = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+SIZES = {"batch_size": 1, "sequence_length": (24,)}
+
+
+@pytest.fixture(scope="module")
+def both(checkpoint, tmp_path_factory):
+    """A Llama for torch, and for ONNX Runtime where there is none."""
+    path = tmp_path_factory.mktemp("also") / "out"
+    return export(str(checkpoint("llama")), path, ExportOptions(backend="export", also=("onnx",), **SIZES))
+
+
+def test_each_variant_has_its_files_and_its_verdict(both):
+    first, second = both.contract.variants
+    assert (first.name, second.name) == ("export", "onnx")
+    assert [first.accuracy.status, second.accuracy.status] == ["passed", "passed"]
+    assert first.weights == ["model.safetensors"]
+    assert all(name.startswith("onnx/") for name in [*second.weights, *(graph.file for graph in second.graphs)])
+    assert {path.name for path in both.path.iterdir() if path.is_dir()} == {"onnx"}
+    assert (
+        "and, where that does not run | onnx, float32 (onnx): accuracy passed" in (both.path / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("variant", [None, "export", "onnx"])
+def test_every_variant_answers_as_eager_does(checkpoint, both, variant):
+    model = CompiledModelForCausalLM.from_pretrained(both.path, variant=variant)
+    assert model.variant.name == (variant or "export")
+    found = model.generate(np.array([ROW]), max_new_tokens=8, do_sample=False)[0, len(ROW) :].tolist()
+    assert found == oracle.greedy(checkpoint("llama"), ROW, max_new_tokens=8)
+
+
+def test_the_loader_takes_what_the_host_has(both, monkeypatch):
+    found = {"onnxruntime": "1.31", "torch": None}
+    monkeypatch.setattr(select, "installed_version", lambda name: found[name])
+    assert CompiledModel.from_pretrained(both.path).variant.name == "onnx"
+    found["onnxruntime"] = None
+    with pytest.raises(HostError, match=r"export: torch is not installed .*; onnx: onnxruntime is not installed"):
+        CompiledModel.from_pretrained(both.path)
+
+
+def test_the_same_weights_lie_there_once(checkpoint, tmp_path):
+    """Here of two exports by one backend, whose weights are equal byte by byte."""
+    source = str(checkpoint("llama"))
+    one = export(source, tmp_path / "one", ExportOptions(backend="export", **SIZES))
+    other = export(source, tmp_path / "other", ExportOptions(backend="export", **SIZES))
+    named = replace(other.contract, variants=[replace(other.contract.variants[0], name="second")])
+    joined = _joined(one, type(other)(other.path, other.config, named))
+    assert joined.contract.variants[1].weights == ["model.safetensors"]
+    assert [name for name in joined.contract.files if name.endswith(".safetensors")] == ["model.safetensors"]
+    model = CompiledModelForCausalLM.from_pretrained(one.path, variant="second")
+    assert np.abs(model(np.array([ROW])).logits[0] - oracle.logits(checkpoint("llama"), ROW)).max() < 1e-4
+
+
+def test_each_is_given_what_it_takes(checkpoint):
+    asked = ExportOptions(
+        backend="aoti", also=("onnx",), isa="avx2", auto_cast="matmul", auto_cast_type="bf16", **SIZES
+    )
+    asked.check()
+    plain = asked.for_backend("onnx")
+    assert (plain.backend, plain.isa, plain.auto_cast, plain.auto_cast_type) == ("onnx", "native", "none", None)
+    assert (plain.also, plain.sequence_length) == ((), (24,))
+    bounded = replace_options(asked, max_kl=0.01, accept_loss=True)
+    bounded.check()
+    bounded.for_backend("onnx").check()
+    assert bounded.for_backend("aoti").max_kl == 0.01
+    mine = asked.for_backend("aoti")
+    assert (mine.isa, mine.auto_cast, mine.auto_cast_type) == ("avx2", "matmul", "bf16")
+    reverse = ExportOptions(backend="onnx", also=("aoti",), isa="avx2", **SIZES)
+    reverse.check()
+    assert reverse.for_backend("onnx").isa == "native"
+    assert reverse.for_backend("aoti").isa == "avx2"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"also": ("onnx",)}, "--also onnx would compile for onnx a second time"),
+        ({"also": ("export", "export")}, "--also export would compile for export a second time"),
+        ({"also": ("tpu",)}, "There is no backend 'tpu'"),
+        ({"also": ("export",), "isa": "avx2"}, "--isa avx2 is not for --backend onnx"),
+        ({"backend": "auto", "also": ("onnx",)}, "--backend auto keeps one backend's files, and --also adds another's"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(checkpoint, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        export(str(checkpoint("llama")), tmp_path / "out", ExportOptions(**SIZES, **options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_if_one_fails_nothing_is_written(checkpoint, tmp_path, toy, monkeypatch):
+    step = toy_backend.ToyEngine.bind
+
+    def wrong(self, graph, inputs, outputs):
+        run = step(self, graph, inputs, outputs)
+        return lambda: (run(), outputs["logits"].fill(1))
+
+    monkeypatch.setattr("precast.exporter.validate._ask", _asked_here)
+    monkeypatch.setattr(toy_backend.ToyEngine, "bind", wrong)
+    with pytest.raises(AccuracyError):
+        export(str(checkpoint("llama")), tmp_path / "sub/out", ExportOptions(also=("toy",), **SIZES))
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+def _asked_here(path, variant, questions, sha256):
+    """What the probe does, in this process, where the backend is patched."""
+    from precast.runtime import probe
+
+    model = CompiledModel.from_pretrained(path, variant=variant, sha256=sha256)
+    return [list(probe._ask(model, vars(question))) for question in questions]
+
+
+def test_without_its_device_validation_is_skipped_and_said(checkpoint, tmp_path, toy, monkeypatch):
+    compile_plainly = toy_backend.ToyCompiler.compile
+
+    def for_a_device(self, *given):
+        made = compile_plainly(self, *given)
+        host = Host(platforms=[], device="neuron", isa=[], min_versions={})
+        return type(made)(made.graphs, made.weights, host, made.compiler)
+
+    monkeypatch.setattr(toy_backend.ToyCompiler, "compile", for_a_device)
+    monkeypatch.setenv("PRECAST_NEURON_ROOT", str(tmp_path / "no machine"))
+    source = str(checkpoint("llama"))
+    made = export(source, tmp_path / "out", ExportOptions(backend="toy", also=("onnx",), **SIZES))
+    there, here = made.contract.variants
+    assert there.accuracy.status == "skipped"
+    assert there.accuracy.reason.startswith("no device: it needs the device neuron; here are cpu")
+    assert here.accuracy.status == "passed"
+    assert CompiledModel.from_pretrained(made.path).variant.name == "onnx"
+    with pytest.raises(HostError, match="toy: it needs the device neuron"):
+        validate_again(made.path, source, ExportOptions(), keep=True, variant="toy")
+    assert read_artifact(made.path).contract == made.contract
+
+
+def test_validating_later_records_the_verdict_on_that_variant(checkpoint, both, tmp_path):
+    copy_artifact(both, tmp_path / "copy", force=False)
+    copy = read_artifact(tmp_path / "copy")
+    skipped = Accuracy(status="skipped", reason="no device: none", figures={})
+    for name in ("export", "onnx"):
+        copy = record(copy, name, skipped)
+    accuracy = validate_again(copy.path, str(checkpoint("llama")), ExportOptions(), keep=True, variant="onnx")
+    first, second = read_artifact(copy.path).contract.variants
+    assert (first.accuracy, second.accuracy) == (skipped, accuracy)
+    assert accuracy.status == "passed"
+    validate_again(copy.path, str(checkpoint("llama")), ExportOptions(), keep=True)
+    assert read_artifact(copy.path).contract.variants[0].accuracy.status == "passed"
+
+
+def test_the_command_tells_each_verdict(checkpoint, tmp_path):
+    source = str(checkpoint("bert", "AutoModel"))
+    given = [source, "--task", "feature-extraction", "--batch-size", "1", "--sequence-length", "16", "-q"]
+    done = CliRunner().invoke(
+        export_command, [*given, "--backend", "export", "--also", "onnx", "-o", str(tmp_path / "out"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert {name: verdict["status"] for name, verdict in told["variants"].items()} == {
+        "export": "passed",
+        "onnx": "passed",
+    }

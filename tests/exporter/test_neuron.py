@@ -1,0 +1,458 @@
+"""The `neuron` backend on the stand-in of the SDK: what is compiled gives eager's answers, what fails says why."""
+
+from __future__ import annotations
+
+import threading
+
+import neuron_machine
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from precast.exporter import ExportOptions, export
+from precast.runtime import CompiledModel, CompiledModelForCausalLM
+from precast.runtime.errors import ArtifactError, ExportError, FormatError, HostError, TrustError, UsageError
+from precast.runtime.neff import find_headers
+
+CAPACITY = 48
+NEURON = {"backend": "neuron", "instance_type": "trn1"}
+STRATEGIES = {
+    "trace": {},
+    "inlined": {"inline_weights": True},
+    "builder": {"strategy": "model-builder"},
+    "spread": {"tensor_parallel": 2},
+}
+PAIRS = [("llama", "trace"), ("llama", "spread")]
+SLOW = [("llama", "inlined"), ("llama", "builder")] + [
+    (family, name) for family in tiny.DECODERS if family != "llama" for name in ("trace", "spread")
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sdk(tmp_path_factory):
+    """The stand-in, on a machine with four cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        neuron_machine.install(patch, tmp_path_factory.mktemp("neuron"), cores=4)
+        yield
+
+
+@pytest.fixture(
+    scope="module", params=[*PAIRS, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)], ids="-".join
+)
+def pair(request, checkpoint, artifact):
+    """One checkpoint and its artifact: batch 2, more rows in slices, prompts of 8 and 16."""
+    family, name = request.param
+    source = checkpoint(family)
+    options = {"batch_size": 2, "dynamic_batch_size": True, "prefill_lengths": (8, 16), **STRATEGIES[name]}
+    return source, CompiledModelForCausalLM.from_pretrained(artifact(source, **NEURON, **options))
+
+
+rows_of_any_length = st.lists(
+    st.lists(st.integers(3, tiny.VOCABULARY - 1), min_size=1, max_size=CAPACITY), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=rows_of_any_length, side=st.sampled_from(["left", "right", "middle"]))
+def test_logits_are_those_of_the_unpadded_row(pair, rows, side):
+    source, model = pair
+    ids, mask = oracle.padded(rows, side)
+    found = model(ids, mask).logits
+    for row, values, keep in zip(rows, found, mask, strict=True):
+        expected = oracle.logits(source, row)
+        assert np.abs(values[keep == 1] - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_greedy_tokens_are_transformers_own(pair, side):
+    source, model = pair
+    rows = [[5, 9, 30, 7, 200], [80], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]]
+    ids, mask = oracle.padded(rows, side)
+    found = model.generate(ids, mask, max_new_tokens=12, do_sample=False)
+    for row, values in zip(rows, found, strict=True):
+        expected = oracle.greedy(source, row, max_new_tokens=12)
+        assert values[ids.shape[1] :][: len(expected)].tolist() == expected
+
+
+def test_sessions_that_take_turns_have_caches_of_their_own(pair):
+    """One set of caches is on the device: the other's is kept meanwhile."""
+    source, model = pair
+    first, second = [5, 9, 30, 7, 200], [80, 81]
+    sessions = ((model, first), (model.new_session(), second))
+    streams = [session.stream(np.array([row]), max_new_tokens=8) for session, row in sessions]
+    found = list(zip(*streams, strict=False))
+    for row, tokens in zip((first, second), zip(*found, strict=True), strict=True):
+        assert oracle.greedy(source, row, max_new_tokens=8)[: len(tokens)] == list(tokens)
+
+
+def test_beams_reorder_what_is_on_the_device(pair):
+    source, model = pair
+    row = [5, 9, 30, 7, 200]
+    found = model.generate(np.array([row]), max_new_tokens=8, num_beams=2, do_sample=False)[0, len(row) :].tolist()
+    assert found == oracle.greedy(source, row, max_new_tokens=8, num_beams=2)[: len(found)]
+
+
+def test_a_cache_filled_to_the_brim(pair):
+    source, model = pair
+    row = [(7 * n) % 300 + 3 for n in range(CAPACITY - 6)]
+    found = model.generate(np.array([row]), max_new_tokens=6, do_sample=False)
+    expected = oracle.greedy(source, row, max_new_tokens=6)
+    assert found[0, len(row) :][: len(expected)].tolist() == expected
+
+
+def test_a_chat_goes_on_from_what_the_device_holds(checkpoint, artifact):
+    source = checkpoint("llama")
+    model = CompiledModelForCausalLM.from_pretrained(artifact(source, **NEURON, prefill_lengths=(8,)))
+    row = [5, 9, 30, 7, 200]
+    for _ in range(2):
+        row += model.generate(np.array([row]), max_new_tokens=5, do_sample=False)[0, len(row) :].tolist()
+        row += [17, 23]
+        expected = oracle.greedy(source, row, max_new_tokens=5)
+        assert model.generate(np.array([row]), max_new_tokens=5, do_sample=False)[0, len(row) :].tolist() == expected
+
+
+def test_validation_runs_on_the_device_and_the_contract_says_all(checkpoint, tmp_path):
+    options = ExportOptions(**NEURON, sequence_length=(32,), prefill_lengths=(8,), optlevel=1)
+    variant = export(str(checkpoint("llama")), tmp_path / "out", options).contract.variants[0]
+    assert variant.accuracy.status == "passed"
+    assert (variant.trust, variant.host.device, variant.host.platforms) == ("native", "neuron", ["linux-x86_64"])
+    assert (variant.host.min_versions["torch-neuronx"], variant.compiler.version) == ("2.9", "2.22.1111.0")
+    told = variant.compiler.options
+    assert (told["instance_type"], told["strategy"], told["cores"], told["optlevel"]) == ("trn1", "trace", 1, 1)
+    assert told["arguments"] == "--target=trn1 --auto-cast=none -O1 --model-type=transformer"
+    assert [graph.file for graph in variant.graphs] == ["prefill_8.neuron", "decode.neuron"]
+    for graph in variant.graphs:
+        assert all(isinstance(size, int) for spec in [*graph.inputs, *graph.outputs] for size in spec.shape)
+        assert len(find_headers(tmp_path / "out" / graph.file)) == 1
+
+
+def test_weights_are_stored_once(checkpoint, artifact):
+    beside = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(4, 8, 16))
+    within = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(4, 8, 16), inline_weights=True)
+    weights = (beside / "model.safetensors").stat().st_size
+    graphs = [path.stat().st_size for path in beside.glob("*.neuron")]
+    assert len(graphs) == 4
+    assert max(graphs) < weights / 4
+    assert not (within / "model.safetensors").exists()
+    assert min(path.stat().st_size for path in within.glob("*.neuron")) > 0.9 * weights
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auto_cast": "matmul", "auto_cast_type": "tf32"},
+        pytest.param({"auto_cast": "all"}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"quantize": "int8"}, marks=pytest.mark.slow),
+        pytest.param({"kv_cache": "int8"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_less_than_float32_passes_validation(checkpoint, tmp_path, options):
+    asked = ExportOptions(**NEURON, sequence_length=(CAPACITY,), prefill_lengths=(16,), accept_loss=True, **options)
+    variant = export(str(checkpoint("llama")), tmp_path / "out", asked).contract.variants[0]
+    assert variant.accuracy.status in ("passed", "accepted")
+    cast = options.get("auto_cast")
+    words = {"matmul": "--auto-cast=matmult --auto-cast-type=tf32", "all": "--auto-cast=all --auto-cast-type=bf16"}
+    assert words.get(cast, "--auto-cast=none") in variant.compiler.options["arguments"]
+    # The compiler casts, not the program.
+    assert (variant.graphs[0].cache[0].dtype == "float32") == (cast is not None or options.get("quantize") is not None)
+
+
+# ------------------------------------------------------------------- encoders
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint, artifact):
+    source = checkpoint("bert")
+    options = {"batch_size": (1, 2), "sequence_length": (16, 48), "task": "fill-mask", "dynamic_batch_size": True}
+    return source, artifact(source, **NEURON, **options)
+
+
+def _check_masked(source, model, rows):
+    for side in ("left", "right"):
+        ids, mask = oracle.padded(rows, side)
+        for row, values, keep in zip(rows, model(ids, mask).logits, mask, strict=True):
+            with torch.inference_mode():
+                expected = oracle.eager(source, "AutoModelForMaskedLM")(input_ids=torch.tensor([row])).logits[0].numpy()
+            assert np.abs(values[keep == 1] - expected).max() < 1e-4
+
+
+ROWS = [[5, 9, 30, 7], [80], [(7 * n) % 300 + 3 for n in range(40)], [6] * 16, [7, 8]]
+
+
+def test_encoders_in_buckets(encoder):
+    source, path = encoder
+    model = CompiledModel.from_pretrained(path)
+    assert [graph.file for graph in model.variant.graphs] == [
+        "model_1x16.neuron", "model_1x48.neuron", "model_2x16.neuron", "model_2x48.neuron",
+    ]  # fmt: skip
+    _check_masked(source, model, ROWS)
+
+
+def test_an_encoder_spread_over_cores(encoder, artifact):
+    source, _ = encoder
+    options = {"batch_size": 2, "sequence_length": (48,), "task": "fill-mask", "dynamic_batch_size": True}
+    _check_masked(source, CompiledModel.from_pretrained(artifact(source, **NEURON, **options, tensor_parallel=4)), ROWS)
+
+
+def test_slices_of_a_batch_run_on_all_cores(encoder):
+    import neuron_stand_in
+    import torch_neuronx
+
+    source, path = encoder
+    model = CompiledModel.from_pretrained(path, cores="1-3")
+    torch_neuronx.LOADS.clear()
+    assert model.warm_up() > 0
+    assert {core for _, core in torch_neuronx.LOADS} == {1, 2, 3}
+    assert len(torch_neuronx.LOADS) == 3 * len(model.variant.graphs)
+    neuron_stand_in.RUNS.clear()
+    _check_masked(source, model, ROWS)
+    assert set(neuron_stand_in.RUNS) == {1, 2, 3}
+
+
+def test_sessions_go_to_the_next_core(checkpoint, artifact):
+    import neuron_stand_in
+
+    source = checkpoint("llama")
+    first = CompiledModelForCausalLM.from_pretrained(artifact(source, **NEURON, prefill_lengths=(8,)), cores=(0, 2))
+    second, row, found = first.new_session(), [5, 9, 30, 7, 200], {}
+    neuron_stand_in.RUNS.clear()
+
+    def ask(name, model):
+        found[name] = model.generate(np.array([row]), max_new_tokens=8, do_sample=False)[0, len(row) :].tolist()
+
+    threads = [threading.Thread(target=ask, args=each) for each in (("first", first), ("second", second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = oracle.greedy(source, row, max_new_tokens=8)
+    assert found == {"first": expected, "second": expected}
+    assert set(neuron_stand_in.RUNS) == {0, 2}
+
+
+def test_an_encoder_decoder_answers_token_by_token(tmp_path):
+    from zoo import seq2seq as zoo
+
+    from precast.runtime import CompiledModelForSeq2SeqLM
+
+    source = zoo.make(tmp_path / "t5", "t5")
+    asked = ExportOptions(
+        **NEURON, batch_size=2, sequence_length=(12,), decoder_sequence_length=10, task="text2text-generation"
+    )
+    made = export(str(source), tmp_path / "out", asked)
+    assert made.contract.variants[0].accuracy.status == "passed"
+    assert [graph.role for graph in made.contract.variants[0].graphs] == ["encode", "decode"]
+    assert CompiledModelForSeq2SeqLM.from_pretrained(made.path)
+
+
+# ------------------------------------------------------------------- placement and opening
+
+
+@pytest.mark.parametrize(
+    ("cores", "error", "words"),
+    [
+        ("4", HostError, r"no NeuronCore 4: this process sees 4"),
+        ("0,0", UsageError, r"twice"),
+        ("a-b", UsageError, r"not understood at 'a-b'"),
+    ],
+)
+def test_cores_that_cannot_be(encoder, cores, error, words):
+    with pytest.raises(error, match=words):
+        CompiledModel.from_pretrained(encoder[1], cores=cores)
+
+
+def test_a_model_over_several_cores_takes_the_first_ones(checkpoint, artifact):
+    path = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,), tensor_parallel=2)
+    with pytest.raises(UsageError, match=r"3 is no multiple"):
+        CompiledModel.from_pretrained(path, cores="0-2")
+    with pytest.raises(UsageError, match=r"NEURON_RT_VISIBLE_CORES=2-3"):
+        CompiledModel.from_pretrained(path, cores="2-3")
+
+
+def test_cores_are_for_neuron(decoder):
+    with pytest.raises(UsageError, match=r"cores=0 are NeuronCores, and the variant onnx runs on cpu"):
+        CompiledModel.from_pretrained(decoder, cores="0")
+
+
+def test_compiled_code_needs_proof(encoder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PRECAST_HOME", str(tmp_path / "another-user"))
+    with pytest.raises(TrustError, match=r"trust_native_code=True"):
+        CompiledModel.from_pretrained(encoder[1])
+    assert CompiledModel.from_pretrained(encoder[1], trust_native_code=True)
+
+
+def test_a_file_that_is_no_graph_is_refused(checkpoint, artifact, tmp_path):
+    path = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,))
+    model = CompiledModelForCausalLM.from_pretrained(path)
+    files = model._engine._replicas[0]._files
+    other = tmp_path / "prefill_8.neuron"
+    other.write_bytes(b"PK not TorchScript")
+    files._paths["prefill_8"] = other
+    files._verified[other] = __import__("precast.runtime.artifact.integrity", fromlist=["identity"]).identity(other)
+    with pytest.raises(ArtifactError, match=r"prefill_8.neuron cannot be opened on a Neuron device"):
+        model.generate(np.array([[5, 6, 7]]), max_new_tokens=1)
+
+
+def test_caches_that_are_not_the_contracts_are_refused(checkpoint, artifact, tmp_path):
+    short = artifact(checkpoint("llama"), **NEURON, sequence_length=(24,), prefill_lengths=(8,))
+    long = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,))
+    model = CompiledModelForCausalLM.from_pretrained(long)
+    files = model._engine._replicas[0]._files
+    files._paths["decode"] = short / "decode.neuron"
+    files._verified[short / "decode.neuron"] = __import__(
+        "precast.runtime.artifact.integrity", fromlist=["identity"]
+    ).identity(short / "decode.neuron")
+    with pytest.raises(FormatError, match=r"holds other caches than the artifact says"):
+        model.generate(np.array([[5]]), max_new_tokens=2)
+
+
+# ------------------------------------------------------------------- what goes wrong
+
+
+def _export(source, path, **options):
+    settings = {"sequence_length": (16,), "prefill_lengths": (4,), "validate": False, **options}
+    return export(str(source), path, ExportOptions(**{**NEURON, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("error@decode", r"could not compile decode for trn1: .*\[NCC_EVRF001\] An unsupported operator was used"),
+        (
+            "killed@prefill_4",
+            r"could not compile prefill_4 for trn1: it was killed.* -O1.*\[F137\] neuronx-cc was forcibly",
+        ),
+        ("crash@decode", r"could not compile decode for trn1: it crashed with SIGSEGV"),
+        ("lost@decode", r"could not compile decode for trn1: it was killed, as the system does where memory runs out"),
+    ],
+)
+def test_a_compiler_that_fails_says_where_and_why(checkpoint, tmp_path, monkeypatch, fault, words):
+    monkeypatch.setenv("STAND_IN_FAULT", fault)
+    with pytest.raises(ExportError, match=words) as caught:
+        _export(checkpoint("llama"), tmp_path / "out")
+    assert "Traceback" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_compilers_files_are_kept_where_asked(checkpoint, tmp_path, monkeypatch):
+    _export(
+        checkpoint("llama"), tmp_path / "out", compiler_workdir=tmp_path / "work", compiler_args=("--verbose=info",)
+    )
+    command = (tmp_path / "work/decode/command.txt").read_text()
+    assert command.endswith("--target=trn1 --auto-cast=none -O2 --model-type=transformer --verbose=info")
+    assert (tmp_path / "work/log.txt").exists()
+    monkeypatch.setenv("NEURON_CC_FLAGS", "--target=inf2")
+    assert _export(checkpoint("llama"), tmp_path / "again")
+
+
+def test_an_argument_that_the_compiler_does_not_know(checkpoint, tmp_path):
+    with pytest.raises(ExportError, match=r"could not compile .*unrecognized arguments: --colour"):
+        _export(checkpoint("llama"), tmp_path / "out", compiler_args=("--colour",))
+
+
+@pytest.mark.parametrize("strategy", ["trace", "model-builder"])
+def test_a_host_without_a_device_compiles_for_another(checkpoint, tmp_path, monkeypatch, strategy):
+    neuron_machine.devices(monkeypatch, tmp_path / "root", cores=0)
+    made = _export(checkpoint("llama"), tmp_path / "out", instance_type="inf2", strategy=strategy, validate=True)
+    accuracy = made.contract.variants[0].accuracy
+    assert (accuracy.status, accuracy.reason[:9]) == ("skipped", "no device")
+    with pytest.raises(HostError, match=r"needs the device neuron"):
+        CompiledModel.from_pretrained(made.path)
+    neuron_machine.devices(monkeypatch, tmp_path / "root", cores=2, instance="Inf2")
+    row = [5, 9, 30]
+    found = CompiledModelForCausalLM.from_pretrained(made.path).generate(np.array([row]), max_new_tokens=6)
+    assert found[0, 3:].tolist() == oracle.greedy(checkpoint("llama"), row, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("strategy", ["trace", "model-builder"])
+def test_without_the_sdk_nothing_begins(checkpoint, tmp_path, strategy):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", "")
+        with pytest.raises(ExportError, match=r"torch_neuronx cannot be imported: No module.*pip\.repos\.neuron"):
+            _export(tmp_path / "no-checkpoint", tmp_path / "out", strategy=strategy)
+
+
+def test_pypis_placeholders_are_told_from_the_sdk(checkpoint, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", "")
+        neuron_machine.install_placeholders(patch, tmp_path / "site")
+        words = (
+            r"torch_neuronx cannot be imported: what is installed is PyPI's placeholder, which cannot be used\. "
+            r"Install it with: pip install --extra-index-url https://pip\.repos\.neuron\.amazonaws\.com 'torch-neuronx>=2\.5'"
+        )
+        with pytest.raises(ExportError, match=words):
+            _export(tmp_path / "no-checkpoint", tmp_path / "out")
+
+
+def test_opening_without_the_sdk_says_how_to_get_it(encoder, tmp_path):
+    """Its metadata are there and its modules raise: what a lock file with the placeholders brings."""
+    with pytest.MonkeyPatch.context() as patch:
+        neuron_machine.install_placeholders(patch, tmp_path / "site")
+        model = CompiledModel.from_pretrained(encoder[1])
+        with pytest.raises(HostError, match=r"torch_neuronx cannot be imported: .*placeholder"):
+            model(np.array([[5, 6]]))
+
+
+def test_graphs_of_an_encoder_decoder_do_not_share_a_signature(tmp_path):
+    from zoo import seq2seq as zoo
+
+    source = zoo.make(tmp_path / "t5", "t5")
+    with pytest.raises(ExportError, match=r"encode, decode of this model do not. Give --strategy trace"):
+        _export(
+            source, tmp_path / "out", strategy="model-builder", task="text2text-generation", prefill_lengths=(),
+            decoder_sequence_length=8,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"instance_type": None}, r"give --instance-type; the choices are: inf2, trn1, trn1n, trn2\."),
+        ({"instance_type": "inf1"}, r"--instance-type inf1 .*torch-neuron, ends with PyTorch 1\.13"),
+        ({"instance_type": "p4d"}, r"--instance-type 'p4d' is not supported; the choices are"),
+        ({"strategy": "transformers-neuronx"}, r"ended the support of transformers-neuronx with Neuron SDK 2\.26"),
+        ({"strategy": "torch-native"}, r"TorchNeuron, the successor .* closed beta"),
+        ({"strategy": "fast"}, r"--strategy 'fast' is not supported; the choices are: trace, model-builder"),
+        ({"strategy": "trace", "tensor_parallel": 2}, r"--tensor-parallel 2 .* --strategy trace compiles for one"),
+        ({"tensor_parallel": 0}, r"--tensor-parallel must be at least 1, not 0"),
+        ({"tensor_parallel": 2, "inline_weights": True}, r"--inline-weights .* Give --strategy trace"),
+        ({"optlevel": 4}, r"-O4 is no level"),
+        ({"compiler_args": ("--target=inf2",)}, r"--compiler-arg --target=inf2 is said otherwise: by --instance-type"),
+        ({"compiler_args": ("-O3",)}, r"said otherwise: by -O3"),
+        ({"compiler_args": ("verbose",)}, r"'verbose' is no argument of neuronx-cc"),
+        ({"isa": "avx2"}, r"--isa avx2 is not for --backend neuron"),
+        ({"auto_cast": "matmul", "dtype": "bfloat16"}, r"leaves nothing in it"),
+        ({"auto_cast_type": "bf16"}, r"says what --auto-cast casts to"),
+        ({"backend": "onnx"}, r"--instance-type is not for --backend onnx: .*Backends that take it: neuron\."),
+        (
+            {"backend": "aoti", "instance_type": None, "auto_cast": "all", "auto_cast_type": "tf32"},
+            r"--auto-cast-type tf32 is for --backend neuron",
+        ),
+    ],
+)
+def test_only_combinations_that_mean_something(options, words):
+    with pytest.raises(UsageError, match=words):
+        ExportOptions(**{**NEURON, **options}).check()
+
+
+def test_the_command_line_has_the_same_options(checkpoint, tmp_path):
+    from click.testing import CliRunner
+
+    from precast.cli import main
+
+    arguments = ["export", str(checkpoint("llama")), "-o", str(tmp_path / "out"), "-q", "--no-validate", "--backend",
+                 "neuron", "--instance-type", "inf2", "--num-cores", "2", "-O1", "--compiler-arg=--verbose=info",
+                 "--sequence-length", "16", "--prefill-lengths", "4"]  # fmt: skip
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    told = CompiledModel.from_pretrained(tmp_path / "out").variant.compiler.options
+    assert (told["cores"], told["optlevel"], told["strategy"]) == (2, 1, "model-builder")
