@@ -22,8 +22,9 @@ def cut() -> Iterator[None]:
 
 @contextmanager
 def _short_loops_alone() -> Iterator[None]:
-    """With a number of threads that is known only later, inductor shares every loop out, however short, and all threads
-    wait for it; a decode step has hundreds. It is told that the number is known while it decides that, and only then."""
+    """With a number of threads that is known only later, inductor shares every loop out, however short, and all
+    threads wait for it; a decode step has hundreds. It is told that the number is known while it decides that, and only
+    then."""
     decide = CppKernel.decide_parallel_depth
 
     def decided(kernel: CppKernel, depth: Any, threads: int) -> Any:
