@@ -22,7 +22,7 @@ from plan import Plan
 __all__ = ["measure"]
 
 BATCHES = (1, 8)
-ROUNDS, CALLS = 5, 15
+ROUNDS, CALLS = 3, 9
 OURS = {
     "precast onnx": (),
     "precast aoti": ("--backend", "aoti"),
@@ -96,9 +96,11 @@ def _measure(plan: Plan, case: Case, batch: int, answer: Answer) -> None:
 def _contenders(plan: Plan, case: Case, batch: int, given: Path, notes: list[str]) -> dict[str, Contender]:
     found = {"eager fp32": Contender("eager fp32", "contenders.eager_encode", case.model, plan.threads)}
     for name, options in OURS.items():
-        target = plan.work / f"{case.model.name}-{batch}-{name.replace(' ', '-')}"
+        key = f"{case.model.name}-{batch}-{name.replace(' ', '-')}"
+        target = plan.artifacts.get(key, plan.work / key)
         try:
-            plan.export_as(target, case.model, "--batch-size", str(batch), *case.options, *options)
+            if key not in plan.artifacts:
+                plan.export_as(target, case.model, "--batch-size", str(batch), *case.options, *options)
             found[name] = Contender(name, "contenders.precast_encode", target, plan.threads)
         except ContenderError as error:
             notes.append(f"{case.name}: {error}")

@@ -58,7 +58,7 @@ def _options() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--without", type=lambda text: tuple(text.split(",")), default=(), metavar="NAME,…",
-        help="of `schemes`: leave out the peers whose name contains one of these",
+        help="of `schemes`: leave out whose name contains one of these",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few repetitions, to see that all works")
     parser.add_argument(

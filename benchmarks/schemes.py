@@ -81,6 +81,8 @@ def measure(plan: Plan) -> Answer:
 
 def _ours(plan: Plan, notes: list[str]) -> Iterator[Entrant]:
     for scheme in dict.fromkeys((*SCHEMES, *plan.artifacts)):
+        if any(part in f"precast {scheme}" for part in plan.without):
+            continue
         try:
             artifact = plan.scheme_artifact(scheme)
         except ContenderError as error:

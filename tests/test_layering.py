@@ -21,7 +21,8 @@ PARTS = ("exporter", "runtime", "cli")
 FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
 HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
 
-NATIVE = ("precast.runtime.weights", *(f"precast.runtime.engines.{name}" for name in ("aoti", "device", "export", "gpu", "memory", "neuron")))
+_ENGINES = ("aoti", "device", "export", "gpu", "memory", "neuron")
+NATIVE = ("precast.runtime.weights", *(f"precast.runtime.engines.{name}" for name in _ENGINES))
 """What runs on torch: imported when an artifact of these backends is opened."""
 
 DISTRIBUTIONS = {
@@ -70,7 +71,7 @@ def _may_import(part: str, name: str, module: str) -> bool:
     if part == "runtime":
         return not _within(name, "precast.exporter", "precast.cli", *HEAVY)
     if part == "exporter" and _within(name, "precast.runtime"):
-        # Timing opens artifacts in processes of their own; whether one runs here, and on which GPU, is the runtime's to say.
+        # Timing opens artifacts in processes of their own; whether one runs here, on which GPU, the runtime says.
         allowed = (
             "precast.runtime.artifact",
             "precast.runtime.errors",

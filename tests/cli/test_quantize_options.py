@@ -29,7 +29,7 @@ def run(monkeypatch, capfd, tmp_path, checkpoint):
 NONE = "say how weights are rounded, which --quantize none does not do"
 WRONG = {
     "a scheme": (("--quantize", "int3"), "--quantize 'int3'", "the choices are: none, source, int8, int4, auto"),
-    "a method": (("--quantize", "int8", "--method", "awq"), "'awq'", "rtn, search, gptq"),
+    "a method": (("--quantize", "int8", "--method", "hqq"), "'hqq'", "rtn, search, gptq, awq"),
     "a group": (("--quantize", "int8", "--group-size", 48), "--group-size 48", "16, 32, 64, 128, 256"),
     "no number": (("--quantize", "int8", "--group-size", "x"), "'--group-size'", "'x'", "integer"),
     "caches": (("--kv-cache", "int4"), "--kv-cache 'int4'", "the choices are: float32, int8"),

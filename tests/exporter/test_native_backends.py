@@ -5,6 +5,9 @@ Native code takes a quarter of a minute per graph to compile, so the fast lane c
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import oracle
 import pytest
@@ -83,6 +86,31 @@ def test_sessions_have_caches_of_their_own(pair):
     found = list(zip(*streams, strict=False))
     for row, tokens in zip((first, second), zip(*found, strict=True), strict=True):
         assert oracle.greedy(source, row, max_new_tokens=8)[: len(tokens)] == list(tokens)
+
+
+AUDIT = """
+import sys
+import torch
+
+from precast.runtime import CompiledModelForCausalLM
+
+forbidden, seen = ("subprocess.", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "socket.", "pickle.",
+                   "tempfile.", "shutil."), []
+sys.addaudithook(lambda event, arguments: seen.append(event) if event.startswith(forbidden) else None)
+model = CompiledModelForCausalLM.from_pretrained(sys.argv[1])
+model.generate([[5, 9, 30]], max_new_tokens=2)
+found = list(seen)
+sys.audit("pickle.find_class", "canary", "canary")
+assert len(seen) == len(found) + 1, "the hook does not see"
+print(found)
+"""
+
+
+def test_no_load_starts_connects_or_unpickles_anything(pair):
+    folder = str(pair[1].artifact.path)
+    done = subprocess.run([sys.executable, "-c", AUDIT, folder], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("backend", ["export", pytest.param("aoti", marks=pytest.mark.slow)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import SimpleNamespace
 
 import neuron_machine
 import numpy as np
@@ -13,8 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from precast.cli import main
 from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
+from precast.runtime.artifact.integrity import identity
+from precast.runtime.engines.neuron import _Module
 from precast.runtime.errors import ArtifactError, ExportError, FormatError, HostError, TrustError, UsageError
 from precast.runtime.neff import find_headers
 
@@ -123,7 +128,7 @@ def test_validation_runs_on_the_device_and_the_contract_says_all(checkpoint, tmp
     assert (variant.host.min_versions["torch-neuronx"], variant.compiler.version) == ("2.9", "2.22.1111.0")
     told = variant.compiler.options
     assert (told["instance_type"], told["strategy"], told["cores"], told["optlevel"]) == ("trn1", "trace", 1, 1)
-    assert told["arguments"] == "--target=trn1 --auto-cast=none -O1 --model-type=transformer"
+    assert told["arguments"] == "--target trn1 --auto-cast=none -O1 --model-type=transformer"
     assert [graph.file for graph in variant.graphs] == ["prefill_8.neuron", "decode.neuron"]
     for graph in variant.graphs:
         assert all(isinstance(size, int) for spec in [*graph.inputs, *graph.outputs] for size in spec.shape)
@@ -131,14 +136,20 @@ def test_validation_runs_on_the_device_and_the_contract_says_all(checkpoint, tmp
 
 
 def test_weights_are_stored_once(checkpoint, artifact):
-    beside = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(4, 8, 16))
-    within = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(4, 8, 16), inline_weights=True)
-    weights = (beside / "model.safetensors").stat().st_size
-    graphs = [path.stat().st_size for path in beside.glob("*.neuron")]
-    assert len(graphs) == 4
+    path = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,))
+    weights = (path / "model.safetensors").stat().st_size
+    graphs = [each.stat().st_size for each in path.glob("*.neuron")]
+    assert len(graphs) == 2
     assert max(graphs) < weights / 4
+
+
+@pytest.mark.slow
+def test_weights_lie_in_every_graph_where_asked(checkpoint, artifact):
+    beside = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,))
+    within = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,), inline_weights=True)
     assert not (within / "model.safetensors").exists()
-    assert min(path.stat().st_size for path in within.glob("*.neuron")) > 0.9 * weights
+    weights = (beside / "model.safetensors").stat().st_size
+    assert min(each.stat().st_size for each in within.glob("*.neuron")) > 0.9 * weights
 
 
 @pytest.mark.parametrize(
@@ -294,22 +305,19 @@ def test_a_file_that_is_no_graph_is_refused(checkpoint, artifact, tmp_path):
     other = tmp_path / "prefill_8.neuron"
     other.write_bytes(b"PK not TorchScript")
     files._paths["prefill_8"] = other
-    files._verified[other] = __import__("precast.runtime.artifact.integrity", fromlist=["identity"]).identity(other)
+    files._verified[other] = identity(other)
     with pytest.raises(ArtifactError, match=r"prefill_8.neuron cannot be opened on a Neuron device"):
         model.generate(np.array([[5, 6, 7]]), max_new_tokens=1)
 
 
-def test_caches_that_are_not_the_contracts_are_refused(checkpoint, artifact, tmp_path):
-    short = artifact(checkpoint("llama"), **NEURON, sequence_length=(24,), prefill_lengths=(8,))
-    long = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,))
-    model = CompiledModelForCausalLM.from_pretrained(long)
-    files = model._engine._replicas[0]._files
-    files._paths["decode"] = short / "decode.neuron"
-    files._verified[short / "decode.neuron"] = __import__(
-        "precast.runtime.artifact.integrity", fromlist=["identity"]
-    ).identity(short / "decode.neuron")
-    with pytest.raises(FormatError, match=r"holds other caches than the artifact says"):
-        model.generate(np.array([[5]]), max_new_tokens=2)
+def test_caches_that_are_not_the_contracts_are_refused(checkpoint, artifact):
+    path = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,))
+    graph = CompiledModelForCausalLM.from_pretrained(path).variant.graphs[-1]
+    held = [(f"states.{index}", torch.zeros(1, 2, CAPACITY, 16)) for index in range(4)]
+    assert _Module(graph, SimpleNamespace(named_parameters=lambda: held), path)
+    for others in (held[:3], [*held[:3], ("states.3", torch.zeros(1, 2, CAPACITY + 1, 16))]):
+        with pytest.raises(FormatError, match=r"holds other caches than the artifact says"):
+            _Module(graph, SimpleNamespace(named_parameters=lambda others=others: others), path)
 
 
 # ------------------------------------------------------------------- what goes wrong
@@ -328,8 +336,11 @@ def _export(source, path, **options):
             "killed@prefill_4",
             r"could not compile prefill_4 for trn1: it was killed.* -O1.*\[F137\] neuronx-cc was forcibly",
         ),
-        ("crash@decode", r"could not compile decode for trn1: it crashed with SIGSEGV"),
-        ("lost@decode", r"could not compile decode for trn1: it was killed, as the system does where memory runs out"),
+        ("crash@prefill_4", r"could not compile prefill_4 for trn1: it crashed with SIGSEGV"),
+        (
+            "lost@prefill_4",
+            r"could not compile prefill_4 for trn1: it was killed, as the system does where memory runs out",
+        ),
     ],
 )
 def test_a_compiler_that_fails_says_where_and_why(checkpoint, tmp_path, monkeypatch, fault, words):
@@ -345,7 +356,7 @@ def test_the_compilers_files_are_kept_where_asked(checkpoint, tmp_path, monkeypa
         checkpoint("llama"), tmp_path / "out", compiler_workdir=tmp_path / "work", compiler_args=("--verbose=info",)
     )
     command = (tmp_path / "work/decode/command.txt").read_text()
-    assert command.endswith("--target=trn1 --auto-cast=none -O2 --model-type=transformer --verbose=info")
+    assert command.endswith("--target trn1 --auto-cast=none -O2 --model-type=transformer --verbose=info")
     assert (tmp_path / "work/log.txt").exists()
     monkeypatch.setenv("NEURON_CC_FLAGS", "--target=inf2")
     assert _export(checkpoint("llama"), tmp_path / "again")
@@ -384,7 +395,7 @@ def test_pypis_placeholders_are_told_from_the_sdk(checkpoint, tmp_path):
         neuron_machine.install_placeholders(patch, tmp_path / "site")
         words = (
             r"torch_neuronx cannot be imported: what is installed is PyPI's placeholder, which cannot be used\. "
-            r"Install it with: pip install --extra-index-url https://pip\.repos\.neuron\.amazonaws\.com 'torch-neuronx>=2\.5'"
+            r"Install it with: pip install --extra-index-url https://pip\.repos\.neuron\.amazonaws\.com 'torch-"
         )
         with pytest.raises(ExportError, match=words):
             _export(tmp_path / "no-checkpoint", tmp_path / "out")
@@ -444,15 +455,13 @@ def test_only_combinations_that_mean_something(options, words):
         ExportOptions(**{**NEURON, **options}).check()
 
 
-def test_the_command_line_has_the_same_options(checkpoint, tmp_path):
-    from click.testing import CliRunner
-
-    from precast.cli import main
-
-    arguments = ["export", str(checkpoint("llama")), "-o", str(tmp_path / "out"), "-q", "--no-validate", "--backend",
-                 "neuron", "--instance-type", "inf2", "--num-cores", "2", "-O1", "--compiler-arg=--verbose=info",
-                 "--sequence-length", "16", "--prefill-lengths", "4"]  # fmt: skip
-    done = CliRunner().invoke(main, arguments)
-    assert done.exit_code == 0, done.output
+def test_the_command_line_has_the_same_options(checkpoint, tmp_path, monkeypatch, capsys):
+    words = ["export", checkpoint("llama"), "-o", tmp_path / "out", "-q", "--no-validate", "--backend", "neuron",
+             "--instance-type", "trn1", "--num-cores", "2", "-O1", "--compiler-arg=--verbose=info",
+             "--sequence-length", "16", "--prefill-lengths", "4"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["precast", *map(str, words)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code, capsys.readouterr().err
     told = CompiledModel.from_pretrained(tmp_path / "out").variant.compiler.options
     assert (told["cores"], told["optlevel"], told["strategy"]) == (2, 1, "model-builder")

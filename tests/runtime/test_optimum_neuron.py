@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
+from fakehub import FakeHub
 from neffs import neff, torchscript
 
 from precast.cli.inspect import command as inspect
@@ -76,7 +80,7 @@ def test_inputs_sizes_and_compiler_are_those_that_were_compiled(tmp_path):
 
 
 def test_digest_and_hashes_are_of_what_lies_there(tmp_path):
-    path = theirs(tmp_path / "minilm")
+    path = theirs(tmp_path / "minilm", {"_name_or_path": ""})
     before = read_artifact(path)
     verify_artifact(before, before.contract.variants[0], force=True)
     assert read_artifact(path.rename(tmp_path / "renamed")).contract.digest == before.contract.digest
@@ -184,3 +188,23 @@ def test_without_a_device_it_is_shown_and_not_opened(tmp_path, monkeypatch):
         assert words in told.output
     with pytest.raises(HostError, match="needs the device neuron"):
         CompiledModel.from_pretrained(path)
+
+
+def test_one_on_the_hub_is_shown_and_opened_under_its_digest(tmp_path):
+    path = theirs(tmp_path / "minilm")
+    files = {each.relative_to(path).as_posix(): each.read_bytes() for each in path.rglob("*") if each.is_file()}
+    digest = read_artifact(path).contract.digest
+    with FakeHub(token="x") as hub:
+        hub.add("user/minilm-neuronx", {**files, "1_Pooling/config.json": b"{}"})
+        access = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        places = {"HF_HOME": str(tmp_path / "hf"), "PRECAST_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", "from precast.cli import main; main()", "inspect", "user/minilm-neuronx", "--json"],
+            env={**os.environ, **access, **places, ROOT_VARIABLE: str(tmp_path / "nothing")},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["digest"] == digest
+    assert told["path"].endswith(digest)
+    assert told["neffs"][0][0]["major"] == 2

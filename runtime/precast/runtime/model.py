@@ -175,10 +175,11 @@ class CompiledModel(ForTransformers):
         are first used, and on some devices loaded only then, so the first request is no slower afterwards."""
         started = time.perf_counter()
         with self._lock:
-            for _ in range(replicas_of(self._engine)):
-                caches: dict[str, Array] = {}
-                for graph in self.variant.graphs:
-                    bind_blank(self._engine, graph, caches)()
+            caches: list[dict[str, Array]] = [{} for _ in range(replicas_of(self._engine))]
+            for graph in self.variant.graphs:
+                # An engine gives each call in turn, and all that have the same caches, to one replica.
+                for held in caches:
+                    bind_blank(self._engine, graph, held)()
         return time.perf_counter() - started
 
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""`python -m precast.runtime.probe ARTIFACT QUESTIONS ANSWERS VARIANT [SHA256]`: an artifact answers a file of questions.
+"""`python -m precast.runtime.probe ARTIFACT QUESTIONS ANSWERS VARIANT [SHA256]`: an artifact answers questions.
 
 Validation runs this in a fresh process, so that what it judges is what a user will run: the artifact as it lies on
 disk, opened by the runtime, without the exporter's libraries.
@@ -27,8 +27,8 @@ __all__ = ["main"]
 def main(artifact: str, questions: str, answers: str, variant: str, sha256: str | None = None) -> None:
     """Read questions (JSON, and tensors beside it), write answers (npz). Arrays are named `<question>/<row>/<name>`.
 
-    `variant` is the compiled form that answers. `sha256` pins the artifact's digest: whoever just built it can vouch for
-    its native code that way.
+    `variant` is the compiled form that answers. `sha256` pins the artifact's digest: whoever just built it can vouch
+    for its native code that way.
     """
     model = CompiledModel.from_pretrained(artifact, variant=variant, sha256=sha256)
     found: dict[str, Any] = {}

@@ -143,7 +143,19 @@ class Session:
             call = self._call(graph, length, max(map(len, positions)), keep=False)
             self._run(call, rows, positions)
             return [call.logits[index, : len(asked)].copy() for index, asked in enumerate(positions)]
+        if self.context:
+            return self._logits_in_place(rows, positions)
         return [self._logits_one_by_one(row, asked) for row, asked in zip(rows, positions, strict=True)]
+
+    def _logits_in_place(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
+        """With static graphs: all rows together, token by token, each where its context is."""
+        found: list[list[Array]] = [[] for _ in rows]
+        for step in range(max(map(len, rows))):
+            logits = self.decode([int(row[step]) if step < len(row) else None for row in rows])
+            for index, asked in enumerate(positions):
+                if step in asked:
+                    found[index].append(logits[index].copy())
+        return [np.stack(each) for each in found]
 
     def _logits_one_by_one(self, row: Array, positions: Sequence[int]) -> Array:
         """With static graphs: feed up to the first asked position at once, then from one to the next."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
 from ..options import ExportOptions
-
-if TYPE_CHECKING:
-    from ..trace import Program
+from ..trace import Program
 
 __all__ = ["Compiled", "NeedsTools", "ProgramCompiler"]
 

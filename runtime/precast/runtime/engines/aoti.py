@@ -22,6 +22,7 @@ from ..errors import ArtifactError, FormatError, IntegrityError
 from ..weights import open_weights, weight_of
 from . import Arrays, Settings, Step, move_rows
 from .device import Device
+from .elf import check_library
 from .gpu import Gpu
 from .memory import bound_tensors
 
@@ -93,9 +94,7 @@ def _on_cpu(path: Path) -> Any:
 
 def _load(path: Path, opened: Callable[[Path], Any]) -> Any:
     """The library's runner. Raises ArtifactError where it is none, or one for another PyTorch."""
-    with path.open("rb") as file:
-        if file.read(4) != b"\x7fELF":
-            raise FormatError(f"{path} is no shared library. Export or download the artifact again.")
+    check_library(path)
     try:
         return opened(path)
     except (RuntimeError, TypeError) as error:

@@ -53,8 +53,7 @@ class NeuronEngine:
                 f"variable NEURON_RT_VISIBLE_CORES, for example NEURON_RT_VISIBLE_CORES=2-3."
             )
         self._replicas = [kind(files, group) for group in groups]
-        # Of each graph, and of sessions, the next one's is the next replica.
-        self._turns = {name: itertools.cycle(self._replicas) for name in ["", *self._graphs]}
+        self._turns = itertools.cycle(self._replicas)
         self._held: dict[int, _Held] = {}
         self._lock = threading.Lock()
 
@@ -71,7 +70,7 @@ class NeuronEngine:
         named = dict(zip((spec.name for spec in described.inputs), given, strict=True))
         with self._lock:
             held = self._hold(described, inputs) if names else None
-            replica = held.replica if held else next(self._turns[graph])
+            replica = held.replica if held else next(self._turns)
         opened = replica.open(described)
         return _Bound(opened, replica.lock, [named[name] for name in named if name not in names], targets, named, held)
 
@@ -90,7 +89,7 @@ class NeuronEngine:
         arrays = {name: inputs[name] for name in _cache_names(graph)}
         first = next(iter(arrays.values()))
         if _address(first) not in self._held:
-            replica = next(self._turns[""])
+            replica = next(self._turns)
             self._held[_address(first)] = _Held([(specs[name], each) for name, each in arrays.items()], replica)
             weakref.finalize(first, self._held.pop, _address(first), None)
         return self._held[_address(first)]
@@ -134,11 +133,15 @@ class _Files:
 
     def path(self, graph: str) -> Path:
         """The graph's file. Raises IntegrityError where any was replaced since it was verified."""
-        path = self._paths[graph]
+        self.check(self._paths[graph])
+        return self._paths[graph]
+
+    def check(self, path: Path) -> None:
+        """Raise IntegrityError where this file, or one of weights, is not what was verified: before it is opened, and
+        after, since code is not to be run that came in between."""
         for each in (path, *self._weight_paths):
             if identity(each) != self._verified[each]:
                 raise IntegrityError(f"{each} was replaced after it was verified. Open the artifact again.")
-        return path
 
     def weights(self) -> dict[str, Tensor]:
         """What lies beside the graphs, mapped into memory."""
@@ -202,6 +205,7 @@ class _Traced:
         try:
             with _loading(), sdk.neuron_cores_context(start_nc=self._core, nc_count=1):
                 module = torch.jit.load(str(path))
+            self._files.check(path)
             own = {name.partition(":")[2]: each for name, each in self._own(graph.name)}
             if own:
                 sdk.replace_weights(module, own)
@@ -275,6 +279,7 @@ class _Built:
         try:
             with _loading():
                 model = _sdk("neuronx_distributed").NxDModel.load(str(path))
+            self._files.check(path)
             model.set_weights([_share_of(weights, rank, len(self._cores)) for rank in range(len(self._cores))])
             model.to_neuron()
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:
@@ -343,12 +348,14 @@ class _Held:
         if place is None:
             return
         place.holder = None
-        for target, value in zip(self._on_host(), place.read(), strict=False):
-            target.copy_(value)
+        if targets := self._on_host():
+            for target, value in zip(targets, place.read(), strict=True):
+                target.copy_(value)
 
     def _on_host(self) -> list[Tensor]:
-        pairs = [(spec, array()) for spec, array in self._arrays]
-        return [bound_tensor(spec, array) for spec, array in pairs if array is not None]
+        """The arrays; none where their owner is gone."""
+        found = [(spec, array) for spec, reference in self._arrays if (array := reference()) is not None]
+        return [bound_tensor(spec, array) for spec, array in found] if len(found) == len(self._arrays) else []
 
 
 class _Bound:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
-from precast.runtime.artifact.schema import Compiler, Host
+from precast.runtime.artifact.schema import Compiler, Graph, Host
 
 from ...options import ExportOptions
 from ...trace import Program
 from .. import Compiled
-from ..native.lowering import lower
+from ..native.lowering import Lowered, lower
 from ..native.weights import save_weights
 from . import frozen
-from .gpu import check_gpu, facts, moved
+from .gpu import check_gpu, facts, free, moved
 from .isa import flags_of
 from .library import FORMS, build, check_compiler, workspace
 
@@ -40,17 +41,13 @@ class AotiCompiler:
         """See ProgramCompiler. Raises ExportError where there is no compiler, or where it fails."""
         lowered = [lower(program, FORMS) for program in programs]
         is_frozen, is_here = frozen.pays(lowered, options), options.device == "cpu"
-        more, graphs = frozen.FROZEN if is_frozen else {}, []
         if not is_frozen:
             # While all graphs hold the same weights, in the host's memory.
             save_weights(lowered, stage / WEIGHTS)
         with workspace():
-            while lowered:
-                each = lowered.pop(0)
-                exported = each.exported if is_here else moved(each.exported, options.device)
-                file = f"{each.graph.name}.so"
-                build(exported, stage / file, options.isa, options.device, more)
-                graphs.append(replace(each.graph, file=file))
+            graphs = list(_libraries(lowered, stage, options, frozen.FROZEN if is_frozen else {}))
+        if not is_here:
+            free()
         return Compiled(
             graphs=graphs,
             weights=[] if is_frozen else [WEIGHTS],
@@ -68,6 +65,16 @@ class AotiCompiler:
                 transformers=version("transformers"),
             ),
         )
+
+
+def _libraries(lowered: list[Lowered], stage: Path, options: ExportOptions, more: Mapping[str, Any]) -> Iterator[Graph]:
+    """Compile the programs one by one, each of which is let go of afterwards."""
+    while lowered:
+        each = lowered.pop(0)
+        exported = each.exported if options.device == "cpu" else moved(each.exported, options.device)
+        file = f"{each.graph.name}.so"
+        build(exported, stage / file, options.isa, options.device, more)
+        yield replace(each.graph, file=file)
 
 
 def _release(name: str) -> str:

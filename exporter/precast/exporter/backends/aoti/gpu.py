@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._triton import has_triton
 from precast.runtime.cuda_host import cuda_host
 from precast.runtime.errors import ExportError
 
-__all__ = ["KERNELS_INSIDE", "check_gpu", "check_whole", "facts", "moved"]
+__all__ = ["KERNELS_INSIDE", "check_gpu", "check_whole", "facts", "free", "moved"]
 
 KERNELS_INSIDE: dict[str, Any] = {
     # Otherwise a library looks for each kernel's file where that lay when it was compiled.
@@ -49,6 +50,12 @@ def facts() -> dict[str, str | int | float | bool]:
 def moved(exported: torch.export.ExportedProgram, device: str) -> torch.export.ExportedProgram:
     """The program for another device, its weights there; `exported` itself is changed."""
     return move_to_device_pass(exported, device)
+
+
+def free() -> None:
+    """Give back what PyTorch keeps of the GPU's memory: what was compiled is validated in another process."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def check_whole(files: Iterable[Any]) -> None:

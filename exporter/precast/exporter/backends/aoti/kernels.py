@@ -25,7 +25,7 @@ def _short_loops_alone() -> Iterator[None]:
     """With a number of threads that is known only later, inductor shares every loop out, however short, and all
     threads wait for it; a decode step has hundreds. It is told that the number is known while it decides that, and only
     then."""
-    decide = CppKernel.decide_parallel_depth
+    decide: Any = CppKernel.decide_parallel_depth
 
     def decided(kernel: CppKernel, depth: Any, threads: int) -> Any:
         with torch._inductor.config.patch({"cpp.dynamic_threads": False}):
@@ -40,7 +40,7 @@ def _layers_apart() -> Iterator[None]:
     """Inductor writes loops one after the other into a function until it has 500 arguments, so that no two functions of
     a model are alike. Here one ends once a layer's key and value are in the caches. Functions that are the same to the
     letter are compiled once: those of all layers between the first and the last."""
-    write = CppScheduling.codegen_node
+    write: Any = CppScheduling.codegen_node
     changed: list[str] = []
 
     def written(scheduling: CppScheduling, node: Any) -> None:

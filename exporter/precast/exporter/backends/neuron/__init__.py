@@ -7,26 +7,23 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from msgspec.structs import replace
 
-from precast.runtime.artifact.schema import Compiler, Graph, Host
+from precast.runtime.artifact.schema import Compiler, Host
 from precast.runtime.errors import UsageError
 
 from ...neuron_options import chosen_strategy
 from ...options import ExportOptions
+from ...trace import Program
 from .. import Compiled
-from ..native.forms import Lowered
+from ..native.lowering import Lowered, lower
 from ..native.weights import save_tensors
 from .compiling import compile_job, sdk_versions
 from .flags import flags_of
 from .program import NEURON_FORMS, body_of
 from .strategies import STRATEGIES, Item, Job
-
-if TYPE_CHECKING:
-    from ...trace import Program
 
 __all__ = ["NeuronCompiler"]
 
@@ -45,9 +42,6 @@ class NeuronCompiler:
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler."""
-        # It needs all of the exporter, which the child process, of this package too, does without.
-        from ..native.lowering import lower
-
         if not self._versions:
             self.check_tools(options)
         strategy = STRATEGIES[chosen_strategy(options)]
@@ -65,7 +59,7 @@ class NeuronCompiler:
             compiler=Compiler(
                 name="neuronx-cc",
                 version=self._versions["neuronx-cc"],
-                options=_record(options, [each.graph for each in lowered.values()]),
+                options=_record(options),
                 torch=_release("torch"),
                 transformers=version("transformers"),
             ),
@@ -84,7 +78,7 @@ def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None
             strategy=chosen_strategy(options),
             items=items,
             file=str(file),
-            arguments=flags_of(options, [each.graph for each in lowered]),
+            arguments=flags_of(options),
             cores=options.tensor_parallel,
             inline_weights=options.inline_weights,
             workdir=str(workdir),
@@ -117,7 +111,7 @@ def _host(versions: dict[str, str]) -> Host:
     )
 
 
-def _record(options: ExportOptions, graphs: list[Graph]) -> dict[str, str | int | float | bool]:
+def _record(options: ExportOptions) -> dict[str, str | int | float | bool]:
     """What it was compiled for, and with what: what the runtime checks, and what repeats the export."""
     return {
         "instance_type": str(options.instance_type),
@@ -126,7 +120,7 @@ def _record(options: ExportOptions, graphs: list[Graph]) -> dict[str, str | int 
         "inline_weights": options.inline_weights,
         "dynamic_batch_size": options.dynamic_batch_size,
         "optlevel": options.optlevel or 2,
-        "arguments": " ".join(flags_of(options, graphs)),
+        "arguments": " ".join(flags_of(options)),
     }
 
 

@@ -18,7 +18,7 @@ import torch
 
 from precast.runtime.errors import PrecastError
 
-from ..native.forms import Lowered
+from ..native.lowering import Lowered
 from .program import body_of
 from .strategies import STRATEGIES, Job
 

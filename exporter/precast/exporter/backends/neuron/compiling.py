@@ -77,8 +77,9 @@ def _ending(status: int, reason: str = "") -> str:
     return f"it ended with status {status}" if status else "it wrote no file"
 
 
-_CODES = re.compile(r"\[(?:NCC_)?[A-Z]{1,5}\d{3,}\]")
-"""What the compiler's own errors begin with: [NCC_EVRF001], [NLA001] (compiler/error-codes of the documentation)."""
+_CODES = re.compile(r"\[(?:NCC_)?[A-Z]{1,5}\d{3,}\]|neuronx-cc: error: ")
+"""What the compiler's own errors begin with: [NCC_EVRF001], [NLA001] (compiler/error-codes of the documentation), and
+what its command line refuses."""
 _ERRORS = re.compile(
     r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*:|\bneuronx-cc failed\b|\bterminate called\b", re.IGNORECASE
 )

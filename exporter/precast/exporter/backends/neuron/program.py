@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from precast.runtime.artifact.schema import Graph, Input
 from precast.runtime.errors import ExportError
 
-from ..native.forms import Forms, Lowered
+from ..native.lowering import Forms, Lowered
 
 __all__ = ["NEURON_FORMS", "Body", "OneGraph", "body_of", "caches_of", "example_of", "given_of"]
 
