@@ -30,7 +30,7 @@ class _Clock:
 
 def main(artifact: str, threads: str, way: str = "generate") -> None:
     """Serve requests."""
-    model = CompiledModelForCausalLM.from_pretrained(artifact, threads=int(threads))
+    model = CompiledModelForCausalLM.from_pretrained(artifact, threads=int(threads), trust_native_code=True)
     repeat = {"generate": _generate, "stream": _stream}[way]
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -26,9 +26,13 @@ sources = st.lists(st.lists(tokens, min_size=1, max_size=LONGEST), min_size=1, m
 sides = st.sampled_from(["left", "right", "middle"])
 few = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 text_types = [
-    model_type if model_type in FAST else pytest.param(model_type, marks=pytest.mark.slow)
+    (model_type, "onnx") if model_type in FAST else pytest.param((model_type, "onnx"), marks=pytest.mark.slow)
     for model_type, task in zoo.pairs()
     if task == zoo.TEXT and model_type not in zoo.REFUSED
+]
+native = [
+    ("t5", "export"),
+    *(pytest.param(each, marks=pytest.mark.slow) for each in (("bart", "export"), ("t5", "aoti"))),
 ]
 
 
@@ -37,20 +41,22 @@ def made(tmp_path_factory):
     """`made("t5")`: a checkpoint and its artifact: two source lengths, batch 3, more rows in slices."""
     root, found = tmp_path_factory.mktemp("seq2seq"), {}
 
-    def make(model_type, task=zoo.TEXT):
-        if model_type not in found:
-            source = zoo.make(root / model_type, model_type, task)
-            options = ExportOptions(task=task, validate=False, **zoo.OPTIONS[task])
-            found[model_type] = source, export(str(source), root / f"{model_type}-out", options).path
-        source, compiled = found[model_type]
+    def make(model_type, task=zoo.TEXT, backend="onnx"):
+        key = f"{model_type}-{backend}"
+        if key not in found:
+            source = zoo.make(root / key, model_type, task)
+            options = ExportOptions(task=task, backend=backend, validate=False, **zoo.OPTIONS[task])
+            found[key] = source, export(str(source), root / f"{key}-out", options).path
+        source, compiled = found[key]
         return source, CompiledModel.from_pretrained(compiled)
 
     return make
 
 
-@pytest.fixture(scope="module", params=text_types)
+@pytest.fixture(scope="module", params=text_types + native, ids="-".join)
 def family(request, made):
-    return made(request.param)
+    model_type, backend = request.param
+    return made(model_type, backend=backend)
 
 
 def eager_logits(source, row, answer):

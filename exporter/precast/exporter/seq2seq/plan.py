@@ -96,7 +96,7 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
         lengths=lengths,
         graphs=(
             *(GraphPlan(_name(lengths, length), "encode", 1, length) for length in lengths),
-            _decoder(batch, capacity, is_static=get_backend(options.backend).is_static),
+            _decoder(batch, capacity, is_apart=get_backend(options.backend).decodes_apart),
         ),
         capacity=capacity,
         source=source,
@@ -109,9 +109,9 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
     )
 
 
-def _decoder(batch: int, capacity: int, *, is_static: bool) -> GraphPlan:
-    """Any number of tokens at a time, or one: an answer begins with a few at most."""
-    if is_static:
+def _decoder(batch: int, capacity: int, *, is_apart: bool) -> GraphPlan:
+    """Any number of tokens at a time; or one, where that is compiled otherwise: an answer begins with a few at most."""
+    if is_apart:
         return GraphPlan("decode", "decode", batch, 1)
     return GraphPlan("decoder", "decoder", batch, Dim(min=1, max=capacity))
 
