@@ -18,7 +18,7 @@ demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
 
 test: $(BIN)/.dev models
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(BIN)/.dev models
 	$(BIN)/python -m pytest -m slow
