@@ -62,6 +62,7 @@ def test_the_loader_takes_what_the_host_has(both, monkeypatch):
         CompiledModel.from_pretrained(both.path)
 
 
+@pytest.mark.slow
 def test_the_same_weights_lie_there_once(checkpoint, tmp_path):
     """Here of two exports by one backend, whose weights are equal byte by byte."""
     source = str(checkpoint("llama"))

@@ -52,6 +52,7 @@ def made(source, target, **options):
     return export(str(source), target, ExportOptions(**asked)).contract.variants[0]
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_in_bfloat16(checkpoint, tmp_path):
     source = checkpoint("bert", "AutoModel")
     variant = made(source, tmp_path / "out", auto_cast="matmul")

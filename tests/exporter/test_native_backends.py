@@ -136,7 +136,14 @@ def test_guesses_are_checked_in_one_step(checkpoint, artifact, backend):
 
 
 @pytest.mark.parametrize("backend", ["export", pytest.param("aoti", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"quantize": "int4"}, {"kv_cache": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": "int8"},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"quantize": "int4"}, {"kv_cache": "int8"})),
+    ],
+    ids=str,
+)
 def test_rounded_models_pass_validation(checkpoint, tmp_path, backend, options):
     """Held to the loss of their scheme, as with the other backend; tiny random models lose more than real ones."""
     asked = ExportOptions(sequence_length=(CAPACITY,), backend=backend, accept_loss=True, **options)

@@ -247,6 +247,7 @@ def test_sessions_go_to_the_next_core(checkpoint, artifact):
     assert set(neuron_stand_in.RUNS) == {0, 2}
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_answers_token_by_token(tmp_path):
     from zoo import seq2seq as zoo
 
@@ -351,6 +352,7 @@ def test_a_compiler_that_fails_says_where_and_why(checkpoint, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_compilers_files_are_kept_where_asked(checkpoint, tmp_path, monkeypatch):
     _export(
         checkpoint("llama"), tmp_path / "out", compiler_workdir=tmp_path / "work", compiler_args=("--verbose=info",)

@@ -47,6 +47,7 @@ def _check_features(model, source):
         assert np.abs(values[keep == 1] - _eager(source, row)).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_compiled_without_a_device_and_validated_on_one(checkpoint, tmp_path, machine):
     machine(cores=0)
     source = str(checkpoint("llama"))

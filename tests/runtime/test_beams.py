@@ -55,6 +55,9 @@ def eager_beams(source, row, given):
     return found.sequences[:, len(row) :].numpy(), found.sequences_scores.numpy()
 
 
+IMPOSSIBLE = -1e8
+
+
 @few
 @given(rows=prompts, side=sides, given_=options)
 def test_beams_are_transformers_beams(family, rows, side, given_):
@@ -69,9 +72,11 @@ def test_beams_are_transformers_beams(family, rows, side, given_):
         expected, scores = eager_beams(source, row, given_)
         mine = slice(index * count, (index + 1) * count)
         assert np.allclose(found.sequences_scores[mine], scores, atol=1e-4)
-        for values, theirs in zip(found.sequences[mine, ids.shape[1] :], expected, strict=True):
-            assert values[: len(theirs)].tolist() == theirs.tolist()
-            assert (values[len(theirs) :] == PAD).all()
+        for values, theirs, score in zip(found.sequences[mine, ids.shape[1] :], expected, scores, strict=True):
+            # Of answers that cannot be, none is the likelier.
+            if score > IMPOSSIBLE:
+                assert values[: len(theirs)].tolist() == theirs.tolist()
+                assert (values[len(theirs) :] == PAD).all()
 
 
 def test_when_a_search_stops(family):
