@@ -44,3 +44,30 @@ def padded(rows: list[list[int]], side: str) -> tuple[np.ndarray, np.ndarray]:
             places = [*range(half), *range(half + gap, width)]
         ids[index, list(places)], mask[index, list(places)] = row, 1
     return ids, mask
+
+
+def check_logits(source: Path, model: Any, rows: list[list[int]], side: str) -> None:
+    """Each row's logits are those of the row alone."""
+    ids, mask = padded(rows, side)
+    found = model(ids, mask).logits
+    for row, values, keep in zip(rows, found, mask, strict=True):
+        expected = logits(source, row)
+        assert np.abs(values[keep == 1] - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+def check_greedy(source: Path, model: Any, side: str, count: int) -> None:
+    """Rows of several lengths are continued by `count` tokens as transformers continues each alone."""
+    rows = [[5, 9, 30, 7, 200], [80], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]]
+    ids, mask = padded(rows, side)
+    found = model.generate(ids, mask, max_new_tokens=count, do_sample=False)
+    for row, values in zip(rows, found, strict=True):
+        expected = greedy(source, row, max_new_tokens=count)
+        assert values[ids.shape[1] :][: len(expected)].tolist() == expected
+
+
+def check_brim(source: Path, model: Any, capacity: int) -> None:
+    """The last token that fits, and what attention looks at when that is everything."""
+    row = [(7 * n) % 300 + 3 for n in range(capacity - 6)]
+    found = model.generate(np.array([row]), max_new_tokens=6, do_sample=False)
+    expected = greedy(source, row, max_new_tokens=6)
+    assert found[0, len(row) :][: len(expected)].tolist() == expected

@@ -65,22 +65,13 @@ rows_of_any_length = st.lists(
 @given(rows=rows_of_any_length, side=st.sampled_from(["left", "right", "middle"]))
 def test_logits_are_those_of_the_unpadded_row(pair, rows, side):
     source, model = pair
-    ids, mask = oracle.padded(rows, side)
-    found = model(ids, mask).logits
-    for row, values, keep in zip(rows, found, mask, strict=True):
-        expected = oracle.logits(source, row)
-        assert np.abs(values[keep == 1] - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    oracle.check_logits(source, model, rows, side)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
 def test_greedy_tokens_are_transformers_own(pair, side):
     source, model = pair
-    rows = [[5, 9, 30, 7, 200], [80], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]]
-    ids, mask = oracle.padded(rows, side)
-    found = model.generate(ids, mask, max_new_tokens=12, do_sample=False)
-    for row, values in zip(rows, found, strict=True):
-        expected = oracle.greedy(source, row, max_new_tokens=12)
-        assert values[ids.shape[1] :][: len(expected)].tolist() == expected
+    oracle.check_greedy(source, model, side, 12)
 
 
 def test_sessions_that_take_turns_have_caches_of_their_own(pair):
@@ -103,10 +94,7 @@ def test_beams_reorder_what_is_on_the_device(pair):
 
 def test_a_cache_filled_to_the_brim(pair):
     source, model = pair
-    row = [(7 * n) % 300 + 3 for n in range(CAPACITY - 6)]
-    found = model.generate(np.array([row]), max_new_tokens=6, do_sample=False)
-    expected = oracle.greedy(source, row, max_new_tokens=6)
-    assert found[0, len(row) :][: len(expected)].tolist() == expected
+    oracle.check_brim(source, model, CAPACITY)
 
 
 def test_a_chat_goes_on_from_what_the_device_holds(checkpoint, artifact):
