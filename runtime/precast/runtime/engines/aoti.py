@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from ..artifact import Artifact
-from ..artifact.integrity import identity
 from ..artifact.machine import usable_cores
 from ..artifact.schema import Graph, Variant
-from ..errors import ArtifactError, FormatError, IntegrityError
-from ..weights import open_weights, weight_of
+from ..errors import ArtifactError, FormatError
+from ..weights import weight_of
 from . import Arrays, Settings, Step, move_rows
 from .device import Device
 from .elf import check_library
+from .files import Files
 from .gpu import Gpu
 from .memory import bound_tensors
 
@@ -35,9 +35,7 @@ class AotiEngine:
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        self._paths = {graph.name: artifact.path / graph.file for graph in variant.graphs}
-        self._weight_paths = [artifact.path / name for name in variant.weights]
-        self._verified = {path: identity(path) for path in [*self._paths.values(), *self._weight_paths]}
+        self._files, self._has_weights = Files(artifact, variant), bool(variant.weights)
         self._lock = threading.Lock()
         self._opened: dict[str, Any] = {}
         self._weights: Mapping[str, torch.Tensor] | None = None
@@ -63,29 +61,20 @@ class AotiEngine:
             return self._opened[name]
 
     def _open(self, name: str) -> Any:
-        path = self._paths[name]
-        try:
-            if self._weights is None:
-                self._weights = open_weights(self._weight_paths)
-        except OSError as error:
-            raise IntegrityError(f"{error.filename} cannot be read: {error.strerror}.") from None
-        self._check_unchanged(path)
+        path = self._files.path(name)
+        if self._weights is None:
+            self._weights = self._files.weights()
+        self._files.check(path)
         if self._device is None:
             runner = _load(path, _on_cpu)
         else:
             with self._device.turn():
                 runner = _load(path, self._device.place.open)
-        self._check_unchanged(path)
-        if self._weight_paths:
+        self._files.check(path)
+        if self._has_weights:
             copied = self._device.weight if self._device else None
             _give_weights(runner, self._weights, name, path, copied)
         return runner
-
-    def _check_unchanged(self, path: Path) -> None:
-        """What was verified is what is opened: code is not to be run that came in between."""
-        for each in (path, *self._weight_paths):
-            if identity(each) != self._verified[each]:
-                raise IntegrityError(f"{each} was replaced after it was verified. Open the artifact again.")
 
 
 def _on_cpu(path: Path) -> Any:

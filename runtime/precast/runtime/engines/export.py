@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from ..artifact import Artifact
-from ..artifact.integrity import identity
 from ..artifact.machine import usable_cores
 from ..artifact.operators import PYTHON
 from ..artifact.pt2 import SCALAR_TYPES, Coded, Graph, Meta, Node, Ref, Symbolic, parse_program, unpack
 from ..artifact.schema import Graph as Contract
 from ..artifact.schema import Input, Output, Variant
 from ..errors import ArtifactError, FormatError, IntegrityError
-from ..weights import open_weights, weight_of
+from ..weights import weight_of
 from . import Arrays, Settings, Step
+from .files import Files
 from .memory import bound_tensors
 
 __all__ = ["ExportEngine"]
@@ -38,9 +38,7 @@ class ExportEngine:
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        self._paths = {graph.name: artifact.path / graph.file for graph in variant.graphs}
-        self._weight_paths = [artifact.path / name for name in variant.weights]
-        self._verified = {path: identity(path) for path in [*self._paths.values(), *self._weight_paths]}
+        self._files = Files(artifact, variant)
         self._lock = threading.Lock()
         self._opened: dict[str, _Interpreter] = {}
         self._weights: _Weights | None = None
@@ -57,16 +55,14 @@ class ExportEngine:
             return self._opened[name]
 
     def _open(self, name: str) -> _Interpreter:
-        path = self._paths[name]
+        path = self._files.path(name)
+        if self._weights is None:
+            self._weights = self._files.weights()
         try:
-            if self._weights is None:
-                self._weights = open_weights(self._weight_paths)
             graph = parse_program(unpack(path.read_bytes(), str(path)), str(path))
         except OSError as error:
             raise IntegrityError(f"{error.filename} cannot be read: {error.strerror}.") from None
-        for each in (path, *self._weight_paths):
-            if identity(each) != self._verified[each]:
-                raise IntegrityError(f"{each} was replaced after it was verified. Open the artifact again.")
+        self._files.check(path)
         _check_contract(graph, self._graphs[name], path)
         graph = _without_repeats(graph)
         return _Interpreter(graph, _values(graph, self._weights, name, path), path)

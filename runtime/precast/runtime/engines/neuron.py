@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from ..artifact import Artifact
-from ..artifact.integrity import identity
 from ..artifact.neuron_sdk import without_sdk
 from ..artifact.schema import Graph, Input, Variant
-from ..errors import ArtifactError, FormatError, HostError, IntegrityError, UsageError
+from ..errors import ArtifactError, FormatError, HostError, UsageError
 from ..neuron_host import neuron_host
-from ..weights import open_weights
 from . import Arrays, Settings, Step, move_rows
+from .files import Files
 from .memory import bound_tensor, bound_tensors
 
 __all__ = ["NeuronEngine"]
@@ -122,33 +121,18 @@ def _address(array: np.ndarray[Any, Any]) -> int:
     return int(array.ctypes.data)
 
 
-class _Files:
-    """The verified files of a variant: opened only if they are still those."""
+class _Files(Files):
+    """With what the graphs say of their weights."""
 
     def __init__(self, artifact: Artifact, variant: Variant) -> None:
-        self._paths = {graph.name: artifact.path / graph.file for graph in variant.graphs}
-        self._weight_paths = [artifact.path / name for name in variant.weights]
-        self._verified = {path: identity(path) for path in [*self._paths.values(), *self._weight_paths]}
+        super().__init__(artifact, variant)
         self.inlined = bool(variant.compiler.options.get("inline_weights", False))
 
     def path(self, graph: str) -> Path:
         """The graph's file. Raises IntegrityError where any was replaced since it was verified."""
-        self.check(self._paths[graph])
-        return self._paths[graph]
-
-    def check(self, path: Path) -> None:
-        """Raise IntegrityError where this file, or one of weights, is not what was verified: before it is opened, and
-        after, since code is not to be run that came in between."""
-        for each in (path, *self._weight_paths):
-            if identity(each) != self._verified[each]:
-                raise IntegrityError(f"{each} was replaced after it was verified. Open the artifact again.")
-
-    def weights(self) -> dict[str, Tensor]:
-        """What lies beside the graphs, mapped into memory."""
-        try:
-            return open_weights(self._weight_paths)
-        except OSError as error:
-            raise IntegrityError(f"{error.filename} cannot be read: {error.strerror}.") from None
+        path = super().path(graph)
+        self.check(path)
+        return path
 
 
 def _sdk(module: str) -> Any:
