@@ -85,10 +85,12 @@ class Plan:
             return self.ready_artifact()
         return self.export(f"artifact-{scheme}", *NATIVE.get(scheme, ("--quantize", scheme)))
 
-    def export(self, name: str, *options: str, batch: int = 1, model: Path | None = None) -> Path:
+    def export(
+        self, name: str, *options: str, batch: int = 1, model: Path | None = None, capacity: int = CAPACITY
+    ) -> Path:
         """Export a decoder into the working folder. Raises ContenderError where it is refused."""
         target = self.work / name
-        self._export(self.command(target, *options, batch=batch, model=model), target)
+        self._export(self.command(target, *options, batch=batch, model=model, capacity=capacity), target)
         return target
 
     def export_as(self, target: Path, model: Path, *options: str) -> None:
@@ -103,9 +105,11 @@ class Plan:
         if done.returncode:
             raise ContenderError(f"{' '.join(command[1:])}: {done.stderr.strip() or done.returncode}")
 
-    def command(self, target: Path, *options: str, batch: int = 1, model: Path | None = None) -> list[str]:
+    def command(
+        self, target: Path, *options: str, batch: int = 1, model: Path | None = None, capacity: int = CAPACITY
+    ) -> list[str]:
         """The command line of an export."""
-        shape = ("--batch-size", str(batch), "--sequence-length", str(CAPACITY))
+        shape = ("--batch-size", str(batch), "--sequence-length", str(capacity))
         given = (str(model or self.model), *shape, *options, "-o", str(target))
         return [str(script("precast")), "export", *given, "--force", "-q"]
 

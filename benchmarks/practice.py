@@ -20,7 +20,7 @@ from harness import Answer, Contender, Target, alternate, environment, ratios, s
 from plan import PROMPT, Plan
 from startup import first_token
 
-__all__ = ["measure"]
+__all__ = ["large_checkpoint", "measure"]
 
 ROUNDS, COUNT, WARM_UP, BATCH = 5, 64, 16, 8
 ONE, MANY, QUOTE, LOOKUP = "batch 1", "batch 8", "quoting, plain", "quoting, prompt lookup"
@@ -36,8 +36,8 @@ def measure(plan: Plan) -> Answer:
     """Alternate in fresh processes; memory is measured once, since it does not vary."""
     artifact = plan.scheme_artifact("int4")
     many = plan.export("artifact-int4-batch-8", "--quantize", "int4", batch=BATCH)
-    large, checkpoint = plan.work / "artifact-large", plan.work / "llama-0.5b"
-    _make_large(plan, checkpoint, large)
+    options = ("--quantize", "int4", "--symmetric", "--method", "rtn", "--group-size", "64", "--no-validate")
+    large = plan.export("artifact-large", *options, model=large_checkpoint(plan))
     size = (large / "model.onnx.data").stat().st_size
     tokens, quote = _tokens(artifact, PROMPT), _tokens(artifact, f"Repeat: {PASSAGE}\n\n{PASSAGE}\n\nAgain: ")
     actions = {
@@ -135,10 +135,11 @@ def _settled(process: int) -> int:
     return now
 
 
-def _make_large(plan: Plan, checkpoint: Path, target: Path) -> None:
+def large_checkpoint(plan: Plan) -> Path:
+    """A Llama-shaped checkpoint of half a billion random weights, made at the first call."""
+    checkpoint = plan.work / "llama-0.5b"
     if not checkpoint.exists():
         plan.note("making a Llama of half a billion random weights")
         subprocess.run([sys.executable, "-m", "contenders.random_llama", checkpoint], cwd=Path(__file__).parent,
                        env=environment(), check=True)  # fmt: skip
-    options = ("--quantize", "int4", "--symmetric", "--method", "rtn", "--group-size", "64", "--no-validate")
-    plan.export(target.name, *options, model=checkpoint)
+    return checkpoint

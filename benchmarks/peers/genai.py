@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai
 
-# The cache's size, as in the artifact that it is compared with.
+# The cache's size, as in the artifact that it is compared with, unless a request says otherwise.
 CAPACITY = 512
 
 
@@ -37,7 +37,7 @@ def main(path: str, threads: str, prompt: str | None = None) -> None:
 def _decode(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     kept: list[Any] = []
     tokens, stamps, started = [], [], time.perf_counter()
-    generator = _generator(model, request["prompt"])
+    generator = _generator(model, request["prompt"], request.get("capacity", CAPACITY))
     for _ in range(request["count"]):
         if request["logits"]:
             kept.append(np.array(generator.get_logits()).reshape(-1))
@@ -67,10 +67,10 @@ def _print_first(model: Any, prompt: str) -> None:
     print(tokenizer.decode(generator.get_next_tokens()), flush=True)
 
 
-def _generator(model: Any, prompt: Any) -> Any:
+def _generator(model: Any, prompt: Any, capacity: int = CAPACITY) -> Any:
     parameters = onnxruntime_genai.GeneratorParams(model)
     # The end of a text must not be its end here.
-    parameters.set_search_options(max_length=CAPACITY, min_length=CAPACITY, do_sample=False)
+    parameters.set_search_options(max_length=capacity, min_length=capacity, do_sample=False)
     generator = onnxruntime_genai.Generator(model, parameters)
     generator.append_tokens(np.array([prompt], np.int32))
     return generator

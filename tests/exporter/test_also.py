@@ -12,7 +12,7 @@ import toy_backend
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from precast.cli.export import command as export_command
+from precast.cli import cli
 from precast.exporter import ExportOptions, export, validate_again
 from precast.exporter.also import _joined
 from precast.exporter.validate import record
@@ -174,7 +174,7 @@ def test_the_command_tells_each_verdict(checkpoint, tmp_path):
     source = str(checkpoint("bert", "AutoModel"))
     given = [source, "--task", "feature-extraction", "--batch-size", "1", "--sequence-length", "16", "-q"]
     done = CliRunner().invoke(
-        export_command, [*given, "--backend", "export", "--also", "onnx", "-o", str(tmp_path / "out"), "--json"]
+        cli, ["export", *given, "--backend", "export", "--also", "onnx", "-o", str(tmp_path / "out"), "--json"]
     )
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)

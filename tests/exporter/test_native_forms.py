@@ -72,15 +72,16 @@ def test_attention_to_an_encoder_is_the_operator():
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, 40)])
+@pytest.mark.parametrize("outputs", [3, 7, 24, 26])
 @pytest.mark.parametrize(
     "scheme",
     [Scheme(8, 48, "middle"), Scheme(8, 16, "whole"), Scheme(8, 32, "whole"), Scheme(4, 16, "middle"),
-     Scheme(4, 16, "free")],
+     Scheme(4, 16, "free"), Scheme(8, 48, "whole")],
     ids=str,
 )  # fmt: skip
-def test_products_with_codes_are_the_operator(scheme, rows):
+def test_products_with_codes_are_the_operator(scheme, outputs, rows):
     torch.manual_seed(0)
-    weight, bias, x = torch.randn(24, 48), torch.randn(24), torch.randn(*rows, 48)
+    weight, bias, x = torch.randn(outputs, 48), torch.randn(outputs), torch.randn(*rows, 48)
     packed = Packed(search(weight, scheme) if scheme.bits == 4 else round_to_nearest(weight, scheme))
     parts = (packed.codes, packed.scales, packed.zeros)
     sizes = (packed.bits, packed.group, packed.columns, packed.extra)
@@ -100,8 +101,9 @@ def test_a_row_with_one_scale_is_exact_in_bfloat16():
     assert torch.equal(matrix.float() * left[:, None], grid.dequantize())
 
 
-def test_few_rows_are_summed_and_many_multiplied():
-    weight, bias = torch.randn(6, 16).bfloat16(), torch.randn(6)
+@pytest.mark.parametrize("outputs", [1, 6, 7, 64])
+def test_few_rows_are_summed_and_many_multiplied(outputs):
+    weight, bias = torch.randn(outputs, 16).bfloat16(), torch.randn(outputs)
     x = torch.randn(1, linear.FEW, 16)
     assert linear.is_few(x)
     assert not linear.is_few(torch.randn(1, linear.FEW + 1, 16))

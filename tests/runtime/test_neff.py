@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from neffs import machine_at, neff, tarball, torchscript
 
-from precast.cli.inspect import command as inspect
+from precast.cli import cli
 from precast.runtime.artifact.publish import hash_files, write_config
 from precast.runtime.artifact.schema import Compiler, Host
 from precast.runtime.errors import HostError, IntegrityError
@@ -150,10 +150,10 @@ def test_inspect_shows_what_the_header_says(tmp_path, monkeypatch):
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "nothing"))
     path = torchscript(tmp_path / "out/m.neuron", neff(features=0x100)).parent
     write_config(path, {"model_type": "llama"}, handmade.contract(variants=[variant()], files=hash_files(path)))
-    told = CliRunner().invoke(inspect, [str(path)]).output
+    told = CliRunner().invoke(cli, ["inspect", str(path)]).output
     assert "version 2.0, NeuronCores 1, features 0x100, compiler 2.21.33363.0" in told
     assert "no: it needs the device neuron" in told
-    document = json.loads(CliRunner().invoke(inspect, [str(path), "--json"]).output)
+    document = json.loads(CliRunner().invoke(cli, ["inspect", str(path), "--json"]).output)
     assert document["neffs"][0][0]["major"] == 2
     with pytest.raises(HostError, match="needs the device neuron"):
         CompiledModel.from_pretrained(path)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from fakehub import FakeHub
 from neffs import neff, torchscript
 
-from precast.cli.inspect import command as inspect
+from precast.cli import cli
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.optimum_neuron import TASKS
 from precast.runtime.errors import ArtifactError, FormatError, HostError
@@ -182,7 +182,7 @@ def test_other_layouts_are_refused_by_name(tmp_path):
 def test_without_a_device_it_is_shown_and_not_opened(tmp_path, monkeypatch):
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "nothing"))
     path = theirs(tmp_path / "minilm")
-    told = CliRunner().invoke(inspect, [str(path)])
+    told = CliRunner().invoke(cli, ["inspect", str(path)])
     assert told.exit_code == 0, told.output
     for words in ("variant optimum-neuron", "no: it needs the device neuron", "version 2.0, NeuronCores 1"):
         assert words in told.output

@@ -8,7 +8,8 @@ are turned into a bfloat16 matrix first, for the processor's fastest product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from math import prod
 
 import torch
@@ -21,10 +22,24 @@ __all__ = ["Codes", "is_few", "linear", "quantized_linear"]
 FEW = 8
 """So many rows are summed side by side from one reading of the weights; more are a product of matrices."""
 
+SIDES = 4
+"""So many outputs are summed at a time: a sum of its own waits for each addition before the next, and a processor has
+several adders."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor]) -> Tensor:
     """`x @ weightᵀ + bias`, [..., K] -> [..., N], for few rows; `weight` may be of a narrower dtype than x."""
-    return _biased(_fused(x, lambda row: (row * weight.to(row.dtype)).sum(-1), settle), bias)
+
+    def times(row: Tensor) -> Tensor:
+        return torch.cat([(row * part.to(row.dtype)).sum(-1) for part in _sides(weight)])
+
+    return _biased(_fused(x, times, settle), bias)
+
+
+def _sides(weight: Tensor) -> Sequence[Tensor]:
+    """The rows of [N, ...] in parts as long as each other, whose sums inductor puts into one loop, and what is left."""
+    size = weight.shape[0] // SIDES
+    return weight.split(size) if size else [weight]
 
 
 def _fused(x: Tensor, times: Callable[[Tensor], Tensor], settle: Callable[[Tensor], Tensor]) -> Tensor:
@@ -63,17 +78,25 @@ class Codes:
 
     def times(self, row: Tensor) -> Tensor:
         """float32 [1, G * group] -> [N], in one pass over the codes."""
-        scales = self.scales[..., None]
+        zeros: Iterable[Tensor | float]
+        zeros = _sides(self.zeros) if isinstance(self.zeros, Tensor) else repeat(self.zeros)
+        sides = zip(_sides(self.codes), _sides(self.scales), zeros, strict=False)
+        return torch.cat([self._sums(row, *side) for side in sides])
+
+    def _sums(self, row: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | float) -> Tensor:
+        if scales.shape[1] > 1:
+            return (self._products(row, codes, zeros) * scales[..., None]).sum((-1, -2))
+        # The zero once per output rather than once per code.
+        zero = zeros.flatten() if isinstance(zeros, Tensor) else zeros
+        return (self._products(row, codes, 0.0).sum((-1, -2)) - zero * row.sum()) * scales[:, 0]
+
+    def _products(self, row: Tensor, codes: Tensor, zeros: Tensor | float) -> Tensor:
         if self.bits == 8:
-            products = row.view(1, -1, self.group) * (self.codes.float() - self.zeros)
-        else:
-            # Two codes in a byte, the even one in its low half.
-            even, odd = row.view(1, -1, self.group // 2, 2).unbind(-1)
-            both = self.codes.to(torch.int32)
-            products = even * ((both & 15).float() - self.zeros) + odd * ((both >> 4).float() - self.zeros)
-        if self.scales.shape[1] == 1:
-            return products.sum((-1, -2)) * self.scales[:, 0]
-        return (products * scales).sum((-1, -2))
+            return row.view(1, -1, self.group) * (codes.float() - zeros)
+        # Two codes in a byte, the even one in its low half.
+        even, odd = row.view(1, -1, self.group // 2, 2).unbind(-1)
+        both = codes.to(torch.int32)
+        return even * ((both & 15).float() - zeros) + odd * ((both >> 4).float() - zeros)
 
     def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """[N, G * group], and what its products are still to be multiplied with. Codes of 8 bits fit bfloat16 as they
