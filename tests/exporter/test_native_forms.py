@@ -86,8 +86,9 @@ def test_products_with_codes_are_the_operator(scheme, outputs, rows):
     parts = (packed.codes, packed.scales, packed.zeros)
     sizes = (packed.bits, packed.group, packed.columns, packed.extra)
     expected = multiply(x, *parts, bias, *sizes)
-    found = linear.quantized_linear(x, linear.Codes(*parts, *sizes), bias, same, torch.float32)
-    assert torch.allclose(found, expected, atol=1e-4)
+    for is_few in {linear.is_few(x), True}:
+        found = linear.quantized_linear(x, linear.Codes(*parts, *sizes), bias, same, torch.float32, is_few)
+        assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_a_row_with_one_scale_is_exact_in_bfloat16():

@@ -30,8 +30,8 @@ several adders."""
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor]) -> Tensor:
     """`x @ weightᵀ + bias`, [..., K] -> [..., N], for few rows; `weight` may be of a narrower dtype than x."""
 
-    def times(row: Tensor) -> Tensor:
-        return torch.cat([(row * part.to(row.dtype)).sum(-1) for part in _sides(weight)])
+    def times(rows: Tensor) -> Tensor:
+        return torch.cat([(rows * part[:, None].to(rows.dtype)).sum(-1) for part in _sides(weight)])
 
     return _biased(_fused(x, times, settle), bias)
 
@@ -43,10 +43,11 @@ def _sides(weight: Tensor) -> Sequence[Tensor]:
 
 
 def _fused(x: Tensor, times: Callable[[Tensor], Tensor], settle: Callable[[Tensor], Tensor]) -> Tensor:
-    """`times` each row [1, K] of x [..., K] -> [N], as one tensor [..., N]."""
+    """Rows [R, K] of x [..., K] `times` a weight -> [N, R], as one tensor [..., N]. A known number of rows is written
+    out one by one, and all share a reading of the weight."""
     rows = settle(x.float()).reshape(-1, x.shape[-1])
-    parts = [times(rows[index][None]) for index in range(rows.shape[0])]
-    return torch.stack(parts).view(*x.shape[:-1], -1).to(x.dtype)
+    parts = rows.split(1) if is_few(x) else [rows]
+    return torch.cat([times(part) for part in parts], -1).T.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
 def is_few(x: Tensor) -> bool:
@@ -76,26 +77,28 @@ class Codes:
         missing = self.scales.shape[1] * self.group - x.shape[-1]
         return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
-    def times(self, row: Tensor) -> Tensor:
-        """float32 [1, G * group] -> [N], in one pass over the codes."""
+    def times(self, rows: Tensor) -> Tensor:
+        """float32 [R, G * group] -> [N, R], in one pass over the codes."""
         zeros: Iterable[Tensor | float]
         zeros = _sides(self.zeros) if isinstance(self.zeros, Tensor) else repeat(self.zeros)
         sides = zip(_sides(self.codes), _sides(self.scales), zeros, strict=False)
-        return torch.cat([self._sums(row, *side) for side in sides])
+        return torch.cat([self._sums(rows, *side) for side in sides])
 
-    def _sums(self, row: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | float) -> Tensor:
+    def _sums(self, rows: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | float) -> Tensor:
         if scales.shape[1] > 1:
-            return (self._products(row, codes, zeros) * scales[..., None]).sum((-1, -2))
+            return (self._products(rows, codes, zeros) * scales[:, None, :, None]).sum((-1, -2))
         # The zero once per output rather than once per code.
-        zero = zeros.flatten() if isinstance(zeros, Tensor) else zeros
-        return (self._products(row, codes, 0.0).sum((-1, -2)) - zero * row.sum()) * scales[:, 0]
+        zero = zeros[..., 0] if isinstance(zeros, Tensor) else zeros
+        return (self._products(rows, codes, 0.0).sum((-1, -2)) - zero * rows.sum(-1)) * scales
 
-    def _products(self, row: Tensor, codes: Tensor, zeros: Tensor | float) -> Tensor:
+    def _products(self, rows: Tensor, codes: Tensor, zeros: Tensor | float) -> Tensor:
+        """[N, R, G, group], or half a group with the products of two codes each."""
+        zeros = zeros[:, None] if isinstance(zeros, Tensor) else zeros
         if self.bits == 8:
-            return row.view(1, -1, self.group) * (codes.float() - zeros)
+            return rows.view(-1, self.scales.shape[1], self.group) * (codes[:, None].float() - zeros)
         # Two codes in a byte, the even one in its low half.
-        even, odd = row.view(1, -1, self.group // 2, 2).unbind(-1)
-        both = codes.to(torch.int32)
+        even, odd = rows.view(-1, self.scales.shape[1], self.group // 2, 2).unbind(-1)
+        both = codes[:, None].to(torch.int32)
         return even * ((both & 15).float() - zeros) + odd * ((both >> 4).float() - zeros)
 
     def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -108,10 +111,15 @@ class Codes:
 
 
 def quantized_linear(
-    x: Tensor, weight: Codes, bias: Tensor | None, settle: Callable[[Tensor], Tensor], product: torch.dtype
+    x: Tensor,
+    weight: Codes,
+    bias: Tensor | None,
+    settle: Callable[[Tensor], Tensor],
+    product: torch.dtype,
+    is_few: bool,
 ) -> Tensor:
-    """float [..., K] -> [..., N]; products of matrices are of dtype `product`."""
-    if is_few(x):
+    """float [..., K] -> [..., N], as sums for few rows; products of matrices are of dtype `product`."""
+    if is_few:
         return _biased(_fused(weight.widened(x), weight.times, settle), bias)
     matrix, scales = weight.matrix(product)
     y = (weight.widened(x).to(product) @ matrix.T).to(x.dtype)

@@ -147,7 +147,8 @@ class _Replayed(nn.Module):
         rows = torch.arange(self.graph.capacity) if self.forms.whole else given.pop(ROWS, None)
         step = Step(rows, self.forms.settle, self.forms.whole) if rows is not None else None
         weights = [self.get_parameter_or_buffer(name) for name, _ in self.lifted]
-        results = _Replacing(self.traced[0], self.forms, step).run(*weights, *given.values())
+        positions = given["logit_positions"].shape[1] if "logit_positions" in given else None
+        results = _Replacing(self.traced[0], self.forms, step, positions).run(*weights, *given.values())
         outputs = dict(zip((spec.name for spec in self.graph.outputs), results, strict=True))
         for before, after in self.caches:
             if (result := outputs.pop(after)) is not given[before]:
@@ -188,9 +189,9 @@ def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
 class _Replacing(fx.Interpreter):
     """Runs a graph with our operators written out in ATen."""
 
-    def __init__(self, module: fx.GraphModule, forms: Forms, step: Step | None) -> None:
+    def __init__(self, module: fx.GraphModule, forms: Forms, step: Step | None, positions: Any = None) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.forms, self.step = forms, step
+        self.forms, self.step, self.positions = forms, step, positions
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         written = _WRITTEN.get(target)
@@ -218,7 +219,13 @@ def _quantized_linear(
     if not run.forms.sums:
         return grids.multiply(x, codes, scales, zeros, bias, *rest)
     weight = linear.Codes(codes, scales, zeros, *rest)
-    return linear.quantized_linear(x, weight, bias, run.forms.settle, run.forms.product)
+    is_few = linear.is_few(x) or _is_last(run, x)
+    return linear.quantized_linear(x, weight, bias, run.forms.settle, run.forms.product, is_few)
+
+
+def _is_last(run: _Replacing, x: Tensor) -> bool:
+    """Whether these are the rows whose logits were asked for: of a prompt one as a rule, whatever may be allowed."""
+    return isinstance(run.positions, torch.SymInt) and str(x.shape[-2]) == str(run.positions)
 
 
 def _quantized_embedding(run: _Replacing, *args: Any) -> Tensor:
