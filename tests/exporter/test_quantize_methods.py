@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from precast.exporter.quantize import Recipe, calibration, quantize
 from precast.exporter.quantize.grid import grouped
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
 from precast.exporter.quantize.methods import METHODS, Scheme, awq, get_method, gptq, round_to_nearest, search
@@ -202,3 +203,44 @@ def test_methods_and_schemes_in_words():
         get_method("hqq")
     assert str(Scheme(4, 32, "free")) == "int4 in groups of 32, asymmetric with offsets"
     assert [name for name, method in METHODS.items() if method.is_calibrated] == ["gptq", "awq"]
+
+
+def test_blocks_are_learned_about_together_as_far_as_memory_goes(monkeypatch):
+    names = [f"layers.{index}.{part}" for index in range(4) for part in ("up", "down")] + ["head"]
+    width = {"up": 8, "down": 16, "head": 8}
+    monkeypatch.setattr(calibration, "AT_A_TIME", 2 * 4 * (8**2 + 16**2))
+    found = list(calibration.passes(names, lambda name: width[name.rpartition(".")[2]]))
+    assert found == [names[:4], names[4:8], names[8:]]
+    monkeypatch.setattr(calibration, "AT_A_TIME", 0)
+    assert list(calibration.passes(names, lambda name: 8)) == list(calibration.blocks(names))
+
+
+@pytest.mark.parametrize(("name", "passes"), [("awq", 1), ("gptq", 3)])
+def test_the_text_is_read_once_unless_a_method_learns_of_errors(name, passes):
+    model = Reader()
+    recipe = Recipe(Scheme(8, 16, "whole"), name)
+    quantize(model, recipe, [torch.arange(6), torch.arange(3)])
+    assert model.read == passes * 2
+
+
+class Reader(torch.nn.Module):
+    """Two blocks and a head, that count what they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(8, 16), torch.nn.Linear(16, 8)
+        self.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"up": torch.nn.Linear(16, 16)}) for _ in range(2))
+        self.read = 0
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, use_cache):
+        self.read += 1
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer["up"](x)
+        return self.head(x)

@@ -46,11 +46,18 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Method:
-    """`quantize(weight [N, K], scheme, hessian [K, K] or None)`."""
+    """`quantize(weight [N, K], scheme, hessian [K, K] or None)`.
+
+    Attributes:
+        is_calibrated: whether it wants the hessian.
+        is_sequential: whether that has to know what became of earlier blocks, which takes a pass over the calibration
+            text for each block.
+    """
 
     name: str
     quantize: Callable[[Tensor, Scheme, Tensor | None], Grid]
-    is_calibrated: bool
+    is_calibrated: bool = False
+    is_sequential: bool = False
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
@@ -106,9 +113,9 @@ def awq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
 METHODS = {
     each.name: each
     for each in (
-        Method("rtn", round_to_nearest, is_calibrated=False),
-        Method("search", search, is_calibrated=False),
-        Method("gptq", gptq, is_calibrated=True),
+        Method("rtn", round_to_nearest),
+        Method("search", search),
+        Method("gptq", gptq, is_calibrated=True, is_sequential=True),
         Method("awq", awq, is_calibrated=True),
     )
 }

@@ -47,7 +47,8 @@ def _fused(x: Tensor, times: Callable[[Tensor], Tensor], settle: Callable[[Tenso
     out one by one, and all share a reading of the weight."""
     rows = settle(x.float()).reshape(-1, x.shape[-1])
     parts = rows.split(1) if is_few(x) else [rows]
-    return torch.cat([times(part) for part in parts], -1).T.unflatten(0, x.shape[:-1]).to(x.dtype)
+    found = torch.cat([times(part) for part in parts], -1)
+    return found.T.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def is_few(x: Tensor) -> bool:

@@ -28,6 +28,11 @@ NEURON_FORMS = Forms(whole=True)
 
 _LARGEST_CONSTANT = 2**28
 """Bytes: a constant that is larger was not meant to be kept."""
+_SHAPED: dict[Any, Any] = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
+"""A view asks for strides that another machine's kernels need not give; a shape is all that is meant."""
 _NOTES = frozenset({torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default})
 
 
@@ -181,7 +186,7 @@ def _target(node: fx.Node) -> Any:
     is_aten = getattr(node.target, "namespace", None) == "aten"
     if not is_aten and node.target is not operator.getitem and getattr(node.target, "__module__", "") != "_operator":
         raise ExportError(f"Neuron cannot compile the operator {node.target}: it is not one of PyTorch's own.")
-    return node.target
+    return _SHAPED.get(node.target, node.target)
 
 
 class OneGraph(nn.Module):
