@@ -24,7 +24,7 @@ __all__ = ["measure"]
 CONTEXTS = (128, 512, 1024, 1984)
 CAPACITY, COUNT, WARM_UP, ROUNDS = 2048, 32, 8, 3
 RIVALS = ("onnxruntime-genai int8", "OpenVINO GenAI fp32", "OpenVINO GenAI int8", "llama.cpp Q4_1")
-LARGE = {"large int8": ("--quantize", "int8", "--method", "rtn"), "large bf16": ("--dtype", "bfloat16")}
+LARGE = {"large int8": ("--quantize", "int8", "--method", "rtn")}
 Row = dict[str, Any]
 Values = dict[str, list[float]]
 

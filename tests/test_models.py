@@ -113,5 +113,7 @@ def test_minilm_embeds_as_eager_does(tmp_path):
     export(str(MINILM), tmp_path / "out", options)
     model = CompiledModelForFeatureExtraction.from_pretrained(tmp_path / "out")
     for size in range(1, 10):
-        found = np.concatenate([model.embed(sentences[start : start + size]) for start in range(0, len(sentences), size)])
+        found = np.concatenate(
+            [model.embed(sentences[start : start + size]) for start in range(0, len(sentences), size)]
+        )
         assert np.abs(found - np.stack(truth)).max() < 1e-4

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.exporter.quantize import Recipe, calibration, quantize
+from precast.exporter.quantize import Recipe, quantize
 from precast.exporter.quantize.grid import grouped
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
 from precast.exporter.quantize.methods import METHODS, Scheme, awq, get_method, gptq, round_to_nearest, search
@@ -205,22 +205,12 @@ def test_methods_and_schemes_in_words():
     assert [name for name, method in METHODS.items() if method.is_calibrated] == ["gptq", "awq"]
 
 
-def test_blocks_are_learned_about_together_as_far_as_memory_goes(monkeypatch):
-    names = [f"layers.{index}.{part}" for index in range(4) for part in ("up", "down")] + ["head"]
-    width = {"up": 8, "down": 16, "head": 8}
-    monkeypatch.setattr(calibration, "AT_A_TIME", 2 * 4 * (8**2 + 16**2))
-    found = list(calibration.passes(names, lambda name: width[name.rpartition(".")[2]]))
-    assert found == [names[:4], names[4:8], names[8:]]
-    monkeypatch.setattr(calibration, "AT_A_TIME", 0)
-    assert list(calibration.passes(names, lambda name: 8)) == list(calibration.blocks(names))
-
-
-@pytest.mark.parametrize(("name", "passes"), [("awq", 1), ("gptq", 3)])
-def test_the_text_is_read_once_unless_a_method_learns_of_errors(name, passes):
+@pytest.mark.parametrize("name", ["awq", "gptq"])
+def test_the_text_is_read_once_per_block(name):
+    """What a block learns knows of the errors of those before it."""
     model = Reader()
-    recipe = Recipe(Scheme(8, 16, "whole"), name)
-    quantize(model, recipe, [torch.arange(6), torch.arange(3)])
-    assert model.read == passes * 2
+    quantize(model, Recipe(Scheme(8, 16, "whole"), name), [torch.arange(6), torch.arange(3)])
+    assert model.read == 3 * 2
 
 
 class Reader(torch.nn.Module):

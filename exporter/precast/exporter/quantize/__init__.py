@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .calibration import blocks, hessians, passes
+from .calibration import blocks, hessians
 from .grid import Grid, find_grid, stacked
 from .linear import Packed, QuantizedEmbedding, QuantizedLinear
 from .methods import METHODS, WHOLE_ROW, Scheme, get_method
@@ -40,8 +40,7 @@ def quantize(
     """
     method, done = get_method(recipe.method), dict[str, str]()
     layers = {layer.name: layer for layer in find_layers(model, recipe.skipped)}
-    widths = {name: layer.weight.shape[1] for name, layer in layers.items()}
-    for names in blocks(list(layers)) if method.is_sequential else passes(list(layers), widths.__getitem__):
+    for names in blocks(list(layers)):
         asked = [name for name in names if layers[name].linear] if method.is_calibrated else []
         learned = hessians(model, asked, calibration) if asked else {}
         for name in names:

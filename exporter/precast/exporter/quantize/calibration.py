@@ -9,10 +9,7 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor, nn
 
-__all__ = ["blocks", "hessians", "passes"]
-
-AT_A_TIME = 2**28
-"""Bytes of what is learned in one pass over the text."""
+__all__ = ["blocks", "hessians"]
 
 
 def blocks(names: Sequence[str]) -> Iterator[list[str]]:
@@ -22,17 +19,6 @@ def blocks(names: Sequence[str]) -> Iterator[list[str]]:
         found = re.match(r".*?\.\d+(?=\.)", name)
         groups.setdefault(found[0] if found else name, []).append(name)
     yield from groups.values()
-
-
-def passes(names: Sequence[str], width: Callable[[str], int]) -> Iterator[list[str]]:
-    """Blocks as many as can be learned about at a time; `width` tells how many inputs a layer has."""
-    held: list[str] = []
-    for block in blocks(names):
-        if held and sum(4 * width(name) ** 2 for name in (*held, *block)) > AT_A_TIME:
-            yield held
-            held = []
-        held = [*held, *block]
-    yield held
 
 
 def hessians(model: nn.Module, names: Sequence[str], rows: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -46,18 +46,11 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Method:
-    """`quantize(weight [N, K], scheme, hessian [K, K] or None)`.
-
-    Attributes:
-        is_calibrated: whether it wants the hessian.
-        is_sequential: whether that has to know what became of earlier blocks, which takes a pass over the calibration
-            text for each block.
-    """
+    """`quantize(weight [N, K], scheme, hessian [K, K] or None)`."""
 
     name: str
     quantize: Callable[[Tensor, Scheme, Tensor | None], Grid]
     is_calibrated: bool = False
-    is_sequential: bool = False
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
@@ -115,7 +108,7 @@ METHODS = {
     for each in (
         Method("rtn", round_to_nearest),
         Method("search", search),
-        Method("gptq", gptq, is_calibrated=True, is_sequential=True),
+        Method("gptq", gptq, is_calibrated=True),
         Method("awq", awq, is_calibrated=True),
     )
 }
