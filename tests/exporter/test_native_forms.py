@@ -89,6 +89,7 @@ def test_products_with_codes_are_the_operator(scheme, outputs, rows):
     for is_few in {linear.is_few(x), True}:
         found = linear.quantized_linear(x, linear.Codes(*parts, *sizes), bias, same, torch.float32, is_few)
         assert torch.allclose(found, expected, atol=1e-4)
+        assert found.is_contiguous(), "what comes after counts on it"
 
 
 def test_a_row_with_one_scale_is_exact_in_bfloat16():

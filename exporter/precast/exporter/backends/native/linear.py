@@ -46,9 +46,12 @@ def _fused(x: Tensor, times: Callable[[Tensor], Tensor], settle: Callable[[Tenso
     """Rows [R, K] of x [..., K] `times` a weight -> [N, R], as one tensor [..., N]. A known number of rows is written
     out one by one, and all share a reading of the weight."""
     rows = settle(x.float()).reshape(-1, x.shape[-1])
-    parts = rows.split(1) if is_few(x) else [rows]
-    found = torch.cat([times(part) for part in parts], -1)
-    return found.T.view(*x.shape[:-1], -1).to(x.dtype)
+    if is_few(x):
+        found = torch.stack([times(row)[:, 0] for row in rows.split(1)])
+    else:
+        # Laid out as a product of matrices would be: what comes after may count on it.
+        found = times(rows).T.clone(memory_format=torch.contiguous_format)
+    return found.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def is_few(x: Tensor) -> bool:
