@@ -17,7 +17,7 @@ from harness import Answer, Contender, Target, alternate, ratios, summary
 from peers.catalog import peers
 from plan import NATIVE, Plan
 from practice import large_checkpoint
-from schemes import PROSE
+from schemes import PROSE, contender, equal, speed
 
 __all__ = ["measure"]
 
@@ -48,13 +48,13 @@ def _contexts(plan: Plan, answer: Answer) -> None:
     results = alternate(actions, plan.rounds(ROUNDS), plan.begin)
     for index, context in enumerate(CONTEXTS):
         answers = {name: [each["answers"][index] for each in rounds] for name, rounds in results.items()}
-        speeds = {name: [_speed(one["stamps"]) for one in each] for name, each in answers.items()}
+        speeds = {name: [speed(one["stamps"]) for one in each] for name, each in answers.items()}
         found = answer.figures[f"context {context}"] = {}
         for name, each in answers.items():
             found[name] = {
                 "decode_tokens_per_second": summary(speeds[name]),
                 "first_token_ms": summary([1e3 * one["stamps"][0] for one in each]),
-                "equal_tokens": _equal(each[0]["tokens"], expected[index]),
+                "equal_tokens": equal(each[0]["tokens"], expected[index]),
             }
             answer.rows.append([f"{name}, context {context}", *_cells(found[name])])
         answer.targets += _targets(context, speeds)
@@ -77,7 +77,7 @@ def _theirs(plan: Plan, notes: list[str]) -> Iterator[Contender]:
         if problem := peer.problem():
             notes.append(problem)
         else:
-            yield Contender(peer.name, peer.module, peer.model, plan.threads, *peer.arguments, python=peer.python)
+            yield contender(peer, plan)
 
 
 def _texts(artifact: Path) -> Iterator[list[int]]:
@@ -93,22 +93,11 @@ def _request(prompt: list[int]) -> Row:
     return {"prompt": prompt, "count": COUNT, "logits": "", "capacity": CAPACITY}
 
 
-def _timed(contender: Contender, requests: list[Row]) -> Row:
+def _timed(process: Contender, requests: list[Row]) -> Row:
     """In a fresh process that is warm."""
-    with contender:
-        contender.ask({**requests[0], "prompt": requests[0]["prompt"][::-1], "count": WARM_UP})
-        return {"answers": [contender.ask(request) for request in requests]}
-
-
-def _speed(stamps: list[float]) -> float:
-    """Tokens per second after the first."""
-    return (len(stamps) - 1) / (stamps[-1] - stamps[0])
-
-
-def _equal(tokens: list[int], reference: list[int]) -> int:
-    """How many come before the first that differs."""
-    differing = np.flatnonzero(np.array(tokens) != np.array(reference))
-    return int(differing[0]) if len(differing) else len(reference)
+    with process:
+        process.ask({**requests[0], "prompt": requests[0]["prompt"][::-1], "count": WARM_UP})
+        return {"answers": [process.ask(request) for request in requests]}
 
 
 def _cells(figures: Row) -> list[str]:
@@ -132,21 +121,17 @@ def _large(plan: Plan, answer: Answer) -> None:
         artifact = plan.artifacts.get(key) or plan.export(
             key, "--backend", "aoti", "--no-validate", *options, model=large_checkpoint(plan)
         )
-        size = _weights(artifact)
+        size = (artifact / "model.safetensors").stat().st_size
         request = {"prompt": list(range(100, 132)), "count": COUNT, "logits": ""}
         ours = Contender(name, "contenders.precast_decode", artifact, plan.threads)
         actions[name] = partial(_timed, ours, [request])
         limit = Contender(f"limit of {name}", "contenders.read_weights", size, plan.threads)
         actions[f"limit of {name}"] = partial(_timed, limit, [request])
     results = alternate(actions, plan.rounds(ROUNDS), plan.begin)
-    speeds = {name: [_speed(each["answers"][0]["stamps"]) for each in rounds] for name, rounds in results.items()}
+    speeds = {name: [speed(each["answers"][0]["stamps"]) for each in rounds] for name, rounds in results.items()}
     for name, values in speeds.items():
         found = answer.figures[name] = summary(values)
         answer.rows.append([name, f"{found['median']:.1f}", "", ""])
     for name in LARGE:
         share = ratios(speeds[name], speeds[f"limit of {name}"])["median"]
         answer.targets.append(Target(f"{name} over the limit of reading its weights", share, 0.8, is_floor=True))
-
-
-def _weights(artifact: Path) -> int:
-    return (artifact / "model.safetensors").stat().st_size

@@ -21,7 +21,7 @@ from harness import HERE, Answer, Contender, ContenderError, Target, alternate, 
 from peers.catalog import Peer, peers
 from plan import CAPACITY, PROMPT, Plan
 
-__all__ = ["measure"]
+__all__ = ["PROSE", "contender", "equal", "measure", "speed"]
 
 COUNT, WARM_UP, ROUNDS = 128, 16, 5
 SCHEMES = ("fp32", "source", "int8", "int4", "aoti-fp32", "aoti-bf16", "aoti-int8")
@@ -100,10 +100,11 @@ def _theirs(plan: Plan, notes: list[str]) -> Iterator[Entrant]:
         elif problem := peer.problem():
             notes.append(problem)
         else:
-            yield Entrant(_contender(peer, plan), peer.library, peer.scheme, _disk(peer.model))
+            yield Entrant(contender(peer, plan), peer.library, peer.scheme, _disk(peer.model))
 
 
-def _contender(peer: Peer, plan: Plan) -> Contender:
+def contender(peer: Peer, plan: Plan) -> Contender:
+    """The process that a peer runs in."""
     return Contender(peer.name, peer.module, peer.model, plan.threads, *peer.arguments, python=peer.python)
 
 
@@ -206,7 +207,7 @@ def _report(
     answer: Answer, entrants: Sequence[Entrant], results: dict[str, list[Row]], accuracy: dict[str, Row],
     reference: list[int],
 ) -> None:  # fmt: skip
-    speeds = {name: [_speed(each["stamps"]) for each in rounds] for name, rounds in results.items()}
+    speeds = {name: [speed(each["stamps"]) for each in rounds] for name, rounds in results.items()}
     firsts = {name: [1e3 * each["stamps"][0] for each in rounds] for name, rounds in results.items()}
     contenders = answer.figures["contenders"] = {}
     for each in entrants:
@@ -221,7 +222,7 @@ def _report(
             "peak_bytes": summary([one["peak"] for one in rounds], 6),
             "pss_bytes": summary([one["pss"] for one in rounds], 6),
             "disk_bytes": each.disk,
-            "accuracy": {**accuracy[each.name], "equal_tokens": _equal(rounds[0]["tokens"], reference)},
+            "accuracy": {**accuracy[each.name], "equal_tokens": equal(rounds[0]["tokens"], reference)},
         }
         if each.weights:
             figures["of_limit"] = ratios(speeds[each.name], speeds[each.limit])
@@ -244,12 +245,12 @@ def _limit_targets(contenders: Row) -> list[Target]:
     return [Target("precast fp32 over the limit that reading its weights sets", share, 0.9, is_floor=True)]
 
 
-def _speed(stamps: list[float]) -> float:
+def speed(stamps: list[float]) -> float:
     """Tokens per second after the first token, which waits for the prompt."""
     return (len(stamps) - 1) / (stamps[-1] - stamps[0])
 
 
-def _equal(tokens: list[int], reference: list[int]) -> int:
+def equal(tokens: list[int], reference: list[int]) -> int:
     """How many come before the first that differs."""
     differing = np.flatnonzero(np.array(tokens) != np.array(reference))
     return int(differing[0]) if len(differing) else len(reference)
