@@ -27,10 +27,11 @@ from ..native.settled import settled
 from .gpu import KERNELS_INSIDE, check_whole
 from .isa import options_of
 from .kernels import cut
+from .rows import rows
 
 __all__ = ["FORMS", "build", "check_compiler", "workspace"]
 
-FORMS = Forms(settle=settled, sums=True, product=torch.bfloat16, functional=False)
+FORMS = Forms(settle=settled, sums=True, rows=rows, product=torch.bfloat16, functional=False)
 """One token: sums that inductor fuses. More: matrices, in bfloat16 where weights are codes."""
 
 _OPTIONS: dict[str, Any] = {
@@ -45,6 +46,8 @@ _KERNELS_IN_CPP: dict[str, Any] = {
     # As many threads as the caller says at run time; a loop too short for two is one's alone.
     "cpp.dynamic_threads": True,
     "cpp.threads": 2,
+    # `rows` takes nothing else into its loops.
+    "epilogue_fusion": False,
     # A concatenation is computed where it is read.
     "force_pointwise_cat": True,
     # One rounding for a product and a sum instead of two; it is also what the kernels of other backends do.

@@ -8,8 +8,7 @@ are turned into a bfloat16 matrix first, for the processor's fastest product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -22,24 +21,22 @@ __all__ = ["Codes", "is_few", "linear", "quantized_linear"]
 FEW = 8
 """So many rows are summed side by side from one reading of the weights; more are a product of matrices."""
 
-SIDES = 4
-"""So many outputs are summed at a time: a sum of its own waits for each addition before the next, and a processor has
-several adders."""
+Rows = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
+"""A compiler's own products of few rows: see `precast.exporter.backends.aoti.rows`."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor]) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor], rows: Rows | None = None
+) -> Tensor:
     """`x @ weightᵀ + bias`, [..., K] -> [..., N], for few rows; `weight` may be of a narrower dtype than x."""
-
-    def times(rows: Tensor) -> Tensor:
-        return torch.cat([(rows * part[:, None].to(rows.dtype)).sum(-1) for part in _sides(weight)])
-
-    return _biased(_fused(x, times, settle), bias)
+    if rows:
+        return _biased(_given(x, lambda each: rows(each, [weight], [], [], 0)), bias)
+    return _biased(_fused(x, lambda each: (each * weight[:, None].to(each.dtype)).sum(-1), settle), bias)
 
 
-def _sides(weight: Tensor) -> Sequence[Tensor]:
-    """The rows of [N, ...] in parts as long as each other, whose sums inductor puts into one loop, and what is left."""
-    size = weight.shape[0] // SIDES
-    return weight.split(size) if size else [weight]
+def _given(x: Tensor, times: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows [R, K] of x [..., K] `times` a weight -> [R, N], as one tensor [..., N]."""
+    return times(x.float().reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def _fused(x: Tensor, times: Callable[[Tensor], Tensor], settle: Callable[[Tensor], Tensor]) -> Tensor:
@@ -72,6 +69,7 @@ class Codes:
         self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, columns: int, extra: int
     ) -> None:
         self.codes, self.scales, self.bits, self.group = codes, scales, bits, group
+        self.points = [] if zeros is None else [zeros]
         self.columns, self.extra = columns, extra
         self.zeros = 2.0 ** (bits - 1) if zeros is None else codes_of(zeros, bits)[:, : scales.shape[1], None].float()
 
@@ -83,26 +81,20 @@ class Codes:
 
     def times(self, rows: Tensor) -> Tensor:
         """float32 [R, G * group] -> [N, R], in one pass over the codes."""
-        zeros: Iterable[Tensor | float]
-        zeros = _sides(self.zeros) if isinstance(self.zeros, Tensor) else repeat(self.zeros)
-        sides = zip(_sides(self.codes), _sides(self.scales), zeros, strict=False)
-        return torch.cat([self._sums(rows, *side) for side in sides])
-
-    def _sums(self, rows: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | float) -> Tensor:
-        if scales.shape[1] > 1:
-            return (self._products(rows, codes, zeros) * scales[:, None, :, None]).sum((-1, -2))
+        if self.scales.shape[1] > 1:
+            return (self._products(rows, self.zeros) * self.scales[:, None, :, None]).sum((-1, -2))
         # The zero once per output rather than once per code.
-        zero = zeros[..., 0] if isinstance(zeros, Tensor) else zeros
-        return (self._products(rows, codes, 0.0).sum((-1, -2)) - zero * rows.sum(-1)) * scales
+        zero = self.zeros[..., 0] if isinstance(self.zeros, Tensor) else self.zeros
+        return (self._products(rows, 0.0).sum((-1, -2)) - zero * rows.sum(-1)) * self.scales
 
-    def _products(self, rows: Tensor, codes: Tensor, zeros: Tensor | float) -> Tensor:
+    def _products(self, rows: Tensor, zeros: Tensor | float) -> Tensor:
         """[N, R, G, group], or half a group with the products of two codes each."""
         zeros = zeros[:, None] if isinstance(zeros, Tensor) else zeros
         if self.bits == 8:
-            return rows.view(-1, self.scales.shape[1], self.group) * (codes[:, None].float() - zeros)
+            return rows.view(-1, self.scales.shape[1], self.group) * (self.codes[:, None].float() - zeros)
         # Two codes in a byte, the even one in its low half.
         even, odd = rows.view(-1, self.scales.shape[1], self.group // 2, 2).unbind(-1)
-        both = codes[:, None].to(torch.int32)
+        both = self.codes[:, None].to(torch.int32)
         return even * ((both & 15).float() - zeros) + odd * ((both >> 4).float() - zeros)
 
     def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -121,8 +113,12 @@ def quantized_linear(
     settle: Callable[[Tensor], Tensor],
     product: torch.dtype,
     is_few: bool,
+    rows: Rows | None = None,
 ) -> Tensor:
     """float [..., K] -> [..., N], as sums for few rows; products of matrices are of dtype `product`."""
+    if is_few and rows:
+        times = lambda each: rows(each, [weight.codes], [weight.scales], weight.points, weight.bits)  # noqa: E731
+        return _biased(_given(weight.widened(x), times), bias)
     if is_few:
         return _biased(_fused(weight.widened(x), weight.times, settle), bias)
     matrix, scales = weight.matrix(product)

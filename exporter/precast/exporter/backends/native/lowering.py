@@ -41,6 +41,7 @@ class Forms:
     Attributes:
         settle: marks what is to be computed once and not inside every loop that reads it.
         sums: linear layers of few rows as products and sums rather than as products of matrices.
+        rows: what computes these sums, where it is more than products and sums in ATen.
         product: the dtype of products of matrices with codes.
         functional: see `precast.exporter.trace.functional`; a compiler that does that itself goes without.
         whole: attention looks at all rows of the caches rather than at as many as the input `rows` says, and multiplies
@@ -49,6 +50,7 @@ class Forms:
 
     settle: Callable[[Tensor], Tensor] = lambda x: x
     sums: bool = False
+    rows: linear.Rows | None = None
     product: torch.dtype = torch.float32
     functional: bool = True
     whole: bool = False
@@ -209,7 +211,7 @@ def _cross_attention(run: _Replacing, *args: Any) -> Tensor:
 
 def _linear(run: _Replacing, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if run.forms.sums and linear.is_few(x):
-        return linear.linear(x, weight, bias, run.forms.settle)
+        return linear.linear(x, weight, bias, run.forms.settle, run.forms.rows)
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -220,7 +222,7 @@ def _quantized_linear(
         return grids.multiply(x, codes, scales, zeros, bias, *rest)
     weight = linear.Codes(codes, scales, zeros, *rest)
     is_few = linear.is_few(x) or _is_last(run, x)
-    return linear.quantized_linear(x, weight, bias, run.forms.settle, run.forms.product, is_few)
+    return linear.quantized_linear(x, weight, bias, run.forms.settle, run.forms.product, is_few, run.forms.rows)
 
 
 def _is_last(run: _Replacing, x: Tensor) -> bool:
