@@ -240,26 +240,35 @@ template <int K, int GROUP, int BITS, bool ZEROS>
 using Codes = InFloat<K, GROUP, BITS, ZEROS>;
 #endif
 
-// ------------------------------------------------------------------ all rows, all weights, all threads
+// ------------------------------------------------------------------ all rows, all layers, all threads
 
-// x [count, K] -> y [count, width], each weight's outputs beside those of the one before.
-template <int K, typename Weight, int WEIGHTS>
-void products(const float* x, float* y, int64_t count, int64_t width, const Weight (&weights)[WEIGHTS]) {
+template <typename Weight>
+struct Layer {
+  const float* x;
+  Weight weight;
+};
+
+// x [count, K] of each layer -> its y [count, outputs], one behind the other.
+template <int K, typename Weight, int LAYERS>
+void products(float* y, int64_t count, const Layer<Weight> (&layers)[LAYERS]) {
   using Row = typename Weight::Row;
 #pragma omp parallel
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     alignas(Row) char space[sizeof(Row) * TOGETHER];
     auto rows = reinterpret_cast<Row*>(space);
-    for (int64_t start = 0; start < count; start += TOGETHER) {
-      const int64_t some = std::min<int64_t>(TOGETHER, count - start);
-      for (int64_t r = 0; r < some; ++r) new (rows + r) Row(x + (start + r) * K);
-      float* to = y + start * width;
-      for (const Weight& weight : weights) {
-        for (int64_t n = thread * weight.outputs / threads; n < (thread + 1) * weight.outputs / threads; ++n)
-          for (int64_t r = 0; r < some; ++r) to[r * width + n] = weight.output(rows[r], n);
-        to += weight.outputs;
+    float* to = y;
+    for (int i = 0; i < LAYERS; ++i) {
+      const Weight& weight = layers[i].weight;
+      const int64_t begin = thread * weight.outputs / threads, end = (thread + 1) * weight.outputs / threads;
+      for (int64_t start = 0; start < count; start += TOGETHER) {
+        const int64_t some = std::min<int64_t>(TOGETHER, count - start);
+        if (i == 0 || count > TOGETHER || layers[i].x != layers[i - 1].x)
+          for (int64_t r = 0; r < some; ++r) new (rows + r) Row(layers[i].x + (start + r) * K);
+        for (int64_t n = begin; n < end; ++n)
+          for (int64_t r = 0; r < some; ++r) to[(start + r) * weight.outputs + n] = weight.output(rows[r], n);
       }
+      to += count * weight.outputs;
     }
   }
 }

@@ -23,45 +23,43 @@ _HEADER = Path(__file__).with_name("rows.h")
 
 
 @torch.library.custom_op("precast::rows", mutates_args=())
-def rows(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], zeros: Sequence[Tensor], bits: int) -> Tensor:
-    """The products of x float32 [R, K] with each weight, side by side: float32 [R, sum of N].
+def rows(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor], zeros: Sequence[Tensor], bits: int
+) -> Tensor:
+    """The products of each x float32 [R, K] with its weight, [R, N], one behind the other: float32 [R * sum of N].
 
-    Weights are numbers [N, K] of any floating dtype with `bits` 0, or codes uint8 [N, G, group * bits / 8] with scales
+    Weights are numbers [N, K] of one floating dtype with `bits` 0, or codes uint8 [N, G, group * bits / 8] with scales
     float32 [N, G] and either no zeros or uint8 [N, ceil(G * bits / 8)] for each.
     """
     raise NotImplementedError("compiled code only")
 
 
 @rows.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], scales: Any, zeros: Any, bits: int) -> Tensor:
-    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+def _(xs: Sequence[Tensor], weights: Sequence[Tensor], scales: Any, zeros: Any, bits: int) -> Tensor:
+    return xs[0].new_empty(xs[0].shape[0] * sum(weight.shape[0] for weight in weights))
 
 
 class _Products(CppTemplate):
     """One function, the same to the letter for weights of the same sizes."""
 
-    def __init__(self, x: Any, weights: list[Any], scales: list[Any], zeros: list[Any], bits: int) -> None:
-        count, width = x.get_size()[0], sum(int(weight.get_size()[0]) for weight in weights)
-        layout = ir.FixedLayout(x.get_device(), torch.float32, [count, width])
-        super().__init__("rows", [x, *weights, *scales, *zeros], layout, num_threads=1)
-        self.weights, self.scales, self.zeros, self.bits = weights, scales, zeros, bits
+    def __init__(self, xs: list[Any], weights: list[Any], scales: list[Any], zeros: list[Any], bits: int) -> None:
+        size = xs[0].get_size()[0] * sum(int(weight.get_size()[0]) for weight in weights)
+        layout = ir.FixedLayout(xs[0].get_device(), torch.float32, [size])
+        super().__init__("rows", [*_once(xs), *weights, *scales, *zeros], layout, num_threads=1)
+        self.xs, self.weights, self.scales, self.zeros, self.bits = xs, weights, scales, zeros, bits
 
     def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:  # type: ignore[override]
-        x, y = self.input_nodes[0], template_buffer_node or self.output_node
-        named = {f"{kind}{i}": node for kind, nodes in (("w", self.weights), ("s", self.scales), ("z", self.zeros))
-                 for i, node in enumerate(nodes)}  # fmt: skip
-        define = kernel.def_kernel(inputs={"x": x, **named}, outputs={"y": y})
-        weights = ", ".join(self._weight(i) for i in range(len(self.weights)))
-        width = int(self.layout.size[1])
-        call = (
-            f"precast::products<{self._columns}, {self._type}>(x, y, {kernel.size(x, 0)}, {width}, {{{weights}}});"
-        )
-        head = self.header().getvalue()
-        return f'{head}\n{_HEADER.read_text()}\nextern "C" {define}\n{{\n{call}\n}}\n'
+        kinds = {"x": _once(self.xs), "w": self.weights, "s": self.scales, "z": self.zeros}
+        inputs = {f"{kind}{i}": node for kind, nodes in kinds.items() for i, node in enumerate(nodes)}
+        define = kernel.def_kernel(inputs=inputs, outputs={"y": template_buffer_node or self.output_node})
+        layers = ", ".join(self._layer(i) for i in range(len(self.weights)))
+        count = kernel.size(self.xs[0], 0)
+        call = f"precast::products<{self._columns}, {self._type}>(y, {count}, {{{layers}}});"
+        return f'{self.header().getvalue()}\n{_HEADER.read_text()}\nextern "C" {define}\n{{\n{call}\n}}\n'
 
     @property
     def _columns(self) -> int:
-        return int(self.input_nodes[0].get_size()[1])
+        return int(self.xs[0].get_size()[1])
 
     @property
     def _type(self) -> str:
@@ -70,17 +68,26 @@ class _Products(CppTemplate):
         group = self._columns // int(self.scales[0].get_size()[1])
         return f"precast::Codes<{self._columns}, {group}, {self.bits}, {str(bool(self.zeros)).lower()}>"
 
-    def _weight(self, i: int) -> str:
-        outputs = int(self.weights[i].get_size()[0])
+    def _layer(self, i: int) -> str:
+        x, outputs = f"x{_names(_once(self.xs)).index(self.xs[i].get_name())}", int(self.weights[i].get_size()[0])
         if not self.bits:
-            return f"{{w{i}, {outputs}}}"
-        return f"{{{{w{i}, s{i}, {f'z{i}' if self.zeros else 'nullptr'}, {outputs}}}}}"
+            return f"{{{x}, {{w{i}, {outputs}}}}}"
+        return f"{{{x}, {{{{w{i}, s{i}, {f'z{i}' if self.zeros else 'nullptr'}, {outputs}}}}}}}"
+
+
+def _names(nodes: list[Any]) -> list[str]:
+    return [node.get_name() for node in nodes]
+
+
+def _once(nodes: list[Any]) -> list[Any]:
+    """Without those that came before."""
+    return list({node.get_name(): node for node in nodes}.values())
 
 
 @register_lowering(torch.ops.precast.rows.default, type_promotion_kind=None)
-def _lower(x: Any, weights: list[Any], scales: list[Any], zeros: list[Any], bits: int) -> Any:
-    whole = [[_whole(each) for each in nodes] for nodes in (weights, scales, zeros)]
-    return _Products(_whole(x), *whole, bits).generate().output_node()
+def _lower(xs: list[Any], weights: list[Any], scales: list[Any], zeros: list[Any], bits: int) -> Any:
+    whole = [[_whole(each) for each in nodes] for nodes in (xs, weights, scales, zeros)]
+    return _Products(*whole, bits).generate().output_node()
 
 
 def _whole(node: Any) -> Any:

@@ -9,34 +9,27 @@ are turned into a bfloat16 matrix first, for the processor's fastest product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...quantize.linear import codes_of, means
 
-__all__ = ["Codes", "is_few", "linear", "quantized_linear"]
+__all__ = ["Codes", "Layer", "Rows", "is_few", "linear", "quantized_linear", "side_by_side"]
 
 FEW = 8
 """So many rows are summed side by side from one reading of the weights; more are a product of matrices."""
 
-Rows = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
+Rows = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
 """A compiler's own products of few rows: see `precast.exporter.backends.aoti.rows`."""
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor], rows: Rows | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor]) -> Tensor:
     """`x @ weightᵀ + bias`, [..., K] -> [..., N], for few rows; `weight` may be of a narrower dtype than x."""
-    if rows:
-        return _biased(_given(x, lambda each: rows(each, [weight], [], [], 0)), bias)
-    return _biased(_fused(x, lambda each: (each * weight[:, None].to(each.dtype)).sum(-1), settle), bias)
-
-
-def _given(x: Tensor, times: Callable[[Tensor], Tensor]) -> Tensor:
-    """Rows [R, K] of x [..., K] `times` a weight -> [R, N], as one tensor [..., N]."""
-    return times(x.float().reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1).to(x.dtype)
+    return _biased(_fused(x, lambda rows: (rows * weight[:, None].to(rows.dtype)).sum(-1), settle), bias)
 
 
 def _fused(x: Tensor, times: Callable[[Tensor], Tensor], settle: Callable[[Tensor], Tensor]) -> Tensor:
@@ -69,7 +62,7 @@ class Codes:
         self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, columns: int, extra: int
     ) -> None:
         self.codes, self.scales, self.bits, self.group = codes, scales, bits, group
-        self.points = [] if zeros is None else [zeros]
+        self.points = zeros
         self.columns, self.extra = columns, extra
         self.zeros = 2.0 ** (bits - 1) if zeros is None else codes_of(zeros, bits)[:, : scales.shape[1], None].float()
 
@@ -107,20 +100,33 @@ class Codes:
 
 
 def quantized_linear(
-    x: Tensor,
-    weight: Codes,
-    bias: Tensor | None,
-    settle: Callable[[Tensor], Tensor],
-    product: torch.dtype,
-    is_few: bool,
-    rows: Rows | None = None,
+    x: Tensor, weight: Codes, bias: Tensor | None, settle: Callable[[Tensor], Tensor], product: torch.dtype, few: bool
 ) -> Tensor:
     """float [..., K] -> [..., N], as sums for few rows; products of matrices are of dtype `product`."""
-    if is_few and rows:
-        times = lambda each: rows(each, [weight.codes], [weight.scales], weight.points, weight.bits)  # noqa: E731
-        return _biased(_given(weight.widened(x), times), bias)
-    if is_few:
+    if few:
         return _biased(_fused(weight.widened(x), weight.times, settle), bias)
     matrix, scales = weight.matrix(product)
     y = (weight.widened(x).to(product) @ matrix.T).to(x.dtype)
     return _biased(y if scales is None else y * scales, bias)
+
+
+class Layer(NamedTuple):
+    """A linear layer and its input [..., K]."""
+
+    x: Tensor
+    weight: Tensor | Codes
+    bias: Tensor | None
+
+
+def side_by_side(layers: Sequence[Layer], rows: Rows) -> list[Tensor]:
+    """What layers of few rows make of inputs of one shape, by one call of `rows`. They are of one kind: numbers of one
+    dtype, or codes of as many bits in groups of one size, all with zeros or all without."""
+    codes = [layer.weight for layer in layers if isinstance(layer.weight, Codes)]
+    bits = codes[0].bits if codes else 0
+    inputs = [layer.weight.widened(layer.x) if isinstance(layer.weight, Codes) else layer.x for layer in layers]
+    flat = [x.float().reshape(-1, x.shape[-1]) for x in inputs]
+    weights = [each.codes for each in codes] or [layer.weight for layer in layers]
+    found = rows(flat, weights, [each.scales for each in codes], [each.points for each in codes if each.points is not None], bits)
+    ends = list(accumulate(flat[0].shape[0] * weight.shape[0] for weight in weights))
+    parts = [found[begin:end] for begin, end in pairwise([0, *ends])] if len(layers) > 1 else [found]
+    return [_biased(part.view(*layer.x.shape[:-1], -1).to(layer.x.dtype), layer.bias) for part, layer in zip(parts, layers, strict=True)]

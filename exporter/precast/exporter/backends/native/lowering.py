@@ -194,6 +194,33 @@ class _Replacing(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, forms: Forms, step: Step | None, positions: Any = None) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.forms, self.step, self.positions = forms, step, positions
+        self.beside = _linear_layers(module.graph) if forms.rows else {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        """A linear layer for few rows is computed together with all that take the same input."""
+        together = self.beside.get(node, ())
+        layers = [self._layer(each) for each in together]
+        if not layers or not self._is_few(layers[0].x):
+            return super().run_node(node)
+        assert self.forms.rows, "only what has such a form is told apart"
+        self.env.update(zip(together, linear.side_by_side(layers, self.forms.rows), strict=True))
+        return self.env[node]
+
+    def _layer(self, node: fx.Node) -> linear.Layer:
+        for each in node.all_input_nodes:
+            self._need(each)
+        args, _ = self.fetch_args_kwargs_from_env(node)
+        return _as_layer(node.target, *args)
+
+    def _need(self, node: fx.Node) -> None:
+        """Run a node, and what it needs, before its turn."""
+        if node not in self.env:
+            for each in node.all_input_nodes:
+                self._need(each)
+            self.env[node] = self.run_node(node)
+
+    def _is_few(self, x: Tensor) -> bool:
+        return linear.is_few(x) or _is_last(self, x)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         written = _WRITTEN.get(target)
@@ -211,7 +238,7 @@ def _cross_attention(run: _Replacing, *args: Any) -> Tensor:
 
 def _linear(run: _Replacing, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if run.forms.sums and linear.is_few(x):
-        return linear.linear(x, weight, bias, run.forms.settle, run.forms.rows)
+        return linear.linear(x, weight, bias, run.forms.settle)
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -221,8 +248,7 @@ def _quantized_linear(
     if not run.forms.sums:
         return grids.multiply(x, codes, scales, zeros, bias, *rest)
     weight = linear.Codes(codes, scales, zeros, *rest)
-    is_few = linear.is_few(x) or _is_last(run, x)
-    return linear.quantized_linear(x, weight, bias, run.forms.settle, run.forms.product, is_few, run.forms.rows)
+    return linear.quantized_linear(x, weight, bias, run.forms.settle, run.forms.product, run._is_few(x))
 
 
 def _is_last(run: _Replacing, x: Tensor) -> bool:
@@ -241,3 +267,38 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     torch.ops.precast.quantized_embedding.default: _quantized_embedding,
     torch.ops.aten.linear.default: _linear,
 }
+
+
+def _linear_layers(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Each linear layer's node with those, in their order, that can be computed together with it."""
+    alike: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if kind := _kind(node):
+            alike.setdefault((_source(node.args[0]), *kind), []).append(node)
+    return {node: tuple(nodes) for nodes in alike.values() for node in nodes}
+
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    """What is equal for layers that one kernel can compute; nothing for what is none."""
+    if node.target is torch.ops.aten.linear.default:
+        weight = node.args[1].meta["val"]
+        fits = weight.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return (weight.dtype, weight.shape[1]) if fits else ()
+    if node.target is torch.ops.precast.quantized_linear.default:
+        _, _, _, zeros, _, *sizes = node.args
+        return (zeros is None, *sizes)
+    return ()
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a layer's input is a multiple of: its own balance for each is multiplied in on the way."""
+    while node.target is torch.ops.aten.mul.Tensor and node.args[1].op == "placeholder":
+        node = node.args[0]
+    return node
+
+
+def _as_layer(target: Any, x: Tensor, weight: Tensor, *rest: Any) -> linear.Layer:
+    if target is torch.ops.aten.linear.default:
+        return linear.Layer(x, weight, rest[0] if rest else None)
+    scales, zeros, bias, *sizes = rest
+    return linear.Layer(x, linear.Codes(weight, scales, zeros, *sizes), bias)
