@@ -25,13 +25,14 @@ from precast.runtime.errors import ExportError
 from ..native.lowering import Forms
 from ..native.settled import settled
 from .gpu import KERNELS_INSIDE, check_whole
+from .attend import attend
 from .isa import options_of
 from .kernels import cut
 from .rows import rows
 
 __all__ = ["FORMS", "build", "check_compiler", "workspace"]
 
-FORMS = Forms(settle=settled, sums=True, rows=rows, product=torch.bfloat16, functional=False)
+FORMS = Forms(settle=settled, sums=True, rows=rows, attend=attend, product=torch.bfloat16, functional=False)
 """One token: sums that inductor fuses. More: matrices, in bfloat16 where weights are codes."""
 
 _OPTIONS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Products of few rows with weights, in C++ of our own (rows.h) within the library that inductor makes.
+"""Products of few rows with weights: the operator that cpp/rows.h computes.
 
 Inductor's sums wait for the processor: to have several at a time it must read several places of a weight at once, and
 memory gives half as much then.
@@ -7,19 +7,15 @@ memory gives half as much then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import ir
-from torch._inductor.codegen.cpp_template import CppTemplate
-from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.lowering import register_lowering
 
-__all__ = ["rows"]
+from .template import Calling, named, type_of, whole
 
-_HEADER = Path(__file__).with_name("rows.h")
+__all__ = ["rows"]
 
 
 @torch.library.custom_op("precast::rows", mutates_args=())
@@ -31,7 +27,7 @@ def rows(
     Weights are numbers [N, K] of one floating dtype with `bits` 0, or codes uint8 [N, G, group * bits / 8] with scales
     float32 [N, G] and either no zeros or uint8 [N, ceil(G * bits / 8)] for each.
     """
-    raise NotImplementedError("compiled code only")
+    raise NotImplementedError("in compiled code only")
 
 
 @rows.register_fake
@@ -39,59 +35,29 @@ def _(xs: Sequence[Tensor], weights: Sequence[Tensor], scales: Any, zeros: Any, 
     return xs[0].new_empty(xs[0].shape[0] * sum(weight.shape[0] for weight in weights))
 
 
-class _Products(CppTemplate):
-    """One function, the same to the letter for weights of the same sizes."""
-
-    def __init__(self, xs: list[Any], weights: list[Any], scales: list[Any], zeros: list[Any], bits: int) -> None:
-        size = xs[0].get_size()[0] * sum(int(weight.get_size()[0]) for weight in weights)
-        layout = ir.FixedLayout(xs[0].get_device(), torch.float32, [size])
-        super().__init__("rows", [*_once(xs), *weights, *scales, *zeros], layout, num_threads=1)
-        self.xs, self.weights, self.scales, self.zeros, self.bits = xs, weights, scales, zeros, bits
-
-    def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:  # type: ignore[override]
-        kinds = {"x": _once(self.xs), "w": self.weights, "s": self.scales, "z": self.zeros}
-        inputs = {f"{kind}{i}": node for kind, nodes in kinds.items() for i, node in enumerate(nodes)}
-        define = kernel.def_kernel(inputs=inputs, outputs={"y": template_buffer_node or self.output_node})
-        layers = ", ".join(self._layer(i) for i in range(len(self.weights)))
-        count = kernel.size(self.xs[0], 0)
-        call = f"precast::products<{self._columns}, {self._type}>(y, {count}, {{{layers}}});"
-        return f'{self.header().getvalue()}\n{_HEADER.read_text()}\nextern "C" {define}\n{{\n{call}\n}}\n'
-
-    @property
-    def _columns(self) -> int:
-        return int(self.xs[0].get_size()[1])
-
-    @property
-    def _type(self) -> str:
-        if not self.bits:
-            return f"precast::Numbers<{DTYPE_TO_CPP[self.weights[0].get_dtype()]}, {self._columns}>"
-        group = self._columns // int(self.scales[0].get_size()[1])
-        return f"precast::Codes<{self._columns}, {group}, {self.bits}, {str(bool(self.zeros)).lower()}>"
-
-    def _layer(self, i: int) -> str:
-        x, outputs = f"x{_names(_once(self.xs)).index(self.xs[i].get_name())}", int(self.weights[i].get_size()[0])
-        if not self.bits:
-            return f"{{{x}, {{w{i}, {outputs}}}}}"
-        return f"{{{x}, {{{{w{i}, s{i}, {f'z{i}' if self.zeros else 'nullptr'}, {outputs}}}}}}}"
-
-
-def _names(nodes: list[Any]) -> list[str]:
-    return [node.get_name() for node in nodes]
-
-
-def _once(nodes: list[Any]) -> list[Any]:
-    """Without those that came before."""
-    return list({node.get_name(): node for node in nodes}.values())
-
-
 @register_lowering(torch.ops.precast.rows.default, type_promotion_kind=None)
-def _lower(xs: list[Any], weights: list[Any], scales: list[Any], zeros: list[Any], bits: int) -> Any:
-    whole = [[_whole(each) for each in nodes] for nodes in (xs, weights, scales, zeros)]
-    return _Products(*whole, bits).generate().output_node()
+def _lower(*lists: list[Any]) -> Any:
+    xs, weights, scales, zeros = ([whole(node) for node in nodes] for nodes in lists[:4])
+    bits: Any = lists[4]
+    distinct = list({x.get_name(): x for x in xs}.values())
+    places = [[each.get_name() for each in distinct].index(x.get_name()) for x in xs]
+    outputs = [int(weight.get_size()[0]) for weight in weights]
+    layers = (_layer(i, place, size, bits, bool(zeros)) for i, (place, size) in enumerate(zip(places, outputs, strict=True)))
+    columns = int(xs[0].get_size()[1])
+    kind = _kind(columns, weights[0], scales, bits, bool(zeros))
+    call = f"precast::products<{columns}, {kind}>(y, {{count}}, {{{', '.join(layers)}}});"
+    inputs = named(x=distinct, w=weights, s=scales, z=zeros)
+    size = [xs[0].get_size()[0] * sum(outputs)]
+    return Calling(inputs, size, call, ["dot.h", "rows.h"], count=("x0", 0)).output()
 
 
-def _whole(node: Any) -> Any:
-    """As a buffer of its own, laid out row by row."""
-    found = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(node))
-    is_inside = isinstance(found, ir.ReinterpretView) and found.layout.offset != 0
-    return ir.ExternKernel.realize_input(ir.ExternKernel.copy_input(found)) if is_inside else found
+def _kind(columns: int, weight: Any, scales: list[Any], bits: int, has_zeros: bool) -> str:
+    if not bits:
+        return f"precast::Numbers<{type_of(weight)}, {columns}>"
+    group = columns // int(scales[0].get_size()[1])
+    return f"precast::Codes<{columns}, {group}, {bits}, {str(has_zeros).lower()}>"
+
+
+def _layer(i: int, place: int, outputs: int, bits: int, has_zeros: bool) -> str:
+    weight = f"{{w{i}, s{i}, {f'z{i}' if has_zeros else 'nullptr'}, {outputs}}}" if bits else f"w{i}, {outputs}"
+    return f"{{x{place}, {{{weight}}}}}"

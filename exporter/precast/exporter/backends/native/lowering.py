@@ -21,7 +21,7 @@ from ...decoder import attention  # noqa: F401  (registers operators that are wr
 from ...quantize import linear as grids
 from ...trace import Program, export_program, functional
 from . import linear
-from .attention import Step, cached_attention, cross_attention
+from .attention import Attend, Step, cached_attention, cross_attention
 
 __all__ = ["Forms", "Lowered", "lower"]
 
@@ -42,6 +42,7 @@ class Forms:
         settle: marks what is to be computed once and not inside every loop that reads it.
         sums: linear layers of few rows as products and sums rather than as products of matrices.
         rows: what computes these sums, where it is more than products and sums in ATen.
+        attend: what computes the attention of one token per row, likewise.
         product: the dtype of products of matrices with codes.
         functional: see `precast.exporter.trace.functional`; a compiler that does that itself goes without.
         whole: attention looks at all rows of the caches rather than at as many as the input `rows` says, and multiplies
@@ -51,6 +52,7 @@ class Forms:
     settle: Callable[[Tensor], Tensor] = lambda x: x
     sums: bool = False
     rows: linear.Rows | None = None
+    attend: Attend | None = None
     product: torch.dtype = torch.float32
     functional: bool = True
     whole: bool = False
@@ -147,7 +149,7 @@ class _Replayed(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip((spec.name for spec in self.graph.inputs), inputs, strict=True))
         rows = torch.arange(self.graph.capacity) if self.forms.whole else given.pop(ROWS, None)
-        step = Step(rows, self.forms.settle, self.forms.whole) if rows is not None else None
+        step = Step(rows, self.forms.settle, self.forms.whole, self.forms.attend) if rows is not None else None
         weights = [self.get_parameter_or_buffer(name) for name, _ in self.lifted]
         positions = given["logit_positions"].shape[1] if "logit_positions" in given else None
         results = _Replacing(self.traced[0], self.forms, step, positions).run(*weights, *given.values())

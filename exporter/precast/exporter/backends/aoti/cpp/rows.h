@@ -5,14 +5,6 @@
 // fast. What is computed meanwhile must not be waited for, so a long sum is taken in several chains of additions.
 #ifndef PRECAST_ROWS
 #define PRECAST_ROWS
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <new>
-#include <type_traits>
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define PRECAST_ROWS_DIGITS
@@ -22,25 +14,6 @@ namespace precast {
 
 // So many rows are taken in one reading of the weights.
 constexpr int TOGETHER = 8;
-
-template <typename T, int COUNT>
-float dot(const float* x, const T* w) {
-  using Vec = at::vec::Vectorized<float>;
-  constexpr int LANES = Vec::size(), CHAINS = 4, WHOLE = COUNT - COUNT % LANES;
-  const auto load = [&](int at) {
-    return at::vec::convert<float>(at::vec::Vectorized<T>::loadu(w + at, LANES));
-  };
-  Vec chains[CHAINS] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  int at = 0;
-  for (; at + CHAINS * LANES <= WHOLE; at += CHAINS * LANES)
-    for (int i = 0; i < CHAINS; ++i)
-      chains[i] = at::vec::fmadd(Vec::loadu(x + at + i * LANES), load(at + i * LANES), chains[i]);
-  for (; at < WHOLE; at += LANES) chains[0] = at::vec::fmadd(Vec::loadu(x + at), load(at), chains[0]);
-  float sum = at::vec::vec_reduce_all<float>(
-      [](Vec& a, Vec& b) { return a + b; }, (chains[0] + chains[1]) + (chains[2] + chains[3]));
-  for (; at < COUNT; ++at) sum += x[at] * static_cast<float>(w[at]);
-  return sum;
-}
 
 // ------------------------------------------------------------------ weights that are numbers
 

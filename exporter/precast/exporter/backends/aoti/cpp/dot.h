@@ -1,0 +1,55 @@
+// Products of float32 with numbers of any type, for kernels whose sizes are known when they are compiled.
+#ifndef PRECAST_DOT
+#define PRECAST_DOT
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace precast {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int LANES = Vec::size();
+
+template <typename T>
+Vec load(const T* from) {
+  if constexpr (std::is_same_v<T, float>) return Vec::loadu(from);
+  else return at::vec::convert<float>(at::vec::Vectorized<T>::loadu(from, LANES));
+}
+
+// The sum of x * w, in several chains of additions, none of which waits for another.
+template <typename T, int COUNT>
+float dot(const float* x, const T* w) {
+  constexpr int CHAINS = 4, WHOLE = COUNT - COUNT % LANES;
+  Vec chains[CHAINS] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  int at = 0;
+  for (; at + CHAINS * LANES <= WHOLE; at += CHAINS * LANES)
+    for (int i = 0; i < CHAINS; ++i)
+      chains[i] = at::vec::fmadd(Vec::loadu(x + at + i * LANES), load(w + at + i * LANES), chains[i]);
+  for (; at < WHOLE; at += LANES) chains[0] = at::vec::fmadd(Vec::loadu(x + at), load(w + at), chains[0]);
+  float sum = at::vec::vec_reduce_all<float>(
+      [](Vec& a, Vec& b) { return a + b; }, (chains[0] + chains[1]) + (chains[2] + chains[3]));
+  for (; at < COUNT; ++at) sum += x[at] * static_cast<float>(w[at]);
+  return sum;
+}
+
+// sum += shares[0] * rows[0] + shares[1] * rows[1] + …, for ROWS rows one behind the other.
+template <typename T, int COUNT, int ROWS>
+void add(float* sum, const float* shares, const T* rows) {
+  constexpr int WHOLE = COUNT - COUNT % LANES;
+  for (int at = 0; at < WHOLE; at += LANES) {
+    Vec here = Vec::loadu(sum + at);
+    for (int r = 0; r < ROWS; ++r) here = at::vec::fmadd(Vec(shares[r]), load(rows + r * COUNT + at), here);
+    here.store(sum + at);
+  }
+  for (int at = WHOLE; at < COUNT; ++at)
+    for (int r = 0; r < ROWS; ++r) sum[at] += shares[r] * static_cast<float>(rows[r * COUNT + at]);
+}
+
+}  // namespace precast
+#endif
