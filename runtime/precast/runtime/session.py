@@ -17,7 +17,7 @@ import numpy as np
 from .artifact import DECODER_INPUTS, ROWS
 from .artifact.schema import Dim, Graph, Input
 from .engines import Engine, KeepsCaches, Step, move_rows
-from .tensors import storage
+from .tensors import storage, zeros
 
 __all__ = ["Session"]
 
@@ -344,7 +344,7 @@ class _States:
 def _allocate(graph: Graph) -> dict[str, Array]:
     """The caches, by the names of the graph's inputs; all graphs of a variant use the same names."""
     names = {name for layer in graph.cache for name in (layer.key_in, layer.value_in)}
-    return {spec.name: np.zeros(_sizes(spec), storage(spec.dtype)) for spec in graph.inputs if spec.name in names}
+    return zeros({spec.name: (_sizes(spec), spec.dtype) for spec in graph.inputs if spec.name in names})
 
 
 def _sizes(spec: Input) -> list[int]:

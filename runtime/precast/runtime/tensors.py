@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import numpy as np
 
-__all__ = ["ModelOutput", "like", "storage", "to_numpy"]
+__all__ = ["ModelOutput", "like", "storage", "to_numpy", "zeros"]
 
 
 def storage(dtype: str) -> str:
     """The dtype of the arrays that hold tensors of `dtype`: numpy has no bfloat16, so these are held as their bits."""
     return "uint16" if dtype == "bfloat16" else dtype
+
+
+_LINE = 64
+"""Bytes: what is allocated together begins at cache lines."""
+
+
+def zeros(wanted: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays of these shapes and dtypes, as `storage` says, in one piece of memory.
+
+    Only so is it large enough for NumPy to ask the system for huge pages, from which attention reads caches of two
+    thousand tokens more than twice as fast.
+    """
+    sizes = [prod(shape) * np.dtype(storage(dtype)).itemsize for shape, dtype in wanted.values()]
+    starts = list(accumulate((-(-size // _LINE) * _LINE for size in sizes), initial=0))
+    memory = np.zeros(starts[-1] + _LINE, np.uint8)
+    lines = memory[-memory.ctypes.data % _LINE :]
+    return {
+        name: lines[start : start + size].view(storage(dtype)).reshape(shape)
+        for (name, (shape, dtype)), start, size in zip(wanted.items(), starts, sizes, strict=False)
+    }
 
 
 def to_numpy(value: Any) -> Any:

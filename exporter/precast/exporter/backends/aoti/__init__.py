@@ -39,7 +39,7 @@ class AotiCompiler:
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler. Raises ExportError where there is no compiler, or where it fails."""
-        lowered = [lower(program, FORMS) for program in programs]
+        lowered = [lower(program, FORMS[options.device]) for program in programs]
         is_frozen, is_here = frozen.pays(lowered, options), options.device == "cpu"
         if not is_frozen:
             # While all graphs hold the same weights, in the host's memory.

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,16 +25,18 @@ from precast.runtime.errors import ExportError
 
 from ..native.lowering import Forms
 from ..native.settled import settled
-from .gpu import KERNELS_INSIDE, check_whole
 from .attend import attend
+from .gpu import KERNELS_INSIDE, check_whole
 from .isa import options_of
 from .kernels import cut
 from .rows import rows
 
 __all__ = ["FORMS", "build", "check_compiler", "workspace"]
 
-FORMS = Forms(settle=settled, sums=True, rows=rows, attend=attend, product=torch.bfloat16, functional=False)
-"""One token: sums that inductor fuses. More: matrices, in bfloat16 where weights are codes."""
+_SUMS = Forms(settle=settled, sums=True, product=torch.bfloat16, functional=False)
+FORMS = {"cuda": _SUMS, "cpu": replace(_SUMS, rows=rows, attend=attend)}
+"""By device. One token: sums that inductor fuses, or kernels of our own where they are faster than what it makes. More:
+matrices, in bfloat16 where weights are codes."""
 
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,

@@ -17,7 +17,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int LANES = Vec::size();
 
 template <typename T>
-Vec load(const T* from) {
+Vec in_float(const T* from) {
   if constexpr (std::is_same_v<T, float>) return Vec::loadu(from);
   else return at::vec::convert<float>(at::vec::Vectorized<T>::loadu(from, LANES));
 }
@@ -30,8 +30,8 @@ float dot(const float* x, const T* w) {
   int at = 0;
   for (; at + CHAINS * LANES <= WHOLE; at += CHAINS * LANES)
     for (int i = 0; i < CHAINS; ++i)
-      chains[i] = at::vec::fmadd(Vec::loadu(x + at + i * LANES), load(w + at + i * LANES), chains[i]);
-  for (; at < WHOLE; at += LANES) chains[0] = at::vec::fmadd(Vec::loadu(x + at), load(w + at), chains[0]);
+      chains[i] = at::vec::fmadd(Vec::loadu(x + at + i * LANES), in_float(w + at + i * LANES), chains[i]);
+  for (; at < WHOLE; at += LANES) chains[0] = at::vec::fmadd(Vec::loadu(x + at), in_float(w + at), chains[0]);
   float sum = at::vec::vec_reduce_all<float>(
       [](Vec& a, Vec& b) { return a + b; }, (chains[0] + chains[1]) + (chains[2] + chains[3]));
   for (; at < COUNT; ++at) sum += x[at] * static_cast<float>(w[at]);
@@ -44,7 +44,7 @@ void add(float* sum, const float* shares, const T* rows) {
   constexpr int WHOLE = COUNT - COUNT % LANES;
   for (int at = 0; at < WHOLE; at += LANES) {
     Vec here = Vec::loadu(sum + at);
-    for (int r = 0; r < ROWS; ++r) here = at::vec::fmadd(Vec(shares[r]), load(rows + r * COUNT + at), here);
+    for (int r = 0; r < ROWS; ++r) here = at::vec::fmadd(Vec(shares[r]), in_float(rows + r * COUNT + at), here);
     here.store(sum + at);
   }
   for (int at = WHOLE; at < COUNT; ++at)

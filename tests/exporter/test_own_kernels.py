@@ -1,0 +1,256 @@
+"""Kernels of our own in native code compute what the operators mean, for any input, by any number of threads, on every
+level of instructions.
+
+One library holds every case, since each takes a compiler's time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from precast.exporter.backends.aoti import library
+from precast.exporter.backends.aoti.attend import attend
+from precast.exporter.backends.aoti.rows import rows
+from precast.exporter.backends.native.attention import Step, cached_attention
+from precast.exporter.quantize.linear import Packed, unpack
+from precast.exporter.quantize.methods import Scheme, round_to_nearest
+
+OUTPUTS = (7, 1)
+"""Of two layers side by side: fewer than threads, and none that divides evenly."""
+
+
+class Case(NamedTuple):
+    """Two layers with K columns, on a grid or as numbers, with one input or one each, and how many rows."""
+
+    grid: Scheme | torch.dtype
+    columns: int
+    rows: int
+    shares: bool
+
+    @property
+    def layers(self) -> list[Tensor | Packed]:
+        torch.manual_seed(self.columns)
+        weights = [torch.randn(outputs, self.columns) for outputs in OUTPUTS]
+        if isinstance(self.grid, torch.dtype):
+            return [weight.to(self.grid) for weight in weights]
+        return [Packed(round_to_nearest(weight, self.grid)) for weight in weights]
+
+
+GRIDS = [
+    *(Case(dtype, columns, 2, True) for dtype in (torch.float32, torch.bfloat16, torch.float16) for columns in (5, 83)),
+    *(Case(Scheme(bits, columns, zero), columns, 1, True)
+      for bits, columns, zero in product((4, 8), (6, 64, 200), ("middle", "whole"))),
+    *(Case(Scheme(bits, group, zero), 3 * group, 3, False)
+      for bits, group, zero in product((4, 8), (16, 32, 64, 128), ("middle", "whole"))),
+    Case(Scheme(8, 16, "whole"), 21 * 16, 11, False),
+    Case(Scheme(4, 48, "whole"), 96, 1, True),
+]  # fmt: skip
+
+
+class Products(nn.Module):
+    """Every case's products. Weights are inputs: then there is one library and nothing beside it."""
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        taken = iter(given)
+        return tuple(rows(*([next(taken) for _ in range(count)] for count in counts(case)), bits(case)) for case in GRIDS)
+
+
+def bits(case):
+    return case.grid.bits if isinstance(case.grid, Scheme) else 0
+
+
+def counts(case):
+    """How many inputs, weights, scales and zeros a case takes."""
+    is_grid, has_zeros = bits(case) > 0, bits(case) > 0 and case.grid.zero == "whole"
+    return 2, 2, 2 * is_grid, 2 * has_zeros
+
+
+def parts(case):
+    """Weights, scales and zeros, as the operator takes them."""
+    if not bits(case):
+        return case.layers
+    zeros = [points(layer) for layer in case.layers] if case.grid.zero == "whole" else []
+    return [*(layer.codes for layer in case.layers), *(layer.scales for layer in case.layers), *zeros]
+
+
+def points(layer):
+    """All in the middle, where by chance they are."""
+    bytes_ = -(-layer.scales.shape[1] * layer.bits // 8)
+    middle = 128 if layer.bits == 8 else 0x88
+    return torch.full((len(layer.codes), bytes_), middle, dtype=torch.uint8) if layer.zeros is None else layer.zeros
+
+
+def matrices(case):
+    """What the weights mean, float64 [N, K]."""
+    if not bits(case):
+        return [layer.double() for layer in case.layers]
+    return [unpack(layer.codes, layer.scales, layer.zeros, layer.bits).double() for layer in case.layers]
+
+
+def inputs_of(case, seed, size):
+    torch.manual_seed(seed)
+    first = torch.randn(case.rows, case.columns) * size
+    return [first, first if case.shares else torch.randn(case.rows, case.columns)]
+
+
+def compiled(module, arguments, folder, isa):
+    """The module's native code as a function."""
+    exported = torch.export.export(module, arguments)
+    with library.workspace():
+        library.build(exported, folder / "kernels.so", isa)
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "kernels.so"), 1)
+    return lambda *given: runner.run(list(given))
+
+
+LEVELS = ["native", pytest.param("avx2", marks=pytest.mark.slow), pytest.param("avx512", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def products(request, tmp_path_factory):
+    arguments = tuple(each for case in GRIDS for each in [*inputs_of(case, 0, 1), *parts(case)])
+    run = compiled(Products(), arguments, tmp_path_factory.mktemp("rows"), request.param)
+    fixed = {index: parts(case) for index, case in enumerate(GRIDS)}
+
+    def found(xs):
+        return run(*(each for index, given in enumerate(xs) for each in [*given, *fixed[index]]))
+
+    return found
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**16), size=st.sampled_from([0.0, 1e-38, 1e-12, 1.0, 1e20]), threads=st.integers(1, 5))
+def test_products_are_those_of_the_matrices(products, seed, size, threads):
+    xs = [inputs_of(case, seed, size) for case in GRIDS]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = products(xs)
+    finally:
+        torch.set_num_threads(before)
+    for case, given_, result in zip(GRIDS, xs, results, strict=True):
+        expected = torch.cat([(x.double() @ w.T).flatten() for x, w in zip(given_, matrices(case), strict=True)])
+        # Of the products' own size, since they may cancel out.
+        least = torch.cat([(x.double().abs() @ w.abs().T).flatten() for x, w in zip(given_, matrices(case), strict=True)])
+        wrong = (result.double() - expected).abs() > 2e-6 * least + 1e-30
+        assert not wrong.any(), case
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_not_lost(products, odd):
+    xs = [inputs_of(case, 1, 1) for case in GRIDS]
+    for given_ in xs:
+        given_[0][0, 3] = odd
+    for case, result in zip(GRIDS, products(xs), strict=True):
+        assert not result[: OUTPUTS[0]].isfinite().any(), case
+        assert case.rows == 1 or result[OUTPUTS[0] : OUTPUTS[0] * case.rows].isfinite().all(), case
+
+
+# ---------------------------------------------------------------- attention
+
+
+class Asked(NamedTuple):
+    """The shape of one attention: query heads, key heads, widths of keys and values, the caches' dtype, and more."""
+
+    heads: int
+    shared: int
+    key: int
+    value: int
+    dtype: torch.dtype
+    sinks: bool = False
+    softcap: float = 0.0
+    mask: str = "causal"
+    slopes: bool = False
+
+
+BATCH, CAPACITY, WINDOW = 3, 90, 20
+ASKED = [
+    Asked(6, 2, 16, 16, torch.float32),
+    Asked(3, 1, 24, 7, torch.float32, sinks=True),
+    Asked(2, 2, 64, 64, torch.bfloat16, softcap=4.0),
+    Asked(4, 1, 20, 20, torch.float16, mask="window"),
+    Asked(4, 2, 16, 16, torch.int8, mask="chunk", sinks=True),
+    Asked(4, 4, 8, 8, torch.float32, slopes=True),
+]
+
+
+class Attentions(nn.Module):
+    def __init__(self, by_kernel: bool) -> None:
+        super().__init__()
+        self.attend = attend if by_kernel else None
+
+    def forward(self, rows: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        step, taken = Step(rows, lambda x: x, attend=self.attend), iter(given)
+        found = []
+        for asked in ASKED:
+            q, k, v, keys, values = (next(taken) for _ in range(5))
+            sinks = next(taken) if asked.sinks else None
+            slopes = next(taken) if asked.slopes else None
+            scales = [next(taken), next(taken)] if asked.dtype == torch.int8 else [None, None]
+            found.append(
+                cached_attention(step, q, k, v, keys, values, past, new, 0.3, asked.mask, WINDOW, asked.softcap, sinks,
+                                 slopes, *scales)
+            )  # fmt: skip
+        return tuple(found)
+
+
+def tensors(seed):
+    torch.manual_seed(seed)
+    found = []
+    for asked in ASKED:
+        found += [torch.randn(BATCH, asked.heads, 1, asked.key), torch.randn(BATCH, asked.shared, 1, asked.key)]
+        found += [torch.randn(BATCH, asked.shared, 1, asked.value)]
+        for width in (asked.key, asked.value):
+            cache_ = torch.randn(BATCH, asked.shared, CAPACITY + 1, width) * (30 if asked.dtype == torch.int8 else 1)
+            found.append(cache_.to(asked.dtype))
+        found += [torch.randn(asked.heads)] * asked.sinks + [torch.rand(asked.heads)] * asked.slopes
+        if asked.dtype == torch.int8:
+            found += [torch.rand(asked.shared, asked.key) / 30, torch.rand(asked.shared, asked.value) / 30]
+    return found
+
+
+@cache
+def attentions(folder: Path, isa: str):
+    example = (torch.arange(50), *(torch.ones(BATCH, dtype=torch.int32) for _ in range(2)), *tensors(0))
+    count = torch.export.Dim("rows", min=2, max=CAPACITY)
+    module = Attentions(by_kernel=True)
+    shapes = ({0: count}, None, None, tuple(None for _ in example[3:]))
+    exported = torch.export.export(module, example, dynamic_shapes=shapes)
+    with library.workspace():
+        library.build(exported, folder / "attend.so", isa)
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "attend.so"), 1)
+    return lambda *given: runner.run(list(given))
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def attending(request, tmp_path_factory):
+    return attentions(tmp_path_factory.mktemp("attend"), request.param)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    past=st.lists(st.integers(0, CAPACITY - 1), min_size=BATCH, max_size=BATCH),
+    more=st.integers(0, CAPACITY),
+    threads=st.integers(1, 5),
+)
+def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, past, more, threads):
+    looked = min(max(2, *(each + 1 for each in past)) + more, CAPACITY)
+    common = (torch.arange(looked), torch.tensor(past, dtype=torch.int32), torch.ones(BATCH, dtype=torch.int32))
+    expected = Attentions(by_kernel=False)(*common, *tensors(seed))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = attending(*common, *tensors(seed))
+    finally:
+        torch.set_num_threads(before)
+    for asked, one, other in zip(ASKED, found, expected, strict=True):
+        assert torch.allclose(one, other, atol=2e-5), asked
