@@ -1,4 +1,4 @@
-"""Attention of one new token per row to its caches: the operator that cpp/attend.h computes."""
+"""Attention to caches: the operators that cpp/attend.h and cpp/prompt.h compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch._inductor.lowering import register_lowering
 
 from .template import Calling, type_of, whole
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_prompt"]
 
 
 @torch.library.custom_op("precast::attend", mutates_args=())
@@ -38,17 +38,72 @@ def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     return q.new_empty(*q.shape[:2], values.shape[3])
 
 
+@torch.library.custom_op("precast::attend_prompt", mutates_args=())
+def attend_prompt(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: Tensor,
+    new: Tensor,
+    mask: str,
+    window: int,
+    sinks: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    """Attention of S new tokens per row, which are in the caches already.
+
+    Args:
+        q: float32 [B, H, S, D], scaled.
+        keys, values, sinks, softcap: see `attend`.
+        past, new: int32 [B], tokens in the caches before these, and how many of these are no padding.
+        mask, window: see `precast.cached_attention`.
+
+    Returns:
+        float32 [B, H, S, Dv], zeros for padding.
+    """
+    raise NotImplementedError("in compiled code only")
+
+
+@attend_prompt.register_fake
+def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(*q.shape[:3], values.shape[3])
+
+
 @register_lowering(torch.ops.precast.attend.default, type_promotion_kind=None)
-def _lower(q: Any, keys: Any, values: Any, added: Any, sinks: Any, softcap: float) -> Any:
-    inputs = {"q": whole(q), "k": whole(keys), "v": whole(values), "more": whole(added)}
-    inputs |= {"sinks": whole(sinks)} if sinks is not None else {}
-    batch, heads, key = (int(size) for size in q.get_size())
+def _lower_one(q: Any, keys: Any, values: Any, added: Any, sinks: Any, softcap: float) -> Any:
+    kind, sizes = _sizes(q, keys, values)
+    caches = f"precast::Caches<{kind}>{{k, v, {sizes}, {{count}}, more, {_strides(added.get_size())}, {softcap}f}}"
+    call = f"precast::attend({caches}, q, {_pointer(sinks)}, y);"
+    inputs = _inputs(sinks, q=q, k=keys, v=values, more=added)
+    size = [*q.get_size()[:2], values.get_size()[3]]
+    return Calling(inputs, size, call, ["dot.h", "attend.h"], count=("more", 2)).output()
+
+
+@register_lowering(torch.ops.precast.attend_prompt.default, type_promotion_kind=None)
+def _lower_prompt(
+    q: Any, keys: Any, values: Any, past: Any, new: Any, mask: str, window: int, sinks: Any, softcap: float
+) -> Any:
+    kind, sizes = _sizes(q, keys, values)
+    rest = f"past, fresh, precast::Mask::{mask}, {window}, {softcap}f, {_pointer(sinks)}"
+    call = f"precast::attend(precast::Prompt<{kind}>{{k, v, {sizes}, {{count}}, {rest}}}, q, y);"
+    inputs = _inputs(sinks, q=q, k=keys, v=values, past=past, fresh=new)
+    size = [*q.get_size()[:3], values.get_size()[3]]
+    return Calling(inputs, size, call, ["dot.h", "attend.h", "prompt.h"], count=("q", 2)).output()
+
+
+def _inputs(sinks: Any, **nodes: Any) -> dict[str, Any]:
+    return {name: whole(node) for name, node in nodes.items()} | ({"sinks": whole(sinks)} if sinks is not None else {})
+
+
+def _pointer(sinks: Any) -> str:
+    return "nullptr" if sinks is None else "sinks"
+
+
+def _sizes(q: Any, keys: Any, values: Any) -> tuple[str, str]:
+    """What is known when a kernel is compiled, for its type and for its first members."""
+    batch, heads, *_, key = (q.get_size()[index] for index in (0, 1, -1))
     _, shared, capacity, value = (int(size) for size in values.get_size())
-    strides = _strides(added.get_size())
-    kind = f"precast::Caches<{type_of(inputs['k'])}, {heads // shared}, {key}, {value}>"
-    caches = f"{kind}{{k, v, {batch}, {shared}, {{count}}, {capacity}, more, {strides}, {softcap}f}}"
-    call = f"precast::attend({caches}, q, {'sinks' if sinks is not None else 'nullptr'}, y);"
-    return Calling(inputs, [batch, heads, value], call, ["dot.h", "attend.h"], count=("more", 2)).output()
+    return f"{type_of(keys)}, {int(heads) // shared}, {int(key)}, {value}", f"{int(batch)}, {shared}, {capacity}"
 
 
 def _strides(size: list[Any]) -> str:

@@ -23,9 +23,10 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from precast.runtime.errors import ExportError
 
+from ..native.kernels import Kernels
 from ..native.lowering import Forms
 from ..native.settled import settled
-from .attend import attend
+from .attend import attend, attend_prompt
 from .gpu import KERNELS_INSIDE, check_whole
 from .isa import options_of
 from .kernels import cut
@@ -34,7 +35,7 @@ from .rows import rows
 __all__ = ["FORMS", "build", "check_compiler", "workspace"]
 
 _SUMS = Forms(settle=settled, sums=True, product=torch.bfloat16, functional=False)
-FORMS = {"cuda": _SUMS, "cpu": replace(_SUMS, rows=rows, attend=attend)}
+FORMS = {"cuda": _SUMS, "cpu": replace(_SUMS, kernels=Kernels(rows, attend, attend_prompt))}
 """By device. One token: sums that inductor fuses, or kernels of our own where they are faster than what it makes. More:
 matrices, in bfloat16 where weights are codes."""
 

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["Attend", "Step", "cached_attention", "cross_attention"]
+from .kernels import Kernels
+
+__all__ = ["Step", "cached_attention", "cross_attention"]
 
 LOWEST = -1e30
 """What stands for minus infinity: finite, so that a row that sees nothing is no NaN."""
 HEADS_APART = 8
 """So many query heads to a key head are computed side by side from one reading of the cache."""
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 @dataclass
@@ -32,23 +31,25 @@ class Step:
         rows: int64 [n], 0, 1, …
         settle: marks what a compiler is to compute once and not inside every loop that reads it.
         multiplies: products of matrices for one token per row, too, rather than products and sums.
-        attend: a compiler's own attention of one token per row: see `precast.exporter.backends.aoti.attend`.
+        kernels: the compiler's own, if it has any.
     """
 
     rows: Tensor
     settle: Callable[[Tensor], Tensor]
     multiplies: bool = False
-    attend: Attend | None = None
+    kernels: Kernels | None = None
 
     def __post_init__(self) -> None:
         self._masks: dict[tuple[str, int], Tensor] = {}
-        self._hidden: dict[int, Tensor] = {}
+        self._hidden: dict[tuple[str, int], Tensor] = {}
 
-    def hidden(self, seen: Tensor) -> Tensor:
-        """float32 of the same shape: what is added to scores of rows that a query does not see."""
-        if id(seen) not in self._hidden:
-            self._hidden[id(seen)] = torch.where(seen, 0.0, LOWEST)
-        return self._hidden[id(seen)]
+    def hidden(self, past: Tensor, mask: str, window: int) -> Tensor:
+        """float32 [B, 1, n], for one token per row: what is added to the scores of rows that it does not see. The same
+        tensor for all layers of a kind."""
+        key = (mask, window if mask != "causal" else 0)
+        if key not in self._hidden:
+            self._hidden[key] = torch.where(self.visible(past, 1, mask, window), 0.0, LOWEST)
+        return self._hidden[key]
 
     def visible(self, past: Tensor, length: int, mask: str, window: int) -> Tensor:
         """bool [B, S, n]: which rows each query sees. The same tensor for all layers of a kind."""
@@ -98,12 +99,18 @@ def cached_attention(
     q = step.settle(q)
     _write(k_cache, step.settle(_rounded(k, k_scales)), past, new)
     _write(v_cache, _rounded(v, v_scales), past, new)
-    seen = step.visible(past, length, mask, window)
     added = _added(step, past, length, slopes, bias)
     is_one = isinstance(length, int) and length == 1
-    if is_one and step.attend:
-        hidden = step.hidden(seen)
-        return _by_kernel(step, q, k_cache, v_cache, hidden, added, sinks, scale, softcap, k_scales, v_scales)
+    if step.kernels and (is_one or added is None):
+        queries = _times(q.float() * scale, k_scales)
+        sinks = None if sinks is None else sinks.float()
+        if is_one:
+            more = _more(step, past, mask, window, added)
+            output = step.kernels.attend(queries[:, :, 0], k_cache, v_cache, more, sinks, softcap)[:, :, None]
+        else:
+            output = step.kernels.attend_prompt(queries, k_cache, v_cache, past, new, mask, window, sinks, softcap)
+        return _times(output, v_scales).to(q.dtype)
+    seen = step.visible(past, length, mask, window)
     keys, values = _restored(k_cache[:, :, :count], k_scales), _restored(v_cache[:, :, :count], v_scales)
     if is_one and not step.multiplies:
         return _one_query(q, keys, values, seen, scale, softcap, added, sinks, step.settle)
@@ -165,22 +172,17 @@ def _one_query(
     return output.to(q.dtype).view(batch, heads, 1, values.shape[-1])
 
 
-def _by_kernel(
-    step: Step, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, added: Tensor | None, sinks: Tensor | None,
-    scale: float, softcap: float, k_scales: Tensor | None, v_scales: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """One new token per row by the compiler's own kernel. A channel's scale in the caches goes to the query's channel,
-    and to the output's."""
-    assert step.attend, "only where there is one"
-    queries = _times(q[:, :, 0].float() * scale, k_scales)
-    more = hidden if added is None else hidden + added[:, :, 0].float()
-    output = step.attend(queries, keys, values, more, None if sinks is None else sinks.float(), softcap)
-    return _times(output, v_scales).to(q.dtype)[:, :, None]
+def _more(step: Step, past: Tensor, mask: str, window: int, added: Tensor | None) -> Tensor:
+    """float32 [B, H or 1, n]: what is added to the scores of one token."""
+    hidden = step.hidden(past, mask, window)
+    return hidden if added is None else hidden + added[:, :, 0].float()
 
 
 def _times(x: Tensor, scales: Tensor | None) -> Tensor:
-    """x [B, H, D] by scales [Hkv, D]."""
-    return x if scales is None else (x.unflatten(1, (scales.shape[0], -1)) * scales[None, :, None]).flatten(1, 2)
+    """x [B, H, S, D] by scales [Hkv, D]: a channel's scale in the caches goes to queries and to what comes out."""
+    if scales is None:
+        return x
+    return (x.unflatten(1, (scales.shape[0], -1)) * scales[None, :, None, None]).flatten(1, 2)
 
 
 def _shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,10 @@ from torch import Tensor
 
 from ...quantize.linear import codes_of, means
 
-__all__ = ["Codes", "Layer", "Rows", "is_few", "linear", "quantized_linear", "side_by_side"]
+__all__ = ["Codes", "Layer", "is_few", "linear", "quantized_linear", "side_by_side"]
 
 FEW = 8
 """So many rows are summed side by side from one reading of the weights; more are a product of matrices."""
-
-Rows = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
-"""A compiler's own products of few rows: see `precast.exporter.backends.aoti.rows`."""
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor]) -> Tensor:
     """`x @ weightᵀ + bias`, [..., K] -> [..., N], for few rows; `weight` may be of a narrower dtype than x."""
@@ -118,7 +114,7 @@ class Layer(NamedTuple):
     bias: Tensor | None
 
 
-def side_by_side(layers: Sequence[Layer], rows: Rows) -> list[Tensor]:
+def side_by_side(layers: Sequence[Layer], rows: Callable[..., Tensor]) -> list[Tensor]:
     """What layers of few rows make of inputs of one shape, by one call of `rows`. They are of one kind: numbers of one
     dtype, or codes of as many bits in groups of one size, all with zeros or all without."""
     codes = [layer.weight for layer in layers if isinstance(layer.weight, Codes)]

@@ -21,7 +21,8 @@ from ...decoder import attention  # noqa: F401  (registers operators that are wr
 from ...quantize import linear as grids
 from ...trace import Program, export_program, functional
 from . import linear
-from .attention import Attend, Step, cached_attention, cross_attention
+from .attention import Step, cached_attention, cross_attention
+from .kernels import Kernels
 
 __all__ = ["Forms", "Lowered", "lower"]
 
@@ -41,8 +42,7 @@ class Forms:
     Attributes:
         settle: marks what is to be computed once and not inside every loop that reads it.
         sums: linear layers of few rows as products and sums rather than as products of matrices.
-        rows: what computes these sums, where it is more than products and sums in ATen.
-        attend: what computes the attention of one token per row, likewise.
+        kernels: what computes these sums, and attention, where that is more than operators of ATen.
         product: the dtype of products of matrices with codes.
         functional: see `precast.exporter.trace.functional`; a compiler that does that itself goes without.
         whole: attention looks at all rows of the caches rather than at as many as the input `rows` says, and multiplies
@@ -51,8 +51,7 @@ class Forms:
 
     settle: Callable[[Tensor], Tensor] = lambda x: x
     sums: bool = False
-    rows: linear.Rows | None = None
-    attend: Attend | None = None
+    kernels: Kernels | None = None
     product: torch.dtype = torch.float32
     functional: bool = True
     whole: bool = False
@@ -149,7 +148,7 @@ class _Replayed(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip((spec.name for spec in self.graph.inputs), inputs, strict=True))
         rows = torch.arange(self.graph.capacity) if self.forms.whole else given.pop(ROWS, None)
-        step = Step(rows, self.forms.settle, self.forms.whole, self.forms.attend) if rows is not None else None
+        step = Step(rows, self.forms.settle, self.forms.whole, self.forms.kernels) if rows is not None else None
         weights = [self.get_parameter_or_buffer(name) for name, _ in self.lifted]
         positions = given["logit_positions"].shape[1] if "logit_positions" in given else None
         results = _Replacing(self.traced[0], self.forms, step, positions).run(*weights, *given.values())
@@ -196,7 +195,7 @@ class _Replacing(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, forms: Forms, step: Step | None, positions: Any = None) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.forms, self.step, self.positions = forms, step, positions
-        self.beside = _linear_layers(module.graph) if forms.rows else {}
+        self.beside = _linear_layers(module.graph) if forms.kernels else {}
 
     def run_node(self, node: fx.Node) -> Any:
         """A linear layer for few rows is computed together with all that take the same input."""
@@ -204,8 +203,8 @@ class _Replacing(fx.Interpreter):
         layers = [self._layer(each) for each in together]
         if not layers or not self._is_few(layers[0].x):
             return super().run_node(node)
-        assert self.forms.rows, "only what has such a form is told apart"
-        self.env.update(zip(together, linear.side_by_side(layers, self.forms.rows), strict=True))
+        assert self.forms.kernels, "layers are looked for only where there is one"
+        self.env.update(zip(together, linear.side_by_side(layers, self.forms.kernels.rows), strict=True))
         return self.env[node]
 
     def _layer(self, node: fx.Node) -> linear.Layer:

@@ -21,7 +21,7 @@ struct Caches {
   static constexpr int SOME = 32;  // rows are taken at a time
 
   const T *keys, *values;
-  int64_t batch, heads, rows, capacity;  // of which `rows` are looked at
+  int64_t batch, heads, capacity, rows;  // of which `rows` are looked at
   const float* added;                    // to scores, [batch or 1, query heads or 1, rows]
   int64_t added_batch, added_head;       // strides, 0 where there is but one
   float softcap;                         // 0: none

@@ -1,0 +1,25 @@
+"""What a backend computes with kernels of its own rather than with ATen's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Kernels"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Operators, whose meanings are with those of the `aoti` backend.
+
+    Attributes:
+        rows: products of few rows with weights.
+        attend: attention of one token per row to caches.
+        attend_prompt: attention of several tokens per row.
+    """
+
+    rows: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+    attend_prompt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str, int, Tensor | None, float], Tensor]
