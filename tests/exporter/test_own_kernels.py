@@ -61,7 +61,9 @@ class Products(nn.Module):
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         taken = iter(given)
-        return tuple(rows(*([next(taken) for _ in range(count)] for count in counts(case)), bits(case)) for case in GRIDS)
+        return tuple(
+            rows(*([next(taken) for _ in range(count)] for count in counts(case)), bits(case)) for case in GRIDS
+        )
 
 
 def bits(case):
@@ -145,7 +147,9 @@ def test_products_are_those_of_the_matrices(products, seed, size, threads):
     for case, given_, result in zip(GRIDS, xs, results, strict=True):
         expected = torch.cat([(x.double() @ w.T).flatten() for x, w in zip(given_, matrices(case), strict=True)])
         # Of the products' own size, since they may cancel out.
-        least = torch.cat([(x.double().abs() @ w.abs().T).flatten() for x, w in zip(given_, matrices(case), strict=True)])
+        least = torch.cat(
+            [(x.double().abs() @ w.abs().T).flatten() for x, w in zip(given_, matrices(case), strict=True)]
+        )
         wrong = (result.double() - expected).abs() > 2e-6 * least + 1e-30
         assert not wrong.any(), case
 
@@ -212,7 +216,10 @@ def tensors(seed, length):
     torch.manual_seed(seed)
     found = []
     for asked in ASKED:
-        found += [torch.randn(BATCH, asked.heads, length, asked.key), torch.randn(BATCH, asked.shared, length, asked.key)]
+        found += [
+            torch.randn(BATCH, asked.heads, length, asked.key),
+            torch.randn(BATCH, asked.shared, length, asked.key),
+        ]
         found += [torch.randn(BATCH, asked.shared, length, asked.value)]
         for width in (asked.key, asked.value):
             held = torch.randn(BATCH, asked.shared, CAPACITY + 1, width) * (30 if asked.dtype == torch.int8 else 1)

@@ -14,9 +14,7 @@ __all__ = ["attend", "attend_prompt"]
 
 
 @torch.library.custom_op("precast::attend", mutates_args=())
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, added: Tensor, sinks: Tensor | None, softcap: float
-) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, added: Tensor, sinks: Tensor | None, softcap: float) -> Tensor:
     """Attention to the first n rows of caches.
 
     Args:

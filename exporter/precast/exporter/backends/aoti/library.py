@@ -29,7 +29,7 @@ from ..native.settled import settled
 from .attend import attend, attend_prompt
 from .gpu import KERNELS_INSIDE, check_whole
 from .isa import options_of
-from .kernels import cut
+from .loops import short_ones_alone
 from .rows import rows
 
 __all__ = ["FORMS", "build", "check_compiler", "workspace"]
@@ -105,7 +105,7 @@ def workspace() -> Iterator[None]:
 
 def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], device: str) -> list[Any]:
     arguments, keywords = exported.example_inputs
-    with torch.no_grad(), cut() if device == "cpu" else nullcontext():
+    with torch.no_grad(), short_ones_alone() if device == "cpu" else nullcontext():
         files: Any = torch._inductor.aot_compile(
             exported.module(check_guards=False), arguments, keywords, options=options
         )

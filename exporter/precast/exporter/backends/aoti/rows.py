@@ -36,28 +36,33 @@ def _(xs: Sequence[Tensor], weights: Sequence[Tensor], scales: Any, zeros: Any, 
 
 
 @register_lowering(torch.ops.precast.rows.default, type_promotion_kind=None)
-def _lower(*lists: list[Any]) -> Any:
-    xs, weights, scales, zeros = ([whole(node) for node in nodes] for nodes in lists[:4])
-    bits: Any = lists[4]
-    distinct = list({x.get_name(): x for x in xs}.values())
-    places = [[each.get_name() for each in distinct].index(x.get_name()) for x in xs]
+def _lower(xs: list[Any], weights: list[Any], scales: list[Any], zeros: list[Any], bits: int) -> Any:
+    xs, weights, scales, zeros = ([whole(node) for node in nodes] for nodes in (xs, weights, scales, zeros))
+    names = list(dict.fromkeys(x.get_name() for x in xs))
+    distinct = {x.get_name(): x for x in xs}
     outputs = [int(weight.get_size()[0]) for weight in weights]
-    layers = (_layer(i, place, size, bits, bool(zeros)) for i, (place, size) in enumerate(zip(places, outputs, strict=True)))
     columns = int(xs[0].get_size()[1])
-    kind = _kind(columns, weights[0], scales, bits, bool(zeros))
+    kind = _numbers(columns, weights) if not bits else _codes(columns, scales, zeros, bits)
+    layers = [
+        f"{{x{names.index(x.get_name())}, {_weight(i, count, bool(bits), bool(zeros))}}}"
+        for i, (x, count) in enumerate(zip(xs, outputs, strict=True))
+    ]
     call = f"precast::products<{columns}, {kind}>(y, {{count}}, {{{', '.join(layers)}}});"
-    inputs = named(x=distinct, w=weights, s=scales, z=zeros)
+    inputs = named(x=list(distinct.values()), w=weights, s=scales, z=zeros)
     size = [xs[0].get_size()[0] * sum(outputs)]
     return Calling(inputs, size, call, ["dot.h", "rows.h"], count=("x0", 0)).output()
 
 
-def _kind(columns: int, weight: Any, scales: list[Any], bits: int, has_zeros: bool) -> str:
-    if not bits:
-        return f"precast::Numbers<{type_of(weight)}, {columns}>"
+def _numbers(columns: int, weights: list[Any]) -> str:
+    return f"precast::Numbers<{type_of(weights[0])}, {columns}>"
+
+
+def _codes(columns: int, scales: list[Any], zeros: list[Any], bits: int) -> str:
     group = columns // int(scales[0].get_size()[1])
-    return f"precast::Codes<{columns}, {group}, {bits}, {str(has_zeros).lower()}>"
+    return f"precast::Codes<{columns}, {group}, {bits}, {str(bool(zeros)).lower()}>"
 
 
-def _layer(i: int, place: int, outputs: int, bits: int, has_zeros: bool) -> str:
-    weight = f"{{w{i}, s{i}, {f'z{i}' if has_zeros else 'nullptr'}, {outputs}}}" if bits else f"w{i}, {outputs}"
-    return f"{{x{place}, {{{weight}}}}}"
+def _weight(i: int, outputs: int, is_grid: bool, has_zeros: bool) -> str:
+    if not is_grid:
+        return f"{{w{i}, {outputs}}}"
+    return f"{{{{w{i}, s{i}, {f'z{i}' if has_zeros else 'nullptr'}, {outputs}}}}}"

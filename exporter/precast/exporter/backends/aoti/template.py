@@ -17,8 +17,11 @@ _SOURCES = Path(__file__).parent / "cpp"
 
 
 class Calling(CppTemplate):
-    """A function of `inputs` by name that fills a new float32 tensor `y` of `size` by the C++ statement `call`, in which
-    `{count}` stands for a size that is known when it is called only. Two with the same text are one function."""
+    """A function of `inputs` by name that fills a new float32 tensor `y` of `size` by the C++ statement `call`.
+
+    In it `{count}` stands for the size of a dimension that may be known at run time only, `count`: an input's name and
+    the dimension. Functions of the same text are one.
+    """
 
     def __init__(
         self, inputs: Mapping[str, Any], size: Sequence[Any], call: str, headers: Sequence[str], count: tuple[str, int]
@@ -36,7 +39,8 @@ class Calling(CppTemplate):
 
     def output(self) -> Any:
         """What a lowering returns."""
-        return self.generate().output_node()
+        generate: Any = self.generate
+        return generate().output_node()
 
 
 def named(**kinds: Sequence[Any]) -> dict[str, Any]:

@@ -182,7 +182,8 @@ def _times(x: Tensor, scales: Tensor | None) -> Tensor:
     """x [B, H, S, D] by scales [Hkv, D]: a channel's scale in the caches goes to queries and to what comes out."""
     if scales is None:
         return x
-    return (x.unflatten(1, (scales.shape[0], -1)) * scales[None, :, None, None]).flatten(1, 2)
+    by_cache: Tensor = x.unflatten(1, (scales.shape[0], -1))
+    return (by_cache * scales[None, :, None, None]).flatten(1, 2)
 
 
 def _shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ __all__ = ["Codes", "Layer", "is_few", "linear", "quantized_linear", "side_by_si
 FEW = 8
 """So many rows are summed side by side from one reading of the weights; more are a product of matrices."""
 
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor]) -> Tensor:
     """`x @ weightᵀ + bias`, [..., K] -> [..., N], for few rows; `weight` may be of a narrower dtype than x."""
     return _biased(_fused(x, lambda rows: (rows * weight[:, None].to(rows.dtype)).sum(-1), settle), bias)
@@ -117,12 +118,28 @@ class Layer(NamedTuple):
 def side_by_side(layers: Sequence[Layer], rows: Callable[..., Tensor]) -> list[Tensor]:
     """What layers of few rows make of inputs of one shape, by one call of `rows`. They are of one kind: numbers of one
     dtype, or codes of as many bits in groups of one size, all with zeros or all without."""
-    codes = [layer.weight for layer in layers if isinstance(layer.weight, Codes)]
-    bits = codes[0].bits if codes else 0
-    inputs = [layer.weight.widened(layer.x) if isinstance(layer.weight, Codes) else layer.x for layer in layers]
-    flat = [x.float().reshape(-1, x.shape[-1]) for x in inputs]
-    weights = [each.codes for each in codes] or [layer.weight for layer in layers]
-    found = rows(flat, weights, [each.scales for each in codes], [each.points for each in codes if each.points is not None], bits)
-    ends = list(accumulate(flat[0].shape[0] * weight.shape[0] for weight in weights))
+    flat = [_flat(layer) for layer in layers]
+    weights, *grids = _held([layer.weight for layer in layers])
+    found = rows(flat, weights, *grids)
+    ends = accumulate(x.shape[0] * weight.shape[0] for x, weight in zip(flat, weights, strict=True))
     parts = [found[begin:end] for begin, end in pairwise([0, *ends])] if len(layers) > 1 else [found]
-    return [_biased(part.view(*layer.x.shape[:-1], -1).to(layer.x.dtype), layer.bias) for part, layer in zip(parts, layers, strict=True)]
+    return [_shaped(part, layer) for part, layer in zip(parts, layers, strict=True)]
+
+
+def _flat(layer: Layer) -> Tensor:
+    """float32 [R, K]."""
+    x = layer.weight.widened(layer.x) if isinstance(layer.weight, Codes) else layer.x
+    return x.float().reshape(-1, x.shape[-1])
+
+
+def _held(weights: Sequence[Tensor | Codes]) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]:
+    """Numbers or codes, scales, zeros and bits, as `rows` takes them."""
+    codes = [weight for weight in weights if isinstance(weight, Codes)]
+    if not codes:
+        return [weight for weight in weights if isinstance(weight, Tensor)], [], [], 0
+    zeros = [each.points for each in codes if each.points is not None]
+    return [each.codes for each in codes], [each.scales for each in codes], zeros, codes[0].bits
+
+
+def _shaped(part: Tensor, layer: Layer) -> Tensor:
+    return _biased(part.view(*layer.x.shape[:-1], -1).to(layer.x.dtype), layer.bias)

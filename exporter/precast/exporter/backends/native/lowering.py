@@ -275,14 +275,14 @@ def _linear_layers(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
     alike: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
         if kind := _kind(node):
-            alike.setdefault((_source(node.args[0]), *kind), []).append(node)
+            alike.setdefault((_source(_node(node.args[0])), *kind), []).append(node)
     return {node: tuple(nodes) for nodes in alike.values() for node in nodes}
 
 
 def _kind(node: fx.Node) -> tuple[Any, ...]:
     """What is equal for layers that one kernel can compute; nothing for what is none."""
     if node.target is torch.ops.aten.linear.default:
-        weight = node.args[1].meta["val"]
+        weight: Tensor = _node(node.args[1]).meta["val"]
         fits = weight.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return (weight.dtype, weight.shape[1]) if fits else ()
     if node.target is torch.ops.precast.quantized_linear.default:
@@ -293,9 +293,14 @@ def _kind(node: fx.Node) -> tuple[Any, ...]:
 
 def _source(node: fx.Node) -> fx.Node:
     """What a layer's input is a multiple of: its own balance for each is multiplied in on the way."""
-    while node.target is torch.ops.aten.mul.Tensor and node.args[1].op == "placeholder":
-        node = node.args[0]
+    while node.target is torch.ops.aten.mul.Tensor and getattr(node.args[1], "op", None) == "placeholder":
+        node = _node(node.args[0])
     return node
+
+
+def _node(argument: Any) -> fx.Node:
+    assert isinstance(argument, fx.Node), "a tensor"
+    return argument
 
 
 def _as_layer(target: Any, x: Tensor, weight: Tensor, *rest: Any) -> linear.Layer:
