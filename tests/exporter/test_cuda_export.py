@@ -80,6 +80,11 @@ def test_all_of_a_program_goes_to_the_device(checkpoint, tmp_path, compiled, fam
     assert compiled.keys() == {graph.name for graph in variant.graphs}
     for exported in compiled.values():
         assert all(where == {"meta"} for where in places(exported).values()), places(exported)
+        # Kernels of our own are for processors.
+        assert {str(node.target) for node in exported.graph.nodes} & {
+            "precast.rows.default",
+            "precast.attend.default",
+        } == set()
     weights = open_weights([made.path / name for name in variant.weights])
     needed = {name for each in compiled.values() for name in (*each.state_dict, *each.constants)}
     assert weights

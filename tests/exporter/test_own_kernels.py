@@ -6,6 +6,7 @@ One library holds every case, since each takes a compiler's time.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from precast.exporter import ExportOptions, export
+from precast.exporter.backends import aoti
 from precast.exporter.backends.aoti import library
 from precast.exporter.backends.aoti.attend import attend, attend_prompt
 from precast.exporter.backends.aoti.rows import rows
@@ -269,3 +272,26 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
     for asked, one, other in zip(ASKED, found, expected, strict=True):
         for row, count in enumerate(new):
             assert torch.allclose(one[row, :, :count], other[row, :, :count], atol=3e-5), (asked, row)
+
+
+# ---------------------------------------------------------------- where they are used
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, method):
+    """Query, key and value; output; gate and up; down; and the output embedding: also where each has a balance of its
+    own for their common input."""
+    built = {}
+
+    def build(exported, target, *_):
+        built[target.stem] = Counter(str(node.target) for node in exported.graph.nodes)
+        target.write_bytes(b"\x7fELF")
+
+    monkeypatch.setattr(aoti, "build", build)
+    model = checkpoint("llama", num_hidden_layers=2)
+    asked = {"backend": "aoti", "quantize": "int8", "method": method, "sequence_length": (32,), "validate": False}
+    export(str(model), tmp_path / "out", ExportOptions(**asked))
+    assert built["decode"]["precast.rows.default"] == 2 * 4 + 1
+    assert built["decode"]["precast.attend.default"] == 2
+    assert built["prefill"]["precast.rows.default"] == 1, "of a prompt, rows whose logits are asked for"
+    assert built["prefill"]["precast.attend_prompt.default"] == 2
