@@ -289,8 +289,9 @@ def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, met
 
     monkeypatch.setattr(aoti, "build", build)
     model = checkpoint("llama", num_hidden_layers=2)
-    asked = {"backend": "aoti", "quantize": "int8", "method": method, "sequence_length": (32,), "validate": False}
-    export(str(model), tmp_path / "out", ExportOptions(**asked))
+    rounded = {"quantize": "int8", "quantize_method": method}
+    asked = ExportOptions(backend="aoti", sequence_length=(32,), validate=False, **rounded)
+    export(str(model), tmp_path / "out", asked)
     assert built["decode"]["precast.rows.default"] == 2 * 4 + 1
     assert built["decode"]["precast.attend.default"] == 2
     assert built["prefill"]["precast.rows.default"] == 1, "of a prompt, rows whose logits are asked for"

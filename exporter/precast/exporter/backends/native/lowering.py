@@ -293,9 +293,16 @@ def _kind(node: fx.Node) -> tuple[Any, ...]:
 
 def _source(node: fx.Node) -> fx.Node:
     """What a layer's input is a multiple of: its own balance for each is multiplied in on the way."""
-    while node.target is torch.ops.aten.mul.Tensor and getattr(node.args[1], "op", None) == "placeholder":
+    while node.target is torch.ops.aten.mul.Tensor and _is_held(node.args[1]):
         node = _node(node.args[0])
     return node
+
+
+def _is_held(argument: Any) -> bool:
+    """Whether this is a weight, or one in another dtype."""
+    while isinstance(argument, fx.Node) and argument.target is torch.ops.aten.to.dtype:
+        argument = argument.args[0]
+    return isinstance(argument, fx.Node) and argument.op == "placeholder"
 
 
 def _node(argument: Any) -> fx.Node:
