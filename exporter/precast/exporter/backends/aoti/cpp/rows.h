@@ -2,7 +2,7 @@
 //
 // A decode step reads every weight once, so what counts is to read them as fast as memory gives them. Each thread takes
 // a run of outputs and reads their weights from the first byte to the last, in one stream: four streams are half as
-// fast. What is computed meanwhile must not be waited for, so a long sum is taken in several chains of additions.
+// fast.
 #ifndef PRECAST_ROWS
 #define PRECAST_ROWS
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -56,7 +56,6 @@ struct Grid {
 template <int K, int GROUP, int BITS, bool ZEROS>
 struct InFloat : Grid<K, GROUP, BITS, ZEROS> {
   using Base = Grid<K, GROUP, BITS, ZEROS>;
-  static constexpr bool FITS = true;
 
   // A row in the order in which a group's codes come out of their bytes.
   struct Row {
