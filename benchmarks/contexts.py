@@ -23,6 +23,7 @@ __all__ = ["measure"]
 
 CONTEXTS = (128, 512, 1024, 1984)
 CAPACITY, COUNT, WARM_UP, ROUNDS = 2048, 32, 8, 3
+OURS = ("aoti-int8", "aoti-source", "aoti-bf16")
 RIVALS = ("onnxruntime-genai int8", "OpenVINO GenAI fp32", "OpenVINO GenAI int8", "llama.cpp Q4_1")
 LARGE = {"large int8": ("--quantize", "int8", "--method", "rtn")}
 Row = dict[str, Any]
@@ -38,7 +39,7 @@ def measure(plan: Plan) -> Answer:
 
 
 def _contexts(plan: Plan, answer: Answer) -> None:
-    artifacts = {scheme: _artifact(plan, scheme) for scheme in ("aoti-int8", "aoti-bf16")}
+    artifacts = {scheme: _artifact(plan, scheme) for scheme in OURS}
     contenders = {each.name: each for each in (*_ours(plan, artifacts), *_theirs(plan, answer.notes))}
     requests = [_request(context) for context in _texts(artifacts["aoti-int8"])]
     plan.note("eager reference")
@@ -106,7 +107,7 @@ def _cells(figures: Row) -> list[str]:
 
 
 def _targets(context: int, speeds: Values) -> Iterator[Target]:
-    pairs = (("aoti-int8", "onnxruntime-genai int8", 1.6), ("aoti-int8", "llama.cpp Q4_1", 1.5),
+    pairs = (("aoti-int8", "onnxruntime-genai int8", 1.6), ("aoti-source", "llama.cpp Q4_1", 1.5),
              ("aoti-bf16", "OpenVINO GenAI fp32", 1.3))  # fmt: skip
     for scheme, rival, bound in pairs:
         ours = f"precast {scheme}"

@@ -19,12 +19,12 @@ import numpy as np
 from contenders import memory
 from harness import HERE, Answer, Contender, ContenderError, Target, alternate, ratios, summary
 from peers.catalog import Peer, peers
-from plan import CAPACITY, PROMPT, Plan
+from plan import CAPACITY, NATIVE, PROMPT, Plan
 
 __all__ = ["PROSE", "contender", "equal", "measure", "speed"]
 
 COUNT, WARM_UP, ROUNDS = 128, 16, 5
-SCHEMES = ("fp32", "source", "int8", "int4", "aoti-fp32", "aoti-bf16", "aoti-int8")
+SCHEMES = ("fp32", "source", "int8", "int4", *NATIVE)
 PROSE = HERE / "prose.txt"
 # Each is as many tokens as the artifact holds; the last of them is only predicted.
 PASSAGES = 2
@@ -296,12 +296,14 @@ class _Judge:
             yield self._first(f"precast {scheme}", [f"OpenVINO GenAI {scheme}"], 1.5)
 
     def _native(self) -> Iterator[Target]:
-        int8, libraries = "precast aoti-int8", ("onnxruntime-genai", "OpenVINO GenAI", "CTranslate2")
-        yield self._speed(int8, ["llama.cpp Q4_1"], 1.5)
-        yield self._speed(int8, [f"{library} int8" for library in libraries], 1.6)
-        yield self._loss(int8, "kl_divergence", 0.001, "")
+        source, libraries = "precast aoti-source", ("onnxruntime-genai", "OpenVINO GenAI", "CTranslate2")
+        yield self._speed(source, ["llama.cpp Q4_1"], 1.5)
+        yield self._loss(source, "kl_divergence", 0.0036, "")
+        for int8 in ("precast aoti-int8", "precast aoti-int8-64"):
+            yield self._speed(int8, [f"{library} int8" for library in libraries], 1.6)
+            yield self._loss(int8, "kl_divergence", 0.001, "")
         yield self._speed("precast aoti-bf16", ["OpenVINO GenAI fp32"], 1.3)
-        for ours, theirs in (("aoti-int8", "int8"), ("aoti-bf16", "fp32")):
+        for ours, theirs in (("aoti-int8", "int8"), ("aoti-source", "int8"), ("aoti-bf16", "fp32")):
             yield self._first(f"precast {ours}", [f"OpenVINO GenAI {theirs}"], 1.3)
 
     def _speed(self, ours: str, rivals: list[str], bound: float) -> Target:

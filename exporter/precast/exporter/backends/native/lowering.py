@@ -261,7 +261,13 @@ def _quantized_embedding(run: _Replacing, *args: Any) -> Tensor:
     return grids.look_up(*args)
 
 
+def _view(run: _Replacing, x: Tensor, shape: Any) -> Tensor:
+    """What is written here may lie in memory otherwise than what it stands for."""
+    return x.reshape(shape)
+
+
 _WRITTEN: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.view.default: _view,
     torch.ops.precast.cached_attention.default: _attention,
     torch.ops.precast.cross_attention.default: _cross_attention,
     torch.ops.precast.quantized_linear.default: _quantized_linear,
