@@ -297,8 +297,9 @@ class _Judge:
 
     def _native(self) -> Iterator[Target]:
         source, libraries = "precast aoti-source", ("onnxruntime-genai", "OpenVINO GenAI", "CTranslate2")
-        yield self._speed(source, ["llama.cpp Q4_1"], 1.5)
-        yield self._loss(source, "kl_divergence", 0.0036, "")
+        for ours in (source, "precast aoti-int8"):
+            yield self._speed(ours, ["llama.cpp Q4_1"], 1.5)
+            yield self._loss(ours, "kl_divergence", 0.0036, "")
         for int8 in ("precast aoti-int8", "precast aoti-int8-64"):
             yield self._speed(int8, [f"{library} int8" for library in libraries], 1.6)
             yield self._loss(int8, "kl_divergence", 0.001, "")
