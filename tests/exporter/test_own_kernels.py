@@ -277,7 +277,7 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
 # ---------------------------------------------------------------- where they are used
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq"])
+@pytest.mark.parametrize("method", [pytest.param("rtn", marks=pytest.mark.slow), "awq"])
 def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, method):
     """Query, key and value; output; gate and up; down; and the output embedding: also where each has a balance of its
     own for their common input."""
