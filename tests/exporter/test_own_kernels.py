@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from precast.exporter import ExportOptions, export
 from precast.exporter.backends import aoti
-from precast.exporter.backends.aoti import library
+from precast.exporter.backends.aoti import library, template
 from precast.exporter.backends.aoti.attend import attend, attend_prompt
 from precast.exporter.backends.aoti.rows import rows
 from precast.exporter.backends.native.attention import Step, cached_attention
@@ -124,6 +124,19 @@ def counted(threads):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_out(tmp_path_factory):
+    """However little there is to do, all threads do it."""
+    folder = tmp_path_factory.mktemp("cpp")
+    for source in template._SOURCES.iterdir():
+        text = source.read_text()
+        (folder / source.name).write_text(text.replace("WORTH = 1 << 15", "WORTH = 0"))
+    assert "WORTH = 0" in (folder / "dot.h").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template, "_SOURCES", folder)
+        yield
 
 
 LEVELS = ["native", pytest.param("avx2", marks=pytest.mark.slow), pytest.param("avx512", marks=pytest.mark.slow)]

@@ -83,7 +83,7 @@ void attend(const Caches<T, GROUP, KEY, VALUE>& caches, const float* q, const fl
   // One for each thread's part of each cache: the next in line belongs to the next cache, thread, or both.
   int64_t threads = 1;
   std::unique_ptr<Found[]> found(new Found[pairs + omp_get_max_threads()]);
-#pragma omp parallel
+#pragma omp parallel if (all * GROUP * (KEY + VALUE) >= WORTH)
   {
     const int64_t thread = omp_get_thread_num();
 #pragma omp single nowait

@@ -13,6 +13,9 @@
 
 namespace precast {
 
+// Products; fewer are done by one thread sooner than others are told of them.
+constexpr int64_t WORTH = 1 << 15;
+
 using Vec = at::vec::Vectorized<float>;
 constexpr int LANES = Vec::size();
 

@@ -224,7 +224,9 @@ struct Layer {
 template <int K, typename Weight, int LAYERS>
 void products(float* y, int64_t count, const Layer<Weight> (&layers)[LAYERS]) {
   using Row = typename Weight::Row;
-#pragma omp parallel
+  int64_t work = 0;
+  for (const auto& layer : layers) work += count * K * layer.weight.outputs;
+#pragma omp parallel if (work >= WORTH)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     alignas(Row) char space[sizeof(Row) * TOGETHER];
