@@ -7,8 +7,8 @@ import json
 import shutil
 import threading
 import zipfile
-from pathlib import Path
 from itertools import pairwise
+from pathlib import Path
 
 import native_programs
 import numpy as np
