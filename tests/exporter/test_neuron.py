@@ -341,7 +341,6 @@ def test_a_compiler_that_fails_says_where_and_why(checkpoint, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_compilers_files_are_kept_where_asked(checkpoint, tmp_path, monkeypatch):
     _export(
         checkpoint("llama"), tmp_path / "out", compiler_workdir=tmp_path / "work", compiler_args=("--verbose=info",)

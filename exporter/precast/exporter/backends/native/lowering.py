@@ -200,10 +200,10 @@ class _Replacing(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         """A linear layer for few rows is computed together with all that take the same input."""
         together = self.beside.get(node, ())
-        layers = [self._layer(each) for each in together]
-        if not layers or not self._is_few(layers[0].x):
+        if not together or not self._is_few(self.env[_node(node.args[0])]):
             return super().run_node(node)
         assert self.forms.kernels, "layers are looked for only where there is one"
+        layers = [self._layer(each) for each in together]
         self.env.update(zip(together, linear.side_by_side(layers, self.forms.kernels.rows), strict=True))
         return self.env[node]
 

@@ -163,7 +163,9 @@ void attend(const Prompt<T, GROUP, KEY, VALUE>& prompt, const float* q, float* y
   // Enough blocks for all threads, however short the prompt.
   const int64_t size = std::clamp<int64_t>(up(prompt.length * pairs / shares, TILE), TILE, Kind::QUERIES);
   const int64_t blocks = (prompt.length + size - 1) / size;
-#pragma omp parallel if (pairs * GROUP * prompt.length * prompt.length * (KEY + VALUE) >= WORTH)
+  int64_t keys = 0;
+  for (int64_t row = 0; row < prompt.batch; ++row) keys += prompt.heads * (prompt.past[row] + prompt.fresh[row]);
+#pragma omp parallel if (keys * GROUP * prompt.length * (KEY + VALUE) >= WORTH)
   {
     std::unique_ptr<typename Kind::Space> space(new typename Kind::Space);
 #pragma omp for schedule(dynamic)
