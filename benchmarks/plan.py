@@ -21,7 +21,17 @@ NATIVE = {
     "aoti-fp32": ("--backend", "aoti"),
     "aoti-bf16": ("--backend", "aoti", "--auto-cast", "matmul"),
     "aoti-int8": ("--backend", "aoti", "--quantize", "int8"),
-    "aoti-int8-64": ("--backend", "aoti", "--quantize", "int8", "--method", "awq", "--group-size", "64"),
+    "aoti-int8-64": (
+        "--backend",
+        "aoti",
+        "--quantize",
+        "int8",
+        "--method",
+        "awq",
+        "--group-size",
+        "64",
+        "--asymmetric",
+    ),
     "aoti-source": ("--backend", "aoti", "--quantize", "source"),
 }
 """Schemes of native code, and how they are asked for."""

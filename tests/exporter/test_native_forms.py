@@ -87,7 +87,7 @@ def test_products_with_codes_are_the_operator(scheme, outputs, rows):
     sizes = (packed.bits, packed.group, packed.columns, packed.extra)
     expected = multiply(x, *parts, bias, *sizes)
     for is_few in {linear.is_few(x), True}:
-        found = linear.quantized_linear(x, linear.Codes(*parts, *sizes), bias, same, torch.float32, is_few)
+        found = linear.quantized_linear(x, linear.Codes(*parts, *sizes), bias, same, torch.float32, None, is_few)
         assert torch.allclose(found, expected, atol=1e-4)
         assert found.is_contiguous(), "what comes after counts on it"
 
@@ -99,7 +99,7 @@ def test_a_row_with_one_scale_is_exact_in_bfloat16():
     grid = encode(groups, scales, torch.full_like(scales, 128), None, 8, 64)
     packed = Packed(grid)
     codes = linear.Codes(packed.codes, packed.scales, packed.zeros, 8, 64, 64, 0)
-    matrix, left = codes.matrix(torch.bfloat16)
+    matrix, left = codes.matrix(torch.bfloat16, None)
     assert torch.equal(matrix.float() * left[:, None], grid.dequantize())
 
 

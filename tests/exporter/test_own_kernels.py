@@ -21,6 +21,7 @@ from precast.exporter import ExportOptions, export
 from precast.exporter.backends import aoti
 from precast.exporter.backends.aoti import library, template
 from precast.exporter.backends.aoti.attend import attend, attend_prompt
+from precast.exporter.backends.aoti.matrix import matrix
 from precast.exporter.backends.aoti.rows import rows
 from precast.exporter.backends.native.attention import Step, cached_attention
 from precast.exporter.backends.native.kernels import Kernels
@@ -60,13 +61,17 @@ GRIDS = [
 
 
 class Products(nn.Module):
-    """Every case's products. Weights are inputs: then there is one library and nothing beside it."""
+    """Every case's products, then every grid's first layer as a matrix. Weights are inputs: then there is one library
+    and nothing beside it."""
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        taken = iter(given)
-        return tuple(
-            rows(*([next(taken) for _ in range(count)] for count in counts(case)), bits(case)) for case in GRIDS
-        )
+        taken, found, widened = iter(given), [], []
+        for case in GRIDS:
+            xs, weights, scales, zeros = ([next(taken) for _ in range(count)] for count in counts(case))
+            found.append(rows(xs, weights, scales, zeros, bits(case)))
+            if bits(case):
+                widened.append(matrix(weights[0], scales[0], zeros[0] if zeros else None, bits(case)))
+        return *found, *widened
 
 
 def bits(case):
@@ -143,7 +148,7 @@ LEVELS = ["native", pytest.param("avx2", marks=pytest.mark.slow), pytest.param("
 
 
 @pytest.fixture(scope="module", params=LEVELS)
-def products(request, tmp_path_factory):
+def library_of_rows(request, tmp_path_factory):
     arguments = tuple(each for case in GRIDS for each in [*inputs_of(case, 0, 1), *parts(case)])
     run = compiled(Products(), arguments, tmp_path_factory.mktemp("rows"), request.param)
     fixed = {index: parts(case) for index, case in enumerate(GRIDS)}
@@ -152,6 +157,11 @@ def products(request, tmp_path_factory):
         return run(*(each for index, given in enumerate(xs) for each in [*given, *fixed[index]]))
 
     return found
+
+
+@pytest.fixture(scope="module")
+def products(library_of_rows):
+    return lambda xs: library_of_rows(xs)[: len(GRIDS)]
 
 
 @settings(max_examples=15, deadline=None)
@@ -178,6 +188,13 @@ def test_what_is_no_number_is_not_lost(products, odd):
     for case, result in zip(GRIDS, products(xs), strict=True):
         assert not result[: OUTPUTS[0]].isfinite().any(), case
         assert case.rows == 1 or result[OUTPUTS[0] : OUTPUTS[0] * case.rows].isfinite().all(), case
+
+
+def test_a_matrix_of_codes_is_what_they_mean(library_of_rows):
+    found = library_of_rows([inputs_of(case, 0, 1) for case in GRIDS])[len(GRIDS) :]
+    grids = [case for case in GRIDS if bits(case)]
+    for case, result in zip(grids, found, strict=True):
+        assert torch.equal(result, matrices(case)[0].bfloat16()), case
 
 
 # ---------------------------------------------------------------- attention
@@ -211,7 +228,7 @@ ASKED = [
 class Attentions(nn.Module):
     def __init__(self, by_kernel: bool) -> None:
         super().__init__()
-        self.kernels = Kernels(rows, attend, attend_prompt) if by_kernel else None
+        self.kernels = Kernels(rows, matrix, attend, attend_prompt) if by_kernel else None
 
     def forward(self, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         step, taken = Step(looked, lambda x: x, kernels=self.kernels), iter(given)

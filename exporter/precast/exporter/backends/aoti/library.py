@@ -30,12 +30,13 @@ from .attend import attend, attend_prompt
 from .gpu import KERNELS_INSIDE, check_whole
 from .isa import options_of
 from .loops import short_ones_alone
+from .matrix import matrix
 from .rows import rows
 
 __all__ = ["FORMS", "build", "check_compiler", "workspace"]
 
 _SUMS = Forms(settle=settled, sums=True, product=torch.bfloat16, functional=False)
-FORMS = {"cuda": _SUMS, "cpu": replace(_SUMS, kernels=Kernels(rows, attend, attend_prompt))}
+FORMS = {"cuda": _SUMS, "cpu": replace(_SUMS, kernels=Kernels(rows, matrix, attend, attend_prompt))}
 """By device. One token: sums that inductor fuses, or kernels of our own where they are faster than what it makes. More:
 matrices, in bfloat16 where weights are codes."""
 

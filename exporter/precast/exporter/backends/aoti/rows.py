@@ -15,7 +15,7 @@ from torch._inductor.lowering import register_lowering
 
 from .template import Calling, named, type_of, whole
 
-__all__ = ["rows"]
+__all__ = ["codes_kind", "rows"]
 
 
 @torch.library.custom_op("precast::rows", mutates_args=())
@@ -42,7 +42,9 @@ def _lower(xs: list[Any], weights: list[Any], scales: list[Any], zeros: list[Any
     distinct = {x.get_name(): x for x in xs}
     outputs = [int(weight.get_size()[0]) for weight in weights]
     columns = int(xs[0].get_size()[1])
-    kind = _numbers(columns, weights) if not bits else _codes(columns, scales, zeros, bits)
+    kind = f"precast::Numbers<{type_of(weights[0])}, {columns}>"
+    if bits:
+        kind = codes_kind("Codes", columns, int(scales[0].get_size()[1]), bits, has_zeros=bool(zeros))
     layers = [
         f"{{x{names.index(x.get_name())}, {_weight(i, count, bool(bits), bool(zeros))}}}"
         for i, (x, count) in enumerate(zip(xs, outputs, strict=True))
@@ -53,13 +55,9 @@ def _lower(xs: list[Any], weights: list[Any], scales: list[Any], zeros: list[Any
     return Calling(inputs, size, call, ["dot.h", "rows.h"], count=("x0", 0)).output()
 
 
-def _numbers(columns: int, weights: list[Any]) -> str:
-    return f"precast::Numbers<{type_of(weights[0])}, {columns}>"
-
-
-def _codes(columns: int, scales: list[Any], zeros: list[Any], bits: int) -> str:
-    group = columns // int(scales[0].get_size()[1])
-    return f"precast::Codes<{columns}, {group}, {bits}, {str(bool(zeros)).lower()}>"
+def codes_kind(name: str, columns: int, groups: int, bits: int, *, has_zeros: bool) -> str:
+    """A type of cpp/rows.h for rows of codes."""
+    return f"precast::{name}<{columns}, {columns // groups}, {bits}, {str(has_zeros).lower()}>"
 
 
 def _weight(i: int, outputs: int, is_grid: bool, has_zeros: bool) -> str:

@@ -17,17 +17,23 @@ _SOURCES = Path(__file__).parent / "cpp"
 
 
 class Calling(CppTemplate):
-    """A function of `inputs` by name that fills a new float32 tensor `y` of `size` by the C++ statement `call`.
+    """A function of `inputs` by name that fills a new tensor `y` of `size` by the C++ statement `call`.
 
     In it `{count}` stands for the size of a dimension that may be known at run time only, `count`: an input's name and
     the dimension. Functions of the same text are one.
     """
 
     def __init__(
-        self, inputs: Mapping[str, Any], size: Sequence[Any], call: str, headers: Sequence[str], count: tuple[str, int]
+        self,
+        inputs: Mapping[str, Any],
+        size: Sequence[Any],
+        call: str,
+        headers: Sequence[str],
+        count: tuple[str, int],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         first = next(iter(inputs.values()))
-        super().__init__("own", list(inputs.values()), ir.FixedLayout(first.get_device(), torch.float32, size), 1)
+        super().__init__("own", list(inputs.values()), ir.FixedLayout(first.get_device(), dtype, size), 1)
         self.inputs, self.call, self.headers, self.count = inputs, call, headers, count
 
     def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:  # type: ignore[override]

@@ -48,7 +48,7 @@ class Step:
         tensor for all layers of a kind."""
         key = (mask, window if mask != "causal" else 0)
         if key not in self._hidden:
-            self._hidden[key] = torch.where(self.visible(past, 1, mask, window), 0.0, LOWEST)
+            self._hidden[key] = self.settle(torch.where(self.visible(past, 1, mask, window), 0.0, LOWEST))
         return self._hidden[key]
 
     def visible(self, past: Tensor, length: int, mask: str, window: int) -> Tensor:

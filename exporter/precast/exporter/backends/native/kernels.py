@@ -16,10 +16,12 @@ class Kernels:
 
     Attributes:
         rows: products of few rows with weights.
+        matrix: codes as a bfloat16 matrix.
         attend: attention of one token per row to caches.
         attend_prompt: attention of several tokens per row.
     """
 
     rows: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
+    matrix: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
     attend_prompt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str, int, Tensor | None, float], Tensor]

@@ -9,6 +9,7 @@ are turned into a bfloat16 matrix first, for the processor's fastest product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...quantize.linear import codes_of, means
+from .kernels import Kernels
 
 __all__ = ["Codes", "Layer", "is_few", "linear", "quantized_linear", "side_by_side"]
 
@@ -61,7 +63,13 @@ class Codes:
         self.codes, self.scales, self.bits, self.group = codes, scales, bits, group
         self.points = zeros
         self.columns, self.extra = columns, extra
-        self.zeros = 2.0 ** (bits - 1) if zeros is None else codes_of(zeros, bits)[:, : scales.shape[1], None].float()
+
+    @cached_property
+    def zeros(self) -> Tensor | float:
+        """float32 [N, G, 1], or one for all."""
+        if self.points is None:
+            return 2.0 ** (self.bits - 1)
+        return codes_of(self.points, self.bits)[:, : self.scales.shape[1], None].float()
 
     def widened(self, x: Tensor) -> Tensor:
         """x [..., K] followed by the means of its groups if these count, and by zeros up to whole groups."""
@@ -87,9 +95,11 @@ class Codes:
         both = self.codes[:, None].to(torch.int32)
         return even * ((both & 15).float() - zeros) + odd * ((both >> 4).float() - zeros)
 
-    def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def matrix(self, dtype: torch.dtype, kernels: Kernels | None) -> tuple[Tensor, Tensor | None]:
         """[N, G * group], and what its products are still to be multiplied with. Codes of 8 bits fit bfloat16 as they
         are, so a row with one scale loses nothing."""
+        if kernels and self.scales.shape[1] > 1 and dtype is torch.bfloat16:
+            return kernels.matrix(self.codes, self.scales, self.points, self.bits), None
         codes = (codes_of(self.codes, self.bits).float() - self.zeros).to(dtype)
         if self.scales.shape[1] == 1:
             return codes.flatten(1), self.scales[:, 0]
@@ -97,12 +107,18 @@ class Codes:
 
 
 def quantized_linear(
-    x: Tensor, weight: Codes, bias: Tensor | None, settle: Callable[[Tensor], Tensor], product: torch.dtype, few: bool
+    x: Tensor,
+    weight: Codes,
+    bias: Tensor | None,
+    settle: Callable[[Tensor], Tensor],
+    product: torch.dtype,
+    kernels: Kernels | None,
+    few: bool,
 ) -> Tensor:
     """float [..., K] -> [..., N], as sums for few rows; products of matrices are of dtype `product`."""
     if few:
         return _biased(_fused(weight.widened(x), weight.times, settle), bias)
-    matrix, scales = weight.matrix(product)
+    matrix, scales = weight.matrix(product, kernels)
     y = (weight.widened(x).to(product) @ matrix.T).to(x.dtype)
     return _biased(y if scales is None else y * scales, bias)
 

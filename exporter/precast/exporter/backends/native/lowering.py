@@ -249,7 +249,8 @@ def _quantized_linear(
     if not run.forms.sums:
         return grids.multiply(x, codes, scales, zeros, bias, *rest)
     weight = linear.Codes(codes, scales, zeros, *rest)
-    return linear.quantized_linear(x, weight, bias, run.forms.settle, run.forms.product, run._is_few(x))
+    forms = run.forms
+    return linear.quantized_linear(x, weight, bias, forms.settle, forms.product, forms.kernels, run._is_few(x))
 
 
 def _is_last(run: _Replacing, x: Tensor) -> bool:
@@ -266,7 +267,14 @@ def _view(run: _Replacing, x: Tensor, shape: Any) -> Tensor:
     return x.reshape(shape)
 
 
+def _once(compute: Callable[[Tensor], Tensor]) -> Callable[[_Replacing, Tensor], Tensor]:
+    """What takes long and is the same for all layers: a position's sines and cosines."""
+    return lambda run, x: run.forms.settle(compute(x))
+
+
 _WRITTEN: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.cos.default: _once(torch.cos),
+    torch.ops.aten.sin.default: _once(torch.sin),
     torch.ops.aten.view.default: _view,
     torch.ops.precast.cached_attention.default: _attention,
     torch.ops.precast.cross_attention.default: _cross_attention,

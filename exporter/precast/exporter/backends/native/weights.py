@@ -19,6 +19,8 @@ __all__ = ["save_tensors", "save_weights", "share"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
+IN_ONE_WRITE = 32 * 2**20
+"""Bytes: what is written in large pieces lies in memory in large pages, and is read faster."""
 
 _DTYPES = {
     torch.bool: "BOOL",
@@ -176,7 +178,7 @@ def _write(regions: Sequence[_Region], path: Path) -> None:
         header["__metadata__"] = {"precast.views": json.dumps(views, sort_keys=True, separators=(",", ":"))}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with open(path, "wb") as file:
+    with open(path, "wb", buffering=IN_ONE_WRITE) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for region in regions:
             file.write(region.flat.view(torch.uint8).numpy().data)

@@ -74,15 +74,28 @@ struct Caches {
   }
 };
 
-// q [batch, heads * GROUP, KEY], scaled -> y [batch, heads * GROUP, VALUE]. `sinks` are scores without a value, one for
-// each query head, or none.
+// One query head's y [WIDTH] from what was found in all parts of its cache. `sink`: a score without a value, or none.
+template <int GROUP, int WIDTH>
+void join(const Part<GROUP, WIDTH>* parts, int64_t count, int g, const float* sink, float* y) {
+  float most = sink ? *sink : LOWEST;
+  for (int64_t p = 0; p < count; ++p) most = std::max(most, parts[p].most[g]);
+  float total = sink ? std::exp(*sink - most) : 0.0f;
+  std::fill(y, y + WIDTH, 0.0f);
+  for (int64_t p = 0; p < count; ++p) {
+    const float share = std::exp(parts[p].most[g] - most);
+    total += parts[p].total[g] * share;
+    for (int i = 0; i < WIDTH; ++i) y[i] += parts[p].sum[g][i] * share;
+  }
+  for (int i = 0; i < WIDTH; ++i) y[i] /= total;
+}
+
+// q [batch, heads * GROUP, KEY], scaled -> y [batch, heads * GROUP, VALUE]. `sinks`: one for each query head, or none.
 template <typename T, int GROUP, int KEY, int VALUE>
 void attend(const Caches<T, GROUP, KEY, VALUE>& caches, const float* q, const float* sinks, float* y) {
-  using Found = Part<GROUP, VALUE>;
   const int64_t pairs = caches.batch * caches.heads, rows = caches.rows, all = pairs * rows;
   // One for each thread's part of each cache: the next in line belongs to the next cache, thread, or both.
+  std::unique_ptr<Part<GROUP, VALUE>[]> found(new Part<GROUP, VALUE>[pairs + omp_get_max_threads()]);
   int64_t threads = 1;
-  std::unique_ptr<Found[]> found(new Found[pairs + omp_get_max_threads()]);
 #pragma omp parallel if (all * GROUP * (KEY + VALUE) >= WORTH)
   {
     const int64_t thread = omp_get_thread_num();
@@ -93,26 +106,14 @@ void attend(const Caches<T, GROUP, KEY, VALUE>& caches, const float* q, const fl
       caches.look(pair, q + pair * GROUP * KEY, std::max<int64_t>(begin - pair * rows, 0),
                   std::min(end - pair * rows, rows), found[pair + thread]);
   }
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    const auto has = [&](int64_t thread) {
-      return all * thread / threads < (pair + 1) * rows && all * (thread + 1) / threads > pair * rows;
-    };
+  for (int64_t pair = 0, first = 0; pair < pairs; ++pair) {
+    while (all * (first + 1) / threads <= pair * rows) ++first;
+    int64_t last = first;
+    while (all * (last + 1) / threads < (pair + 1) * rows) ++last;
     for (int g = 0; g < GROUP; ++g) {
       const int64_t head = pair * GROUP + g;
-      float most = sinks ? sinks[head % (caches.heads * GROUP)] : LOWEST;
-      for (int64_t t = 0; t < threads; ++t)
-        if (has(t)) most = std::max(most, found[pair + t].most[g]);
-      float total = sinks ? std::exp(sinks[head % (caches.heads * GROUP)] - most) : 0.0f;
-      float* to = y + head * VALUE;
-      std::fill(to, to + VALUE, 0.0f);
-      for (int64_t t = 0; t < threads; ++t)
-        if (has(t)) {
-          const Found& part = found[pair + t];
-          const float share = std::exp(part.most[g] - most);
-          total += part.total[g] * share;
-          for (int i = 0; i < VALUE; ++i) to[i] += part.sum[g][i] * share;
-        }
-      for (int i = 0; i < VALUE; ++i) to[i] /= total;
+      const float* sink = sinks ? sinks + head % (caches.heads * GROUP) : nullptr;
+      join(&found[pair + first], last - first + 1, g, sink, y + head * VALUE);
     }
   }
 }

@@ -1,8 +1,8 @@
 // Products of a few rows with weights: y[r, n] = sum over k of x[r, k] * w[n, k].
 //
-// A decode step reads every weight once, so what counts is to read them as fast as memory gives them. Each thread takes
-// a run of outputs and reads their weights from the first byte to the last, in one stream: four streams are half as
-// fast.
+// A decode step reads every weight once, so what counts is to read them as fast as memory gives them. A thread takes
+// runs of outputs, shorter ones towards the end so that none waits for another for long, and reads their weights from
+// the first byte to the last, in one stream: four streams are half as fast.
 #ifndef PRECAST_ROWS
 #define PRECAST_ROWS
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -94,11 +94,11 @@ struct InFloat : Grid<K, GROUP, BITS, ZEROS> {
 #ifdef PRECAST_ROWS_DIGITS
 
 // The same in whole numbers, for an instruction that multiplies 64 codes by 64 digits: a row as numbers of 24 bits, as
-// many as a float has, with a scale for each block of 64, in three digits of 8 bits.
+// many as a float has, with a scale for each block, in three digits of 8 bits. A block is what 64 bytes hold of codes.
 template <int K, int GROUP, int BITS, bool ZEROS>
 struct InDigits : Grid<K, GROUP, BITS, ZEROS> {
   using Base = Grid<K, GROUP, BITS, ZEROS>;
-  static constexpr int GROUPS = Base::GROUPS, BLOCK = 64, BLOCKS = (K + BLOCK - 1) / BLOCK;
+  static constexpr int GROUPS = Base::GROUPS, PARTS = 8 / BITS, BLOCK = 64 * PARTS, BLOCKS = (K + BLOCK - 1) / BLOCK;
   // Of a block's codes, so many share a scale.
   static constexpr int SHARE = GROUPS == 1 ? BLOCK : GROUP % BLOCK == 0 ? BLOCK : GROUP, SHARES = BLOCK / SHARE;
   static constexpr bool FITS = SHARE * BITS >= 64 && BLOCK % SHARE == 0;
@@ -113,8 +113,8 @@ struct InDigits : Grid<K, GROUP, BITS, ZEROS> {
     explicit Row(const float* x) {
       std::fill(std::begin(sums), std::end(sums), 0.0f);
       for (int b = 0; b < BLOCKS; ++b) {
-        float block[BLOCK] = {};
-        std::copy(x + b * BLOCK, x + std::min(K, (b + 1) * BLOCK), block);
+        float block[BLOCK];
+        for (int i = 0; i < BLOCK; ++i) block[i] = b * BLOCK + i < K ? x[b * BLOCK + i] : 0.0f;
         take(block, b);
       }
     }
@@ -130,7 +130,7 @@ struct InDigits : Grid<K, GROUP, BITS, ZEROS> {
       int32_t whole[BLOCK];
       for (int i = 0; i < BLOCK; ++i) whole[i] = static_cast<int32_t>(std::nearbyint(block[i] * inverse));
       for (int i = 0; i < BLOCK; ++i) {
-        const int at = BITS == 8 ? i : i % 2 * (BLOCK / 2) + i / 2;
+        const int at = i % PARTS * 64 + i / PARTS;
         for (int d = DIGITS, rest = whole[i]; d--; rest = (rest + 128) >> 8) digits[b][d][at] = static_cast<int8_t>(rest);
       }
       for (int s = 0; s < SHARES; ++s) {
@@ -145,16 +145,8 @@ struct InDigits : Grid<K, GROUP, BITS, ZEROS> {
     const uint8_t* from = this->codes + n * Base::BYTES;
     const float* scales = this->scales + n * GROUPS;
     __m512 sums = _mm512_setzero_ps();
-    for (int b = 0; b < BLOCKS; ++b) {
-      const __m512i codes = block(from + b * (BLOCK * BITS / 8), b);
-      const auto times = [&](int digit, __m512i sum) {
-        return _mm512_dpbusd_epi32(sum, codes, _mm512_load_si512(row.digits[b][digit]));
-      };
-      const __m512 low = _mm512_cvtepi32_ps(times(2, _mm512_setzero_si512()));
-      const __m512 high = _mm512_cvtepi32_ps(times(1, _mm512_slli_epi32(times(0, _mm512_setzero_si512()), 8)));
-      const __m512 products = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low);
-      sums = _mm512_fmadd_ps(products, block_scales(scales, row.scales[b], b), sums);
-    }
+    for (int b = 0; b < BLOCKS; ++b)
+      sums = _mm512_fmadd_ps(products(row, from + b * 64, b), block_scales(scales, row.scales[b], b), sums);
     if constexpr (GROUPS == 1) return scales[0] * (_mm512_reduce_add_ps(sums) - this->zero(n, 0) * row.sums[0]);
     for (int g = 0; g < GROUPS; g += 16) {
       const __m512 some = _mm512_maskz_loadu_ps(first(GROUPS - g), scales + g);
@@ -168,26 +160,33 @@ struct InDigits : Grid<K, GROUP, BITS, ZEROS> {
     return count >= 16 ? 0xffff : (1 << count) - 1;
   }
 
-  static __m512i block(const uint8_t* from, int b) {
+  // A block's codes times its numbers, in sums of 4 * PARTS neighbours.
+  static __m512 products(const Row& row, const uint8_t* from, int b) {
     constexpr int REST = K % BLOCK * BITS / 8;
     const bool is_whole = REST == 0 || b + 1 < BLOCKS;
-    if constexpr (BITS == 8) {
-      return is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << REST) - 1, from);
-    } else {
-      const __m256i low = _mm256_set1_epi8(15);
-      const __m256i both = is_whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
-                                    : _mm256_maskz_loadu_epi8((1u << REST) - 1, from);
-      const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(both, low)), odd, 1);
-    }
+    const __m512i bytes = is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << REST) - 1, from);
+    const auto times = [&](__m512i sum, int digit) { return part_products(sum, bytes, row.digits[b][digit]); };
+    const __m512i highest = _mm512_slli_epi32(times(_mm512_setzero_si512(), 0), 8);
+    // Sums of 8 codes below 16 have room for all digits.
+    if constexpr (BITS == 4) return _mm512_cvtepi32_ps(times(_mm512_slli_epi32(times(highest, 1), 8), 2));
+    const __m512 high = _mm512_cvtepi32_ps(times(highest, 1));
+    return _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(times(_mm512_setzero_si512(), 2)));
   }
 
-  // What each four of a block's products are to be multiplied with.
+  static __m512i part_products(__m512i sum, __m512i bytes, const int8_t* digits) {
+    if constexpr (BITS == 8) return _mm512_dpbusd_epi32(sum, bytes, _mm512_load_si512(digits));
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i even = _mm512_and_si512(bytes, low), odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+    sum = _mm512_dpbusd_epi32(sum, even, _mm512_load_si512(digits));
+    return _mm512_dpbusd_epi32(sum, odd, _mm512_load_si512(digits + 64));
+  }
+
+  // What the sums of a block's products are to be multiplied with.
   static __m512 block_scales(const float* scales, float row, int b) {
     if constexpr (GROUPS == 1) return _mm512_set1_ps(row);
     if constexpr (SHARES == 1) return _mm512_set1_ps(row * scales[b * BLOCK / GROUP]);
     alignas(64) int32_t of[16];
-    for (int lane = 0; lane < 16; ++lane) of[lane] = (BITS == 8 ? lane * 4 : lane % 8 * 8) / SHARE;
+    for (int lane = 0; lane < 16; ++lane) of[lane] = lane * 4 * PARTS / SHARE;
     const __m512 some = _mm512_maskz_loadu_ps(first(std::min(SHARES, GROUPS - b * SHARES)), scales + b * SHARES);
     return _mm512_mul_ps(_mm512_set1_ps(row), _mm512_permutexvar_ps(_mm512_load_si512(of), some));
   }
@@ -228,18 +227,17 @@ void products(float* y, int64_t count, const Layer<Weight> (&layers)[LAYERS]) {
   for (const auto& layer : layers) work += count * K * layer.weight.outputs;
 #pragma omp parallel if (work >= WORTH)
   {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     alignas(Row) char space[sizeof(Row) * TOGETHER];
     auto rows = reinterpret_cast<Row*>(space);
     float* to = y;
     for (int i = 0; i < LAYERS; ++i) {
       const Weight& weight = layers[i].weight;
-      const int64_t begin = thread * weight.outputs / threads, end = (thread + 1) * weight.outputs / threads;
       for (int64_t start = 0; start < count; start += TOGETHER) {
         const int64_t some = std::min<int64_t>(TOGETHER, count - start);
         if (i == 0 || count > TOGETHER || layers[i].x != layers[i - 1].x)
           for (int64_t r = 0; r < some; ++r) new (rows + r) Row(layers[i].x + (start + r) * K);
-        for (int64_t n = begin; n < end; ++n)
+#pragma omp for schedule(guided, 64) nowait
+        for (int64_t n = 0; n < weight.outputs; ++n)
           for (int64_t r = 0; r < some; ++r) to[(start + r) * weight.outputs + n] = weight.output(rows[r], n);
       }
       to += count * weight.outputs;

@@ -1,0 +1,47 @@
+// Weights that are codes as a matrix, for products with many rows.
+#ifndef PRECAST_MATRIX
+#define PRECAST_MATRIX
+
+namespace precast {
+
+template <int COUNT>
+void round_to(at::BFloat16* y, const float* values) {
+  constexpr int AT_ONCE = 2 * LANES, WHOLE = COUNT - COUNT % AT_ONCE;
+  for (int at = 0; at < WHOLE; at += AT_ONCE)
+    at::vec::convert_from_float<at::BFloat16>(Vec::loadu(values + at), Vec::loadu(values + at + LANES)).store(y + at);
+  for (int at = WHOLE; at < COUNT; ++at) y[at] = values[at];
+}
+
+// The codes of one group, a byte each.
+template <int GROUP, int BITS>
+struct Apart {
+  uint8_t codes[GROUP];
+
+  explicit Apart(const uint8_t* from) {
+    if constexpr (BITS == 8) {
+      std::memcpy(codes, from, GROUP);
+    } else {
+      // Two at a time, in the low halves of two bytes: compilers make that a loop of vectors.
+      uint16_t pairs[GROUP / 2];
+      for (int i = 0; i < GROUP / 2; ++i) pairs[i] = (from[i] | from[i] << 4) & 0x0f0f;
+      std::memcpy(codes, pairs, GROUP);
+    }
+  }
+};
+
+// -> y [outputs, K]
+template <int K, int GROUP, int BITS, bool ZEROS>
+void matrix(at::BFloat16* y, const Grid<K, GROUP, BITS, ZEROS>& grid) {
+#pragma omp parallel for if (grid.outputs * K >= WORTH)
+  for (int64_t n = 0; n < grid.outputs; ++n)
+    for (int g = 0; g < K / GROUP; ++g) {
+      const Apart<GROUP, BITS> apart(grid.codes + (n * K + g * GROUP) * BITS / 8);
+      const float scale = grid.scales[n * (K / GROUP) + g], zero = grid.zero(n, g);
+      float values[GROUP];
+      for (int i = 0; i < GROUP; ++i) values[i] = (apart.codes[i] - zero) * scale;
+      round_to<GROUP>(y + n * K + g * GROUP, values);
+    }
+}
+
+}  // namespace precast
+#endif
