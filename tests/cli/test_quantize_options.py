@@ -30,9 +30,15 @@ NONE = "say how weights are rounded, which --quantize none does not do"
 WRONG = {
     "a scheme": (("--quantize", "int3"), "--quantize 'int3'", "the choices are: none, source, int8, int4, auto"),
     "a method": (("--quantize", "int8", "--method", "hqq"), "'hqq'", "rtn, search, gptq, awq"),
+    "caches that attention cannot read": (
+        ("--kv-cache", "float16"), "--kv-cache float16 is not for --backend onnx", "aoti, export", "int8 is for all",
+    ),
+    "text for no grid": (
+        ("--backend", "export", "--kv-cache", "float16", "--calibration", "x"), "--calibration", "--kv-cache int8, too",
+    ),
     "a group": (("--quantize", "int8", "--group-size", 48), "--group-size 48", "16, 32, 64, 128, 256"),
     "no number": (("--quantize", "int8", "--group-size", "x"), "'--group-size'", "'x'", "integer"),
-    "caches": (("--kv-cache", "int4"), "--kv-cache 'int4'", "the choices are: float32, int8"),
+    "caches": (("--kv-cache", "int4"), "--kv-cache 'int4'", "the choices are: float32, float16, int8"),
     "a method for nothing": (("--method", "gptq"), "--method", NONE),
     "symmetry for nothing": (("--asymmetric",), "--symmetric/--asymmetric", NONE),
     "a method for a source": (("--quantize", "source", "--method", "gptq"), "which --quantize source does not do"),

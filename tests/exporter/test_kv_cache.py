@@ -1,4 +1,5 @@
-"""Caches in int8: scales from calibration text, answers close to eager's, whatever the batch and the padding."""
+"""Caches in int8, with scales from calibration text, and in float16: answers close to eager's, whatever the batch and
+the padding."""
 
 from __future__ import annotations
 
@@ -30,9 +31,25 @@ def test_answers_stay_close(checkpoint, artifact, family, side):
         assert 0 < difference < 0.05 * np.abs(np.asarray(expected)).max(), "rounded, and not by much"
 
 
-def test_decoding_reads_what_was_written(checkpoint, artifact):
+@pytest.mark.parametrize("backend", ["export", pytest.param("aoti", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_caches_of_float16_are_closer(checkpoint, artifact, backend, family):
+    source = checkpoint(family)
+    path = artifact(source, batch_size=3, backend=backend, kv_cache="float16")
+    variant = read_artifact(path).contract.variants[0]
+    assert (variant.kv_cache, {layer.dtype for layer in variant.graphs[0].cache}) == ("float16", {"float16"})
+    ids, mask = oracle.padded(ROWS, "left")
+    found = CompiledModelForCausalLM.from_pretrained(path)(ids, mask).logits
+    for row, values, keep in zip(ROWS, found, mask, strict=True):
+        expected = np.asarray(oracle.logits(source, row))
+        difference = np.abs(values[keep == 1] - expected).max()
+        assert 1e-6 < difference < 1e-3 * np.abs(expected).max(), "rounded, and by very little"
+
+
+@pytest.mark.parametrize("stored", [{"kv_cache": "int8"}, {"kv_cache": "float16", "backend": "export"}])
+def test_decoding_reads_what_was_written(checkpoint, artifact, stored):
     """Token by token, from the cache, the logits are those of one step over all."""
-    model = CompiledModelForCausalLM.from_pretrained(artifact(checkpoint("llama"), kv_cache="int8"))
+    model = CompiledModelForCausalLM.from_pretrained(artifact(checkpoint("llama"), **stored))
     whole = model.logits_at([np.array(ROWS[0])], [list(range(len(ROWS[0])))])[0]
     model.reset()
     session = model._session
@@ -62,3 +79,13 @@ def test_the_operator_rounds_to_the_scales():
     )
     assert k_cache[0, 0, 0].tolist() == [3, -128]
     torch.testing.assert_close(output[0, 0, 0], torch.tensor([0.3, -6.4]))
+
+
+def test_the_operator_rounds_to_the_caches_dtype():
+    k, cache = torch.tensor([[[[0.1, 3000.3]]]]), torch.zeros(1, 1, 4, 2, dtype=torch.float16)
+    lengths = torch.tensor([0], dtype=torch.int32)
+    output, k_cache, _ = cached_attention(
+        k, k, k, cache, cache, lengths, lengths + 1, 1.0, "causal", 0, 0.0, None, None
+    )
+    assert (k_cache.dtype, output.dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(output[0, 0, 0], k.half().float()[0, 0, 0])

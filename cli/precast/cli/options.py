@@ -113,7 +113,7 @@ def quantize_options(function: F) -> F:
             click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
                          help="Text for methods that look at activations, instead of the built-in one."),
             click.option("--kv-cache", default="float32", show_default=True, metavar="DTYPE",
-                         help="Keys and values as: float32, int8."),
+                         help="Keys and values as: float32, float16 (aoti, export), int8."),
             click.option("--max-kl", type=float, metavar="X",
                          help="Largest KL divergence from fp32 on held-out text. int4: 0.1, others: 0.01."),
             click.option("--min-agreement", type=float, metavar="X",

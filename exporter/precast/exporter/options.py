@@ -26,7 +26,7 @@ AUTO_CAST_TYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "tf3
 ISAS = ("native", "avx2", "avx512")
 DEVICES = ("cpu", "cuda")
 QUANTIZE = ("none", "source", "int8", "int4", "auto")
-KV_CACHES = ("float32", "int8")
+KV_CACHES = ("float32", "float16", "int8")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -76,7 +76,7 @@ class ExportOptions:
             for rows that share a scale.
         skip: patterns of layers' names that stay as they are.
         calibration: a text file for methods that look at activations; None is a small text of our own.
-        kv_cache: the caches' dtype; "int8" is rounded with scales from the calibration text.
+        kv_cache: the caches' dtype; "float16" where the backend takes it, "int8" with scales from the calibration text.
         max_kl: the largest mean KL divergence from the eager fp32 model, in nats per token of held-out text.
         min_agreement: the smallest share of tokens for which the likeliest is the same.
         accept_loss: write the artifact even if it is below these floors, and record that.
@@ -149,8 +149,13 @@ class ExportOptions:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether weights or caches are put on a grid."""
+        """Whether weights or caches are stored in less than float32."""
         return self.quantize != "none" or self.kv_cache != "float32"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether anything is put on a grid, which text may help to choose."""
+        return self.quantize != "none" or self.kv_cache == "int8"
 
     @property
     def is_cast(self) -> bool:
@@ -239,6 +244,12 @@ class ExportOptions:
                 others = ", ".join(each.name for each in BACKENDS.values() if name in each.takes) or "none"
                 given = NEURON_FLAGS.get(name) or f"--{name.replace('_', '-')} {value}"
                 yield f"{given} is not for --backend {row.name}: {row.because}. Backends that take it: {others}."
+        if self.kv_cache == "float16" and not row.halves_caches:
+            others = ", ".join(each.name for each in BACKENDS.values() if each.halves_caches)
+            yield (
+                f"--kv-cache float16 is not for --backend {row.name}, whose attention computes in what its caches "
+                f"hold. Backends that take it: {others}; int8 is for all."
+            )
         if row.name == "neuron":
             yield from neuron_holes(self)
         elif self.auto_cast_type == "tf32":
@@ -258,8 +269,9 @@ class ExportOptions:
             yield f"--method {self.quantize_method!r} is not supported; the choices are: {known}."
         if self.quantize in ("none", "source") and (useless := self._only_for_rounding()):
             yield f"{', '.join(useless)} say how weights are rounded, which --quantize {self.quantize} does not do."
-        if not self.is_rounded and (useless := self._given("calibration", "skip")):
-            yield f"{', '.join(useless)} say how weights and caches are rounded; give --quantize or --kv-cache, too."
+        if not self.is_calibrated and (useless := self._given("calibration", "skip")):
+            given = ", ".join(useless)
+            yield f"{given} say how weights and caches are rounded; give --quantize or --kv-cache int8, too."
         if not self.is_lossy and (useless := self._given("max_kl", "min_agreement", "accept_loss")):
             yield (
                 f"{', '.join(useless)} bound what is lost; without --quantize, --kv-cache, --dtype and --auto-cast "

@@ -161,7 +161,7 @@ def _draft(
         backend=options.backend,
         dtype=options.dtype,
         quantization=rounding,
-        kv_cache="int8" if options.kv_cache == "int8" else None,
+        kv_cache=None if options.kv_cache == "float32" else options.kv_cache,
         host=None,  # type: ignore[arg-type]
         compiler=None,  # type: ignore[arg-type]
         trust=get_backend(options.backend).trust,

@@ -49,7 +49,7 @@ def cached_attention(
     Args:
         q: [B, H, S, D], any float dtype. Softmax is taken in float32.
         k, v: [B, Hkv, S, D], H a multiple of Hkv.
-        k_cache, v_cache: [B, Hkv, C, D].
+        k_cache, v_cache: [B, Hkv, C, D]; of a narrower dtype than k and v, they hold what these are rounded to.
         past_lengths, new_lengths: int32 [B], `past + new <= C`.
         sinks, slopes: [H] or None.
         k_scales, v_scales: float32 [Hkv, D] where the caches are int8, else None: a cache row holds
@@ -62,7 +62,7 @@ def cached_attention(
     """
     k_cache = _append(k_cache, _rounded(k, k_scales), past_lengths, new_lengths)
     v_cache = _append(v_cache, _rounded(v, v_scales), past_lengths, new_lengths)
-    keys, values = _restored(k_cache, k_scales), _restored(v_cache, v_scales)
+    keys, values = _restored(k_cache, k_scales).to(q.dtype), _restored(v_cache, v_scales).to(v.dtype)
     scores = _scores(q, keys, scale, softcap)
     distance = _distances(past_lengths, q.shape[2], k_cache.shape[2])
     if slopes is not None:
@@ -117,7 +117,7 @@ def _append(cache: Tensor, new: Tensor, past: Tensor, count: Tensor) -> Tensor:
     offset = torch.arange(cache.shape[2])[None] - past[:, None]
     index = offset.clamp(0, new.shape[2] - 1)[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
     is_new = ((offset >= 0) & (offset < count[:, None]))[:, None, :, None]
-    return torch.where(is_new, new.gather(2, index.long()), cache)
+    return torch.where(is_new, new.gather(2, index.long()).to(cache.dtype), cache)
 
 
 def _repeat(cache: Tensor, heads: int) -> Tensor:

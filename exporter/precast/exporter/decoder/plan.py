@@ -150,8 +150,8 @@ def _check_one_by_one(options: ExportOptions, model: nn.Module) -> None:
 
 
 def _check_one_operator(options: ExportOptions, model: nn.Module) -> None:
-    if options.kv_cache == "int8":
+    if options.kv_cache != "float32":
         raise UsageError(
-            f"--kv-cache int8 needs attention that is one operator, and {type(model).__name__} computes its own in "
-            f"ordinary ones. Leave it out."
+            f"--kv-cache {options.kv_cache} needs attention that is one operator, and {type(model).__name__} computes "
+            f"its own in ordinary ones. Leave it out."
         )

@@ -18,12 +18,13 @@ __all__ = ["BACKENDS", "Backend", "get_backend"]
 class Backend:
     """What turns programs into files (`compiler`), and what runs those files (`engine`).
 
-    `trust` is the tier of the files: `graph` is interpreted data, `native` is code of the machine. `takes` names the
-    export options that its compiler reads besides those of every export ("dtype", "auto_cast", "isa", "device");
-    `because` says, after a colon, why it takes no others. With `decodes_apart` a decoder has a graph of its own for one
-    new token per row, which is compiled otherwise than a prompt. With `scales_rows` weights of 8 bits have one scale
-    per row unless groups are asked for. With `is_static` every dimension is fixed. With `casts_itself` its compiler
-    does what auto_cast asks for, and the program stays as it was traced.
+    `trust` is the tier of the files: `graph` is interpreted data, `native` is code of the machine. `takes` names
+    the export options that its compiler reads besides those of every export ("dtype", "auto_cast", "isa",
+    "device"); `because` says, after a colon, why it takes no others. With `decodes_apart` a decoder has a graph of
+    its own for one new token per row, which is compiled otherwise than a prompt. With `scales_rows` weights of 8
+    bits have one scale per row unless groups are asked for. With `halves_caches` caches may be float16. With
+    `is_static` every dimension is fixed. With `casts_itself` its compiler does what auto_cast asks for, and the
+    program stays as it was traced.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Backend:
     because: str = "it does not read that option"
     decodes_apart: bool = False
     scales_rows: bool = False
+    halves_caches: bool = False
     is_static: bool = False
     casts_itself: bool = False
 
@@ -55,6 +57,7 @@ BACKENDS: dict[str, Backend] = {
         takes=frozenset({"dtype", "auto_cast", "isa", "device"}),
         decodes_apart=True,
         scales_rows=True,
+        halves_caches=True,
     ),
     "export": Backend(
         "export",
@@ -64,6 +67,7 @@ BACKENDS: dict[str, Backend] = {
         takes=frozenset({"dtype", "auto_cast"}),
         because="its graphs are portable and run on the CPU, by torch, which picks instructions when it runs",
         decodes_apart=True,
+        halves_caches=True,
     ),
     "neuron": Backend(
         "neuron",
