@@ -23,7 +23,7 @@ __all__ = ["measure"]
 
 CONTEXTS = (128, 512, 1024, 1984)
 CAPACITY, COUNT, WARM_UP, ROUNDS = 2048, 32, 8, 3
-OURS = ("aoti-int8", "aoti-source", "aoti-bf16")
+OURS = ("aoti-int8", "aoti-int8-kv16", "aoti-source", "aoti-source-kv16", "aoti-bf16")
 RIVALS = ("onnxruntime-genai int8", "OpenVINO GenAI fp32", "OpenVINO GenAI int8", "llama.cpp Q4_1")
 LARGE = {"large int8": ("--quantize", "int8", "--method", "rtn")}
 Row = dict[str, Any]
@@ -107,8 +107,13 @@ def _cells(figures: Row) -> list[str]:
 
 
 def _targets(context: int, speeds: Values) -> Iterator[Target]:
-    pairs = (("aoti-int8", "onnxruntime-genai int8", 1.6), ("aoti-source", "llama.cpp Q4_1", 1.5),
-             ("aoti-bf16", "OpenVINO GenAI fp32", 1.3))  # fmt: skip
+    pairs = (
+        ("aoti-int8", "onnxruntime-genai int8", 1.6),
+        ("aoti-int8-kv16", "onnxruntime-genai int8", 1.6),
+        ("aoti-source", "llama.cpp Q4_1", 1.5),
+        ("aoti-source-kv16", "llama.cpp Q4_1", 1.5),
+        ("aoti-bf16", "OpenVINO GenAI fp32", 1.3),
+    )
     for scheme, rival, bound in pairs:
         ours = f"precast {scheme}"
         value = ratios(speeds[ours], speeds[rival])["median"] if {ours, rival} <= speeds.keys() else None

@@ -17,22 +17,16 @@ BUILD = HERE.parent / "build"
 PEER_PYTHON = BUILD / "peers" / "onnxruntime-genai" / "bin" / "python"
 PEER_MODEL = BUILD / "peers" / "smollm2-genai-fp32"
 
+_INT8 = ("--backend", "aoti", "--quantize", "int8")
+_SOURCE = ("--backend", "aoti", "--quantize", "source")
 NATIVE = {
     "aoti-fp32": ("--backend", "aoti"),
     "aoti-bf16": ("--backend", "aoti", "--auto-cast", "matmul"),
-    "aoti-int8": ("--backend", "aoti", "--quantize", "int8"),
-    "aoti-int8-64": (
-        "--backend",
-        "aoti",
-        "--quantize",
-        "int8",
-        "--method",
-        "awq",
-        "--group-size",
-        "64",
-        "--asymmetric",
-    ),
-    "aoti-source": ("--backend", "aoti", "--quantize", "source"),
+    "aoti-int8": _INT8,
+    "aoti-int8-64": (*_INT8, "--method", "awq", "--group-size", "64", "--asymmetric"),
+    "aoti-int8-kv16": (*_INT8, "--kv-cache", "float16"),
+    "aoti-source": _SOURCE,
+    "aoti-source-kv16": (*_SOURCE, "--kv-cache", "float16"),
 }
 """Schemes of native code, and how they are asked for."""
 CAPACITY = 512

@@ -297,10 +297,10 @@ class _Judge:
 
     def _native(self) -> Iterator[Target]:
         source, libraries = "precast aoti-source", ("onnxruntime-genai", "OpenVINO GenAI", "CTranslate2")
-        for ours in (source, "precast aoti-int8"):
+        for ours in (source, f"{source}-kv16", "precast aoti-int8"):
             yield self._speed(ours, ["llama.cpp Q4_1"], 1.5)
             yield self._loss(ours, "kl_divergence", 0.0036, "")
-        for int8 in ("precast aoti-int8", "precast aoti-int8-64"):
+        for int8 in ("precast aoti-int8", "precast aoti-int8-64", "precast aoti-int8-kv16"):
             yield self._speed(int8, [f"{library} int8" for library in libraries], 1.6)
             yield self._loss(int8, "kl_divergence", 0.001, "")
         yield self._speed("precast aoti-bf16", ["OpenVINO GenAI fp32"], 1.3)
