@@ -13,6 +13,11 @@
 
 namespace precast {
 
+// Inductor has compilers make no vectors of loops, having written its own out.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("tree-loop-vectorize")
+#endif
+
 // Products; fewer are done by one thread sooner than others are told of them.
 constexpr int64_t WORTH = 1 << 15;
 

@@ -21,7 +21,7 @@ struct Apart {
     if constexpr (BITS == 8) {
       std::memcpy(codes, from, GROUP);
     } else {
-      // Two at a time, in the low halves of two bytes: compilers make that a loop of vectors.
+      // Two at a time, in the low halves of two bytes.
       uint16_t pairs[GROUP / 2];
       for (int i = 0; i < GROUP / 2; ++i) pairs[i] = (from[i] | from[i] << 4) & 0x0f0f;
       std::memcpy(codes, pairs, GROUP);

@@ -134,6 +134,7 @@ struct Prompt {
     std::fill(scores, scores + begin, 0.0f);
     std::fill(scores + end, scores + KEYS, 0.0f);
     float total = 0;
+#pragma omp simd reduction(+ : total)
     for (int i = 0; i < KEYS; ++i) total += scores[i];
     space.total[r] += total;
   }

@@ -63,12 +63,12 @@ struct InFloat : Grid<K, GROUP, BITS, ZEROS> {
 
     explicit Row(const float* from) {
       for (int g = 0; g < Base::GROUPS; ++g) {
-        sums[g] = 0;
-        for (int i = 0; i < GROUP; ++i) {
-          const float value = from[g * GROUP + i];
-          x[g * GROUP + (BITS == 8 ? i : i % 2 * (GROUP / 2) + i / 2)] = value;
-          sums[g] += value;
-        }
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < GROUP; ++i) sum += from[g * GROUP + i];
+        sums[g] = sum;
+        for (int i = 0; i < GROUP; ++i)
+          x[g * GROUP + (BITS == 8 ? i : i % 2 * (GROUP / 2) + i / 2)] = from[g * GROUP + i];
       }
     }
   };
@@ -121,6 +121,7 @@ struct InDigits : Grid<K, GROUP, BITS, ZEROS> {
 
     void take(const float* block, int b) {
       float most = 0, odd = 0;
+#pragma omp simd reduction(max : most) reduction(+ : odd)
       for (int i = 0; i < BLOCK; ++i) {
         most = std::max(most, std::abs(block[i]));
         odd += block[i] * 0.0f;  // Not zero where one is infinite or no number: nor may a sum be one then.
@@ -129,9 +130,14 @@ struct InDigits : Grid<K, GROUP, BITS, ZEROS> {
       scales[b] = most / LARGEST + odd;
       int32_t whole[BLOCK];
       for (int i = 0; i < BLOCK; ++i) whole[i] = static_cast<int32_t>(std::nearbyint(block[i] * inverse));
-      for (int i = 0; i < BLOCK; ++i) {
-        const int at = i % PARTS * 64 + i / PARTS;
-        for (int d = DIGITS, rest = whole[i]; d--; rest = (rest + 128) >> 8) digits[b][d][at] = static_cast<int8_t>(rest);
+      for (int part = 0; part < PARTS; ++part) {
+        int8_t* to = digits[b][0] + part * 64;
+        for (int i = 0; i < 64; ++i) {
+          const int32_t low = whole[i * PARTS + part], middle = (low + 128) >> 8;
+          to[i + 2 * BLOCK] = static_cast<int8_t>(low);
+          to[i + BLOCK] = static_cast<int8_t>(middle);
+          to[i] = static_cast<int8_t>((middle + 128) >> 8);
+        }
       }
       for (int s = 0; s < SHARES; ++s) {
         int32_t sum = 0;
