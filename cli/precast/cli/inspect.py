@@ -76,7 +76,7 @@ def _show(artifact: Any, runs: list[str | None], headers: list[list[Any]], verif
             *(("  NEFF", words) for words in dict.fromkeys(map(_neff, neffs))),
         ]
     for name, value in rows:
-        click.echo(f"{name:<28}{value}")
+        click.echo(f"{name:<27} {value}")
 
 
 def _neff(header: Any) -> str:
