@@ -140,14 +140,15 @@ def test_weights_lie_in_every_graph_where_asked(checkpoint, artifact):
     assert min(each.stat().st_size for each in within.glob("*.neuron")) > 0.9 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         {"auto_cast": "matmul", "auto_cast_type": "tf32"},
-        pytest.param({"auto_cast": "all"}, marks=pytest.mark.slow),
-        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
-        pytest.param({"quantize": "int8"}, marks=pytest.mark.slow),
-        pytest.param({"kv_cache": "int8"}, marks=pytest.mark.slow),
+        {"auto_cast": "all"},
+        {"dtype": "bfloat16"},
+        {"quantize": "int8"},
+        {"kv_cache": "int8"},
     ],
     ids=str,
 )
