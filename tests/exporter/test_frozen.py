@@ -53,7 +53,6 @@ def made(source, target, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_frozen_encoder_in_bfloat16(checkpoint, tmp_path):
     source = checkpoint("bert", "AutoModel")
     variant = made(source, tmp_path / "out", auto_cast="matmul")
