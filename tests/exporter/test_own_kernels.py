@@ -23,6 +23,7 @@ from precast.exporter.backends.aoti import library, template
 from precast.exporter.backends.aoti.attend import attend, attend_prompt
 from precast.exporter.backends.aoti.matrix import matrix
 from precast.exporter.backends.aoti.rows import rows
+from precast.exporter.backends.native import lowering
 from precast.exporter.backends.native.attention import Step, cached_attention
 from precast.exporter.backends.native.kernels import Kernels
 from precast.exporter.quantize.linear import Packed, unpack
@@ -226,12 +227,14 @@ ASKED = [
 
 
 class Attentions(nn.Module):
-    def __init__(self, by_kernel: bool) -> None:
+    """Every case, with a prompt's products in `product`."""
+
+    def __init__(self, product: torch.dtype | None) -> None:
         super().__init__()
-        self.kernels = Kernels(rows, matrix, attend, attend_prompt) if by_kernel else None
+        self.given = {"kernels": Kernels(rows, matrix, attend, attend_prompt), "product": product} if product else {}
 
     def forward(self, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        step, taken = Step(looked, lambda x: x, kernels=self.kernels), iter(given)
+        step, taken = Step(looked, lambda x: x, **self.given), iter(given)
         found = []
         for asked in ASKED:
             q, k, v, keys, values = (next(taken) for _ in range(5))
@@ -263,14 +266,13 @@ def tensors(seed, length):
     return found
 
 
-def attentions(folder, isa, length):
+def attentions(folder, isa, length, product):
     """Attention of so many tokens, or of any number."""
     rows_, tokens = torch.export.Dim("rows", min=2, max=CAPACITY), torch.export.Dim("tokens", min=2, max=CAPACITY)
     example = (torch.arange(50), *(torch.ones(BATCH, dtype=torch.int32) for _ in range(2)), *tensors(0, length or 9))
     # Queries, keys and values come as [B, heads, tokens, width]; caches are longer than any of them.
     free = [{2: tokens} if length is None and each.ndim == 4 and each.shape[2] == 9 else None for each in example[3:]]
-    module = Attentions(by_kernel=True)
-    exported = torch.export.export(module, example, dynamic_shapes=({0: rows_}, None, None, tuple(free)))
+    exported = torch.export.export(Attentions(product), example, dynamic_shapes=({0: rows_}, None, None, tuple(free)))
     with library.workspace():
         library.build(exported, folder / "attend.so", isa)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "attend.so"), 1)
@@ -279,8 +281,13 @@ def attentions(folder, isa, length):
 
 @pytest.fixture(scope="module", params=LEVELS)
 def attending(request, tmp_path_factory):
-    """Attention of one token, and of any number."""
-    return [attentions(tmp_path_factory.mktemp("attend"), request.param, length) for length in (1, None)]
+    """Attention of one token, and of any number, with products in float32 and in bfloat16, and how far these may be
+    from exact."""
+    made = [(1, torch.float32, 3e-5), (None, torch.float32, 3e-5), (None, torch.bfloat16, 0.02)]
+    return [
+        (attentions(tmp_path_factory.mktemp("attend"), request.param, length, product), length, bound)
+        for length, product, bound in made
+    ]
 
 
 @settings(max_examples=40, deadline=None)
@@ -296,12 +303,15 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
     new = data.draw(st.lists(st.integers(1, length), min_size=BATCH, max_size=BATCH))
     looked = min(max(2, *(each + length for each in past)) + more, CAPACITY)
     common = (torch.arange(looked), torch.tensor(past, dtype=torch.int32), torch.tensor(new, dtype=torch.int32))
-    expected = Attentions(by_kernel=False)(*common, *tensors(seed, length))
-    with counted(threads):
-        found = attending[length > 1](*common, *tensors(seed, length))
-    for asked, one, other in zip(ASKED, found, expected, strict=True):
-        for row, count in enumerate(new):
-            assert torch.allclose(one[row, :, :count], other[row, :, :count], atol=3e-5), (asked, row)
+    expected = Attentions(None)(*common, *tensors(seed, length))
+    for attention, length_of, bound in attending:
+        if (length_of == 1) != (length == 1):
+            continue
+        with counted(threads):
+            found = attention(*common, *tensors(seed, length))
+        for asked, one, other in zip(ASKED, found, expected, strict=True):
+            for row, count in enumerate(new):
+                assert torch.allclose(one[row, :, :count], other[row, :, :count], atol=bound), (asked, row)
 
 
 # ---------------------------------------------------------------- where they are used
@@ -311,10 +321,12 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
 def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, method):
     """Query, key and value; output; gate and up; down; and the output embedding: also where each has a balance of its
     own for their common input."""
-    built = {}
+    built, multiplied = {}, set()
 
     def build(exported, target, *_):
-        built[target.stem] = Counter(str(node.target) for node in exported.graph.nodes)
+        nodes = list(exported.graph.nodes)
+        built[target.stem] = Counter(str(node.target) for node in nodes)
+        multiplied.update(node.args[-1] for node in nodes if node.target is torch.ops.precast.attend_prompt.default)
         target.write_bytes(b"\x7fELF")
 
     monkeypatch.setattr(aoti, "build", build)
@@ -326,3 +338,11 @@ def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, met
     assert built["decode"]["precast.attend.default"] == 2
     assert built["prefill"]["precast.rows.default"] == 1, "of a prompt, rows whose logits are asked for"
     assert built["prefill"]["precast.attend_prompt.default"] == 2
+    assert multiplied == {torch.bfloat16}, "as the codes of a prompt's layers"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_has_no_more_digits_than_the_layers_around_it(dtype):
+    layer = torch.export.export(nn.Linear(8, 8, dtype=dtype), (torch.ones(3, 8, dtype=dtype),))
+    expected = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    assert lowering._product(layer.graph, library.FORMS["cpu"]) == expected

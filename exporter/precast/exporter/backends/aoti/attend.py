@@ -47,6 +47,7 @@ def attend_prompt(
     window: int,
     sinks: Tensor | None,
     softcap: float,
+    product: torch.dtype,
 ) -> Tensor:
     """Attention of S new tokens per row, which are in the caches already.
 
@@ -55,6 +56,8 @@ def attend_prompt(
         keys, values, sinks, softcap: see `attend`.
         past, new: int32 [B], tokens in the caches before these, and how many of these are no padding.
         mask, window: see `precast.cached_attention`.
+        product: float32, or bfloat16: what scores and outputs are products of, where the processor multiplies such;
+            they are summed, and the softmax is taken, in float32.
 
     Returns:
         float32 [B, H, S, Dv], zeros for padding.
@@ -79,11 +82,13 @@ def _lower_one(q: Any, keys: Any, values: Any, added: Any, sinks: Any, softcap: 
 
 @register_lowering(torch.ops.precast.attend_prompt.default, type_promotion_kind=None)
 def _lower_prompt(
-    q: Any, keys: Any, values: Any, past: Any, new: Any, mask: str, window: int, sinks: Any, softcap: float
-) -> Any:
+    q: Any, keys: Any, values: Any, past: Any, new: Any, mask: str, window: int, sinks: Any, softcap: float,
+    product: torch.dtype,
+) -> Any:  # fmt: skip
     kind, sizes = _sizes(q, keys, values)
+    how = {torch.float32: "precast::InFloat32", torch.bfloat16: "precast::InBfloat16"}[product]
     rest = f"past, fresh, precast::Mask::{mask}, {window}, {softcap}f, {_pointer(sinks)}"
-    call = f"precast::attend(precast::Prompt<{kind}>{{k, v, {sizes}, {{count}}, {rest}}}, q, y);"
+    call = f"precast::attend(precast::Prompt<{how}, {kind}>{{k, v, {sizes}, {{count}}, {rest}}}, q, y);"
     inputs = _inputs(sinks, q=q, k=keys, v=values, past=past, fresh=new)
     size = [*q.get_size()[:3], values.get_size()[3]]
     return Calling(inputs, size, call, ["dot.h", "attend.h", "prompt.h"], count=("q", 2)).output()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .kernels import Kernels
+from .linear import is_few
 
 __all__ = ["Step", "cached_attention", "cross_attention"]
 
@@ -32,12 +33,14 @@ class Step:
         settle: marks what a compiler is to compute once and not inside every loop that reads it.
         multiplies: products of matrices for one token per row, too, rather than products and sums.
         kernels: the compiler's own, if it has any.
+        product: the dtype of these kernels' products for prompts.
     """
 
     rows: Tensor
     settle: Callable[[Tensor], Tensor]
     multiplies: bool = False
     kernels: Kernels | None = None
+    product: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self._masks: dict[tuple[str, int], Tensor] = {}
@@ -108,7 +111,10 @@ def cached_attention(
             more = _more(step, past, mask, window, added)
             output = step.kernels.attend(queries[:, :, 0], k_cache, v_cache, more, sinks, softcap)[:, :, None]
         else:
-            output = step.kernels.attend_prompt(queries, k_cache, v_cache, past, new, mask, window, sinks, softcap)
+            product = torch.float32 if is_few(q[:, 0]) else step.product
+            output = step.kernels.attend_prompt(
+                queries, k_cache, v_cache, past, new, mask, window, sinks, softcap, product
+            )
         return _times(output, v_scales).to(q.dtype)
     seen = step.visible(past, length, mask, window)
     keys, values = _restored(k_cache[:, :, :count], k_scales), _restored(v_cache[:, :, :count], v_scales)

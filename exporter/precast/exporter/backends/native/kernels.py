@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["Kernels"]
@@ -18,10 +19,12 @@ class Kernels:
         rows: products of few rows with weights.
         matrix: codes as a bfloat16 matrix.
         attend: attention of one token per row to caches.
-        attend_prompt: attention of several tokens per row.
+        attend_prompt: attention of several tokens per row, the last argument being the dtype of its products.
     """
 
     rows: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
     matrix: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-    attend_prompt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str, int, Tensor | None, float], Tensor]
+    attend_prompt: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, str, int, Tensor | None, float, torch.dtype], Tensor
+    ]

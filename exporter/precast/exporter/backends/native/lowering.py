@@ -101,6 +101,7 @@ def _longer(spec: Any, caches: set[str]) -> Any:
     return replace(spec, shape=[batch, heads, capacity + 1, width])
 
 
+_LINEAR = (torch.ops.aten.linear.default, torch.ops.precast.quantized_linear.default)
 _TYPICAL = {"input_ids": 8, "logit_positions": 3, ROWS: 512}
 """Sizes of free dimensions to trace with, no two alike. They are also what a compiler takes for usual."""
 
@@ -148,7 +149,7 @@ class _Replayed(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip((spec.name for spec in self.graph.inputs), inputs, strict=True))
         rows = torch.arange(self.graph.capacity) if self.forms.whole else given.pop(ROWS, None)
-        step = Step(rows, self.forms.settle, self.forms.whole, self.forms.kernels) if rows is not None else None
+        step = None if rows is None else self._step(rows)
         weights = [self.get_parameter_or_buffer(name) for name, _ in self.lifted]
         positions = given["logit_positions"].shape[1] if "logit_positions" in given else None
         results = _Replacing(self.traced[0], self.forms, step, positions).run(*weights, *given.values())
@@ -158,10 +159,22 @@ class _Replayed(nn.Module):
                 given[before].copy_(result)
         return tuple(outputs.values())
 
+    def _step(self, rows: Tensor) -> Step:
+        forms = self.forms
+        return Step(rows, forms.settle, forms.whole, forms.kernels, _product(self.traced[0].graph, forms))
+
     def get_parameter_or_buffer(self, name: str) -> Tensor:
         path, _, last = name.rpartition(".")
         found: Tensor = getattr(self.get_submodule(path), last)
         return found
+
+
+def _product(graph: fx.Graph, forms: Forms) -> torch.dtype:
+    """What a prompt's attention is multiplied in: it needs no more digits than the layers around it."""
+    dtypes = {_node(node.args[1]).meta["val"].dtype for node in graph.nodes if node.target in _LINEAR}
+    if torch.uint8 in dtypes:
+        return forms.product
+    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
 
 
 def _cache_pairs(graph: Graph) -> list[tuple[str, str]]:

@@ -68,7 +68,7 @@ struct Caches {
       shares.store(scores + r);
       total = total + shares;
     }
-    found.total[g] += at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
+    found.total[g] += sum_of(total);
     // A row beyond the last has no share, even where no row is seen at all.
     for (int r = count; r < SOME; ++r) found.total[g] -= scores[r];
   }

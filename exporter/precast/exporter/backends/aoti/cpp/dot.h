@@ -30,6 +30,44 @@ Vec in_float(const T* from) {
   else return at::vec::convert<float>(at::vec::Vectorized<T>::loadu(from, LANES));
 }
 
+template <typename T, int COUNT>
+void in_floats(float* to, const T* from) {
+  constexpr int WHOLE = COUNT - COUNT % LANES;
+  for (int at = 0; at < WHOLE; at += LANES) in_float(from + at).store(to + at);
+  for (int at = WHOLE; at < COUNT; ++at) to[at] = static_cast<float>(from[at]);
+}
+
+template <int COUNT>
+void put(float* to, const float* from) {
+  std::copy(from, from + COUNT, to);
+}
+
+template <int COUNT>
+void put(at::BFloat16* to, const float* from) {
+  constexpr int AT_ONCE = 2 * LANES, WHOLE = COUNT - COUNT % AT_ONCE;
+  for (int at = 0; at < WHOLE; at += AT_ONCE) {
+    const Vec low = Vec::loadu(from + at), high = Vec::loadu(from + at + LANES);
+#ifdef __AVX512BF16__
+    _mm512_storeu_si512(to + at, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+#else
+    at::vec::convert_from_float<at::BFloat16>(low, high).store(to + at);
+#endif
+  }
+  for (int at = WHOLE; at < COUNT; ++at) to[at] = from[at];
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+inline float sum_of(Vec each) { return _mm512_reduce_add_ps(each); }
+inline float most_of(Vec each) { return _mm512_reduce_max_ps(each); }
+#else
+inline float sum_of(Vec each) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, each);
+}
+inline float most_of(Vec each) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, each);
+}
+#endif
+
 // The sum of x * w, in several chains of additions, none of which waits for another.
 template <typename T, int COUNT>
 float dot(const float* x, const T* w) {
@@ -40,8 +78,7 @@ float dot(const float* x, const T* w) {
     for (int i = 0; i < CHAINS; ++i)
       chains[i] = at::vec::fmadd(Vec::loadu(x + at + i * LANES), in_float(w + at + i * LANES), chains[i]);
   for (; at < WHOLE; at += LANES) chains[0] = at::vec::fmadd(Vec::loadu(x + at), in_float(w + at), chains[0]);
-  float sum = at::vec::vec_reduce_all<float>(
-      [](Vec& a, Vec& b) { return a + b; }, (chains[0] + chains[1]) + (chains[2] + chains[3]));
+  float sum = sum_of((chains[0] + chains[1]) + (chains[2] + chains[3]));
   for (; at < COUNT; ++at) sum += x[at] * static_cast<float>(w[at]);
   return sum;
 }

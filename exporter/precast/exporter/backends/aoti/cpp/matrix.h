@@ -4,14 +4,6 @@
 
 namespace precast {
 
-template <int COUNT>
-void round_to(at::BFloat16* y, const float* values) {
-  constexpr int AT_ONCE = 2 * LANES, WHOLE = COUNT - COUNT % AT_ONCE;
-  for (int at = 0; at < WHOLE; at += AT_ONCE)
-    at::vec::convert_from_float<at::BFloat16>(Vec::loadu(values + at), Vec::loadu(values + at + LANES)).store(y + at);
-  for (int at = WHOLE; at < COUNT; ++at) y[at] = values[at];
-}
-
 // The codes of one group, a byte each.
 template <int GROUP, int BITS>
 struct Apart {
@@ -39,7 +31,7 @@ void matrix(at::BFloat16* y, const Grid<K, GROUP, BITS, ZEROS>& grid) {
       const float scale = grid.scales[n * (K / GROUP) + g], zero = grid.zero(n, g);
       float values[GROUP];
       for (int i = 0; i < GROUP; ++i) values[i] = (apart.codes[i] - zero) * scale;
-      round_to<GROUP>(y + n * K + g * GROUP, values);
+      put<GROUP>(y + n * K + g * GROUP, values);
     }
 }
 

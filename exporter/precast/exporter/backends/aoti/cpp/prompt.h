@@ -14,23 +14,52 @@ constexpr int64_t up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
+// How numbers are multiplied: DEEP neighbours of a row of `a` with as many rows of `b`, whose numbers lie in turn.
+struct InFloat32 {
+  using Number = float;
+  static constexpr int DEEP = 1;
+
+  static Vec load(const Number* b) { return Vec::loadu(b); }
+  static Vec repeated(const Number* a) { return Vec(*a); }
+  static Vec added(Vec sum, Vec a, Vec b) { return at::vec::fmadd(a, b, sum); }
+};
+
+#ifdef __AVX512BF16__
+struct InBfloat16 {
+  using Number = at::BFloat16;
+  static constexpr int DEEP = 2;
+
+  static __m512bh load(const Number* b) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)); }
+  static __m512bh repeated(const Number* a) {
+    int32_t both;
+    std::memcpy(&both, a, sizeof(both));
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+  }
+  static Vec added(Vec sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+#else
+using InBfloat16 = InFloat32;  // Exact, and as fast as it gets here.
+#endif
+
 // c [TILE, V vectors] (+)= a [TILE, depth] b [depth, V vectors], where rows lie so far apart.
-template <bool MORE, int V>
-inline void tile(const float* a, int64_t a_apart, const float* b, int64_t b_apart, float* c, int64_t c_apart, int depth) {
+template <typename In, bool MORE, int V>
+inline void tile(
+    const typename In::Number* a, int64_t a_apart, const typename In::Number* b, int64_t b_apart, float* c,
+    int64_t c_apart, int depth) {
   Vec sums[TILE][V];
 #pragma GCC unroll 8
   for (int r = 0; r < TILE; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sums[r][v] = MORE ? Vec::loadu(c + r * c_apart + v * LANES) : Vec(0.0f);
-  for (int k = 0; k < depth; ++k) {
-    Vec row[V];
+  for (int k = 0; k < depth; k += In::DEEP) {
+    decltype(In::load(b)) row[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) row[v] = Vec::loadu(b + k * b_apart + v * LANES);
+    for (int v = 0; v < V; ++v) row[v] = In::load(b + k * b_apart + v * LANES * In::DEEP);
 #pragma GCC unroll 8
     for (int r = 0; r < TILE; ++r) {
-      const Vec x(a[r * a_apart + k]);
+      const auto x = In::repeated(a + r * a_apart + k);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[r][v] = at::vec::fmadd(x, row[v], sums[r][v]);
+      for (int v = 0; v < V; ++v) sums[r][v] = In::added(sums[r][v], x, row[v]);
     }
   }
 #pragma GCC unroll 8
@@ -40,24 +69,26 @@ inline void tile(const float* a, int64_t a_apart, const float* b, int64_t b_apar
 }
 
 // c [rows, WIDTH] (+)= a [rows, depth] b [depth, WIDTH]; rows a multiple of TILE, WIDTH of LANES.
-template <bool MORE, int WIDTH>
-void multiply(const float* a, int64_t a_apart, const float* b, float* c, int64_t rows, int depth) {
+template <typename In, bool MORE, int WIDTH>
+void multiply(
+    const typename In::Number* a, int64_t a_apart, const typename In::Number* b, float* c, int64_t rows, int depth) {
   constexpr int WIDE = VECTORS * LANES, WHOLE = WIDTH / WIDE * WIDE;
   for (int64_t r = 0; r < rows; r += TILE) {
     for (int at = 0; at < WHOLE; at += WIDE)
-      tile<MORE, VECTORS>(a + r * a_apart, a_apart, b + at, WIDTH, c + r * WIDTH + at, WIDTH, depth);
+      tile<In, MORE, VECTORS>(a + r * a_apart, a_apart, b + at * In::DEEP, WIDTH, c + r * WIDTH + at, WIDTH, depth);
     for (int at = WHOLE; at < WIDTH; at += LANES)
-      tile<MORE, 1>(a + r * a_apart, a_apart, b + at, WIDTH, c + r * WIDTH + at, WIDTH, depth);
+      tile<In, MORE, 1>(a + r * a_apart, a_apart, b + at * In::DEEP, WIDTH, c + r * WIDTH + at, WIDTH, depth);
   }
 }
 
 enum class Mask { causal, window, chunk };
 
-template <typename T, int GROUP, int KEY, int VALUE>
+template <typename In, typename T, int GROUP, int KEY, int VALUE>
 struct Prompt {
+  using Number = typename In::Number;
   static constexpr int KEYS = 64;  // in a block
-  static constexpr int QUERIES = up(std::max(24, 96 / GROUP), TILE);  // at most, of each head
-  static constexpr int WIDTH = up(VALUE, LANES);
+  static constexpr int QUERIES = up(std::max(24, 192 / GROUP), TILE);  // at most, of each head
+  static constexpr int DEPTH = up(KEY, In::DEEP), WIDTH = up(VALUE, LANES);
 
   const T *keys, *values;
   int64_t batch, heads, capacity, length;
@@ -69,8 +100,9 @@ struct Prompt {
 
   // What one thread works with.
   struct alignas(64) Space {
-    float q[GROUP * QUERIES][KEY], scores[GROUP * QUERIES][KEYS], sums[GROUP * QUERIES][WIDTH];
-    float keys[KEY][KEYS], values[KEYS][WIDTH], most[GROUP * QUERIES], total[GROUP * QUERIES];
+    Number q[GROUP * QUERIES][DEPTH], keys[DEPTH * KEYS], shares[GROUP * QUERIES][KEYS], values[KEYS * WIDTH];
+    float scores[GROUP * QUERIES][KEYS], sums[GROUP * QUERIES][WIDTH];
+    float most[GROUP * QUERIES], total[GROUP * QUERIES];
   };
 
   // The first position that a token at `position` sees.
@@ -88,9 +120,9 @@ struct Prompt {
     for (int64_t key = from(before) / KEYS * KEYS; key < end && real > 0; key += KEYS) {
       const int some = static_cast<int>(std::min<int64_t>(KEYS, end - key));
       pack(pair, key, some, space);
-      multiply<false, KEYS>(space.q[0], KEY, space.keys[0], space.scores[0], GROUP * each, KEY);
+      multiply<In, false, KEYS>(space.q[0], DEPTH, space.keys, space.scores[0], GROUP * each, DEPTH);
       for (int64_t r = 0; r < GROUP * each; ++r) weigh(before + r % each, key, some, r, space);
-      multiply<true, WIDTH>(space.scores[0], KEYS, space.values[0], space.sums[0], GROUP * each, some);
+      multiply<In, true, WIDTH>(space.shares[0], KEYS, space.values, space.sums[0], GROUP * each, some);
     }
     give(pair, first, count, real, each, y, space);
   }
@@ -101,42 +133,64 @@ struct Prompt {
       space.most[r] = LOWEST, space.total[r] = 0;
       std::fill(space.sums[r], space.sums[r] + WIDTH, 0.0f);
       const float* at = q + ((pair * GROUP + r / each) * length + first + r % each) * KEY;
-      if (r % each < real) std::copy(at, at + KEY, space.q[r]);
-      else std::fill(space.q[r], space.q[r] + KEY, 0.0f);
+      std::fill(space.q[r], space.q[r] + DEPTH, Number(0.0f));
+      if (r % each < real) put<KEY>(space.q[r], at);
     }
   }
 
-  // Keys, one column each, and values.
+  // Keys, one column each, and values; where there are no more of them, zeros.
   void pack(int64_t pair, int64_t key, int some, Space& space) const {
     const T *k = keys + (pair * capacity + key) * KEY, *v = values + (pair * capacity + key) * VALUE;
-    for (int i = 0; i < KEYS; ++i)
-      for (int d = 0; d < KEY; ++d) space.keys[d][i] = i < some ? static_cast<float>(k[i * KEY + d]) : 0.0f;
-    for (int i = 0; i < some; ++i)
-      for (int d = 0; d < WIDTH; ++d) space.values[i][d] = d < VALUE ? static_cast<float>(v[i * VALUE + d]) : 0.0f;
+    for (int i = 0; i < KEYS; ++i) {
+      Number row[DEPTH] = {};
+      if (i < some) numbers<KEY>(row, k + i * KEY);
+      for (int d = 0; d < DEPTH; d += In::DEEP)
+        std::memcpy(space.keys + d * KEYS + i * In::DEEP, row + d, In::DEEP * sizeof(Number));
+    }
+    for (int i = 0; i < KEYS; i += In::DEEP) {
+      Number rows[In::DEEP][WIDTH] = {};
+      for (int next = 0; next < In::DEEP && i + next < some; ++next) numbers<VALUE>(rows[next], v + (i + next) * VALUE);
+      for (int d = 0; d < WIDTH; ++d)
+        for (int next = 0; next < In::DEEP; ++next) space.values[i * WIDTH + d * In::DEEP + next] = rows[next][d];
+    }
   }
 
-  // Scores of a row become their exponentials, and sums so far shrink to them.
+  template <int COUNT>
+  static void numbers(Number* to, const T* from) {
+    float floats[COUNT];
+    in_floats<T, COUNT>(floats, from);
+    put<COUNT>(to, floats);
+  }
+
+  // Scores of a row become its shares, and sums so far shrink to them.
   void weigh(int64_t position, int64_t key, int some, int64_t r, Space& space) const {
     const int begin = static_cast<int>(std::clamp<int64_t>(from(position) - key, 0, some));
     const int end = static_cast<int>(std::clamp<int64_t>(position + 1 - key, begin, some));
     float* scores = space.scores[r];
+    if (begin == end) {
+      std::fill(space.shares[r], space.shares[r] + KEYS, Number(0.0f));
+      return;
+    }
     if (softcap)
       for (int i = begin; i < end; ++i) scores[i] = softcap * std::tanh(scores[i] / softcap);
-    float most = space.most[r];
-    for (int i = begin; i < end; ++i) most = std::max(most, scores[i]);
+    std::fill(scores, scores + begin, LOWEST);
+    std::fill(scores + end, scores + KEYS, LOWEST);
+    Vec highest(space.most[r]), total(0.0f);
+    for (int i = 0; i < KEYS; i += LANES) highest = at::vec::maximum(highest, Vec::loadu(scores + i));
+    const float most = most_of(highest);
     if (most > space.most[r]) {
       const float shrunk = std::exp(space.most[r] - most);
       space.total[r] *= shrunk;
       for (int d = 0; d < WIDTH; ++d) space.sums[r][d] *= shrunk;
       space.most[r] = most;
     }
-    for (int i = 0; i < KEYS; i += LANES) (Vec::loadu(scores + i) - Vec(most)).exp().store(scores + i);
-    std::fill(scores, scores + begin, 0.0f);
-    std::fill(scores + end, scores + KEYS, 0.0f);
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < KEYS; ++i) total += scores[i];
-    space.total[r] += total;
+    for (int i = 0; i < KEYS; i += LANES) {
+      const Vec shares = (Vec::loadu(scores + i) - Vec(most)).exp_u20();
+      shares.store(scores + i);
+      total = total + shares;
+    }
+    space.total[r] += sum_of(total);
+    put<KEYS>(space.shares[r], scores);
   }
 
   void give(int64_t pair, int64_t first, int64_t count, int64_t real, int64_t each, float* y, const Space& space) const {
@@ -157,9 +211,9 @@ struct Prompt {
 };
 
 // q [batch, heads * GROUP, length, KEY], scaled -> y [batch, heads * GROUP, length, VALUE]; zeros for what is padding.
-template <typename T, int GROUP, int KEY, int VALUE>
-void attend(const Prompt<T, GROUP, KEY, VALUE>& prompt, const float* q, float* y) {
-  using Kind = Prompt<T, GROUP, KEY, VALUE>;
+template <typename In, typename T, int GROUP, int KEY, int VALUE>
+void attend(const Prompt<In, T, GROUP, KEY, VALUE>& prompt, const float* q, float* y) {
+  using Kind = Prompt<In, T, GROUP, KEY, VALUE>;
   const int64_t pairs = prompt.batch * prompt.heads, shares = 4 * omp_get_max_threads();
   // Enough blocks for all threads, however short the prompt.
   const int64_t size = std::clamp<int64_t>(up(prompt.length * pairs / shares, TILE), TILE, Kind::QUERIES);
