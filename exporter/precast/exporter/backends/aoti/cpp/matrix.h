@@ -30,7 +30,10 @@ void matrix(at::BFloat16* y, const Grid<K, GROUP, BITS, ZEROS>& grid) {
       const Apart<GROUP, BITS> apart(grid.codes + (n * K + g * GROUP) * BITS / 8);
       const float scale = grid.scales[n * (K / GROUP) + g], zero = grid.zero(n, g);
       float values[GROUP];
-      for (int i = 0; i < GROUP; ++i) values[i] = (apart.codes[i] - zero) * scale;
+      constexpr int WHOLE = GROUP - GROUP % LANES;
+      for (int i = 0; i < WHOLE; i += LANES)
+        ((in_float(apart.codes + i) - Vec(zero)) * Vec(scale)).store(values + i);
+      for (int i = WHOLE; i < GROUP; ++i) values[i] = (apart.codes[i] - zero) * scale;
       put<GROUP>(y + n * K + g * GROUP, values);
     }
 }
