@@ -59,12 +59,12 @@ def expected(request, smollm2):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The artifact by batch size; one of them validated, which takes as long as the export."""
+    """The artifact by batch size; the one of the slow lane validated, which takes as long as the export."""
     root, made = tmp_path_factory.mktemp("smollm2"), {}
 
     def make(batch):
         if batch not in made:
-            options = ExportOptions(batch_size=batch, sequence_length=(128,), validate=batch == 1)
+            options = ExportOptions(batch_size=batch, sequence_length=(128,), validate=batch == 4)
             made[batch] = export(str(SMOLLM2), root / str(batch), options).path
         return CompiledModelForCausalLM.from_pretrained(made[batch])
 
@@ -97,7 +97,7 @@ def test_smollm2_speaks_as_in_the_demo(smollm2, compiled):
 
 
 def test_minilm_embeds_as_eager_does(tmp_path):
-    """36 sentences of up to 3 lines in batches of 1 to 9 on a model compiled for 4."""
+    """36 sentences of up to 3 lines in smaller and larger batches on a model compiled for 4."""
     lines = resources.files("precast.exporter").joinpath("texts.txt").read_text("utf-8").splitlines()
     sentences = [" ".join([lines[index % 20], *lines[: index // 12]]) for index in range(36)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
@@ -112,7 +112,7 @@ def test_minilm_embeds_as_eager_does(tmp_path):
     options = ExportOptions(batch_size=4, sequence_length=(128,), dynamic_batch_size=True)
     export(str(MINILM), tmp_path / "out", options)
     model = CompiledModelForFeatureExtraction.from_pretrained(tmp_path / "out")
-    for size in range(1, 10):
+    for size in (1, 3, 4, 5, 9):
         found = np.concatenate(
             [model.embed(sentences[start : start + size]) for start in range(0, len(sentences), size)]
         )

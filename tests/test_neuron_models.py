@@ -31,6 +31,7 @@ def sdk(tmp_path, monkeypatch):
     neuron_machine.install(monkeypatch, tmp_path / "machine", cores=2, instance="Inf2")
 
 
+@pytest.mark.slow
 def test_minilm_embeds_as_eager_does(tmp_path):
     options = ExportOptions(
         backend="neuron", instance_type="inf2", batch_size=2, sequence_length=(32,), dynamic_batch_size=True

@@ -358,7 +358,7 @@ def test_an_argument_that_the_compiler_does_not_know(checkpoint, tmp_path):
         _export(checkpoint("llama"), tmp_path / "out", compiler_args=("--colour",))
 
 
-@pytest.mark.parametrize("strategy", ["trace", "model-builder"])
+@pytest.mark.parametrize("strategy", ["trace", pytest.param("model-builder", marks=pytest.mark.slow)])
 def test_a_host_without_a_device_compiles_for_another(checkpoint, tmp_path, monkeypatch, strategy):
     neuron_machine.devices(monkeypatch, tmp_path / "root", cores=0)
     made = _export(checkpoint("llama"), tmp_path / "out", instance_type="inf2", strategy=strategy, validate=True)

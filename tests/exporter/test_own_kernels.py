@@ -227,14 +227,18 @@ ASKED = [
 
 
 class Attentions(nn.Module):
-    """Every case, with a prompt's products in `product`."""
+    """Every case by operators, or by kernels: once for each dtype of a prompt's products."""
 
-    def __init__(self, product: torch.dtype | None) -> None:
+    def __init__(self, *products: torch.dtype) -> None:
         super().__init__()
-        self.given = {"kernels": Kernels(rows, matrix, attend, attend_prompt), "product": product} if product else {}
+        kernels = Kernels(rows, matrix, attend, attend_prompt)
+        self.kinds = [{"kernels": kernels, "product": product} for product in products] or [{}]
 
     def forward(self, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        step, taken = Step(looked, lambda x: x, **self.given), iter(given)
+        return tuple(each for kind in self.kinds for each in self.found(kind, looked, past, new, *given))
+
+    def found(self, kind: dict, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> list[Tensor]:
+        step, taken = Step(looked, lambda x: x, **kind), iter(given)
         found = []
         for asked in ASKED:
             q, k, v, keys, values = (next(taken) for _ in range(5))
@@ -245,7 +249,7 @@ class Attentions(nn.Module):
                 cached_attention(step, q, k, v, keys, values, past, new, 0.3, asked.mask, WINDOW, asked.softcap, sinks,
                                  slopes, *scales)
             )  # fmt: skip
-        return tuple(found)
+        return found
 
 
 def tensors(seed, length):
@@ -266,13 +270,13 @@ def tensors(seed, length):
     return found
 
 
-def attentions(folder, isa, length, product):
+def attentions(folder, isa, length, *products):
     """Attention of so many tokens, or of any number."""
     rows_, tokens = torch.export.Dim("rows", min=2, max=CAPACITY), torch.export.Dim("tokens", min=2, max=CAPACITY)
     example = (torch.arange(50), *(torch.ones(BATCH, dtype=torch.int32) for _ in range(2)), *tensors(0, length or 9))
     # Queries, keys and values come as [B, heads, tokens, width]; caches are longer than any of them.
     free = [{2: tokens} if length is None and each.ndim == 4 and each.shape[2] == 9 else None for each in example[3:]]
-    exported = torch.export.export(Attentions(product), example, dynamic_shapes=({0: rows_}, None, None, tuple(free)))
+    exported = torch.export.export(Attentions(*products), example, dynamic_shapes=({0: rows_}, None, None, tuple(free)))
     with library.workspace():
         library.build(exported, folder / "attend.so", isa)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "attend.so"), 1)
@@ -281,13 +285,9 @@ def attentions(folder, isa, length, product):
 
 @pytest.fixture(scope="module", params=LEVELS)
 def attending(request, tmp_path_factory):
-    """Attention of one token, and of any number, with products in float32 and in bfloat16, and how far these may be
-    from exact."""
-    made = [(1, torch.float32, 3e-5), (None, torch.float32, 3e-5), (None, torch.bfloat16, 0.02)]
-    return [
-        (attentions(tmp_path_factory.mktemp("attend"), request.param, length, product), length, bound)
-        for length, product, bound in made
-    ]
+    """Attention of one token, and of any number with products in float32 and in bfloat16."""
+    products = [(1, torch.float32), (None, torch.float32, torch.bfloat16)]
+    return [attentions(tmp_path_factory.mktemp("attend"), request.param, *each) for each in products]
 
 
 @settings(max_examples=40, deadline=None)
@@ -303,15 +303,13 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
     new = data.draw(st.lists(st.integers(1, length), min_size=BATCH, max_size=BATCH))
     looked = min(max(2, *(each + length for each in past)) + more, CAPACITY)
     common = (torch.arange(looked), torch.tensor(past, dtype=torch.int32), torch.tensor(new, dtype=torch.int32))
-    expected = Attentions(None)(*common, *tensors(seed, length))
-    for attention, length_of, bound in attending:
-        if (length_of == 1) != (length == 1):
-            continue
-        with counted(threads):
-            found = attention(*common, *tensors(seed, length))
-        for asked, one, other in zip(ASKED, found, expected, strict=True):
+    expected = Attentions()(*common, *tensors(seed, length))
+    with counted(threads):
+        found = attending[length > 1](*common, *tensors(seed, length))
+    for kind, bound in ((found[: len(ASKED)], 3e-5), (found[len(ASKED) :] or expected, 0.02)):
+        for asked, one, other in zip(ASKED, kind, expected, strict=True):
             for row, count in enumerate(new):
-                assert torch.allclose(one[row, :, :count], other[row, :, :count], atol=bound), (asked, row)
+                assert torch.allclose(one[row, :, :count], other[row, :, :count], atol=bound), (asked, row, bound)
 
 
 # ---------------------------------------------------------------- where they are used
