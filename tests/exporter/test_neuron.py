@@ -194,6 +194,7 @@ def test_encoders_in_buckets(encoder):
     _check_masked(source, model, ROWS)
 
 
+@pytest.mark.slow
 def test_an_encoder_spread_over_cores(encoder, artifact):
     source, _ = encoder
     options = {"batch_size": 2, "sequence_length": (48,), "task": "fill-mask", "dynamic_batch_size": True}
@@ -268,6 +269,7 @@ def test_cores_that_cannot_be(encoder, cores, error, words):
         CompiledModel.from_pretrained(encoder[1], cores=cores)
 
 
+@pytest.mark.slow
 def test_a_model_over_several_cores_takes_the_first_ones(checkpoint, artifact):
     path = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,), tensor_parallel=2)
     with pytest.raises(UsageError, match=r"3 is no multiple"):
@@ -326,10 +328,15 @@ def _export(source, path, **options):
             "killed@prefill_4",
             r"could not compile prefill_4 for trn1: it was killed.* -O1.*\[F137\] neuronx-cc was forcibly",
         ),
-        ("crash@prefill_4", r"could not compile prefill_4 for trn1: it crashed with SIGSEGV"),
-        (
+        pytest.param(
+            "crash@prefill_4",
+            r"could not compile prefill_4 for trn1: it crashed with SIGSEGV",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "lost@prefill_4",
             r"could not compile prefill_4 for trn1: it was killed, as the system does where memory runs out",
+            marks=pytest.mark.slow,
         ),
     ],
 )
