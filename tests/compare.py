@@ -27,6 +27,19 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+def assert_steps_are_the_call(task: str | None, model: Any, inputs: list[Any], **options: Any) -> None:
+    """A pipeline's three steps give what calling it gives, with options of its making as with options of the call; of
+    one input, of all, and of more than the model takes at once."""
+    from precast.runtime import CompiledModel, pipeline
+
+    opened = CompiledModel.from_pretrained(model)
+    told, plain = pipeline(task, opened, **options), pipeline(task, opened)
+    for given in (inputs[0], inputs, inputs * opened.batch_size + inputs[:1]):
+        expected = plain(given, **options)
+        assert_same(told(given), expected)
+        assert_same(told.postprocess(told.forward(told.preprocess(given))), expected)
+
+
 @contextmanager
 def silence() -> Iterator[None]:
     """Within, transformers logs no warning and no error. (Python's own warnings are errors in any test.)"""

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from compare import assert_same, silence
+from compare import assert_same, assert_steps_are_the_call, silence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -77,6 +77,7 @@ def test_image_classification(root, artifact, pictures, tmp_path):
             "image-classification", model=CompiledModel.from_pretrained(compiled), image_processor=processor
         )
         assert_same(passed(pictures), eager(pictures))
+    assert_steps_are_the_call("image-classification", compiled, pictures, top_k=1)
     with pytest.raises(InputError, match=r"nothing.png cannot be read as an image"):
         ours("nothing.png")
 
@@ -94,6 +95,7 @@ def test_image_segmentation(root, artifact, pictures):
         assert [each["label"] for each in found] == [each["label"] for each in expected]
         for one, other in zip(found, expected, strict=True):
             assert np.mean(np.asarray(one["mask"]) != np.asarray(other["mask"])) < 1e-3
+    assert_steps_are_the_call("image-segmentation", ours.model.artifact.path, pictures)
 
 
 def test_object_detection(root, artifact, pictures):
@@ -105,6 +107,7 @@ def test_object_detection(root, artifact, pictures):
     found = ours(pictures, threshold=0.2)
     assert any(found)
     assert_same(found, eager(pictures, threshold=0.2))
+    assert_steps_are_the_call("object-detection", ours.model.artifact.path, pictures, threshold=0.2)
 
 
 def test_zero_shot_images(root, artifact, pictures):
@@ -124,6 +127,7 @@ def test_zero_shot_images(root, artifact, pictures):
     )  # fmt: skip
     options = {"candidate_labels": ["猫", "a dog", "water"], "hypothesis_template": "It is {}</s>"}
     assert_same(ours(pictures, **options), eager(pictures, **options))
+    assert_steps_are_the_call(None, ours.model.artifact.path, pictures, **options)
 
 
 def test_audio_classification_and_speech(root, artifact, sounds, tmp_path):
@@ -139,6 +143,7 @@ def test_audio_classification_and_speech(root, artifact, sounds, tmp_path):
     compiled = artifact(path, **shapes)
     ours = pipeline(model=compiled)
     assert_same(ours(sounds), eager(sounds))
+    assert_steps_are_the_call(None, compiled, sounds, top_k=1)
     with silence():
         passed = transformers.pipeline(
             "audio-classification", model=CompiledModel.from_pretrained(compiled), feature_extractor=extractor
@@ -155,6 +160,7 @@ def test_audio_classification_and_speech(root, artifact, sounds, tmp_path):
     expected = eager(sounds)
     assert any(each["text"] for each in expected)
     assert_same(ours(sounds), expected)
+    assert_steps_are_the_call(None, compiled, sounds)
     with silence():
         passed = transformers.pipeline(
             "automatic-speech-recognition", model=CompiledModel.from_pretrained(compiled), **parts
@@ -185,6 +191,7 @@ def test_transcription(root, artifact, sounds):
     expected = [{"text": tokenizer.decode(row, skip_special_tokens=True)} for row in ids]
     assert_same(ours(sounds, max_new_tokens=6), expected)
     assert_same(ours(sounds[1], max_new_tokens=6), expected[1])
+    assert_steps_are_the_call(None, ours.model.artifact.path, sounds, max_new_tokens=6)
 
 
 def test_feature_extraction(root, artifact, pictures, sounds):
@@ -202,6 +209,7 @@ def test_feature_extraction(root, artifact, pictures, sounds):
         with torch.inference_mode():
             expected = oracle.eager(path, "AutoModel")(**batch).last_hidden_state
         assert_same(found, expected.tolist())
+    assert_steps_are_the_call(None, ours.model.artifact.path, sounds)
 
 
 @given(

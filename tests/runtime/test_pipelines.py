@@ -13,12 +13,13 @@ import tiny
 import tokenizers
 import torch
 import transformers
-from compare import assert_same
+from compare import assert_same, assert_steps_are_the_call
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from precast.runtime import CompiledModel, pipeline
 from precast.runtime.errors import InputError, UsageError
+from precast.runtime.pipelines import PIPELINES
 
 NAMES = ["O", "B-人", "I-人", "B-Ort", "I-Ort"]
 NLI = ["contradiction", "neutral", "entailment"]
@@ -302,16 +303,54 @@ def test_question_answering_reads_long_contexts_in_pieces(reader):
         reader(question="What?", context=" ")
 
 
-def test_calling_is_the_three_steps_in_turn(classifiers, reader, taggers):
-    for pipe, inputs in (
-        (classifiers[1], tiny.TEXTS[0]),
-        (classifiers[1], tiny.TEXTS[:3]),
-        (taggers[1], tiny.TEXTS[:2]),
-        (reader, {"question": "What boils?", "context": tiny.TEXTS[2]}),
-    ):
-        batch = pipe.preprocess(inputs)
-        assert all(isinstance(array, np.ndarray) for array in batch.values())
-        assert_same(pipe.postprocess(pipe.forward(batch)), pipe(inputs))
+STEPS = {
+    "feature-extraction": ("AutoModel", {}, [tiny.TEXTS[0], tiny.TEXTS[3]], {"pooling": "cls"}),
+    "fill-mask": ("AutoModelForMaskedLM", {}, ["今天[MASK]气", "The [MASK] of France."], {"top_k": 2}),
+    "text-classification": (
+        "AutoModelForSequenceClassification", {"labels": NLI}, tiny.TEXTS[:2] * 2,
+        {"top_k": 2, "function_to_apply": "none", "truncation": True},
+    ),
+    "token-classification": (
+        "AutoModelForTokenClassification", {"labels": NAMES}, [tiny.TEXTS[3], " ".join(tiny.TEXTS)],
+        {"aggregation_strategy": "simple", "stride": 8},
+    ),
+    "question-answering": (
+        "AutoModelForQuestionAnswering", {},
+        [{"question": "What boils?", "context": " ".join(tiny.TEXTS[:3])}, {"question": "谁?", "context": "好"}],
+        {"top_k": 3, "doc_stride": 4, "max_answer_len": 2},
+    ),
+    "zero-shot-classification": (
+        "AutoModelForSequenceClassification", {"labels": NLI}, tiny.TEXTS[1:3],
+        {"candidate_labels": ["water", "天气"], "hypothesis_template": "{}!", "multi_label": True},
+    ),
+    "multiple-choice": (
+        "AutoModelForMultipleChoice", {"num_choices": 3},
+        [{"prompt": tiny.TEXTS[0] * 3, "choices": ["Paris", "天气", each]} for each in ("sea", "好")],
+        {"truncation": True},
+    ),
+}  # fmt: skip
+GENERATING = {
+    "text-generation": {"max_length": 20, "return_full_text": False},
+    "text2text-generation": {"max_new_tokens": 4, "prefix": "Paris "},
+    "summarization": {"max_new_tokens": 4, "num_beams": 2},
+    "translation": {"max_new_tokens": 4, "truncation": True},
+}
+OF_TEXT = [task for task, (place, _) in PIPELINES.items() if not place.startswith(("vision:", "audio:"))]
+
+
+@pytest.mark.parametrize("task", OF_TEXT)
+def test_calling_is_the_three_steps_in_turn(pairs, decoder, summarizer, task):
+    if task in GENERATING:
+        compiled = decoder if task == "text-generation" else summarizer[1]
+        assert_steps_are_the_call(task, compiled, ["Water", tiny.TEXTS[0], "天气"], **GENERATING[task])
+    else:
+        auto, changes, inputs, options = STEPS[task]
+        assert_steps_are_the_call(task, pairs(auto, **changes)[1], inputs, **options)
+
+
+def test_the_steps_of_a_list_give_each_prompt_its_own_length(decoder):
+    """Where nothing says how long, what fits behind the prompts that run together, not behind the longest of all."""
+    assert_steps_are_the_call("text-generation", decoder, ["Water", tiny.TEXTS[0], "天气"])
 
 
 def test_options_may_be_given_once(pairs, taggers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from ..tokenizer import Tokenizer
 __all__ = ["Batch", "Pipeline", "TextPipeline"]
 
 Array = np.ndarray[Any, Any]
+
+_STAGES = ("preprocess", "forward", "postprocess")
 
 
 class Batch(dict[str, Array]):
@@ -48,12 +51,15 @@ class Pipeline:
         answer = pipe.postprocess(pipe.forward(pipe.preprocess(inputs)))
 
     `inputs` is one input or a list; a list gives a list of answers, however long, whatever the compiled batch size.
-    Options go to the step whose signature names them; those given to `pipeline()` hold for every call.
+    Options go to the step whose signature names them; those given to `pipeline()` hold for every call of it, or of one
+    of its steps, that does not say otherwise.
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
         self.model, self.options = model, options
-        self._split(options)
+        for stage, own in zip(_STAGES, self._split(options), strict=True):
+            if own:
+                setattr(self, stage, partial(getattr(self, stage), **own))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -64,7 +70,7 @@ class Pipeline:
     def __call__(self, inputs: Any, **options: Any) -> Any:
         """The answer to one input, or the list of answers to a list. Raises UsageError for an unknown option, and
         InputError for inputs that do not fit the model."""
-        stages = self._split({**self.options, **options})
+        stages = self._split(options)
         if not self._is_list(inputs):
             return self._run(inputs, *stages)
         if not inputs:
@@ -94,7 +100,7 @@ class Pipeline:
     @classmethod
     def option_names(cls) -> list[str]:
         """The options that this pipeline's steps take."""
-        return sorted({name for stage in ("preprocess", "forward", "postprocess") for name in _options(cls, stage)})
+        return sorted({name for stage in _STAGES for name in _options(cls, stage)})
 
     @classmethod
     def takes_any_option(cls) -> bool:
@@ -119,8 +125,7 @@ class Pipeline:
 
     def _split(self, options: dict[str, Any]) -> list[dict[str, Any]]:
         """The options of each step. Raises UsageError for one that none takes."""
-        stages = [{name: options[name] for name in _options(type(self), stage) if name in options}
-                  for stage in ("preprocess", "forward", "postprocess")]  # fmt: skip
+        stages = [{name: options[name] for name in _options(type(self), stage) if name in options} for stage in _STAGES]
         rest = {name: value for name, value in options.items() if not any(name in stage for stage in stages)}
         if rest and not self.takes_any_option():
             raise UsageError(
@@ -179,4 +184,15 @@ def _options(cls: type[Pipeline], stage: str) -> list[str]:
 
 
 def _joined(outputs: list[ModelOutput]) -> dict[str, Array]:
-    return {name: np.concatenate([each[name] for each in outputs]) for name in outputs[0]}
+    return {name: _stacked([each[name] for each in outputs]) for name in outputs[0]}
+
+
+def _stacked(parts: list[Array]) -> Array:
+    """Parts below one another, with zeros behind what ends early: a part has the frames of its own longest sound."""
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    whole = np.zeros((sum(map(len, parts)), *shape), parts[0].dtype)
+    start = 0
+    for part in parts:
+        whole[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
+        start += len(part)
+    return whole

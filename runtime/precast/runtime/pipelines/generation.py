@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..tensors import ModelOutput
-from .base import Batch, Pipeline, TextPipeline
+from .base import Array, Batch, Pipeline, TextPipeline
 
 __all__ = [
     "GeneratingPipeline",
@@ -24,15 +24,20 @@ _MOST_NEW_TOKENS = 256
 class GeneratingPipeline(Pipeline):
     """A pipeline whose model generates."""
 
-    def generated(self, batch: Batch, options: dict[str, Any], skip: int = 0) -> Batch:
-        """{"sequences": int64 [rows, longest]} of generate() without the first `skip` tokens, slice by slice; those
-        that ended before others are padded."""
-        found = [self.model.generate(**rows, **options) for rows in self._slices(batch)]
-        parts = [(each["sequences"] if isinstance(each, ModelOutput) else each)[:, skip:] for each in found]
+    def generated(self, batch: Batch, options: dict[str, Any]) -> Batch:
+        """{"sequences": int64 [rows, longest]} of generate(), slice by slice; those that ended before others are
+        padded."""
+        parts = [self._answered(rows, options) for rows in self._slices(batch)]
         width = max(part.shape[1] for part in parts)
         pad = self.tokenizer.token_id("pad") or self.tokenizer.token_id("eos") or 0
         rows = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=pad) for part in parts]
         return batch.holding({"sequences": np.concatenate(rows)})
+
+    def _answered(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
+        """generate()'s answer to one slice, int64 [rows, new]."""
+        found = self.model.generate(**rows, **options)
+        answer: Array = found["sequences"] if isinstance(found, ModelOutput) else found
+        return answer
 
     def _batch(self, encodings: list[Any], given: list[Any], is_one: bool, **notes: Any) -> Batch:
         arrays = self.tokenizer.pad(encodings)
@@ -62,12 +67,9 @@ class TextGenerationPipeline(GeneratingPipeline):
         return self._batch(encodings, given, is_one, continues=continue_final_message)
 
     def forward(self, batch: Batch, **options: Any) -> Batch:
-        """{"sequences": int64 [batch, length + new]}; `options` are generate()'s. Where neither they nor the model's
+        """{"sequences": int64 [batch, new]}; `options` are generate()'s. Where neither they nor the model's
         generation_config.json say how long, as long as fits, up to 256 new tokens."""
-        if not self._says_how_long(options):
-            room = self.model.capacity - int(batch["attention_mask"].sum(1).max())
-            options["max_new_tokens"] = max(1, min(room, _MOST_NEW_TOKENS))
-        return self.generated(batch, options, skip=batch["input_ids"].shape[1])
+        return self.generated(batch, options)
 
     def postprocess(self, outputs: Batch, *, return_full_text: bool = True) -> Any:
         """[{"generated_text"}] for each input.
@@ -82,6 +84,14 @@ class TextGenerationPipeline(GeneratingPipeline):
             whole = [_whole(given, text, continues) if return_full_text else text for text in texts]
             answers.append([{"generated_text": text} for text in whole])
         return outputs.answer(answers)
+
+    def _answered(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
+        # How long an answer may be depends on the prompts beside it, so those of other slices must not count.
+        rows = _without_padding(rows)
+        if not self._says_how_long(options):
+            room = self.model.capacity - int(rows["attention_mask"].sum(1).max())
+            options = {**options, "max_new_tokens": max(1, min(room, _MOST_NEW_TOKENS))}
+        return super()._answered(rows, options)[:, rows["input_ids"].shape[1] :]
 
     def _is_list(self, inputs: Any) -> bool:
         return super()._is_list(inputs) and not _is_conversation(inputs)
@@ -154,6 +164,12 @@ class TranslationPipeline(Text2TextGenerationPipeline):
 
     key = "translation_text"
     task = "translation"
+
+
+def _without_padding(rows: dict[str, Array]) -> dict[str, Array]:
+    """Without the columns in which no row has a token."""
+    used = rows["attention_mask"].any(0)
+    return {name: values[:, used] for name, values in rows.items()}
 
 
 def _is_conversation(given: Any) -> bool:
