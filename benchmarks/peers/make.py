@@ -63,8 +63,8 @@ def _made(target: Path, make: Callable[[Path], None], mark: str = "") -> bool:
 
 
 def _make_environment(library: str, pip_options: Sequence[str], path: Path) -> None:
-    _run([sys.executable, "-m", "venv", str(path)])
-    pip = [str(path / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-q"]
+    _run([sys.executable, "-I", "-m", "venv", str(path)])
+    pip = [str(path / "bin" / "python"), "-I", "-m", "pip", "--disable-pip-version-check", "-q"]
     _run([*pip, "install", *pip_options, *REQUIREMENTS[library]], COMPILER)
     if unwanted := UNWANTED.get(library):
         _run([*pip, "uninstall", "-y", unwanted])
@@ -77,7 +77,7 @@ def _conversions() -> list[tuple[str, list[str]]]:
     Settings are the libraries' defaults; where they have none, what their documentation shows.
     """
     source = str(CHECKPOINT)
-    builder = _tool(GENAI, "python", "-m", "onnxruntime_genai.models.builder", "-m", source, "-e", "cpu")
+    builder = _tool(GENAI, "python", "-I", "-m", "onnxruntime_genai.models.builder", "-m", source, "-e", "cpu")
     blocks = ("--extra_options", "block_size=32", "accuracy_level=4", "-o")
     optimum = _tool(OPENVINO, "optimum-cli", "export", "openvino", "-m", source, "--task", "text-generation-with-past")
     groups = ("--group-size", "64", "--ratio", "1.0")

@@ -10,6 +10,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+# First of all: the runtime's package keeps ONNX Runtime from telling what it does.
+from precast.runtime import errors as _  # noqa: F401
+
 _EXPORTS = {
     "ExportOptions": "options",
     "choose_backends": "auto",

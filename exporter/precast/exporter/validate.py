@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import msgspec
 import numpy as np
 from torch import nn
 
+from precast.runtime import child
 from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import write_config
@@ -356,9 +355,8 @@ def _ask(artifact: Path, variant: str, questions: list[Question], sha256: str | 
     with tempfile.TemporaryDirectory(prefix="precast-") as folder:
         asked, answered = Path(folder) / "questions.json", Path(folder) / "answers.npz"
         write_questions(questions, asked)
-        command = [sys.executable, "-m", "precast.runtime.probe", str(artifact), str(asked), str(answered), variant]
-        command += [sha256] if sha256 else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        pinned = [sha256] if sha256 else []
+        done = child.run("precast.runtime.probe", artifact, asked, answered, variant, *pinned)
         if done.returncode:
             detail = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
             raise ExportError(f"The compiled model could not be run to validate it: {detail}")

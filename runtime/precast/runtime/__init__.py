@@ -10,8 +10,13 @@ print(model.tokenizer.decode(ids[0]))
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+# From 1.32 on ONNX Runtime keeps a device id and a database of events in the user's cache. It looks at this variable
+# once, when it is first imported, which all of precast does after this line. Who sets it to 0 has telemetry.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _EXPORTS = {
     "CompiledModel": "model",

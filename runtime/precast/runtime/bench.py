@@ -11,16 +11,15 @@ import os
 import platform
 import signal
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any, TypeAlias
 
-from . import errors
+from . import child, errors
 from .artifact import Artifact
 from .artifact.machine import installed_version, memory_bytes, usable_cores
 from .artifact.schema import Dim, Variant
@@ -284,9 +283,7 @@ def _rotated(count: int, turn: int) -> list[int]:
 
 def ask_child(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
     """Run one repetition in a fresh interpreter. Raises what it raised, PrecastError where it ended otherwise."""
-    command = [sys.executable, "-m", "precast.runtime.measure"]
-    asked = json.dumps({**job, "model": str(subject.artifact.path)})
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, errors="replace", check=False)
+    done = child.run("precast.runtime.measure", given=json.dumps({**job, "model": str(subject.artifact.path)}))
     if done.returncode == -signal.SIGINT:
         # Whoever interrupted the child meant all of it.
         raise KeyboardInterrupt
@@ -300,7 +297,7 @@ def ask_child(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
     return figures
 
 
-def _ending(done: subprocess.CompletedProcess[str]) -> str:
+def _ending(done: CompletedProcess[str]) -> str:
     if done.returncode > 0:
         return (done.stderr.strip() or f"the child process ended with exit status {done.returncode}").splitlines()[-1]
     name = signal.Signals(-done.returncode).name

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._inductor
@@ -92,16 +93,16 @@ def workspace() -> Iterator[None]:
     """Where inductor keeps its files meanwhile: a folder that goes away again, or the one that the user set. Raises
     ExportError where there is no compiler."""
     check_compiler()
-    # Inductor itself puts its default there.
-    if os.environ.get(_FOLDER, default_cache_dir()) != default_cache_dir():
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="precast-") as folder:
-        os.environ[_FOLDER] = folder
-        try:
+    # Inductor tries what it compiles by `python -c`, and that imports from the current directory (before Python 3.11,
+    # which does not know this variable, in any case).
+    with patch.dict(os.environ, {"PYTHONSAFEPATH": "1"}):
+        # Inductor itself puts its default there.
+        if os.environ.get(_FOLDER, default_cache_dir()) != default_cache_dir():
             yield
-        finally:
-            del os.environ[_FOLDER]
+            return
+        with tempfile.TemporaryDirectory(prefix="precast-") as folder:
+            os.environ[_FOLDER] = folder
+            yield
 
 
 def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], device: str) -> list[Any]:

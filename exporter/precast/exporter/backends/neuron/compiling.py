@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import msgspec
 
+from precast.runtime import child
 from precast.runtime.artifact.neuron_sdk import without_sdk
 from precast.runtime.errors import ExportError
 
@@ -53,13 +52,14 @@ def compile_job(job: Job, folder: Path, instance_type: str) -> None:
         )
 
 
-def _run(arguments: list[str], instance_type: str) -> subprocess.CompletedProcess[str]:
-    # Flags in the environment would go into the graph and not into the record.
-    environment = {name: value for name, value in os.environ.items() if name != "NEURON_CC_FLAGS"}
-    # Read when the SDK is imported: without it, it asks the machine that it runs on.
-    environment["NEURON_PLATFORM_TARGET_OVERRIDE"] = instance_type
-    command = [sys.executable, "-m", CHILD, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
+def _run(arguments: list[str], instance_type: str) -> CompletedProcess[str]:
+    changes = {
+        # Flags in the environment would go into the graph and not into the record.
+        "NEURON_CC_FLAGS": None,
+        # Read when the SDK is imported: without it, it asks the machine that it runs on.
+        "NEURON_PLATFORM_TARGET_OVERRIDE": instance_type,
+    }
+    return child.run(CHILD, *arguments, changes=changes)
 
 
 _KILLED = re.compile(r"failed with -9\b|forcibly killed|\bF137\b|^Killed\b|SIGKILL", re.MULTILINE)
