@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
+import warnings
 
+import click
 import pytest
 
 from precast.cli import COMMANDS, cli, main
-from precast.runtime import CompiledModelForCausalLM
+from precast.cli.options import in_flags
+from precast.runtime import CompiledModel, CompiledModelForCausalLM
+from precast.runtime.errors import PrecastWarning, PublishError, UsageError
 
 
 @pytest.fixture
@@ -47,14 +53,38 @@ def test_generate_json_is_one_document(run, decoder):
 
 
 def test_generate_chat_uses_the_template_and_stdin(run, decoder, monkeypatch):
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好".encode()), encoding="utf-8"))
     code, out, _ = run("generate", decoder, "--chat", "--system", "Be brief.", "--max-new-tokens", 4, "--json")
     model = CompiledModelForCausalLM.from_pretrained(decoder)
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
     expected = model.tokenizer.encode(model.tokenizer.apply_chat_template(talk), add_special_tokens=False)
     assert (code, json.loads(out)["prompt_tokens"]) == (0, len(expected))
+
+
+def test_generate_counts_one_token_without_a_speed(run, decoder):
+    _, _, err = run("generate", decoder, "--prompt", "Water", "--max-new-tokens", 1)
+    assert re.match(r"1 token, first token after [\d.]+ s", err)
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def test_generate_says_that_it_waits_for_a_terminal(run, decoder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(b"Water")))
+    _, _, err = run("generate", decoder, "--max-new-tokens", 1, "-q")
+    assert err == "Type the prompt; Ctrl-D on a line of its own ends it.\n"
+
+
+def test_generate_wants_text_from_standard_input(run, decoder, monkeypatch):
+    """As a C locale opens it: bytes that are no text would pass, as halves of characters."""
+    odd = io.TextIOWrapper(io.BytesIO(b"one\ncaf\xe9"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", odd)
+    code, _, err = run("generate", decoder)
+    assert (code, err) == (
+        2, "precast: Standard input is not UTF-8 text: line 2 has the byte 0xe9. See precast generate -h.\n"
+    )  # fmt: skip
 
 
 def test_generate_samples_when_told_how(run, decoder):
@@ -71,13 +101,21 @@ def test_generate_samples_when_told_how(run, decoder):
         (("generate", "{decoder}", "--prompt", "x " * 60), 2, r"prompt tokens.*capacity of 48"),
         (("generate", "{encoder}", "--prompt", "x"), 2, "compiled for feature-extraction"),
         (("generate", "{decoder}", "--prompt", ""), 2, "empty"),
-        (("generate", "{decoder}", "--prompt", "x", "--top-p", "7"), 2, "top_p must lie between 0 and 1, not 7"),
+        (("generate", "{decoder}", "--prompt", "x", "--top-p", "7"), 2, "'--top-p': 7.0 is not in the range"),
         (("generate", "{decoder}", "--prompt", "x", "--system", "y"), 2, "add --chat"),
         (
             ("generate", "{decoder}", "--prompt", "x", "--prompt-lookup", "-1"),
             2,
-            "prompt_lookup_num_tokens must be a whole number of at least 0",
+            "'--prompt-lookup': -1 is not in the range",
         ),
+        (("generate", "{decoder}", "--prompt", "x", "--temperature", "-1"), 2, "'--temperature': -1.0 is not in the"),
+        (("generate", "{decoder}", "--prompt", "x", "--temperature", "nan"), 2, "--temperature must be .* 0, not nan"),
+        (("generate", "{decoder}", "--prompt", "x", "--stop", ""), 2, "--stop is empty"),
+        (("generate", "{decoder}", "--prompt", "x", "--max-new-tokens", "900"), 2, "Ask for --max-new-tokens 47 at mo"),
+        (("generate", "{decoder}", "--prompt", "caf\udce9"), 2, r"argument 'caf\\udce9' is not UTF-8 text"),
+        (("bench", "{decoder}", "--prompt-file", "{decoder}/model.onnx"), 2, "model.onnx is not UTF-8 text: line "),
+        (("buckets", "{decoder}/model.onnx"), 2, "model.onnx is not UTF-8 text: line "),
+        (("buckets", "{decoder}"), 2, "cannot be read: Is a directory"),
         (("generate", "./missing", "--prompt", "x"), 1, "There is no directory ./missing"),
         (("generate", "{decoder}", "--prompt", "x", "--variant", "cuda"), 1, "no variant 'cuda'. It has: onnx"),
         (("generate", "{decoder}", "--prompt", "x", "--sha256", "0" * 64), 1, "not 000"),
@@ -88,8 +126,6 @@ def test_generate_samples_when_told_how(run, decoder):
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line_and_the_right_code(run, decoder, encoder, words, code, message):
-    import re
-
     words = [word.format(decoder=decoder, encoder=encoder) for word in words]
     found, out, err = run(*words)
     assert (found, out) == (code, "")
@@ -159,3 +195,98 @@ def test_a_debugger_gets_the_traceback(run, monkeypatch):
     monkeypatch.setenv("PRECAST_DEBUG", "1")
     with pytest.raises(Exception, match="There is no directory"):
         run("inspect", "./missing")
+
+
+# ---------------------------------------------------------------- what nobody foresaw
+
+
+class Panic(BaseException):
+    """As Rust's, which is no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (RuntimeError("two\nlines"), "RuntimeError: two lines — a fault of precast or of a library"),
+        (KeyError(), "KeyError — a fault"),
+        (Panic("index out of bounds"), "Panic: index out of bounds"),
+        (OSError(28, "No space left on device", "out/x"), "No space left on device: out/x."),
+        (MemoryError(), "There is not enough memory."),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "can't decode byte 0xff"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_nobody_foresaw_is_one_line_too(run, monkeypatch, error, part):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("precast.cli.env._facts", fail)
+    code, out, err = run("env")
+    assert (code, out) == (1, "")
+    assert err.startswith("precast: ")
+    assert err.count("\n") == 1
+    assert part in err
+    assert "PRECAST_DEBUG=1 shows where" in err
+    code, out, _ = run("env", "--json")
+    assert (code, json.loads(out)["error"]["type"]) == (1, type(error).__name__)
+    monkeypatch.setenv("PRECAST_DEBUG", "1")
+    with pytest.raises(type(error)):
+        run("env")
+
+
+def test_an_interrupted_json_call_has_its_document(run, monkeypatch):
+    monkeypatch.setattr("precast.cli.env._facts", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, out, err = run("env")
+    # click begins a new line, after the terminal's ^C.
+    assert (code, out, err.lstrip()) == (130, "", "precast: Interrupted.\n")
+    assert json.loads(run("env", "--json")[1])["error"]["type"] == "Interrupted"
+
+
+def test_only_our_own_warnings_reach_the_terminal(run, monkeypatch):
+    def warn():
+        warnings.warn("of interest to developers", FutureWarning, stacklevel=1)
+        warnings.warn("This GPU records nothing.", PrecastWarning, stacklevel=1)
+        return {}
+
+    monkeypatch.setattr("precast.cli.env._facts", warn)
+    assert run("env") == (0, "", "precast: This GPU records nothing.\n")
+
+
+def test_what_an_encoding_lacks_is_escaped():
+    """On a terminal that knows other letters; JSON stays JSON, also with halves of characters."""
+    code = "import sys; from precast.cli.output import run, print_json; import click\n"
+    code += (
+        r"run(click.Command('x', callback=lambda: [click.echo('\xe9\u2026'), print_json('\xe9\U0001f600\udcff')][0]))"
+    )
+    command = [sys.executable, "-c", code]
+    for encoding, text in (("iso-8859-1", r"é\u2026"), ("utf-8", "é…")):
+        done = subprocess.run(command, capture_output=True, check=True, env={"PYTHONIOENCODING": encoding})
+        first, second = done.stdout.decode(encoding).splitlines()
+        assert (first, json.loads(second)) == (text, "é\U0001f600\udcff")
+
+
+def test_the_command_is_a_module_too_which_runs_nothing_that_lies_around(tmp_path):
+    (tmp_path / "click.py").write_text("print('mine')")
+    done = subprocess.run(
+        [sys.executable, "-m", "precast", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith("precast, version ")
+
+
+def test_errors_speak_of_options_on_the_command_line_and_of_keywords_in_python(decoder, tmp_path):
+    options = [click.Option([f"--{name}"]) for name in ("max-new-tokens", "force", "sha256", "top-k", "seed")]
+    for said, typed in (
+        ("Ask for max_new_tokens=47 at most.", "Ask for --max-new-tokens 47 at most."),
+        ("top_k must be at least 0, not -3.", "--top-k must be at least 0, not -3."),
+        ("seed must be a number; seeds grow.", "--seed must be a number; seeds grow."),
+        ("Pinned by sha256=, or replace it with force=True.", "Pinned by --sha256, or replace it with --force."),
+        ("The seed of /top_k/seed is --top-k.", "The seed of /top_k/seed is --top-k."),
+        ("Or do_sample=False.", "Or --temperature 0."),
+    ):
+        assert in_flags(said, options) == typed
+    model = CompiledModel.from_pretrained(decoder)
+    model.save_pretrained(tmp_path / "copy")
+    with pytest.raises(PublishError, match=r"copy exists and is not empty.* replace it with force=True"):
+        model.save_pretrained(tmp_path / "copy")
+    with pytest.raises(UsageError, match="Ask for max_new_tokens=47"):
+        model.generate([[5]], max_new_tokens=900)

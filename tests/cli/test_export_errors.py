@@ -297,7 +297,7 @@ def test_an_interrupt_during_garbage_collection_is_not_lost(error, code):
     command = [sys.executable, "-c", LOSSY.format(error=error)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert done.stderr.strip() == ("Interrupted; nothing was changed." if code == 130 else "")
+    assert done.stderr.strip() == ("precast: Interrupted." if code == 130 else "")
 
 
 # ---------------------------------------------------------------- --dry-run

@@ -184,7 +184,7 @@ def test_a_file_size_limit_is_named(parent):
 
 def test_a_full_target_needs_force(parent):
     handmade.make(parent / "out", "old")
-    with pytest.raises(PublishError, match=r"/out exists and is not empty.*--force"):
+    with pytest.raises(PublishError, match=r"/out exists and is not empty.*force=True"):
         handmade.make(parent / "out", "new")
     assert handmade.load(parent / "out") == "old"
     handmade.make(parent / "out", "new", force=True)
@@ -213,7 +213,7 @@ def test_force_replaces_artifacts_only(parent, content):
     (parent / "out").mkdir()
     for name, text in content.items():
         (parent / "out" / name).write_text(text)
-    with pytest.raises(PublishError, match="force replaces artifacts only"):
+    with pytest.raises(PublishError, match="force=True replaces artifacts only"):
         handmade.make(parent / "out", force=True)
     assert _names(parent / "out") == sorted(content)
 

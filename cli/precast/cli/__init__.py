@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 
+from .options import in_flags
 from .output import run
 
 __all__ = ["main"]
@@ -38,6 +40,17 @@ class _Lazy(click.Group):
             return None
         command: click.Command = import_module(f"{__name__}.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what a library says of its keywords is said of the command's options."""
+        from precast.runtime.errors import PrecastError
+
+        try:
+            return super().invoke(ctx)
+        except PrecastError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            error.args = (in_flags(str(error), command.params if command else []),)
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

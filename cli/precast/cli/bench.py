@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .inputs import read_text
 from .options import json_option, model_options, quiet_option
 from .output import print_json, step_reporter
 
@@ -81,7 +82,7 @@ def command(
     if save:
         _check_place(model)
     subjects = _subjects(model, others, options)
-    text = None if prompt_file is None else _text(prompt_file)
+    text = None if prompt_file is None else read_text(prompt_file, "--prompt-file")
     ids = [token_ids(subject, text) for subject in subjects]
     if text is not None and prompt_length is None:
         prompt_length = len(ids[0])
@@ -130,15 +131,6 @@ def _subject(model: str, options: dict[str, Any]) -> Subject:
     place = {"device": options["device"], "provider": options["provider"], "root": artifact.path}
     variant = choose_variant(artifact.contract, this_machine(artifact.contract), options["variant"], **place)
     return Subject(model, artifact, variant, how)
-
-
-def _text(path: Path) -> str:
-    from precast.runtime.errors import UsageError
-
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompt-file {path} cannot be read as UTF-8 text: {error}.") from error
 
 
 def _in_full(request: Request, repeat: int, options: dict[str, Any]) -> dict[str, Any]:

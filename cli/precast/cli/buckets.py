@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .inputs import read_text
 from .options import hub_options, json_option
 from .output import print_json
 
@@ -56,10 +57,7 @@ def _table(plan: Plan, texts: int) -> None:
 
 
 def _lengths(file: Path, model: str | None, **hub: Any) -> Iterable[int]:
-    try:
-        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"{file} cannot be read as text: {error}.") from error
+    lines = [line for line in read_text(file, "FILE").splitlines() if line.strip()]
     if model is None:
         return _numbers(file, lines)
     from precast.runtime.hub import locate_tokenizer

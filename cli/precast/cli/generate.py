@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .inputs import read_standard_input
 from .options import json_option, model_options, quiet_option
 from .output import note, print_json
 
@@ -20,14 +21,31 @@ __all__ = ["command"]
 @click.option("--prompt", help="The text to continue; '-' or nothing reads standard input.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
-@click.option("--max-new-tokens", type=int, metavar="N", help="At most so many; by default what fits, up to 256.")
-@click.option("--temperature", type=float, help="Sample, with this temperature; 0 takes the likeliest token.")
-@click.option("--top-k", type=int, help="Sample among the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Sample among the likeliest tokens that reach this probability.")
-@click.option("--repetition-penalty", type=float, help="Above 1: repeat less.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option(
-    "--prompt-lookup", "prompt_lookup_num_tokens", type=int, metavar="N",
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="At most so many; by default what fits, up to 256.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Sample, with this temperature; 0 takes the likeliest token.",
+)
+@click.option("--top-k", type=click.IntRange(min=0), metavar="N", help="Sample among the N likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1),
+    metavar="X",
+    help="Sample among the likeliest tokens that reach this probability.",
+)
+@click.option(
+    "--repetition-penalty", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Above 1: repeat less."
+)
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Makes sampling repeatable.")
+@click.option(
+    "--prompt-lookup", "prompt_lookup_num_tokens", type=click.IntRange(min=0), metavar="N",
     help="Guess up to N tokens from earlier text and check them at once, 10 for example: the same answer, quicker "
     "where it quotes its prompt. In a quantized model rounding may change it.",
 )  # fmt: skip
@@ -48,13 +66,17 @@ def command(
     """Continue a prompt with the compiled decoder MODEL — a directory or a Hub repository."""
     if system is not None and not chat:
         raise click.UsageError("--system is part of a conversation; add --chat.")
-    if prompt in (None, "-"):
-        prompt = sys.stdin.read()
+    if "" in stops:
+        raise click.UsageError("--stop is empty, which every text contains; give at least one character.")
+    if prompt is None or prompt == "-":
+        prompt = read_standard_input("the prompt")
     sampling = {name: options.pop(name) for name in _SAMPLING}
     started = time.perf_counter()
     opened = _open(model, quiet, options)
     text = _as_conversation(opened, prompt, system) if chat else prompt
     ids = opened.tokenizer.encode(text, add_special_tokens=not chat)
+    if not ids:
+        raise click.UsageError("The prompt is empty, and this model's texts begin with no token of their own.")
     settings = _settings(sampling, stops, opened.capacity - len(ids))
     clock = _Clock(opened.stream([ids], **settings), started)
     pieces = []
@@ -68,11 +90,15 @@ def command(
         return
     click.echo()
     if not quiet:
-        figures = clock.figures()
-        note(
-            f"{figures['new_tokens']} tokens, {figures['decode_tokens_per_second']} tokens/s, first token after "
-            f"{figures['first_token_seconds']} s (model loaded and prompt read)"
-        )
+        note(_in_words(clock.figures()))
+
+
+def _in_words(figures: dict[str, Any]) -> str:
+    count, speed = figures["new_tokens"], figures["decode_tokens_per_second"]
+    return (
+        f"{count} token{'' if count == 1 else 's'}{f', {speed} tokens/s' if speed else ''}, first token after "
+        f"{figures['first_token_seconds']} s (model loaded and prompt read)"
+    )
 
 
 _SAMPLING = (

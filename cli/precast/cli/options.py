@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +13,7 @@ __all__ = [
     "LENGTHS",
     "cast_options",
     "hub_options",
+    "in_flags",
     "json_option",
     "model_options",
     "neuron_options",
@@ -145,3 +147,19 @@ def model_options(function: F) -> F:
     ):
         function = option(function)
     return hub_options(function)
+
+
+def in_flags(message: str, params: Iterable[click.Parameter]) -> str:
+    """The message with keywords as these options are typed: `force=True` is `--force`, `max_new_tokens=47` is
+    `--max-new-tokens 47`, and `top_p must …` is `--top-p must …`."""
+    message = message.replace("do_sample=False", "--temperature 0")
+    for param in params:
+        if not isinstance(param, click.Option):
+            continue
+        name, flag = rf"(?<![-\w/.]){param.name}", max(param.opts, key=len)
+        message = re.sub(rf"{name}=True\b", flag, message)
+        message = re.sub(rf"{name}=(?=[\w'\"])", f"{flag} ", message)
+        # A single word without a sign may be plain English, unless the message begins with it.
+        bare = rf"{name}=?(?![\w/-])" if "_" in (param.name or "") else rf"{name}=|^{param.name}\b"
+        message = re.sub(bare, flag, message)
+    return message

@@ -5,12 +5,14 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,15 +25,18 @@ Tell = Callable[[int, int], None]
 """Told how many parts of a step are done, and of how many."""
 
 
-def run(cli: click.Group) -> None:
+def run(cli: click.Command) -> None:
     """Run the command line and end the process."""
     from precast.runtime.errors import PrecastError, UsageError
 
     # Unwinding, rather than dying at once, removes what an export has staged.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report_lost, sys.unraisablehook = sys.unraisablehook, lambda lost: _come_again(lost) or report_lost(lost)
+    _write_anything(sys.stdout)
     try:
-        sys.exit(cli.main(standalone_mode=False, prog_name="precast") or 0)
+        with _only_our_warnings():
+            _check_words(sys.argv[1:])
+            sys.exit(cli.main(standalone_mode=False, prog_name="precast") or 0)
     except click.ClickException as error:
         # The whole help, where click 8.2 and later take a call without arguments for a mistake.
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
@@ -41,19 +46,84 @@ def run(cli: click.Group) -> None:
             _print_error(error.format_message() + (f" See {context.command_path} -h." if context else ""), "UsageError")
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        note("Interrupted; nothing was changed.")
+        _print_error("Interrupted.", "Interrupted")
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has left; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PrecastError as error:
-        if os.environ.get("PRECAST_DEBUG") == "1":
+        if _is_debugged():
             raise
         _print_error(str(error), type(error).__name__)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # Libraries raise anything, and a panic in Rust is no Exception.
+        if _is_debugged():
+            raise
+        _print_error(_unexpected(error), type(error).__name__)
+        sys.exit(1)
     finally:
         sys.unraisablehook = report_lost
+
+
+def _is_debugged() -> bool:
+    return os.environ.get("PRECAST_DEBUG") == "1"
+
+
+def _unexpected(error: BaseException) -> str:
+    """What nobody foresaw, in a line: of files and memory it is the machine's word, all else a fault."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f": {error.filename}" if error.filename is not None else ""
+        return f"{error.strerror}{name}. PRECAST_DEBUG=1 shows where."
+    if isinstance(error, MemoryError):
+        return "There is not enough memory. PRECAST_DEBUG=1 shows where."
+    said = " ".join(str(error).split())
+    return (
+        f"{type(error).__name__}{said and f': {said[:_LONGEST]}'} — a fault of precast or of a library below it. "
+        f"PRECAST_DEBUG=1 shows where; please report it with that."
+    )
+
+
+_LONGEST = 500
+"""Characters of a foreign message: some hold a whole graph."""
+
+
+def _write_anything(stream: Any) -> None:
+    """Make a stream take what its encoding lacks, as an escape, as standard error does."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _check_words(words: list[str]) -> None:
+    """Raise click.UsageError for bytes that are no text: Python hands them on as halves of characters."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise click.UsageError(f"The argument {word!a} is not UTF-8 text.") from None
+
+
+@contextmanager
+def _only_our_warnings() -> Iterator[None]:
+    """What precast warns of becomes a line for people; what libraries warn each other of is left out.
+
+    Those below read how much they are to log from the environment, where the user may say otherwise.
+    """
+    from precast.runtime.errors import PrecastWarning
+
+    if _is_debugged():
+        yield
+        return
+    for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", PrecastWarning)
+        warnings.showwarning = lambda message, *_, **__: note(f"precast: {message}")
+        yield
 
 
 def _come_again(lost: Any) -> bool:
@@ -65,8 +135,9 @@ def _come_again(lost: Any) -> bool:
 
 
 def print_json(value: Any) -> None:
-    """The one JSON document of a `--json` call."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    """The one JSON document of a `--json` call; escapes stand for what a terminal's encoding may lack."""
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(value, ensure_ascii=not is_utf8, indent=2))
 
 
 def note(text: str) -> None:

@@ -66,6 +66,8 @@ def command(
     pipe = pipeline(task, opened)
     asked = {**dict(map(_setting, settings)), **_named(type(pipe), top_k=top, candidate_labels=labels)}
     asked = {**_defaults(opened, asked), **asked}
+    if "candidate_labels" in type(pipe).option_names() and not asked.get("candidate_labels"):
+        raise click.UsageError("This task chooses among labels of yours; give them: --labels politics,sports.")
     answers = []
     for text in (*texts, *_lines(file, bool(texts))):
         answer = {"input": text, "answer": _plain(pipe(_input(opened, question, text), **asked))}

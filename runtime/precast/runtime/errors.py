@@ -26,6 +26,7 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "PrecastError",
+    "PrecastWarning",
     "PublishError",
     "TrustError",
     "UsageError",
@@ -34,6 +35,10 @@ __all__ = [
 
 class PrecastError(Exception):
     """Base of all errors with a message written for the user."""
+
+
+class PrecastWarning(RuntimeWarning):
+    """Something goes another way than was asked for, with the same answers; the CLI prints it as one line."""
 
 
 class UsageError(PrecastError, ValueError):

@@ -62,9 +62,11 @@ def _check_kind(target: Path, *, force: bool) -> None:
         raise PublishError(f"{target} is the current directory, which cannot be exchanged; give another one.")
     occupied = _is_occupied(target)
     if occupied and not force:
-        raise PublishError(f"{target} exists and is not empty. Choose another directory, or replace it with --force.")
+        raise PublishError(
+            f"{target} exists and is not empty. Choose another directory, or replace it with force=True."
+        )
     if occupied and not is_artifact(target):
-        raise PublishError(f"{target} holds something that is not an artifact; --force replaces artifacts only.")
+        raise PublishError(f"{target} holds something that is not an artifact; force=True replaces artifacts only.")
     if occupied and os.path.ismount(_place(target)):
         raise PublishError(f"{target} is a mount point, which cannot be exchanged; empty it first.")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..errors import PrecastWarning
 from .device import Compute
 
 __all__ = ["Gpu"]
@@ -61,6 +62,6 @@ class Gpu:
         warnings.warn(
             f"This GPU cannot record the model's kernels as a CUDA graph, so each is started on its own: answers are "
             f"the same, and come later. {reason}",
-            RuntimeWarning,
+            PrecastWarning,
             stacklevel=2,
         )

@@ -1,24 +1,19 @@
 """Images and sounds -> arrays, by the rules of the checkpoint's preprocessor_config.json.
 
-The common rules are done here, with Pillow and numpy: images of ViT, DeiT, CLIP, SigLIP, SegFormer, BiT and BEiT,
-sounds of wav2vec 2.0 and its kin and of Whisper. The others take transformers' own processors, which
-`pip install 'precast[export]'` brings.
+The common rules are done here, with Pillow and numpy; the others by transformers' own processors, where installed.
 """
 
 from __future__ import annotations
 
 import json
 import wave
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from ..errors import ArtifactError, FormatError, InputError, UsageError
-from .log_mel import LogMel
+from ..errors import ArtifactError, InputError, UsageError
 
 __all__ = ["ImageProcessor", "SoundProcessor", "opened_image", "resized"]
 
@@ -114,50 +109,14 @@ class SoundProcessor:
     def __init__(self, path: Path) -> None:
         self.path, self.config = path, _config(path, "sounds")
         self.rate = int(self.config.get("sampling_rate", 16000))
-        self.kind = self.config.get("feature_extractor_type")
-        self._theirs: Any = None
-
-    @cached_property
-    def longest(self) -> int | None:
-        """The samples that are heard of a sound, where there is a limit; transformers would leave out the rest."""
-        if self.kind == "WhisperFeatureExtractor":
-            return self._log_mel.samples
-        if self.kind == "ASTFeatureExtractor":
-            # Frames of 25 milliseconds, one every 10.
-            frames = int(self.config.get("max_length", 1024))
-            return (frames - 1) * (self.rate // 100) + self.rate // 40 + self.rate // 100 - 1
-        return None
+        self._is_waves = self.config.get("feature_extractor_type") == "Wav2Vec2FeatureExtractor"
 
     def __call__(self, sounds: list[Array]) -> dict[str, Array]:
-        """`input_values` float32 [sounds, samples] with `attention_mask`, Whisper's `input_features` float32 [sounds,
-        mels, frames], or what transformers' extractor makes.
-
-        Raises InputError for a sound of more than `longest` samples.
-        """
-        longest = max(map(len, sounds))
-        if self.longest is not None and longest > self.longest:
-            raise InputError(
-                f"The sound has {longest} samples ({longest / self.rate:.2f} seconds); the model hears "
-                f"{self.longest} ({self.longest / self.rate:.2f} seconds). Give it in pieces, or cut it with "
-                f"truncation=True."
-            )
-        if self.kind == "WhisperFeatureExtractor":
-            return {"input_features": self._log_mel(sounds)}
-        if self.kind == "Wav2Vec2FeatureExtractor":
-            return self._waves(sounds)
-        if self._theirs is None:
-            self._theirs = _from_transformers("AutoFeatureExtractor", self.path)
-        found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np")
-        return {name: np.asarray(value) for name, value in found.items()}
-
-    @cached_property
-    def _log_mel(self) -> LogMel:
-        try:
-            return msgspec.convert(self.config, LogMel)
-        except msgspec.ValidationError as error:
-            raise FormatError(f"{self.path / 'preprocessor_config.json'}: {error}.") from error
-
-    def _waves(self, sounds: list[Array]) -> dict[str, Array]:
+        """`input_values` float32 [sounds, samples] with `attention_mask`, or what transformers' extractor makes."""
+        if not self._is_waves:
+            extractor = _from_transformers("AutoFeatureExtractor", self.path)
+            found = extractor(sounds, sampling_rate=self.rate, return_tensors="np")
+            return {name: np.asarray(value) for name, value in found.items()}
         width = max(map(len, sounds))
         values = np.zeros((len(sounds), width), np.float32)
         mask = np.zeros((len(sounds), width), np.int64)
