@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,21 @@ if os.geteuid() == 0:
 """Code for a child that gives up root's right to read and write everything."""
 
 
-def child(code: str, *arguments: object, cwd: str | None = None) -> subprocess.Popen[str]:
-    """Run `code` in a fresh interpreter that can import what we can; it finds its arguments in sys.argv."""
+def child(code: str, *arguments: object, cwd: str | None = None, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Run `code` in a fresh interpreter that can import what we can; it finds its arguments in sys.argv. It is started
+    by the command `prefix`, if there is one."""
     lines = ["import os, sys, pathlib, handmade", "from precast.runtime.artifact import publish", code]
-    command = [sys.executable, "-c", "\n".join(lines), *map(str, arguments)]
+    command = [*prefix, sys.executable, "-c", "\n".join(lines), *map(str, arguments)]
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=cwd,
     )
 
 

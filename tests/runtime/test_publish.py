@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -283,23 +283,17 @@ def test_a_reader_need_not_be_able_to_recover(public):
 # ---------------------------------------------------------------- others at work
 
 
-def _dead() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 @pytest.mark.parametrize("name", ["out", "out[1]"])
 def test_stages_of_dead_processes_are_swept(parent, name):
     handmade.make(parent / name)
-    alive, dead = f".{name}.stage-{os.getpid()}", f".{name}.stage-{_dead()}"
-    kept = [f"{alive}-aaaa", f".{name}.stage-{os.getppid()}-aaaa", f".other{dead}-aaaa", f".{name}.x"]
-    gone = [f"{dead}-aaaa", f"{alive}-old", f".{name}.old-aaaa"]
+    kept = [".other.stage-aaaa", f".{name}.x"]
+    # Process ids, which earlier releases had in these names, say nothing: this one is alive, in this container.
+    gone = [f".{name}.stage-aaaa", f".{name}.stage-{os.getpid()}-aaaa", f".{name}.old-aaaa"]
     for folder in (*kept, *gone):
         (parent / folder / "deep").mkdir(parents=True)
-    os.utime(parent / gone[1], (0, 0))
-    handmade.make(parent / name, force=True)
-    assert _names(parent) == sorted([name, *kept])
+    with publish.staging(parent / name) as stage:
+        handmade.make(parent / name, force=True)
+        assert _names(parent) == sorted([name, *kept, stage.name])
 
 
 def test_who_recovers_too_early_does_not_make_the_writer_fail(parent, monkeypatch):
@@ -319,9 +313,10 @@ def test_who_recovers_too_early_does_not_make_the_writer_fail(parent, monkeypatc
 
 
 def test_a_stage_may_vanish_while_we_look(parent, monkeypatch):
-    stage = parent / f".out.stage-{os.getpid()}-aaaa"
+    stage = parent / ".out.stage-aaaa"
     stage.mkdir()
-    monkeypatch.setattr(publish, "_is_running", lambda pid: stage.exists() and stage.rmdir() is None)
+    flock = fcntl.flock
+    monkeypatch.setattr("fcntl.flock", lambda *asked: (stage.exists() and stage.rmdir(), flock(*asked))[1])
     handmade.make(parent / "out")
     assert _names(parent) == ["out"]
 

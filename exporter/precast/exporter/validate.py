@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ from torch import nn
 from precast.runtime import child
 from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.integrity import vouch
+from precast.runtime.artifact.locks import Scratch
 from precast.runtime.artifact.publish import write_config
 from precast.runtime.artifact.schema import Accuracy, Graph, Variant
 from precast.runtime.artifact.store import write_atomically
@@ -66,16 +65,16 @@ def make_reference(
     folder = None
     if is_scored:
         questions += make_scored(*asked)
-        folder = Path(tempfile.mkdtemp(prefix="precast-"))
+        folder = Scratch()
     answers = []
     for index, question in enumerate(questions):
         found = answer(model, question, task)
         if question.kind == "score" and folder:
-            found = [_on_disk(found[0], folder / f"{index}.npy")]
+            found = [_on_disk(found[0], folder.path / f"{index}.npy")]
         answers.append(found)
     reference = Reference(questions, answers)
     if folder:
-        weakref.finalize(reference, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(reference, folder.close)
     return reference
 
 
@@ -344,16 +343,16 @@ def _as_compiled(options: ExportOptions, variant: Variant) -> ExportOptions:
 
 def _rewrite(artifact: Artifact, variant: str, accuracy: Accuracy) -> None:
     """Replace config.json in one step, and vouch for the new digest."""
-    with tempfile.TemporaryDirectory() as folder:
-        renewed = record(Artifact(Path(folder), artifact.config, artifact.contract), variant, accuracy)
-        write_atomically(artifact.path / "config.json", (Path(folder) / "config.json").read_bytes(), 0o644)
+    with Scratch() as folder:
+        renewed = record(Artifact(folder, artifact.config, artifact.contract), variant, accuracy)
+        write_atomically(artifact.path / "config.json", (folder / "config.json").read_bytes(), 0o644)
     vouch(renewed.contract.digest)
 
 
 def _ask(artifact: Path, variant: str, questions: list[Question], sha256: str | None) -> list[list[dict[str, Array]]]:
     """Run the probe in a fresh interpreter. Raises ExportError where it fails."""
-    with tempfile.TemporaryDirectory(prefix="precast-") as folder:
-        asked, answered = Path(folder) / "questions.json", Path(folder) / "answers.npz"
+    with Scratch() as folder:
+        asked, answered = folder / "questions.json", folder / "answers.npz"
         write_questions(questions, asked)
         pinned = [sha256] if sha256 else []
         done = child.run("precast.runtime.probe", artifact, asked, answered, variant, *pinned)

@@ -6,7 +6,6 @@ mapped keeps them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -16,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .artifact import read_artifact
+from .artifact import locks, read_artifact
 from .artifact.store import fsync, home
 from .errors import ArtifactError, PrecastError
 
@@ -133,28 +132,17 @@ def trim(kind: str, limit: int, spared: Path) -> None:
 
 def sweep(kind: str) -> None:
     """Delete what killed processes left half made or half removed."""
-    for path in [*place(kind).glob(".gone-*"), *place(kind).glob(".stage-*")]:
-        with suppress(OSError):
-            lock = _lock(path)
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
+    locks.sweep([*place(kind).glob(".gone-*"), *place(kind).glob(".stage-*")])
 
 
-class Stage:
-    """A directory in the making. Its maker holds a lock on it, which ends with the process, however that ends."""
+class Stage(locks.Held):
+    """A directory in the making."""
 
     def __init__(self, kind: str) -> None:
         """Raises OSError where none can be made."""
-        self.path = place(kind) / f".stage-{secrets.token_hex(8)}"
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        place(kind).mkdir(parents=True, exist_ok=True, mode=0o700)
         sweep(kind)
-        self.path.mkdir(mode=0o700)
-        try:
-            self._lock = _lock(self.path)
-        except OSError:
-            # A file system without locks, where nobody could ever tell that this may go.
-            self.path.rmdir()
-            raise
+        super().__init__(place(kind), ".stage-", 0o700)
 
     def publish(self, target: Path) -> None:
         """Write everything to disk and rename to `target`. Raises OSError, also where another was faster."""
@@ -162,22 +150,6 @@ class Stage:
             fsync(path)
         os.rename(self.path, target)
         fsync(target.parent)
-
-    def close(self) -> None:
-        """Delete what was not published."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-
-def _lock(path: Path) -> int:
-    """Lock a directory for as long as the result is open. Raises OSError where someone else has."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _directories(folder: Path) -> list[Path]:

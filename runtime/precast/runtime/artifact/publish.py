@@ -15,7 +15,6 @@ import glob
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,12 +25,12 @@ import msgspec
 from ..errors import IntegrityError, PublishError
 from . import UNLISTED, Artifact, contract_digest, is_artifact, read_artifact, render_config
 from .integrity import sha256_of
+from .locks import Held, sweep
 from .schema import Contract, File
 from .store import fsync
 
 __all__ = ["check_target", "copy_artifact", "hash_files", "publish", "recover", "staging", "write_config"]
 
-STALE_SECONDS = 24 * 3600
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -106,16 +105,15 @@ def staging(target: Path) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent, name)
-        stage = parent / f".{name}.stage-{os.getpid()}-{secrets.token_hex(4)}"
-        stage.mkdir()
+        stage = Held(parent, f".{name}.stage-")
     except OSError as error:
         raise PublishError(f"{target} cannot be written: {error.strerror} ({error.filename}).") from error
     try:
-        yield stage
+        yield stage.path
     except OSError as error:
         raise _explained(error, target) from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        stage.close()
 
 
 def publish(stage: Path, target: Path, *, force: bool) -> None:
@@ -238,25 +236,11 @@ def _move_into(stage: Path, target: Path) -> None:
 
 
 def _sweep(parent: Path, name: str) -> None:
-    """Remove what killed exports left: stages whose process is gone, or that are older than a day."""
-    for path in parent.glob(f".{glob.escape(name)}.stage-*"):
-        with suppress(FileNotFoundError):
-            # Gone if its process has just published it.
-            if not _is_running(path.name.split("-")[-2]) or time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+    """Remove what killed exports left."""
+    sweep(parent.glob(f".{glob.escape(name)}.stage-*"))
     if (parent / name).exists():
         for path in parent.glob(f".{glob.escape(name)}.old-*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError):
-        return True
-    return True
 
 
 def _explained(error: OSError, target: Path) -> PublishError:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import stat
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 __all__ = ["fsync", "home", "sign", "write_atomically"]
+
+KEY_BYTES = 32
+_log = logging.getLogger(__name__)
 
 
 def home() -> Path:
@@ -55,29 +62,73 @@ def fsync(path: Path) -> None:
 def _key() -> bytes | None:
     path = home() / "key"
     try:
-        if not path.exists():
-            _create_key(path)
-        return path.read_bytes() if _is_private(path) else None
+        return _read_key(path) or _create_key(path)
     except OSError:
         # A machine without a writable home verifies every time; it loses speed, never safety.
         return None
 
 
-def _create_key(path: Path) -> None:
+def _read_key(path: Path) -> bytes | None:
+    """None where there is none, or one that a full disk or a power cut left unfinished. Raises OSError for what must
+    not be used, and says so."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            _warn(f"{path} is a symbolic link and not used as a key; remove it, and a new one is made.")
+        raise
+    try:
+        if problem := _problem(os.fstat(descriptor), path):
+            _warn(problem)
+            raise OSError(errno.EINVAL, problem, str(path))
+        key = os.read(descriptor, KEY_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(key) == KEY_BYTES:
+        return key
+    _warn(
+        f"The key {path} does not have {KEY_BYTES} bytes; a new one is made. Artifacts are hashed once more, and "
+        f"native code that was built here needs its digest (--sha256) or --trust-native-code from now on."
+    )
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _problem(found: os.stat_result, path: Path) -> str | None:
+    """What is wrong with a key's file."""
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path} is not a regular file and not used as a key; remove it, and a new one is made."
+    if found.st_uid != os.getuid():
+        return f"{path} belongs to another user and is not used as a key; remove it, and a new one is made."
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        return (
+            f"{path} can be read or written by others and is not used as a key; remove it, and a new one is made (or "
+            f"chmod 600 it, if nobody else had access)."
+        )
+    return None
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once per process. Until then nothing is remembered: artifacts are hashed on every load."""
+    _log.warning("%s", message)
+
+
+def _create_key(path: Path) -> bytes | None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     stage = path.with_name(f".key.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(stage, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(32))
     try:
-        # link() does not replace: of two processes that start together, both use the first one's key.
-        os.link(stage, path)
-    except FileExistsError:
-        pass
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+            file.flush()
+            # Else a power cut could leave its name without its bytes.
+            os.fsync(descriptor)
+        with suppress(FileExistsError):
+            # link() does not replace: of two processes that start together, both use the first one's key.
+            os.link(stage, path)
     finally:
         stage.unlink()
-
-
-def _is_private(path: Path) -> bool:
-    found = path.stat()
-    return found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077 == 0
+    return _read_key(path)

@@ -22,6 +22,7 @@ import torch._inductor
 from torch._inductor import cpp_builder
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from precast.runtime.artifact.locks import Scratch
 from precast.runtime.errors import ExportError
 
 from ..native.kernels import Kernels
@@ -100,8 +101,8 @@ def workspace() -> Iterator[None]:
         if os.environ.get(_FOLDER, default_cache_dir()) != default_cache_dir():
             yield
             return
-        with tempfile.TemporaryDirectory(prefix="precast-") as folder:
-            os.environ[_FOLDER] = folder
+        with Scratch() as folder:
+            os.environ[_FOLDER] = str(folder)
             yield
 
 
@@ -148,7 +149,7 @@ def _without_paths(library: bytes, folders: list[str]) -> bytes:
 
 def _stripped(strip: str, library: bytes) -> bytes:
     """Without symbols for debuggers and the compiler's own record, which nothing needs to run."""
-    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+    with tempfile.NamedTemporaryFile(suffix=".so", dir=os.environ[_FOLDER]) as file:
         file.write(library)
         file.flush()
         subprocess.run([strip, "--strip-unneeded", file.name], check=True, capture_output=True)

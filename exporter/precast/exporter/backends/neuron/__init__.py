@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from msgspec.structs import replace
 
+from precast.runtime.artifact.locks import Scratch
 from precast.runtime.artifact.schema import Compiler, Host
 from precast.runtime.errors import UsageError
 
@@ -68,10 +68,10 @@ class NeuronCompiler:
 
 def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None:
     """Write one file. Programs reach the child process as files, which go away again."""
-    with tempfile.TemporaryDirectory(prefix="precast-") as folder, _workdir(options) as workdir:
+    with Scratch() as folder, _workdir(options) as workdir:
         items = []
         for each in lowered:
-            program = Path(folder) / f"{each.graph.name}.pt2"
+            program = folder / f"{each.graph.name}.pt2"
             torch.export.save(each.exported, program)
             items.append(Item(graph=each.graph, program=str(program)))
         job = Job(
@@ -83,15 +83,15 @@ def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None
             inline_weights=options.inline_weights,
             workdir=str(workdir),
         )
-        compile_job(job, Path(folder), str(options.instance_type))
+        compile_job(job, folder, str(options.instance_type))
 
 
 @contextmanager
 def _workdir(options: ExportOptions) -> Iterator[Path]:
     """Where neuronx-cc leaves its files: the user's folder, or one that goes away again. Raises UsageError."""
     if options.compiler_workdir is None:
-        with tempfile.TemporaryDirectory(prefix="precast-neuronx-cc-") as folder:
-            yield Path(folder)
+        with Scratch() as folder:
+            yield folder
         return
     try:
         options.compiler_workdir.mkdir(parents=True, exist_ok=True)

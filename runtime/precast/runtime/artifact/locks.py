@@ -1,0 +1,127 @@
+"""Directories in the making, and whose they are.
+
+Their maker holds a lock, which ends with the process, however that ends, and which another container on the same disk
+sees, too: process ids are not the same there. So whoever comes later can tell what a killed process left.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+__all__ = ["Held", "Scratch", "sweep"]
+
+STALE_SECONDS = 24 * 3600
+"""Where the file system has no locks, what nobody wrote to for so long was left."""
+_TRIES = 100
+
+
+class Held:
+    """A new directory, locked.
+
+    Attributes:
+        path: where it is.
+        is_locked: False where the file system has no locks.
+    """
+
+    def __init__(self, parent: Path, prefix: str, mode: int = 0o777) -> None:
+        """Raises OSError where none can be made."""
+        for _ in range(_TRIES):
+            self.path = parent / f"{prefix}{secrets.token_hex(8)}"
+            self.path.mkdir(mode=mode)
+            with suppress(BlockingIOError, FileNotFoundError):
+                self._lock = _lock_new(self.path)
+                return
+            # A sweeper came between the two steps, and took it for one that was left.
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self.path))
+
+    @property
+    def is_locked(self) -> bool:
+        return self._lock is not None
+
+    def close(self) -> None:
+        """Delete what lies there, and unlock."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+class Scratch(Held):
+    """A directory for temporary files of this user, where those that killed processes left are deleted first.
+
+    Entering it gives its path; leaving deletes it.
+    """
+
+    PREFIX = "precast-scratch-"
+
+    def __init__(self) -> None:
+        """Raises OSError where none can be made."""
+        parent = Path(tempfile.gettempdir())
+        sweep(parent.glob(f"{self.PREFIX}*"))
+        super().__init__(parent, self.PREFIX, 0o700)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """Delete those directories of this user that nobody holds."""
+    for path in paths:
+        with suppress(OSError):
+            if path.lstat().st_uid != os.geteuid():
+                continue
+            lock = _lock(path)
+            if lock is None and time.time() - _last_written(path) < STALE_SECONDS:
+                continue
+            shutil.rmtree(path, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _lock_new(path: Path) -> int | None:
+    lock = _lock(path)
+    if lock is not None and not _is_at(path, lock):
+        os.close(lock)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return lock
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a directory for as long as the result is open; None where the file system has no locks.
+
+    Raises BlockingIOError where someone else holds it, OSError where it is no directory.
+    """
+    with ExitStack() as stack:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return None
+        stack.pop_all()
+        return descriptor
+
+
+def _last_written(path: Path) -> float:
+    return max(found.lstat().st_mtime for found in (path, *path.rglob("*")))
