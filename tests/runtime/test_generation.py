@@ -12,7 +12,13 @@ import pytest
 import torch
 import transformers
 
-from precast.runtime import CompiledModel, CompiledModelForCausalLM, CompiledModelForFeatureExtraction, GenerationConfig
+from precast.runtime import (
+    CompiledModel,
+    CompiledModelForCausalLM,
+    CompiledModelForFeatureExtraction,
+    GenerationConfig,
+    pipeline,
+)
 from precast.runtime.errors import HostError, InputError, PrecastError, UsageError
 
 PROMPT = [5, 9, 30, 7, 200, 31]
@@ -259,6 +265,28 @@ def test_an_encoder_explains_bad_requests(encoder):
     padded = np.zeros((1, 60), int)
     padded[0, 20:60] = 1
     assert model(np.ones((1, 60), int), padded).last_hidden_state.shape == (1, 60, 64), "padding costs no capacity"
+
+
+def test_what_the_tokenizer_gives_is_what_the_model_takes(model, encoder):
+    batch = model.tokenizer("Water boils")
+    assert list(batch) == ["input_ids", "attention_mask"]
+    assert np.array_equal(
+        model.generate(**batch, max_new_tokens=3), model.generate(batch["input_ids"], max_new_tokens=3)
+    )
+    torch_batch = model.tokenizer("Water boils", return_tensors="pt")
+    assert isinstance(model.generate(**torch_batch, max_new_tokens=3), torch.Tensor)
+    vectors = CompiledModel.from_pretrained(encoder)
+    assert vectors(**vectors.tokenizer("Water boils")).last_hidden_state.shape[0] == 1
+
+
+def test_a_model_says_what_it_is(model, encoder):
+    assert repr(model) == (
+        f"CompiledModelForCausalLM({str(model.artifact.path)!r}, task='text-generation', batch_size=1, "
+        f"sequence_length=[48], backend='onnx', device='cpu')"
+    )
+    pipe = pipeline(model=encoder, pooling="mean")
+    assert repr(pipe) == f"FeatureExtractionPipeline({pipe.model!r}, pooling='mean')"
+    assert "batch_size=3, sequence_length=[16, 48]" in repr(pipe)
 
 
 def test_the_wrong_class_is_refused(encoder, decoder):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import tiny
+import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.runtime import TextStream, Tokenizer
-from precast.runtime.errors import ArtifactError, InputError
+from precast.runtime import CompiledModel, TextStream, Tokenizer
+from precast.runtime.errors import ArtifactError, InputError, UsageError
 
 TEXTS = [
     *tiny.TEXTS,
@@ -28,7 +31,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def pair(decoder):
     """Ours and theirs over the same files."""
-    return Tokenizer(decoder), transformers.AutoTokenizer.from_pretrained(decoder)
+    return CompiledModel.from_pretrained(decoder).tokenizer, transformers.AutoTokenizer.from_pretrained(decoder)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -38,6 +41,33 @@ def test_encode_and_decode_are_transformers_own(pair, text):
     assert ids == theirs(text)["input_ids"]
     for skip in (True, False):
         assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, tiny.VOCABULARY - 1), min_size=3, max_size=3), max_size=4), st.booleans())
+def test_rows_are_decoded_as_by_transformers(pair, rows, skip):
+    ours, theirs = pair
+    expected = theirs.batch_decode(rows, skip_special_tokens=skip)
+    for given_ in (rows, np.array(rows, np.int64), torch.tensor(rows, dtype=torch.int64)):
+        assert ours.batch_decode(given_, skip_special_tokens=skip) == expected
+    assert ours.batch_decode(rows) == [ours.decode(row) for row in rows]
+
+
+def test_batches_are_tensors_of_the_kind_that_is_asked_for(pair, monkeypatch):
+    ours, theirs = pair
+    expected = theirs(TEXTS[:3], return_tensors="pt", padding=True)
+    found = ours(TEXTS[:3], return_tensors="pt")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for kind in (None, "np"):
+        assert all(
+            np.array_equal(array, expected[name]) for name, array in ours(TEXTS[:3], return_tensors=kind).items()
+        )
+    with pytest.raises(UsageError, match="return_tensors='tf' is not known; choose one of: np, pt"):
+        ours("x", return_tensors="tf")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UsageError, match=r"pip install 'precast\[torch\]'"):
+        ours("x", return_tensors="pt")
 
 
 @settings(max_examples=200, deadline=None)

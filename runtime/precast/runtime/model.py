@@ -52,6 +52,13 @@ class CompiledModel(ForTransformers):
         self._lock = threading.RLock()
         self._tokenizer: Tokenizer | None = None
 
+    def __repr__(self) -> str:
+        contract = self.artifact.contract
+        sizes = {name: getattr(contract.shapes, name) for name in ("batch_size", "sequence_length", "prefill_lengths")}
+        facts = {"task": contract.task, **sizes, "backend": self.variant.backend, "device": self.variant.host.device}
+        told = [f"{name}={value!r}" for name, value in facts.items() if value != []]
+        return f"{type(self).__name__}({', '.join([repr(str(self.artifact.path)), *told])})"
+
     @classmethod
     def from_pretrained(
         cls,
@@ -158,7 +165,9 @@ class CompiledModel(ForTransformers):
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer, opened when first used. Raises ArtifactError where it has none."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self.artifact.path)
+            # What generates is given ids and their mask, whatever else its tokenizer could make.
+            names = ("input_ids", "attention_mask") if self.can_generate() else None
+            self._tokenizer = Tokenizer(self.artifact.path, names=names)
         return self._tokenizer
 
     @property

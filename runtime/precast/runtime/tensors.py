@@ -1,4 +1,4 @@
-"""numpy in, numpy out; torch in, torch out. torch is never imported here, only recognised."""
+"""numpy in, numpy out; torch in, torch out. torch is only recognised, and imported where its tensors are asked for."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from itertools import accumulate
 from math import prod
 from typing import Any
 
 import numpy as np
 
-__all__ = ["ModelOutput", "like", "storage", "to_numpy", "zeros"]
+from .errors import UsageError
+
+__all__ = ["ModelOutput", "as_tensors", "like", "storage", "to_numpy", "zeros"]
 
 
 def storage(dtype: str) -> str:
@@ -48,6 +51,25 @@ def to_numpy(value: Any) -> Any:
 def like(example: Any, array: np.ndarray[Any, Any]) -> Any:
     """`array` as a torch tensor where `example` is one. The memory is the array's own."""
     return sys.modules["torch"].from_numpy(array) if _is_tensor(example) else array
+
+
+def as_tensors(arrays: dict[str, np.ndarray[Any, Any]], kind: str | None) -> dict[str, Any]:
+    """The arrays as they are, for None and "np", or as torch tensors over the same memory, for "pt".
+
+    Raises UsageError for any other kind, and where there is no torch.
+    """
+    if kind is None or kind == "np":
+        return arrays
+    if kind != "pt":
+        raise UsageError(f"return_tensors={kind!r} is not known; choose one of: np, pt.")
+    try:
+        torch = import_module("torch")
+    except ImportError as error:
+        raise UsageError(
+            f"return_tensors='pt' makes tensors of torch, which cannot be imported: {error}. "
+            f"pip install 'precast[torch]', or leave it out: models take numpy's arrays."
+        ) from error
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _is_tensor(value: Any) -> bool:

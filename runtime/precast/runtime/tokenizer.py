@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from .errors import ArtifactError, InputError
+from .tensors import as_tensors
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -24,10 +25,13 @@ _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """The tokenizer of an artifact. Raises ArtifactError where the directory has none."""
+    """The tokenizer of an artifact. Raises ArtifactError where the directory has none.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    `names` are the arrays that its model takes, where that is known; no others are made.
+    """
+
+    def __init__(self, path: str | Path, *, names: Sequence[str] | None = None) -> None:
+        self.path, self._names = Path(path), names
         if not (self.path / "tokenizer.json").is_file():
             raise ArtifactError(
                 f"{self.path} has no tokenizer.json: its checkpoint carries no (fast) tokenizer. Give token ids "
@@ -55,6 +59,10 @@ class Tokenizer:
         """The text of a list of ids."""
         text = str(self._tokenizer.decode([int(each) for each in ids], skip_special_tokens=skip_special_tokens))
         return _cleaned(text) if self._cleans_up else text
+
+    def batch_decode(self, rows: Sequence[Sequence[int]] | Array, *, skip_special_tokens: bool = True) -> list[str]:
+        """The text of each row of ids, such as those that `generate` answers; a tensor of torch is taken, too."""
+        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
 
     def token(self, index: int) -> str | None:
         """The token with this id, as the vocabulary spells it."""
@@ -106,29 +114,35 @@ class Tokenizer:
 
     def pad(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
         """A batch of encodings: int64 arrays [batch, longest], padded on the tokenizer's own side; all three, or those
-        that the checkpoint's tokenizer_config.json names."""
+        that the checkpoint's tokenizer_config.json names, and the model takes."""
         pad = self.token_id("pad") or 0
         rows = {
             "input_ids": ([each.ids for each in encodings], pad),
             "token_type_ids": ([each.type_ids for each in encodings], 0),
             "attention_mask": ([[1] * len(each.ids) for each in encodings], 0),
         }
-        named = self._config.get("model_input_names", rows)
+        named = {*self._config.get("model_input_names", rows)}.intersection(self._names or rows)
         return {name: self._pad(values, fill) for name, (values, fill) in rows.items() if name in named}
 
     def __call__(
-        self, texts: str | Sequence[str], pairs: Sequence[str] | None = None, *, add_special_tokens: bool = True
-    ) -> dict[str, Array]:
-        """A batch: int64 arrays [batch, longest], padded on the tokenizer's own side."""
+        self,
+        texts: str | Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = None,
+    ) -> dict[str, Any]:
+        """A batch: int64 arrays [batch, longest], padded on the tokenizer's own side.
+
+        `return_tensors="pt"` makes tensors of torch, "np" is the same as None. Raises UsageError for anything else.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise InputError("There is no text to encode.")
-        return self.pad(
-            [
-                self._encode(text, pairs[index] if pairs else None, add_special_tokens)
-                for index, text in enumerate(texts)
-            ]
-        )
+        encodings = [
+            self._encode(text, pairs[index] if pairs else None, add_special_tokens) for index, text in enumerate(texts)
+        ]
+        return as_tensors(self.pad(encodings), return_tensors)
 
     def offsets(self, text: str, pair: str | None = None) -> list[tuple[int, int]]:
         """For every token of `encode`, where in its text it stands: (first character, one past the last)."""

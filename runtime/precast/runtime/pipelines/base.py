@@ -61,6 +61,10 @@ class Pipeline:
             if own:
                 setattr(self, stage, partial(getattr(self, stage), **own))
 
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"{type(self).__name__}({self.model!r}{options})"
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer."""
