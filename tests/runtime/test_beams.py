@@ -135,6 +135,8 @@ BAD_REQUESTS = [
     ({"num_beams": 2, "early_stopping": "always"}, "early_stopping must be True, False or 'never', not 'always'"),
     ({"num_beams": 2, "prompt_lookup_num_tokens": 2}, "pass one only"),
     ({"output_scores": True}, "output_scores=True is done with num_beams above 1"),
+    ({"num_beams": 2, "suppress_tokens": [*range(320)]}, "No token may come next: suppress_tokens"),
+    ({"num_beams": 2, "length_penalty": 1e308}, r"length_penalty must lie between -20 and 20, not 1e\+308"),
     ({"num_beams": 0}, "num_beams must be a whole number of at least 1, not 0"),
 ]
 

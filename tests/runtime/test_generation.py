@@ -239,7 +239,7 @@ BAD_REQUESTS = [
     ({"input_ids": [[5, 6]], "attention_mask": [[1, 2]]}, "0 .padding. and 1"),
     ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, "Row 0 of attention_mask has no token"),
     ({"input_ids": [[5]], "num_beams": 4}, r"takes 4 rows .num_beams.*compiled for 1.*--batch-size 4"),
-    ({"input_ids": [[5]], "max_tokens": 4}, r"'max_tokens', which generate\(\) does not know\. It takes: max_"),
+    ({"input_ids": [[5]], "max_tokens": 4}, r"does not know\. Did you mean 'max_new_tokens'\? It takes: max_"),
     ({"input_ids": [[5]], "temperature": 0.0}, r"temperature must be above 0, not 0\.0.*do_sample=False"),
     ({"input_ids": [[5]], "max_new_tokens": 0, "top_p": 2}, "max_new_tokens must be .* at least 1, not 0. top_p must"),
     ({"input_ids": [[5, 6, 7]], "max_length": 2}, "max_length is 2, the prompt alone has 3"),

@@ -186,7 +186,7 @@ def test_a_model_that_cannot_check_guesses_says_so(source, artifact, shapes, com
     ("options", "message"),
     [
         ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens must be a whole number of at least 0, not -1"),
-        ({"prompt_lookup_num_tokens": 2.5}, "prompt_lookup_num_tokens must be .* not 2.5"),
+        ({"prompt_lookup_num_tokens": 2.5}, r"prompt_lookup_num_tokens=2\.5 is of the wrong type.*Expected `int"),
         ({"max_matching_ngram_size": 0}, "max_matching_ngram_size must be a whole number of at least 1, not 0"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from .generation import GenerationConfig
 from .request import Ends
-from .sampling import Processors
+from .sampling import Processors, check_choice
 
 __all__ = ["Beams"]
 
@@ -72,6 +72,7 @@ class Beams:
         count = min(self._candidates, len(flat))
         top = np.argpartition(flat, -count)[-count:]
         top = top[_descending(flat[top])]
+        check_choice(np.nan if np.isnan(flat).any() else flat[top[0]])
         return flat[top], top // logits.shape[1], top % logits.shape[1]
 
     def _hits(self, tokens: Array, logits: Array, parents: Array) -> Array:

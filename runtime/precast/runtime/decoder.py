@@ -10,7 +10,7 @@ import numpy as np
 from .errors import InputError
 from .generative import Generation, GenerativeModel, check_streamer
 from .loss import with_labels
-from .padding import as_ids, as_mask, real_rows
+from .padding import as_array, as_ids, as_mask, real_rows
 from .sampling import Processor
 from .tensors import ModelOutput, like, to_numpy
 
@@ -61,7 +61,17 @@ class CompiledModelForCausalLM(GenerativeModel):
 
         Returns:
             Per row [len(positions), vocabulary].
+
+        Raises:
+            InputError: the tokens are none or do not fit, or there is none at a position.
         """
+        rows = [as_ids(to_numpy(row), self._vocabulary(), f"rows[{at}]", ("length",)) for at, row in enumerate(rows)]
+        if not rows or len(positions) != len(rows):
+            raise InputError(f"There are {len(rows)} rows and {len(positions)} lists of positions; each row has one.")
+        positions = [
+            _as_positions(asked, len(row), at) for at, (asked, row) in enumerate(zip(positions, rows, strict=True))
+        ]
+        self._check_room(rows, 0)
         found: list[Array] = []
         with self._lock:
             self._owner += 1
@@ -152,3 +162,16 @@ class CompiledModelForCausalLM(GenerativeModel):
             f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer}{verb} a larger one: "
             f"{self._recompile(need)}"
         )
+
+
+def _as_positions(asked: Sequence[int], length: int, row: int) -> list[int]:
+    """The positions that are asked for in a row of so many tokens. Raises InputError where it has none there."""
+    found = as_array(asked, f"positions[{row}]")
+    is_good = found.ndim == 1 and found.size and found.dtype.kind in "iu"
+    if not is_good or found[0] < 0 or found[-1] >= length or np.any(found[1:] <= found[:-1]):
+        raise InputError(
+            f"positions[{row}] must be whole numbers, ascending, from 0 to {length - 1}, the last token of that row; "
+            f"these are {asked!r:.80}."
+        )
+    positions: list[int] = found.tolist()
+    return positions

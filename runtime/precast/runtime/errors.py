@@ -7,6 +7,7 @@ PrecastError                 something the user can act on; the CLI prints it as
 ├── ExportError              a step of the export failed
 │   └── AccuracyError        the compiled model does not give the reference's answers
 ├── PublishError             the artifact could not be written where it was asked for
+├── OutOfMemoryError         what was asked for does not fit into this machine's memory; a MemoryError, too
 └── ArtifactError            an artifact cannot be opened
     ├── FormatError          its config.json or another of its files breaks its format, or is of a newer one
     ├── IntegrityError       a file is missing, truncated or altered
@@ -25,6 +26,7 @@ __all__ = [
     "HubError",
     "InputError",
     "IntegrityError",
+    "OutOfMemoryError",
     "PrecastError",
     "PrecastWarning",
     "PublishError",
@@ -63,6 +65,10 @@ class AccuracyError(ExportError):
 
 class PublishError(PrecastError):
     """The artifact could not be written."""
+
+
+class OutOfMemoryError(PrecastError, MemoryError):
+    """There is not so much memory."""
 
 
 class ArtifactError(PrecastError):

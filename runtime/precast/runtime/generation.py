@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, get_type_hints
+
+import msgspec
+import numpy as np
 
 from .errors import InputError
+from .tensors import to_numpy
 
 __all__ = ["GenerationConfig"]
+
+# As wide as the arrays that hold them.
+Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Word = Annotated[list[Id], msgspec.Meta(min_length=1)]
+Stop = Annotated[str, msgspec.Meta(min_length=1)]
 
 # What transformers' generation_config.json may say that asks for nothing: the value that turns it off.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -96,39 +107,50 @@ class GenerationConfig:
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     encoder_no_repeat_ngram_size: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    eos_token_id: Id | list[Id] | None = None
+    pad_token_id: Id | None = None
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int | None = None
-    stop_strings: str | list[str] | None = None
+    stop_strings: Stop | list[Stop] | None = None
     num_beams: int | None = None
     num_return_sequences: int | None = None
     length_penalty: float | None = None
-    early_stopping: bool | Literal["never"] | None = None
-    decoder_start_token_id: int | None = None
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: int | list[int] | None = None
-    suppress_tokens: list[int] | None = None
-    begin_suppress_tokens: list[int] | None = None
-    bad_words_ids: list[list[int]] | None = None
+    early_stopping: bool | str | None = None
+    decoder_start_token_id: Id | None = None
+    forced_bos_token_id: Id | None = None
+    forced_eos_token_id: Id | list[Id] | None = None
+    suppress_tokens: list[Id] | None = None
+    begin_suppress_tokens: list[Id] | None = None
+    bad_words_ids: list[Word] | None = None
     output_scores: bool | None = None
     return_dict_in_generate: bool | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Numpy's and torch's numbers become Python's. Raises InputError for a value of another type."""
+        for name, value in self.to_diff_dict().items():
+            object.__setattr__(self, name, _typed(name, value))
 
     @classmethod
     def of(cls, given: Any, origin: str) -> GenerationConfig:
         """From a GenerationConfig, ours or transformers', or a dict. `origin` names it in errors.
 
-        Raises InputError for what this runtime does not do; what asks for nothing is passed over.
+        Raises InputError for what this runtime does not do, and for a value of another type; what asks for nothing is
+        passed over.
         """
         if isinstance(given, cls):
             return given
+        if not isinstance(given, dict) and not hasattr(given, "to_diff_dict"):
+            raise InputError(f"{origin} must be a GenerationConfig or a dict, not {given!r:.80}.")
         raw = given if isinstance(given, dict) else given.to_diff_dict()
         known = {field.name for field in fields(cls)}
         for name, value in raw.items():
             if name not in known:
-                _refuse_unless_neutral(name, value, origin)
-        return cls(**{name: value for name, value in raw.items() if name in known})
+                _refuse_unless_neutral(name, _plain(value), origin)
+        try:
+            return cls(**{name: value for name, value in raw.items() if name in known})
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from None
 
     def over(self, base: GenerationConfig) -> GenerationConfig:
         """This configuration, with what it leaves open taken from `base`."""
@@ -185,20 +207,21 @@ class GenerationConfig:
 
     def _holes(self) -> Iterator[str]:
         at_least = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "top_k": 0,
-                    "no_repeat_ngram_size": 0, "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1,
+                    "no_repeat_ngram_size": 0, "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1, "seed": 0,
                     "num_beams": 1, "num_return_sequences": 1, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
         for name, low in at_least.items():
-            if (value := getattr(self, name)) is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < low
-            ):
+            if (value := getattr(self, name)) is not None and value < low:
                 yield f"{name} must be a whole number of at least {low}, not {value!r}."
         for name in ("temperature", "repetition_penalty"):
-            if (value := getattr(self, name)) is not None and not value > 0:
+            if (value := getattr(self, name)) is not None and not value >= _SMALLEST:
+                limit = "above 0" if not value > 0 else f"at least {_SMALLEST}"
                 hint = " For the likeliest token each time, use do_sample=False." if name == "temperature" else ""
-                yield f"{name} must be above 0, not {value!r}.{hint}"
+                yield f"{name} must be {limit}, not {value!r}.{hint}"
         for name in ("top_p", "min_p"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 yield f"{name} must lie between 0 and 1, not {value!r}."
+        if (power := self.length_penalty) is not None and not abs(power) <= _STEEPEST:
+            yield f"length_penalty must lie between -{_STEEPEST} and {_STEEPEST}, not {power!r}."
         if self.early_stopping not in (None, True, False, "never"):
             yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
         yield from self._beam_holes() if self.beams > 1 else self._rows_holes()
@@ -223,14 +246,44 @@ class GenerationConfig:
             yield "output_scores=True is done with num_beams above 1 only; pass output_scores=False to go without."
 
 
+_SMALLEST = 1e-30
+"""What logits are divided by: less would make them infinite in float32."""
+_STEEPEST = 20
+"""The power of a length; a higher one is infinite in float32."""
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(GenerationConfig, include_extras=True)
+
+
+def _typed(name: str, value: Any) -> Any:
+    plain = _plain(value)
+    try:
+        return msgspec.convert(plain, _types()[name])
+    except msgspec.ValidationError as error:
+        raise InputError(f"{name}={plain!r:.80} is of the wrong type or size: {error}.") from None
+
+
+def _plain(value: Any) -> Any:
+    """With Python's own numbers and lists in place of numpy's and torch's."""
+    value = to_numpy(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return [_plain(each) for each in value] if isinstance(value, list | tuple | set) else value
+
+
 def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _refuse_unless_neutral(name: str, value: Any, origin: str) -> None:
     if name not in _NEUTRAL:
-        choices = ", ".join(field.name for field in fields(GenerationConfig))
-        raise InputError(f"{origin} has {name!r}, which generate() does not know. It takes: {choices}.")
+        choices = [field.name for field in fields(GenerationConfig)]
+        hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, choices, n=1))
+        raise InputError(
+            f"{origin} has {name!r}, which generate() does not know.{hint} It takes: {', '.join(choices)}."
+        )
     if ... not in _NEUTRAL[name] and value not in _NEUTRAL[name]:
         raise InputError(
             f"{origin} asks for {name}={value!r}, which this runtime does not do. Pass {name}="

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
@@ -14,10 +13,11 @@ from .artifact import Artifact
 from .artifact.schema import Variant
 from .beams import Beams
 from .engines import Engine
-from .errors import ArtifactError, InputError, PrecastError
+from .errors import InputError, PrecastError
 from .generation import GenerationConfig
 from .lookup import Lookup
 from .model import CompiledModel
+from .published import parse_object
 from .request import Ends, Request
 from .sampling import Processor, Processors, Sampler
 from .session import Session
@@ -40,7 +40,8 @@ class Generation:
         streamer: Any = None,
     ) -> None:
         self.config, self.count, self.streamer = config, count, streamer
-        self.processors, self.criteria = processors or (), criteria or ()
+        self.processors = _callables("logits_processor", processors)
+        self.criteria = _callables("stopping_criteria", criteria)
 
     @property
     def width(self) -> int:
@@ -71,11 +72,7 @@ class GenerativeModel(CompiledModel):
     @cached_property
     def _generation_file(self) -> dict[str, Any]:
         path = self.artifact.path / "generation_config.json"
-        try:
-            found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
-        return found
+        return parse_object(path.read_bytes(), str(path)) if path.exists() else {}
 
     def _attend(self, contexts: Sequence[Any], width: int) -> None:
         """Make ready for prompts that belong to `contexts`, each with `width` rows."""
@@ -218,7 +215,22 @@ class GenerativeModel(CompiledModel):
             config = GenerationConfig.of(given, "generation_config").over(config)
         config = GenerationConfig.of(options, "generate()").over(config)
         config.check()
+        self._check_forced(config)
         return config
+
+    def _check_forced(self, config: GenerationConfig) -> None:
+        """Raise InputError for a token that is to come and is none."""
+        vocabulary = self._session.vocabulary
+        forced: dict[str, Sequence[int | None]] = {
+            "forced_bos_token_id": [config.forced_bos_token_id],
+            "forced_eos_token_id": config.last_ids,
+        }
+        for name, ids in forced.items():
+            if wrong := [each for each in ids if each is not None and not 0 <= each < vocabulary]:
+                raise InputError(f"{name}={wrong[0]} is none of the model's tokens, 0..{vocabulary - 1}.")
+
+    def _vocabulary(self) -> int:
+        return super()._vocabulary() or self._session.vocabulary
 
     def _check_lookup(self, config: GenerationConfig) -> None:
         if not config.prompt_lookup_num_tokens or self._session.is_flexible:
@@ -261,6 +273,14 @@ class GenerativeModel(CompiledModel):
 
     def _ends(self, asked: Generation) -> Ends:
         return Ends(asked.config, asked.criteria, self.tokenizer if asked.config.stops else None)
+
+
+def _callables(name: str, given: Any) -> Sequence[Any]:
+    """A list of functions. Raises InputError for anything else."""
+    found = () if given is None else given
+    if not isinstance(found, list | tuple) or not all(map(callable, found)):
+        raise InputError(f"{name} must be a list of functions, not {given!r:.80}.")
+    return found
 
 
 def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:

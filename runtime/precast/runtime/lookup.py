@@ -7,6 +7,8 @@ from collections.abc import Iterable
 __all__ = ["Lookup"]
 
 _FIRST = 4
+_LONGEST = 32
+"""What is remembered grows with its square, and who finds 32 tokens again learns nothing from the one before them."""
 
 
 class Lookup:
@@ -20,11 +22,11 @@ class Lookup:
     Args:
         tokens: what is there already.
         most: guess at most so many tokens.
-        longest: look for the last so many tokens, then for fewer.
+        longest: look for the last so many tokens, at most 32, then for fewer.
     """
 
     def __init__(self, tokens: Iterable[int], most: int, longest: int) -> None:
-        self._most, self._longest = most, longest
+        self._most, self._longest = most, min(longest, _LONGEST)
         self._count = min(_FIRST, most)
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}

@@ -215,7 +215,7 @@ class CompiledModel(ForTransformers):
     def _vocabulary(self) -> int | None:
         text = self.config.get("text_config")
         found = self.config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
-        return found if isinstance(found, int) else None
+        return found if type(found) is int and found > 0 else None
 
     def _recompile(self, length: int) -> str:
         """The command that compiles this model for longer requests."""

@@ -9,9 +9,10 @@ import numpy as np
 
 from .errors import InputError
 
-__all__ = ["align", "as_floats", "as_ids", "as_mask", "cut", "ends_of", "fill", "real_rows", "unalign"]
+__all__ = ["align", "as_array", "as_floats", "as_ids", "as_mask", "cut", "ends_of", "fill", "real_rows", "unalign"]
 
 Array = np.ndarray[Any, Any]
+_MOST_IDS = 2**31
 EMPTY_ROWS = ("batch", "choices", "texts")
 """Axes whose padding repeats what comes first, which is as harmless as any real row, where a row of nothing but padding
 can make a softmax undefined."""
@@ -21,15 +22,16 @@ def as_ids(
     value: Any, vocabulary: int | None, name: str = "input_ids", axes: Sequence[str] = ("batch", "length")
 ) -> Array:
     """Token ids (or other whole numbers) as int64 with these axes. Raises InputError for another rank, dtype, an empty
-    tensor, or ids outside 0..vocabulary-1."""
+    tensor, or ids outside 0..vocabulary-1; where that is not known, for negative ones."""
     ids = _as_array(value, name, axes)
     if ids.size == 0:
         raise InputError(f"{name} is empty: its shape is {list(ids.shape)}. Give at least one token per row.")
     if ids.dtype.kind not in "iu":
         raise InputError(f"{name} must be whole numbers (int64); these are {ids.dtype}.")
-    if vocabulary is not None and (ids.min() < 0 or ids.max() >= vocabulary):
+    limit = _MOST_IDS if vocabulary is None else vocabulary
+    if ids.min() < 0 or ids.max() >= limit:
         wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
-        raise InputError(f"{name} holds the id {wrong}; the model's vocabulary is 0..{vocabulary - 1}.")
+        raise InputError(f"{name} holds the id {wrong}; the model's vocabulary is 0..{limit - 1}.")
     return ids.astype(np.int64, copy=False)
 
 
@@ -48,15 +50,22 @@ def as_floats(value: Any, name: str, axes: Sequence[str]) -> Array:
 
 def _as_array(value: Any, name: str, axes: Sequence[str]) -> Array:
     shape = f"[{', '.join(axes)}]"
-    try:
-        found = np.asarray(value)
-    except ValueError:
-        raise InputError(f"{name} has rows of different lengths; pad them and give an attention_mask.") from None
+    found = as_array(value, name)
     if found.ndim == 1 and found.size and found.dtype != object and len(axes) == 2:
         raise InputError(f"{name} has one dimension, [{found.size}]; give {shape}, for one row [1, {found.size}].")
+    if found.dtype == object and found.ndim == len(axes):
+        raise InputError(f"{name} must be numbers of at most 64 bits; it holds {found.flat[0]!r:.40}.")
     if found.dtype == object or found.ndim != len(axes):
         raise InputError(f"{name} must be {shape}; this has {found.ndim} dimensions, {list(found.shape)}.")
     return found
+
+
+def as_array(value: Any, name: str) -> Array:
+    """An array of nested lists. Raises InputError where their lengths differ."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise InputError(f"{name} has rows of different lengths; pad them and give an attention_mask.") from None
 
 
 def as_mask(value: Any, main: Array, name: str = "input_ids") -> Array:
@@ -64,7 +73,7 @@ def as_mask(value: Any, main: Array, name: str = "input_ids") -> Array:
     another shape, values other than 0 and 1, or a row without any token."""
     if value is None:
         return np.ones(main.shape, bool)
-    mask = np.asarray(value)
+    mask = as_array(value, "attention_mask")
     if mask.shape != main.shape:
         raise InputError(f"attention_mask has the shape {list(mask.shape)}, {name} {list(main.shape)}.")
     if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():

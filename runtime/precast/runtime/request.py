@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import InputError
 from .generation import GenerationConfig
 from .lookup import Lookup
 from .sampling import Sampler
@@ -70,4 +71,13 @@ class Ends:
             return True
         if self._stops and any(stop in self._tokenizer.decode(generated[-self._window :]) for stop in self._stops):
             return True
-        return any(np.all(to_numpy(end(tokens[None], logits[None]))) for end in self._criteria)
+        return any(_is_met(criterion, tokens, logits) for criterion in self._criteria)
+
+
+def _is_met(criterion: Any, tokens: Array, logits: Array) -> bool:
+    # A copy: what is done to it must not change the row.
+    found = to_numpy(criterion(tokens[None].copy(), logits[None]))
+    if found is None:
+        name = getattr(criterion, "__name__", type(criterion).__name__)
+        raise InputError(f"The stopping_criteria's {name} has to return whether the row ends; it returned None.")
+    return bool(np.all(found))

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from .errors import InputError, PrecastError
 from .generation import GenerationConfig
+from .tensors import to_numpy
 
-__all__ = ["Processors", "Sampler"]
+__all__ = ["Processors", "Sampler", "check_choice"]
 
 Array = np.ndarray[Any, Any]
 Processor = Callable[[Array, Array], Array]
@@ -55,17 +57,55 @@ class Sampler:
     def __call__(self, tokens: Array, logits: Array) -> int:
         """The next token's id."""
         logits = self._process(tokens, logits)
-        return int(logits.argmax()) if self._generator is None else _draw(self._generator, logits)
+        likeliest = int(logits.argmax())
+        check_choice(logits[likeliest])
+        return likeliest if self._generator is None else _draw(self._generator, logits)
+
+
+def check_choice(best: Any) -> None:
+    """Raise where the best of logits or scores is none: InputError where every token is ruled out, PrecastError where
+    they are no numbers."""
+    if np.isnan(best):
+        raise PrecastError(
+            "The model's logits hold NaN, so no token is the likeliest: some number in it is too large for its "
+            "precision. Export it with --dtype float32, or ask it something else."
+        )
+    if best == -np.inf:
+        raise InputError(
+            "No token may come next: suppress_tokens, bad_words_ids, no_repeat_ngram_size and logits_processor "
+            "together rule out all. Leave one of them out."
+        )
 
 
 def _draw(generator: np.random.Generator, logits: Array) -> int:
+    if logits.max() == np.inf:
+        # Certain is what is infinite.
+        logits = np.where(logits == np.inf, np.float32(0), np.float32(-np.inf))
     possible = np.flatnonzero(logits > -np.inf)
     return int(generator.choice(possible, p=_softmax(logits[possible].astype(np.float64))))
 
 
 def _one_row(process: Processor) -> Processor:
-    """The caller's processors take batches, [1, length] and [1, vocabulary], as transformers' do."""
-    return lambda tokens, logits: np.asarray(process(tokens[None], logits[None]))[0]
+    """The caller's processors take batches, [1, length] and [1, vocabulary], as transformers' do.
+
+    Raises InputError for an answer that is no logits.
+    """
+
+    def of_one_row(tokens: Array, logits: Array) -> Array:
+        # A copy: what is done to it must not change the row.
+        found: Array = np.asarray(to_numpy(process(tokens[None].copy(), logits[None])))
+        name, wanted = getattr(process, "__name__", type(process).__name__), [1, len(logits)]
+        if list(found.shape) != wanted or found.dtype.kind not in "fiu":
+            raise InputError(
+                f"The logits_processor {name} has to return logits, float32 {wanted}; it returned {found.dtype} "
+                f"{list(found.shape)}."
+            )
+        if np.isnan(found).any():
+            raise InputError(f"The logits_processor {name} returned NaN among its logits.")
+        row: Array = found[0].astype(np.float32)
+        return row
+
+    return of_one_row
 
 
 def _penalties(config: GenerationConfig, prompt_length: int, most: int, source: Array | None) -> Iterator[Processor]:
@@ -143,7 +183,7 @@ def minimum_length(tokens: Array, logits: Array, least: int, eos_ids: Sequence[i
 def without(logits: Array, ids: Sequence[int]) -> Array:
     """Forbid these tokens; ids outside the vocabulary never come anyway."""
     result: Array = logits.copy()
-    result[[token for token in ids if token < len(logits)]] = -np.inf
+    result[[token for token in ids if 0 <= token < len(logits)]] = -np.inf
     return result
 
 

@@ -58,6 +58,11 @@ class Session:
         self._appending: dict[int, _Call] = {}
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens there are logits of."""
+        return int(self._step_graph.outputs[0].shape[-1])  # type: ignore[arg-type]
+
+    @property
     def is_flexible(self) -> bool:
         """Can `append` take several tokens?"""
         return self.batch == 1 and any(map(_is_free, self._prefill_graphs.values()))

@@ -5,23 +5,45 @@ What a checkpoint's `tokenizer.json`, `tokenizer_config.json` and `chat_template
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import tokenizers
 
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError
+from .published import parse_object, select
+from .templates import render
 from .tensors import as_tensors
 
 __all__ = ["TextStream", "Tokenizer"]
 
 Array = np.ndarray[Any, Any]
 _REPLACEMENT = "\ufffd"
+_STRATEGIES = ("longest_first", "only_first", "only_second")
+_LARGEST = 2**32 - 1
+"""Ids are numbers of 32 bits."""
+
+
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+_Token = str | dict[str, Any]
+_TYPES: dict[str, Any] = {
+    "padding_side": Literal["left", "right"],
+    "model_input_names": list[str],
+    "clean_up_tokenization_spaces": bool,
+    "chat_template": str | list[_NamedTemplate],
+    **dict.fromkeys([f"{role}_token" for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask")], _Token),
+}
+"""What is used of tokenizer_config.json."""
 
 
 class Tokenizer:
@@ -37,12 +59,14 @@ class Tokenizer:
                 f"{self.path} has no tokenizer.json: its checkpoint carries no (fast) tokenizer. Give token ids "
                 f"instead of text."
             )
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        with _calling_the_library(f"{self.path / 'tokenizer.json'} cannot be read as a tokenizer", FormatError):
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
         # The file may fix a length of its own; here the compiled model decides.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._config = _read_json(self.path / "tokenizer_config.json")
-        self.special_tokens = _special_tokens({**_read_json(self.path / "special_tokens_map.json"), **self._config})
+        config = _read_json(self.path / "tokenizer_config.json")
+        self._config = select(config, _TYPES, str(self.path / "tokenizer_config.json"))
+        self.special_tokens = _special_tokens({**_read_json(self.path / "special_tokens_map.json"), **config})
         self.padding_side = self._config.get("padding_side", "right")
         self._cutting = lru_cache(maxsize=4)(self._copy_that_cuts)
 
@@ -56,8 +80,10 @@ class Tokenizer:
         return list(self._encode(text, pair, add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int] | Array, *, skip_special_tokens: bool = True) -> str:
-        """The text of a list of ids."""
-        text = str(self._tokenizer.decode([int(each) for each in ids], skip_special_tokens=skip_special_tokens))
+        """The text of a list of ids. Raises InputError for what is no id."""
+        numbers = _as_ids(ids)
+        with self._calling("decode these ids"):
+            text = str(self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens))
         return _cleaned(text) if self._cleans_up else text
 
     def batch_decode(self, rows: Sequence[Sequence[int]] | Array, *, skip_special_tokens: bool = True) -> list[str]:
@@ -66,12 +92,13 @@ class Tokenizer:
 
     def token(self, index: int) -> str | None:
         """The token with this id, as the vocabulary spells it."""
-        found: str | None = self._tokenizer.id_to_token(index)
+        (number,) = _as_ids([index])
+        found: str | None = self._tokenizer.id_to_token(number)
         return found
 
     def vocabulary_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it."""
-        return self._tokenizer.token_to_id(token)
+        return self._tokenizer.token_to_id(_checked(token))
 
     @property
     def marks_subwords(self) -> bool:
@@ -81,7 +108,10 @@ class Tokenizer:
     def join(self, tokens: Sequence[str]) -> str:
         """The text of tokens as the vocabulary spells them."""
         decoder = self._tokenizer.decoder
-        return str(decoder.decode(list(tokens))) if decoder is not None else " ".join(tokens)
+        if decoder is None:
+            return " ".join(tokens)
+        with self._calling("join these tokens"):
+            return str(decoder.decode(list(tokens)))
 
     def encodings(
         self,
@@ -102,14 +132,11 @@ class Tokenizer:
         """
         if length is None:
             return [self._encode(text, pair, add_special_tokens)]
-        try:
+        self._check_cut(length, stride, strategy, pair is not None)
+        _check_pair(text, pair)
+        with self._calling(f"cut a text to {length} tokens with an overlap of {stride}"):
             cutting = self._cutting(length, stride, strategy)
             whole = cutting.encode(text, pair, add_special_tokens=add_special_tokens)
-        except Exception as error:
-            # The library raises no narrower class.
-            raise InputError(
-                f"The text cannot be cut to {length} tokens with an overlap of {stride}: {error}"
-            ) from error
         return [whole, *whole.overflowing]
 
     def pad(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
@@ -121,13 +148,13 @@ class Tokenizer:
             "token_type_ids": ([each.type_ids for each in encodings], 0),
             "attention_mask": ([[1] * len(each.ids) for each in encodings], 0),
         }
-        named = {*self._config.get("model_input_names", rows)}.intersection(self._names or rows)
+        named = {"input_ids", *self._config.get("model_input_names", rows)}.intersection(self._names or rows)
         return {name: self._pad(values, fill) for name, (values, fill) in rows.items() if name in named}
 
     def __call__(
         self,
         texts: str | Sequence[str],
-        pairs: Sequence[str] | None = None,
+        pairs: str | Sequence[str] | None = None,
         *,
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
@@ -136,12 +163,13 @@ class Tokenizer:
 
         `return_tensors="pt"` makes tensors of torch, "np" is the same as None. Raises UsageError for anything else.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
+        first = _listed(texts)
+        second = [None] * len(first) if pairs is None else _listed(pairs)
+        if not first:
             raise InputError("There is no text to encode.")
-        encodings = [
-            self._encode(text, pairs[index] if pairs else None, add_special_tokens) for index, text in enumerate(texts)
-        ]
+        if len(second) != len(first):
+            raise InputError(f"There are {len(first)} texts and {len(second)} pairs; each text takes one.")
+        encodings = [self._encode(text, pair, add_special_tokens) for text, pair in zip(first, second, strict=True)]
         return as_tensors(self.pad(encodings), return_tensors)
 
     def offsets(self, text: str, pair: str | None = None) -> list[tuple[int, int]]:
@@ -161,21 +189,31 @@ class Tokenizer:
         **variables: Any,
     ) -> str:
         """The prompt text of a conversation. Raises InputError where there is no template or it refuses."""
-        from jinja2.exceptions import TemplateError
-
-        source = self._template(bool(tools))
-        try:
-            template = self._templates.from_string(source)
-            text: str = template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
-                **self.special_tokens, **variables,
-            )  # fmt: skip
-            return text
-        except TemplateError as error:
-            raise InputError(f"The chat template of {self.path} refused this conversation: {error}") from error
+        given = {"messages": messages, "tools": tools, "documents": None,
+                 "add_generation_prompt": add_generation_prompt}  # fmt: skip
+        source, name = self._template(bool(tools)), f"The chat template of {self.path}"
+        return render(source, name, {**self.special_tokens, **given, **variables})
 
     def _encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
-        return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
+        _check_pair(text, pair)
+        with self._calling(f"encode {text!r:.60}"):
+            return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
+
+    def _calling(self, what: str) -> AbstractContextManager[None]:
+        return _calling_the_library(f"The tokenizer of {self.path} cannot {what}", InputError)
+
+    def _check_cut(self, length: int, stride: int, strategy: str, is_pair: bool) -> None:
+        """Raise InputError for what the library answers with a panic, or not at all."""
+        if strategy not in _STRATEGIES:
+            raise InputError(f"strategy={strategy!r} is not known; choose one of: {', '.join(_STRATEGIES)}.")
+        room = operator.index(length) - self._tokenizer.num_special_tokens_to_add(is_pair)
+        if room < 1:
+            raise InputError(f"length={length} leaves no room for text beside the tokenizer's special tokens.")
+        if not isinstance(stride, int) or not 0 <= stride < room:
+            raise InputError(
+                f"stride={stride!r} must be a whole number from 0 to {room - 1}: pieces of {length} tokens hold {room} "
+                f"of the text, and each must get on."
+            )
 
     def _copy_that_cuts(self, length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
         # Cutting is a state of the library's object, which other threads share.
@@ -199,30 +237,34 @@ class Tokenizer:
 
     def _template(self, with_tools: bool) -> str:
         file = self.path / "chat_template.jinja"
-        source = file.read_text("utf-8") if file.is_file() else self._config.get("chat_template")
+        source = _text(file) if file.is_file() else self._config.get("chat_template")
         if isinstance(source, list):
-            named = {each["name"]: each["template"] for each in source}
+            named = {each.name: each.template for each in source}
             source = named.get("tool_use") if with_tools and "tool_use" in named else named.get("default")
         if not isinstance(source, str):
             raise InputError(f"{self.path} has no chat template; give a plain prompt instead of a conversation.")
         return source
 
-    @cached_property
-    def _templates(self) -> Any:
-        """The sandbox in which transformers renders templates, rebuilt after its chat_template_utils."""
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
+@contextmanager
+def _calling_the_library(failed: str, kind: type[PrecastError]) -> Iterator[None]:
+    """Whatever the tokenizers library raises within is a `kind`: bare Exceptions, and where its Rust code panics a
+    BaseException, which no `except Exception` would catch."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemoryError(f"{failed}: there is not so much memory.") from error
+    except Exception as error:
+        raise kind(f"{failed}: {_sentence(error)}") from error
+    except BaseException as error:
+        # The class pyo3_runtime.PanicException can be imported from nowhere.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{failed}: {_sentence(error)}") from error
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment
+
+def _sentence(error: BaseException) -> str:
+    return f"{' '.join(str(error).split()).removesuffix('.')}."
 
 
 class TextStream:
@@ -260,20 +302,57 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _as_ids(ids: Sequence[int] | Array) -> list[int]:
+    try:
+        numbers = [operator.index(each) for each in ids]
+    except TypeError:
+        raise InputError(f"Token ids are a list or an array of whole numbers; these are {ids!r:.80}.") from None
+    if wrong := [number for number in numbers if not 0 <= number <= _LARGEST]:
+        raise InputError(f"{wrong[0]} is no token id; these are whole numbers from 0 to {_LARGEST}.")
+    return numbers
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not text in UTF-8: {error}.") from error
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        return [texts]
+    try:
+        return list(texts)
+    except TypeError:
+        raise InputError(f"Give a text or a list of texts; this is {texts!r:.80}.") from None
+
+
+def _check_pair(text: str, pair: str | None) -> None:
+    _checked(text)
+    if pair is not None:
+        _checked(pair)
+
+
+def _checked(text: str) -> str:
+    """The text itself. Raises InputError for what is none."""
+    if not isinstance(text, str):
+        raise InputError(f"A text is a str; this is {type(text).__name__}: {text!r:.80}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The text has half a character, U+{ord(text[error.start]):04X}, at position {error.start}: "
+            f"{text[max(0, error.start - 20) : error.end]!a}. It was decoded wrongly; errors='replace' helps."
+        ) from None
+    return text
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        return parse_object(path.read_bytes(), str(path))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
-    return value if isinstance(value, dict) else {}
 
 
 # What transformers' clean_up_tokenization takes back of spaces that a tokenizer has put between tokens.

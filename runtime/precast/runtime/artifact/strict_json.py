@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import FormatError
 
-__all__ = ["canonical_digest", "dumps", "loads"]
+__all__ = ["canonical_digest", "check_depth", "dumps", "loads"]
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 24
@@ -21,9 +21,9 @@ def loads(data: bytes, name: str) -> dict[str, Any]:
     """Parse `data`, refusing what a lenient parser would silently repair. Raises FormatError, which names `name`."""
     if len(data) > MAX_BYTES:
         raise FormatError(f"{name} is larger than {MAX_BYTES:,} bytes, the most that is read.")
-    _check_depth(data, name)
+    check_depth(data, name)
     try:
-        # Decoded here: json.loads() would guess UTF-16 too, whose brackets _check_depth() does not see.
+        # Decoded here: json.loads() would guess UTF-16 too, whose brackets check_depth() does not see.
         text = data.decode()
         value = json.loads(
             text,
@@ -70,12 +70,12 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_depth(data: bytes, name: str) -> None:
-    """Count brackets outside strings before the recursive parser sees them."""
+def check_depth(data: bytes, name: str, limit: int = MAX_DEPTH) -> None:
+    """Count brackets outside strings before the recursive parser sees them. Raises FormatError."""
     # In two steps, each without backtracking: an unclosed string must not cost quadratic time.
     without_escapes = re.sub(rb"\\.", b"", data, flags=re.DOTALL)
     depth = 0
     for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"[^"]*"?', b"", without_escapes)):
         depth += 1 if bracket in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise FormatError(f"{name} nests more than {MAX_DEPTH} levels deep.")
+        if depth > limit:
+            raise FormatError(f"{name} nests more than {limit} levels deep.")

@@ -59,7 +59,7 @@ class OnnxEngine:
         """See Engine."""
         session = self._session(graph)
         if self._place.is_home:
-            return _BoundGraph(session, inputs, outputs)
+            return _BoundGraph(session, inputs, outputs, self._place)
         return _CopyingGraph(session, inputs, outputs, self._place)
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
@@ -169,7 +169,7 @@ def _check_taken(session: onnxruntime.InferenceSession, place: Place) -> None:
 def _cannot(what: str, place: Place, error: Exception) -> str:
     cause = f"ONNX Runtime {onnxruntime.__version__} cannot {what}"
     if place.is_home:
-        return f"{cause}: {str(error).strip().splitlines()[0]}"
+        return f"{cause}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     reason = " ".join(str(error).split())
     return f"{cause} with {place}: {reason}. Leave device and provider out to run it on the CPU."
 
@@ -177,23 +177,29 @@ def _cannot(what: str, place: Place, error: Exception) -> str:
 class _BoundGraph:
     """A session with a binding to arrays that it keeps alive."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays, place: Place) -> None:
         self._binding = session.io_binding()
-        self._run = session.run_with_iobinding
+        self._run, self._place = session.run_with_iobinding, place
         self._kept = [
             *(self._bind(self._binding.bind_ortvalue_input, name, array) for name, array in inputs.items()),
             *(self._bind(self._binding.bind_ortvalue_output, name, array) for name, array in outputs.items()),
         ]
 
     def __call__(self) -> None:
-        self._run(self._binding)
+        try:
+            self._run(self._binding)
+        except Exception as error:
+            # ONNX Runtime raises a dozen types of its own without a common base.
+            raise ArtifactError(_cannot("run the graph", self._place, error)) from error
 
-    @staticmethod
-    def _bind(bind: Any, name: str, array: Any) -> Any:
+    def _bind(self, bind: Any, name: str, array: Any) -> Any:
         """An OrtValue made from an array shares its memory but does not keep it."""
         value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         assert value.data_ptr() == array.ctypes.data, f"{name} was copied instead of shared"
-        bind(name, value)
+        try:
+            bind(name, value)
+        except Exception as error:
+            raise ArtifactError(_cannot(f"bind {name}", self._place, error)) from error
         return array, value
 
 
