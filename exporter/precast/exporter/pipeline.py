@@ -217,13 +217,25 @@ def _complete(contract: Contract, compiled: Compiled, notes: dict[str, str], sta
 
 
 def _config(checkpoint: Checkpoint, model: Any) -> dict[str, Any]:
-    """The checkpoint's configuration, without the traces that transformers leaves of where it was loaded from."""
+    """The checkpoint's configuration."""
     if checkpoint.gguf_file:
         config = json.loads(checkpoint.config.to_json_string(use_diff=True))
         config["architectures"] = [type(model).__name__]
     else:
         config = checkpoint.written_config
-    return {name: value for name, value in config.items() if not name.endswith("_name_or_path")}
+    return dict(_without_places(config))
+
+
+def _without_places(value: Any) -> Any:
+    """Without the traces, at any depth, that transformers leaves of where something was loaded from."""
+    if isinstance(value, dict):
+        return {key: _without_places(each) for key, each in value.items() if not _is_place(key, each)}
+    return [_without_places(each) for each in value] if isinstance(value, list) else value
+
+
+def _is_place(key: str, value: Any) -> bool:
+    # A label of this name would have a number.
+    return key.endswith("name_or_path") and (value is None or isinstance(value, str))
 
 
 def _write_companions(stage: Path, tokenizer: Any | None, model: Any, processor: dict[str, Any]) -> None:
@@ -231,15 +243,21 @@ def _write_companions(stage: Path, tokenizer: Any | None, model: Any, processor:
     _write_rules(stage, processor)
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
+        settings = stage / "tokenizer_config.json"
+        _write_json(settings, _without_places(json.loads(settings.read_text("utf-8"))))
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        raw = generation.to_diff_dict()
+        raw = _without_places(generation.to_diff_dict())
         kept = {name: value for name, value in raw.items() if name != "transformers_version" and name[0] != "_"}
-        (stage / "generation_config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
+        _write_json(stage / "generation_config.json", kept)
 
 
 def _write_rules(stage: Path, processor: dict[str, Any]) -> None:
     """How images and sounds are prepared, where the checkpoint says so."""
     if processor:
-        text = json.dumps(processor, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (stage / "preprocessor_config.json").write_text(text, "utf-8")
+        _write_json(stage / "preprocessor_config.json", _without_places(processor))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """As transformers writes it."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")

@@ -25,6 +25,7 @@ from precast.runtime.errors import CheckpointError, FormatError
 from .encoder.sentences import attach_sentences, sentence_weights
 from .gguf_reader import ParsedOnce
 from .options import ExportOptions
+from .own_files import check_files, weight_files
 from .packed import Grid, Packing, check_understood, packing_of, quantization_settings, unpacked, without_quantization
 
 __all__ = ["Checkpoint", "resolve"]
@@ -70,7 +71,7 @@ class Checkpoint:
                 strict_json.loads(strict_json.dumps(self._config_file), f"{self.name}/config.json")
             self._check_trust()
             with self._parsed_once:
-                config = AutoConfig.from_pretrained(self.directory, **self._arguments)
+                config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self._trusts, **self._gguf)
         except CheckpointError:
             raise
         except Exception as error:
@@ -147,7 +148,7 @@ class Checkpoint:
             return None
         try:
             with self._parsed_once:
-                return AutoTokenizer.from_pretrained(self.directory, **self._arguments)
+                return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self._trusts, **self._gguf)
         except Exception as error:
             raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {_first_line(error)}") from error
 
@@ -199,7 +200,7 @@ class Checkpoint:
                 f"Models of type {self.config.model_type!r} ({self.name}) cannot do {task.name}. {choices}"
             )
         with torch.device("meta"):
-            model: nn.Module = auto.from_config(self.config, trust_remote_code=self.trust_remote_code)
+            model: nn.Module = auto.from_config(self.config, trust_remote_code=self._trusts)
         self._attach_sentences(model, task)
         # Some layers make tensors by constructors that heed no device.
         return model.to("meta").eval()
@@ -213,13 +214,17 @@ class Checkpoint:
             "output_loading_info": True,
         }
         model: nn.Module
+        # Before anything is read: they may be others' than the checkpoint's.
+        self._weight_files()
         try:
             if self.packing:
                 model, info = self._load_unpacked(self.packing, task, settings)
             else:
                 with self._parsed_once:
                     auto = self._auto_class(task)
-                    model, info = auto.from_pretrained(self.directory, **settings, **self._arguments)
+                    model, info = auto.from_pretrained(
+                        self.directory, trust_remote_code=self._trusts, **settings, **self._gguf
+                    )
                 # A parsed vocabulary is large, and weights are the last to be read.
                 vars(self).pop("_parsed_once")
         except CheckpointError:
@@ -233,17 +238,21 @@ class Checkpoint:
 
     def _load_unpacked(self, packing: Packing, task: Task, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """As from_pretrained loads it, which takes tensors only from those who name no directory."""
-        tensors, generation = unpacked(self.directory, packing), None
+        tensors, generation = unpacked(self._weight_files(), packing), None
         if (self.directory / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(self.directory)
         cls: Any = type(self.skeleton(task))
-        model, info = cls.from_pretrained(None, state_dict=tensors, generation_config=generation, **settings)
+        model, info = cls.from_pretrained(
+            None, trust_remote_code=self._trusts, state_dict=tensors, generation_config=generation, **settings
+        )
         check_understood(model, tensors, info["unexpected_keys"], self.name)
         return model, info
 
     def weights_sha256(self) -> str:
         """One hash over all weight files: the file's own, or of the list of names and hashes for several."""
         files = self._weight_files()
+        if not self.gguf_file:
+            files += sentence_weights(self.directory, self.name)
         hashes = [(path.relative_to(self.directory).as_posix(), sha256_of(path)) for path in files]
         if len(hashes) == 1:
             return hashes[0][1]
@@ -254,19 +263,18 @@ class Checkpoint:
         return ParsedOnce() if self.gguf_file else nullcontext()
 
     @property
-    def _arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.gguf_file:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
+    def _trusts(self) -> bool:
+        # None would ask on the terminal, and run the code after a "y".
+        return bool(self.trust_remote_code)
+
+    @property
+    def _gguf(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
     def _weight_files(self) -> list[Path]:
         if self.gguf_file:
             return [self.directory / self.gguf_file]
-        for pattern in ("*.safetensors", "*.bin"):
-            if files := sorted(self.directory.glob(pattern)):
-                return [*files, *sentence_weights(self.directory, self.name)]
-        raise CheckpointError(f"{self.name} has no weights: no *.safetensors or *.bin file in it.")
+        return weight_files(self.directory, self.name, self._config_file)
 
     def _auto_class(self, task: Task) -> Any:
         return getattr(transformers, task.auto)
@@ -341,7 +349,18 @@ def _from_directory(given: str, path: Path, options: ExportOptions) -> Checkpoin
         hint = f" To export a GGUF file, name it: precast export {path / ggufs[0]} …" if ggufs else ""
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.{hint}")
     path = path.resolve()
+    check_files(path, path.name)
+    _check_alone(path)
     return Checkpoint(given, path.name, path, None, None, options.trust_remote_code)
+
+
+def _check_alone(path: Path) -> None:
+    """transformers adds an adapter that lies beside a model where the library peft is installed, and else does not."""
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds an adapter beside the model: whether it counts depends on what is installed. Merge it into "
+            f"the weights (peft: merge_and_unload), or move adapter_config.json away to export the model without it."
+        )
 
 
 def _from_hub(model: str, options: ExportOptions) -> Checkpoint:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from precast.runtime.artifact import strict_json
 from precast.runtime.errors import ArtifactError, CheckpointError
 
+from ..own_files import own_path
+
 __all__ = ["OUTPUT", "attach_sentences", "output_names", "sentence_weights"]
 
 OUTPUT = "sentence_embedding"
@@ -68,6 +70,8 @@ def _listed(directory: Path, name: str) -> list[tuple[str, str]]:
             f"The modules.json of {name} has a module of the kind {odd[0]}; precast knows Transformer, "
             f"{', '.join(_MAKERS)}."
         )
+    for _, folder in found[1:]:
+        own_path(directory, folder, name, "modules.json")
     return found[1:]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,15 +18,15 @@ from .grid import FLOATS, Packing, SchemeError
 __all__ = ["check_understood", "unpacked"]
 
 
-def unpacked(directory: Path, packing: Packing) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names that they have unquantized, packed ones as float32.
+def unpacked(files: list[Path], packing: Packing) -> dict[str, Tensor]:
+    """The tensors of safetensors files under the names that they have unquantized, packed ones as float32.
 
     Beside the result itself, no more than one module's weight is held; what was not packed stays mapped from its file.
     Raises SchemeError where the tensors are not as `packing` says, and what the file system and safetensors raise.
     """
     tensors: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        where = {name: file for file in _opened(directory, stack) for name in file.keys()}  # noqa: SIM118
+        where = {name: file for file in _opened(files, stack) for name in file.keys()}  # noqa: SIM118
         modules = {name.rpartition(".")[0] for name in where if name.endswith(f".{packing.marker}")}
         if not modules:
             raise SchemeError(f"no tensor in its safetensors files is a *.{packing.marker}")
@@ -62,16 +61,8 @@ def check_understood(model: nn.Module, tensors: dict[str, Tensor], unexpected: I
         )
 
 
-def _opened(directory: Path, stack: ExitStack) -> list[Any]:
-    return [stack.enter_context(safe_open(path, framework="pt")) for path in _files(directory)]
-
-
-def _files(directory: Path) -> list[Path]:
-    """Those that transformers would read; or all, as AutoGPTQ had names of its own."""
-    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    return [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
+def _opened(files: list[Path], stack: ExitStack) -> list[Any]:
+    return [stack.enter_context(safe_open(path, framework="pt")) for path in files]
 
 
 def _plain(name: str, file: Any) -> Tensor:

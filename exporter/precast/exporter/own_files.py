@@ -1,0 +1,112 @@
+"""Which files a checkpoint consists of, and that they are its own: a checkpoint is written by others.
+
+What it names or links to elsewhere on this machine would be read with the user's rights, compiled, and published under
+the hash of something else. A pipe would be waited for, and a device may never end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from precast.runtime.errors import CheckpointError
+
+__all__ = ["check_files", "own_path", "weight_files"]
+
+MAX_BYTES = 256 * 2**20
+"""Of a file that is read as a whole: the largest published vocabularies have a tenth of that."""
+_READ = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+_MAPPED = (".bin", ".gguf", ".safetensors")
+_FOLDERS = ("additional_chat_templates", "custom_generate")
+"""Which transformers looks into."""
+
+
+def check_files(directory: Path, name: str) -> None:
+    """Raise CheckpointError for a file of a kind that is read, here or in a folder, that is not a regular file, is a
+    link to somewhere else, or is larger than can be read."""
+    for path in _files(directory):
+        shown = f"{path.relative_to(directory).as_posix()} of {name}"
+        if not path.exists():
+            # A link to nothing is nothing.
+            continue
+        if not _is_own(path, directory):
+            raise CheckpointError(
+                f"{shown} is a link to {path.resolve()}, outside of the checkpoint. If that file belongs to it, put it "
+                f"there, or export the folder where all of it lies."
+            )
+        if not path.is_file():
+            raise CheckpointError(f"{shown} is not a regular file.")
+        if path.suffix in _READ and (size := path.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(
+                f"{shown} has {size:,} bytes; {MAX_BYTES:,} are the most that is read of such a file."
+            )
+
+
+def own_path(directory: Path, entry: str, name: str, where: str) -> Path:
+    """The file or folder of the checkpoint that `entry`, in its file `where`, stands for.
+
+    Raises CheckpointError where it leads out of the checkpoint.
+    """
+    path = directory / entry
+    if not Path(os.path.abspath(path)).is_relative_to(directory) or not _is_own(path, directory):
+        raise CheckpointError(f"{where} of {name} names {entry}, which is outside of the checkpoint.")
+    return path
+
+
+def weight_files(directory: Path, name: str, config: Mapping[str, Any]) -> list[Path]:
+    """The files that hold the model's weights: those that transformers loads, else all, as AutoGPTQ had names of its
+    own. Raises CheckpointError where there are none, or one is not the checkpoint's own."""
+    chosen = config.get("transformers_weights")
+    if isinstance(chosen, str):
+        first = _weights(directory, chosen, name, "config.json")
+        return _of_index(first, directory, name) if first.name.endswith(".index.json") else [first]
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{whole}.index.json"
+        if (directory / whole).is_file():
+            return [directory / whole]
+        if index.is_file():
+            return _of_index(index, directory, name)
+    for pattern in ("*.safetensors", "*.bin"):
+        if files := sorted(directory.glob(pattern)):
+            return files
+    raise CheckpointError(f"{name} has no weights: no *.safetensors or *.bin file in it.")
+
+
+def _of_index(index: Path, directory: Path, name: str) -> list[Path]:
+    shown = index.relative_to(directory).as_posix()
+    try:
+        entries = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(map(str, entries.values())))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise CheckpointError(
+            f"{shown} of {name}, which lists the files of its weights, cannot be used: {reason}"
+        ) from error
+    return [_weights(directory, entry, name, shown) for entry in names]
+
+
+def _weights(directory: Path, entry: str, name: str, where: str) -> Path:
+    path = own_path(directory, entry, name, where)
+    if not path.is_file():
+        raise CheckpointError(f"{name} lacks the file {entry}, which its {where} names.")
+    return path
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """All of a kind that somebody reads, here and in folders that lie here."""
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            inside = path.iterdir() if path.name in _FOLDERS or not (path.is_symlink() or path.name[0] == ".") else ()
+            yield from (each for each in inside if each.suffix in _READ + _MAPPED)
+        elif path.suffix in _READ + _MAPPED:
+            yield path
+
+
+def _is_own(path: Path, directory: Path) -> bool:
+    """Does it lie in the checkpoint, or where the Hub's cache keeps the files of a repository?"""
+    real = path.resolve()
+    in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    return real.is_relative_to(directory.resolve()) or in_cache
