@@ -12,7 +12,9 @@ SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
 NEURON_HLO ?= build/neuron-hlo
 
-.PHONY: demo test test-slow check env models bench peers neuron-hlo clean
+NEWEST ?= build/newest
+
+.PHONY: demo test test-slow test-newest constraints check env models bench peers neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
@@ -22,6 +24,27 @@ test: $(BIN)/.dev models
 
 test-slow: $(BIN)/.dev models
 	$(BIN)/python -m pytest -m slow
+
+# The same tests with the newest release of everything, without constraints.txt, in an environment of their own. The
+# newest torch on PyPI is a CUDA build of several gigabytes; what takes one of them from elsewhere: TORCH_INDEX, or
+# TORCH=torch==2.13.0 for this version and the newest of all else.
+test-newest: models
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager $(INDEX) \
+		$(TORCH) -e '.[export,dev]'
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# constraints.txt anew: the newest release of everything that the tests need beside the torch that it names already.
+constraints:
+	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	grep '^torch==' constraints.txt > build/constraints/torch.txt
+	build/constraints/bin/python -m pip install -q --disable-pip-version-check $(INDEX) -c build/constraints/torch.txt \
+		'.[export,dev]'
+	echo '# Made by `make constraints`, with Python 3.11 on Linux x86-64.' > build/constraints/all.txt
+	build/constraints/bin/python -m pip list --format=freeze --exclude precast --exclude pip --exclude setuptools \
+		| sed 's/+.*//' >> build/constraints/all.txt
+	mv build/constraints/all.txt constraints.txt
 
 check: $(BIN)/.dev
 	$(BIN)/ruff format --check .

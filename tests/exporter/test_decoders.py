@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -11,9 +12,14 @@ import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 from zoo import decoders as zoo
+from zoo.shrink import tiny_config
 
-from precast.exporter import ExportOptions, export
+from precast.exporter import ExportOptions, export, preview
+from precast.exporter.architectures.swap import replaced
+from precast.exporter.decoder import hooks
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.errors import CheckpointError, ExportError
@@ -116,11 +122,30 @@ def test_capacity_bounds_windows(checkpoint, artifact):
 
 
 def test_an_architecture_past_the_interface_keeps_its_own_operators(checkpoint, tmp_path, monkeypatch):
-    """GPT-J without its adapter: nothing calls the operator, which is noticed when it is planned."""
-    monkeypatch.delitem(__import__("precast.exporter.architectures", fromlist=["ADAPTERS"]).ADAPTERS, "gptj")
-    found = export(str(checkpoint("gptj")), tmp_path / "out", ExportOptions(sequence_length=(16,)))
-    assert found.contract.variants[0].compiler.options["attention"] == "ordinary operators"
+    """GPT-Neo without its adapter: nothing calls the operator, which is noticed when it is planned, and recorded."""
+    monkeypatch.delitem(__import__("precast.exporter.architectures", fromlist=["ADAPTERS"]).ADAPTERS, "gpt_neo")
+    source = tiny.save_checkpoint(tmp_path / "gpt_neo", tiny_config("gpt_neo", zoo.CONFIGS["gpt_neo"]))
+    found = export(str(source), tmp_path / "out", ExportOptions(sequence_length=(16,)))
+    options = found.contract.variants[0].compiler.options
+    assert options["attention"] == "ordinary operators"
+    assert options["attention_because"].startswith("GPTNeoForCausalLM has 2 cached layers but 0 of them call attention")
     assert found.contract.variants[0].accuracy.status == "passed"
+
+
+def test_a_warning_is_no_reason_to_leave_the_operator(checkpoint, monkeypatch):
+    """What is deprecated still fits: where warnings are errors, one is not taken for a model that does not."""
+    monkeypatch.setattr(hooks, "_owner", lambda *_: warnings.warn("`past_key_values` is deprecated", FutureWarning, 2))
+    with pytest.raises(FutureWarning, match="is deprecated"):
+        preview(str(checkpoint("llama")), ExportOptions(sequence_length=(16,)))
+
+
+def test_a_method_that_transformers_has_no_more_is_not_replaced_in_vain(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    with (
+        pytest.raises(ExportError, match=r"has no LlamaAttention\._attn"),
+        replaced(model, LlamaAttention, "_attn", id),
+    ):
+        pass
 
 
 def test_a_cache_that_is_none_of_transformers_own_is_refused(tmp_path):

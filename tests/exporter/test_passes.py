@@ -10,7 +10,12 @@ import pytest
 from onnxscript import FLOAT, script
 from onnxscript import opset20 as op
 
-from precast.exporter.backends.onnx.passes import RemoveIdleOutputs, RemoveIdleReshapes, RemoveProvenance
+from precast.exporter.backends.onnx.passes import (
+    FlattenProducts,
+    RemoveIdleOutputs,
+    RemoveIdleReshapes,
+    RemoveProvenance,
+)
 
 
 @script(default_opset=op)
@@ -55,6 +60,26 @@ def test_unknown_shapes_are_left_alone():
         for value in node.outputs:
             value.shape = None
     assert RemoveIdleReshapes()(model).modified is False
+
+
+def test_what_a_product_takes_has_two_dimensions():
+    """As the fusion of GPT-2's attention leaves it: a shape in a constant alone."""
+    x, weight, bias = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in ("x", "w", "b"))
+    x.shape, weight.shape, bias.shape = ir.Shape([2, 5, 3, 4]), ir.Shape([12, 7]), ir.Shape([7])
+    sizes = ir.Value(name="sizes", shape=ir.Shape([3]), const_value=ir.tensor([0, 0, 12]))
+    merged = ir.node("Reshape", [x, sizes])
+    product = ir.node("Gemm", [merged.outputs[0], weight, bias])
+    product.outputs[0].type = x.type
+    nodes = [merged, product]
+    graph = ir.Graph([x, weight, bias], product.outputs, nodes=nodes, initializers=[sizes], opset_imports={"": 20})
+    model = ir.Model(graph, ir_version=10)
+    assert FlattenProducts()(model).modified
+    assert not FlattenProducts()(model).modified
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=size).astype("f") for name, size in (("x", (2, 5, 3, 4)), ("w", (12, 7)), ("b", 7))}
+    expected = arrays["x"].reshape(-1, 12) @ arrays["w"] + arrays["b"]
+    np.testing.assert_allclose(session.run(None, arrays)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("read", "left"), [(0, 1), (3, 4)])

@@ -153,7 +153,7 @@ def _in_words(plan: Any) -> str:
     if facts["quantize"] != "none":
         lines.append(f"quantized to     {facts['quantize']}")
     if "attention" in facts:
-        lines.append(f"attention        {facts['attention']}")
+        lines.append(f"attention        {facts['attention']}: {facts['attention_because']}")
     if facts["cache_bytes"]:
         lines.append(f"cache            {_megabytes(facts['cache_bytes'])}")
     return "\n".join([*lines, f"memory to export about {_megabytes(facts['memory_bytes'])}"])

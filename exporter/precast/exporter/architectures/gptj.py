@@ -1,4 +1,7 @@
-"""GPT-J, CodeGen and GPT-Neo: their attention is a method `_attn` of each layer, called right after the cache."""
+"""GPT-J, CodeGen and GPT-Neo: their attention is a method `_attn` of each layer, called right after the cache.
+
+Since transformers 5.24 that of GPT-J and CodeGen goes through transformers' AttentionInterface instead.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,19 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from ..decoder.hooks import Mask, attend
+from .interface import through_interface
 from .swap import replaced
 
 __all__ = ["adapted"]
 
 
 def adapted(model: nn.Module) -> AbstractContextManager[Any]:
-    """Replace `_attn` of every layer."""
+    """Replace `_attn` of every layer, where layers have one."""
+    written_out = [cls for cls in (GPTJAttention, CodeGenAttention, GPTNeoSelfAttention) if hasattr(cls, "_attn")]
+    if not any(isinstance(module, tuple(written_out)) for module in model.modules()):
+        return through_interface(model)
     stack = ExitStack()
-    for cls in (GPTJAttention, CodeGenAttention, GPTNeoSelfAttention):
+    for cls in written_out:
         stack.enter_context(replaced(model, cls, "_attn", _attention))
     return stack
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextAttention, Llama4TextRotaryEmbedding
 
+from ..decoder.cache_names import cache_in
 from ..decoder.hooks import Mask, attend, positions
 from .interface import through_interface
 from .swap import replaced
@@ -47,8 +48,7 @@ def _attention(layer: Llama4TextAttention) -> Any:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Mask,
-        past_key_values: Any = None,
-        **_: Any,
+        **given: Any,
     ) -> tuple[Tensor, None]:
         query, key, value = (
             projection(hidden_states).unflatten(2, (-1, layer.head_dim))
@@ -60,7 +60,7 @@ def _attention(layer: Llama4TextAttention) -> Any:
             query, key = layer.qk_norm(query), layer.qk_norm(key)
         if layer.attn_temperature_tuning and not layer.use_rope:
             query = query * _temperature(layer, hidden_states.shape[1])
-        key, value = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), layer.layer_idx)
+        key, value = cache_in(given).update(key.transpose(1, 2), value.transpose(1, 2), layer.layer_idx)
         output = attend(query.transpose(1, 2), key, value, scale=layer.scaling, mask=attention_mask)
         return layer.o_proj(output.transpose(1, 2).flatten(2)), None
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.mpt.modeling_mpt import MptAttention
 
+from ..decoder.cache_names import cache_in
 from ..decoder.hooks import attend
 from .swap import replaced
 
@@ -20,16 +21,14 @@ def adapted(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _attention(layer: Any) -> Any:
-    def attention(
-        hidden_states: Tensor, position_bias: Tensor, past_key_values: Any = None, **_: Any
-    ) -> tuple[Tensor, None]:
+    def attention(hidden_states: Tensor, position_bias: Tensor, **given: Any) -> tuple[Tensor, None]:
         mixed = layer.Wqkv(hidden_states)
         if layer.clip_qkv:
             mixed = mixed.clamp(-layer.clip_qkv, layer.clip_qkv)
         query, key, value = (
             each.unflatten(2, (layer.n_heads, layer.head_dim)).transpose(1, 2) for each in mixed.chunk(3, dim=2)
         )
-        key, value = past_key_values.update(key, value, layer.layer_idx)
+        key, value = cache_in(given).update(key, value, layer.layer_idx)
         # The bias of the last key is 0, of the one before it minus the slope.
         slopes = -position_bias[:, 0, -2]
         output = attend(query, key, value, scale=layer.softmax_scale, slopes=slopes)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.xglm.modeling_xglm import XGLMAttention
 
+from ..decoder.cache_names import cache_in
 from ..decoder.hooks import attend
 from .swap import replaced
 
@@ -20,12 +21,12 @@ def adapted(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _attention(layer: Any) -> Any:
-    def attention(hidden_states: Tensor, past_key_values: Any = None, **_: Any) -> tuple[Tensor, None]:
+    def attention(hidden_states: Tensor, **given: Any) -> tuple[Tensor, None]:
         query, key, value = (
             projection(hidden_states).unflatten(2, (layer.num_heads, layer.head_dim)).transpose(1, 2)
             for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
         )
-        key, value = past_key_values.update(key, value, layer.layer_idx)
+        key, value = cache_in(given).update(key, value, layer.layer_idx)
         output = attend(query, key, value, scale=layer.scaling)
         return layer.out_proj(output.transpose(1, 2).flatten(2)), None
 

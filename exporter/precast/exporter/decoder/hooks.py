@@ -47,6 +47,7 @@ _NEUTRAL = frozenset(
         "logits_to_keep",
         "layer_idx",
         "position_embeddings",
+        "cache",
         "past_key_values",
     ]
 )
@@ -89,7 +90,7 @@ _PAST: ContextVar[Tensor | None] = ContextVar("precast_past_lengths", default=No
 
 @contextmanager
 def tracing(caches: Caches) -> Iterator[Cache]:
-    """Within this block the attention function works on `caches`; yields what goes in as `past_key_values`."""
+    """Within this block the attention function works on `caches`; yields what goes in as the model's cache."""
     token = _CURRENT.set(caches)
     try:
         with after(caches.past_lengths):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache_names import cache_in
+
 __all__ = ["Scales", "cache_scales"]
 
 Scales = list[Tensor]
@@ -38,7 +40,7 @@ def _complete(model: nn.Module, row: Tensor) -> list[list[Tensor]]:
 def _cached(model: nn.Module, row: Tensor) -> list[Tensor]:
     """Keys and values of each layer in turn, [1, H, S, D]."""
     with torch.no_grad():
-        cache = model(input_ids=row[None], use_cache=True, return_dict=True).past_key_values
+        cache = cache_in(model(input_ids=row[None], use_cache=True, return_dict=True))
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 

@@ -12,7 +12,7 @@ same memory.
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,20 +23,22 @@ from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from precast.runtime.artifact.tasks import Task
-from precast.runtime.errors import CheckpointError
+from precast.runtime.errors import CheckpointError, PrecastError
 
 from ..architectures import adapted, traceable
 from ..plan import NoValues, run_skeleton
+from .cache_names import cache_argument, cache_in
 from .hooks import after
 from .states import Carried, StateLayer, carried
-from .step import OperatorDecoder, cache_argument, logits_at, takes_positions
+from .step import OperatorDecoder, logits_at, takes_positions
 
-__all__ = ["NAME", "LayerLayout", "Layout", "OrdinaryDecoder", "Stored", "fits_operator", "layout"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["NAME", "LayerLayout", "Layout", "OrdinaryDecoder", "Stored", "layout", "misfit"]
 
 NAME = "ordinary operators"
 """What artifacts and announcements call this."""
+
+_MISFITS = (PrecastError, TypeError, AttributeError, RuntimeError, ValueError, LookupError, AssertionError)
+"""How modelling code fails that is shown a mask or a cache other than it expects; a warning is none of them."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,29 @@ def layout(model: nn.Module, task: Task) -> Layout:
     return Layout(tuple(layers), _is_tuples(caches[0]), cache_argument(model))
 
 
-def fits_operator(model: nn.Module, found: Layout, sizes: Sequence[tuple[int, int]]) -> bool:
-    """Whether the attention of a model without weights, with caches of these heads and widths, can be the operator."""
-    if found.is_tuples or found.states:
-        return False
+def misfit(model: nn.Module, found: Layout, sizes: Sequence[tuple[int, int]]) -> str:
+    """Why the attention of a model without weights, with caches of these heads and widths, cannot be the operator;
+    empty where it can."""
+    if found.is_tuples:
+        return "its code keeps its cache as tuples of tensors"
+    if found.states:
+        return "it carries states beside keys and values, or instead of them"
     with torch.device("meta"):
         past = [torch.empty(1, heads, 2, width) for heads, width in sizes for _ in range(2)]
         ids, lengths, positions = torch.ones(1, 2).long(), torch.ones(1).int(), torch.zeros(1, 1).long()
         try:
             with torch.no_grad(), NoValues(), adapted(model):  # type: ignore[no-untyped-call]
                 OperatorDecoder(model, len(sizes), None)(ids, lengths, lengths, positions, past)
-        except Exception as error:
-            # Modelling code that is shown a mask or a cache other than it expects fails in ways of its own.
-            _log.info("%s does not fit the operator: %s", type(model).__name__, error)
-            return False
-    return True
+        except _MISFITS as error:
+            return _reason(error)
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    """One line, the same in every run: no address of an object is in it."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    text = re.sub(r" at 0x[0-9a-f]+", "", first)
+    return text if isinstance(error, PrecastError) else f"{type(error).__name__}: {text}"
 
 
 _SMALL, _LARGE = (2, 3), (3, 4)
@@ -131,7 +141,7 @@ _SMALL, _LARGE = (2, 3), (3, 4)
 
 def _cache(model: nn.Module, task: Task, batch: int, length: int) -> Any:
     ids = torch.ones(batch, length, dtype=torch.int64, device="meta")
-    return run_skeleton(model, task, {"input_ids": ids, "use_cache": True}).get(cache_argument(model))
+    return cache_in(run_skeleton(model, task, {"input_ids": ids, "use_cache": True}))
 
 
 def _is_tuples(cache: Any) -> bool:
@@ -195,7 +205,7 @@ class OrdinaryDecoder(nn.Module):
         with logits_at(self.model, logit_positions) as at, _UnknownMask(), after(past_lengths):
             result = self.model(**arguments)
             logits = at(result.logits)
-        layers = _layers(result.past_key_values if self.layout.is_tuples else given)
+        layers = _layers(cache_in(result) if self.layout.is_tuples else given)
         return logits, *self._present(rows, layers, past), *self._states(layers)
 
     def _as_tuples(self, rows: _Rows, past: list[Tensor]) -> Any:

@@ -15,7 +15,7 @@ from precast.runtime.errors import UsageError
 from ..options import ExportOptions
 from ..plan import GraphPlan, Plan, check_length, common, single_batch
 from ..resolve import Checkpoint
-from .ordinary import NAME, Layout, Stored, fits_operator, layout
+from .ordinary import NAME, Layout, Stored, layout, misfit
 from .states import Carried
 
 __all__ = ["HEAD_MULTIPLE", "CachePlan", "DecoderPlan", "plan"]
@@ -44,6 +44,8 @@ class DecoderPlan(Plan):
     prefill_lengths: tuple[int, ...]
     ordinary: Layout | None
     """How the model itself caches, where its attention stays in its own, ordinary operators."""
+    misfit: str
+    """Why it stays there; empty where it is one operator."""
 
     @property
     def capacity(self) -> int:
@@ -51,7 +53,7 @@ class DecoderPlan(Plan):
 
     @property
     def notes(self) -> dict[str, str]:
-        notes = {"attention": NAME} if self.ordinary and self.cache else {}
+        notes = {"attention": NAME, "attention_because": self.misfit} if self.ordinary and self.cache else {}
         return notes | ({"states": "tokens are read one at a time"} if self.states else {})
 
     @property
@@ -95,8 +97,8 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
     is_fixed = found.is_tuples or (row.is_static and not found.states)
     prefill = tuple(sorted(options.prefill_lengths)) or (_fixed_lengths(capacity) if is_fixed else ())
     cache = tuple(_cache_plan(layer.cached) for layer in found.layers if layer.cached)
-    is_one_operator = fits_operator(model, found, [(layer.heads, layer.head_dim) for layer in cache])
-    if not is_one_operator:
+    reason = misfit(model, found, [(layer.heads, layer.head_dim) for layer in cache])
+    if reason:
         _check_one_operator(options, model)
     return DecoderPlan(
         **common(checkpoint, options, task, model),
@@ -106,7 +108,8 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
         graphs=_decoder_graphs(batch, capacity, prefill, one_by_one=bool(found.states), apart=row.decodes_apart),
         cache=cache,
         cache_dtype=options.kv_cache,
-        ordinary=None if is_one_operator else found,
+        ordinary=found if reason else None,
+        misfit=reason,
     )
 
 

@@ -12,7 +12,8 @@ from precast.runtime.artifact.schema import Dim, Graph
 
 from ..questions import Question, repeat
 from ..reference import Answer
-from .step import cache_argument, logits_at
+from .cache_names import cache_argument, cache_in
+from .step import logits_at
 
 __all__ = ["answer", "questions", "scored"]
 
@@ -95,7 +96,7 @@ def _greedy(model: nn.Module, row: list[int], count: int) -> Answer:
         best = result.logits[0, -1].float().topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))
-        cache, ids = result[name], best.indices[:1][None]
+        cache, ids = cache_in(result), best.indices[:1][None]
     return Answer({"tokens": np.array(tokens)}, np.array(margins))
 
 

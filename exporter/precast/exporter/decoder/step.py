@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from precast.runtime.errors import ExportError
 
 from . import hooks
+from .cache_names import cache_argument
 from .kv_cache import Scales
 
-__all__ = ["OperatorDecoder", "cache_argument", "logits_at", "takes_positions"]
+__all__ = ["OperatorDecoder", "logits_at", "takes_positions"]
 
 
 class OperatorDecoder(nn.Module):
@@ -25,7 +26,7 @@ class OperatorDecoder(nn.Module):
         super().__init__()
         self.model, self.layers = model, layers
         self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
-        self.takes_positions = takes_positions(model)
+        self.takes_positions, self.cache_argument = takes_positions(model), cache_argument(model)
 
     def forward(
         self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
@@ -37,7 +38,7 @@ class OperatorDecoder(nn.Module):
         if self.takes_positions:
             arguments["position_ids"] = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
         with hooks.tracing(caches) as cache, logits_at(self.model, logit_positions) as at:
-            logits = at(self.model(past_key_values=cache, **arguments).logits)
+            logits = at(self.model(**arguments, **{self.cache_argument: cache}).logits)
         self._check(caches)
         return logits, *(tensor for index in range(self.layers) for tensor in caches.present[index])
 
@@ -48,11 +49,6 @@ class OperatorDecoder(nn.Module):
                 f"attention through transformers' AttentionInterface. This architecture needs an adapter: see "
                 f"CONTRIBUTING.md, 'Add an architecture'."
             )
-
-
-def cache_argument(model: nn.Module) -> str:
-    """What the model calls the cache that it takes and returns."""
-    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def takes_positions(model: Any) -> bool:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from precast.runtime.artifact.schema import Graph
 
+from ..decoder.cache_names import cache_argument, cache_in
 from ..questions import Question, repeat
 from ..reference import Answer
 
@@ -103,14 +104,14 @@ def _logits(model: nn.Module, source: dict[str, Any], row: list[int]) -> Answer:
 
 
 def _greedy(model: Any, source: dict[str, Any], count: int) -> Answer:
-    tokens, margins, cache = [], [], None
+    tokens, margins, cache, name = [], [], None, cache_argument(model)
     ids = torch.tensor([[_start(model)]])
     for _ in range(count):
-        result = model(**source, decoder_input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
+        result = model(**source, decoder_input_ids=ids, use_cache=True, return_dict=True, **{name: cache})
         best = result.logits[0, -1].float().topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))
-        cache, ids = result.past_key_values, best.indices[:1][None]
+        cache, ids = cache_in(result), best.indices[:1][None]
         states = BaseModelOutput(last_hidden_state=result.encoder_last_hidden_state)
         kept = {name: tensor for name, tensor in source.items() if name == "attention_mask"}
         source = {**kept, "encoder_outputs": states}

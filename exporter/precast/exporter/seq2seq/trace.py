@@ -16,6 +16,7 @@ from precast.runtime.errors import ExportError
 
 from ..architectures import adapted
 from ..decoder import hooks
+from ..decoder.cache_names import cache_argument
 from ..decoder.step import logits_at
 from ..plan import GraphPlan
 from ..trace import Program, export_program
@@ -48,9 +49,10 @@ class _Encoder(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         layers = [Held() for _ in range(self.layers)]
         cache = EncoderDecoderCache(DynamicCache(), Cache(layers=layers))
-        given = dict(zip(self.inputs, tensors, strict=True))
+        given: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
         first = torch.zeros(1, 1, dtype=torch.int64)
-        self.model(**given, decoder_input_ids=first, past_key_values=cache, use_cache=True, return_dict=True)
+        given[cache_argument(self.model)] = cache
+        self.model(**given, decoder_input_ids=first, use_cache=True, return_dict=True)
         return tuple(tensor for layer in layers for tensor in layer.held())
 
 
@@ -83,7 +85,8 @@ class _Decoder(nn.Module):
             logits_at(self.model, logit_positions) as at,
         ):
             cache = Both(own, Cache(layers=[Held(*pair) for pair in pairs]), past_lengths[:, None].long())
-            logits = at(self.model(**self._arguments(input_ids, past_lengths), past_key_values=cache).logits)
+            arguments = self._arguments(input_ids, past_lengths) | {cache_argument(self.model): cache}
+            logits = at(self.model(**arguments).logits)
         self._check(caches)
         return logits, *(tensor for index in range(len(caches.past)) for tensor in caches.present[index])
 

@@ -28,6 +28,7 @@ def optimize(model: ir.Model, graph: Graph) -> None:
         fuse_for_onnxruntime(model, "cpu")
     for each in (
         RestoreConstants(),
+        FlattenProducts(),
         SplitBatchTransposes(),
         RemoveIdleReshapes(),
         PackSiblings(),
@@ -67,6 +68,36 @@ class RestoreConstants(ir.passes.InPlacePass):
             model.graph.register_initializer(value)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+class FlattenProducts(ir.passes.InPlacePass):
+    """Flatten batch and length again where the fusion of attention forgot that a product of matrices wants it.
+
+    GPT-2's `Conv1D` merges heads and flattens batch and length in one reshape, and onnxscript's fusion takes whatever
+    reshape follows attention as one to [batch, length, heads * width]. A `Gemm` of that is a graph that nobody opens.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Reshape the first input of every `Gemm` that has three dimensions to [-1, its width]."""
+        unfit = [node for node in model.graph if node.op_type == "Gemm" and _rank(node.inputs[0]) == 3]
+        for node in unfit:
+            source, weight = node.inputs[:2]
+            width = weight.shape[1 if node.attributes.get_int("transB", 0) else 0]
+            shape = ir.Value(name=f"{source.name}_matrix_shape", const_value=ir.tensor([-1, width]))
+            flat = ir.Value(name=f"{source.name}_matrix", type=source.type, shape=ir.Shape([None, width]))
+            model.graph.register_initializer(shape)
+            model.graph.insert_before(node, ir.node("Reshape", [source, shape], outputs=[flat]))
+            node.replace_input_with(0, flat)
+        return ir.passes.PassResult(model, bool(unfit))
+
+
+def _rank(value: ir.Value) -> int | None:
+    """The number of dimensions, which fusions leave out where a reshape still says it."""
+    if value.shape is not None:
+        return len(value.shape)
+    producer = value.producer()
+    sizes = producer.inputs[1].shape if producer is not None and producer.op_type == "Reshape" else None
+    return sizes[0] if sizes else None
 
 
 class RemoveIdleReshapes(ir.passes.InPlacePass):
