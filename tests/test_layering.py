@@ -80,6 +80,7 @@ def _may_import(part: str, name: str, module: str) -> bool:
             "precast.runtime.child",
             "precast.runtime.cuda_host",
             "precast.runtime.select",
+            "precast.runtime.terminal",
         )
         return _within(name, *allowed)
     return part == "cli" or not _within(name, "precast.cli")

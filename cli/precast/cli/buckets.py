@@ -11,7 +11,7 @@ import click
 
 from .inputs import read_text
 from .options import hub_options, json_option
-from .output import print_json
+from .output import echo, print_json
 
 if TYPE_CHECKING:
     from precast.runtime.buckets import Plan
@@ -41,17 +41,17 @@ def command(
     if as_json:
         print_json({"texts": len(lengths), "option": option, **asdict(plan)})
         return
-    click.echo(option)
+    echo(option)
     _table(plan, len(lengths))
 
 
 def _table(plan: Plan, texts: int) -> None:
-    click.echo(f"\n{'length':>8}{'texts':>10}{'share':>8}")
+    echo(f"\n{'length':>8}{'texts':>10}{'share':>8}")
     for length, rows in zip(plan.lengths, plan.rows, strict=True):
-        click.echo(f"{length:>8}{rows:>10}{rows / texts:>8.1%}")
+        echo(f"{length:>8}{rows:>10}{rows / texts:>8.1%}")
     if plan.too_long:
-        click.echo(f"{'longer':>8}{plan.too_long:>10}{plan.too_long / texts:>8.1%}")
-    click.echo(
+        echo(f"{'longer':>8}{plan.too_long:>10}{plan.too_long / texts:>8.1%}")
+    echo(
         f"\nOf all tokens {plan.padding:.1%} would be padding; with {plan.lengths[-1]} alone {plan.padding_of_one:.1%}."
     )
 

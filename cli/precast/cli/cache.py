@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from precast.runtime.terminal import printable
+
 from .options import json_option
-from .output import print_json
+from .output import echo, print_json
 
 if TYPE_CHECKING:
     from precast.runtime.cache import Kept
@@ -39,7 +41,7 @@ def _list(as_json: bool) -> None:
         print_json({"home": str(home()), "bytes": total_bytes(found), "kept": [_facts(each) for each in found]})
         return
     _show(found)
-    click.echo(f"{len(found)} kept in {home()}, {_megabytes(total_bytes(found))} on disk")
+    echo(f"{len(found)} kept in {home()}, {_megabytes(total_bytes(found))} on disk")
 
 
 @command.command("clear", epilog="Safe at any time: models that are open keep their files until they are closed.")
@@ -59,13 +61,13 @@ def _clear(dry_run: bool, as_json: bool, everything: bool, **asked: bool) -> Non
         print_json({"dry_run": dry_run, "bytes": total_bytes(found), "removed": [_facts(each) for each in found]})
         return
     _show(found)
-    click.echo(f"{len(found)} {'to remove' if dry_run else 'removed'}, {_megabytes(total_bytes(found))}")
+    echo(f"{len(found)} {'to remove' if dry_run else 'removed'}, {_megabytes(total_bytes(found))}")
 
 
 def _show(found: list[Kept]) -> None:
     for each in found:
         size, made, used = _megabytes(each.size), _age(each.created), _age(each.used)
-        click.echo(f"{each.kind:<10}  {each.name:<40}  {size:>12}  made {made}, used {used}")
+        echo(f"{each.kind:<10}  {printable(each.name, keep=''):<40}  {size:>12}  made {made}, used {used}")
 
 
 def _facts(each: Kept) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .options import json_option
-from .output import print_json
+from .output import echo, print_json
 
 __all__ = ["command"]
 
@@ -28,7 +28,7 @@ def command(as_json: bool) -> None:
         print_json(facts)
         return
     for name, value in facts.items():
-        click.echo(f"{name:<18}{value if value is not None else 'not installed'}")
+        echo(f"{name:<18}{value if value is not None else 'not installed'}")
 
 
 def _facts() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from .options import LENGTHS, cast_options, hub_options, json_option, neuron_options, quantize_options, quiet_option
-from .output import note, print_json, step_reporter
+from .output import echo, note, print_json, step_reporter
 
 __all__ = ["command"]
 
@@ -131,11 +131,11 @@ def _show_plans(exporter: Any, model: str, settings: Any, as_json: bool) -> None
     if as_json:
         print_json({**plan.as_json(), **found})
         return
-    click.echo(_in_words(plan))
+    echo(_in_words(plan))
     for name in found.get("backends", ()):
-        click.echo(f"backend          {name}")
+        echo(f"backend          {name}")
     for name, reason in found.get("left_out", {}).items():
-        click.echo(f"no backend       {name}: {reason}")
+        echo(f"no backend       {name}: {reason}")
 
 
 def _in_words(plan: Any) -> str:
@@ -183,12 +183,12 @@ def _show_result(artifact: Any, url: str | None, comparison: dict[str, Any] | No
         print_json(result if comparison is None else {**result, "comparison": comparison})
         return
     for line in [] if comparison is None else _compared(comparison):
-        click.echo(line)
-    click.echo(f"{artifact.path}: {_megabytes(size)}, accuracy {first.accuracy.status}")
+        echo(line)
+    echo(f"{artifact.path}: {_megabytes(size)}, accuracy {first.accuracy.status}")
     for variant in [first, *others] if others else []:
-        click.echo(f"  {variant.name:<16} {variant.accuracy.status}: {variant.accuracy.reason}")
+        echo(f"  {variant.name:<16} {variant.accuracy.status}: {variant.accuracy.reason}")
     if url:
-        click.echo(url)
+        echo(url)
 
 
 def _accuracy(variant: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import click
 
 from .inputs import read_standard_input
 from .options import json_option, model_options, quiet_option
-from .output import note, print_json
+from .output import echo_answer, note, print_json
 
 __all__ = ["command"]
 
@@ -83,8 +82,7 @@ def command(
     for piece in _pieces(opened.tokenizer, clock):
         pieces.append(piece)
         if not as_json:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
+            echo_answer(piece)
     if as_json:
         print_json({"text": "".join(pieces), "prompt_tokens": len(ids), **clock.figures()})
         return
@@ -110,6 +108,7 @@ def _open(model: str, quiet: bool, options: dict[str, Any]) -> Any:
     from precast.runtime import CompiledModel, CompiledModelForCausalLM
     from precast.runtime.errors import UsageError
     from precast.runtime.progress import quiet as no_bars
+    from precast.runtime.terminal import quoted
 
     if quiet:
         no_bars()
@@ -117,7 +116,7 @@ def _open(model: str, quiet: bool, options: dict[str, Any]) -> Any:
     if not isinstance(opened, CompiledModelForCausalLM):
         raise UsageError(
             f"{model} was compiled for {opened.artifact.contract.task} and continues no prompts. "
-            f"Ask it with: precast predict {model} --text …"
+            f"Ask it with: precast predict {quoted(model)} --text …"
         )
     return opened
 

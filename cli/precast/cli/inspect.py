@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from precast.runtime.terminal import printable
+
 from .options import hub_options, json_option
-from .output import print_json
+from .output import echo, print_json
 
 __all__ = ["command"]
 
@@ -76,7 +78,8 @@ def _show(artifact: Any, runs: list[str | None], headers: list[list[Any]], verif
             *(("  NEFF", words) for words in dict.fromkeys(map(_neff, neffs))),
         ]
     for name, value in rows:
-        click.echo(f"{name:<27} {value}")
+        # In one line each: a value with lines of its own could pass for others.
+        echo(f"{printable(name, keep=''):<27} {printable(value, keep='')}")
 
 
 def _neff(header: Any) -> str:

@@ -19,7 +19,9 @@ from typing import Any
 
 import click
 
-__all__ = ["Tell", "note", "print_json", "run", "step_reporter"]
+from precast.runtime.terminal import escaped_json, printable
+
+__all__ = ["Tell", "echo", "echo_answer", "json_text", "note", "print_json", "run", "step_reporter"]
 
 Tell = Callable[[int, int], None]
 """Told how many parts of a step are done, and of how many."""
@@ -136,13 +138,30 @@ def _come_again(lost: Any) -> bool:
 
 def print_json(value: Any) -> None:
     """The one JSON document of a `--json` call; escapes stand for what a terminal's encoding may lack."""
+    click.echo(json_text(value, indent=2))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, of several lines where they are indented, that can be shown."""
     is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    click.echo(json.dumps(value, ensure_ascii=not is_utf8, indent=2))
+    return escaped_json(json.dumps(value, ensure_ascii=not is_utf8, indent=indent))
+
+
+def echo(text: str) -> None:
+    """Lines of the result, without what a terminal would obey."""
+    click.echo(printable(text))
+
+
+def echo_answer(piece: str) -> None:
+    """A part of what a model says, at once. Who reads from a file or a pipe gets it as it is."""
+    # click would leave out the colours that a model may have been asked for.
+    sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
+    sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """A line for people, on standard error."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 def step_reporter(quiet: bool) -> Callable[[str], AbstractContextManager[Tell]]:

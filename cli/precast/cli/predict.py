@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from .options import json_option, model_options, quiet_option
-from .output import print_json
+from .output import json_text, print_json
 
 __all__ = ["command"]
 
@@ -74,7 +74,7 @@ def command(
         if as_json:
             answers.append(answer)
         else:
-            click.echo(json.dumps(answer, ensure_ascii=False))
+            click.echo(json_text(answer))
     if as_json:
         print_json(answers)
 

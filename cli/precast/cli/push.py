@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .options import json_option
-from .output import print_json
+from .output import echo, print_json
 
 __all__ = ["command"]
 
@@ -32,4 +32,4 @@ def command(directory: Path, repo: str, private: bool, revision: str | None, tok
     if as_json:
         print_json({"url": url, "digest": artifact.contract.digest})
     else:
-        click.echo(url)
+        echo(url)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import hub_options, json_option
-from .output import note, print_json
+from .output import echo, note, print_json
 
 __all__ = ["command"]
 
@@ -77,15 +77,15 @@ def _print_model(lines: list[dict[str, Any]]) -> None:
     for line in lines:
         mark = "*" if line["inferred"] else " "
         state = f"differs by {line['difference']:.1g}" if line["supported"] else f"refused: {line['reason']}"
-        click.echo(f"{mark} {line['task']:<32}{state}")
+        echo(f"{mark} {line['task']:<32}{state}")
         if line["supported"] and line["axes"]:
-            click.echo(f"  {'':<32}needs {_flags(line)}")
+            echo(f"  {'':<32}needs {_flags(line)}")
     if any(line["inferred"] for line in lines):
         note("* what its config.json names")
 
 
 def _print_all(lines: list[dict[str, Any]], *, is_one: bool) -> None:
     for line in lines:
-        click.echo(f"{line['task']:<32}{len(line['model_types']):>4} model types  {_flags(line)}")
+        echo(f"{line['task']:<32}{len(line['model_types']):>4} model types  {_flags(line)}")
         if is_one:
-            click.echo(", ".join(line["model_types"]))
+            echo(", ".join(line["model_types"]))

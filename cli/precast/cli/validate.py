@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .options import hub_options, json_option, quiet_option
-from .output import print_json, step_reporter
+from .output import echo, print_json, step_reporter
 
 __all__ = ["command"]
 
@@ -46,6 +46,6 @@ def command(
     if as_json:
         print_json({"status": accuracy.status, "reason": accuracy.reason, "figures": accuracy.figures})
         return
-    click.echo(f"{accuracy.status}: {accuracy.reason}")
+    echo(f"{accuracy.status}: {accuracy.reason}")
     for name, value in accuracy.figures.items():
-        click.echo(f"  {name:<24}{value}")
+        echo(f"  {name:<24}{value}")

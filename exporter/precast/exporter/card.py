@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from precast.runtime.artifact import Artifact
+from precast.runtime.terminal import printable
 
 from .resolve import Checkpoint
 
@@ -34,7 +35,9 @@ def render_card(artifact: Artifact, checkpoint: Checkpoint) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     source = resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8")
-    return template.from_string(source).render(metadata=metadata.to_yaml(), contract=contract, variant=variant)
+    return template.from_string(source).render(
+        metadata=metadata.to_yaml(), contract=contract, variant=variant, model=printable(contract.source.model, keep="")
+    )
 
 
 def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     try:
         data = ModelCard.load(path).data.to_dict()
-    except ValueError:
-        # A card with broken metadata says nothing that could be carried over.
+    except Exception:
+        # A card with broken metadata, of which YAML has errors of its own, says nothing that could be carried over.
         return {}
     return {name: data[name] for name in _INHERITED if data.get(name)}

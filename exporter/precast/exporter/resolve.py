@@ -21,6 +21,7 @@ from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import ROWS, TASKS, Task, get_task, tasks_named
 from precast.runtime.errors import CheckpointError, FormatError
+from precast.runtime.terminal import quoted
 
 from .encoder.sentences import attach_sentences, sentence_weights
 from .gguf_reader import ParsedOnce
@@ -346,7 +347,7 @@ def _from_file(given: str, path: Path, options: ExportOptions) -> Checkpoint:
 def _from_directory(given: str, path: Path, options: ExportOptions) -> Checkpoint:
     if not (path / "config.json").is_file():
         ggufs = sorted(found.name for found in path.glob("*.gguf"))
-        hint = f" To export a GGUF file, name it: precast export {path / ggufs[0]} …" if ggufs else ""
+        hint = f" To export a GGUF file, name it: precast export {quoted(path / ggufs[0])} …" if ggufs else ""
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.{hint}")
     path = path.resolve()
     check_files(path, path.name)

@@ -25,6 +25,7 @@ from .artifact.machine import installed_version, memory_bytes, usable_cores
 from .artifact.schema import Dim, Variant
 from .artifact.tasks import kind_of_roles
 from .errors import InputError, PrecastError, UsageError
+from .terminal import quoted
 from .tokenizer import Tokenizer
 
 __all__ = ["STRIDE", "Request", "Subject", "ask_child", "bench", "describe_machine", "plan", "token_ids"]
@@ -247,8 +248,8 @@ def _check_length(subject: Subject, prompt: int, new: int) -> None:
 def _recompile(subject: Subject, *, batch: int | None = None, length: int | None = None) -> str:
     contract = subject.artifact.contract
     return (
-        f"precast export {contract.source.model} --task {contract.task} --batch-size {batch or subject.batch_size} "
-        f"--sequence-length {length or subject.capacity} -o OUT"
+        f"precast export {quoted(contract.source.model)} --task {quoted(contract.task)} "
+        f"--batch-size {batch or subject.batch_size} --sequence-length {length or subject.capacity} -o OUT"
     )
 
 

@@ -1,4 +1,4 @@
-"""Every error that precast raises on purpose. This module imports nothing.
+"""Every error that precast raises on purpose. This module imports nothing that takes time.
 
 PrecastError                 something the user can act on; the CLI prints it as one line and exits with 1
 ├── UsageError               the call itself is wrong (a bad value, a missing argument); the CLI exits with 2
@@ -15,6 +15,8 @@ PrecastError                 something the user can act on; the CLI prints it as
     ├── HostError            no variant of it runs on this machine
     └── HubError             it could not be fetched from, or pushed to, the Hub
 """
+
+from .terminal import printable
 
 __all__ = [
     "AccuracyError",
@@ -36,7 +38,11 @@ __all__ = [
 
 
 class PrecastError(Exception):
-    """Base of all errors with a message written for the user."""
+    """Base of all errors with a message written for the user. It may quote an artifact or a checkpoint: shown, it holds
+    nothing that a terminal would obey."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class PrecastWarning(RuntimeWarning):

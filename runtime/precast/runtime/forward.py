@@ -17,6 +17,7 @@ from .model import CompiledModel
 from .padding import cut, fill, unalign
 from .rows import RUNNING, Rows, axes_of, input_names, named_inputs, read_rows
 from .tensors import ModelOutput, like, to_numpy
+from .terminal import quoted
 
 __all__ = ["Encoder"]
 
@@ -169,7 +170,7 @@ class Encoder(CompiledModel):
         sizes[axis] = [size]
         flags = " ".join(f"--{_FLAGS[name]} {','.join(map(str, found))}" for name, found in sizes.items())
         contract = self.artifact.contract
-        return f"precast export {contract.source.model} --task {contract.task} {flags} -o OUT"
+        return f"precast export {quoted(contract.source.model)} --task {quoted(contract.task)} {flags} -o OUT"
 
 
 def _compiled(graph: Graph) -> dict[Axis, int]:

@@ -27,6 +27,7 @@ from .engines.providers import check_place, default_device
 from .errors import ArtifactError, InputError, UsageError
 from .progress import progress
 from .select import choose_variant, this_machine
+from .terminal import quoted
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -221,8 +222,8 @@ class CompiledModel(ForTransformers):
         """The command that compiles this model for longer requests."""
         contract = self.artifact.contract
         return (
-            f"precast export {contract.source.model} --task {contract.task} --batch-size {contract.shapes.batch_size} "
-            f"--sequence-length {length} -o OUT"
+            f"precast export {quoted(contract.source.model)} --task {quoted(contract.task)} "
+            f"--batch-size {contract.shapes.batch_size} --sequence-length {length} -o OUT"
         )
 
     @classmethod

@@ -17,6 +17,7 @@ from .padding import as_ids, as_mask, real_rows
 from .sampling import Processor
 from .seq2seq import EncoderCall, EncoderDecoder
 from .tensors import ModelOutput, like, to_numpy
+from .terminal import quoted
 
 __all__ = ["CompiledModelForSpeechSeq2Seq"]
 
@@ -129,7 +130,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
     def _recompile(self, length: int) -> str:
         # The source's length is the model's own.
         contract = self.artifact.contract
-        return f"precast export {contract.source.model} --batch-size {contract.shapes.batch_size} -o OUT"
+        return f"precast export {quoted(contract.source.model)} --batch-size {contract.shapes.batch_size} -o OUT"
 
     def _finished(self, tokens: list[int], config: GenerationConfig) -> list[int]:
         return tokens[:-1] if tokens[-1] in config.eos_ids else tokens

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from precast.runtime.artifact.schema import Axis
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
+from precast.runtime.terminal import quoted
 
 from ..options import ExportOptions
 from ..plan import TensorPlan, check_length
@@ -182,7 +183,7 @@ def _check_given(
         example = " ".join(f"{_flag(name)} {_EXAMPLES[name]}" for name in needed)
         raise UsageError(
             f"The task {task.name!r} is compiled for fixed shapes: {', '.join(needed)}. Add {flags}, for example: "
-            f"precast export {checkpoint.given} {example} -o OUT"
+            f"precast export {quoted(checkpoint.given)} {example} -o OUT"
         )
     if options.prefill_lengths:
         raise UsageError(f"--prefill-lengths is for decoders; the task {task.name!r} has no prefill.")

@@ -18,6 +18,7 @@ from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
+from precast.runtime.terminal import quoted
 
 from ..decoder.cache_names import cache_in
 from ..decoder.plan import HEAD_MULTIPLE, CachePlan
@@ -131,7 +132,7 @@ def _lengths(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: 
     if not options.sequence_length:
         raise UsageError(
             f"The task {task.name!r} is compiled for fixed source lengths. Add --sequence-length N, for example: "
-            f"precast export {checkpoint.given} --sequence-length 128 -o OUT"
+            f"precast export {quoted(checkpoint.given)} --sequence-length 128 -o OUT"
         )
     for length in options.sequence_length:
         check_length(checkpoint, length)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from ..errors import ArtifactError, FormatError
+from ..terminal import quoted
 from . import optimum_neuron, strict_json
 from .schema import FORMAT_VERSION, Contract, File, Graph, Input, State, Variant
 
@@ -55,7 +56,7 @@ def read_artifact(path: str | Path) -> Artifact:
             return _as_ours(contract, config, path)
         raise ArtifactError(
             f"{path} is not a precast artifact: its config.json has no {KEY!r} key. "
-            f"To make one from this checkpoint: precast export {path} -o OUT"
+            f"To make one from this checkpoint: precast export {quoted(path)} -o OUT"
         )
     contract = _parse(config.pop(KEY), path)
     _check(contract, config, path)

@@ -30,6 +30,7 @@ from ..artifact.neuron_sdk import without_sdk
 from ..artifact.schema import Graph, Input, Variant
 from ..errors import ArtifactError, FormatError, HostError, UsageError
 from ..neuron_host import neuron_host
+from ..terminal import quoted
 from . import Arrays, Settings, Step, move_rows
 from .files import Files
 from .memory import bound_tensor, bound_tensors
@@ -382,8 +383,8 @@ class _Bound:
 
 def _unopened(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"{path} cannot be opened on a Neuron device: {_last_line(error)} `precast inspect {path.parent}` says what it "
-        f"was compiled for and what is here."
+        f"{path} cannot be opened on a Neuron device: {_last_line(error)} `precast inspect "
+        f"{quoted(path.parent)}` says what it was compiled for and what is here."
     )
 
 
