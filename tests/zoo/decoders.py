@@ -109,6 +109,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _GLOBAL_HEADS,
     "gemma4_unified_assistant": {"text_config": _GLOBAL_HEADS | {"num_kv_shared_layers": 2}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "dory": {
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
