@@ -11,10 +11,10 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
 NEURON_HLO ?= build/neuron-hlo
-
+FUZZ_SECONDS ?= 600
 NEWEST ?= build/newest
 
-.PHONY: demo test test-slow test-newest constraints check env models bench peers neuron-hlo clean
+.PHONY: demo fuzz test test-slow test-newest constraints check env models bench peers neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
@@ -45,6 +45,10 @@ constraints:
 	build/constraints/bin/python -m pip list --format=freeze --exclude precast --exclude pip --exclude setuptools \
 		| sed 's/+.*//' >> build/constraints/all.txt
 	mv build/constraints/all.txt constraints.txt
+
+# Files that other people write, changed at random, until none is read wrongly: each kind for ten minutes.
+fuzz: $(BIN)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 check: $(BIN)/.dev
 	$(BIN)/ruff format --check .

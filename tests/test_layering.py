@@ -22,7 +22,7 @@ PARTS = ("exporter", "runtime", "cli")
 FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
 HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
 
-_ENGINES = ("aoti", "device", "export", "files", "gpu", "memory", "neuron")
+_ENGINES = ("aoti", "device", "export", "files", "gpu", "guards", "memory", "neuron", "sizes")
 NATIVE = ("precast.runtime.weights", *(f"precast.runtime.engines.{name}" for name in _ENGINES))
 """What runs on torch: imported when an artifact of these backends is opened."""
 

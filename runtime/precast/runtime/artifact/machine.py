@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -33,8 +34,10 @@ def installed_version(name: str) -> str | None:
 
 
 def memory_bytes() -> int:
-    """The memory that this process may use: the machine's, or less if its cgroup says so."""
+    """The memory that this process may use: the machine's, or less if its cgroup or a limit of its own says so."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    total = total if own == resource.RLIM_INFINITY else min(total, own)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:

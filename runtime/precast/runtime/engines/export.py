@@ -26,6 +26,7 @@ from ..errors import ArtifactError, FormatError, IntegrityError
 from ..weights import weight_of
 from . import Arrays, Settings, Step
 from .files import Files
+from .guards import arithmetic, guarded
 from .memory import bound_tensors
 
 __all__ = ["ExportEngine"]
@@ -203,12 +204,12 @@ class _Interpreter:
 
     def _bind(self, node: Node) -> list[_Call]:
         """The calls that a node takes: one for each list of values among its arguments, and its own."""
-        if node.target in _CHECKED_ALREADY:
-            return []
         before: list[_Call] = []
         args = tuple(self._place(value, before) for value in node.args)
         keywords = tuple((name, self._place(value, before)) for name, value in node.kwargs.items())
         results = tuple(self._result(name) for name in node.outputs)
+        if node.target in _CHECKED_ALREADY:
+            return []
         is_in_place = any(name in self._in_place for name in node.outputs if isinstance(name, str))
         function = _IN_PLACE[node.target] if is_in_place else _function(node, self._path)
         return [*before, _Call(node.target, function, args, keywords, results[0] if len(results) == 1 else results)]
@@ -346,10 +347,7 @@ def _function(node: Node, path: Path) -> Callable[..., Any]:
     """What runs a call; its name was checked when the file was parsed."""
     if node.target in PYTHON:
         module, _, name = PYTHON[node.target].partition(":")
-        function: Callable[..., Any] = getattr(import_module(module), name)
-        return function
-    if node.target in _GUARDED:
-        return _GUARDED[node.target]
+        return arithmetic(getattr(import_module(module), name))
     name, _, overload = node.target.removeprefix("torch.ops.aten.").partition(".")
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or overload not in packet.overloads():
@@ -357,9 +355,30 @@ def _function(node: Node, path: Path) -> Callable[..., Any]:
             f"{path} calls {node.target}, which torch {torch.__version__} lacks (pip install -U torch)."
         )
     chosen = getattr(packet, overload)
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in chosen._schema.arguments):
-        raise FormatError(f"{path} is refused: it calls {node.target}, which changes its arguments.")
-    return _zeroed(chosen) if name in _UNFILLED else chosen
+    if problem := _problem(name, chosen._schema, node):
+        raise FormatError(f"{path} is refused: it calls {node.target}, {problem}.")
+    function = guarded(name, chosen, sum(1 for _ in _refs([node.args, node.kwargs])))
+    return _zeroed(function) if name in _UNFILLED else function
+
+
+def _problem(name: str, schema: torch.FunctionSchema, node: Node) -> str | None:
+    """Why this overload may not be called, or not so."""
+    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
+        return "which changes its arguments"
+    if name not in _GIVES_NUMBERS and any(str(each.type) not in ("Tensor", "List[Tensor]") for each in schema.returns):
+        return "which computes without tensors"
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    for argument in schema.arguments:
+        value, type_ = given.get(argument.name), str(argument.real_type)
+        kind = next((_KINDS[each] for each in _KINDS if each in type_), None)
+        # torch takes any number for one of its codes, and ends the process on one that is none.
+        if kind and value is not None and not (isinstance(value, Coded) and value.kind == kind):
+            return f"whose {argument.name} is a {kind}, with something else"
+    return None
+
+
+_GIVES_NUMBERS = frozenset({"item", "sym_size", "sym_numel", "sym_stride", "_assert_scalar", "_assert_tensor_metadata"})
+_KINDS = {"ScalarType": "dtype", "Layout": "layout", "Device": "device", "MemoryFormat": "memory_format"}
 
 
 def _zeroed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -367,20 +386,6 @@ def _zeroed(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **keywords: function(*args, **keywords).zero_()
 
 
-def _int4_product(x: torch.Tensor, weight: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
-    """`_weight_int4pack_mm_for_cpu`, which does not see for itself whether there is a scale for each group."""
-    if group < 1 or x.ndim != 2 or weight.ndim != 2 or scales.ndim != 3:
-        raise ValueError(f"{list(x.shape)}, {list(weight.shape)} in groups of {group} are no int4 product")
-    groups = -(-x.shape[1] // group)
-    if tuple(scales.shape) != (groups, weight.shape[0], 2) or weight.shape[1] * 2 != x.shape[1]:
-        raise ValueError(f"scales {list(scales.shape)} do not fit {list(weight.shape)} in groups of {group}")
-    product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
-        x.contiguous(), weight.contiguous(), group, scales.contiguous()
-    )
-    return product
-
-
-_GUARDED: dict[str, Callable[..., Any]] = {"torch.ops.aten._weight_int4pack_mm_for_cpu.default": _int4_product}
 _UNFILLED = frozenset({"empty", "empty_like", "new_empty"})
 _CHECKED_ALREADY = frozenset({"torch.ops.aten._assert_tensor_metadata.default"})
 """The exporter's notes on dtypes, which are those of the operators before."""
