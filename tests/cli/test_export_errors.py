@@ -6,12 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import handmade
 import pytest
 
 from precast.cli import main
+from precast.cli.output import progress_in_words
 from precast.runtime.artifact.tasks import TASKS
 
 SHAPES = ("--batch-size", 2, "--sequence-length", 16)
@@ -75,8 +78,8 @@ WRONG = {
     "private alone": (("llama", "-o", "out", "--private"), "--private", "--push-to-hub"),
     "an encoder's shapes": (
         ("bert", "-o", "out"),
-        "'feature-extraction'", "batch_size, sequence_length", "Add --batch-size N and --sequence-length N",
-        "precast export bert --batch-size 1 --sequence-length 128 -o OUT",
+        "'feature-extraction'", "Add --batch-size N and --sequence-length N",
+        "precast export bert --batch-size 1 --sequence-length 64 -o OUT",
     ),
     "an encoder's batch size": (("bert", "-o", "out", "--sequence-length", 16), "Add --batch-size N, for"),
     "an encoder's length": (("bert", "-o", "out", "--batch-size", 2), "Add --sequence-length N, for"),
@@ -85,7 +88,11 @@ WRONG = {
         ("llama", "-o", "out", "--task", "text-generaton"),
         "'text-generaton'", "Did you mean 'text-generation'?",
     ),
-    "an unknown backend": (("llama", "-o", "out", "--backend", "tpu"), "'tpu'", "The backends are: onnx"),
+    "an unknown backend": (("llama", "-o", "out", "--backend", "tpu"), "'tpu'", "The backends are: onnx", ", or auto"),
+    "auto and another": (
+        ("llama", "-o", "out", "--backend", "auto", "--also", "onnx"), "--backend auto keeps one", "name both of them"
+    ),
+    "what no backend takes": (("llama", "-o", "out", "--backend", "auto", "--dtype", "int3"), "--dtype 'int3'"),
     "an unknown dtype": (("llama", "-o", "out", "--dtype", "float8"), "'float8'", "the choices are: float32"),
     "a cast to what": (("llama", "-o", "out", "--auto-cast", "some"), "--auto-cast 'some'", "none, matmul, all"),
     "a cast to int8": (
@@ -160,6 +167,8 @@ def test_a_checkpoint_that_is_none(run, place):
     (place / "empty").mkdir()
     (place / "hollow").mkdir()
     (place / "hollow" / "model.gguf").write_bytes(b"GGUF")
+    shutil.copytree(place / "hollow", place / "my own")
+    handmade.make(place / "compiled")
     for model, *parts in (
         ("./missing", "There is no file or directory ./missing"),
         ("./in\ntwo lines", "There is no file or directory ./in two lines"),
@@ -169,24 +178,26 @@ def test_a_checkpoint_that_is_none(run, place):
         ("notes.txt", "notes.txt is a file; MODEL is a Hub id, a checkpoint directory, or a .gguf file"),
         ("empty", "empty is not a checkpoint: it has no config.json"),
         ("hollow", "hollow is not a checkpoint", "precast export hollow/model.gguf"),
+        ("my own", "my own is not a checkpoint", "precast export 'my own/model.gguf'"),
+        ("compiled", "compiled is an artifact", "precast inspect compiled"),
     ):
         _check_refused(run, place, (model, "-o", "out"), 1, *parts)
 
 
 GGUFS = {
-    "empty": b"",
-    "a word": b"GGUF",
-    "zeros": b"GGUF" + bytes(100),
-    "endless counts": b"GGUF\3\0\0\0" + b"\xff" * 100,
-    "no metadata": b"GGUF\3\0\0\0" + bytes(64),
-    "another format": b"junk" * 99,
+    "empty": (b"", "is not a GGUF file"),
+    "a word": (b"GGUF", "is truncated: it ends within its header"),
+    "zeros": (b"GGUF" + bytes(100), "cannot be used"),
+    "endless counts": (b"GGUF\3\0\0\0" + b"\xff" * 100, "is truncated: it ends within its header"),
+    "no metadata": (b"GGUF\3\0\0\0" + bytes(64), "cannot be used"),
+    "another format": (b"junk" * 99, "is not a GGUF file"),
 }
 
 
-@pytest.mark.parametrize("data", GGUFS.values(), ids=GGUFS)
-def test_a_corrupt_gguf(run, place, data):
+@pytest.mark.parametrize(("data", "part"), GGUFS.values(), ids=GGUFS)
+def test_a_corrupt_gguf(run, place, data, part):
     (place / "corrupt.gguf").write_bytes(data)
-    _check_refused(run, place, ("corrupt.gguf", "-o", "out"), 1, "corrupt")
+    _check_refused(run, place, ("corrupt.gguf", "-o", "out"), 1, "corrupt", part)
 
 
 def _config(**changes: object) -> bytes:
@@ -223,7 +234,7 @@ def test_a_type_that_cannot_do_the_task(run, place):
 
 
 FILES = {
-    "no weights": ({"model__safetensors": None}, "The weights of odd cannot be loaded"),
+    "no weights": ({"model__safetensors": None}, "odd has no weights"),
     "cut weights": ({"model__safetensors": b"\x40" + bytes(50)}, "The weights of odd cannot be loaded"),
     "other weights": ({"config__json": _config(vocab_size=99)}, "shapes are not those of config.json"),
     "cut tokenizer": ({"tokenizer__json": b"{"}, "The tokenizer of odd cannot be used"),
@@ -273,6 +284,57 @@ def test_targets_are_refused_before_any_work(run, place):
     assert handmade.load(place / "old") == "old"
 
 
+EARLY = """
+import json, sys
+from precast.cli import main
+from precast.cli.output import progress_in_words
+
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["precast", *words]
+    try:
+        main()
+    except SystemExit as error:
+        print(json.dumps([error.code, sorted({"torch", "transformers", "onnx"} & sys.modules.keys())]))
+"""
+
+
+def test_mistakes_are_answered_before_torch_is_imported(place):
+    """It takes seconds, where each of these takes a fraction of one."""
+    (place / "full").mkdir()
+    (place / "full" / "notes").write_text("mine")
+    handmade.make(place / "compiled")
+    (place / "cut.gguf").write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 100)
+    export, sizes = ("export", "bert", "-o", "out"), ("--batch-size", "1", "--sequence-length", "16")
+    calls = [
+        (*export, "--batch-size", "0"),
+        (*export, *sizes, "--backend", "tpu"),
+        (*export, *sizes, "--method", "magic", "--quantize", "int8"),
+        (*export, *sizes, "--task", "juggling"),
+        (*export, *sizes, "--quantize", "int8"),
+        (*export, *sizes, "--backend", "auto", "--dtype", "int3"),
+        ("export", "bert", "-o", "full", *sizes),
+        ("export", "bert", "-o", "out", "--sequence-length", "16"),
+        ("export", "bert", "-o", "out", "--batch-size", "1", "--sequence-length", "65"),
+        ("export", "llama", "-o", "out", "--sequence-length", "65", "--dry-run"),
+        ("export", "./missing", "-o", "out"),
+        ("export", "someone/missing", "-o", "out"),
+        ("export", "compiled", "-o", "out"),
+        ("export", "cut.gguf", "-o", "out"),
+        ("validate", "compiled", "--reference", "compiled"),
+        ("validate", "bert", "--reference", "bert"),
+        ("validate", "compiled", "--reference", "./missing"),
+        ("validate", "compiled", "--reference", "bert", "--atol", "0"),
+        ("tasks", "someone/missing"),
+    ]  # fmt: skip
+    command = [sys.executable, "-c", EARLY, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(calls)
+    for words, (code, imported), said in zip(calls, found, done.stderr.splitlines(), strict=True):
+        assert code in (1, 2), words
+        assert imported == [], (words, said)
+
+
 LOSSY = """
 import click
 from precast.cli.output import run
@@ -307,7 +369,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run, place):
     _copy(place, "llama", "light", model__safetensors=None)
     before = sorted(place.rglob("*"))
     code, out, err = run("light", "-o", "out", "--sequence-length", 16, "--prefill-lengths", "4,8", "--dry-run")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "Planning light …\n")
     for fact in (
         "text-generation (llama)",
         "batch size       1",
@@ -319,7 +381,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run, place):
         "bert", "--batch_size", 2, "--sequence_length", "32,16", "--dynamic_batch_size", "--dry_run", "--json"
     )
     plan = json.loads(out)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "Planning bert …\n")
     assert (plan["task"], plan["model_type"], plan["dtype"]) == ("feature-extraction", "bert", "float32")
     assert (plan["batch_size"], plan["sequence_length"], plan["dynamic_batch_size"]) == (2, [16, 32], True)
     assert plan["graphs"] == ["model_16", "model_32"]
@@ -331,15 +393,52 @@ def test_a_dry_run_refuses_what_an_export_would(run, place):
     _check_refused(run, place, ("./missing", "--dry-run"), 1, "There is no file or directory ./missing")
 
 
+# ---------------------------------------------------------------- progress
+
+
+def test_a_step_says_how_far_it_is_and_how_long_it_will_take():
+    assert progress_in_words("compile", 0, 3, "weights", 9.0) == "compile: weights (1 of 3)"
+    assert progress_in_words("reference", 4, 12, "a row", 10.0) == "reference: a row (5 of 12, about 20 s left)"
+    assert progress_in_words("quantize", 5, 10, "", 1.0) == "quantize (6 of 10)"
+    assert progress_in_words("quantize", 10, 10, "", 60.0) == "quantize (10 of 10)"
+
+
+def test_the_reference_says_at_which_question_it_is(monkeypatch):
+    from precast.exporter import validate
+    from precast.exporter.questions import Question
+    from precast.exporter.telling import heard_by
+
+    questions = [Question("short", "logits"), Question("long", "logits")]
+    monkeypatch.setattr(validate, "make_questions", lambda *_: questions)
+    monkeypatch.setattr(validate, "answer", lambda *_: [])
+    told, anyone = [], SimpleNamespace(tokenizer=None, vocabulary=9)
+    with heard_by(lambda *said: told.append(said)):
+        validate.make_reference(None, anyone, None, [], is_scored=False)
+    validate.make_reference(None, anyone, None, [], is_scored=False)
+    assert told == [(0, 2, "short"), (1, 2, "long")]
+
+
 # ---------------------------------------------------------------- success
 
 
-def test_results_go_to_one_stream_and_progress_to_the_other(run, place):
+def test_results_go_to_one_stream_and_progress_to_the_other(run, place, monkeypatch):
+    told = []
+
+    @contextmanager
+    def bar(name):
+        yield lambda done, total, what="": told.append((name, done, total, what))
+
+    monkeypatch.setattr("precast.cli.output._bar", bar)
     words = ("llama", "--sequence_length", 16, "--no_validate")
     code, out, err = run(*words, "-o", "out")
     assert code == 0
     assert out.splitlines() == [out.strip()]
     assert out.startswith("out: ")
+    assert err.startswith("Exporting llama …\n")
+    assert told == [
+        ("compile", 0, 3, "model in ONNX's operators"), ("compile", 1, 3, "model in ONNX Runtime's own"),
+        ("compile", 2, 3, "weights"),
+    ]  # fmt: skip
     assert [line.split()[0] for line in err.splitlines() if line.startswith("  ")] == [
         "resolve", "plan", "load", "trace", "compile", "publish",
     ]  # fmt: skip

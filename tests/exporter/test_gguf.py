@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from precast.exporter import ExportOptions
+from precast.exporter.gguf_reader import check_whole
 from precast.exporter.resolve import resolve
 from precast.runtime.artifact.tasks import get_task
+from precast.runtime.errors import CheckpointError
 
 
 def write_gguf(source: Path, target: Path) -> None:
@@ -67,3 +70,30 @@ def test_a_file_is_parsed_once(
     assert tokenizer("Water")["input_ids"]
     expected = load_file(checkpoint("llama") / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(model.get_parameter("model.layers.0.mlp.up_proj.weight"), expected.float())
+
+
+def test_a_download_that_broke_off_is_called_truncated(tmp_path, checkpoint):
+    whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
+    write_gguf(checkpoint("llama"), whole)
+    check_whole(whole)
+    data = whole.read_bytes()
+    end = len(data.rstrip(b"\0"))
+    for size in (end - 1, len(data) // 2):
+        cut.write_bytes(data[:size])
+        with pytest.raises(CheckpointError, match=rf"cut.gguf is truncated: its tensors end at byte .* {size:,} bytes"):
+            resolve(str(cut), ExportOptions())
+    for size in range(4, 2000, 97):
+        cut.write_bytes(data[:size])
+        with pytest.raises(CheckpointError, match="truncated: it ends within its header"):
+            check_whole(cut)
+
+
+@pytest.mark.parametrize("kind", [99, 9])
+def test_an_odd_header_is_for_whoever_parses_it(tmp_path, kind):
+    """Lists of nothing known, as long as can be; nobody counts them."""
+    path = tmp_path / "odd.gguf"
+    entry = struct.pack("<QIIQ", 0, 9, kind, 2**63)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
+    check_whole(path)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<QI", 0, 2**32 - 1))
+    check_whole(path)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from precast.exporter.options import QUANTIZE_METHODS
 from precast.exporter.quantize import Recipe, quantize
 from precast.exporter.quantize.grid import grouped
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
@@ -234,3 +235,7 @@ class Reader(torch.nn.Module):
         for layer in self.layers:
             x = layer["up"](x)
         return self.head(x)
+
+
+def test_the_options_know_the_methods_by_name():
+    assert tuple(METHODS) == QUANTIZE_METHODS

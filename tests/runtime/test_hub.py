@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -215,8 +216,6 @@ def test_without_the_hub_once_it_is_downloaded(hub, new_user, published):
         assert again[0] == path
         assert np.array_equal(again[1], logits)
     assert len(hub.requests) == asked
-    # A Hub that is down is no reason to stop either.
-    assert User(hub, user.home, {"HF_ENDPOINT": "http://127.0.0.1:1"}).open()[0] == path
 
 
 # ---------------------------------------------------------------- the store
@@ -321,7 +320,7 @@ LOG_IN = "hf auth login"
         ([REPO, "--token", "wrong"], {}, 0, ["401", LOG_IN]),
         ([REPO], {}, 403, ["403: injected", LOG_IN]),
         ([REPO], {}, 500, ["500: injected", "Try again"]),
-        ([REPO], UNREACHABLE, 0, ["not reached", "HF_ENDPOINT"]),
+        ([REPO], UNREACHABLE, 0, ["not asked: http://127.0.0.1:1 cannot be reached", "refused"]),
         ([REPO], {"HF_HUB_OFFLINE": "1"}, 0, ["not asked", "HF_HUB_OFFLINE"]),
     ],
 )
@@ -329,6 +328,23 @@ def test_failed_pulls(hub, new_user, published, words, settings, fault, expected
     if fault:
         hub.fail("GET /api/models/", fault)
     _check_error(new_user(**settings).run("inspect", *words, "--json"), words[0], *expected)
+
+
+def test_an_unreachable_hub_is_found_out_once(hub, new_user, published):
+    """Its client would say so eleven times in half a minute; what the cache holds is taken, and that is said."""
+    user = new_user(**UNREACHABLE)
+    done = user.run("tasks", REPO)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert _one_line(done.stderr).startswith(f"precast: {REPO} is neither a local path nor a checkpoint")
+    assert "http://127.0.0.1:1 cannot be reached" in done.stderr
+    user.settings.clear()
+    assert user.run("inspect", REPO).returncode == 0
+    user.settings.update(UNREACHABLE)
+    done = user.run("inspect", REPO, "--json")
+    assert (done.returncode, json.loads(done.stdout)["task"]) == (0, "text-generation")
+    assert re.fullmatch(
+        r"precast: http://127.0.0.1:1 cannot be .*; what the Hub's cache holds was taken.\n", done.stderr
+    )
 
 
 def test_an_option_overrides_the_environment(new_user, published):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .exporting import check_installed, load_exporter
 from .options import LENGTHS, cast_options, hub_options, json_option, neuron_options, quantize_options, quiet_option
 from .output import echo, note, print_json, step_reporter
 
@@ -86,11 +85,16 @@ def command(
         raise click.UsageError("Missing option '-o': the directory to make.")
     if private and not push_to_hub:
         raise click.UsageError("--private says how --push-to-hub makes its repository; give both.")
-    from precast.exporter.support import check_supported
+    check_installed()
+    # Nothing of this imports torch, so a mistake is answered at once.
+    from precast.exporter import ExportOptions
+    from precast.exporter.early import check_request
 
-    hub = {name: options[name] for name in ("revision", "token", "trust_remote_code")}
-    exporter = _exporter(lambda: check_supported(model, options["task"], **hub))
-    settings = exporter.ExportOptions(validate=not no_validate, **options)
+    settings = ExportOptions(validate=not no_validate, **options)
+    check_request(model, target, settings)
+    if not quiet:
+        note(f"{'Planning' if dry_run else 'Exporting'} {model} …")
+    exporter = load_exporter()
     if dry_run:
         _show_plans(exporter, model, settings, as_json)
         return
@@ -104,20 +108,6 @@ def command(
         with report("push"):
             url = push(artifact, push_to_hub, private=private or None, token=options["token"])
     _show_result(artifact, url, _comparison(artifact, settings), as_json)
-
-
-def _exporter(check: Callable[[], None] = lambda: None) -> Any:
-    """The exporter, with its libraries kept from drawing bars over ours; `check` comes before they are imported."""
-    from precast.runtime.errors import PrecastError
-
-    for name in ("torch", "transformers", "onnxscript"):
-        if find_spec(name) is None:
-            raise PrecastError(f"Exporting needs {name}, which is not installed: pip install 'precast[export]'")
-    check()
-    from precast import exporter
-
-    exporter.quiet_libraries()
-    return exporter
 
 
 def _show_plans(exporter: Any, model: str, settings: Any, as_json: bool) -> None:

@@ -21,10 +21,12 @@ import click
 
 from precast.runtime.terminal import escaped_json, printable
 
-__all__ = ["Tell", "echo", "echo_answer", "json_text", "note", "print_json", "run", "step_reporter"]
+__all__ = [
+    "Tell", "echo", "echo_answer", "json_text", "note", "print_json", "progress_in_words", "run", "step_reporter",
+]  # fmt: skip
 
-Tell = Callable[[int, int], None]
-"""Told how many parts of a step are done, and of how many."""
+Tell = Callable[..., None]
+"""Told how many parts of a step are done, of how many, and what is done now."""
 
 
 def run(cli: click.Command) -> None:
@@ -181,7 +183,7 @@ def step_reporter(quiet: bool) -> Callable[[str], AbstractContextManager[Tell]]:
     return step
 
 
-def _tell_nobody(done: int, total: int) -> None:
+def _tell_nobody(done: int, total: int, what: str = "") -> None:
     pass
 
 
@@ -195,8 +197,24 @@ def _bar(name: str) -> Iterator[Tell]:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task, started = bar.add_task(name, total=None), time.perf_counter()
+
+        def tell(done: int, total: int, what: str = "") -> None:
+            said = progress_in_words(name, done, total, what, time.perf_counter() - started)
+            bar.update(task, description=said, completed=done, total=total)
+
+        yield tell
+
+
+def progress_in_words(name: str, done: int, total: int, what: str, seconds: float) -> str:
+    """How far a step is that has taken so long, with an estimate as soon as there is anything to go by."""
+    left = seconds * (total - done) / done if done else 0.0
+    time_left = f", about {left:.0f} s left" if seconds > _TELLING and left >= 1 else ""
+    return f"{name}{what and f': {what}'} ({min(done + 1, total)} of {total}{time_left})"
+
+
+_TELLING = 2.0
+"""Seconds that must have passed before the rest can be guessed from them."""
 
 
 def _print_error(message: str, kind: str) -> None:

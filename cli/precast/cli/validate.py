@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from .exporting import check_installed, load_exporter
 from .options import hub_options, json_option, quiet_option
-from .output import echo, print_json, step_reporter
+from .output import echo, note, print_json, step_reporter
 
 __all__ = ["command"]
 
@@ -37,11 +38,19 @@ def command(
     quiet: bool,
 ) -> None:
     """Compare the artifact DIRECTORY with its checkpoint again. Exit status 1 if the answers differ."""
-    from .export import _exporter
+    check_installed()
+    # Nothing of this imports torch, so a mistake is answered at once.
+    from precast.exporter import ExportOptions
+    from precast.exporter.early import check_comparison
 
-    exporter = _exporter()
-    options = exporter.ExportOptions(atol=atol, trust_remote_code=trust_remote_code, revision=revision, token=token)
-    with step_reporter(quiet)("validate"):
+    options = ExportOptions(atol=atol, trust_remote_code=trust_remote_code, revision=revision, token=token)
+    check_comparison(directory, reference, options)
+    if not quiet:
+        note(f"Comparing {directory} with {reference} …")
+    exporter = load_exporter()
+    from precast.exporter.telling import heard_by
+
+    with step_reporter(quiet)("validate") as listener, heard_by(listener):
         accuracy = exporter.validate_again(directory, reference, options, keep=record, sha256=sha256, variant=variant)
     if as_json:
         print_json({"status": accuracy.status, "reason": accuracy.reason, "figures": accuracy.figures})

@@ -21,7 +21,6 @@ from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
 from precast.runtime.artifact.schema import Contract, Variant
-from precast.runtime.errors import UsageError
 
 from .card import render_card
 from .options import ExportOptions
@@ -42,8 +41,6 @@ def export_with_others(
 
     Raises PrecastError: what the first export raised that failed; `target` is then as it was.
     """
-    if "auto" in (options.backend, *options.also):
-        raise UsageError("--backend auto keeps one backend's files, and --also adds another's: name both of them.")
     options.check()
     check_target(target, force=options.force)
     with staging(target) as folder:

@@ -27,10 +27,8 @@ from .options import ExportOptions
 from .pipeline import Report, compiler_of, export
 from .plan import Plan
 
-__all__ = ["AUTO", "ROUNDS", "Choice", "choose_backends", "export_fastest"]
+__all__ = ["ROUNDS", "Choice", "choose_backends", "export_fastest"]
 
-AUTO = "auto"
-"""What is given for a backend's name."""
 ROUNDS = 3
 """Of timing, each in processes of their own; the median counts."""
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
+import struct
 from functools import cache
+from math import prod
+from pathlib import Path
 from typing import Any
 
-__all__ = ["ParsedOnce"]
+from precast.runtime.errors import CheckpointError
+
+__all__ = ["ParsedOnce", "check_whole"]
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value of metadata, by type; strings and lists are the others."""
+_STRING, _LIST = 8, 9
+_MOST_DIMENSIONS = 4
 
 
 class ParsedOnce:
@@ -29,3 +40,79 @@ class ParsedOnce:
         import gguf
 
         gguf.GGUFReader = self._own
+
+
+def check_whole(path: Path) -> None:
+    """Raise CheckpointError for a file that ends before the last tensor that its header names: a download that broke
+    off. Tensors are not read, and of a header that is otherwise odd whoever parses it says more."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            needed = _Header(data).end_of_tensors()
+        except (IndexError, struct.error):
+            raise CheckpointError(f"{path} is truncated: it ends within its header. Download it again.") from None
+        except ValueError:
+            # Odd, but perhaps all there.
+            return
+        if needed > len(data):
+            raise CheckpointError(
+                f"{path} is truncated: its tensors end at byte {needed:,}, and it has {len(data):,} bytes. Download it "
+                f"again."
+            )
+
+
+class _Header:
+    """Walks the header of a GGUF file, versions 2 and 3, from its first byte to the end of the tensors' table."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._at = data, 4
+
+    def end_of_tensors(self) -> int:
+        """Where the last tensor ends. Raises IndexError and struct.error where the file ends before its header does,
+        ValueError for what is no such header."""
+        from gguf import GGML_QUANT_SIZES
+
+        version = self._number("I")
+        if version not in (2, 3):
+            raise ValueError(version)
+        tensors, entries = self._number("Q"), self._number("Q")
+        alignment = 32
+        for _ in range(entries):
+            key, kind = self._string(), self._number("I")
+            if key == b"general.alignment":
+                alignment = self._number("I")
+            else:
+                self._skip(kind)
+        end = 0
+        for _ in range(tensors):
+            self._string()
+            dimensions = self._number("I")
+            if dimensions > _MOST_DIMENSIONS:
+                raise ValueError(dimensions)
+            shape = [self._number("Q") for _ in range(dimensions)]
+            kind, offset = self._number("I"), self._number("Q")
+            block, size = GGML_QUANT_SIZES.get(kind, (1, 0))
+            end = max(end, offset + prod(shape) // block * size)
+        return -(-self._at // max(alignment, 1)) * max(alignment, 1) + end if tensors else 0
+
+    def _number(self, kind: str) -> int:
+        (value,) = struct.unpack_from(f"<{kind}", self._data, self._at)
+        self._at += struct.calcsize(kind)
+        return int(value)
+
+    def _string(self) -> bytes:
+        length = self._number("Q")
+        self._at += length
+        if self._at > len(self._data):
+            raise IndexError(self._at)
+        return self._data[self._at - length : self._at]
+
+    def _skip(self, kind: int) -> None:
+        """A value of this type."""
+        inner, count = (self._number("I"), self._number("Q")) if kind == _LIST else (kind, 1)
+        if inner == _STRING:
+            for _ in range(count):
+                self._string()
+        elif inner in _SIZES:
+            self._at += count * _SIZES[inner]
+        else:
+            raise ValueError(inner)

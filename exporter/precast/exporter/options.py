@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from precast.runtime.artifact.backends import BACKENDS, get_backend
+from precast.runtime.artifact.backends import BACKENDS, Backend, get_backend
 from precast.runtime.artifact.schema import Dtype
+from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
+from precast.runtime.terminal import quoted
 
 from .layout import LAYOUTS, layout_holes
 from .neuron_options import NEURON_FLAGS, neuron_holes
-from .quantize.methods import METHODS
 
 __all__ = [
-    "AUTO_CAST", "AUTO_CAST_TYPES", "DEVICES", "DTYPES", "GROUP_SIZES", "ISAS", "KV_CACHES", "QUANTIZE",
-    "ExportOptions",
+    "AUTO", "AUTO_CAST", "AUTO_CAST_TYPES", "DEVICES", "DTYPES", "GROUP_SIZES", "ISAS", "KV_CACHES", "QUANTIZE",
+    "QUANTIZE_METHODS", "SIZE_EXAMPLES", "ExportOptions", "flag_of",
 ]  # fmt: skip
 
+AUTO = "auto"
+"""A backend's name that stands for all of them."""
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO_CAST = ("none", "matmul", "all")
 AUTO_CAST_TYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32"}
@@ -26,8 +29,20 @@ AUTO_CAST_TYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "tf3
 ISAS = ("native", "avx2", "avx512")
 DEVICES = ("cpu", "cuda")
 QUANTIZE = ("none", "source", "int8", "int4", "auto")
+QUANTIZE_METHODS = ("rtn", "search", "gptq", "awq")
+"""The names of quantize.METHODS, which are made of torch."""
 KV_CACHES = ("float32", "float16", "int8")
 GROUP_SIZES = (16, 32, 64, 128, 256)
+
+SIZE_EXAMPLES = {
+    "batch_size": 1,
+    "text_batch_size": 8,
+    "num_choices": 4,
+    "sequence_length": 128,
+    "audio_sequence_length": 160000,
+    "image_size": 224,
+}
+"""What is proposed where a size has to be given, by the names of ExportOptions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +84,8 @@ class ExportOptions:
         trust_remote_code: run modelling code that comes with the checkpoint.
         quantize: "none"; "int8" or "int4", the linear layers' and embedding's weights on a grid; "source", the grid
             that the checkpoint's weights lie on already; "auto", the smallest mixture of int8 and int4 within `max_kl`.
-        quantize_method: how weights get onto the grid, one of METHODS' names; None is "rtn" for int8, "awq" where a row
-            shares a scale, "search" for int4.
+        quantize_method: how weights get onto the grid, one of QUANTIZE_METHODS; None is "rtn" for int8, "awq" where a
+            row shares a scale, "search" for int4.
         group_size: weights that share a scale; None is 32, or a whole row for int8 where the backend prefers that.
         symmetric: zero in the middle of each grid, or anywhere; None is True for int8 in groups, False for int4 and
             for rows that share a scale.
@@ -180,9 +195,37 @@ class ExportOptions:
         return next(short for short, dtype in AUTO_CAST_TYPES.items() if dtype == self.dtype)
 
     def check(self) -> None:
-        """Raise one UsageError that lists everything wrong with these options."""
-        if holes := list(self._holes()):
-            raise UsageError(" ".join(holes))
+        """Raise one UsageError that lists everything wrong with these options; with the backend "auto" what is wrong
+        with the first that it stands for, where none takes them."""
+        backends = list(BACKENDS) if self.backend == AUTO and not self.also else [self.backend]
+        holes = [list(replace(self, backend=name)._holes()) for name in backends]
+        if all(holes):
+            raise UsageError(" ".join(holes[0]))
+
+    def check_task(self, task: Task) -> None:
+        """Raise UsageError for what these options ask of a task that has no place for it."""
+        if self.is_rounded and task.kind != "decoder":
+            raise UsageError(
+                f"--quantize and --kv-cache are for decoders: what they cost is measured on the text that a model "
+                f"predicts, and {task.name!r} predicts none. Leave them out."
+            )
+
+    def check_sizes(self, model: str, task: str, needed: Sequence[str], longest: int | None) -> None:
+        """Raise UsageError where one of the sizes `needed` is not given, with the command that gives them all.
+
+        `longest` is the sequence that the model was made for, if that is known.
+        """
+        missing = [name for name in needed if not getattr(self, name)]
+        if not missing:
+            return
+        examples = {**SIZE_EXAMPLES, "sequence_length": min(SIZE_EXAMPLES["sequence_length"], longest or 128)}
+        flags = " and ".join(f"{flag_of(name)} N" for name in missing)
+        example = " ".join(f"{flag_of(name)} {examples[name]}" for name in needed)
+        given = f" --task {self.task}" if self.task else ""
+        raise UsageError(
+            f"The task {task!r} is compiled for fixed shapes: {', '.join(needed)}. Add {flags}, for example: "
+            f"precast export {quoted(model)}{given} {example} -o OUT"
+        )
 
     def _holes(self) -> Iterator[str]:
         for flag, values in self._sizes().items():
@@ -196,6 +239,9 @@ class ExportOptions:
             yield f"--image-size is HEIGHT,WIDTH or one number for both, not {','.join(map(str, self.image_size))}."
         yield from self._choice_holes()
         yield from self._cast_holes()
+        if AUTO in (self.backend, *self.also):
+            yield f"--backend {AUTO} keeps one backend's files, and --also adds another's: name both of them."
+            return
         yield from self._backend_holes()
         yield from self._also_holes()
         yield from layout_holes(self)
@@ -236,7 +282,7 @@ class ExportOptions:
             yield f"{given} cannot be combined with {rounded}, whose operators compute in float32; give one of them."
 
     def _backend_holes(self) -> Iterator[str]:
-        row = get_backend(self.backend)
+        row = self._backend_row()
         taken = row.takes.union(*(get_backend(name).takes for name in self.also))
         for name in ("dtype", "auto_cast", "isa", "device", *NEURON_FLAGS):
             value = getattr(self, name)
@@ -255,6 +301,12 @@ class ExportOptions:
         elif self.auto_cast_type == "tf32":
             yield f"--auto-cast-type tf32 is for --backend neuron; with --backend {row.name} it is bf16 or fp16."
 
+    def _backend_row(self) -> Backend:
+        try:
+            return get_backend(self.backend)
+        except UsageError as error:
+            raise UsageError(f"{str(error).removesuffix('.')}, or {AUTO}, which keeps the fastest here.") from None
+
     def _also_holes(self) -> Iterator[str]:
         names = [self.backend, *self.also]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
@@ -264,8 +316,8 @@ class ExportOptions:
                 yield from self.for_backend(name)._backend_holes()
 
     def _quantization_holes(self) -> Iterator[str]:
-        if self.quantize_method not in (None, *METHODS):
-            known = ", ".join(METHODS)
+        if self.quantize_method not in (None, *QUANTIZE_METHODS):
+            known = ", ".join(QUANTIZE_METHODS)
             yield f"--method {self.quantize_method!r} is not supported; the choices are: {known}."
         if self.quantize in ("none", "source") and (useless := self._only_for_rounding()):
             yield f"{', '.join(useless)} say how weights are rounded, which --quantize {self.quantize} does not do."
@@ -291,6 +343,11 @@ class ExportOptions:
     def _given(self, *names: str) -> list[str]:
         """The flags of those options that are not as they are by default."""
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(ExportOptions, name)]
+
+
+def flag_of(name: str) -> str:
+    """An option of ExportOptions as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 _CHOICES: dict[str, Collection[object]] = {

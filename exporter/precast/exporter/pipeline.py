@@ -27,6 +27,7 @@ from .options import ExportOptions
 from .plan import Plan, make_plan
 from .quantize.choose import calibration_rows, quantize_model
 from .resolve import Checkpoint, resolve
+from .telling import heard_by, tell_nobody
 from .trace import trace
 from .validate import Reference, compare, in_words, make_reference, record, without_device
 
@@ -51,7 +52,7 @@ def export(
         target: the directory to make.
         options: see ExportOptions.
         report: called with the name of each step; what it returns is entered for as long as the step takes. If that
-            gives a function, long steps call it with how many of how many parts are done.
+            gives a function, long steps call it with how many of how many parts are done, and what comes now.
         announce: told the plan before the long work begins.
 
     Raises:
@@ -74,7 +75,7 @@ def export(
             loaded = checkpoint.load(plan.task, plan.dtype)
         reference = None
         if options.validate:
-            with report("reference"):
+            with report("reference") as listener, heard_by(listener):
                 is_scored = options.is_lossy and plan.task.kind == "decoder"
                 reference = make_reference(loaded, checkpoint, plan.task, plan.outline(), is_scored=is_scored)
         scales, rounding = None, None
@@ -83,15 +84,15 @@ def export(
                 widths = [layer.head_dim for layer in plan.cache]
                 scales = cache_scales(loaded, calibration_rows(checkpoint, options), widths)
         if options.quantize != "none":
-            with report("quantize") as tell:
-                rounding = quantize_model(loaded, checkpoint, options, tell or _tell_nobody)
+            with report("quantize") as listener:
+                rounding = quantize_model(loaded, checkpoint, options, listener or tell_nobody)
         with report("trace"):
             programs = list(trace(loaded, plan, scales))
             if how := cast_of(options):
                 programs = cast(programs, how)
         contract = _draft(checkpoint, options, plan, [program.graph for program in programs], rounding)
         check_layout(contract, checkpoint, options)
-        with report("compile"):
+        with report("compile") as listener, heard_by(listener):
             compiled = compiler.compile(programs, stage, options)
             _write_companions(stage, tokenizer, loaded, checkpoint.processor_config)
             config = _config(checkpoint, loaded)
@@ -184,10 +185,6 @@ def _draft(
         variants=[variant],
         files={},
     )
-
-
-def _tell_nobody(done: int, total: int) -> None:
-    pass
 
 
 def _name_parts(options: ExportOptions) -> list[str]:

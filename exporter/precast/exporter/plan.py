@@ -16,6 +16,7 @@ from precast.runtime.artifact.schema import Axis, Dim, Dtype, Graph, Input, Outp
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import ExportError, UsageError
 
+from . import early
 from .kinds import kind_of
 from .options import ExportOptions
 from .resolve import Checkpoint
@@ -128,11 +129,7 @@ def make_plan(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
     that cannot be exported for this task."""
     options.check()
     task = checkpoint.task(options.task)
-    if options.is_rounded and task.kind != "decoder":
-        raise UsageError(
-            f"--quantize and --kv-cache are for decoders: what they cost is measured on the text that a model "
-            f"predicts, and {task.name!r} predicts none. Leave them out."
-        )
+    options.check_task(task)
     model = checkpoint.skeleton(task)
     result: Plan = kind_of(task).plan(checkpoint, options, task, model)
     _check_memory(result)
@@ -182,12 +179,7 @@ def single_batch(options: ExportOptions) -> int:
 
 def check_length(checkpoint: Checkpoint, length: int) -> None:
     """Raise UsageError for more than the model was made for."""
-    limit = checkpoint.max_length
-    if limit is not None and length > limit:
-        raise UsageError(
-            f"--sequence-length {length} is more than {checkpoint.name} was made for: its "
-            f"max_position_embeddings allow {limit}."
-        )
+    early.check_length(checkpoint.name, checkpoint.max_length, length)
 
 
 class NoValues(TorchDispatchMode):

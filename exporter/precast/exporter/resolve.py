@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +18,15 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import sha256_of
+from precast.runtime.artifact.reach import hub_or_cache
 from precast.runtime.artifact.tasks import ROWS, TASKS, Task, get_task, tasks_named
 from precast.runtime.errors import CheckpointError, FormatError
-from precast.runtime.terminal import quoted
 
 from .encoder.sentences import attach_sentences, sentence_weights
 from .gguf_reader import ParsedOnce
+from .local import check_is_checkpoint, find_local, not_given
 from .options import ExportOptions
-from .own_files import check_files, weight_files
+from .own_files import weight_files
 from .packed import Grid, Packing, check_understood, packing_of, quantization_settings, unpacked, without_quantization
 
 __all__ = ["Checkpoint", "resolve"]
@@ -318,69 +318,27 @@ def resolve(model: str, options: ExportOptions) -> Checkpoint:
 
     Raises CheckpointError where there is none.
     """
-    path = Path(model).expanduser()
-    if path.is_file():
-        return _from_file(model, path, options)
-    if path.is_dir():
-        return _from_directory(model, path, options)
-    if _looks_like_path(model):
-        raise CheckpointError(f"There is no file or directory {model}.")
+    if found := find_local(model):
+        return Checkpoint(model, found.name, found.directory, found.gguf_file, None, options.trust_remote_code)
     return _from_hub(model, options)
-
-
-def _looks_like_path(model: str) -> bool:
-    return (
-        model.startswith((".", "/", "~")) or model.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
-    )
-
-
-def _from_file(given: str, path: Path, options: ExportOptions) -> Checkpoint:
-    if path.suffix != ".gguf":
-        raise CheckpointError(f"{path} is a file; MODEL is a Hub id, a checkpoint directory, or a .gguf file.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
-    path = path.resolve()
-    return Checkpoint(given, path.stem, path.parent, path.name, None, options.trust_remote_code)
-
-
-def _from_directory(given: str, path: Path, options: ExportOptions) -> Checkpoint:
-    if not (path / "config.json").is_file():
-        ggufs = sorted(found.name for found in path.glob("*.gguf"))
-        hint = f" To export a GGUF file, name it: precast export {quoted(path / ggufs[0])} …" if ggufs else ""
-        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.{hint}")
-    path = path.resolve()
-    check_files(path, path.name)
-    _check_alone(path)
-    return Checkpoint(given, path.name, path, None, None, options.trust_remote_code)
-
-
-def _check_alone(path: Path) -> None:
-    """transformers adds an adapter that lies beside a model where the library peft is installed, and else does not."""
-    if (path / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{path} holds an adapter beside the model: whether it counts depends on what is installed. Merge it into "
-            f"the weights (peft: merge_and_unload), or move adapter_config.json away to export the model without it."
-        )
 
 
 def _from_hub(model: str, options: ExportOptions) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        path = snapshot_download(
-            model, revision=options.revision, token=options.token, allow_patterns=_DOWNLOAD,
-            ignore_patterns=["original/*", "onnx/*", "openvino/*"],
-        )  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{model} is neither a local path nor a checkpoint that the Hub would give: {_first_line(error)}"
-        ) from error
-    found = _from_directory(model, Path(path), options)
+    with hub_or_cache() as problem:
+        try:
+            path = snapshot_download(
+                model, revision=options.revision, token=options.token, allow_patterns=_DOWNLOAD,
+                ignore_patterns=["original/*", "onnx/*", "openvino/*"], local_files_only=problem is not None,
+            )  # fmt: skip
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise not_given(model, problem or _first_line(error)) from error
+    check_is_checkpoint(Path(path), model)
     # The snapshot's own directory is named after the commit.
     commit = os.path.basename(os.path.normpath(path))
-    return Checkpoint(model, model, found.directory, None, commit, options.trust_remote_code)
+    return Checkpoint(model, model, Path(path).resolve(), None, commit, options.trust_remote_code)
 
 
 def _first_line(error: BaseException) -> str:

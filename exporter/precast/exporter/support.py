@@ -17,8 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from precast.runtime.artifact import KEY
+from precast.runtime.artifact.reach import hub_or_cache
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
+
+from .local import is_compiled, not_given
 
 __all__ = [
     "Support",
@@ -99,14 +103,17 @@ def check_supported(
     revision: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
-) -> None:
+) -> dict[str, Any] | None:
     """Raise CheckpointError for a checkpoint that is known not to work, with the reason and what works instead.
 
-    Reads its configuration only, and says nothing about one that cannot be read or was never tried.
+    Reads its configuration only, and says nothing about one that cannot be read or was never tried. Returns that
+    configuration; None where nothing can be concluded from it.
     """
     config = read_config(model, revision=revision, token=token)
     if config is None or (trust_remote_code and "auto_map" in config):
-        return
+        return None
+    if KEY in config:
+        raise is_compiled(model)
     model_type = str(config.get("model_type"))
     known = supported_tasks(model_type)
     task = get_task(task).name if task else task_in(config)
@@ -118,6 +125,7 @@ def check_supported(
             f"{model} cannot be exported for {found.task}: models of type {model_type!r} are refused because "
             f"{found.reason}. {_instead(found, known)}"
         )
+    return config
 
 
 def task_in(config: Mapping[str, Any]) -> str | None:
@@ -126,6 +134,12 @@ def task_in(config: Mapping[str, Any]) -> str | None:
         for ending, task in _ENDINGS.items():
             if str(name).endswith(ending):
                 return task
+        if re.search(r"(?<!Heads)Model$", str(name)):
+            # One without a head: CLIP's is what compares images and texts.
+            known = supported_tasks(str(config.get("model_type")))
+            return next(
+                (task for task in ("zero-shot-image-classification", "feature-extraction") if task in known), None
+            )
     return None
 
 
@@ -170,14 +184,16 @@ def _from_hub(model: str, revision: str | None, token: str | None) -> Path | Non
         RemoteEntryNotFoundError,
     )
 
-    try:
-        return Path(hf_hub_download(model, "config.json", revision=revision, token=token))
-    except RemoteEntryNotFoundError:
-        return None
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{model} is neither a local path nor a checkpoint that the Hub would give: {str(error).splitlines()[0]}"
-        ) from error
+    with hub_or_cache() as problem:
+        is_cached = problem is not None
+        try:
+            return Path(
+                hf_hub_download(model, "config.json", revision=revision, token=token, local_files_only=is_cached)
+            )
+        except RemoteEntryNotFoundError:
+            return None
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            raise not_given(model, problem or str(error).splitlines()[0]) from error
 
 
 def _instead(found: Support, known: Mapping[str, Support]) -> str:

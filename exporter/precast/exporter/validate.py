@@ -29,6 +29,7 @@ from .options import ExportOptions
 from .questions import Question, make_questions, make_scored, write_questions
 from .reference import Answer, answer
 from .resolve import Checkpoint, resolve
+from .telling import tell
 
 __all__ = [
     "Reference",
@@ -68,6 +69,7 @@ def make_reference(
         folder = Scratch()
     answers = []
     for index, question in enumerate(questions):
+        tell(index, len(questions), question.name)
         found = answer(model, question, task)
         if question.kind == "score" and folder:
             found = [_on_disk(found[0], folder.path / f"{index}.npy")]

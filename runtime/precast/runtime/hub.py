@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from .artifact import UNLISTED, Artifact, read_artifact
 from .artifact.integrity import check_hash
 from .artifact.publish import publish, recover, staging
+from .artifact.reach import hub_or_cache
 from .artifact.store import home
 from .errors import ArtifactError, HubError, IntegrityError, PublishError
 from .progress import progress, wanted
@@ -98,15 +99,19 @@ def _download(repo_id: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with _calling_the_hub(f"{repo_id} could not be fetched"):
+    is_offline = options.pop("local_files_only", False)
+    with (
+        _calling_the_hub(f"{repo_id} could not be fetched"),
+        nullcontext("local_files_only is set") if is_offline else hub_or_cache() as problem,
+    ):
         try:
-            return Path(snapshot_download(repo_id, **options))
+            return Path(snapshot_download(repo_id, **options, local_files_only=problem is not None))
         except LocalEntryNotFoundError as error:
             if _answered(error) is not None:
                 raise
             raise HubError(
-                f"{repo_id} is neither a local directory nor in the Hub cache, and the Hub was not asked or not "
-                f"reached (HF_HUB_OFFLINE, local_files_only, HF_ENDPOINT)."
+                f"{repo_id} is neither a local directory nor in the Hub cache, and the Hub was not asked: "
+                f"{problem or 'it gave no answer'}."
             ) from error
 
 

@@ -18,6 +18,7 @@ from precast.runtime.artifact.schema import Compiler, Host
 from precast.runtime.errors import ExportError, FormatError
 
 from ..options import ExportOptions
+from ..telling import tell
 from ..trace import Program
 from . import Compiled
 from .native.lowering import Forms, Lowered, lower
@@ -38,7 +39,8 @@ class ExportCompiler:
             warnings.simplefilter("ignore", FutureWarning)
             lowered = [lower(program, Forms()) for program in programs]
         graphs = []
-        for each in lowered:
+        for done, each in enumerate(lowered):
+            tell(done, len(lowered), each.graph.name)
             graph = replace(each.graph, file=f"{each.graph.name}.pt2")
             (stage / graph.file).write_bytes(_file(each))
             graphs.append(graph)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from precast.runtime.artifact.schema import Axis
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
-from precast.runtime.terminal import quoted
 
-from ..options import ExportOptions
+from ..options import SIZE_EXAMPLES, ExportOptions, flag_of
 from ..plan import TensorPlan, check_length
 from ..resolve import Checkpoint
 from .frames import convolutions_of
@@ -34,14 +33,6 @@ _FLAGS: dict[Axis, str] = {
     "length": "sequence_length",
     "samples": "audio_sequence_length",
     "frames": "audio_sequence_length",
-}
-_EXAMPLES = {
-    "batch_size": "1",
-    "text_batch_size": "8",
-    "num_choices": "4",
-    "sequence_length": "128",
-    "audio_sequence_length": "160000",
-    "image_size": "224",
 }
 
 EVERY_POSITION = ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model", "fnet")
@@ -178,26 +169,16 @@ def _check_given(
     checkpoint: Checkpoint, options: ExportOptions, task: Task, axes: Sequence[Axis], inputs: Sequence[TensorPlan]
 ) -> None:
     needed = [_FLAGS[axis] for axis in axes]
-    if missing := [name for name in needed if not getattr(options, name)]:
-        flags = " and ".join(f"{_flag(name)} N" for name in missing)
-        example = " ".join(f"{_flag(name)} {_EXAMPLES[name]}" for name in needed)
-        raise UsageError(
-            f"The task {task.name!r} is compiled for fixed shapes: {', '.join(needed)}. Add {flags}, for example: "
-            f"precast export {quoted(checkpoint.given)} {example} -o OUT"
-        )
+    options.check_sizes(checkpoint.given, task.name, needed, checkpoint.max_length)
     if options.prefill_lengths:
         raise UsageError(f"--prefill-lengths is for decoders; the task {task.name!r} has no prefill.")
     is_seen = any(spec.name == "pixel_values" for spec in inputs)
     known = {*needed, "image_size"} if is_seen else set(needed)
-    if useless := [_flag(name) for name in _EXAMPLES if getattr(options, name) and name not in known]:
+    if useless := [flag_of(name) for name in SIZE_EXAMPLES if getattr(options, name) and name not in known]:
         raise UsageError(
             f"{', '.join(useless)} fixes nothing here: {checkpoint.config.model_type} reads "
             f"{', '.join(spec.name for spec in inputs)} for {task.name}, compiled for {', '.join(needed)}."
         )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _check_samples(checkpoint: Checkpoint, samples: int) -> None:

@@ -18,7 +18,6 @@ from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
-from precast.runtime.terminal import quoted
 
 from ..decoder.cache_names import cache_in
 from ..decoder.plan import HEAD_MULTIPLE, CachePlan
@@ -129,11 +128,7 @@ def _takes_features(model: nn.Module) -> bool:
 def _lengths(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> tuple[int, ...]:
     if _takes_features(model):
         return (_frames(checkpoint, options, task, model),)
-    if not options.sequence_length:
-        raise UsageError(
-            f"The task {task.name!r} is compiled for fixed source lengths. Add --sequence-length N, for example: "
-            f"precast export {quoted(checkpoint.given)} --sequence-length 128 -o OUT"
-        )
+    options.check_sizes(checkpoint.given, task.name, ["sequence_length"], checkpoint.max_length)
     for length in options.sequence_length:
         check_length(checkpoint, length)
     return tuple(sorted(options.sequence_length))

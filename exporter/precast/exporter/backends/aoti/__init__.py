@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
 from ...options import ExportOptions
+from ...telling import tell
 from ...trace import Program
 from .. import Compiled
 from ..native.lowering import Lowered, lower
@@ -69,7 +70,9 @@ class AotiCompiler:
 
 def _libraries(lowered: list[Lowered], stage: Path, options: ExportOptions, more: Mapping[str, Any]) -> Iterator[Graph]:
     """Compile the programs one by one, each of which is let go of afterwards."""
+    total = len(lowered)
     while lowered:
+        tell(total - len(lowered), total, f"{lowered[0].graph.name} as native code")
         each = lowered.pop(0)
         exported = each.exported if options.device == "cpu" else moved(each.exported, options.device)
         file = f"{each.graph.name}.so"

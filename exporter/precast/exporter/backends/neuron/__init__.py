@@ -16,6 +16,7 @@ from precast.runtime.errors import UsageError
 
 from ...neuron_options import chosen_strategy
 from ...options import ExportOptions
+from ...telling import tell
 from ...trace import Program
 from .. import Compiled
 from ..native.lowering import Lowered, lower
@@ -50,7 +51,8 @@ class NeuronCompiler:
             bodies = [body_of(each) for each in lowered.values()]
             save_tensors(strategy.weights(bodies, options.tensor_parallel), stage / WEIGHTS)
         files = strategy.files([each.graph for each in lowered.values()])
-        for file, graphs in files.items():
+        for done, (file, graphs) in enumerate(files.items()):
+            tell(done, len(files), ", ".join(graph.name for graph in graphs))
             _compile([lowered[graph.name] for graph in graphs], stage / file, options)
         return Compiled(
             graphs=[replace(graph, file=file) for file, graphs in files.items() for graph in graphs],

@@ -11,6 +11,7 @@ import msgspec
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
 from ...options import ExportOptions
+from ...telling import tell
 from ...trace import Program
 from .. import Compiled
 from .lowering import lower, quiet
@@ -25,13 +26,16 @@ class OnnxCompiler:
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler."""
-        graphs, models = [], []
-        for program in programs:
+        graphs, models, programs = [], [], list(programs)
+        for done, program in enumerate(programs):
+            tell(2 * done, 2 * len(programs) + 1, f"{program.graph.name} in ONNX's operators")
             model = lower(program)
+            tell(2 * done + 1, 2 * len(programs) + 1, f"{program.graph.name} in ONNX Runtime's own")
             with quiet():
                 optimize(model, program.graph)
             models.append(model)
             graphs.append(msgspec.structs.replace(program.graph, file=f"{program.graph.name}.onnx"))
+        tell(2 * len(programs), 2 * len(programs) + 1, "weights")
         weights = save(models, [stage / graph.file for graph in graphs], stage / "model.onnx.data")
         return Compiled(
             graphs=graphs,
