@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import oracle
+import processes
 import pytest
 import tiny
 import torch
@@ -74,6 +75,19 @@ def test_sessions_have_caches_of_their_own(pair):
     found = list(zip(*streams, strict=False))
     for row, tokens in zip((first, second), zip(*found, strict=True), strict=True):
         assert oracle.greedy(source, row, max_new_tokens=8)[: len(tokens)] == list(tokens)
+
+
+both = pytest.mark.parametrize("pair", FAST[:2], ids="-".join, indirect=True)
+
+
+@both
+def test_a_dropped_model_leaves_nothing_open(pair):
+    processes.check_loads(pair[1].artifact.path)
+
+
+@both
+def test_a_fork_goes_on_or_is_told_why_not(pair):
+    processes.check_fork(pair[1].artifact.path)
 
 
 AUDIT = """

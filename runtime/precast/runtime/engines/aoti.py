@@ -8,6 +8,7 @@ GPU is given the GPU's copies of weights and inputs.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .device import Device
 from .elf import check_library
 from .files import Files
 from .gpu import Gpu
-from .memory import bound_tensors
+from .memory import bound_tensors, threads_of
 
 __all__ = ["AotiEngine"]
 
@@ -111,9 +112,17 @@ def _give_weights(
             raise FormatError(f"{path} needs the weight {name}, which the artifact's weight files lack.")
         if dtypes.get(inner, _NUMBERS[tensor.dtype]) != _NUMBERS[tensor.dtype]:
             raise FormatError(f"{path} needs the weight {name} in another dtype than {tensor.dtype}.")
-        found[inner] = copied(tensor) if copied else tensor
+        # Of its own, to be emptied below; the memory is shared.
+        found[inner] = (copied(tensor) if copied else tensor).detach()
     if found:
         runner.update_constant_buffer(found, False, True, True)
+        # PyTorch never lets go of tensors that it was given so, and they of the file's mapping.
+        weakref.finalize(runner, _empty, list(found.values())).atexit = False
+
+
+def _empty(tensors: Sequence[torch.Tensor]) -> None:
+    for each in tensors:
+        each.set_()  # type: ignore[call-overload]
 
 
 _ORDER = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64]
@@ -130,10 +139,11 @@ class _Bound:
     """A graph tied to arrays: what a step reads and writes is their memory, but for outputs, which are copied there."""
 
     def __init__(self, runner: Any, graph: Graph, inputs: Arrays, outputs: Arrays, threads: int) -> None:
-        self._run, self._threads = runner.run, threads
+        self._run, self._threads, self._process = runner.run, threads, threads_of(threads)
         self._inputs, self._outputs = bound_tensors(graph, inputs, outputs)
 
     def __call__(self) -> None:
+        self._process.check()
         # A setting of the calling thread, of which a server has several.
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)

@@ -21,6 +21,7 @@ from ..artifact import DECODER_INPUTS, ROWS
 from ..artifact.schema import Graph
 from . import Arrays, Step
 from .memory import bound_tensors
+from .process import Process
 
 __all__ = ["Compute", "Device", "Place"]
 
@@ -56,13 +57,15 @@ class Device:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self._process = Process(f"its connection to {place.device}")
         self._lock = threading.RLock()
         self._twins: dict[int, Tensor] = {}
         self._weights: dict[Any, Tensor] = {}
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Whatever touches the device is done within its turn."""
+        """Whatever touches the device is done within its turn. Raises UsageError in a fork."""
+        self._process.check()
         with self._lock, self.place.stream():
             yield
 

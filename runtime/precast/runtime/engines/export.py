@@ -27,7 +27,7 @@ from ..weights import weight_of
 from . import Arrays, Settings, Step
 from .files import Files
 from .guards import arithmetic, guarded
-from .memory import bound_tensors
+from .memory import bound_tensors, threads_of
 
 __all__ = ["ExportEngine"]
 
@@ -135,10 +135,11 @@ class _Bound:
     def __init__(
         self, program: _Interpreter, contract: Contract, inputs: Arrays, outputs: Arrays, threads: int
     ) -> None:
-        self._program, self._threads = program, threads
+        self._program, self._threads, self._process = program, threads, threads_of(threads)
         self._inputs, self._outputs = bound_tensors(contract, inputs, outputs)
 
     def __call__(self) -> None:
+        self._process.check()
         # A setting of the calling thread, of which a server has several.
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,17 @@ from ..artifact.schema import Dim, Graph, Input, Output
 from ..errors import ArtifactError
 from ..tensors import storage
 from . import Arrays
+from .process import Process
 
-__all__ = ["bound_tensor", "bound_tensors"]
+__all__ = ["bound_tensor", "bound_tensors", "threads_of"]
+
+_HOME = os.getpid()
+
+
+def threads_of(count: int) -> Process:
+    """Where so many threads of PyTorch's are. They are OpenMP's, which has one set of them for the whole process: after
+    a fork even a model that the child opened itself would wait for its parent's."""
+    return Process.of_threads(count, _HOME)
 
 
 def bound_tensors(graph: Graph, inputs: Arrays, outputs: Arrays) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

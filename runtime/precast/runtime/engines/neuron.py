@@ -34,6 +34,7 @@ from ..terminal import quoted
 from . import Arrays, Settings, Step, move_rows
 from .files import Files
 from .memory import bound_tensor, bound_tensors
+from .process import Process
 
 __all__ = ["NeuronEngine"]
 
@@ -54,6 +55,7 @@ class NeuronEngine:
             )
         self._replicas = [kind(files, group) for group in groups]
         self._turns = itertools.cycle(self._replicas)
+        self._process = Process("its connection to the Neuron device")
         self._held: dict[int, _Held] = {}
         self._lock = threading.Lock()
 
@@ -72,7 +74,8 @@ class NeuronEngine:
             held = self._hold(described, inputs) if names else None
             replica = held.replica if held else next(self._turns)
         opened = replica.open(described)
-        return _Bound(opened, replica.lock, [named[name] for name in named if name not in names], targets, named, held)
+        rest = [named[name] for name in named if name not in names]
+        return _Bound(opened, replica.lock, rest, targets, named, held, self._process)
 
     def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
         """See KeepsCaches. It is done on the host; from there the next step brings them back."""
@@ -354,11 +357,14 @@ class _Bound:
         targets: list[Tensor],
         named: Mapping[str, Tensor],
         held: _Held | None,
+        process: Process,
     ) -> None:
+        self._process = process
         self._opened, self._lock, self._given, self._targets, self._held = opened, lock, given, targets, held
         self._past = named.get("past_lengths")
 
     def __call__(self) -> None:
+        self._process.check()
         with self._lock:
             if self._held is not None and self._opened.place is not None:
                 # Without a past nothing that the caches hold is looked at.

@@ -6,10 +6,12 @@ its outputs back, a decoder's caches among them: right with every provider, and 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
 import threading
+import weakref
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ..artifact.schema import Graph, Variant
 from ..errors import ArtifactError, HostError, IntegrityError
 from ..prepacked import DATA, GRAPH, Entry, is_wanted
 from . import Arrays, Settings, Step
+from .process import Process
 from .providers import Place, choose_place
 
 __all__ = ["OnnxEngine"]
@@ -54,13 +57,21 @@ class OnnxEngine:
         self._lock = threading.Lock()
         _load_libraries(self._place)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        is_home = self._place.is_home
+        self._process = Process.of_threads(self._threads) if is_home else Process(f"its connection to {self._place}")
+        _engines.add(self)
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
         session = self._session(graph)
         if self._place.is_home:
-            return _BoundGraph(session, inputs, outputs, self._place)
-        return _CopyingGraph(session, inputs, outputs, self._place)
+            return _BoundGraph(session, inputs, outputs, self._place, self._process)
+        return _CopyingGraph(session, inputs, outputs, self._place, self._process)
+
+    def keep(self) -> None:
+        """Never close the sessions: that would wait for their threads to end."""
+        for session in self._sessions.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
         with self._lock:
@@ -122,6 +133,18 @@ class OnnxEngine:
         return options
 
 
+_engines: weakref.WeakSet[OnnxEngine] = weakref.WeakSet()
+
+
+def _keep_all() -> None:
+    for engine in list(_engines):
+        engine.keep()
+
+
+# In a child that was forked their threads are not there.
+os.register_at_fork(after_in_child=_keep_all)
+
+
 def _saving(options: onnxruntime.SessionOptions, folder: Path) -> onnxruntime.SessionOptions:
     """Let a session save what it has made of its graph and weights."""
     options.optimized_model_filepath = os.fspath(folder / GRAPH)
@@ -177,15 +200,23 @@ def _cannot(what: str, place: Place, error: Exception) -> str:
 class _BoundGraph:
     """A session with a binding to arrays that it keeps alive."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays, place: Place) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        inputs: Arrays,
+        outputs: Arrays,
+        place: Place,
+        process: Process,
+    ) -> None:
         self._binding = session.io_binding()
-        self._run, self._place = session.run_with_iobinding, place
+        self._run, self._place, self._process = session.run_with_iobinding, place, process
         self._kept = [
             *(self._bind(self._binding.bind_ortvalue_input, name, array) for name, array in inputs.items()),
             *(self._bind(self._binding.bind_ortvalue_output, name, array) for name, array in outputs.items()),
         ]
 
     def __call__(self) -> None:
+        self._process.check()
         try:
             self._run(self._binding)
         except Exception as error:
@@ -210,10 +241,19 @@ class _CopyingGraph:
     nothing of caches which are both input and output may read what it has just overwritten.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays, place: Place) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        inputs: Arrays,
+        outputs: Arrays,
+        place: Place,
+        process: Process,
+    ) -> None:
         self._session, self._inputs, self._outputs, self._place = session, dict(inputs), dict(outputs), place
+        self._process = process
 
     def __call__(self) -> None:
+        self._process.check()
         try:
             found = self._session.run(list(self._outputs), self._inputs)
         except Exception as error:
