@@ -67,9 +67,9 @@ def test_a_child_has_the_arguments_the_input_and_the_environment(tmp_path, monke
     assert json.loads(done.stdout) == [[str(tmp_path / "told.py"), "x y", "7"], "ä", None, "2"]
 
 
-def test_bench_from_within_a_foreign_folder(trap, encoder):
-    done = _run("bench", str(encoder), "--rounds", "1", "-q", "--json")
-    assert json.loads(done.stdout), done.stderr
+def test_bench_from_within_a_foreign_folder(trap):
+    done = _run("bench", str(ROOT / "tests/artifacts/0.1.0/encoder"), "--repeat", "1", "-q", "--json")
+    assert done.returncode == 0, done.stderr
     assert trap() == ""
 
 

@@ -15,6 +15,7 @@ import transformers
 
 from precast.exporter import ExportOptions, own_files, pipeline
 from precast.exporter.resolve import resolve
+from precast.exporter.support import read_config
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
@@ -173,7 +174,7 @@ def test_an_adapter_beside_the_model_is_not_passed_over(copy):
     "name",
     ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
      "special_tokens_map.json", "preprocessor_config.json", "model.safetensors", "additional_chat_templates/a.jinja",
-     "1_Pooling/config.json"],
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "link"])
 def test_what_is_no_file_of_its_own_is_refused_before_it_is_opened(copy, tmp_path, name, kind):
@@ -191,7 +192,14 @@ def test_what_is_no_file_of_its_own_is_refused_before_it_is_opened(copy, tmp_pat
 def test_a_configuration_that_is_a_pipe_is_none(copy):
     (copy / "config.json").unlink()
     os.mkfifo(copy / "config.json")
+    assert read_config(str(copy)) is None
     _refused(copy, "has no config.json")
+
+
+def test_a_gguf_file_that_is_a_pipe_is_none(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    assert read_config(str(tmp_path / "model.gguf")) is None
+    _refused(tmp_path / "model.gguf", "model.gguf is not a regular file or directory")
 
 
 def test_a_file_too_large_to_be_read_is_refused(copy):
@@ -209,16 +217,26 @@ def test_other_programs_folders_and_files_do_not_matter(copy, tmp_path):
     _load(copy)
 
 
-def test_modules_of_sentence_transformers_lie_in_the_checkpoint(tmp_path, checkpoint):
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("../outside", r"modules\.json of checkpoint names \.\./outside, which is outside of the checkpoint"),
+        ("linked", r"modules\.json of checkpoint names linked, which is outside of the checkpoint"),
+        ("a/pipe", r"a/pipe/config\.json of checkpoint is not a regular file"),
+    ],
+)
+def test_modules_of_sentence_transformers_lie_in_the_checkpoint(tmp_path, checkpoint, folder, message):
     path = Path(shutil.copytree(checkpoint("bert", "AutoModel"), tmp_path / "checkpoint"))
     (tmp_path / "outside").mkdir()
-    kinds = [("Transformer", ""), ("Pooling", "../outside")]
+    (path / "linked").symlink_to(tmp_path / "outside")
+    (path / "a" / "pipe").mkdir(parents=True)
+    os.mkfifo(path / "a" / "pipe" / "config.json")
+    kinds = [("Transformer", ""), ("Pooling", folder)]
     modules = [{"idx": n, "name": str(n), "path": at, "type": f"models.{kind}"} for n, (kind, at) in enumerate(kinds)]
     (path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(
-        CheckpointError, match=r"modules\.json of checkpoint names \.\./outside, which is outside of the"
-    ):
-        resolve(str(path), ExportOptions()).load(get_task("feature-extraction"), "float32")
+    found = resolve(str(path), ExportOptions())
+    with pytest.raises(CheckpointError, match=message):
+        found.load(get_task("feature-extraction"), "float32")
 
 
 # ---------------------------------------------------------------- what it tells of other machines

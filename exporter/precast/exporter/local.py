@@ -45,6 +45,8 @@ def find_local(model: str) -> Local | None:
             return Local(path.resolve().name, path.resolve())
     except OSError as error:
         raise CheckpointError(f"{model} cannot be read: {error.strerror}.") from error
+    if path.exists():
+        raise CheckpointError(f"{model} is not a regular file or directory.")
     if _looks_like_path(model):
         raise CheckpointError(f"There is no file or directory {model}.")
     return None
@@ -68,9 +70,11 @@ def is_compiled(model: str) -> CheckpointError:
 def check_is_checkpoint(path: Path, given: str) -> None:
     """Raise CheckpointError for a directory that is no checkpoint: an artifact, which has a command of its own, one
     without a configuration, with files from elsewhere, or with an adapter."""
-    if is_artifact(path):
+    # Asked first: a pipe would be waited for.
+    is_there = (path / "config.json").is_file()
+    if is_there and is_artifact(path):
         raise is_compiled(given)
-    if not (path / "config.json").is_file():
+    if not is_there:
         ggufs = sorted(found.name for found in path.glob("*.gguf"))
         hint = f" To export a GGUF file, name it: precast export {quoted(path / ggufs[0])} -o OUT" if ggufs else ""
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.{hint}")

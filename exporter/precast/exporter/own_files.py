@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ MAX_BYTES = 256 * 2**20
 """Of a file that is read as a whole: the largest published vocabularies have a tenth of that."""
 _READ = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
 _MAPPED = (".bin", ".gguf", ".safetensors")
-_FOLDERS = ("additional_chat_templates", "custom_generate")
-"""Which transformers looks into."""
+_FOLDERS = ("", "additional_chat_templates", "custom_generate")
+"""Where transformers looks."""
 
 
-def check_files(directory: Path, name: str) -> None:
-    """Raise CheckpointError for a file of a kind that is read, here or in a folder, that is not a regular file, is a
-    link to somewhere else, or is larger than can be read."""
-    for path in _files(directory):
+def check_files(directory: Path, name: str, folders: Sequence[str] = _FOLDERS) -> None:
+    """Raise CheckpointError for a file of a kind that is read, in these folders, that is not a regular file, is a link
+    to somewhere else, or is larger than can be read."""
+    for path in _files(directory, folders):
         shown = f"{path.relative_to(directory).as_posix()} of {name}"
         if not path.exists():
             # A link to nothing is nothing.
@@ -95,14 +95,10 @@ def _weights(directory: Path, entry: str, name: str, where: str) -> Path:
     return path
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    """All of a kind that somebody reads, here and in folders that lie here."""
-    for path in sorted(directory.iterdir()):
-        if path.is_dir():
-            inside = path.iterdir() if path.name in _FOLDERS or not (path.is_symlink() or path.name[0] == ".") else ()
-            yield from (each for each in inside if each.suffix in _READ + _MAPPED)
-        elif path.suffix in _READ + _MAPPED:
-            yield path
+def _files(directory: Path, folders: Sequence[str]) -> Iterator[Path]:
+    for folder in folders:
+        if (directory / folder).is_dir():
+            yield from (path for path in sorted((directory / folder).iterdir()) if path.suffix in _READ + _MAPPED)
 
 
 def _is_own(path: Path, directory: Path) -> bool:

@@ -154,7 +154,8 @@ def read_config(model: str, *, revision: str | None = None, token: str | None = 
     if not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
         path = _from_hub(model, revision, token)
     try:
-        config = json.loads(path.read_text("utf-8")) if path else None
+        # A pipe would be waited for.
+        config = json.loads(path.read_text("utf-8")) if path and path.is_file() else None
     except (OSError, ValueError):
         # Whoever opens it next says what is wrong with it.
         return None
@@ -164,6 +165,8 @@ def read_config(model: str, *, revision: str | None = None, token: str | None = 
 def _gguf_config(path: Path) -> dict[str, Any] | None:
     """What the first entry of a GGUF file says: `general.architecture`, in most cases transformers' model type."""
     try:
+        if not path.is_file():
+            return None
         with path.open("rb") as file:
             head = file.read(256)
     except OSError:

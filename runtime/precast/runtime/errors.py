@@ -48,6 +48,9 @@ class PrecastError(Exception):
 class PrecastWarning(RuntimeWarning):
     """Something goes another way than was asked for, with the same answers; the CLI prints it as one line."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class UsageError(PrecastError, ValueError):
     """An argument is wrong or missing."""

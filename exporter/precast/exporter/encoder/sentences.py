@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from precast.runtime.artifact import strict_json
 from precast.runtime.errors import ArtifactError, CheckpointError
 
-from ..own_files import own_path
+from ..own_files import check_files, own_path
 
 __all__ = ["OUTPUT", "attach_sentences", "output_names", "sentence_weights"]
 
@@ -72,6 +72,7 @@ def _listed(directory: Path, name: str) -> list[tuple[str, str]]:
         )
     for _, folder in found[1:]:
         own_path(directory, folder, name, "modules.json")
+    check_files(directory, name, [folder for _, folder in found[1:]])
     return found[1:]
 
 
