@@ -283,12 +283,10 @@ def hostile(copy, tmp_path, monkeypatch):
         old = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**old, "auto_map": {f"Auto{kind}": "evil.Evil" for kind in kinds}}))
 
-    def ask(*words):
-        raise AssertionError("somebody asks on the terminal")
-
-    monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 5)
-    return copy, mark
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    yield copy, mark
+    assert asked == []
 
 
 def test_code_of_a_checkpoint_neither_runs_nor_is_asked_about(hostile):

@@ -221,7 +221,7 @@ class ExportOptions:
         examples = {**SIZE_EXAMPLES, "sequence_length": min(SIZE_EXAMPLES["sequence_length"], longest or 128)}
         flags = " and ".join(f"{flag_of(name)} N" for name in missing)
         example = " ".join(f"{flag_of(name)} {examples[name]}" for name in needed)
-        given = f" --task {self.task}" if self.task else ""
+        given = f" --task {quoted(self.task)}" if self.task else ""
         raise UsageError(
             f"The task {task!r} is compiled for fixed shapes: {', '.join(needed)}. Add {flags}, for example: "
             f"precast export {quoted(model)}{given} {example} -o OUT"
