@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from precast.cli import SETTINGS, cli
 from precast.exporter.support import table
+from precast.runtime.artifact.backends import BACKENDS
 from precast.runtime.artifact.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -58,10 +60,14 @@ WELL_KNOWN = (
 )  # fmt: skip
 
 
+def test_the_help_names_every_backend():
+    text = CliRunner().invoke(cli, ["export", "--help"], terminal_width=200).output
+    (line,) = (line for line in text.splitlines() if "What compiles and runs the model" in line)
+    assert ", ".join(BACKENDS) in line
+
+
 def test_help_is_what_it_was(golden_text):
     """A renamed or vanished option shows up in review."""
-    from click.testing import CliRunner
-
     pages = []
     for words in ([], *([name] for name in cli.list_commands(None))):
         pages.append(CliRunner().invoke(cli, [*words, "--help"], prog_name="precast", terminal_width=100).output)

@@ -306,7 +306,7 @@ def test_saved_beside_the_model_without_a_word_about_this_place(run, decoder, tm
     ("words", "code", "message"),
     [
         (("{decoder}", "--new-tokens", 41, "--prompt-length", 8), 2, "49 together, do not fit into the 48 that .* "
-         "--new-tokens 40 at most, or compile a longer one: precast export .* --sequence-length 49"),
+         "--new-tokens 40 at most. Compile a larger one.*: precast export CHECKPOINT .* --sequence-length 49"),
         (("{decoder}", "--prompt-length", 48), 2, "Ask for --prompt-length 47"),
         (("{encoder}", "--prompt-length", 49), 2, "49 tokens per row do not fit into the 48 .* --prompt-length 48"),
         (("{decoder}", "--batch-size", 2), 2, "--batch-size 2 is more than the 1 that "),

@@ -146,10 +146,13 @@ def test_inspect_tells_what_is_there(run, decoder):
         "skipped: not validated",
         "decoder, batch 1, length 1–48",
         "trust tier graph",
+        "not verified: --verify",
     ):
         assert part in out
+    assert json.loads(run("inspect", decoder, "--json")[1])["verified"] is False
     _, out, _ = run("inspect", decoder, "--json", "--verify")
-    assert json.loads(out)["refused"] == [None]
+    facts = json.loads(out)
+    assert (facts["refused"], facts["verified"]) == ([None], True)
 
 
 def test_env_names_versions_without_importing(run):

@@ -15,7 +15,11 @@ import pytest
 
 from precast.cli import main
 from precast.cli.output import progress_in_words
+from precast.exporter import ExportOptions
+from precast.exporter.early import check_comparison
+from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.tasks import TASKS
+from precast.runtime.errors import AccuracyError, CheckpointError, ExportError
 
 SHAPES = ("--batch-size", 2, "--sequence-length", 16)
 
@@ -288,6 +292,9 @@ EARLY = """
 import json, sys
 from precast.cli import main
 from precast.cli.output import progress_in_words
+from precast.exporter import ExportOptions
+from precast.exporter.early import check_comparison
+from precast.runtime.artifact import read_artifact
 
 for words in json.loads(sys.argv[1]):
     sys.argv = ["precast", *words]
@@ -391,6 +398,31 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run, place):
 def test_a_dry_run_refuses_what_an_export_would(run, place):
     _check_refused(run, place, ("bert", "--dry-run"), 2, "Add --batch-size N and --sequence-length N")
     _check_refused(run, place, ("./missing", "--dry-run"), 1, "There is no file or directory ./missing")
+
+
+# ---------------------------------------------------------------- validate
+
+
+def test_the_wrong_checkpoint_is_asked_about(decoder, checkpoint):
+    from precast.exporter.resolve import resolve
+    from precast.exporter.validate import _check_source
+
+    artifact, options = read_artifact(decoder), ExportOptions()
+    with pytest.raises(CheckpointError, match=r"of type 'llama', and .* of type 'bert': is it the right checkpoint\?"):
+        check_comparison(decoder, str(checkpoint("bert", "AutoModel")), options)
+    other, error = checkpoint("llama", num_hidden_layers=1), ExportError("They differ.")
+    check_comparison(decoder, str(other), options)
+    with pytest.raises(AccuracyError, match=r"does not give the answers of .*: is it the right checkpoint\?"):
+        _check_source(artifact, resolve(str(other), options), error)
+    _check_source(artifact, resolve(str(checkpoint("llama")), options), error)
+
+
+@pytest.mark.parametrize("difference", [1.24e-4, 9.99e-4, 1e-3, 0.009])
+def test_the_tolerance_that_is_proposed_is_enough(difference):
+    from precast.exporter.validate import _atol_advice
+
+    assert float(_atol_advice(difference).split("--atol ")[1].split()[0]) >= difference
+    assert "fault of the graph" in _atol_advice(difference * 100)
 
 
 # ---------------------------------------------------------------- progress

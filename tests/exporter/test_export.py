@@ -153,6 +153,7 @@ def test_a_plan_reads_no_weights(checkpoint, tmp_path):
     bare.mkdir()
     (bare / "config.json").write_bytes((source / "config.json").read_bytes())
     plan = preview(str(bare), ExportOptions(batch_size=2)).as_json()
+    assert plan["tokenizer"] is None, "said before it is missed"
     expected = sum(each.numel() for each in transformers.AutoModelForCausalLM.from_pretrained(source).parameters())
     assert plan["weight_bytes"] == 4 * expected
     assert plan["sequence_length"] == [64]

@@ -177,7 +177,7 @@ def test_an_export_is_validated(tmp_path, made):
 
 
 BAD_EXPORTS = [
-    ({}, UsageError, r"fixed source lengths\. Add --sequence-length N"),
+    ({}, UsageError, r"fixed shapes: sequence_length\. Add --sequence-length N"),
     ({"sequence_length": (8,), "prefill_lengths": (4,)}, UsageError, "--prefill-lengths is for decoders"),
     ({"sequence_length": (65,)}, UsageError, "--sequence-length 65 is more"),
     (
@@ -198,6 +198,12 @@ def test_what_cannot_be_exported_is_explained(made, tmp_path, options, error, me
     source, _ = made("bart")
     with pytest.raises(error, match=message):
         export(str(source), tmp_path / "out", ExportOptions(task=zoo.TEXT, **options))
+
+
+def test_a_default_length_is_what_fits(made):
+    _, model = made("t5")
+    found = model.generate([[5, 9]], decoder_input_ids=[[0, *range(70, 79)]], eos_token_id=[])
+    assert found.shape == (1, 24)
 
 
 def test_what_does_not_fit_is_explained(made):

@@ -224,8 +224,20 @@ def test_eight_threads(model, own_session):
     assert found == expected
 
 
+def test_a_default_length_is_what_fits(model, monkeypatch):
+    """Neither the 20 tokens of a call that names none, nor what generation_config.json says, is asked for."""
+    prompt = [[5] * 40]
+    assert model.generate(prompt, eos_token_id=[]).shape == (1, 48)
+    assert len(list(model.stream(prompt, eos_token_id=[]))) == 8
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(max_new_tokens=900))
+    assert model.generate(prompt, eos_token_id=[]).shape == (1, 48)
+    for asked in ({"max_new_tokens": 9}, {"max_length": 49}, {"generation_config": {"max_new_tokens": 9}}):
+        with pytest.raises(InputError, match="do not fit"):
+            model.generate(prompt, **asked)
+
+
 BAD_REQUESTS = [
-    ({"input_ids": [[5] * 49]}, r"49 prompt tokens.*capacity of 48\. Compile a larger one: precast export .*"),
+    ({"input_ids": [[5] * 49]}, r"49 prompt tokens.*capacity of 48\. Compile a larger one.*: precast export .*"),
     ({"input_ids": [[5] * 40], "max_new_tokens": 9}, r"40 prompt tokens and 9 new.*48\. Ask for max_new_tokens=8"),
     ({"input_ids": [[5], [6]]}, r"2 rows; the model was compiled for 1.*--batch-size 2.*--dynamic-batch-size"),
     ({"input_ids": [5, 6]}, r"one dimension, \[2\]; give \[batch, length\], for one row \[1, 2\]"),

@@ -10,56 +10,62 @@ from typing import Any
 import click
 
 from .exporting import check_installed, load_exporter
-from .options import LENGTHS, cast_options, hub_options, json_option, neuron_options, quantize_options, quiet_option
+from .options import (
+    LENGTHS,
+    Sections,
+    cast_options,
+    hub_options,
+    json_option,
+    neuron_options,
+    option_in,
+    quantize_options,
+    quiet_option,
+)  # fmt: skip
 from .output import echo, note, print_json, step_reporter
 
 __all__ = ["command"]
 
+_shape = option_in("Shapes")
 
-@click.command("export", epilog="precast export user/model --batch-size 1 --sequence-length 512 -o out")
+
+@click.command("export", cls=Sections, epilog="precast export user/model --batch-size 1 --sequence-length 512 -o out")
 @click.argument("model")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="The directory to make.")
-@click.option("--task", metavar="TASK", help="Inferred from the checkpoint if not given.")
-@click.option(
-    "--batch-size", type=LENGTHS, help="Rows per call. Encoders: several make buckets. Decoders: 1 if not given."
-)
-@click.option(
+@click.option("--task", metavar="TASK", help="Inferred from the checkpoint if not given; all: precast tasks.")
+@_shape("--batch-size", type=LENGTHS, help="Rows per call. Encoders: several make buckets. Decoders: 1 if not given.")
+@_shape(
     "--sequence-length", type=LENGTHS, default=(), show_default=False,
     help="Tokens per row; for a decoder prompt and answer together. Encoders: several make buckets.",
 )  # fmt: skip
-@click.option(
+@_shape(
     "--decoder-sequence-length", type=int, metavar="N",
     help="Encoder-decoders: tokens per answer, where --sequence-length is the source's.",
 )  # fmt: skip
-@click.option(
-    "--prefill-lengths", type=LENGTHS, default=(), help="Decoders: fully static graphs with these prompt lengths."
-)
-@click.option("--num-choices", type=int, metavar="N", help="Multiple choice: choices per row.")
-@click.option("--text-batch-size", type=int, metavar="N", help="Images with texts: texts per call.")
-@click.option(
-    "--audio-sequence-length", type=LENGTHS, default=(), help="Sound: samples per row, or frames of a spectrogram."
-)
-@click.option(
+@_shape("--prefill-lengths", type=LENGTHS, default=(), help="Decoders: fully static graphs with these prompt lengths.")
+@_shape("--num-choices", type=int, metavar="N", help="Multiple choice: choices per row.")
+@_shape("--text-batch-size", type=int, metavar="N", help="Images with texts: texts per call.")
+@_shape("--audio-sequence-length", type=LENGTHS, default=(), help="Sound: samples per row, or frames of a spectrogram.")
+@_shape(
     "--image-size", type=LENGTHS, default=(), metavar="HEIGHT[,WIDTH]",
     help="Images: pixels, by default as the checkpoint says.",
 )  # fmt: skip
-@click.option("--dynamic-batch-size", is_flag=True, help="Run larger batches in slices of --batch-size.")
+@_shape("--dynamic-batch-size", is_flag=True, help="Run larger batches in slices of --batch-size.")
 @click.option(
     "--backend",
     default="onnx",
     show_default=True,
     metavar="NAME",
-    help="What compiles and runs the model; auto: the fastest here of all that can.",
+    help="What compiles and runs the model: onnx, aoti, export, neuron; auto: the fastest here of all that can.",
 )
 @cast_options
+@quantize_options
 @neuron_options
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
-@quantize_options
 @click.option(
     "--also", multiple=True, metavar="NAME", help="Compile with this backend, too, into one artifact; repeatable."
 )
 @click.option("--layout", default="precast", show_default=True, metavar="NAME",
-              help="optimum-neuron: with that library's names and its section in config.json.")  # fmt: skip
+              help="Files named as: precast, optimum-neuron (with that library's section in config.json).")  # fmt: skip
 @click.option("--no-validate", is_flag=True, help="Do not compare with the eager model; recorded as skipped.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload the artifact when it is done.")
@@ -144,6 +150,8 @@ def _in_words(plan: Any) -> str:
         lines.append(f"quantized to     {facts['quantize']}")
     if "attention" in facts:
         lines.append(f"attention        {facts['attention']}: {facts['attention_because']}")
+    if "tokenizer" in facts:
+        lines.append("tokenizer        none in the checkpoint: the artifact will take token ids, no texts")
     if facts["cache_bytes"]:
         lines.append(f"cache            {_megabytes(facts['cache_bytes'])}")
     return "\n".join([*lines, f"memory to export about {_megabytes(facts['memory_bytes'])}"])
@@ -159,6 +167,8 @@ def _comparison(artifact: Any, settings: Any) -> dict[str, Any] | None:
 
 def _show_result(artifact: Any, url: str | None, comparison: dict[str, Any] | None, as_json: bool) -> None:
     first, *others = artifact.contract.variants
+    if _reads_text(first) and "tokenizer.json" not in artifact.contract.files:
+        note(f"{artifact.path} has no tokenizer.json, so it takes token ids and no texts.")
     size = sum(file.size for file in artifact.contract.files.values())
     if as_json:
         result = {
@@ -179,6 +189,10 @@ def _show_result(artifact: Any, url: str | None, comparison: dict[str, Any] | No
         echo(f"  {variant.name:<16} {variant.accuracy.status}: {variant.accuracy.reason}")
     if url:
         echo(url)
+
+
+def _reads_text(variant: Any) -> bool:
+    return any(spec.name == "input_ids" for graph in variant.graphs for spec in graph.inputs)
 
 
 def _accuracy(variant: Any) -> dict[str, Any]:

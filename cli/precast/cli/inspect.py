@@ -44,7 +44,12 @@ def command(
     runs = [None if isinstance(verdict, Accepted) else verdict.reason for verdict in verdicts]
     if as_json:
         told = [[asdict(header) for header in found] for found in headers]
-        facts = {"path": str(artifact.path), "refused": runs, **({"neffs": told} if any(told) else {})}
+        facts = {
+            "path": str(artifact.path),
+            "refused": runs,
+            "verified": verify,
+            **({"neffs": told} if any(told) else {}),
+        }
         print_json({**facts, **msgspec.to_builtins(artifact.contract)})
         return
     _show(artifact, runs, headers, verify)
@@ -63,7 +68,7 @@ def _show(artifact: Any, runs: list[str | None], headers: list[list[Any]], verif
         ),
         ("sequence length", ", ".join(map(str, contract.shapes.sequence_length))),
         ("size", f"{sum(file.size for file in contract.files.values()) / 1e6:,.1f} MB in {len(contract.files)} files"),
-        ("files", "verified" if verified else "not hashed now (--verify)"),
+        ("files", "verified" if verified else "not verified: --verify compares all with their hashes"),
     ]
     for variant, reason, neffs in zip(contract.variants, runs, headers, strict=True):
         accuracy = variant.accuracy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,12 +12,14 @@ import click
 
 __all__ = [
     "LENGTHS",
+    "Sections",
     "cast_options",
     "hub_options",
     "in_flags",
     "json_option",
     "model_options",
     "neuron_options",
+    "option_in",
     "quantize_options",
     "quiet_option",
 ]
@@ -51,6 +54,36 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
 
 
+class Sections(click.Command):
+    """A command whose help has its options in sections: those that `in_section` names, and before them all others."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See click.Command."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class _InSection(click.Option):
+    """An option with a place in the help of `Sections`."""
+
+    def __init__(self, *args: Any, section: str, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.section = section
+
+
+def option_in(section: str) -> Callable[..., Callable[[F], F]]:
+    """click.option for that section."""
+    return partial(click.option, cls=_InSection, section=section)
+
+
+_precision, _quantization, _neuron = map(option_in, ("Precision", "Quantization", "With --backend neuron"))
+
+
 def hub_options(function: F) -> F:
     """--revision and --token."""
     function = click.option("--token", metavar="TOKEN", help="Hub token, if not logged in (HF_TOKEN).")(function)
@@ -61,15 +94,15 @@ def cast_options(function: F) -> F:
     """What is computed in, and on what."""
     for option in reversed(
         [
-            click.option("--dtype", default="float32", show_default=True, metavar="DTYPE",
+            _precision("--dtype", default="float32", show_default=True, metavar="DTYPE",
                          help="Of weights and computation: float32, bfloat16, float16. Results are float32."),
-            click.option("--auto-cast", default="none", show_default=True, metavar="WHAT",
+            _precision("--auto-cast", default="none", show_default=True, metavar="WHAT",
                          help="Compute in less than float32: matmul (products and their weights), all."),
-            click.option("--auto-cast-type", metavar="TYPE",
+            _precision("--auto-cast-type", metavar="TYPE",
                          help="What --auto-cast casts to: bf16 (default), fp16; neuron: tf32."),
-            click.option("--isa", default="native", show_default=True, metavar="LEVEL",
+            _precision("--isa", default="native", show_default=True, metavar="LEVEL",
                          help="Native code for CPUs with: avx2, avx512, or what this one has."),
-            click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
+            _precision("--device", default="cpu", show_default=True, metavar="DEVICE",
                          help="Native code for: cpu, cuda."),
         ]
     ):  # fmt: skip
@@ -81,18 +114,18 @@ def neuron_options(function: F) -> F:
     """What --backend neuron compiles for, and how."""
     for option in reversed(
         [
-            click.option("--instance-type", metavar="TYPE", help="Neuron: compile for inf2, trn1, trn1n or trn2."),
-            click.option("--strategy", metavar="NAME",
-                         help="Neuron: trace, or model-builder (one set of weights, several cores)."),
-            click.option("--tensor-parallel", "--num-cores", type=int, default=1, metavar="N",
-                         help="Neuron: spread each layer's weights over N NeuronCores."),
-            click.option("--inline-weights/--no-inline-weights", default=False,
-                         help="Neuron: weights within each graph, or once beside them (default)."),
-            click.option("-O", "optlevel", type=int, metavar="1|2|3", help="Neuron: how hard to optimise; 2."),
-            click.option("--compiler-arg", "compiler_args", multiple=True, metavar="ARG",
-                         help="Neuron: passed to neuronx-cc, as --compiler-arg=--verbose=info; repeatable."),
-            click.option("--compiler-workdir", type=click.Path(path_type=Path), metavar="DIR",
-                         help="Neuron: keep neuronx-cc's files and log here."),
+            _neuron("--instance-type", metavar="TYPE", help="Compile for inf2, trn1, trn1n or trn2."),
+            _neuron("--strategy", metavar="NAME",
+                         help="As: trace, or model-builder (one set of weights, several cores)."),
+            _neuron("--tensor-parallel", "--num-cores", type=int, default=1, metavar="N",
+                         help="Spread each layer's weights over N NeuronCores."),
+            _neuron("--inline-weights/--no-inline-weights", default=False,
+                         help="Weights within each graph, or once beside them (default)."),
+            _neuron("-O", "optlevel", type=int, metavar="1|2|3", help="How hard to optimise; 2."),
+            _neuron("--compiler-arg", "compiler_args", multiple=True, metavar="ARG",
+                         help="Passed to neuronx-cc, as --compiler-arg=--verbose=info; repeatable."),
+            _neuron("--compiler-workdir", type=click.Path(path_type=Path), metavar="DIR",
+                         help="Keep neuronx-cc's files and log here."),
         ]
     ):  # fmt: skip
         function = option(function)
@@ -103,24 +136,24 @@ def quantize_options(function: F) -> F:
     """How weights and caches are rounded, and what that may cost."""
     for option in reversed(
         [
-            click.option("--quantize", default="none", show_default=True, metavar="SCHEME",
+            _quantization("--quantize", default="none", show_default=True, metavar="SCHEME",
                          help="Weights as: none, int8, int4, source (the grid they lie on already), auto."),
-            click.option("--method", "quantize_method", metavar="NAME",
+            _quantization("--method", "quantize_method", metavar="NAME",
                          help="How weights are rounded: rtn, search, gptq, awq. int8: rtn (aoti: awq), int4: search."),
-            click.option("--group-size", type=int, help="Weights that share a scale: 32, or a row (aoti's int8)."),
-            click.option("--symmetric/--asymmetric", default=None,
+            _quantization("--group-size", type=int, help="Weights that share a scale: 32, or a row (aoti's int8)."),
+            _quantization("--symmetric/--asymmetric", default=None,
                          help="Zero in the middle of the grid, or anywhere. int8: symmetric (aoti: not), int4: not."),
-            click.option("--skip", multiple=True, metavar="PATTERN",
+            _quantization("--skip", multiple=True, metavar="PATTERN",
                          help="Layers that stay as they are, as 'model.layers.0.*'; repeatable."),
-            click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+            _quantization("--calibration", type=click.Path(path_type=Path), metavar="FILE",
                          help="Text for methods that look at activations, instead of the built-in one."),
-            click.option("--kv-cache", default="float32", show_default=True, metavar="DTYPE",
+            _quantization("--kv-cache", default="float32", show_default=True, metavar="DTYPE",
                          help="Keys and values as: float32, float16 (aoti, export), int8."),
-            click.option("--max-kl", type=float, metavar="X",
+            _quantization("--max-kl", type=float, metavar="X",
                          help="Largest KL divergence from fp32 on held-out text. int4: 0.1, others: 0.01."),
-            click.option("--min-agreement", type=float, metavar="X",
+            _quantization("--min-agreement", type=float, metavar="X",
                          help="Smallest share of equal likeliest tokens. int4: none, others: 0.95."),
-            click.option("--accept-loss", is_flag=True, help="Write the artifact even below these floors."),
+            _quantization("--accept-loss", is_flag=True, help="Write the artifact even below these floors."),
         ]
     ):  # fmt: skip
         function = option(function)

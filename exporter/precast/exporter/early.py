@@ -9,7 +9,7 @@ from typing import Any
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import check_target
 from precast.runtime.artifact.tasks import get_task, tasks_named
-from precast.runtime.errors import UsageError
+from precast.runtime.errors import CheckpointError, UsageError
 
 from .local import find_local
 from .options import ExportOptions
@@ -40,11 +40,20 @@ def check_request(model: str, target: Path | None, options: ExportOptions) -> No
 def check_comparison(artifact: Path, model: str, options: ExportOptions) -> None:
     """As `check_request`, for an artifact that is to be compared with MODEL. Raises PrecastError."""
     options.check()
-    task = read_artifact(artifact).contract.task
-    find_local(model)
-    check_supported(
-        model, task, revision=options.revision, token=options.token, trust_remote_code=options.trust_remote_code
-    )
+    compiled = read_artifact(artifact)
+    local = find_local(model)
+    config = check_supported(
+        model, compiled.contract.task, revision=options.revision, token=options.token,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    given, needed = (config or {}).get("model_type"), compiled.config.get("model_type")
+    # What a GGUF file calls its architecture is not always transformers' name.
+    is_gguf = local is not None and local.gguf_file is not None
+    if given and given != needed and not is_gguf:
+        raise CheckpointError(
+            f"{artifact} was compiled from {compiled.contract.source.model}, of type {needed!r}, and {model} is "
+            f"of type {given!r}: is it the right checkpoint?"
+        )
 
 
 def check_length(name: str, longest: int | None, length: int) -> None:

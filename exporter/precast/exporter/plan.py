@@ -85,6 +85,12 @@ class Plan:
     weight_bytes: int
     quantize: str
     pad_token_id: int
+    has_tokenizer: bool
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether token ids are among its inputs."""
+        return True
 
     @property
     def cache_bytes(self) -> int:
@@ -120,6 +126,7 @@ class Plan:
             "weight_bytes": self.weight_bytes,
             "cache_bytes": self.cache_bytes,
             "memory_bytes": self.memory_bytes,
+            **({} if self.has_tokenizer or not self.reads_text else {"tokenizer": None}),
             **self.notes,
         }
 
@@ -163,6 +170,7 @@ def common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn
         "weight_bytes": size * sum(parameter.numel() for parameter in model.parameters()),
         "quantize": options.quantize,
         "pad_token_id": checkpoint.pad_token_id,
+        "has_tokenizer": checkpoint.has_tokenizer,
     }
 
 

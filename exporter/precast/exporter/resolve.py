@@ -145,13 +145,18 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Any | None:
         """The checkpoint's tokenizer, or None where it carries none."""
-        if not self.gguf_file and not any((self.directory / name).exists() for name in _TOKENIZER_FILES):
+        if not self.has_tokenizer:
             return None
         try:
             with self._parsed_once:
                 return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self._trusts, **self._gguf)
         except Exception as error:
             raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {_first_line(error)}") from error
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it carries files of a tokenizer."""
+        return self.gguf_file is not None or any((self.directory / name).exists() for name in _TOKENIZER_FILES)
 
     @property
     def pad_token_id(self) -> int:

@@ -261,8 +261,8 @@ def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: flo
     if worst > allowed:
         raise AccuracyError(
             f"The compiled model does not give the reference's answers: they differ by {worst:.2g} at {where!r} where "
-            f"{allowed:.2g} is allowed ({atol:g} of the largest value, {scale:.2g}). Nothing was written. If that is "
-            f"good enough for you, --atol {worst / max(1.0, scale) * 1.1:.1g} allows it."
+            f"{allowed:.2g} is allowed ({atol:g} of the largest value, {scale:.2g}). Nothing was written. "
+            f"{_atol_advice(worst / max(1.0, scale))}"
         )
     figures: dict[str, int | float] = {
         "max_abs_difference": _two_digits(worst),
@@ -272,6 +272,16 @@ def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: flo
         **_judge_greedy([pair for pair in pairs if pair[0].kind == "greedy"], worst),
     }
     return Accuracy(status="passed", reason=f"compared with the eager model, atol {atol:g}", figures=figures)
+
+
+LARGEST_ATOL = 0.01
+"""Of the largest value. What differs by more is no rounding of float32."""
+
+
+def _atol_advice(difference: float) -> str:
+    if difference * 1.1 > LARGEST_ATOL:
+        return "Rounding costs less: this is a fault of the graph, please report it."
+    return f"If that is good enough for you, --atol {difference * 1.1:.2g} allows it."
 
 
 def record(artifact: Artifact, variant: str, accuracy: Accuracy) -> Artifact:
@@ -311,10 +321,24 @@ def validate_again(
     is_scored = words is not None and task.kind == "decoder"
     reference = make_reference(loaded, checkpoint, task, chosen.graphs, is_scored=is_scored)
     del loaded
-    accuracy = compare(path, chosen.name, reference, options, words, sha256)
+    try:
+        accuracy = compare(path, chosen.name, reference, options, words, sha256)
+    except ExportError as error:
+        _check_source(artifact, checkpoint, error)
+        raise
     if keep:
         _rewrite(artifact, chosen.name, accuracy)
     return accuracy
+
+
+def _check_source(artifact: Artifact, checkpoint: Checkpoint, error: ExportError) -> None:
+    """Raise AccuracyError instead of `error` where the checkpoint has other weights than the artifact was made from."""
+    source, found = artifact.contract.source, checkpoint.weights_sha256()
+    if found != source.weights_sha256:
+        raise AccuracyError(
+            f"{artifact.path} does not give the answers of {checkpoint.given}. It was compiled from {source.model} "
+            f"with weights of sha256 {source.weights_sha256[:8]}…, these have {found[:8]}…: is it the right checkpoint?"
+        ) from error
 
 
 def in_words(variant: Variant) -> str | None:

@@ -20,12 +20,12 @@ from subprocess import CompletedProcess
 from typing import Any, TypeAlias
 
 from . import child, errors
+from .advice import larger
 from .artifact import Artifact
 from .artifact.machine import installed_version, memory_bytes, usable_cores
 from .artifact.schema import Dim, Variant
 from .artifact.tasks import kind_of_roles
 from .errors import InputError, PrecastError, UsageError
-from .terminal import quoted
 from .tokenizer import Tokenizer
 
 __all__ = ["STRIDE", "Request", "Subject", "ask_child", "bench", "describe_machine", "plan", "token_ids"]
@@ -229,7 +229,7 @@ def _check_batch(subject: Subject, batch: int) -> None:
     if batch > subject.batch_size and not subject.artifact.contract.shapes.dynamic_batch_size:
         raise InputError(
             f"--batch-size {batch} is more than the {subject.batch_size} that {subject.name} was compiled for. Ask "
-            f"for --batch-size {subject.batch_size}, or compile another: {_recompile(subject, batch=batch)}"
+            f"for --batch-size {subject.batch_size}. {_larger(subject, batch=batch)}"
         )
 
 
@@ -240,17 +240,15 @@ def _check_length(subject: Subject, prompt: int, new: int) -> None:
     what = f"{prompt} prompt tokens and {new} new ones, {need} together," if new else f"{prompt} tokens per row"
     fix = f"--new-tokens {room - prompt} at most" if new and prompt < room else f"--prompt-length {max(1, room - new)}"
     raise InputError(
-        f"{what} do not fit into the {room} that {subject.name} was compiled for. Ask for {fix}, or compile a longer "
-        f"one: {_recompile(subject, length=need)}"
+        f"{what} do not fit into the {room} that {subject.name} was compiled for. Ask for {fix}. "
+        f"{_larger(subject, length=need)}"
     )
 
 
-def _recompile(subject: Subject, *, batch: int | None = None, length: int | None = None) -> str:
-    contract = subject.artifact.contract
-    return (
-        f"precast export {quoted(contract.source.model)} --task {quoted(contract.task)} "
-        f"--batch-size {batch or subject.batch_size} --sequence-length {length or subject.capacity} -o OUT"
-    )
+def _larger(subject: Subject, *, batch: int | None = None, length: int | None = None) -> str:
+    length = length or subject.capacity
+    flags = f"--batch-size {batch or subject.batch_size} --sequence-length {length}"
+    return larger(subject.artifact, flags, length)
 
 
 def _most(length: int | Dim) -> int:

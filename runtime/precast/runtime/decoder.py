@@ -117,7 +117,8 @@ class CompiledModelForCausalLM(GenerativeModel):
         ids, mask = self._inputs(input_ids, attention_mask)
         config = self._config(generation_config, options)
         rows = real_rows(ids, mask)
-        count = config.new_tokens(ids.shape[1])
+        room = self.capacity - max(map(len, rows))
+        count = self._fitting(config.new_tokens(ids.shape[1]), room, generation_config, options)
         self._check_room(rows, count)
         self._check_lookup(config)
         if streamer is not None:
@@ -139,7 +140,8 @@ class CompiledModelForCausalLM(GenerativeModel):
             raise InputError(f"stream() continues one row; this batch has {len(ids)}. Use generate().")
         config = self._config(generation_config, options)
         rows = real_rows(ids, mask)
-        count = config.new_tokens(ids.shape[1])
+        room = self.capacity - max(map(len, rows))
+        count = self._fitting(config.new_tokens(ids.shape[1]), room, generation_config, options)
         self._check_room(rows, count)
         self._check_lookup(config)
         return self._stream(rows[0], None, config, count)
@@ -154,13 +156,9 @@ class CompiledModelForCausalLM(GenerativeModel):
             return
         need = longest + new
         what = f"{longest} tokens" if not new else f"{longest} prompt tokens and {new} new ones, {need} together,"
-        fewer = (
-            f" Ask for max_new_tokens={self.capacity - longest} at most, or" if new and longest < self.capacity else ""
-        )
-        verb = " compile" if fewer else " Compile"
+        fewer = f" Ask for max_new_tokens={self.capacity - longest} at most." if new and longest < self.capacity else ""
         raise InputError(
-            f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer}{verb} a larger one: "
-            f"{self._recompile(need)}"
+            f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer} {self._larger(need)}"
         )
 
 

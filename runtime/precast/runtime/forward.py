@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .advice import larger
 from .artifact.schema import Axis, Graph, Output
 from .engines import replicas_of
 from .errors import InputError
@@ -17,7 +18,6 @@ from .model import CompiledModel
 from .padding import cut, fill, unalign
 from .rows import RUNNING, Rows, axes_of, input_names, named_inputs, read_rows
 from .tensors import ModelOutput, like, to_numpy
-from .terminal import quoted
 
 __all__ = ["Encoder"]
 
@@ -133,8 +133,8 @@ class Encoder(CompiledModel):
 
     def _too_large(self, axis: Axis, size: int, largest: int) -> str:
         what = f"There are {size} texts" if axis == "texts" else f"A row has {size} {_UNITS[axis]}"
-        advice = "Compile for more" if axis in ("texts", "choices") else "Shorten it, or compile a longer one"
-        return f"{what}; the model was compiled for {largest}. {advice}: {self._command(axis, size)}"
+        shorter = "" if axis in ("texts", "choices") else " Shorten it."
+        return f"{what}; the model was compiled for {largest}.{shorter} {self._more(axis, size)}"
 
     def _not_in_full(self, rows: Rows) -> str:
         """Which input has another size than compiled along a dimension that is not padded."""
@@ -161,16 +161,15 @@ class Encoder(CompiledModel):
             whole = cut(whole, np.array([self.frames(int(end)) for end in rows.ends]), 0)
         return np.ascontiguousarray(whole)
 
-    def _command(self, axis: Axis, size: int) -> str:
-        """The command that compiles this model for more along one axis."""
+    def _more(self, axis: Axis, size: int) -> str:
+        """What to do for more along one axis."""
         sizes: dict[Axis, list[int]] = {}
         for graph in self.variant.graphs:
             for name, found in _compiled(graph).items():
                 sizes[name] = sorted({*sizes.get(name, []), found})
         sizes[axis] = [size]
         flags = " ".join(f"--{_FLAGS[name]} {','.join(map(str, found))}" for name, found in sizes.items())
-        contract = self.artifact.contract
-        return f"precast export {quoted(contract.source.model)} --task {quoted(contract.task)} {flags} -o OUT"
+        return larger(self.artifact, flags, size if axis == "length" else 0)
 
 
 def _compiled(graph: Graph) -> dict[Axis, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -217,6 +217,13 @@ class GenerativeModel(CompiledModel):
         config.check()
         self._check_forced(config)
         return config
+
+    @staticmethod
+    def _fitting(count: int, room: int, given: Any, options: Mapping[str, Any]) -> int:
+        """So many new tokens; where not the call but a file or a default says it, no more than there is room for."""
+        said = dict(options) if given is None else {**vars(GenerationConfig.of(given, "generation_config")), **options}
+        is_asked = any(said.get(name) is not None for name in ("max_new_tokens", "max_length"))
+        return count if is_asked else max(1, min(count, room))
 
     def _check_forced(self, config: GenerationConfig) -> None:
         """Raise InputError for a token that is to come and is none."""

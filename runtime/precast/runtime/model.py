@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import hub
+from .advice import larger
 from .artifact import Artifact, read_artifact
 from .artifact.integrity import identity, require_trust, verify_files
 from .artifact.publish import copy_artifact
@@ -27,7 +28,6 @@ from .engines.providers import check_place, default_device
 from .errors import ArtifactError, InputError, UsageError
 from .progress import progress
 from .select import choose_variant, this_machine
-from .terminal import quoted
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -218,13 +218,10 @@ class CompiledModel(ForTransformers):
         found = self.config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
         return found if type(found) is int and found > 0 else None
 
-    def _recompile(self, length: int) -> str:
-        """The command that compiles this model for longer requests."""
-        contract = self.artifact.contract
-        return (
-            f"precast export {quoted(contract.source.model)} --task {quoted(contract.task)} "
-            f"--batch-size {contract.shapes.batch_size} --sequence-length {length} -o OUT"
-        )
+    def _larger(self, length: int, more: str = "") -> str:
+        """What to do for sequences of this length, and whatever else is to be larger."""
+        flags = f"--batch-size {self.batch_size} --sequence-length {length}{more}"
+        return larger(self.artifact, flags, length)
 
     @classmethod
     def _class_for(cls, artifact: Artifact) -> type[Self]:

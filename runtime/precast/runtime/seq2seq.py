@@ -101,11 +101,11 @@ class EncoderDecoder(GenerativeModel, Generic[Source]):
         need = first + new
         if need <= self.capacity:
             return
-        fewer = f" Ask for max_new_tokens={self.capacity - first} at most, or" if new and first < self.capacity else ""
+        fewer = f" Ask for max_new_tokens={self.capacity - first} at most." if new and first < self.capacity else ""
         what = f"{first} tokens and {new} new ones" if new else f"{first} tokens"
         raise InputError(
-            f"An answer of {what} does not fit into the compiled {self.capacity}.{fewer} compile a larger one: "
-            f"{self._recompile(max(self._encoders))} --decoder-sequence-length {need}"
+            f"An answer of {what} does not fit into the compiled {self.capacity}.{fewer} "
+            f"{self._larger(max(self._encoders), f' --decoder-sequence-length {need}')}"
         )
 
 
@@ -181,8 +181,10 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
             decoder_input_ids = [[self.start_token(config)]] * len(sources)
         front, mask = self._first(decoder_input_ids, decoder_attention_mask)
         self._check_rows(len(front), len(sources))
-        count, prompts = config.new_tokens(front.shape[1]), real_rows(front, mask)
-        self._check_room(max(map(len, prompts)), count)
+        prompts = real_rows(front, mask)
+        first = max(map(len, prompts))
+        count = self._fitting(config.new_tokens(front.shape[1]), self.capacity - first, generation_config, options)
+        self._check_room(first, count)
         self._check_lookup(config)
         if streamer is not None:
             check_streamer(streamer, len(sources), config)
@@ -201,7 +203,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         if len(sources) != 1:
             raise InputError(f"stream() answers one row; this batch has {len(sources)}. Use generate().")
         config = self._config(generation_config, options)
-        count = config.new_tokens(1)
+        count = self._fitting(config.new_tokens(1), self.capacity - 1, generation_config, options)
         self._check_room(1, count)
         self._check_lookup(config)
         return self._stream(np.array([self.start_token(config)], np.int64), sources[0], config, count)
@@ -217,8 +219,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         longest, limit = max(map(len, rows)), max(self._encoders)
         if longest > limit:
             raise InputError(
-                f"A source has {longest} tokens; the model was compiled for {limit}. Compile a larger one: "
-                f"{self._recompile(longest)}"
+                f"A source has {longest} tokens; the model was compiled for {limit}. {self._larger(longest)}"
             )
         return rows
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .advice import larger
 from .errors import InputError
 from .generation import GenerationConfig
 from .generative import Generation, check_streamer
@@ -17,7 +18,6 @@ from .padding import as_ids, as_mask, real_rows
 from .sampling import Processor
 from .seq2seq import EncoderCall, EncoderDecoder
 from .tensors import ModelOutput, like, to_numpy
-from .terminal import quoted
 
 __all__ = ["CompiledModelForSpeechSeq2Seq"]
 
@@ -120,17 +120,18 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary(), "decoder_input_ids")
             self._check_rows(len(ids), len(sources))
             prompts = real_rows(ids, as_mask(None, ids))
-        count = self._room(config, max(map(len, prompts)))
+        first = max(map(len, prompts))
+        count = self._fitting(self._count(config, first), self.capacity - first, generation_config, options)
+        self._check_room(first, count)
         self._check_lookup(config)
         if streamer is not None:
             check_streamer(streamer, len(sources), config)
         asked = Generation(config, count, logits_processor, stopping_criteria, streamer)
         return self._answer(input_features, prompts, sources, asked, np.zeros((len(sources), 0), np.int64))
 
-    def _recompile(self, length: int) -> str:
+    def _larger(self, length: int, more: str = "") -> str:
         # The source's length is the model's own.
-        contract = self.artifact.contract
-        return f"precast export {quoted(contract.source.model)} --batch-size {contract.shapes.batch_size} -o OUT"
+        return larger(self.artifact, f"--batch-size {self.batch_size}{more}")
 
     def _finished(self, tokens: list[int], config: GenerationConfig) -> list[int]:
         return tokens[:-1] if tokens[-1] in config.eos_ids else tokens
@@ -153,13 +154,12 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         call.run()
         return call, 0
 
-    def _room(self, config: GenerationConfig, first: int) -> int:
+    def _count(self, config: GenerationConfig, first: int) -> int:
         """New tokens: as transformers counts them here, `max_length` does not count the first ones."""
         count = config.max_new_tokens
         if count is None:
             most = self.config["max_target_positions"] - first
             count = min(20 if config.max_length is None else config.max_length, most)
-        self._check_room(first, count)
         return count
 
     def _prompts(

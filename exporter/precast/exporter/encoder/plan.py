@@ -51,6 +51,10 @@ class EncoderPlan(Plan):
     outputs: tuple[TensorPlan, ...]
     frames: Frames | None
 
+    @property
+    def reads_text(self) -> bool:
+        return any(spec.name == "input_ids" for spec in self.inputs)
+
     def outline(self) -> list[Graph]:
         return [self.describe(graph) for graph in self.graphs]
 

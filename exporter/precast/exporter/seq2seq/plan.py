@@ -53,6 +53,10 @@ class Seq2SeqPlan(Plan):
         """Whether sources may be shorter than compiled."""
         return any(spec.name == "attention_mask" for spec in self.source)
 
+    @property
+    def reads_text(self) -> bool:
+        return any(spec.name == "input_ids" for spec in self.source)
+
     def outline(self) -> list[Graph]:
         return [
             Graph(

@@ -39,6 +39,11 @@ class GeneratingPipeline(Pipeline):
         answer: Array = found["sequences"] if isinstance(found, ModelOutput) else found
         return answer
 
+    def _says_how_long(self, options: dict[str, Any]) -> bool:
+        config = self.model.generation_config
+        own = config.max_new_tokens is not None or config.max_length is not None
+        return own or bool(options.keys() & {"max_new_tokens", "max_length", "generation_config"})
+
     def _batch(self, encodings: list[Any], given: list[Any], is_one: bool, **notes: Any) -> Batch:
         arrays = self.tokenizer.pad(encodings)
         return Batch({name: arrays[name] for name in ("input_ids", "attention_mask")}, given, is_one, **notes)
@@ -115,11 +120,6 @@ class TextGenerationPipeline(GeneratingPipeline):
             raise InputError("The chat template changes the last message, so it cannot be continued.")
         return prompt[: prompt.rindex(last) + len(last)]
 
-    def _says_how_long(self, options: dict[str, Any]) -> bool:
-        config = self.model.generation_config
-        own = config.max_new_tokens is not None or config.max_length is not None
-        return own or bool(options.keys() & {"max_new_tokens", "max_length", "generation_config"})
-
 
 class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
     """Texts and what an encoder-decoder makes of them."""
@@ -140,7 +140,10 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
         return self._batch([self._encoding(prefix + text, None, truncation) for text in given], given, is_one)
 
     def forward(self, batch: Batch, **options: Any) -> Batch:
-        """{"sequences": int64 [batch, new]}; `options` are generate()'s."""
+        """{"sequences": int64 [batch, new]}; `options` are generate()'s. Where neither they nor the model's
+        generation_config.json say how long, as long as fits, up to 256 tokens."""
+        if not self._says_how_long(options):
+            options = {**options, "max_new_tokens": max(1, min(self.model.capacity - 1, _MOST_NEW_TOKENS))}
         return self.generated(batch, options)
 
     def postprocess(self, outputs: Batch) -> Any:
