@@ -73,6 +73,14 @@ def test_bench_from_within_a_foreign_folder(trap):
     assert trap() == ""
 
 
+def test_python_m_precast_from_within_a_foreign_folder(trap):
+    # To find what -m names, Python itself imports from there, which python -P -m keeps it from.
+    for name in sys.stdlib_module_names:
+        Path(f"{name}.py").unlink(missing_ok=True)
+    subprocess.run([sys.executable, "-m", "precast", "cache", "list"], check=True, capture_output=True)
+    assert trap() == ""
+
+
 def test_a_child_of_inductor_does_not_import_from_the_current_directory(trap):
     library = pytest.importorskip("precast.exporter.backends.aoti.library")
     with library.workspace():
