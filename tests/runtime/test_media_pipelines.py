@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import wave
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from precast.runtime import CompiledModel, pipeline
-from precast.runtime.errors import ArtifactError, InputError, UsageError
+from precast.runtime.errors import ArtifactError, FormatError, InputError, UsageError
 from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, opened_image, resized
 
 LABELS = {"id2label": {0: "猫", 1: "Hund", 2: "bird"}, "label2id": {"猫": 0, "Hund": 1, "bird": 2}}
@@ -144,6 +147,8 @@ def test_audio_classification_and_speech(root, artifact, sounds, tmp_path):
     ours = pipeline(model=compiled)
     assert_same(ours(sounds), eager(sounds))
     assert_steps_are_the_call(None, compiled, sounds, top_k=1)
+    long = np.concatenate([sounds[1]] * 2)
+    assert_same(ours(long, truncation=True), ours(long[:1200]))
     with silence():
         passed = transformers.pipeline(
             "audio-classification", model=CompiledModel.from_pretrained(compiled), feature_extractor=extractor
@@ -174,7 +179,7 @@ def test_audio_classification_and_speech(root, artifact, sounds, tmp_path):
         ours(3)
 
 
-def test_transcription(root, artifact, sounds):
+def test_transcription(root, artifact, sounds, tmp_path):
     """The text of the tokens that eager Whisper generates from the same spectrograms."""
     config = transformers.WhisperConfig(
         vocab_size=tiny.VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -192,6 +197,21 @@ def test_transcription(root, artifact, sounds):
     assert_same(ours(sounds, max_new_tokens=6), expected)
     assert_same(ours(sounds[1], max_new_tokens=6), expected[1])
     assert_steps_are_the_call(None, ours.model.artifact.path, sounds, max_new_tokens=6)
+    long = np.concatenate([sounds[1]] * 15)
+    with pytest.raises(InputError, match=r"18000 samples \(1.12 seconds\); the model hears 16000 \(1.00 seconds\)"):
+        ours(long)
+    assert ours(long, truncation=True, max_new_tokens=6) == ours(long[:16000], max_new_tokens=6)
+    code = f"""
+import json, sys
+import numpy as np
+from precast.runtime import pipeline
+sound = np.load({str(tmp_path / "sound.npy")!r})
+print(json.dumps(pipeline(model={str(ours.model.artifact.path)!r})(sound, max_new_tokens=6)))
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    np.save(tmp_path / "sound.npy", sounds[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == expected[1]
 
 
 def test_feature_extraction(root, artifact, pictures, sounds):
@@ -233,6 +253,140 @@ def test_images_are_prepared_as_by_transformers(tmp_path_factory, size, rule, cr
     assert np.abs(found - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "CLIP", "Siglip", "Segformer", "Bit", "Beit"])
+@pytest.mark.parametrize("suffix", ["ImageProcessor", "FeatureExtractor"])
+@pytest.mark.parametrize("lacking", [(), ("do_center_crop",), ("resample", "image_mean"), ("crop_size", "do_resize")])
+def test_old_and_sparse_files_are_read_as_by_transformers(tmp_path, kind, suffix, lacking):
+    """Names from before version 4.27, sizes of one number, and what a file leaves to the class."""
+    rules = {
+        "do_resize": True, "size": 20, "resample": 3, "do_normalize": True, "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.2, 0.3, 0.4], "do_center_crop": kind in ("DeiT", "CLIP", "Bit"), "crop_size": 16,
+    }  # fmt: skip
+    key = {"ImageProcessor": "image_processor_type", "FeatureExtractor": "feature_extractor_type"}[suffix]
+    rules = {key: kind + suffix, **{name: value for name, value in rules.items() if name not in lacking}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(rules))
+    theirs = getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 31, 3), np.uint8))
+    ours = ImageProcessor(tmp_path)
+    found, expected = ours([image])["pixel_values"], theirs(images=[image], return_tensors="np")["pixel_values"]
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-5
+    assert lacking or ours._is_common, "without transformers"
+
+
+TONE = np.sin(np.arange(16000) / 6).astype(np.float32)
+SETTINGS = {
+    "n_fft": 400, "hop_length": 160, "feature_size": 80, "chunk_length": 2, "padding_value": 0.0,
+    "return_attention_mask": False, "do_normalize": False,
+}  # fmt: skip
+
+
+@given(
+    kind=st.sampled_from(["noise", "tone", "click", "silence", "quiet", "steps"]),
+    length=st.integers(1, 32000),
+    changes=st.fixed_dictionaries(
+        {},
+        optional={
+            "feature_size": st.sampled_from([80, 128, 16]),
+            "n_fft": st.sampled_from([400, 401, 512]),
+            "hop_length": st.sampled_from([160, 200, 333]),
+            "padding_value": st.sampled_from([0.0, 0.5]),
+            "padding_side": st.sampled_from(["left", "right"]),
+            "return_attention_mask": st.booleans(),
+            "do_normalize": st.booleans(),
+        },
+    ),
+)
+@settings(max_examples=40, deadline=None)
+def test_whispers_spectrograms_are_transformers(tmp_path_factory, kind, length, changes):
+    sound = {
+        "noise": lambda: np.random.default_rng(length).normal(size=length) * 0.1,
+        "tone": lambda: np.resize(TONE, length),
+        "click": lambda: np.eye(1, length, length // 2)[0],
+        "silence": lambda: np.zeros(length),
+        "quiet": lambda: np.resize(TONE, length) * 1e-5,
+        "steps": lambda: np.round(np.resize(TONE, length) * 50) / 32768,
+    }[kind]().astype(np.float32)  # fmt: skip
+    theirs = transformers.WhisperFeatureExtractor(**{**SETTINGS, **changes})
+    path = tmp_path_factory.mktemp("whisper")
+    theirs.save_pretrained(path)
+    found = SoundProcessor(path)([sound])["input_features"]
+    assert_same_spectrograms(found, theirs, [sound])
+
+
+def assert_same_spectrograms(found, extractor, sounds):
+    """Without torch transformers computes in float64, as we do; with it in float32, which shows in quiet bands."""
+    assert found.dtype == np.float32
+    for has_torch, close in ((False, 1e-6), (True, 1e-4)):
+        with mock.patch(f"{type(extractor).__module__}.is_torch_available", lambda here=has_torch: here):
+            expected = extractor(sounds, sampling_rate=16000, return_tensors="np")["input_features"]
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < close
+
+
+@pytest.mark.parametrize("mels", [80, 128])
+def test_whispers_spectrograms_of_half_a_minute(tmp_path, mels):
+    theirs = transformers.WhisperFeatureExtractor(feature_size=mels)
+    theirs.save_pretrained(tmp_path)
+    ours, random = SoundProcessor(tmp_path), np.random.default_rng(0)
+    # A voice's beat, and pauses.
+    whole = (random.normal(size=480000) * np.maximum(0.001, np.sin(np.arange(480000) / 4000)) * 0.2).astype(np.float32)
+    batch = [whole, whole[:160001], whole[:7]]
+    assert_same_spectrograms(ours(batch)["input_features"], theirs, batch)
+    with pytest.raises(InputError, match=r"480001 samples \(30.00 seconds\); the model hears 480000 \(30.00 seconds\)"):
+        ours([np.zeros(480001, np.float32)])
+
+
+def test_dither_is_the_same_noise_every_time(tmp_path):
+    transformers.WhisperFeatureExtractor(chunk_length=1, dither=0.01).save_pretrained(tmp_path)
+    found = [SoundProcessor(tmp_path)([TONE])["input_features"] for _ in range(2)]
+    assert np.array_equal(*found)
+    transformers.WhisperFeatureExtractor(chunk_length=1).save_pretrained(tmp_path)
+    plain = SoundProcessor(tmp_path)([TONE])["input_features"]
+    assert 0.01 < np.abs(found[0] - plain).max() < 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hop_length": 0}, r"Expected `int` >= 1 - at `\$.hop_length`"),
+        ({"feature_size": "many"}, r"Expected `int`, got `str` - at `\$.feature_size`"),
+        ({"dither": -1.0}, "dither"),
+        ({"padding_side": "middle"}, "Invalid enum value 'middle'"),
+        ({"n_fft": 40000, "chunk_length": 1}, "n_fft 40000 is too much for chunks of 16000 samples"),
+        ({"hop_length": 1, "chunk_length": 30}, "480000 samples in steps of 1 are more than memory is kept for"),
+    ],
+)
+def test_spectrograms_that_cannot_be_made_are_refused(tmp_path, changes, message):
+    text = json.dumps({"feature_extractor_type": "WhisperFeatureExtractor", **changes})
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(FormatError, match=message):
+        SoundProcessor(tmp_path)([TONE])
+
+
+@pytest.mark.filterwarnings("ignore:At least one mel filter")
+def test_spectrogram_transformers_hear_ten_seconds(tmp_path):
+    """transformers cuts what is longer without a word."""
+    transformers.ASTFeatureExtractor(max_length=8).save_pretrained(tmp_path)
+    ours = SoundProcessor(tmp_path)
+    fits = ours.longest
+    assert ours([TONE[:fits]])["input_values"].shape == (1, 8, 128)
+    longer = transformers.ASTFeatureExtractor(max_length=9)
+    last = [longer(TONE[:end], sampling_rate=16000)["input_values"][0][8] for end in (fits, fits + 1)]
+    assert np.ptp(last[0]) == 0
+    assert np.ptp(last[1]) > 0.1
+    with pytest.raises(InputError, match=rf"{fits + 1} samples"):
+        ours([TONE[: fits + 1]])
+
+
+@pytest.mark.parametrize("kind", ["ASTFeatureExtractor", "SeamlessM4TFeatureExtractor", "ClapFeatureExtractor"])
+def test_sounds_that_take_transformers_say_so(tmp_path, monkeypatch, kind):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"feature_extractor_type": kind}))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match=rf"{kind} is prepared by transformers.*pip install 'precast\[export\]'"):
+        SoundProcessor(tmp_path)([TONE[:100]])
+
+
 @given(old=st.tuples(st.integers(1, 9), st.integers(1, 9)), new=st.tuples(st.integers(1, 20), st.integers(1, 20)))
 @settings(max_examples=30, deadline=None)
 def test_resizing_is_torchs(old, new):
@@ -261,9 +415,9 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="An image is a file, an array"):
         opened_image(3)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "OddImageProcessor"}')
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match=r"OddImageProcessor is prepared by transformers.*precast\[export\]"):
         ImageProcessor(tmp_path)([Image.new("RGB", (2, 2))])
-    monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(UsageError, match=r"Images take Pillow: pip install 'precast\[vision\]'"):
         opened_image("x.png")

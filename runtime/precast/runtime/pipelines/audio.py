@@ -29,16 +29,27 @@ class _SoundPipeline(Pipeline):
         """What makes arrays of sounds, by the checkpoint's rules."""
         return SoundProcessor(self.model.artifact.path)
 
-    def preprocess(self, inputs: Any) -> Batch:
-        """Sounds as `input_values` float32 [sounds, samples], or as spectrograms where the model takes these.
+    def preprocess(self, inputs: Any, *, truncation: bool = False) -> Batch:
+        """Sounds as `input_values` float32 [sounds, samples], or as spectrograms where the model takes these, as
+        Whisper's `input_features` float32 [sounds, mels, frames].
 
         Args:
             inputs: a .wav file, an array float [samples] or {"raw": array, "sampling_rate": n}; or a list of these.
+            truncation: hear only the beginning of what is longer than the model hears, instead of refusing it.
         """
         given, is_one = self._listed(inputs)
         sounds = [self.processor.opened(each) for each in given]
-        arrays = {name: rows for name, rows in self.processor(sounds).items() if name in self.model.inputs}
+        if truncation:
+            sounds = [sound[: self._longest()] for sound in sounds]
+        taken = [spec.name for spec in self.model.variant.graphs[0].inputs]
+        arrays = {name: rows for name, rows in self.processor(sounds).items() if name in taken}
         return Batch(arrays, given, is_one, samples=[len(sound) for sound in sounds])
+
+    def _longest(self) -> int | None:
+        """The samples that the model hears: its processor's, or those of the waves that it was compiled for."""
+        shapes = [graph.inputs[0].shape for graph in self.model.variant.graphs]
+        waves = [shape[1] for shape in shapes if len(shape) == 2]
+        return self.processor.longest or max(waves, default=None)
 
 
 class AudioClassificationPipeline(_SoundPipeline):
@@ -62,13 +73,7 @@ class AudioFeatureExtractionPipeline(_SoundPipeline):
 
 
 class TranscriptionPipeline(_SoundPipeline, GeneratingPipeline):
-    """What is said, written down by a decoder: Whisper."""
-
-    def preprocess(self, inputs: Any) -> Batch:
-        """Sounds of up to 30 seconds as `input_features`, log-mel spectrograms float32 [sounds, mels, frames]."""
-        given, is_one = self._listed(inputs)
-        sounds = [self.processor.opened(each) for each in given]
-        return Batch({"input_features": self.processor(sounds)["input_features"]}, given, is_one)
+    """What is said in up to 30 seconds, written down by a decoder: Whisper."""
 
     def forward(self, batch: Batch, **options: Any) -> Batch:
         """{"sequences": int64 [sounds, new]}; `options` are generate()'s, such as language="french"."""

@@ -1,26 +1,40 @@
 """Images and sounds -> arrays, by the rules of the checkpoint's preprocessor_config.json.
 
-The common rules are done here, with Pillow and numpy; the others by transformers' own processors, where installed.
+The common rules are done here, with Pillow and numpy: images of ViT, DeiT, CLIP, SigLIP, SegFormer, BiT and BEiT,
+sounds of wav2vec 2.0 and its kin and of Whisper. The others take transformers' own processors, which
+`pip install 'precast[export]'` brings.
 """
 
 from __future__ import annotations
 
 import json
 import wave
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from ..errors import ArtifactError, InputError, UsageError
+from ..errors import ArtifactError, FormatError, InputError, UsageError
+from .log_mel import LogMel
 
 __all__ = ["ImageProcessor", "SoundProcessor", "opened_image", "resized"]
 
 Array = np.ndarray[Any, Any]
 
-# The processors that do no more than resize, crop, rescale and normalize.
-_COMMON = ("ViT", "DeiT", "CLIP", "Siglip", "Segformer", "Bit", "Beit")
+# The processors that do no more than resize, crop, rescale and normalize, and of what a size is that is one number.
+_SQUARE, _SHORTER = ("height", "width"), ("shortest_edge",)
+_COMMON = {"ViT": _SQUARE, "DeiT": _SQUARE, "Segformer": _SQUARE, "Beit": _SQUARE,
+           "CLIP": _SHORTER, "Siglip": _SHORTER, "Bit": _SHORTER}  # fmt: skip
+# What each step must be told; the defaults are transformers', and differ from class to class.
+_TOLD = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_normalize": ("image_mean", "image_std"),
+}
+_CROPPING = ("DeiT", "CLIP", "Bit")
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
@@ -29,9 +43,13 @@ class ImageProcessor:
 
     def __init__(self, path: Path) -> None:
         self.path, self.config = path, _config(path, "images")
-        kind = str(self.config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("ImageProcessor")
+        # Files from before transformers 4.27 call it a feature extractor.
+        kind = self.config.get("image_processor_type") or self.config.get("feature_extractor_type")
+        self._kind = str(kind).removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
         asked = {name for name, value in self.config.items() if name.startswith("do_") and value}
-        self._is_common = kind in _COMMON and asked <= set(_STEPS) and set(self._size()) in _SIZES
+        self._is_common = (
+            self._kind in _COMMON and asked <= set(_STEPS) and self._is_told() and tuple(sorted(self._size())) in _SIZES
+        )
         self._theirs: Any = None
 
     def __call__(self, images: list[Any], **rules: Any) -> dict[str, Array]:
@@ -46,9 +64,17 @@ class ImageProcessor:
         found = self._theirs(images=images, return_tensors="np", **rules)
         return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
 
+    def _is_told(self) -> bool:
+        """Whether the file says all that the steps take."""
+        steps = {"do_resize": True, "do_normalize": True, "do_center_crop": self._kind in _CROPPING}
+        needed = [name for step, own in steps.items() if self.config.get(step, own) for name in _TOLD[step]]
+        return all(self.config.get(name) is not None for name in needed) and (
+            self._kind not in _CROPPING or "do_center_crop" in self.config
+        )
+
     def _size(self) -> dict[str, int]:
         size = self.config.get("size", {})
-        return {"height": size, "width": size} if isinstance(size, int) else size
+        return dict.fromkeys(_COMMON.get(self._kind, ()), size) if isinstance(size, int) else size
 
     def _pixels(self, image: Any) -> Array:
         rules = self.config
@@ -67,7 +93,7 @@ class ImageProcessor:
         return values.astype(np.float32)
 
 
-_SIZES: tuple[set[str], ...] = ({"height", "width"}, {"shortest_edge"})
+_SIZES = (_SQUARE, _SHORTER)
 
 
 def opened_image(given: Any) -> Any:
@@ -109,14 +135,50 @@ class SoundProcessor:
     def __init__(self, path: Path) -> None:
         self.path, self.config = path, _config(path, "sounds")
         self.rate = int(self.config.get("sampling_rate", 16000))
-        self._is_waves = self.config.get("feature_extractor_type") == "Wav2Vec2FeatureExtractor"
+        self.kind = self.config.get("feature_extractor_type")
+        self._theirs: Any = None
+
+    @cached_property
+    def longest(self) -> int | None:
+        """The samples that are heard of a sound, where there is a limit; transformers would leave out the rest."""
+        if self.kind == "WhisperFeatureExtractor":
+            return self._log_mel.samples
+        if self.kind == "ASTFeatureExtractor":
+            # Frames of 25 milliseconds, one every 10.
+            frames = int(self.config.get("max_length", 1024))
+            return (frames - 1) * (self.rate // 100) + self.rate // 40 + self.rate // 100 - 1
+        return None
 
     def __call__(self, sounds: list[Array]) -> dict[str, Array]:
-        """`input_values` float32 [sounds, samples] with `attention_mask`, or what transformers' extractor makes."""
-        if not self._is_waves:
-            extractor = _from_transformers("AutoFeatureExtractor", self.path)
-            found = extractor(sounds, sampling_rate=self.rate, return_tensors="np")
-            return {name: np.asarray(value) for name, value in found.items()}
+        """`input_values` float32 [sounds, samples] with `attention_mask`, Whisper's `input_features` float32 [sounds,
+        mels, frames], or what transformers' extractor makes.
+
+        Raises InputError for a sound of more than `longest` samples.
+        """
+        longest = max(map(len, sounds))
+        if self.longest is not None and longest > self.longest:
+            raise InputError(
+                f"The sound has {longest} samples ({longest / self.rate:.2f} seconds); the model hears "
+                f"{self.longest} ({self.longest / self.rate:.2f} seconds). Give it in pieces, or cut it with "
+                f"truncation=True."
+            )
+        if self.kind == "WhisperFeatureExtractor":
+            return {"input_features": self._log_mel(sounds)}
+        if self.kind == "Wav2Vec2FeatureExtractor":
+            return self._waves(sounds)
+        if self._theirs is None:
+            self._theirs = _from_transformers("AutoFeatureExtractor", self.path)
+        found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np")
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    @cached_property
+    def _log_mel(self) -> LogMel:
+        try:
+            return msgspec.convert(self.config, LogMel)
+        except msgspec.ValidationError as error:
+            raise FormatError(f"{self.path / 'preprocessor_config.json'}: {error}.") from error
+
+    def _waves(self, sounds: list[Array]) -> dict[str, Array]:
         width = max(map(len, sounds))
         values = np.zeros((len(sounds), width), np.float32)
         mask = np.zeros((len(sounds), width), np.int64)
