@@ -19,8 +19,8 @@ from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
 
 
-def write_gguf(source: Path, target: Path) -> None:
-    """A Llama checkpoint as GGUF, in float32."""
+def write_gguf(source: Path, target: Path, kind: gguf.GGMLQuantizationType | None = None) -> None:
+    """A Llama checkpoint as GGUF, in float32, or with matrices of the `kind` of codes."""
     config = json.loads((source / "config.json").read_text())
     writer = gguf.GGUFWriter(target, "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -34,7 +34,11 @@ def write_gguf(source: Path, target: Path) -> None:
     _write_tokenizer(writer, json.loads((source / "tokenizer.json").read_text())["model"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, tensor in load_file(source / "model.safetensors").items():
-        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", tensor.float().numpy())
+        place, values = names.get_name(name.removesuffix(".weight")) + ".weight", tensor.float().numpy()
+        if kind is None or values.ndim < 2:
+            writer.add_tensor(place, values)
+        else:
+            writer.add_tensor(place, gguf.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,323 @@
+"""The documents' snippets do what they say, with tiny models in place of those on the Hub.
+
+A block that cannot be run says why in a comment before it, `<!-- not run: … -->`; how many there are is counted here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import wave
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import click
+import gguf
+import neuron_machine
+import numpy as np
+import pytest
+import snippets
+import tiny
+import transformers
+from fakehub import FakeHub
+from snippets import ROOT, Reader, SnippetError, blocks
+
+from precast.cli import SETTINGS, cli
+
+README = ROOT / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+NOT_RUN = {"README.md": 1, "docs/NEURON.md": 1}
+SHAPES = {"batch_size": 1, "sequence_length": (64,)}
+
+
+@pytest.fixture(scope="module")
+def local(checkpoint, artifact, tmp_path_factory):
+    """What stands for models on the Hub and for placeholders: called when it is needed."""
+    root = tmp_path_factory.mktemp("published")
+
+    def llama():
+        return checkpoint("llama", max_position_embeddings=512)
+
+    def ner():
+        labels = {0: "O", 1: "B-人", 2: "B-Ort"}
+        named = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+        return checkpoint("bert", "AutoModelForTokenClassification", **named)
+
+    makers = {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": llama,
+        "sentence-transformers/all-MiniLM-L6-v2": lambda: _sentences(root / "minilm"),
+        "Helsinki-NLP/opus-mt-de-en": lambda: _marian(root / "marian"),
+        "openai/whisper-tiny": lambda: _whisper(root / "whisper"),
+        "user/ner": ner,
+        "MODEL": llama,
+        "OTHER": lambda: artifact(llama(), **SHAPES),
+        "ENCODER": lambda: checkpoint("bert", "AutoModel"),
+        "model.gguf": lambda: _gguf(llama(), root / "model.gguf"),
+        "PACKED": lambda: _packed(llama(), root / "packed"),
+        "ner-out": lambda: artifact(ner(), **SHAPES),
+        "HEARD": lambda: artifact(_whisper(root / "heard"), batch_size=1, sequence_length=()),
+    }
+    return {name: cache(maker) for name, maker in makers.items()}
+
+
+def _sentences(path: Path) -> Path:
+    tiny.save_checkpoint(path, tiny.config_for("bert", max_position_embeddings=128), transformers.AutoModel)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [
+        {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+        for index, (folder, kind) in enumerate(kinds.items())
+    ]
+    (path / "modules.json").write_text(json.dumps(modules))
+    (path / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return path
+
+
+def _marian(path: Path) -> Path:
+    layers = {f"{part}_{what}": size for part in ("encoder", "decoder")
+              for what, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))}  # fmt: skip
+    config = transformers.MarianConfig(
+        vocab_size=tiny.VOCABULARY, d_model=32, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=None, **layers,
+    )  # fmt: skip
+    return tiny.save_checkpoint(path, config, transformers.AutoModelForSeq2SeqLM)
+
+
+def _whisper(path: Path) -> Path:
+    """It hears a second."""
+    config = transformers.WhisperConfig(
+        vocab_size=tiny.VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, max_source_positions=50,
+        max_target_positions=24, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    if not path.exists():
+        tiny.save_checkpoint(path, config, transformers.AutoModelForSpeechSeq2Seq)
+        transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(path)
+    return path
+
+
+def _gguf(source: Path, path: Path) -> Path:
+    _module("exporter/test_gguf.py").write_gguf(source, path, gguf.GGMLQuantizationType.Q8_0)
+    return path
+
+
+def _packed(source: Path, path: Path) -> Path:
+    packed = _module("exporter/test_packed.py")
+    packed.quantized(source, path, packed.gptq_pack())
+    return path
+
+
+def _module(name: str):
+    spec = spec_from_file_location("borrowed", Path(__file__).parent / name)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def reader(local, tmp_path):
+    """Somebody in a folder with a few files, who may push to a Hub."""
+    (tmp_path / "texts.txt").write_text("\n".join(tiny.TEXTS), "utf-8")
+    with wave.open(str(tmp_path / "speech.wav"), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
+        file.writeframes((np.sin(np.arange(12000) / 9) * 9000).astype("<i2").tobytes())
+    with FakeHub(token="x") as hub:
+        yield Reader(tmp_path, local, hub.url)
+
+
+def test_the_first_minute(reader):
+    """README's, up to its first lines of Python."""
+    found = [block for block in blocks(README) if not block.reason]
+    first = next(index for index, block in enumerate(found) if block.language == "python")
+    for block in found[: first + 1]:
+        reader.run(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name)
+def test_all_snippets_of_a_document(reader, document, tmp_path, monkeypatch):
+    if document.name == "NEURON.md":
+        neuron_machine.install(monkeypatch, tmp_path / "neuron", cores=2)
+        digest = {"DIGEST": lambda: json.loads((tmp_path / "smollm2/config.json").read_text())["precast"]["digest"]}
+        reader.local = {**reader.local, **digest}
+    if document.name == "usage.md":
+        # README's.
+        reader.local = {**reader.local, "whisper": reader.local["HEARD"]}
+    if document.name == "CONTRIBUTING.md":
+        exec(CONTRIBUTING, reader.names)
+    snippets.run(document, reader)
+
+
+# What its snippets are pieces of.
+CONTRIBUTING = """
+import torch
+from precast.exporter.architectures.bloom import BloomAttention, _get_alibi_slopes, attend, dropout_add, replaced
+from precast.runtime.artifact.backends import Backend
+from precast.runtime.artifact.tasks import Task
+from precast.runtime.forward import Encoder
+"""
+
+
+def test_contributing_shows_the_code_that_is_there():
+    text = {block.line: block.text for block in blocks(ROOT / "CONTRIBUTING.md") if block.language == "python"}
+    shown = {name: dumped for each in text.values() for name, dumped in _definitions(ast.parse(each)).items()}
+    bloom = ROOT / "exporter/precast/exporter/architectures/bloom.py"
+    there = _definitions(ast.parse(bloom.read_text("utf-8")))
+    assert {name: there.get(name) for name in shown if name in there} == {
+        name: shown[name] for name in ("adapted", "_attention")
+    }
+
+
+def _definitions(tree: ast.Module) -> dict[str, str]:
+    """Functions without their annotations and docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+            if ast.get_docstring(node) is not None:
+                del node.body[0]
+    return {node.name: ast.dump(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_blocks_that_are_not_run_are_counted():
+    counted = {str(path.relative_to(ROOT)): sum(bool(block.reason) for block in blocks(path)) for path in DOCUMENTS}
+    assert {name: count for name, count in counted.items() if count} == NOT_RUN
+
+
+# ------------------------------------------------------------ what you want, and what you say
+
+TABLE = re.compile(r"^\| you want \| you say \|\n.*\n((?:\|.*\n)+)", re.MULTILINE)
+ROWS = [
+    tuple(cell.strip() for cell in line.strip("|").split(" | ", 1))
+    for line in TABLE.search(README.read_text("utf-8"))[1].splitlines()
+]
+SMALL = "--sequence-length 48 --no-validate"
+NEURON = "--backend neuron --instance-type inf2"
+# The commands around options that are named alone; whole commands of the table are run as they are.
+TYPED = {
+    "a GGUF file": ["precast export model.gguf -o grid --sequence-length 48 --quantize source"],
+    "a smaller and faster model": [
+        *(f"precast export MODEL -o {name} {SMALL} --quantize {name}" for name in ("int8", "int4", "auto")),
+        "precast export PACKED -o source --sequence-length 48 --no-validate --quantize source",
+    ],
+    "a smaller key/value cache": [
+        f"precast export MODEL -o codes {SMALL} --kv-cache int8",
+        f"precast export MODEL -o half {SMALL} --backend export --kv-cache float16",
+    ],
+    "every dimension fixed, the decode step too": [
+        "precast export MODEL -o fixed --sequence-length 512 --no-validate --prefill-lengths 64,256"
+    ],
+    "native code instead of a graph, the fastest there is for decoders": [
+        f"precast export MODEL -o native {SMALL} --backend aoti"
+    ],
+    "the fastest backend for this machine": [f"precast export MODEL -o fastest {SMALL} --backend auto"],
+    "bfloat16 or float16, in all or in products of matrices only": [
+        f"precast export MODEL -o narrow {SMALL} --backend export --dtype bfloat16",
+        f"precast export MODEL -o products {SMALL} --backend export --auto-cast matmul",
+    ],
+    "AWS Inferentia or Trainium": [f"precast export MODEL -o neuron {SMALL} {NEURON} --prefill-lengths 8"],
+    "the same artifact for hosts without that device": [
+        f"precast export MODEL -o both {SMALL} {NEURON} --prefill-lengths 8 --also onnx"
+    ],
+    "to move from or to optimum-neuron": [
+        f"precast export ENCODER -o theirs --batch-size 1 {SMALL} {NEURON} --layout optimum-neuron --inline-weights"
+    ],
+    "to know how fast it is here": ["precast bench out --compare OTHER"],
+    "machine-readable answers": ["precast inspect out --json"],
+    "completion in your shell": ["bash -c 'eval \"$(precast completion bash)\"'"],
+}
+# The device's own tests are tests/runtime/test_providers.py.
+ELSEWHERE = ["to run an ONNX graph on a GPU, or by OpenVINO"]
+
+
+def _typed(wish: str, said: str) -> list[str]:
+    """The commands of a row; the options that it names are in one of them."""
+    spans = re.findall(r"`([^`]+)`", said)
+    whole = [span.replace("…", "--prompt 'Water boils'") for span in spans if span.startswith("precast ")]
+    commands = [*whole, *TYPED.get(wish, [])]
+    named = [piece.strip() for span in spans if span[0] == "-" for piece in span.split("…")]
+    assert all(any(piece in command for command in commands) for piece in named), f"{wish}: {named} in {commands}"
+    return commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wish", "said"), ROWS, ids=[wish for wish, _ in ROWS])
+def test_you_get_what_you_want(reader, wish, said, tmp_path, monkeypatch):
+    if wish in ELSEWHERE:
+        pytest.skip("it needs a GPU, or OpenVINO")
+    neuron_machine.install(monkeypatch, tmp_path / "neuron", cores=2)
+    if "PTQ" in wish:
+        reader.local = {**reader.local, "MODEL": reader.local["PACKED"]}
+    commands = _typed(wish, said)
+    if not any("-o out" in command for command in commands):
+        (tmp_path / "out").symlink_to(reader.local["OTHER"]())
+    for command in commands:
+        reader.type(command, wish)
+
+
+def test_every_row_has_its_commands():
+    for wish, said in ROWS:
+        assert wish in ELSEWHERE or _typed(wish, said), wish
+    assert set(TYPED) <= {wish for wish, _ in ROWS}
+
+
+# ------------------------------------------------------------ commands within sentences
+
+INLINE = [
+    (path.name, span)
+    for path in DOCUMENTS
+    for span in re.findall(r"(?<!`)`((?:precast|make) [^`\n]+)`", path.read_text("utf-8"))
+]
+
+
+@pytest.mark.parametrize(("place", "command"), dict.fromkeys(INLINE))
+def test_commands_within_sentences_exist(place, command):
+    """Names and options; what is in place of arguments may be anything."""
+    program, name, *words = shlex.split(command.replace("|", " ").replace("\\", ""))
+    if program == "make":
+        assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    elif not name.startswith("-"):
+        found = cli.get_command(None, name)
+        assert found is not None
+        options = {option for param in found.params for option in param.opts}
+        context = click.Context(cli, **SETTINGS)
+        if "…" not in words and words:
+            found.make_context(name, words, parent=context, resilient_parsing=True)
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options
+
+
+# ------------------------------------------------------------ the checks themselves
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```console\n$ precast inspect nothing\n```", "answers 1"),
+        ("```console\n$ precast inspect --nonsense\n```", "answers 2"),
+        ("```console\nmake nonsense\n```", "No rule to make target"),
+        ("```console\n$ rm -r nothing\n```", "What runs rm"),
+        ("```console\n$ precast env\n$ precast tasks nothing/here/there\n```", "answers"),
+        ("\n\n```python\nx = 1\nassert x == 2\n```", "here.md:4: AssertionError"),
+        ("```python\nundefined\n```", "NameError"),
+        ("```\nprecast\n```", "what runs a block of no language"),
+    ],
+)
+def test_a_broken_snippet_is_found(tmp_path, text, said):
+    document = tmp_path / "here.md"
+    document.write_text(text + "\n")
+    with pytest.raises(SnippetError, match=said):
+        snippets.run(document, Reader(tmp_path, {}))
+
+
+def test_a_mark_belongs_to_the_next_block(tmp_path):
+    document = tmp_path / "here.md"
+    document.write_text("<!-- not run: AWS -->\n```console\n$ x\n```\n\n```python\n1\n```\n")
+    assert [(block.reason, block.language, block.commands()) for block in snippets.blocks(document)] == [
+        ("AWS", "console", ["x"]),
+        (None, "python", ["1"]),
+    ]
