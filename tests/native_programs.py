@@ -15,6 +15,8 @@ from torch import nn
 from precast.exporter.backends.export import WEIGHTS, _file
 from precast.exporter.backends.native.lowering import Lowered
 from precast.exporter.backends.native.weights import save_weights
+from precast.runtime.artifact.integrity import Contents
+from precast.runtime.artifact.publish import hash_files
 from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Host, Input, Output
 from precast.runtime.engines import Settings
 from precast.runtime.engines.export import ExportEngine
@@ -96,7 +98,8 @@ def engine(folder: Path | str, kind: Any = ExportEngine) -> Any:
     """What runs them."""
     host = Host(platforms=[], device="cpu", isa=[], min_versions={})
     variant = handmade.variant("export", backend="export", host=host, weights=[WEIGHTS], graphs=[GRAPH])
-    return kind(SimpleNamespace(path=Path(folder)), variant, Settings(threads=1))
+    contents = Contents(Path(folder), hash_files(Path(folder)))
+    return kind(SimpleNamespace(path=Path(folder), contents=contents), variant, Settings(threads=1))
 
 
 def arrays(length: int, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:

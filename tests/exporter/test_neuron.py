@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from types import SimpleNamespace
 
+import handmade
+import msgspec
 import neuron_machine
 import numpy as np
 import oracle
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from precast.cli import main
 from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
-from precast.runtime.artifact.integrity import identity
+from precast.runtime.artifact.publish import hash_files
 from precast.runtime.engines.neuron import _Module
 from precast.runtime.errors import ArtifactError, ExportError, FormatError, HostError, TrustError, UsageError
 from precast.runtime.neff import find_headers
@@ -291,13 +294,11 @@ def test_compiled_code_needs_proof(encoder, monkeypatch, tmp_path):
 
 
 def test_a_file_that_is_no_graph_is_refused(checkpoint, artifact, tmp_path):
-    path = artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,))
-    model = CompiledModelForCausalLM.from_pretrained(path)
-    files = model._engine._replicas[0]._files
-    other = tmp_path / "prefill_8.neuron"
-    other.write_bytes(b"PK not TorchScript")
-    files._paths["prefill_8"] = other
-    files._verified[other] = identity(other)
+    path = shutil.copytree(artifact(checkpoint("llama"), **NEURON, prefill_lengths=(8,)), tmp_path / "copy")
+    (path / "prefill_8.neuron").write_bytes(b"PK not TorchScript")
+    listed = msgspec.to_builtins(hash_files(path)["prefill_8.neuron"])
+    handmade.rewrite(path, lambda raw: raw["precast"]["files"].update({"prefill_8.neuron": listed}))
+    model = CompiledModelForCausalLM.from_pretrained(path, trust_native_code=True)
     with pytest.raises(ArtifactError, match=r"prefill_8.neuron cannot be opened on a Neuron device"):
         model.generate(np.array([[5, 6, 7]]), max_new_tokens=1)
 

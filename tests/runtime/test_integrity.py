@@ -43,11 +43,11 @@ def hashed(monkeypatch):
     """The names of the files that were hashed since."""
     names = []
 
-    def counting(path, advance=lambda count: None, sha256_of=integrity.sha256_of):
-        names.append(path.name)
-        return sha256_of(path, advance)
+    def counting(file, root, name, *rest, check_hash=integrity.check_hash):
+        names.append(name)
+        check_hash(file, root, name, *rest)
 
-    monkeypatch.setattr(integrity, "sha256_of", counting)
+    monkeypatch.setattr(integrity, "check_hash", counting)
     return names
 
 

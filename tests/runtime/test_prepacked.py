@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from precast.runtime import CompiledModel, cache, prepacked
-from precast.runtime.artifact import integrity, read_artifact
+from precast.runtime.artifact import integrity, locks, read_artifact
 from precast.runtime.artifact.store import sign
 from precast.runtime.engines import Settings, onnx, open_engine
-from precast.runtime.errors import UsageError
+from precast.runtime.errors import IntegrityError, UsageError
 from precast.runtime.prepacked import DATA, GRAPH
 
 MANIFEST = cache.MANIFEST
@@ -56,11 +56,15 @@ def hashed(monkeypatch):
     """The names of the files that were hashed since."""
     names = []
 
-    def counting(path, advance=lambda count: None, sha256_of=integrity.sha256_of):
-        names.append(path.name)
-        return sha256_of(path, advance)
+    def checking(file, root, name, *rest, check_hash=integrity.check_hash):
+        names.append(name)
+        check_hash(file, root, name, *rest)
 
-    monkeypatch.setattr(integrity, "sha256_of", counting)
+    def counting(path, sha256_of=prepacked.sha256_of):
+        names.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(integrity, "check_hash", checking)
     monkeypatch.setattr(prepacked, "sha256_of", counting)
     return names
 
@@ -243,7 +247,7 @@ def test_the_key_holds_all_that_the_form_depends_on(encoder, monkeypatch, tmp_pa
         changed = tmp_path / "copy"
         handmade.rewrite(changed, lambda raw, name=name: raw["precast"]["files"][name].update(sha256="a" * 64))
         keys.add(_key(changed))
-    monkeypatch.setattr(prepacked, "FORMAT", 2)
+    monkeypatch.setattr(prepacked, "FORMAT", 99)
     keys.add(_key(encoder))
     monkeypatch.setattr(prepacked, "_cpu", lambda: ["model name: another"])
     keys.add(_key(encoder))
@@ -381,7 +385,8 @@ def test_an_artifact_that_changes_after_it_was_verified_is_not_packed(encoder, h
     shutil.copytree(encoder, tmp_path / "copy")
     model = CompiledModel.from_pretrained(tmp_path / "copy")
     _zero(tmp_path / "copy" / DATA)
-    model(IDS)
+    with pytest.raises(IntegrityError, match="was replaced after it was verified"):
+        model(IDS)
     settle()
     assert entries(home) == []
 
@@ -499,9 +504,9 @@ def test_a_file_system_without_locks(encoder, home, expected, monkeypatch):
     def unsupported(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(cache.fcntl, "flock", unsupported)
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
     assert answer(encoder) == expected
-    assert entries(home) == []
+    assert len(entries(home)) == 1
 
 
 def test_a_disk_that_is_nearly_full_is_left_alone(encoder, home, expected, monkeypatch, opened):

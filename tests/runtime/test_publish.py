@@ -15,7 +15,7 @@ import pytest
 
 from precast.runtime import CompiledModel
 from precast.runtime.artifact import publish, read_artifact
-from precast.runtime.errors import ArtifactError, IntegrityError, PrecastError, PublishError
+from precast.runtime.errors import ArtifactError, IntegrityError, PublishError
 from precast.runtime.hub import locate
 
 
@@ -387,13 +387,14 @@ def test_a_reader_never_sees_a_torn_artifact(parent, way):
     assert set(missed) <= ({ArtifactError} if way == "two renames" else set())
 
 
-def test_a_file_replaced_after_it_was_verified_is_not_opened(decoder, parent):
+def test_a_file_replaced_after_it_was_verified_is_not_opened(decoder, artifact, checkpoint, parent):
     """A session opens its graph when first used, perhaps long after loading."""
     import numpy as np
 
+    another = artifact(checkpoint("llama", num_hidden_layers=1))
     publish.copy_artifact(read_artifact(decoder), parent / "out", force=False)
     model = CompiledModel.from_pretrained(parent / "out")
-    publish.copy_artifact(read_artifact(decoder), parent / "out", force=True)
+    publish.copy_artifact(read_artifact(another), parent / "out", force=True)
     with pytest.raises(IntegrityError, match=r"model\.onnx was replaced after it was verified"):
         model(np.array([[1, 2, 3]]))
     assert CompiledModel.from_pretrained(parent / "out")(np.array([[1, 2, 3]])).logits.shape == (1, 3, 320)
@@ -414,10 +415,10 @@ def test_a_copy_is_an_artifact(parent):
 def test_a_spoiled_artifact_is_not_copied(parent):
     made = handmade.make(parent / "out", "old")
     (parent / "out" / "sub" / "tokenizer.json").write_text("{}")
-    with pytest.raises(IntegrityError, match=r"sub/tokenizer\.json in .*/out is not what config\.json lists"):
+    with pytest.raises(IntegrityError, match=r"sub/tokenizer\.json in .*/out has 2 bytes where config\.json says"):
         publish.copy_artifact(made, parent / "copy", force=False)
     (parent / "out" / "model.onnx").unlink()
-    with pytest.raises(PrecastError, match="No such file"):
+    with pytest.raises(IntegrityError, match=r"out lacks the file model\.onnx"):
         publish.copy_artifact(made, parent / "copy", force=False)
     assert _names(parent) == ["out"]
 

@@ -93,7 +93,7 @@ def test_batches_are_padded_on_the_tokenizers_side(decoder, tmp_path):
     import json
     import shutil
 
-    path = shutil.copytree(decoder, tmp_path / "copy")
+    path = shutil.copytree(decoder, tmp_path / "copy", ignore=shutil.ignore_patterns("config.json"))
     for side in ("left", "right"):
         config = json.loads((path / "tokenizer_config.json").read_text())
         (path / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": side}))
@@ -116,7 +116,7 @@ def test_the_chat_template_is_rendered_as_transformers_does(pair):
 def test_a_template_is_sandboxed_and_its_refusal_explained(decoder, tmp_path):
     import shutil
 
-    path = shutil.copytree(decoder, tmp_path / "copy")
+    path = shutil.copytree(decoder, tmp_path / "copy", ignore=shutil.ignore_patterns("config.json"))
     (path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InputError, match="refused"):
         Tokenizer(path).apply_chat_template([])

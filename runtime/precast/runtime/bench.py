@@ -25,6 +25,7 @@ from .artifact import Artifact
 from .artifact.machine import installed_version, memory_bytes, usable_cores
 from .artifact.schema import Dim, Variant
 from .artifact.tasks import kind_of_roles
+from .companions import companions_of
 from .errors import InputError, PrecastError, UsageError
 from .tokenizer import Tokenizer
 
@@ -138,7 +139,7 @@ def token_ids(subject: Subject, text: str | None = None) -> list[int]:
 
     Raises UsageError where a text is given and gives no tokens.
     """
-    if not (subject.artifact.path / "tokenizer.json").is_file():
+    if "tokenizer.json" not in subject.artifact.contents:
         if text is not None:
             raise UsageError(
                 f"--prompt-file needs a tokenizer, and {subject.name} has none. Leave it out: prompts are then made of "
@@ -146,7 +147,7 @@ def token_ids(subject: Subject, text: str | None = None) -> list[int]:
             )
         vocabulary = _vocabulary(subject.artifact.config)
         return [index * 7919 % vocabulary for index in range(1, 4096)]
-    ids = Tokenizer(subject.artifact.path).encode(TEXT if text is None else text)
+    ids = Tokenizer(subject.artifact.path, companions_of(subject.artifact)).encode(TEXT if text is None else text)
     if not ids:
         raise UsageError(f"The text of --prompt-file has no tokens for {subject.name}. Give a file with some text.")
     return ids

@@ -71,8 +71,8 @@ class GenerativeModel(CompiledModel):
 
     @cached_property
     def _generation_file(self) -> dict[str, Any]:
-        path = self.artifact.path / "generation_config.json"
-        return parse_object(path.read_bytes(), str(path)) if path.exists() else {}
+        data = self.artifact.contents.get("generation_config.json")
+        return {} if data is None else parse_object(data, str(self.artifact.path / "generation_config.json"))
 
     def _attend(self, contexts: Sequence[Any], width: int) -> None:
         """Make ready for prompts that belong to `contexts`, each with `width` rows."""

@@ -12,17 +12,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .artifact import UNLISTED, Artifact, read_artifact
 from .artifact.integrity import check_hash
-from .artifact.publish import publish, recover, staging
+from .artifact.publish import publish, recover, staging, unlisted
 from .artifact.reach import hub_or_cache
 from .artifact.store import home
 from .errors import ArtifactError, HubError, IntegrityError, PublishError
 from .progress import progress, wanted
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
 __all__ = ["locate", "locate_tokenizer", "push"]
+
+HELD_BYTES = 16 * 2**20
+"""Smaller files are uploaded from memory. Larger ones go to the Hub's storage for large files, which is told their hash
+and checks what it gets."""
 
 
 def locate(
@@ -74,25 +81,48 @@ def push(
 ) -> str:
     """Upload an artifact as one commit, creating the repository if there is none; returns the commit's address.
 
-    Files that an earlier artifact left in the repository are deleted in the same commit. Raises HubError.
+    What is uploaded is what was opened: files that have changed since are refused, and what config.json does not list
+    stays here, but for the model card and timings. Files that an earlier artifact left in the repository are deleted in
+    the same commit. Raises HubError, IntegrityError.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationDelete, HfApi
 
-    api, names = HfApi(token=token), _names(artifact)
+    api, added = HfApi(token=token), _additions(artifact)
     with _calling_the_hub(f"{artifact.path} was not pushed to {repo_id}"):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        stale = set(api.list_repo_files(repo_id, revision=revision)) - {*names, ".gitattributes"}
+        stale = set(api.list_repo_files(repo_id, revision=revision)) - {
+            *(each.path_in_repo for each in added),
+            ".gitattributes",
+        }
         # upload_folder() makes several commits of a large folder: between them the repository would be broken.
         commit = api.create_commit(
             repo_id,
             [
-                *(CommitOperationAdd(name, artifact.path / name) for name in names),
+                *added,
                 *(CommitOperationDelete(name) for name in sorted(stale)),
             ],
             commit_message=commit_message,
             revision=revision,
         )
     return str(commit.commit_url)
+
+
+def _additions(artifact: Artifact) -> list[CommitOperationAdd]:
+    """What makes up an artifact, each file with the content that was verified. Raises IntegrityError."""
+    from huggingface_hub import CommitOperationAdd
+
+    added = [CommitOperationAdd(name, data) for name, data in unlisted(artifact).items()]
+    artifact.contents.verify()
+    for name, file in artifact.contract.files.items():
+        if file.size <= HELD_BYTES:
+            added.append(CommitOperationAdd(name, artifact.contents.get(name) or b""))
+            continue
+        large = CommitOperationAdd(name, artifact.path / name)
+        # It is read again when it is sent, and then refused by the Hub where it no longer has this hash.
+        if large.upload_info.sha256.hex() != file.sha256:
+            raise artifact.contents.replaced(name)
+        added.append(large)
+    return added
 
 
 def _download(repo_id: str, **options: Any) -> Path:
@@ -131,7 +161,7 @@ def _store(artifact: Artifact, *, again: bool = False) -> Path:
                 _link(artifact.path / name, stage / name)
             with progress("Checking", sum(file.size for file in files.values())) as advance:
                 for name, file in files.items():
-                    check_hash(artifact.path / name, name, file, advance)
+                    check_hash(stage / name, artifact.path, name, file, advance)
             publish(stage, target, force=again)
     except PublishError:
         # Another process may have been faster; what it published is the same.

@@ -16,11 +16,12 @@ import numpy as np
 from . import hub
 from .advice import larger
 from .artifact import Artifact, read_artifact
-from .artifact.integrity import identity, require_trust, verify_files
+from .artifact.integrity import identity, require_trust
 from .artifact.publish import copy_artifact
 from .artifact.schema import Variant
 from .artifact.tasks import get_task, kind_of_roles
 from .blank import bind_blank
+from .companions import companions_of
 from .compat import Config, ForTransformers
 from .engines import Engine, Settings, open_engine, replicas_of
 from .engines.cores import read_cores
@@ -168,7 +169,7 @@ class CompiledModel(ForTransformers):
         if self._tokenizer is None:
             # What generates is given ids and their mask, whatever else its tokenizer could make.
             names = ("input_ids", "attention_mask") if self.can_generate() else None
-            self._tokenizer = Tokenizer(self.artifact.path, names=names)
+            self._tokenizer = Tokenizer(self.artifact.path, companions_of(self.artifact), names=names)
         return self._tokenizer
 
     @property
@@ -238,10 +239,12 @@ class CompiledModel(ForTransformers):
 
 
 def verify_artifact(artifact: Artifact, variant: Variant, *, force: bool = False) -> None:
-    """Check size and hash of every file that `variant` needs, with a progress bar. Raises IntegrityError."""
+    """Check size and hash of every file that `variant` needs, with a progress bar, and keep the small ones that say how
+    to prepare inputs and how to answer. Raises IntegrityError."""
     files = artifact.variant_files(variant)
     with progress("Verifying", sum(file.size for file in files.values())) as advance:
-        verify_files(artifact.path, files, force=force, advance=advance)
+        artifact.contents.verify(files, force=force, advance=advance)
+    artifact.contents.keep(name for name in artifact.companions() if name in files)
 
 
 def _check_cores(cores: Sequence[int], variant: Variant) -> None:

@@ -5,8 +5,9 @@ of about their size in every process. It can save graph and layout, and open tha
 opens, though (with a zeroed file all logits are zero, and no error), so an entry counts only with a manifest that is
 signed with the user's key and lists the files' hashes; like an artifact's, they are verified once and stamped.
 
-An entry lies under a key of all that it depends on. Number of threads and level of optimization are not among them:
-the former does not change a byte of it, the latter is part of FORMAT.
+An entry lies under a key of all that it depends on: the contract's digest, the hashes of the graph and of whatever it
+opens (a graph that opens anything else is refused), this build of ONNX Runtime, this CPU. Number of threads and level
+of optimization are not among them: the former does not change a byte of it, the latter is part of FORMAT.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -34,7 +35,7 @@ from .errors import IntegrityError, UsageError
 
 __all__ = ["DATA", "GRAPH", "Entry", "Packing", "is_wanted"]
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when what is saved, or how, changes."""
 MIN_BYTES = 16 * 2**20
 """Graphs with less are opened in no time anyway."""
@@ -79,7 +80,8 @@ class Entry:
         files = artifact.contract.files
         self.root, self.model, self.graph = artifact.path, artifact.contract.source.model, graph.name
         self.sources = {name: files[name] for name in (graph.file, *variant.weights)}
-        self.key = _key([file.sha256 for file in self.sources.values()], build)
+        hashes = {name: file.sha256 for name, file in self.sources.items()}
+        self.key = _key([artifact.contract.digest, graph.file, hashes], build)
         self.path = cache.place("prepacked") / self.key
 
     def find(self, *, force: bool = False) -> Path | None:
@@ -184,9 +186,9 @@ def _holders(data: File) -> dict[Path, dict[str, File]]:
     return found
 
 
-def _key(hashes: Iterable[str], build: str) -> str:
-    facts = [FORMAT, sorted(hashes), build, platform.machine(), _cpu()]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _key(content: list[Any], build: str) -> str:
+    facts = [FORMAT, content, build, platform.machine(), _cpu()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 _CPU = {

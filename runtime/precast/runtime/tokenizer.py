@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import tokenizers
 
+from .companions import Readable, companions_at
 from .errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError
 from .published import parse_object, select
 from .templates import render
@@ -25,6 +26,7 @@ __all__ = ["TextStream", "Tokenizer"]
 
 Array = np.ndarray[Any, Any]
 _REPLACEMENT = "\ufffd"
+_MORE_TEMPLATES = "additional_chat_templates"
 _STRATEGIES = ("longest_first", "only_first", "only_second")
 _LARGEST = 2**32 - 1
 """Ids are numbers of 32 bits."""
@@ -47,26 +49,30 @@ _TYPES: dict[str, Any] = {
 
 
 class Tokenizer:
-    """The tokenizer of an artifact. Raises ArtifactError where the directory has none.
+    """The tokenizer of an artifact, or of another directory with a tokenizer.json. Raises ArtifactError where there is
+    none.
 
-    `names` are the arrays that its model takes, where that is known; no others are made.
+    `files` are read instead of what lies at `path`: the companions of an opened artifact, say. `names` are the arrays
+    that its model takes, where that is known; no others are made.
     """
 
-    def __init__(self, path: str | Path, *, names: Sequence[str] | None = None) -> None:
+    def __init__(self, path: str | Path, files: Readable | None = None, *, names: Sequence[str] | None = None) -> None:
         self.path, self._names = Path(path), names
-        if not (self.path / "tokenizer.json").is_file():
+        self._files = files or companions_at(self.path)
+        data = self._files.get("tokenizer.json")
+        if data is None:
             raise ArtifactError(
                 f"{self.path} has no tokenizer.json: its checkpoint carries no (fast) tokenizer. Give token ids "
                 f"instead of text."
             )
         with _calling_the_library(f"{self.path / 'tokenizer.json'} cannot be read as a tokenizer", FormatError):
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         # The file may fix a length of its own; here the compiled model decides.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        config = _read_json(self.path / "tokenizer_config.json")
+        config = self._read_json("tokenizer_config.json")
         self._config = select(config, _TYPES, str(self.path / "tokenizer_config.json"))
-        self.special_tokens = _special_tokens({**_read_json(self.path / "special_tokens_map.json"), **config})
+        self.special_tokens = _special_tokens({**self._read_json("special_tokens_map.json"), **config})
         self.padding_side = self._config.get("padding_side", "right")
         self._cutting = lru_cache(maxsize=4)(self._copy_that_cuts)
 
@@ -236,14 +242,28 @@ class Tokenizer:
         return result
 
     def _template(self, with_tools: bool) -> str:
-        file = self.path / "chat_template.jinja"
-        source = _text(file) if file.is_file() else self._config.get("chat_template")
-        if isinstance(source, list):
-            named = {each.name: each.template for each in source}
-            source = named.get("tool_use") if with_tools and "tool_use" in named else named.get("default")
-        if not isinstance(source, str):
+        named = self._named_templates()
+        source = named["tool_use"] if with_tools and "tool_use" in named else named.get("default")
+        if source is None:
             raise InputError(f"{self.path} has no chat template; give a plain prompt instead of a conversation.")
         return source
+
+    def _named_templates(self) -> dict[str, str]:
+        """Files of their own go before what tokenizer_config.json holds."""
+        held = self._config.get("chat_template")
+        named = {each.name: each.template for each in held} if isinstance(held, list) else {}
+        if isinstance(held, str):
+            named = {"default": held}
+        if (data := self._files.get("chat_template.jinja")) is not None:
+            named = {"default": _text(data, self.path / "chat_template.jinja")}
+        for name, data in self._files.below(_MORE_TEMPLATES).items():
+            if name.endswith(".jinja"):
+                named[name.removesuffix(".jinja")] = _text(data, self.path / _MORE_TEMPLATES / name)
+        return named
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        data = self._files.get(name)
+        return {} if data is None else parse_object(data, str(self.path / name))
 
 
 @contextmanager
@@ -312,9 +332,9 @@ def _as_ids(ids: Sequence[int] | Array) -> list[int]:
     return numbers
 
 
-def _text(path: Path) -> str:
+def _text(data: bytes, path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not text in UTF-8: {error}.") from error
 
@@ -346,13 +366,6 @@ def _checked(text: str) -> str:
             f"{text[max(0, error.start - 20) : error.end]!a}. It was decoded wrongly; errors='replace' helps."
         ) from None
     return text
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return parse_object(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        return {}
 
 
 # What transformers' clean_up_tokenization takes back of spaces that a tokenizer has put between tokens.

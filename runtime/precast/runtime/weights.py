@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +38,17 @@ _DTYPES = {
 }
 
 
-def open_weights(paths: Iterable[Path]) -> dict[str, torch.Tensor]:
-    """Every tensor of these files by name, without reading them.
+def open_weights(paths: Sequence[Path], sources: Iterable[int | Path] | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of these files by name, without reading them. `sources` are the files themselves where they are open
+    already, as descriptors; the paths are what they are called.
 
     The tensors are the files' memory: pages are read when they are first used, and shared with other processes. What
     writes into one changes a copy of its own. Raises FormatError where a file is not what safetensors allows, and
     OSError where it cannot be read.
     """
     found: dict[str, torch.Tensor] = {}
-    for path in paths:
-        tensors = _File(path).tensors()
+    for path, source in zip(paths, paths if sources is None else sources, strict=True):
+        tensors = _File(path, source).tensors()
         if twice := found.keys() & tensors.keys():
             raise FormatError(f"{path} holds {min(twice)} which another file of the artifact holds too.")
         found |= tensors
@@ -78,9 +79,9 @@ class _Entry:
 class _File:
     """One safetensors file, mapped."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source: int | Path) -> None:
         self._path = path
-        with open(path, "rb") as file:
+        with open(source, "rb", closefd=not isinstance(source, int)) as file:
             size = file.seek(0, 2)
             if size < 8:
                 raise self._wrong(f"it has {size} bytes, fewer than a header takes")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -12,9 +13,12 @@ import msgspec
 from ..errors import ArtifactError, FormatError
 from ..terminal import quoted
 from . import optimum_neuron, strict_json
+from .integrity import Contents, read_regular
 from .schema import FORMAT_VERSION, Contract, File, Graph, Input, State, Variant
 
-__all__ = ["UNLISTED", "Artifact", "contract_digest", "is_artifact", "read_artifact", "render_config"]
+__all__ = [
+    "UNLISTED", "Artifact", "contract_digest", "is_artifact", "parse_artifact", "read_artifact", "render_config",
+]  # fmt: skip
 
 KEY = "precast"
 DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
@@ -25,6 +29,7 @@ ENCODER_MASK = "encoder_attention_mask"
 """An encoder-decoder's input, int64 [batch, positions], that says which encoded positions are no padding."""
 UNLISTED = frozenset({"config.json", "README.md", "bench.json", ".gitattributes"})
 """Files that `files` never lists: the contract itself, and what may change without changing the model."""
+_COMPANIONS = frozenset({".jinja", ".json", ".txt"})
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,16 @@ class Artifact:
     path: Path
     config: dict[str, Any]
     contract: Contract
+
+    @cached_property
+    def contents(self) -> Contents:
+        """The files that the contract lists; there is no other way to open one."""
+        return Contents(self.path, self.contract.files)
+
+    def companions(self) -> list[str]:
+        """The listed files that say how to prepare inputs and how to answer: tokenizer, templates, settings."""
+        named = {name for variant in self.contract.variants for name in _named(variant)}
+        return [name for name in self.contract.files if name not in named and PurePosixPath(name).suffix in _COMPANIONS]
 
     def variant_files(self, variant: Variant) -> dict[str, File]:
         """What this variant needs: all files but those that only other variants name."""
@@ -48,8 +63,11 @@ def read_artifact(path: str | Path) -> Artifact:
 
     Raises ArtifactError where there is no artifact, FormatError where it breaks the contract.
     """
-    path = Path(path)
-    data = _read_config(path)
+    return parse_artifact(_read_config(Path(path)), Path(path))
+
+
+def parse_artifact(data: bytes, path: Path) -> Artifact:
+    """The artifact at `path` that a config.json with the content `data` makes: see read_artifact()."""
     config = strict_json.loads(data, str(path / "config.json"))
     if KEY not in config:
         if contract := optimum_neuron.imported(config, path):
@@ -94,9 +112,8 @@ def contract_digest(config: dict[str, Any], contract: Contract) -> str:
 
 def _read_config(path: Path) -> bytes:
     try:
-        with (path / "config.json").open("rb") as file:
-            # One byte more than allowed is enough to refuse it.
-            return file.read(strict_json.MAX_BYTES + 1)
+        # One byte more than allowed is enough to refuse it.
+        return read_regular(path / "config.json", strict_json.MAX_BYTES)
     except NotADirectoryError:
         raise ArtifactError(f"{path} is a file; a precast artifact is a directory with a config.json.") from None
     except FileNotFoundError:

@@ -1,67 +1,273 @@
 """Is each file what `config.json` says it is, and who vouches for native code?
 
 Hashing a gigabyte takes a second, so a file is hashed once: a stamp, signed with the user's key, remembers which
-inode with which times had which hash.
+inode with which size and times had which hash. Whatever is opened later is checked again, by the descriptor that is
+opened, and what is not listed is not opened at all.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
 import os
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path, PurePosixPath
 
-from ..errors import IntegrityError, TrustError
+from ..errors import FormatError, IntegrityError, TrustError
 from .schema import File
 from .store import home, sign, write_atomically
 
-__all__ = ["check_hash", "identity", "remember", "require_trust", "sha256_of", "verify_files", "vouch"]
+__all__ = [
+    "Contents", "Identity", "check_hash", "identity", "open_regular", "read_regular", "remember", "require_trust",
+    "sha256_of", "verify_files", "vouch",
+]  # fmt: skip
 
 CHUNK = 4 * 2**20
+KEPT_BYTES = 256 * 2**20
+"""The most that the companions of an artifact may take together: they are held in memory."""
+
+_TRIES = 3
+"""How often a file is hashed that changes meanwhile."""
+
+Advance = Callable[[int], None]
+Identity = tuple[int, ...]
+"""Device, inode, size, and times of the last change of content and of anything."""
 
 
-def sha256_of(path: Path, advance: Callable[[int], None] = lambda n: None) -> str:
-    """sha256 of a file's content in hexadecimal; `advance` is told the bytes done. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        buffer = bytearray(CHUNK)
-        while count := file.readinto(buffer):
+def _silent(count: int) -> None:
+    """Told of progress that nobody shows."""
+
+
+def sha256_of(file: Path | int, advance: Advance = _silent) -> str:
+    """sha256, in hexadecimal, of the content of a path or of an open file; `advance` is told the bytes done.
+
+    Raises OSError.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
+    with open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as opened:
+        opened.seek(0)
+        while count := opened.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
             advance(count)
+        opened.seek(0)
     return digest.hexdigest()
 
 
-def identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from another that takes its place; None where there is none."""
+def identity(path: Path) -> Identity | None:
+    """What tells a file from another that takes its place and from itself after a change; None where there is none."""
     try:
-        found = path.stat()
+        return _identity(path.stat())
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def verify_files(
-    root: Path, files: dict[str, File], *, force: bool = False, advance: Callable[[int], None] = lambda n: None
-) -> None:
-    """Check size and hash of every file below `root`.
+def _identity(found: os.stat_result) -> Identity:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
-    Raises IntegrityError for the first file that is missing, of another size, altered, or not a regular file inside
-    `root`. With `force` nothing is taken from earlier stamps.
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a file, of which `limit` + 1 bytes at most are read. Raises OSError, also for what is no regular
+    file: a pipe would never end, nor would some devices."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read(limit + 1)
+
+
+def open_regular(root: Path, name: str) -> int:
+    """A descriptor of the regular file `name` below `root`, reached without following links; the caller closes it.
+
+    Raises OSError, and IntegrityError where anything else lies there.
     """
-    stamps = _Stamps(root)
-    for name, expected in sorted(files.items()):
-        path = root / name
-        found = _stat(root, path, name, expected)
-        if force or not stamps.has(name, found, expected.sha256):
-            check_hash(path, name, expected, advance)
-            stamps.add(name, found, expected.sha256)
-    stamps.save()
+    *folders, last = PurePosixPath(name).parts
+    place = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for folder in folders:
+            _refuse(root, name, place, folder, stat.S_ISLNK)
+            outer, place = place, os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+            os.close(outer)
+        _refuse(root, name, place, last, lambda mode: not stat.S_ISREG(mode))
+        # What is a pipe by now is not waited for.
+        return os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
+    finally:
+        os.close(place)
 
 
-def remember(root: Path, files: dict[str, File]) -> None:
+def _refuse(root: Path, name: str, place: int, part: str, is_wrong: Callable[[int], bool]) -> None:
+    if is_wrong(os.stat(part, dir_fd=place, follow_symlinks=False).st_mode):
+        raise IntegrityError(f"{name} in {root} is not a regular file inside the artifact.")
+
+
+class Contents:
+    """The files that a contract lists, opened only while they are what it says.
+
+    A file that was verified and is still the same, by its identity, is not hashed again; any other is. What was opened
+    must not have changed when it is closed. Several threads may use it.
+    """
+
+    def __init__(self, root: Path, files: Mapping[str, File]) -> None:
+        self.root, self.files = root, files
+        self._known: dict[str, Identity] = {}
+        self._kept: dict[str, bytes] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def verify(self, names: Iterable[str] | None = None, *, force: bool = False, advance: Advance = _silent) -> None:
+        """Check size and hash of these files, by default of all.
+
+        Raises IntegrityError for the first that is missing, of another size, altered, or not a regular file that is
+        reached without links. With `force` nothing is taken from earlier stamps.
+        """
+        stamps = _Stamps(self.root)
+        for name in sorted(self.files if names is None else names):
+            with self._reached(name) as descriptor:
+                self._check(name, descriptor, stamps, force=force, advance=advance)
+        stamps.save()
+
+    @contextmanager
+    def open(self, *names: str) -> Iterator[list[int]]:
+        """Descriptors of listed files, at their start. Raises IntegrityError as `verify` does, also at the end, where
+        one was changed meanwhile."""
+        with ExitStack() as stack:
+            opened = {name: stack.enter_context(self._reached(name)) for name in names}
+            before = {name: self._check_again(name, opened[name]) for name in names}
+            yield list(opened.values())
+            for name in names:
+                if _identity(os.fstat(opened[name])) != before[name]:
+                    raise self.replaced(name)
+
+    @contextmanager
+    def path(self, name: str, *others: str, is_pinned: bool = True) -> Iterator[Path]:
+        """A path for a library that opens `name` by itself, and `others` in the same folder. They are what was verified
+        when it begins and when it ends. In between nothing can take the folder's place where it `is_pinned`: the path
+        then leads there by an open directory, which takes Linux.
+
+        Raises IntegrityError as `open` does.
+        """
+        folder = self.root / PurePosixPath(name).parent
+        names = (name, *others)
+        with self.open(*names) as descriptors, _held(folder, is_pinned) as held:
+            paths = [held / PurePosixPath(each).name for each in names]
+            self._compare(names, paths, descriptors)
+            yield paths[0]
+            self._compare(names, paths, descriptors)
+
+    def _compare(self, names: Iterable[str], paths: Iterable[Path], descriptors: Iterable[int]) -> None:
+        for name, path, descriptor in zip(names, paths, descriptors, strict=True):
+            if identity(path) != _identity(os.fstat(descriptor)) or path.is_symlink():
+                raise self.replaced(name)
+
+    def check(self, *names: str) -> None:
+        """Raise IntegrityError where one of these files is no longer what was verified."""
+        with self.open(*names):
+            pass
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Read small files now; `get` gives what they hold now, whatever takes their place. Raises IntegrityError, and
+        FormatError where they are not small."""
+        names = list(names)
+        if (size := sum(self.files[name].size for name in names)) > KEPT_BYTES:
+            raise FormatError(
+                f"{self.root} lists {size:,} bytes of tokenizers, templates and settings; {KEPT_BYTES:,} are the most "
+                f"that is read."
+            )
+        for name in names:
+            self._kept[name] = self.read(name)
+
+    def get(self, name: str) -> bytes | None:
+        """The content of a listed file, as it was when it was kept; None for one that is not listed."""
+        if name not in self.files:
+            return None
+        return self._kept[name] if name in self._kept else self.read(name)
+
+    def below(self, folder: str) -> dict[str, bytes]:
+        """The listed files in a folder, by their names in it."""
+        names = [name for name in self.files if PurePosixPath(name).parent == PurePosixPath(folder)]
+        return {PurePosixPath(name).name: self.get(name) or b"" for name in names}
+
+    def read(self, name: str) -> bytes:
+        """The content of a listed file, as it is now. Raises IntegrityError."""
+        with self.open(name) as [descriptor], open(descriptor, "rb", closefd=False) as file:
+            return file.read(self.files[name].size)
+
+    def replaced(self, name: str) -> IntegrityError:
+        """What to raise for a file that is no longer what was verified."""
+        return IntegrityError(f"{self.root / name} was replaced after it was verified. Open the artifact again.")
+
+    @contextmanager
+    def _reached(self, name: str) -> Iterator[int]:
+        try:
+            descriptor = open_regular(self.root, name)
+        except FileNotFoundError:
+            raise IntegrityError(f"{self.root} lacks the file {name} that its config.json lists. {_FIX}") from None
+        except OSError as error:
+            raise IntegrityError(f"{name} in {self.root} cannot be read: {error.strerror}.") from None
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _check_again(self, name: str, descriptor: int) -> Identity:
+        """The identity of an open file, which is hashed only if it is unknown or has changed. Raises IntegrityError."""
+        if self._known.get(name) != _identity(os.fstat(descriptor)):
+            try:
+                self._check(name, descriptor, _Stamps(self.root))
+            except IntegrityError as error:
+                raise (self.replaced(name) if name in self._known else error) from None
+        return self._known[name]
+
+    def _check(
+        self, name: str, descriptor: int, stamps: _Stamps, *, force: bool = False, advance: Advance = _silent
+    ) -> None:
+        """Raise IntegrityError where the open file is not what the contract says."""
+        expected = self.files[name]
+        for _ in range(_TRIES):
+            found = os.fstat(descriptor)
+            self._check_size(name, found)
+            if not force and stamps.has(name, found, expected.sha256):
+                break
+            check_hash(descriptor, self.root, name, expected, advance)
+            if _identity(os.fstat(descriptor)) == _identity(found):
+                stamps.add(name, found, expected.sha256)
+                break
+            # A new link to the file is a change, too: what was read may be all of what it holds, or half of each.
+        else:
+            raise self.replaced(name)
+        self._known[name] = _identity(found)
+
+    def _check_size(self, name: str, found: os.stat_result) -> None:
+        expected = self.files[name].size
+        if found.st_size != expected or not stat.S_ISREG(found.st_mode):
+            raise IntegrityError(
+                f"{name} in {self.root} has {found.st_size:,} bytes where config.json says {expected:,}. {_FIX}"
+            )
+
+
+@contextmanager
+def _held(folder: Path, is_pinned: bool) -> Iterator[Path]:
+    """A path that leads to what `folder` is now, for as long as it is needed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        pinned = Path(f"/proc/self/fd/{descriptor}")
+        yield pinned if is_pinned and pinned.exists() else folder
+    finally:
+        os.close(descriptor)
+
+
+def verify_files(root: Path, files: Mapping[str, File], *, force: bool = False, advance: Advance = _silent) -> None:
+    """Check size and hash of every file below `root`: see Contents.verify()."""
+    Contents(root, files).verify(force=force, advance=advance)
+
+
+def remember(root: Path, files: Mapping[str, File]) -> None:
     """Stamp files that were hashed a moment ago, so that verify_files() need not. Raises OSError."""
     stamps = _Stamps(root)
     for name, file in files.items():
@@ -69,35 +275,19 @@ def remember(root: Path, files: dict[str, File]) -> None:
     stamps.save()
 
 
-def _stat(root: Path, path: Path, name: str, expected: File) -> os.stat_result:
-    try:
-        if not path.resolve(strict=True).is_relative_to(root.resolve()) or not path.is_file():
-            raise IntegrityError(f"{name} in {root} is not a regular file inside the artifact.")
-        found = path.stat()
-    except FileNotFoundError:
-        raise IntegrityError(f"{root} lacks the file {name} that its config.json lists. {_FIX}") from None
-    except (OSError, RuntimeError) as error:
-        # Before Python 3.13 a loop of symbolic links is a RuntimeError.
-        raise IntegrityError(f"{name} in {root} cannot be read: {error}.") from None
-    if found.st_size != expected.size:
-        raise IntegrityError(
-            f"{name} in {root} has {found.st_size:,} bytes where config.json says {expected.size:,}. {_FIX}"
-        )
-    return found
-
-
 _FIX = "Export or download the artifact again."
 
 
-def check_hash(path: Path, name: str, expected: File, advance: Callable[[int], None]) -> None:
-    """Read the file at `path`, which is listed as `name`. Raises IntegrityError where its hash is not the expected."""
+def check_hash(file: Path | int, root: Path, name: str, expected: File, advance: Advance = _silent) -> None:
+    """Read a path, or an open file, that is listed as `name` in `root`. Raises IntegrityError where its hash is not the
+    expected."""
     try:
-        actual = sha256_of(path, advance)
+        actual = sha256_of(file, advance)
     except OSError as error:
-        raise IntegrityError(f"{name} in {path.parent} cannot be read: {error.strerror}.") from None
+        raise IntegrityError(f"{name} in {root} cannot be read: {error.strerror}.") from None
     if actual != expected.sha256:
         raise IntegrityError(
-            f"{name} in {path.parent} was altered: its sha256 is {actual[:12]}… where config.json says "
+            f"{name} in {root} was altered: its sha256 is {actual[:12]}… where config.json says "
             f"{expected.sha256[:12]}…. {_FIX}"
         )
 

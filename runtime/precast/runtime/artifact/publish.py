@@ -23,13 +23,15 @@ from typing import Any
 import msgspec
 
 from ..errors import IntegrityError, PublishError
-from . import UNLISTED, Artifact, contract_digest, is_artifact, read_artifact, render_config
-from .integrity import sha256_of
+from . import UNLISTED, Artifact, contract_digest, is_artifact, parse_artifact, render_config, strict_json
+from .integrity import CHUNK, check_hash, open_regular, sha256_of
 from .locks import Held, sweep
 from .schema import Contract, File
 from .store import fsync
 
-__all__ = ["check_target", "copy_artifact", "hash_files", "publish", "recover", "staging", "write_config"]
+__all__ = [
+    "check_target", "copy_artifact", "hash_files", "publish", "recover", "staging", "unlisted", "write_config",
+]  # fmt: skip
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -159,19 +161,53 @@ def write_config(stage: Path, config: dict[str, Any], contract: Contract) -> Art
 
 
 def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
-    """Copy an artifact, all or nothing. Raises PublishError, IntegrityError."""
+    """Copy an artifact as it was opened, all or nothing: what its contract lists, and what `unlisted` gives.
+
+    Raises PublishError, IntegrityError.
+    """
     if target.resolve() == artifact.path.resolve():
         raise PublishError(f"{target} is the artifact itself.")
     check_target(target, force=force)
-    names = [*artifact.contract.files, *(name for name in UNLISTED if (artifact.path / name).is_file())]
+    others = unlisted(artifact)
     with staging(target) as stage:
-        for name in names:
+        for name in artifact.contract.files:
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(artifact.path / name, stage / name)
-        copied, listed = hash_files(stage), read_artifact(stage).contract.files
-        if wrong := sorted(name for name in copied if copied[name] != listed.get(name)):
-            raise IntegrityError(f"{wrong[0]} in {artifact.path} is not what config.json lists; nothing was copied.")
+            with (
+                artifact.contents.open(name) as [descriptor],
+                open(descriptor, "rb", closefd=False) as source,
+                (stage / name).open("wb") as copy,
+            ):
+                shutil.copyfileobj(source, copy, CHUNK)
+        for name, data in others.items():
+            (stage / name).write_bytes(data)
+        for name, file in artifact.contract.files.items():
+            check_hash(stage / name, artifact.path, name, file)
         publish(stage, target, force=force)
+
+
+def unlisted(artifact: Artifact) -> dict[str, bytes]:
+    """The files that belong to an artifact without being listed: the contract as it was read, the model card, timings.
+
+    Raises IntegrityError where one is a link, or anything else than a small regular file, or where another contract
+    has taken this one's place.
+    """
+    found = {}
+    for name in sorted(UNLISTED):
+        try:
+            descriptor = open_regular(artifact.path, name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise IntegrityError(f"{name} in {artifact.path} cannot be read: {error.strerror}.") from None
+        with open(descriptor, "rb") as file:
+            found[name] = file.read(strict_json.MAX_BYTES + 1)
+        if len(found[name]) > strict_json.MAX_BYTES:
+            raise IntegrityError(
+                f"{name} in {artifact.path} has more than {strict_json.MAX_BYTES:,} bytes, the most that are copied."
+            )
+    if "config.json" not in found or parse_artifact(found["config.json"], artifact.path).contract != artifact.contract:
+        raise IntegrityError(f"{artifact.path} now holds another artifact than the one that was opened. Open it again.")
+    return found
 
 
 def recover(target: Path) -> None:

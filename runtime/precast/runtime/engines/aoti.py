@@ -65,30 +65,30 @@ class AotiEngine:
         path = self._files.path(name)
         if self._weights is None:
             self._weights = self._files.weights()
-        self._files.check(path)
-        if self._device is None:
-            runner = _load(path, _on_cpu)
-        else:
-            with self._device.turn():
-                runner = _load(path, self._device.place.open)
-        self._files.check(path)
+        with self._files.library(name) as library:
+            if self._device is None:
+                runner = _load(path, library, _on_cpu)
+            else:
+                with self._device.turn():
+                    runner = _load(path, library, self._device.place.open)
         if self._has_weights:
             copied = self._device.weight if self._device else None
             _give_weights(runner, self._weights, name, path, copied)
         return runner
 
 
-def _on_cpu(path: Path) -> Any:
-    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+def _on_cpu(library: str) -> Any:
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
 
 
-def _load(path: Path, opened: Callable[[Path], Any]) -> Any:
-    """The library's runner. Raises ArtifactError where it is none, or one for another PyTorch."""
-    check_library(path)
+def _load(path: Path, library: str, opened: Callable[[str], Any]) -> Any:
+    """The runner of the library at `path`, opened as `library`. Raises ArtifactError where it is none, or one for
+    another PyTorch."""
+    check_library(path, library)
     try:
-        return opened(path)
+        return opened(library)
     except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].replace(library, str(path))
         raise ArtifactError(
             f"PyTorch {torch.__version__} cannot open {path}: {reason} It may have been compiled for another release: "
             f"export the model again with this one."

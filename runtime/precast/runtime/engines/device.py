@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -39,7 +38,7 @@ class Place(Protocol):
 
     device: torch.device
 
-    def open(self, path: Path) -> Any:
+    def open(self, path: str) -> Any:
         """The runner of a library. Raises RuntimeError or TypeError where it cannot be opened."""
         ...
 

@@ -21,10 +21,13 @@ _LIBRARY, _LOADED = 3, 1
 _MACHINES = {"x86_64": 62, "AMD64": 62, "aarch64": 183, "arm64": 183}
 
 
-def check_library(path: Path) -> None:
-    """Raises FormatError where the file is no 64-bit ELF library or is cut off, HostError where it is for another
-    processor, and OSError where it cannot be read."""
-    with path.open("rb") as file:
+def check_library(path: Path, source: str | None = None) -> None:
+    """Look at the library at `path`, read from `source` if that is given.
+
+    Raises FormatError where it is no 64-bit ELF library or is cut off, HostError where it is for another processor, and
+    OSError where it cannot be read.
+    """
+    with open(source or path, "rb") as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(_HEADER.size)
         if len(header) < _HEADER.size or header[:6] != b"\x7fELF\2\1":
             raise FormatError(f"{path} is no shared library. Export or download the artifact again.")

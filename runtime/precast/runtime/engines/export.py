@@ -22,7 +22,7 @@ from ..artifact.operators import PYTHON
 from ..artifact.pt2 import SCALAR_TYPES, Coded, Graph, Meta, Node, Ref, Symbolic, parse_program, unpack
 from ..artifact.schema import Graph as Contract
 from ..artifact.schema import Input, Output, Variant
-from ..errors import ArtifactError, FormatError, IntegrityError
+from ..errors import ArtifactError, FormatError
 from ..weights import weight_of
 from . import Arrays, Settings, Step
 from .files import Files
@@ -59,11 +59,7 @@ class ExportEngine:
         path = self._files.path(name)
         if self._weights is None:
             self._weights = self._files.weights()
-        try:
-            graph = parse_program(unpack(path.read_bytes(), str(path)), str(path))
-        except OSError as error:
-            raise IntegrityError(f"{error.filename} cannot be read: {error.strerror}.") from None
-        self._files.check(path)
+        graph = parse_program(unpack(self._files.read(name), str(path)), str(path))
         _check_contract(graph, self._graphs[name], path)
         graph = _without_repeats(graph)
         return _Interpreter(graph, _values(graph, self._weights, name, path), path)

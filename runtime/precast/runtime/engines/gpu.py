@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +25,12 @@ class Gpu:
         self._pool = torch.cuda.graph_pool_handle()
         self._is_refused = False
 
-    def open(self, path: Path) -> Any:
+    def open(self, path: str) -> Any:
         """See Place."""
         # The last argument is `run_single_threaded`: otherwise the library asks events of its own whether the last run
         # is through, which must not be asked of a recorded one. Those who run it here take turns anyway.
         runner: Any = torch._C._aoti.AOTIModelContainerRunnerCuda
-        return runner(str(path), 1, str(self.device), "", True)
+        return runner(path, 1, str(self.device), "", True)
 
     def stream(self) -> AbstractContextManager[Any]:
         """See Place."""

@@ -132,12 +132,6 @@ class _Files(Files):
         super().__init__(artifact, variant)
         self.inlined = bool(variant.compiler.options.get("inline_weights", False))
 
-    def path(self, graph: str) -> Path:
-        """The graph's file. Raises IntegrityError where any was replaced since it was verified."""
-        path = super().path(graph)
-        self.check(path)
-        return path
-
 
 def _sdk(module: str) -> Any:
     """A module of the SDK. Raises HostError where it cannot be imported."""
@@ -191,9 +185,9 @@ class _Traced:
     def _load(self, graph: Graph) -> _Module:
         sdk, path = _sdk("torch_neuronx"), self._files.path(graph.name)
         try:
-            with _loading(), sdk.neuron_cores_context(start_nc=self._core, nc_count=1):
-                module = torch.jit.load(str(path))
-            self._files.check(path)
+            cores = sdk.neuron_cores_context(start_nc=self._core, nc_count=1)
+            with self._files.by_path(graph.name) as file, _loading(), cores:
+                module = torch.jit.load(str(file))
             own = {name.partition(":")[2]: each for name, each in self._own(graph.name)}
             if own:
                 sdk.replace_weights(module, own)
@@ -265,9 +259,8 @@ class _Built:
         path = self._files.path(graph.name)
         weights = self._files.weights()
         try:
-            with _loading():
-                model = _sdk("neuronx_distributed").NxDModel.load(str(path))
-            self._files.check(path)
+            with self._files.by_path(graph.name) as file, _loading():
+                model = _sdk("neuronx_distributed").NxDModel.load(str(file))
             model.set_weights([_share_of(weights, rank, len(self._cores)) for rank in range(len(self._cores))])
             model.to_neuron()
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:

@@ -13,17 +13,17 @@ import sys
 import threading
 import weakref
 from contextlib import redirect_stdout
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from ..artifact import Artifact
-from ..artifact.integrity import identity
 from ..artifact.machine import usable_cores
+from ..artifact.onnx_graph import external_files
 from ..artifact.schema import Graph, Variant
-from ..errors import ArtifactError, HostError, IntegrityError
+from ..errors import ArtifactError, FormatError, HostError
 from ..prepacked import DATA, GRAPH, Entry, is_wanted
 from . import Arrays, Settings, Step
 from .process import Process
@@ -52,8 +52,6 @@ class OnnxEngine:
             settings.device, settings.provider, onnxruntime.get_available_providers(), onnxruntime.__version__
         )
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        paths = [artifact.path / graph.file for graph in variant.graphs]
-        self._verified = {path: identity(path) for path in paths}
         self._lock = threading.Lock()
         _load_libraries(self._place)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
@@ -80,14 +78,32 @@ class OnnxEngine:
             return self._sessions[graph]
 
     def _open(self, graph: Graph) -> onnxruntime.InferenceSession:
-        path = self._artifact.path / graph.file
+        external = self._external(graph)
         # Saved and opened again, packed MatMulNBits weights gave NaN or zeros with ONNX Runtime 1.31, in some graphs
         # and without an error. Quantized weights are small and packed quickly; they do without.
         wanted = self._settings.prepack and is_wanted() and self._place.is_home
         if self._variant.quantization is not None or not wanted:
-            return self._open_verified(path, self._options())
+            return self._open_verified(graph, external, self._options())
         entry = Entry(self._artifact, self._variant, graph, _BUILD)
-        return self._open_packed(entry) or self._pack(entry, path) or self._open_verified(path, self._options())
+        return (
+            self._open_packed(entry)
+            or self._pack(entry, graph, external)
+            or self._open_verified(graph, external, self._options())
+        )
+
+    def _external(self, graph: Graph) -> list[str]:
+        """The files with weights that the graph opens. Raises FormatError where one is not among those of its variant:
+        nobody would have verified it."""
+        path, folder = self._artifact.path / graph.file, PurePosixPath(graph.file).parent
+        spelled = external_files(self._artifact.contents.read(graph.file), str(path))
+        names = {each: str(folder / each) for each in sorted(spelled)}
+        for each, name in names.items():
+            if "/" in each or name not in self._variant.weights:
+                raise FormatError(
+                    f"{path} is refused: it takes weights from {each[:80]!r}, which is not among the weights that "
+                    f"config.json lists: {', '.join(self._variant.weights) or 'none'}."
+                )
+        return list(names.values())
 
     def _open_packed(self, entry: Entry) -> onnxruntime.InferenceSession | None:
         path = entry.find(force=self._settings.verify)
@@ -103,16 +119,16 @@ class OnnxEngine:
             return None
         return session if entry.find() else None
 
-    def _pack(self, entry: Entry, path: Path) -> onnxruntime.InferenceSession | None:
+    def _pack(self, entry: Entry, graph: Graph, external: list[str]) -> onnxruntime.InferenceSession | None:
         packing = entry.pack()
         if packing is None:
             return None
         try:
-            session = self._open_verified(path, _saving(self._options(), packing.path))
+            session = self._open_verified(graph, external, _saving(self._options(), packing.path))
         except ArtifactError as error:
             # A full disk, or there is something wrong with the artifact, which the caller then finds out.
             packing.discard()
-            _log.info("The weights of %s were not packed: %s", path, error)
+            _log.info("The weights of %s were not packed: %s", self._artifact.path / graph.file, error)
             return None
         except BaseException:
             packing.discard()
@@ -120,14 +136,17 @@ class OnnxEngine:
         packing.keep()
         return session
 
-    def _open_verified(self, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-        session = _start(path, options, self._place, self._threads)
-        if identity(path) != self._verified[path]:
-            raise IntegrityError(f"{path} was replaced after it was verified. Open the artifact again.")
-        return session
+    def _open_verified(
+        self, graph: Graph, external: list[str], options: onnxruntime.SessionOptions
+    ) -> onnxruntime.InferenceSession:
+        # Other providers name what they cache by where the graph lies.
+        with self._artifact.contents.path(graph.file, *external, is_pinned=self._place.is_home) as path:
+            return _start(self._artifact.path / graph.file, options, self._place, self._threads, path)
 
     def _options(self) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
+        # Whatever a file is called: its other format is not what was looked through for external data.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         return options
@@ -165,15 +184,20 @@ def _load_libraries(place: Place) -> None:
             onnxruntime.preload_dlls()
 
 
-def _start(path: Path, options: onnxruntime.SessionOptions, place: Place, threads: int) -> onnxruntime.InferenceSession:
+def _start(
+    path: Path, options: onnxruntime.SessionOptions, place: Place, threads: int, source: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """The session of the graph at `path`; `source` is another path that leads there."""
+    source = source or path
     try:
         # Its fallback would open the graph on the CPU, and say so on standard output only.
         session = onnxruntime.InferenceSession(
-            os.fspath(path), options, providers=place.arguments(threads), enable_fallback=0
+            os.fspath(source), options, providers=place.arguments(threads), enable_fallback=0
         )
     except Exception as error:
         # ONNX Runtime raises a dozen types of its own without a common base.
-        raise ArtifactError(_cannot(f"open {path}", place, error)) from error
+        reason = _said(error).replace(os.fspath(source.parent), os.fspath(path.parent))
+        raise ArtifactError(_cannot(f"open {path}", place, reason)) from error
     _check_taken(session, place)
     return session
 
@@ -189,11 +213,15 @@ def _check_taken(session: onnxruntime.InferenceSession, place: Place) -> None:
         )
 
 
-def _cannot(what: str, place: Place, error: Exception) -> str:
+def _said(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
+
+
+def _cannot(what: str, place: Place, said: str) -> str:
     cause = f"ONNX Runtime {onnxruntime.__version__} cannot {what}"
     if place.is_home:
-        return f"{cause}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-    reason = " ".join(str(error).split())
+        return f"{cause}: {said.splitlines()[0]}"
+    reason = " ".join(said.split())
     return f"{cause} with {place}: {reason}. Leave device and provider out to run it on the CPU."
 
 
@@ -221,7 +249,7 @@ class _BoundGraph:
             self._run(self._binding)
         except Exception as error:
             # ONNX Runtime raises a dozen types of its own without a common base.
-            raise ArtifactError(_cannot("run the graph", self._place, error)) from error
+            raise ArtifactError(_cannot("run the graph", self._place, _said(error))) from error
 
     def _bind(self, bind: Any, name: str, array: Any) -> Any:
         """An OrtValue made from an array shares its memory but does not keep it."""
@@ -230,7 +258,7 @@ class _BoundGraph:
         try:
             bind(name, value)
         except Exception as error:
-            raise ArtifactError(_cannot(f"bind {name}", self._place, error)) from error
+            raise ArtifactError(_cannot(f"bind {name}", self._place, _said(error))) from error
         return array, value
 
 
@@ -258,6 +286,6 @@ class _CopyingGraph:
             found = self._session.run(list(self._outputs), self._inputs)
         except Exception as error:
             # Some providers compile, and fail, only now.
-            raise ArtifactError(_cannot("run the graph", self._place, error)) from error
+            raise ArtifactError(_cannot("run the graph", self._place, _said(error))) from error
         for array, result in zip(self._outputs.values(), found, strict=True):
             np.copyto(array, result, casting="no")

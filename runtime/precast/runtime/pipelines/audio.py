@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..companions import companions_of
 from ..errors import ArtifactError
 from .base import Batch, Pipeline
 from .generation import GeneratingPipeline
@@ -27,7 +28,7 @@ class _SoundPipeline(Pipeline):
     @cached_property
     def processor(self) -> SoundProcessor:
         """What makes arrays of sounds, by the checkpoint's rules."""
-        return SoundProcessor(self.model.artifact.path)
+        return SoundProcessor(self.model.artifact.path, companions_of(self.model.artifact))
 
     def preprocess(self, inputs: Any, *, truncation: bool = False) -> Batch:
         """Sounds as `input_values` float32 [sounds, samples], or as spectrograms where the model takes these, as
@@ -107,11 +108,12 @@ class SpeechRecognitionPipeline(_SoundPipeline):
 
     @cached_property
     def _spelling(self) -> dict[str, Any]:
-        path = self.model.artifact.path
-        if not (path / "vocab.json").is_file():
-            raise ArtifactError(f"{path} has no vocab.json, which says what the model's classes spell.")
-        words = json.loads((path / "vocab.json").read_text("utf-8"))
-        config = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+        artifact = self.model.artifact
+        vocabulary = artifact.contents.get("vocab.json")
+        if vocabulary is None:
+            raise ArtifactError(f"{artifact.path} has no vocab.json, which says what the model's classes spell.")
+        words = json.loads(vocabulary)
+        config = json.loads(artifact.contents.get("tokenizer_config.json") or b"{}")
         # A vocabulary for several languages has one inside for each.
         words = words.get(config.get("target_lang"), words)
         added = {int(index): token["content"] for index, token in config.get("added_tokens_decoder", {}).items()}

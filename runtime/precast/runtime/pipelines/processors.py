@@ -7,7 +7,6 @@ sounds of wav2vec 2.0 and its kin and of Whisper. The others take transformers' 
 
 from __future__ import annotations
 
-import json
 import wave
 from functools import cached_property
 from importlib import import_module
@@ -17,7 +16,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..companions import Readable, companions_at, laid_out
 from ..errors import ArtifactError, FormatError, InputError, UsageError
+from ..published import parse_object
 from .log_mel import LogMel
 
 __all__ = ["ImageProcessor", "SoundProcessor", "opened_image", "resized"]
@@ -41,8 +42,9 @@ _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_conve
 class ImageProcessor:
     """Images as the model was trained to see them. Raises ArtifactError where the artifact does not say how."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.config = path, _config(path, "images")
+    def __init__(self, path: Path, files: Readable | None = None) -> None:
+        self._files = files or companions_at(path)
+        self.path, self.config = path, _config(path, self._files, "images")
         # Files from before transformers 4.27 call it a feature extractor.
         kind = self.config.get("image_processor_type") or self.config.get("feature_extractor_type")
         self._kind = str(kind).removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
@@ -60,7 +62,7 @@ class ImageProcessor:
         if self._is_common and not rules:
             return {"pixel_values": np.stack([self._pixels(image) for image in images])}
         if self._theirs is None:
-            self._theirs = _from_transformers("AutoImageProcessor", self.path)
+            self._theirs = _from_transformers("AutoImageProcessor", self._files, self.config)
         found = self._theirs(images=images, return_tensors="np", **rules)
         return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
 
@@ -132,8 +134,9 @@ def resized(values: Array, height: int, width: int) -> Array:
 class SoundProcessor:
     """Sounds as the model was trained to hear them. Raises ArtifactError where the artifact does not say how."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.config = path, _config(path, "sounds")
+    def __init__(self, path: Path, files: Readable | None = None) -> None:
+        self._files = files or companions_at(path)
+        self.path, self.config = path, _config(path, self._files, "sounds")
         self.rate = int(self.config.get("sampling_rate", 16000))
         self.kind = self.config.get("feature_extractor_type")
         self._theirs: Any = None
@@ -167,7 +170,7 @@ class SoundProcessor:
         if self.kind == "Wav2Vec2FeatureExtractor":
             return self._waves(sounds)
         if self._theirs is None:
-            self._theirs = _from_transformers("AutoFeatureExtractor", self.path)
+            self._theirs = _from_transformers("AutoFeatureExtractor", self._files, self.config)
         found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np")
         return {name: np.asarray(value) for name, value in found.items()}
 
@@ -253,26 +256,24 @@ def _wave(path: Path) -> tuple[Array, int]:
     return values.reshape(-1, channels).mean(1), rate
 
 
-def _config(path: Path, what: str) -> dict[str, Any]:
-    file = path / "preprocessor_config.json"
-    if not file.is_file():
+def _config(path: Path, files: Readable, what: str) -> dict[str, Any]:
+    data = files.get("preprocessor_config.json")
+    if data is None:
         raise ArtifactError(
             f"{path} has no preprocessor_config.json: its checkpoint does not say how {what} are prepared. Call the "
             f"model with arrays instead."
         )
-    try:
-        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{file} is not valid JSON: {error}.") from error
-    return found
+    return parse_object(data, str(path / "preprocessor_config.json"))
 
 
-def _from_transformers(name: str, path: Path) -> Any:
+def _from_transformers(name: str, files: Readable, config: dict[str, Any]) -> Any:
     try:
-        return getattr(import_module("transformers"), name).from_pretrained(path)
+        with laid_out(files) as path:
+            return getattr(import_module("transformers"), name).from_pretrained(
+                path, trust_remote_code=False, local_files_only=True
+            )
     except ImportError as error:
-        kind = json.loads((path / "preprocessor_config.json").read_text("utf-8"))
-        kind = kind.get("image_processor_type") or kind.get("feature_extractor_type")
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type")
         raise UsageError(
             f"{kind} is prepared by transformers, which is not installed or lacks something: {error}. "
             f"pip install 'precast[export]'"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..companions import companions_of
 from ..errors import InputError
 from .base import Array, Batch, Pipeline
 from .choices import labels_of
@@ -33,7 +34,7 @@ class _ImagePipeline(Pipeline):
     @cached_property
     def processor(self) -> ImageProcessor:
         """What makes arrays of images, by the checkpoint's rules."""
-        return ImageProcessor(self.model.artifact.path)
+        return ImageProcessor(self.model.artifact.path, companions_of(self.model.artifact))
 
     def preprocess(self, inputs: Any) -> Batch:
         """Images as `pixel_values` float32 [images, channels, height, width].
