@@ -160,9 +160,12 @@ class Checkpoint:
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills padding; 0 where the checkpoint names none (padding never reaches an answer)."""
+        """The id that fills padding; 0 where the checkpoint names no token (padding never reaches an answer)."""
         pad = getattr(self.text_config, "pad_token_id", None)
-        return pad if isinstance(pad, int) and pad >= 0 else 0
+        count = getattr(self.text_config, "vocab_size", None)
+        if not isinstance(pad, int) or pad < 0 or (isinstance(count, int) and pad >= count):
+            return 0
+        return pad
 
     @property
     def max_length(self) -> int | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from .artifact.schema import Dim, Graph
 from .engines import Engine, Step
-from .tensors import storage
+from .tensors import allocate, storage
 
 __all__ = ["bind_blank"]
 
@@ -31,7 +31,7 @@ def bind_blank(engine: Engine, graph: Graph, caches: Arrays) -> Step:
     outputs = {
         spec.name: inputs[places[spec.name]]
         if spec.name in places
-        else np.zeros(_sizes(spec.shape, is_decoder), storage(spec.dtype))
+        else allocate(_sizes(spec.shape, is_decoder), spec.dtype)
         for spec in graph.outputs
     }
     return engine.bind(graph.name, inputs, outputs)

@@ -17,7 +17,7 @@ from .loss import with_labels
 from .model import CompiledModel
 from .padding import cut, fill, unalign
 from .rows import RUNNING, Rows, axes_of, input_names, named_inputs, read_rows
-from .tensors import ModelOutput, like, to_numpy
+from .tensors import ModelOutput, allocate, like, to_numpy
 
 __all__ = ["Encoder"]
 
@@ -105,7 +105,7 @@ class Encoder(CompiledModel):
     def _run(self, rows: Rows, sizes: Mapping[Axis, int]) -> dict[str, Array]:
         """Pad, run, and cut what was added. The results own their memory."""
         graph = self._fitting(rows)
-        inputs = {spec.name: np.empty(spec.shape, spec.dtype) for spec in graph.inputs}  # type: ignore[arg-type]
+        inputs = {spec.name: allocate(spec.shape, spec.dtype) for spec in graph.inputs}  # type: ignore[arg-type]
         for spec in graph.inputs:
             axes = axes_of(spec)
             if spec.name in rows.tensors:
@@ -114,7 +114,7 @@ class Encoder(CompiledModel):
                 fill(inputs[spec.name], source[wanted], axes, spec.pad)
             else:
                 inputs[spec.name].fill(spec.pad)
-        outputs = {spec.name: np.empty(spec.shape, spec.dtype) for spec in graph.outputs}  # type: ignore[arg-type]
+        outputs = {spec.name: allocate(spec.shape, spec.dtype) for spec in graph.outputs}  # type: ignore[arg-type]
         self._engine.bind(graph.name, inputs, outputs)()
         sizes = {**sizes, "batch": rows.sizes["batch"]}
         return {spec.name: _resized(outputs[spec.name], spec, sizes) for spec in graph.outputs}

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import hub
 from .advice import larger
-from .artifact import Artifact, read_artifact
+from .artifact import Artifact, read_artifact, vocabulary_of
 from .artifact.integrity import identity, require_trust
 from .artifact.publish import copy_artifact
 from .artifact.schema import Variant
@@ -215,9 +215,7 @@ class CompiledModel(ForTransformers):
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _vocabulary(self) -> int | None:
-        text = self.config.get("text_config")
-        found = self.config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
-        return found if type(found) is int and found > 0 else None
+        return vocabulary_of(self.config)
 
     def _larger(self, length: int, more: str = "") -> str:
         """What to do for sequences of this length, and whatever else is to be larger."""

@@ -18,7 +18,7 @@ from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
 from .sampling import Processor
 from .session import Session
-from .tensors import ModelOutput, like, storage, to_numpy
+from .tensors import ModelOutput, allocate, like, to_numpy
 
 __all__ = ["CompiledModelForSeq2SeqLM", "EncoderCall", "EncoderDecoder"]
 
@@ -241,8 +241,8 @@ class EncoderCall:
 
     def __init__(self, engine: Engine, graph: Graph) -> None:
         self.pads = {spec.name: spec.pad for spec in graph.inputs}
-        self.inputs = {spec.name: np.zeros(_sizes(spec.shape), storage(spec.dtype)) for spec in graph.inputs}
-        self._outputs = {spec.name: np.zeros(_sizes(spec.shape), storage(spec.dtype)) for spec in graph.outputs}
+        self.inputs = {spec.name: allocate(_sizes(spec.shape), spec.dtype) for spec in graph.inputs}
+        self._outputs = {spec.name: allocate(_sizes(spec.shape), spec.dtype) for spec in graph.outputs}
         self.run = engine.bind(graph.name, self.inputs, self._outputs)
 
     def copy_to(self, session: Session, rows: slice, size: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from .artifact import DECODER_INPUTS, ROWS
 from .artifact.schema import Dim, Graph, Input
 from .engines import Engine, KeepsCaches, Step, move_rows
-from .tensors import storage, zeros
+from .tensors import allocate, zeros
 
 __all__ = ["Session"]
 
@@ -288,7 +288,7 @@ class _Call:
         self.positions = np.zeros((batch, positions), np.int64)
         vocabulary = output.shape[-1]
         assert isinstance(vocabulary, int), "the vocabulary is static"
-        self.logits = np.zeros((batch, positions, vocabulary), output.dtype)
+        self.logits = allocate((batch, positions, vocabulary), output.dtype)
         self.pad = graph.inputs[0].pad
         inputs: dict[str, Array] = dict(
             zip((spec.name for spec in graph.inputs), (self.ids, self.past, self.new, self.positions), strict=False)
@@ -332,8 +332,8 @@ class _States:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.before = {state.name_in: np.zeros(state.shape, storage(state.dtype)) for state in graph.states}
-        self.after = {state.name_out: np.zeros(state.shape, storage(state.dtype)) for state in graph.states}
+        self.before = {state.name_in: allocate(state.shape, state.dtype) for state in graph.states}
+        self.after = {state.name_out: allocate(state.shape, state.dtype) for state in graph.states}
 
     def begin(self, rows: list[int]) -> None:
         """These rows have no past."""
@@ -359,7 +359,7 @@ def _sizes(spec: Input) -> list[int]:
 def _context(graph: Graph, caches: dict[str, Array]) -> dict[str, Array]:
     """The inputs that are neither a step's own nor caches, by name."""
     others = [spec for spec in graph.inputs[len(DECODER_INPUTS) :] if spec.name not in caches]
-    return {spec.name: np.zeros(_sizes(spec), storage(spec.dtype)) for spec in others if spec.name != ROWS}
+    return {spec.name: allocate(_sizes(spec), spec.dtype) for spec in others if spec.name != ROWS}
 
 
 def _shared(held: list[int], row: Array) -> int:

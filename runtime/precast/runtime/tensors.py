@@ -13,14 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import OutOfMemoryError, UsageError
 
-__all__ = ["ModelOutput", "as_tensors", "like", "storage", "to_numpy", "zeros"]
+__all__ = ["ModelOutput", "allocate", "as_tensors", "like", "storage", "to_numpy", "zeros"]
 
 
 def storage(dtype: str) -> str:
     """The dtype of the arrays that hold tensors of `dtype`: numpy has no bfloat16, so these are held as their bits."""
     return "uint16" if dtype == "bfloat16" else dtype
+
+
+def allocate(shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:
+    """Zeros of this shape and dtype, as `storage` says. Raises OutOfMemoryError."""
+    try:
+        return np.zeros(shape, storage(dtype))
+    except MemoryError as error:
+        size = prod(shape) * np.dtype(storage(dtype)).itemsize / 2**30
+        raise OutOfMemoryError(
+            f"There is no memory for a buffer of the model of {size:,.1f} GiB, {dtype} {list(shape)}. Compile it for a "
+            f"smaller batch or a shorter sequence."
+        ) from error
 
 
 _LINE = 64
@@ -35,7 +47,7 @@ def zeros(wanted: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, np.ndarr
     """
     sizes = [prod(shape) * np.dtype(storage(dtype)).itemsize for shape, dtype in wanted.values()]
     starts = list(accumulate((-(-size // _LINE) * _LINE for size in sizes), initial=0))
-    memory = np.zeros(starts[-1] + _LINE, np.uint8)
+    memory = allocate([starts[-1] + _LINE], "uint8")
     lines = memory[-memory.ctypes.data % _LINE :]
     return {
         name: lines[start : start + size].view(storage(dtype)).reshape(shape)

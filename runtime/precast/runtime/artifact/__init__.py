@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -13,16 +14,17 @@ import msgspec
 from ..errors import ArtifactError, FormatError
 from ..terminal import quoted
 from . import optimum_neuron, strict_json
+from .graphs import DECODER_INPUTS, OF_TEXT, graph_problem
 from .integrity import Contents, read_regular
-from .schema import FORMAT_VERSION, Contract, File, Graph, Input, State, Variant
+from .schema import FORMAT_VERSION, Contract, File, Graph, Input, Variant
+from .tasks import kind_of_roles, tasks_named
 
 __all__ = [
-    "UNLISTED", "Artifact", "contract_digest", "is_artifact", "parse_artifact", "read_artifact", "render_config",
+    "DECODER_INPUTS", "UNLISTED", "Artifact", "contract_digest", "is_artifact", "parse_artifact", "read_artifact",
+    "render_config", "vocabulary_of",
 ]  # fmt: skip
 
 KEY = "precast"
-DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
-"""The first inputs of every decoder graph; its caches follow."""
 ROWS = "rows"
 """A decoder's input, int64 [rows], 0, 1, …: the rows of its caches that attention looks at."""
 ENCODER_MASK = "encoder_attention_mask"
@@ -150,17 +152,56 @@ def _check(contract: Contract, config: dict[str, Any], path: Path) -> None:
     names = [variant.name for variant in contract.variants]
     if len(set(names)) != len(names):
         raise FormatError(f"{path / 'config.json'} names two variants alike: {', '.join(names)}.")
+    vocabulary, batch = vocabulary_of(config), contract.shapes.batch_size
     for variant in contract.variants:
         if missing := sorted(_named(variant) - set(contract.files)):
             raise FormatError(f"{path / 'config.json'}: variant {variant.name!r} uses {missing[0]}, not in files.")
+        _check_task(variant, contract.task, path)
         for graph in variant.graphs:
-            if hole := _graph_hole(graph):
-                raise FormatError(f"{path / 'config.json'}: graph {graph.name!r} of variant {variant.name!r} {hole}.")
+            if problem := graph_problem(graph, vocabulary) or _misfit(graph, variant, batch):
+                raise FormatError(
+                    f"{path / 'config.json'}: graph {graph.name!r} of variant {variant.name!r} {problem}."
+                )
             if unfed := _unfed(graph, variant):
                 raise FormatError(
                     f"{path / 'config.json'}: no encoder of variant {variant.name!r} makes the input {unfed[0]!r} of "
                     f"graph {graph.name!r}."
                 )
+
+
+def _check_task(variant: Variant, task: str, path: Path) -> None:
+    """Raise FormatError where the graphs are not those of a model for the task."""
+    kind = kind_of_roles(graph.role for graph in variant.graphs)
+    kinds = {row.kind for row in tasks_named(task)}
+    if not variant.graphs or (kinds and kind not in kinds):
+        roles = ", ".join(dict.fromkeys(graph.role for graph in variant.graphs)) or "none"
+        raise FormatError(
+            f"{path / 'config.json'}: variant {variant.name!r} has graphs of the roles {roles}, which do not do {task}."
+        )
+
+
+def _misfit(graph: Graph, variant: Variant, batch_size: int) -> str | None:
+    """What does not fit the other graphs and the model's batch."""
+    decoders = [each for each in variant.graphs if each.role != "encode"]
+    if graph in decoders:
+        return f"has a batch of {graph.batch}, the model one of {batch_size}" if graph.batch != batch_size else None
+    if decoders:
+        read = set.intersection(*({spec.name for spec in each.inputs} for each in decoders))
+        return next(
+            (f"makes {spec.name}, which no decoder reads" for spec in graph.outputs if spec.name not in read), None
+        )
+    needed = [spec for spec in graph.inputs if spec.dtype == "float32" or spec.name == "input_ids"]
+    axes = {axis: size for spec in needed for axis, size in zip(spec.axes or OF_TEXT, spec.shape, strict=True)}
+    if axes.get("batch") != batch_size:
+        return f"has inputs of {axes.get('batch')} rows, the model a batch of {batch_size}"
+    return None
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a checkpoint's configuration says that there are."""
+    text = config.get("text_config")
+    found = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    return found if type(found) is int and found > 0 else None
 
 
 def _unfed(graph: Graph, variant: Variant) -> list[str]:
@@ -183,28 +224,6 @@ def _is_made(wanted: Input, encoders: list[Graph]) -> bool:
         and int(spec.shape[2]) <= int(wanted.shape[2])  # type: ignore[arg-type]
         for spec in made
     )
-
-
-def _graph_hole(graph: Graph) -> str | None:
-    """What the runtime takes for granted and a foreign file might not keep."""
-    given, made = {spec.name for spec in graph.inputs}, {spec.name for spec in graph.outputs}
-    if graph.role == "encode":
-        sizes = [graph.length, *(size for spec in graph.outputs for size in spec.shape)]
-        return None if all(isinstance(size, int) for size in sizes) else "is an encoder with a free dimension"
-    if [spec.name for spec in graph.inputs[:4]] != list(DECODER_INPUTS) or not (graph.cache or graph.states):
-        return f"is a decoder whose inputs are not {', '.join(DECODER_INPUTS)} and caches"
-    if not graph.outputs or len(graph.outputs[0].shape) != 3 or not isinstance(graph.outputs[0].shape[-1], int):
-        return "does not give logits [batch, positions, vocabulary] first"
-    for layer in graph.cache:
-        if not {layer.key_in, layer.value_in} <= given or not {layer.key_out, layer.value_out} <= made:
-            return f"lacks the cache tensors of layer {layer.layer}"
-    if graph.states and graph.length != 1:
-        return "carries states through several tokens at once"
-    return next((f"lacks {each.name_in}" for each in graph.states if not _is_held(each, given, made)), None)
-
-
-def _is_held(state: State, given: set[str], made: set[str]) -> bool:
-    return state.name_in in given and state.name_out in made
 
 
 def _named(variant: Variant) -> set[str]:

@@ -1,0 +1,132 @@
+"""What the runtime takes for granted of a graph, and a foreign contract might not keep: shapes that fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from .schema import Axis, Dim, Graph, Input, Output, State
+
+__all__ = ["DECODER_INPUTS", "OF_TEXT", "graph_problem"]
+
+DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
+"""The first inputs of every decoder graph; its caches follow."""
+
+OF_TEXT: tuple[Axis | None, ...] = ("batch", "length")
+"""The dimensions of an input that names none: format 1 had no names, as all were of text."""
+_MOST_NUMBERS = 2**40
+"""In one tensor. More is a mistake that numpy answers in ways of its own; whether less fits is seen when it is made."""
+_MOST_ROWS = 2**16
+_RUNNING: frozenset[Axis | None] = frozenset({"length", "samples", "frames"})
+_RANGES = {"int64": 2**63, "int32": 2**31, "int8": 2**7, "uint8": 2**8, "bool": 2}
+
+
+def graph_problem(graph: Graph, vocabulary: int | None) -> str | None:
+    """What is wrong with a graph of a model with so many tokens, as the end of a sentence; None for a good one."""
+    return next(_problems(graph, vocabulary), None)
+
+
+def _problems(graph: Graph, vocabulary: int | None) -> Iterator[str]:
+    if not 1 <= graph.batch <= _MOST_ROWS:
+        yield f"has a batch of {graph.batch}, not of 1 to {_MOST_ROWS}"
+    tensors: list[Input | Output] = [*graph.inputs, *graph.outputs]
+    for spec in tensors:
+        yield from _tensor(spec)
+    for given in graph.inputs:
+        yield from _padding(given, vocabulary)
+    for names in ([spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]):
+        if len(set(names)) != len(names):
+            yield f"has two tensors of one name among {', '.join(names[:8])}"
+    if not graph.inputs or not graph.outputs:
+        yield "has no inputs or no outputs"
+    else:
+        yield from _encoder(graph) if graph.role == "encode" else _decoder(graph)
+
+
+def _tensor(spec: Input | Output) -> Iterator[str]:
+    """What arrays of numpy cannot be."""
+    sizes = [size if isinstance(size, int) else size.max for size in spec.shape]
+    lows = [size if isinstance(size, int) else size.min for size in spec.shape]
+    if not all(1 <= low <= size for low, size in zip(lows, sizes, strict=True)):
+        yield f"gives {spec.name} the shape {_words(spec)}, whose sizes are not all 1 or more"
+    if len(sizes) > 8 or prod(sizes) > _MOST_NUMBERS:
+        yield f"gives {spec.name} the shape {_words(spec)}: more than 8 dimensions, or than {_MOST_NUMBERS} numbers"
+    if isinstance(spec, Output) and len(spec.slice) != len(spec.shape):
+        yield f"cuts {spec.name} along {len(spec.slice)} dimensions where it has {len(spec.shape)}"
+
+
+def _words(spec: Input | Output) -> list[int | str]:
+    return [size if isinstance(size, int) else f"{size.min} to {size.max}" for size in spec.shape]
+
+
+def _padding(spec: Input, vocabulary: int | None) -> Iterator[str]:
+    limit = _RANGES.get(spec.dtype)
+    if limit is not None and not (isinstance(spec.pad, int) and -limit <= spec.pad < limit):
+        yield f"pads {spec.name}, {spec.dtype}, with {spec.pad}"
+    if spec.name == "input_ids" and not 0 <= spec.pad < (vocabulary or 2**31):
+        yield f"pads input_ids with {spec.pad}, which is none of the model's {vocabulary or 2**31} tokens"
+
+
+def _encoder(graph: Graph) -> Iterator[str]:
+    sizes = [graph.length, *(size for spec in graph.inputs for size in spec.shape)]
+    sizes += [size for spec in graph.outputs for size in spec.shape]
+    if any(isinstance(size, Dim) for size in sizes):
+        yield "is an encoder with a free dimension"
+    if graph.frames is not None and graph.frames.step < 1:
+        yield "has frames that do not get on"
+    sizes_of: dict[Axis | None, int | Dim] = {}
+    for spec in graph.inputs:
+        axes = spec.axes or OF_TEXT
+        if len(axes) != len(spec.shape):
+            yield f"names {len(axes)} dimensions of {spec.name}, which has {len(spec.shape)}"
+        for axis, size in zip(axes, spec.shape, strict=False):
+            if axis is not None and sizes_of.setdefault(axis, size) != size:
+                yield f"has inputs of {size} and of {sizes_of[axis]} along {axis}"
+    known = {None, "length", "batch", *sizes_of, *(["frames"] if sizes_of.keys() & _RUNNING else [])}
+    for output in graph.outputs:
+        if unknown := set(output.slice) - known:
+            yield f"cuts {output.name} along {', '.join(map(str, unknown))}, which no input has"
+
+
+def _decoder(graph: Graph) -> Iterator[str]:
+    if [spec.name for spec in graph.inputs[:4]] != list(DECODER_INPUTS) or not (graph.cache or graph.states):
+        yield f"is a decoder whose inputs are not {', '.join(DECODER_INPUTS)} and caches"
+    logits = graph.outputs[0]
+    if len(logits.shape) != 3 or not isinstance(logits.shape[-1], int) or logits.dtype not in ("float32", "float16"):
+        yield "does not give logits [batch, positions, vocabulary] in float32 or float16 first"
+    by_rows: list[Input | Output] = [*graph.inputs[:4], logits]
+    for spec in by_rows:
+        if spec.shape[:1] != [graph.batch]:
+            yield f"has the batch {graph.batch}, its {spec.name} the shape {_words(spec)}"
+    given = {spec.name: spec for spec in graph.inputs[4:]}
+    made = {spec.name: spec for spec in graph.outputs[1:]}
+    for layer in graph.cache:
+        for name_in, name_out in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out)):
+            if name_in not in given or name_out not in made:
+                yield f"lacks the cache tensors of layer {layer.layer}"
+            elif not _is_cache(given[name_in], made[name_out], graph):
+                yield (
+                    f"has the cache {name_in} {_words(given[name_in])}, not [{graph.batch}, heads, {graph.capacity}, "
+                    f"head_dim] in and out"
+                )
+    if graph.states and graph.length != 1:
+        yield "carries states through several tokens at once"
+    for state in graph.states:
+        if state.name_in not in given or state.name_out not in made:
+            yield f"lacks {state.name_in}"
+        elif not _is_state(state, given[state.name_in], made[state.name_out], graph.batch):
+            yield f"has the state {state.name_in} in other shapes than {state.shape}, batch first"
+
+
+def _is_cache(given: Input, made: Output, graph: Graph) -> bool:
+    sizes = given.shape
+    fits = len(sizes) == 4 and all(isinstance(size, int) for size in sizes)
+    return fits and sizes[0] == graph.batch and sizes[2] == graph.capacity and _is_same(given, made)
+
+
+def _is_state(state: State, given: Input, made: Output, batch: int) -> bool:
+    return given.shape == state.shape and state.shape[:1] == [batch] and _is_same(given, made)
+
+
+def _is_same(given: Input, made: Output) -> bool:
+    return made.shape == given.shape and made.dtype == given.dtype
