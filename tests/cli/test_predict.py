@@ -95,7 +95,7 @@ def test_masks_are_told_in_figures(run, tmp_path, artifact):
         (("--top", "3"), "--top is not for this task"),
         (("--labels", "a"), "--labels is not for this task"),
         (("--option", "pooling"), "not NAME=VALUE"),
-        (("--option", "pool=mean"), "does not know pool. Its options are: pooling, truncation"),
+        (("--option", "pool=mean"), "does not know pool. Did you mean pooling? Its options are: pooling, truncation"),
         (("--task", "ner"), "compiled for feature-extraction.*Ask it for: feature-extraction"),
     ],
 )

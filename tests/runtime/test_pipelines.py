@@ -364,7 +364,10 @@ def test_options_may_be_given_once(pairs, taggers):
 
 
 def test_mistakes_are_named(classifiers, decoder, encoder):
-    with pytest.raises(UsageError, match=r"does not know topk. Its options are: function_to_apply, top_k, truncation"):
+    with pytest.raises(
+        UsageError,
+        match=r"does not know topk. Did you mean top_k\? Its options are: function_to_apply, top_k, truncation",
+    ):
         classifiers[1]("x", topk=1)
     with pytest.raises(UsageError, match="Did you mean 'fill-mask'"):
         pipeline("fillmask", encoder)

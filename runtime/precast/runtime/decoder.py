@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import only_known
 from .errors import InputError
 from .generative import Generation, GenerativeModel, check_streamer
 from .loss import with_labels
@@ -52,6 +53,7 @@ class CompiledModelForCausalLM(GenerativeModel):
             target[keep] = values
         return ModelOutput(logits=like(input_ids, logits))
 
+    @only_known
     def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
         """Logits after some tokens of each row: for scores, perplexity, comparison.
 

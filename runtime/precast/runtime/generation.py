@@ -152,6 +152,11 @@ class GenerationConfig:
         except InputError as error:
             raise InputError(f"{origin}: {error}") from None
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """All settings that are understood, those that only say what asks for nothing included."""
+        return [*(field.name for field in fields(cls)), *_NEUTRAL]
+
     def over(self, base: GenerationConfig) -> GenerationConfig:
         """This configuration, with what it leaves open taken from `base`."""
         given = self.to_diff_dict()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import only_known
 from .artifact import Artifact
 from .artifact.schema import Variant
 from .beams import Beams
@@ -58,6 +59,7 @@ class GenerativeModel(CompiledModel):
         # Which call the caches belong to; a stream that finds another number has lost them.
         self._owner = 0
 
+    @only_known
     def reset(self) -> None:
         """Forget the tokens of earlier calls, so that the next one computes all of its prompt."""
         with self._lock:

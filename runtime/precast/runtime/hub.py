@@ -43,7 +43,7 @@ def locate(
     force_download: bool = False,
 ) -> Path:
     """The local directory of an artifact, downloaded if need be. Raises ArtifactError, HubError."""
-    path = Path(model).expanduser()
+    path = _local(model)
     recover(path)
     if path.exists():
         return path / (subfolder or "")
@@ -61,13 +61,25 @@ def locate_tokenizer(model: str | Path, *, revision: str | None = None, token: s
 
     Raises ArtifactError, HubError.
     """
-    path = Path(model).expanduser()
+    path = _local(model)
     if path.exists():
         return path
     if str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise ArtifactError(f"There is no directory {model}.")
     files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     return _download(str(model), revision=revision, token=token, allow_patterns=files)
+
+
+def _local(model: str | Path) -> Path:
+    """The path that a model's name would be. Raises ArtifactError for what can be none."""
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+        path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        # Too long a name, a loop of links, somebody's home who is nobody, a zero byte.
+        raise ArtifactError(f"{str(model)!r:.200} is no path that can be looked at: {error}.") from None
+    return path
 
 
 def push(

@@ -6,13 +6,16 @@ the rest. Everything is the mean over what is labelled; a label of -100 is none.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 import numpy as np
 
+from .arguments import refuse_unknown
 from .errors import InputError
+from .padding import as_array
 from .tensors import ModelOutput, like, to_numpy
 
 __all__ = ["NOT_LABELLED", "causal", "classes", "sequence", "span", "with_labels"]
@@ -82,22 +85,36 @@ def with_labels(call: Callable[..., ModelOutput]) -> Callable[..., ModelOutput]:
     """Let a model's call take `labels` — for question answering `start_positions` and `end_positions` — and answer with
     `.loss` as its first output, a number of the labels' kind: numpy or torch."""
 
+    own = inspect.signature(call).parameters.values()
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in own)
+    known = [*(each.name for each in own if each.name != "self"), *_NAMES]
+
     @wraps(call)
     def labelled(self: Any, *tensors: Any, **named: Any) -> ModelOutput:
+        if not takes_any:
+            refuse_unknown("This model's call", named, known)
         labels = {name: named.pop(name) for name in _NAMES if name in named}
-        given = {name: value for name, value in labels.items() if value is not None}
+        given = {name: _as_labels(value, name) for name, value in labels.items() if value is not None}
         if "labels" in given and hasattr(self, "start_token") and named.get("decoder_input_ids") is None:
-            named["decoder_input_ids"] = _shifted(self, to_numpy(given["labels"]))
+            named["decoder_input_ids"] = _shifted(self, given["labels"])
         outputs = call(self, *tensors, **named)
         if not given:
             return outputs
-        arrays = {name: to_numpy(value) for name, value in [*outputs.items(), *given.items()]}
+        arrays = {name: to_numpy(value) for name, value in outputs.items()} | given
         arrays["mask"] = to_numpy(named.get("attention_mask", tensors[1] if len(tensors) > 1 else None))
         task = "text2text-generation" if hasattr(self, "start_token") else self.artifact.contract.task
         loss = np.asarray(_loss(task, self.config, arrays, set(given)))
-        return ModelOutput(loss=like(next(iter(given.values())), loss), **outputs)
+        return ModelOutput(loss=like(labels[next(iter(given))], loss), **outputs)
 
     return labelled
+
+
+def _as_labels(value: Any, name: str) -> Array:
+    """Labels as an array of numbers. Raises InputError for anything else."""
+    labels = as_array(to_numpy(value), name)
+    if labels.dtype.kind not in "biuf" or not labels.size:
+        raise InputError(f"{name} must be numbers, at least one; these are {value!r:.80}.")
+    return labels
 
 
 def _shifted(model: Any, labels: Array) -> Array:

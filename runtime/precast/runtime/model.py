@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ import numpy as np
 
 from . import hub
 from .advice import larger
+from .arguments import only_known, refuse_unknown
 from .artifact import Artifact, read_artifact, vocabulary_of
 from .artifact.integrity import identity, require_trust
 from .artifact.publish import copy_artifact
@@ -115,13 +118,18 @@ class CompiledModel(ForTransformers):
             ArtifactError: its subclasses say what is wrong with the artifact, the host, or the download.
             UsageError: the task does not fit this class, or an argument is unknown.
         """
+        if not export:
+            hint = " Those of an export go with export=True." if export_options else ""
+            refuse_unknown("from_pretrained()", export_options, _OPENING, hint)
+        _check_arguments(
+            model, threads, revision=revision, subfolder=subfolder, device=device, provider=provider, variant=variant,
+            sha256=sha256,
+        )  # fmt: skip
         if export:
             # An `onnx` artifact is told where to run when it is opened; others are compiled for that.
             if device is not None and export_options.get("backend", "onnx") != "onnx":
                 export_options["device"] = device
             model = _export(model, revision=revision, token=token, **export_options)
-        elif export_options:
-            raise UsageError(f"from_pretrained() does not know {', '.join(export_options)}; without export=True.")
         path = hub.locate(
             model, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, force_download=force_download,
@@ -177,10 +185,12 @@ class CompiledModel(ForTransformers):
         """The compiled batch size."""
         return self.artifact.contract.shapes.batch_size
 
+    @only_known
     def new_session(self) -> Self:
         """The same model with its own buffers and lock, for another thread. Weights are shared."""
         return type(self)(self.artifact, self.variant, self._engine)
 
+    @only_known
     def warm_up(self) -> float:
         """Run every graph once, over nothing but padding, and return the seconds it took: graphs are opened when they
         are first used, and on some devices loaded only then, so the first request is no slower afterwards."""
@@ -193,6 +203,7 @@ class CompiledModel(ForTransformers):
                     bind_blank(self._engine, graph, held)()
         return time.perf_counter() - started
 
+    @only_known
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:
         """Copy the artifact to a directory, all or nothing. Raises PublishError."""
         copy_artifact(self.artifact, Path(save_directory), force=force)
@@ -200,8 +211,9 @@ class CompiledModel(ForTransformers):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the artifact as one commit and return the commit's address; options as for `hub.push`.
 
-        Raises HubError.
+        Raises HubError, and UsageError for an option that there is not.
         """
+        refuse_unknown("push_to_hub()", options, _PUSHING)
         return hub.push(self.artifact, repo_id, **options)
 
     def _slices(self, count: int) -> list[slice]:
@@ -234,6 +246,27 @@ class CompiledModel(ForTransformers):
                 f"{name}.from_pretrained or CompiledModel.from_pretrained."
             )
         return found
+
+
+def _named_only(function: Any) -> list[str]:
+    return [each.name for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
+
+
+_OPENING, _PUSHING = _named_only(CompiledModel.from_pretrained), _named_only(hub.push)
+_MOST_THREADS = 1024
+
+
+def _check_arguments(model: Any, threads: Any, **texts: Any) -> None:
+    """Raise UsageError for an argument of from_pretrained() that is of another type, or out of range."""
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(f"model must be a directory or a Hub repository, not {model!r:.80}.")
+    if not isinstance(threads, int) or not 0 <= threads <= _MOST_THREADS:
+        raise UsageError(
+            f"threads must be a whole number from 0, which is one per core, to {_MOST_THREADS}, not {threads!r:.80}."
+        )
+    for name, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise UsageError(f"{name} must be a str, not {text!r:.80}.")
 
 
 def verify_artifact(artifact: Artifact, variant: Variant, *, force: bool = False) -> None:
@@ -279,6 +312,9 @@ def _export(model: str | Path, **options: Any) -> Path:
             options[name] = (options[name],)
     if isinstance(options.get("also"), str):
         options["also"] = (options["also"],)
+    refuse_unknown(
+        "from_pretrained(export=True)", options, [each.name for each in fields(settings) if each.name != "force"]
+    )
     asked = {name: value for name, value in options.items() if name != "token"}
     key = hashlib.sha256(repr((str(model), sorted(asked.items()))).encode()).hexdigest()[:16]
     target = home() / "exports" / f"{Path(model).name}-{key}"

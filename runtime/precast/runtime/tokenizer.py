@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import tokenizers
 
+from .arguments import only_known
 from .companions import Readable, companions_at
 from .errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError
 from .published import parse_object, select
@@ -81,10 +82,12 @@ class Tokenizer:
         token = self.special_tokens.get(f"{name}_token")
         return None if token is None else self._tokenizer.token_to_id(token)
 
+    @only_known
     def encode(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text, or of a pair of texts."""
         return list(self._encode(text, pair, add_special_tokens).ids)
 
+    @only_known
     def decode(self, ids: Sequence[int] | Array, *, skip_special_tokens: bool = True) -> str:
         """The text of a list of ids. Raises InputError for what is no id."""
         numbers = _as_ids(ids)
@@ -92,6 +95,7 @@ class Tokenizer:
             text = str(self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens))
         return _cleaned(text) if self._cleans_up else text
 
+    @only_known
     def batch_decode(self, rows: Sequence[Sequence[int]] | Array, *, skip_special_tokens: bool = True) -> list[str]:
         """The text of each row of ids, such as those that `generate` answers; a tensor of torch is taken, too."""
         return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
@@ -157,6 +161,7 @@ class Tokenizer:
         named = {"input_ids", *self._config.get("model_input_names", rows)}.intersection(self._names or rows)
         return {name: self._pad(values, fill) for name, (values, fill) in rows.items() if name in named}
 
+    @only_known
     def __call__(
         self,
         texts: str | Sequence[str],

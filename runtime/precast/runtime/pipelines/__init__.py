@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..arguments import refuse_unknown
 from ..errors import UsageError
 from ..model import CompiledModel
 from .base import Batch, Pipeline
@@ -60,7 +61,7 @@ def pipeline(task: str | None = None, model: str | Path | CompiledModel | None =
         options: of the pipeline's steps, for every call; all others as for `CompiledModel.from_pretrained`.
 
     Raises:
-        UsageError: there is no such task, or the model was compiled for another one.
+        UsageError: there is no such task or option, or the model was compiled for another task.
         ArtifactError: as `CompiledModel.from_pretrained`.
     """
     if model is None:
@@ -72,15 +73,18 @@ def pipeline(task: str | None = None, model: str | Path | CompiledModel | None =
         opened = CompiledModel.from_pretrained(model, **loading)  # type: ignore[arg-type]
     compiled_for = opened.artifact.contract.task
     _check(task, opened, compiled_for)
-    return (found or pipeline_class(compiled_for)).of(opened)(opened, **options)
+    chosen = (found or pipeline_class(compiled_for)).of(opened)
+    if opened is not model:
+        refuse_unknown("pipeline()", options, [*chosen.option_names(), *chosen.passed_on(opened), *_LOADING])
+    return chosen(opened, **options)
 
 
 # Those of an export are not among them: export first, then ask.
-_LOADING = {
+_LOADING = [
     each.name
     for each in inspect.signature(CompiledModel.from_pretrained).parameters.values()
     if each.kind is each.KEYWORD_ONLY and each.name != "export"
-}
+]
 
 
 def pipeline_class(task: str) -> type[Pipeline]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from ..errors import InputError, UsageError
+from ..arguments import refuse_unknown
+from ..errors import InputError
 from ..tensors import ModelOutput
 from ..tokenizer import Tokenizer
 
@@ -107,6 +108,11 @@ class Pipeline:
         return sorted({name for stage in _STAGES for name in _options(cls, stage)})
 
     @classmethod
+    def passed_on(cls, model: Any) -> list[str]:
+        """Further options, which `forward` passes on to the model."""
+        return []
+
+    @classmethod
     def takes_any_option(cls) -> bool:
         """Whether what no step names is given to `forward`, as generate()'s options are."""
         return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(cls.forward).parameters.values())
@@ -131,11 +137,7 @@ class Pipeline:
         """The options of each step. Raises UsageError for one that none takes."""
         stages = [{name: options[name] for name in _options(type(self), stage) if name in options} for stage in _STAGES]
         rest = {name: value for name, value in options.items() if not any(name in stage for stage in stages)}
-        if rest and not self.takes_any_option():
-            raise UsageError(
-                f"{type(self).__name__} does not know {', '.join(rest)}. Its options are: "
-                f"{', '.join(self.option_names()) or 'none'}."
-            )
+        refuse_unknown(type(self).__name__, options, [*self.option_names(), *self.passed_on(self.model)])
         stages[1].update(rest)
         return stages
 

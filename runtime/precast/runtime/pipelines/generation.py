@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
+from ..generation import GenerationConfig
 from ..tensors import ModelOutput
 from .base import Array, Batch, Pipeline, TextPipeline
 
@@ -38,6 +40,11 @@ class GeneratingPipeline(Pipeline):
         found = self.model.generate(**rows, **options)
         answer: Array = found["sequences"] if isinstance(found, ModelOutput) else found
         return answer
+
+    @classmethod
+    def passed_on(cls, model: Any) -> list[str]:
+        """generate()'s options."""
+        return [*inspect.signature(model.generate).parameters, *GenerationConfig.names()]
 
     def _says_how_long(self, options: dict[str, Any]) -> bool:
         config = self.model.generation_config
