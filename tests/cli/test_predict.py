@@ -45,7 +45,7 @@ def test_each_text_gets_a_line_or_all_one_document(run, encoder, tmp_path, monke
     (tmp_path / "texts").write_text("Water boils.\n你好\n", "utf-8")
     assert json.loads(run("predict", encoder, "--file", tmp_path / "texts", "--json")[1]) == lines
     for words in ((), ("--file", "-")):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Water boils.\n你好\n"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Water boils.\n你好\n".encode())))
         assert json.loads(run("predict", encoder, *words, "--json")[1]) == lines
 
 
@@ -95,7 +95,10 @@ def test_masks_are_told_in_figures(run, tmp_path, artifact):
         (("--top", "3"), "--top is not for this task"),
         (("--labels", "a"), "--labels is not for this task"),
         (("--option", "pooling"), "not NAME=VALUE"),
-        (("--option", "pool=mean"), "does not know pool. Did you mean pooling? Its options are: pooling, truncation"),
+        (
+            ("--option", "pool=mean"),
+            r"does not know pool\. Did you mean pooling\? Its options are: pooling, truncation",
+        ),
         (("--task", "ner"), "compiled for feature-extraction.*Ask it for: feature-extraction"),
     ],
 )
@@ -144,3 +147,33 @@ def test_buckets_mistakes(run, tmp_path, encoder, words, code, message):
     found, out, err = run("buckets", *(word.format(file=file, encoder=encoder) for word in words))
     assert (found, out) == (code, "")
     assert re.search(message, err)
+
+
+def test_blank_lines_are_left_out_and_said(run, encoder, tmp_path, monkeypatch):
+    # A line ends where "\n" is: what else str.splitlines() takes for an end may stand in a text.
+    lines = "one\u2028more\n\n  \r\ntwo\r\n\n"
+    (tmp_path / "texts").write_bytes(lines.encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    for words, name in ((("--file", tmp_path / "texts"), str(tmp_path / "texts")), ((), "Standard input")):
+        code, out, err = run("predict", encoder, *words)
+        assert code == 0
+        assert [json.loads(line)["input"] for line in out.splitlines()] == ["one\u2028more", "two"]
+        assert f"Left out as blank: lines 2, 3, 5 of {name}." in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--file: .*texts cannot be read: No such file or directory"),
+        (b"", "texts holds no text"),
+        (b"\n \n", "texts holds no text"),
+        (b"good\nbad \xff\n", "texts is not UTF-8 text: line 2 has the byte 0xff"),
+    ],
+)
+def test_a_file_without_texts_is_one_line(run, encoder, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "texts").write_bytes(content)
+    code, out, err = run("predict", encoder, "--file", tmp_path / "texts")
+    assert (code, out) == (2, "")
+    assert re.search(message, err)
+    assert "Traceback" not in err

@@ -17,7 +17,7 @@ __all__ = ["command"]
 
 @click.command("generate", epilog='precast generate out --chat --prompt "What is the capital of France?"')
 @click.argument("model")
-@click.option("--prompt", help="The text to continue; '-' or nothing reads standard input.")
+@click.option("--prompt", "prompts", multiple=True, help="The text to continue; '-' or nothing reads standard input.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
 @click.option(
@@ -54,7 +54,7 @@ __all__ = ["command"]
 @quiet_option
 def command(
     model: str,
-    prompt: str | None,
+    prompts: tuple[str, ...],
     chat: bool,
     system: str | None,
     stops: tuple[str, ...],
@@ -67,7 +67,13 @@ def command(
         raise click.UsageError("--system is part of a conversation; add --chat.")
     if "" in stops:
         raise click.UsageError("--stop is empty, which every text contains; give at least one character.")
-    if prompt is None or prompt == "-":
+    if len(prompts) > 1:
+        raise click.UsageError(
+            f"--prompt was given {len(prompts)} times, and one is continued. Run the command once for each; in Python, "
+            f"generate() takes a batch."
+        )
+    prompt = prompts[0] if prompts else "-"
+    if prompt == "-":
         prompt = read_standard_input("the prompt")
     sampling = {name: options.pop(name) for name in _SAMPLING}
     started = time.perf_counter()

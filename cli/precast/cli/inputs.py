@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
 
 from .output import note
 
-__all__ = ["read_standard_input", "read_text"]
+__all__ = ["read_lines", "read_standard_input", "read_text"]
 
 
 def read_text(path: Path, option: str) -> str:
@@ -20,6 +22,40 @@ def read_text(path: Path, option: str) -> str:
         raise click.UsageError(f"{option}: {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{option}: {path} is not UTF-8 text: {_where(error)}.") from error
+
+
+def read_lines(path: Path | None, option: str) -> Iterator[str]:
+    """The lines of a file that `option` names, or of standard input, where it is None or "-", as they come.
+
+    Blank ones are left out, and it is said which. Raises click.UsageError as `read_text` does, and where there is no
+    other line.
+    """
+    named = None if path is None or str(path) == "-" else path
+    if named is None and sys.stdin.isatty():
+        note("Type texts, one a line; Ctrl-D on a line of its own ends them.")
+    # A file is read at once, so that what is wrong with it is known before a model is opened.
+    whole = io.BytesIO(read_text(named, option).encode()) if named else sys.stdin.buffer
+    return _told_of_blanks(whole, f"{named}" if named else "Standard input")
+
+
+def _told_of_blanks(whole: Iterable[bytes], name: str) -> Iterator[str]:
+    blank, count = [], 0
+    for count, line in enumerate(whole, 1):
+        try:
+            text = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise click.UsageError(
+                f"{name} is not UTF-8 text: line {count} has the byte {line[error.start]:#04x}."
+            ) from error
+        if text.strip():
+            yield text
+        else:
+            blank.append(count)
+    if count == len(blank):
+        raise click.UsageError(f"{name} holds no text.")
+    if blank:
+        listed = ", ".join(map(str, blank[:10])) + (", …" if len(blank) > 10 else "")
+        note(f"Left out as blank: line{'s' if len(blank) > 1 else ''} {listed} of {name}.")
 
 
 def read_standard_input(what: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .inputs import read_lines
 from .options import json_option, model_options, quiet_option
 from .output import json_text, print_json
 
@@ -60,6 +60,8 @@ def command(
     from precast.runtime import CompiledModel, pipeline
     from precast.runtime.progress import quiet as no_bars
 
+    # Standard input is read where nothing else is given.
+    lines = read_lines(file, "--file") if file is not None or not texts else iter(())
     if quiet:
         no_bars()
     opened = CompiledModel.from_pretrained(model, **options)
@@ -69,7 +71,7 @@ def command(
     if "candidate_labels" in type(pipe).option_names() and not asked.get("candidate_labels"):
         raise click.UsageError("This task chooses among labels of yours; give them: --labels politics,sports.")
     answers = []
-    for text in (*texts, *_lines(file, bool(texts))):
+    for text in chain(texts, lines):
         answer = {"input": text, "answer": _plain(pipe(_input(opened, question, text), **asked))}
         if as_json:
             answers.append(answer)
@@ -88,16 +90,6 @@ def _plain(answer: Any) -> Any:
     if not hasattr(answer, "getbbox"):
         return answer
     return {"size": answer.size, "box": answer.getbbox(), "pixels": answer.histogram()[255]}
-
-
-def _lines(file: Path | None, has_texts: bool) -> Iterator[str]:
-    """The lines of a file, or of standard input where nothing else was given."""
-    if file is None and has_texts:
-        return
-    if file is None or str(file) == "-":
-        yield from (line.rstrip("\n") for line in sys.stdin)
-    else:
-        yield from file.read_text("utf-8").splitlines()
 
 
 def _input(model: Any, question: str | None, text: str) -> Any:
