@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import transformers
@@ -18,7 +19,8 @@ from precast.exporter.resolve import resolve
 from precast.exporter.support import read_config
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import get_task
-from precast.runtime.errors import CheckpointError
+from precast.runtime.errors import ArtifactError, CheckpointError
+from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor
 
 ROOT = Path(__file__).parent.parent.parent
 GENERATION = get_task("text-generation")
@@ -308,10 +310,22 @@ def test_what_cannot_do_without_its_code_is_refused(hostile, part):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize(
+    ("maker", "kind"), [(ImageProcessor, "image_processor"), (SoundProcessor, "feature_extractor")]
+)
+def test_a_processor_with_code_of_its_own_is_refused(hostile, maker, kind):
+    path, mark = hostile
+    rules = json.loads((path / "preprocessor_config.json").read_text()) | {f"{kind}_type": "Evil"}
+    (path / "preprocessor_config.json").write_text(json.dumps(rules))
+    with pytest.raises(ArtifactError, match=r"transformers makes no processor of preprocessor_config\.json"):
+        maker(path)([np.zeros((8, 8, 3), np.uint8)])
+    assert not mark.exists()
+
+
 def test_every_loader_is_told_whether_code_may_run():
     """Told nothing, transformers asks on the terminal."""
     found = 0
-    for path in (ROOT / "exporter").rglob("*.py"):
+    for path in (path for part in ("exporter", "runtime", "cli") for path in (ROOT / part).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and _loads(node.func):
                 assert "trust_remote_code" in {word.arg for word in node.keywords}, f"{path}, line {node.lineno}"
@@ -324,4 +338,4 @@ def _loads(called):
         return False
     owner = ast.unparse(called.value)
     # Ours, and one that has no code.
-    return not owner.startswith("CompiledModel") and owner != "GenerationConfig"
+    return "CompiledModel" not in owner and owner != "GenerationConfig"

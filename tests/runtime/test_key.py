@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 
 import pytest
 
-from precast.runtime.artifact import store
+from precast.runtime import cache
+from precast.runtime.artifact import integrity, store
+from precast.runtime.errors import TrustError
 
 
 @pytest.fixture
@@ -92,3 +95,42 @@ def test_a_place_where_nothing_can_be_kept_is_no_fault(key, monkeypatch, caplog)
     monkeypatch.setenv("PRECAST_HOME", os.devnull + "/precast")
     assert store.sign(b"x") is None
     assert caplog.messages == []
+
+
+@pytest.fixture
+def limit():
+    """A test that waits for a pipe ends."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_pipes_among_what_is_remembered_are_not_waited_for(key, limit, tmp_path):
+    digest = "0" * 64
+    integrity.vouch(digest)
+    assert integrity._built_here(digest)
+    (key.parent / "built" / digest).unlink()
+    os.mkfifo(key.parent / "built" / digest)
+    assert not integrity._built_here(digest)
+    stamps = integrity._Stamps(tmp_path)
+    stamps.path.parent.mkdir()
+    os.mkfifo(stamps.path)
+    assert integrity._Stamps(tmp_path).known == {}
+    entry = key.parent / "prepacked" / digest
+    entry.mkdir(parents=True)
+    os.mkfifo(entry / cache.MANIFEST)
+    assert [each.name for each in cache.kept("prepacked")] == ["unreadable"]
+
+
+def test_without_a_key_native_code_is_refused_with_the_reason(key, monkeypatch):
+    with pytest.raises(TrustError, match="and it was not built here"):
+        integrity.require_trust("out", "0" * 64, sha256=None, trust_native_code=False)
+    monkeypatch.setenv("PRECAST_HOME", os.devnull)
+    with pytest.raises(TrustError, match="/dev/null has no key that could prove that it was built here"):
+        integrity.require_trust("out", "0" * 64, sha256=None, trust_native_code=False)

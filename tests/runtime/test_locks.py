@@ -16,7 +16,8 @@ import pytest
 from precast.runtime.artifact import locks
 from precast.runtime.artifact.locks import Held, Scratch, sweep
 
-EXPORTER = Path(__file__).parent.parent.parent / "exporter"
+MAKERS = ("NamedTemporaryFile", "SpooledTemporaryFile", "TemporaryDirectory", "TemporaryFile", "mkdtemp", "mkstemp")
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -162,9 +163,9 @@ def test_what_others_own_is_left(temporary):
     assert [path.name for path in temporary.iterdir()] == [f"{Scratch.PREFIX}theirs"]
 
 
-def test_an_export_has_no_other_temporary_folders():
-    """One that is not locked stays for ever when an export is killed."""
-    for path in EXPORTER.rglob("*.py"):
+def test_there_are_no_other_temporary_folders():
+    """One that is not locked stays for ever when its process is killed."""
+    for path in (path for part in ("exporter", "runtime", "cli") for path in (ROOT / part).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("tempfile."):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in MAKERS:
                 assert [word.arg for word in node.keywords if word.arg == "dir"], f"{path}, line {node.lineno}"

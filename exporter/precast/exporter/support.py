@@ -17,7 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from precast.runtime.artifact import KEY
+from precast.runtime.artifact import KEY, strict_json
+from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.artifact.reach import hub_or_cache
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
@@ -154,8 +155,7 @@ def read_config(model: str, *, revision: str | None = None, token: str | None = 
     if not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
         path = _from_hub(model, revision, token)
     try:
-        # A pipe would be waited for.
-        config = json.loads(path.read_text("utf-8")) if path and path.is_file() else None
+        config = json.loads(read_regular(path, strict_json.MAX_BYTES)) if path else None
     except (OSError, ValueError):
         # Whoever opens it next says what is wrong with it.
         return None
@@ -165,10 +165,7 @@ def read_config(model: str, *, revision: str | None = None, token: str | None = 
 def _gguf_config(path: Path) -> dict[str, Any] | None:
     """What the first entry of a GGUF file says: `general.architecture`, in most cases transformers' model type."""
     try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            head = file.read(256)
+        head = read_regular(path, 256)
     except OSError:
         return None
     # Magic, version, number of tensors and of entries; then key, type and value, strings with their length before.

@@ -22,8 +22,9 @@ def larger(artifact: Artifact, flags: str, length: int = 0) -> str:
         return f"No larger one can be compiled: the model was made for {most} tokens."
     source = artifact.contract.source
     is_on_hub = source.revision is not None or "/" in source.model
-    model, where = (quoted(source.model), "") if is_on_hub else ("CHECKPOINT", f", where CHECKPOINT is {source.model}")
-    return f"Compile a larger one{where}: precast export {model} --task {quoted(artifact.contract.task)} {flags} -o OUT"
+    model, where = (source.model, "") if is_on_hub else ("CHECKPOINT", f", where CHECKPOINT is {source.model}")
+    flags = f"--task {quoted(artifact.contract.task)} {flags}"
+    return f"Compile a larger one{where}: precast export {quoted(model)} {flags} -o OUT"
 
 
 def _longest(artifact: Artifact) -> int | None:

@@ -15,7 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .artifact import locks, read_artifact
+from .artifact import locks, read_artifact, strict_json
+from .artifact.integrity import read_regular
 from .artifact.store import fsync, home
 from .errors import ArtifactError, PrecastError
 
@@ -51,7 +52,7 @@ class _Kind:
 
 
 def _packed_name(path: Path) -> str:
-    manifest = json.loads((path / MANIFEST).read_bytes())["manifest"]
+    manifest = json.loads(read_regular(path / MANIFEST, strict_json.MAX_BYTES))["manifest"]
     return f"{manifest['model']}, {manifest['graph']}"
 
 

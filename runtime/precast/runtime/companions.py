@@ -9,11 +9,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from .artifact import Artifact, is_artifact, read_artifact
 from .artifact.integrity import read_regular
+from .artifact.locks import Scratch
 from .errors import ArtifactError
 
 __all__ = ["Readable", "companions_at", "companions_of", "laid_out"]
@@ -47,11 +47,11 @@ def companions_at(path: Path) -> Readable:
 @contextmanager
 def laid_out(files: Readable) -> Iterator[Path]:
     """A directory with what transformers makes a processor of, and nothing else: it reads whatever it finds there."""
-    with TemporaryDirectory(prefix="precast-") as folder:
+    with Scratch() as folder:
         for name in _OF_PROCESSORS:
             if (data := files.get(name)) is not None:
-                Path(folder, name).write_bytes(data)
-        yield Path(folder)
+                (folder / name).write_bytes(data)
+        yield folder
 
 
 class _Listed:

@@ -27,11 +27,12 @@ from typing import Any
 import msgspec
 
 from . import cache
-from .artifact import Artifact
-from .artifact.integrity import remember, sha256_of, verify_files
+from .artifact import Artifact, strict_json
+from .artifact.integrity import read_regular, remember, sha256_of, verify_files
 from .artifact.schema import File, Graph, Sha256, Variant
 from .artifact.store import home, sign
 from .errors import IntegrityError, UsageError
+from .terminal import printable
 
 __all__ = ["DATA", "GRAPH", "Entry", "Packing", "is_wanted"]
 
@@ -100,7 +101,7 @@ class Entry:
 
     def drop(self, reason: str) -> None:
         """Remove what cannot be used, and say so."""
-        _log.warning("The packed weights of %s are not used: %s", self.model, reason)
+        _log.warning("The packed weights of %s are not used: %s", printable(self.model), reason)
         with suppress(OSError):
             cache.remove(self.path)
 
@@ -211,7 +212,7 @@ def _cpu() -> list[str]:
 def _read(path: Path) -> _Manifest:
     """The manifest of the entry at `path`. Raises OSError, IntegrityError where it is not our own for this place."""
     try:
-        signed = msgspec.json.decode((path / cache.MANIFEST).read_bytes(), type=_Signed)
+        signed = msgspec.json.decode(read_regular(path / cache.MANIFEST, strict_json.MAX_BYTES), type=_Signed)
     except msgspec.MsgspecError as error:
         raise IntegrityError(f"{path / cache.MANIFEST} is damaged: {error}.") from None
     if not hmac.compare_digest(signed.signature.encode(errors="replace"), _signature(signed.manifest).encode()):

@@ -325,7 +325,7 @@ class _Stamps:
 
     def _read(self) -> dict[str, object]:
         try:
-            known = json.loads(self.path.read_bytes())
+            known = json.loads(read_regular(self.path, KEPT_BYTES))
         except (OSError, ValueError):
             return {}
         return known if isinstance(known, dict) else {}
@@ -347,17 +347,17 @@ def require_trust(name: str, digest: str, *, sha256: str | None, trust_native_co
         raise TrustError(f"The digest of {name} is {digest}, not {sha256} as pinned by sha256=.")
     if trust_native_code or sha256 is not None or _built_here(digest):
         return
+    why = "it was not built here" if sign(b"") else f"{home()} has no key that could prove that it was built here"
     raise TrustError(
-        f"{name} holds native code, which would run with all your rights, and it was not built here. If you know "
-        f"where it comes from, pin it with sha256={digest!r} (--sha256 {digest}), or pass trust_native_code=True "
-        f"(--trust-native-code)."
+        f"{name} holds native code, which would run with all your rights, and {why}. If you know where it comes from, "
+        f"pin it with sha256={digest!r} (--sha256 {digest}), or pass trust_native_code=True (--trust-native-code)."
     )
 
 
 def _built_here(digest: str) -> bool:
     expected = sign(f"built {digest}".encode())
     try:
-        claim = (home() / "built" / digest).read_text("latin-1")
+        claim = read_regular(home() / "built" / digest, CHUNK).decode("latin-1")
     except OSError:
         return False
     return expected is not None and _is_equal(claim, expected)

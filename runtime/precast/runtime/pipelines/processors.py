@@ -278,3 +278,7 @@ def _from_transformers(name: str, files: Readable, config: dict[str, Any]) -> An
             f"{kind} is prepared by transformers, which is not installed or lacks something: {error}. "
             f"pip install 'precast[export]'"
         ) from error
+    except Exception as error:
+        # The library meets broken settings, and those that need code of their own, with errors of any type.
+        said = " ".join(str(error).split())
+        raise ArtifactError(f"transformers makes no processor of preprocessor_config.json: {said:.300}") from error
