@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import click
 import pytest
@@ -235,6 +237,49 @@ def test_what_nobody_foresaw_is_one_line_too(run, monkeypatch, error, part):
     monkeypatch.setenv("PRECAST_DEBUG", "1")
     with pytest.raises(type(error)):
         run("env")
+
+
+def test_a_json_call_without_room_for_its_document_is_one_line():
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, which is always full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "precast", "env", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1, "precast: No space left on device. PRECAST_DEBUG=1 shows where.\n"
+    )  # fmt: skip
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"'{sys.executable}' -m precast generate -h | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("U", "")
+
+
+def test_a_gguf_file_is_no_artifact_yet(run, tmp_path):
+    (tmp_path / "my model.gguf").write_bytes(b"GGUF")
+    code, _, err = run("inspect", tmp_path / "my model.gguf")
+    assert code == 1
+    assert f"To make one from it: precast export '{tmp_path}/my model.gguf' -o OUT" in err
+
+
+@pytest.mark.parametrize("words", [(), ("--option", "candidate_labels=")])
+def test_labels_that_are_not_given_are_asked_for(run, encoder, monkeypatch, words):
+    class Stub:
+        @staticmethod
+        def option_names():
+            return ["candidate_labels"]
+
+    monkeypatch.setattr("precast.runtime.pipelines.pipeline", lambda task, model: Stub())
+    code, _, err = run("predict", encoder, "--text", "x", *words)
+    assert (code, "--labels politics,sports" in err) == (2, True)
+
+
+@pytest.mark.parametrize("words", [(), ("--quiet",)])
+def test_no_bars_of_the_hub_where_there_are_none_of_ours(run, monkeypatch, words):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    run("validate", "x", *words)
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
 
 
 def test_an_interrupted_json_call_has_its_document(run, monkeypatch):

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import click
@@ -114,7 +114,8 @@ def _check_words(words: list[str]) -> None:
 def _only_our_warnings() -> Iterator[None]:
     """What precast warns of becomes a line for people; what libraries warn each other of is left out.
 
-    Those below read how much they are to log from the environment, where the user may say otherwise.
+    Those below read from the environment how much they are to log and whether to draw bars, where the user may say
+    otherwise.
     """
     from precast.runtime.errors import PrecastWarning
 
@@ -123,6 +124,8 @@ def _only_our_warnings() -> Iterator[None]:
         return
     for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    if not sys.stderr.isatty() or {"-q", "--quiet"} & {*sys.argv[1:]}:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", PrecastWarning)
@@ -220,7 +223,9 @@ _TELLING = 2.0
 def _print_error(message: str, kind: str) -> None:
     message = " ".join(message.splitlines())
     if _wants_json():
-        print_json({"error": {"type": kind, "message": message}})
+        # Standard output may be the very thing that failed: no room is left, nobody reads it.
+        with suppress(OSError):
+            print_json({"error": {"type": kind, "message": message}})
     note(f"precast: {message}")
 
 

@@ -117,7 +117,8 @@ def _read_config(path: Path) -> bytes:
         # One byte more than allowed is enough to refuse it.
         return read_regular(path / "config.json", strict_json.MAX_BYTES)
     except NotADirectoryError:
-        raise ArtifactError(f"{path} is a file; a precast artifact is a directory with a config.json.") from None
+        hint = f" To make one from it: precast export {quoted(path)} -o OUT" if path.suffix == ".gguf" else ""
+        raise ArtifactError(f"{path} is a file; a precast artifact is a directory with a config.json.{hint}") from None
     except FileNotFoundError:
         if os.path.exists(path):
             raise ArtifactError(f"{path} is not a precast artifact: it has no config.json.") from None
