@@ -113,6 +113,7 @@ def test_generate_samples_when_told_how(run, decoder):
         (("generate", "{decoder}", "--prompt", "x", "--temperature", "-1"), 2, "'--temperature': -1.0 is not in the"),
         (("generate", "{decoder}", "--prompt", "x", "--temperature", "nan"), 2, "--temperature must be .* 0, not nan"),
         (("generate", "{decoder}", "--prompt", "x", "--stop", ""), 2, "--stop is empty"),
+        (("predict", "{encoder}", "--text", "x", "--text", ""), 2, "--text is empty"),
         (("generate", "{decoder}", "--prompt", "x", "--max-new-tokens", "900"), 2, "Ask for --max-new-tokens 47 at mo"),
         (("generate", "{decoder}", "--prompt", "caf\udce9"), 2, r"argument 'caf\\udce9' is not UTF-8 text"),
         (("bench", "{decoder}", "--prompt-file", "{decoder}/model.onnx"), 2, "model.onnx is not UTF-8 text: line "),

@@ -147,6 +147,7 @@ WRONG = {
         "--prefill-lengths 32 is more than --sequence-length 16",
     ),
     "an encoder's prefill": (("bert", "-o", "out", *SHAPES, "--prefill-lengths", 8), "--prefill-lengths", "no prefill"),
+    "a revision of what is here": (("llama", "-o", "out", "--revision", "v1"), "--revision is for", "llama is one on"),
     "atol 0": (("llama", "-o", "out", "--atol", 0), "--atol must be above 0, not 0"),
     "atol nan": (("llama", "-o", "out", "--atol", "nan"), "--atol must be above 0, not nan"),
     "before MODEL is looked for": (("./missing", "-o", "out", "--batch-size", 0), "--batch-size must be at least 1"),

@@ -60,6 +60,8 @@ def command(
     from precast.runtime import CompiledModel, pipeline
     from precast.runtime.progress import quiet as no_bars
 
+    if "" in texts:
+        raise click.UsageError("--text is empty; give at least one character.")
     # Standard input is read where nothing else is given.
     lines = read_lines(file, "--file") if file is not None or not texts else iter(())
     if quiet:
