@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from precast.exporter import ExportOptions, export
 from precast.exporter.backends import aoti
-from precast.exporter.backends.aoti import library, template
+from precast.exporter.backends.aoti import isa, library, template
 from precast.exporter.backends.aoti.attend import attend, attend_prompt
 from precast.exporter.backends.aoti.matrix import matrix
 from precast.exporter.backends.aoti.rows import rows
@@ -29,6 +29,7 @@ from precast.exporter.backends.native.kernels import Kernels
 from precast.exporter.quantize.linear import Packed, unpack
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
 
+MATRICES = (torch.bfloat16, torch.float32)
 OUTPUTS = (7, 1)
 """Of two layers side by side: fewer than threads, and none that divides evenly."""
 
@@ -62,7 +63,7 @@ GRIDS = [
 
 
 class Products(nn.Module):
-    """Every case's products, then every grid's first layer as a matrix. Weights are inputs: then there is one library
+    """Every case's products, then every grid's first layer as matrices. Weights are inputs: then there is one library
     and nothing beside it."""
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -71,7 +72,8 @@ class Products(nn.Module):
             xs, weights, scales, zeros = ([next(taken) for _ in range(count)] for count in counts(case))
             found.append(rows(xs, weights, scales, zeros, bits(case)))
             if bits(case):
-                widened.append(matrix(weights[0], scales[0], zeros[0] if zeros else None, bits(case)))
+                parts = weights[0], scales[0], zeros[0] if zeros else None, bits(case)
+                widened += [matrix(*parts, dtype) for dtype in MATRICES]
         return *found, *widened
 
 
@@ -194,8 +196,8 @@ def test_what_is_no_number_is_not_lost(products, odd):
 def test_a_matrix_of_codes_is_what_they_mean(library_of_rows):
     found = library_of_rows([inputs_of(case, 0, 1) for case in GRIDS])[len(GRIDS) :]
     grids = [case for case in GRIDS if bits(case)]
-    for case, result in zip(grids, found, strict=True):
-        assert torch.equal(result, matrices(case)[0].bfloat16()), case
+    for (case, dtype), result in zip(product(grids, MATRICES), found, strict=True):
+        assert torch.equal(result, matrices(case)[0].to(dtype)), (case, dtype)
 
 
 # ---------------------------------------------------------------- attention
@@ -315,8 +317,15 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
 # ---------------------------------------------------------------- where they are used
 
 
-@pytest.mark.parametrize("method", [pytest.param("rtn", marks=pytest.mark.slow), "awq"])
-def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "level", "products"),
+    [
+        pytest.param("rtn", "native", torch.bfloat16, marks=pytest.mark.slow),
+        ("awq", "native", torch.bfloat16),
+        ("rtn", "avx2", torch.float32),
+    ],
+)
+def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, method, level, products):
     """Query, key and value; output; gate and up; down; and the output embedding: also where each has a balance of its
     own for their common input."""
     built, multiplied = {}, set()
@@ -328,19 +337,23 @@ def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, met
         target.write_bytes(b"\x7fELF")
 
     monkeypatch.setattr(aoti, "build", build)
+    monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({*isa._V4, "avx512_bf16"}))
     model = checkpoint("llama", num_hidden_layers=2)
     rounded = {"quantize": "int8", "quantize_method": method}
-    asked = ExportOptions(backend="aoti", sequence_length=(32,), validate=False, **rounded)
-    export(str(model), tmp_path / "out", asked)
+    asked = ExportOptions(backend="aoti", isa=level, sequence_length=(32,), validate=False, **rounded)
+    made = export(str(model), tmp_path / "out", asked)
     assert built["decode"]["precast.rows.default"] == 2 * 4 + 1
     assert built["decode"]["precast.attend.default"] == 2
     assert built["prefill"]["precast.rows.default"] == 1, "of a prompt, rows whose logits are asked for"
     assert built["prefill"]["precast.attend_prompt.default"] == 2
-    assert multiplied == {torch.bfloat16}, "as the codes of a prompt's layers"
+    assert multiplied == {products}, "as the codes of a prompt's layers"
+    assert made.contract.variants[0].compiler.options["products"].endswith(str(products).removeprefix("torch."))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_attention_has_no_more_digits_than_the_layers_around_it(dtype):
+def test_attention_has_no_more_digits_than_the_layers_around_it(dtype, monkeypatch):
+    monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({*isa._V4, "avx512_bf16"}))
     layer = torch.export.export(nn.Linear(8, 8, dtype=dtype), (torch.ones(3, 8, dtype=dtype),))
     expected = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    assert lowering._product(layer.graph, library.FORMS["cpu"]) == expected
+    assert lowering._product(layer.graph, library.forms_of("cpu", "native")) == expected
+    assert lowering._product(layer.graph, library.forms_of("cpu", "avx2")) == torch.float32, "as far as it multiplies"

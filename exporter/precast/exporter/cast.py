@@ -27,19 +27,20 @@ from precast.runtime.artifact.schema import Dtype, Graph
 from .options import ExportOptions
 from .trace import Program, functional
 
-__all__ = ["Cast", "cast", "cast_of"]
+__all__ = ["MATMULS", "Cast", "cast", "cast_of"]
 
 Key: TypeAlias = tuple[Any, ...]
 aten: Any = torch.ops.aten
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-_MATMULS = frozenset(
+MATMULS = frozenset(
     {
         aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum,
         aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution,
         aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, aten.scaled_dot_product_attention,
     }
 )  # fmt: skip
+"""Products of matrices and convolutions."""
 _CARRIERS = frozenset(
     {
         operator.getitem,
@@ -141,7 +142,7 @@ class _Pass:
             if node.op == "placeholder":
                 is_source = node.name in names
             else:
-                is_source = _kind(node) in _MATMULS or (
+                is_source = _kind(node) in MATMULS or (
                     any(each in found for each in _float_inputs(node)) and not self._is_kept(node)
                 )
             if is_source and _is_float(node):
@@ -181,7 +182,7 @@ class _Pass:
             return "float32"
         if _kind(node) in _CARRIERS:
             return "any"
-        is_low = _kind(node) in _MATMULS if self.how.what == "products" else node in self.inclined
+        is_low = _kind(node) in MATMULS if self.how.what == "products" else node in self.inclined
         return "low" if is_low and _is_float(node) else "float32"
 
     # ---------------------------------------------------------------- rewriting

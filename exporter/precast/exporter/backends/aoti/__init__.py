@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from msgspec.structs import replace
 
 from precast.runtime.artifact.schema import Compiler, Graph, Host
+from precast.runtime.errors import PrecastWarning
 
 from ...options import ExportOptions
 from ...telling import tell
 from ...trace import Program
 from .. import Compiled
-from ..native.lowering import Lowered, lower
+from ..native.lowering import Forms, Lowered, lower
 from ..native.weights import save_weights
 from . import frozen
 from .gpu import check_gpu, facts, free, moved
 from .isa import flags_of
-from .library import FORMS, build, check_compiler, workspace
+from .library import build, check_compiler, forms_of, names_of, workspace
 
 __all__ = ["AotiCompiler"]
 
@@ -40,7 +43,9 @@ class AotiCompiler:
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler. Raises ExportError where there is no compiler, or where it fails."""
-        lowered = [lower(program, FORMS[options.device]) for program in programs]
+        forms = forms_of(options.device, options.isa)
+        _say_widened(options, forms)
+        lowered = [lower(program, forms) for program in programs]
         is_frozen, is_here = frozen.pays(lowered, options), options.device == "cpu"
         if not is_frozen:
             # While all graphs hold the same weights, in the host's memory.
@@ -61,10 +66,26 @@ class AotiCompiler:
             compiler=Compiler(
                 name="aotinductor",
                 version=_release("torch"),
-                options={"isa": options.isa, "frozen": is_frozen, **({} if is_here else facts())},
+                options={
+                    "isa": options.isa,
+                    "frozen": is_frozen,
+                    **({"products": names_of(forms)} if is_here else facts()),
+                },
                 torch=_release("torch"),
                 transformers=version("transformers"),
             ),
+        )
+
+
+def _say_widened(options: ExportOptions, forms: Forms) -> None:
+    """Tell who asked for a dtype that it does not make everything faster."""
+    if options.is_cast and getattr(torch, options.cast_dtype) in forms.widened:
+        what = "This CPU" if options.isa == "native" else f"--isa {options.isa}"
+        warnings.warn(
+            f"{what} has no instructions that multiply {options.cast_dtype}: prompts and encoders are multiplied in "
+            f"float32 and gain nothing from it; a decoder's steps read half the bytes.",
+            PrecastWarning,
+            stacklevel=2,
         )
 
 

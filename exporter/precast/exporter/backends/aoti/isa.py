@@ -5,10 +5,12 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+import torch
+
 from precast.runtime.artifact.machine import cpu_flags
 from precast.runtime.errors import UsageError
 
-__all__ = ["flags_of", "options_of"]
+__all__ = ["flags_of", "options_of", "products_of"]
 
 _V3 = ["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]
 _V4 = [*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
@@ -21,6 +23,13 @@ _LEVELS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "avx512": (_V4, {"cpp.march": "x86-64-v4", "cpp.simdlen": 512}),
 }
 """The levels x86-64-v3 and -v4 of the x86-64 psABI: flags as /proc/cpuinfo names them, and inductor's options."""
+
+_PRODUCTS = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
+    torch.float16: {"avx512_fp16", "asimdhp"},
+}
+"""Flags of which one is enough to multiply matrices of a dtype. Without any, libraries turn numbers one way and the
+other as they go, which takes four to thirty times as long as float32 (benchmarks/README.md)."""
 
 
 def flags_of(isa: str) -> list[str]:
@@ -37,6 +46,12 @@ def options_of(isa: str) -> dict[str, Any]:
         return {}
     _check_platform(isa)
     return dict(_LEVELS[isa][1])
+
+
+def products_of(isa: str) -> frozenset[torch.dtype]:
+    """The dtypes narrower than float32 of which a CPU of this level multiplies matrices."""
+    flags = set(flags_of(isa))
+    return frozenset(dtype for dtype, ways in _PRODUCTS.items() if flags & ways)
 
 
 def _check_platform(isa: str) -> None:

@@ -30,17 +30,33 @@ from ..native.lowering import Forms
 from ..native.settled import settled
 from .attend import attend, attend_prompt
 from .gpu import KERNELS_INSIDE, check_whole
-from .isa import options_of
+from .isa import options_of, products_of
 from .loops import short_ones_alone
 from .matrix import matrix
 from .rows import rows
 
-__all__ = ["FORMS", "build", "check_compiler", "workspace"]
+__all__ = ["build", "check_compiler", "forms_of", "names_of", "workspace"]
 
 _SUMS = Forms(settle=settled, sums=True, product=torch.bfloat16, functional=False)
-FORMS = {"cuda": _SUMS, "cpu": replace(_SUMS, kernels=Kernels(rows, matrix, attend, attend_prompt))}
-"""By device. One token: sums that inductor fuses, or kernels of our own where they are faster than what it makes. More:
-matrices, in bfloat16 where weights are codes."""
+_OWN = Kernels(rows, matrix, attend, attend_prompt)
+_NARROW = frozenset({torch.bfloat16, torch.float16})
+
+
+def forms_of(device: str, isa: str) -> Forms:
+    """How programs are written. One token: sums that inductor fuses, or kernels of our own where they are faster than
+    what it makes. More: matrices, in bfloat16 where weights are codes; on a CPU only in what it multiplies."""
+    if device == "cuda":
+        return _SUMS
+    products = products_of(isa)
+    product = torch.bfloat16 if torch.bfloat16 in products else torch.float32
+    return replace(_SUMS, kernels=_OWN, product=product, widened=_NARROW - products)
+
+
+def names_of(forms: Forms) -> str:
+    """The dtypes in which matrices may be multiplied, for the record."""
+    dtypes = [torch.float32, *sorted(_NARROW - forms.widened, key=str)]
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
 
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,

@@ -3,7 +3,7 @@ are more.
 
 One token reads every weight once, so what counts is how few bytes a weight has and that nothing else is read or
 written: codes are turned into numbers on their way into the sum, and activations stay float32. With more tokens codes
-are turned into a bfloat16 matrix first, for the processor's fastest product.
+are turned into a matrix first, in the dtype of the processor's fastest product.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Codes:
     def matrix(self, dtype: torch.dtype, kernels: Kernels | None) -> tuple[Tensor, Tensor | None]:
         """[N, G * group], and what its products are still to be multiplied with. Codes of 8 bits fit bfloat16 as they
         are, so a row with one scale loses nothing."""
-        if kernels and self.scales.shape[1] > 1 and dtype is torch.bfloat16:
-            return kernels.matrix(self.codes, self.scales, self.points, self.bits), None
+        if kernels and (self.scales.shape[1] > 1 or dtype is torch.float32):
+            return kernels.matrix(self.codes, self.scales, self.points, self.bits, dtype), None
         codes = (codes_of(self.codes, self.bits).float() - self.zeros).to(dtype)
         if self.scales.shape[1] == 1:
             return codes.flatten(1), self.scales[:, 0]

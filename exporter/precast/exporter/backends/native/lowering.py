@@ -13,10 +13,12 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from precast.runtime.artifact import ROWS
 from precast.runtime.artifact.schema import Dim, Graph, Input
 
+from ...cast import MATMULS
 from ...decoder import attention  # noqa: F401  (registers operators that are written out here)
 from ...quantize import linear as grids
 from ...trace import Program, export_program, functional
@@ -44,6 +46,8 @@ class Forms:
         sums: linear layers of few rows as products and sums rather than as products of matrices.
         kernels: what computes these sums, and attention, where that is more than operators of ATen.
         product: the dtype of products of matrices with codes.
+        widened: dtypes whose products of matrices and convolutions are computed in float32, since the processor has no
+            instructions for them.
         functional: see `precast.exporter.trace.functional`; a compiler that does that itself goes without.
         whole: attention looks at all rows of the caches rather than at as many as the input `rows` says, and multiplies
             matrices for one token as well: for hardware that wants every dimension fixed.
@@ -53,6 +57,7 @@ class Forms:
     sums: bool = False
     kernels: Kernels | None = None
     product: torch.dtype = torch.float32
+    widened: frozenset[torch.dtype] = frozenset()
     functional: bool = True
     whole: bool = False
 
@@ -61,7 +66,7 @@ def lower(program: Program, forms: Forms) -> Lowered:
     """Replace our operators and update caches in place. Raises ExportError."""
     attends = _uses(program.exported, torch.ops.precast.cached_attention.default)
     graph = _with_rows(program.graph) if attends and not forms.whole else program.graph
-    if not attends and not graph.cache and not _ours(program.exported):
+    if not attends and not graph.cache and not _ours(program.exported) and not _widens(program.exported, forms):
         return Lowered(graph, _finished(program.exported, forms))
     module = _Replayed(program, graph, forms)
     example, shapes = _example(graph), _shapes(graph)
@@ -75,6 +80,14 @@ def _finished(exported: torch.export.ExportedProgram, forms: Forms) -> torch.exp
 
 def _ours(exported: torch.export.ExportedProgram) -> bool:
     return any(str(node.target).startswith("precast.") for node in exported.graph.nodes)
+
+
+def _widens(exported: torch.export.ExportedProgram, forms: Forms) -> bool:
+    return any(_multiplies(node.target) and node.meta["val"].dtype in forms.widened for node in exported.graph.nodes)
+
+
+def _multiplies(target: Any) -> bool:
+    return getattr(target, "overloadpacket", None) in MATMULS
 
 
 def _uses(exported: torch.export.ExportedProgram, target: Any) -> bool:
@@ -174,7 +187,7 @@ def _product(graph: fx.Graph, forms: Forms) -> torch.dtype:
     dtypes = {_node(node.args[1]).meta["val"].dtype for node in graph.nodes if node.target in _LINEAR}
     if torch.uint8 in dtypes:
         return forms.product
-    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+    return torch.bfloat16 if torch.bfloat16 in dtypes - forms.widened else torch.float32
 
 
 def _cache_pairs(graph: Graph) -> list[tuple[str, str]]:
@@ -237,8 +250,19 @@ class _Replacing(fx.Interpreter):
         return linear.is_few(x) or _is_last(self, x)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        written = _WRITTEN.get(target)
-        return super().call_function(target, args, kwargs) if written is None else written(self, *args, **kwargs)
+        if written := _WRITTEN.get(target):
+            return written(self, *args, **kwargs)
+        if _multiplies(target):
+            return self.multiply(target, *args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def multiply(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """A product of matrices in its own dtype, or in float32 where the processor has no instructions for that."""
+        narrow = {each.dtype for each in tree_leaves(args) if isinstance(each, Tensor)} & self.forms.widened
+        if not narrow:
+            return target(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.dtype in narrow else x, (args, kwargs))
+        return target(*args, **kwargs).to(narrow.pop())
 
 
 def _attention(run: _Replacing, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
@@ -253,7 +277,8 @@ def _cross_attention(run: _Replacing, *args: Any) -> Tensor:
 def _linear(run: _Replacing, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if run.forms.sums and linear.is_few(x):
         return linear.linear(x, weight, bias, run.forms.settle)
-    return torch.nn.functional.linear(x, weight, bias)
+    product: Tensor = run.multiply(torch.ops.aten.linear.default, x, weight, bias)
+    return product
 
 
 def _quantized_linear(

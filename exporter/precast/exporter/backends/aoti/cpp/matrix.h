@@ -22,8 +22,8 @@ struct Apart {
 };
 
 // -> y [outputs, K]
-template <int K, int GROUP, int BITS, bool ZEROS>
-void matrix(at::BFloat16* y, const Grid<K, GROUP, BITS, ZEROS>& grid) {
+template <typename T, int K, int GROUP, int BITS, bool ZEROS>
+void matrix(T* y, const Grid<K, GROUP, BITS, ZEROS>& grid) {
 #pragma omp parallel for if (grid.outputs * K >= WORTH)
   for (int64_t n = 0; n < grid.outputs; ++n)
     for (int g = 0; g < K / GROUP; ++g) {

@@ -1,0 +1,145 @@
+"""What native code for a level of instructions multiplies in, and how programs are written for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from precast.exporter import ExportOptions
+from precast.exporter.backends import aoti
+from precast.exporter.backends.aoti import isa, library
+from precast.exporter.backends.native import linear, lowering
+from precast.exporter.quantize.linear import Packed
+from precast.exporter.quantize.methods import Scheme, round_to_nearest
+from precast.runtime.errors import PrecastWarning
+
+F = nn.functional
+BF16, FP16 = torch.bfloat16, torch.float16
+ZEN3, ZEN4 = {*isa._V3}, {*isa._V4, "avx512_vnni", "avx512_bf16"}
+SAPPHIRE_RAPIDS = {*ZEN4, "amx_tile", "amx_bf16", "avx512_fp16"}
+
+
+@pytest.mark.parametrize(
+    ("level", "flags", "products"),
+    [
+        ("avx2", SAPPHIRE_RAPIDS, set()),
+        ("avx512", SAPPHIRE_RAPIDS, set()),
+        ("native", ZEN3, set()),
+        ("native", ZEN4, {BF16}),
+        ("native", SAPPHIRE_RAPIDS, {BF16, FP16}),
+        ("native", {"asimd", "asimdhp"}, {FP16}),
+        ("native", {"asimd", "asimdhp", "bf16", "i8mm"}, {BF16, FP16}),
+        ("native", set(), set()),
+    ],
+)
+def test_a_level_multiplies_what_it_has_instructions_for(monkeypatch, level, flags, products):
+    """The level that is compiled for decides, whatever this machine has."""
+    monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(isa.platform, "machine", lambda: "x86_64")
+    forms = library.forms_of("cpu", level)
+    assert {BF16, FP16} - forms.widened == products
+    assert forms.product == (BF16 if BF16 in products else torch.float32)
+    recorded = library.names_of(forms).split(", ")
+    assert recorded == ["float32", *sorted(str(each).removeprefix("torch.") for each in products)]
+
+
+def test_a_gpu_multiplies_bfloat16_whatever_the_host_has(monkeypatch):
+    monkeypatch.setattr(isa, "cpu_flags", frozenset)
+    forms = library.forms_of("cuda", "native")
+    assert (forms.product, forms.widened) == (BF16, frozenset())
+
+
+class Multiplies(nn.Module):
+    """Products of every kind, many rows each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(8, 8), nn.Conv1d(12, 12, 3, padding="same")
+        self.patches, self.up = nn.Conv2d(1, 4, 2, stride=2), nn.ConvTranspose1d(12, 12, 2, stride=2)
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.linear(x)
+        attended = F.scaled_dot_product_attention(y, x, x, attn_mask=seen)
+        scores = torch.bmm(x, y.mT)
+        return (
+            attended, self.conv(scores), self.up(x), self.patches(x[:, None]), x @ y.mT,
+            torch.einsum("bik,bjk->bij", x, y), torch.baddbmm(scores, x, y.mT),
+        )  # fmt: skip
+
+
+class Seen(TorchDispatchMode):
+    """The dtypes of what is multiplied, and how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes, self.count = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("mm", "conv", "attention", "linear")):
+            self.dtypes |= {each.dtype for each in tree_leaves(args) if torch.is_tensor(each) and each.ndim > 1}
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_what_the_processor_does_not_multiply_is_multiplied_in_float32(dtype):
+    """Four to thirty times as fast as what libraries do instead; a mask of what is seen is no number."""
+    torch.manual_seed(0)
+    module, x = Multiplies().eval(), torch.randn(2, 12, 8)
+    given = x.to(dtype), torch.ones(12, 12, dtype=torch.bool).tril()
+    exported = torch.export.export(module.to(dtype), given)
+    run = lowering._Replacing(exported.graph_module, library.forms_of("cpu", "avx2"), None)
+    held = [exported.state_dict[spec.target] for spec in exported.graph_signature.input_specs if spec.target]
+    with Seen() as seen, torch.no_grad():
+        found = run.run(*held, *given)
+    assert seen.count >= 8
+    assert seen.dtypes <= {torch.float32, torch.bool}
+    with torch.no_grad():
+        expected = module(*given)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype, "what comes after counts on it"
+        assert torch.allclose(one.float(), other.float(), atol=0.05)
+
+
+def test_an_encoder_is_written_anew_only_where_it_has_to():
+    exported = torch.export.export(nn.Linear(8, 8, dtype=BF16), (torch.ones(30, 8, dtype=BF16),))
+    assert lowering._widens(exported, library.forms_of("cpu", "avx2"))
+    assert not lowering._widens(exported, library.forms_of("cuda", "avx2"))
+    plain = torch.export.export(nn.Linear(8, 8), (torch.ones(30, 8),))
+    assert not lowering._widens(plain, library.forms_of("cpu", "avx2"))
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8, 64, "whole"), Scheme(8, 32, "middle"), Scheme(4, 32, "middle")], ids=str)
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_codes_are_multiplied_as_the_level_does(scheme, level):
+    asked = []
+
+    def matrix(codes, scales, zeros, bits, dtype):
+        asked.append(dtype)
+        return codes.new_zeros(codes.shape[0], 64, dtype=dtype)
+
+    forms = library.forms_of("cpu", level)
+    kernels = replace(forms.kernels, matrix=matrix)
+    packed = Packed(round_to_nearest(torch.randn(5, 64), scheme))
+    codes = linear.Codes(
+        packed.codes, packed.scales, packed.zeros, packed.bits, packed.group, packed.columns, packed.extra
+    )
+    linear.quantized_linear(torch.randn(30, 64), codes, None, lambda x: x, forms.product, kernels, False)
+    assert asked == [torch.float32]
+
+
+def test_a_dtype_that_is_not_multiplied_is_said(recwarn):
+    forms = library.forms_of("cpu", "avx2")
+    with pytest.warns(PrecastWarning, match=r"--isa avx2 has no instructions that multiply float16: .* float32"):
+        aoti._say_widened(ExportOptions(isa="avx2", auto_cast="matmul", auto_cast_type="fp16"), forms)
+    with pytest.warns(PrecastWarning, match="multiply bfloat16"):
+        aoti._say_widened(ExportOptions(isa="avx2", dtype="bfloat16"), forms)
+    recwarn.clear()
+    aoti._say_widened(ExportOptions(isa="avx2", quantize="int8"), forms)
+    aoti._say_widened(ExportOptions(device="cuda", dtype="bfloat16"), library.forms_of("cuda", "native"))
+    assert not recwarn
