@@ -32,7 +32,10 @@ _RAW = (
 
 def tree(chance: random.Random, text: bytes) -> bytes:
     """JSON with one to four of its values changed; now and then its text itself."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return raw(chance, text)
     for _ in range(chance.choice((1, 1, 1, 2, 2, 3, 4))):
         value = _changed(chance, value)
     made = json.dumps(value, ensure_ascii=chance.random() < 0.8)

@@ -208,10 +208,7 @@ def _change_program(chance: random.Random, case: bytes) -> bytes:
 
     if case[:1] == b"P" or chance.random() < 0.05:
         return mutate.raw(chance, case if case[:1] == b"P" else pack(case))
-    try:
-        return mutate.tree(chance, case)
-    except ValueError:
-        return mutate.raw(chance, case)
+    return mutate.tree(chance, case)
 
 
 def _load_operators() -> Any:

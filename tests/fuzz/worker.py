@@ -9,6 +9,7 @@ import signal
 import struct
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Outcome:
 class Worker:
     """Runs `run(case)` in a child of its own, which is replaced when it dies.
 
-    Good is an answer or a PrecastError. Anything else that is raised, the end of the child and an answer that takes
+    Good is an answer or a PrecastError. Anything else that is raised, the end of the child and an answer that takes it
     longer than `seconds` are not; nor is memory of more than `memory` bytes beyond what the child begins with, since
     that raises MemoryError or ends it.
     """
@@ -57,8 +58,7 @@ class Worker:
         self._done += 1
         try:
             _write(self._into, case)
-            ready, _, _ = select.select([self._out], [], [], self._seconds)
-            if not ready:
+            if not self._has_answered():
                 os.kill(self._pid, signal.SIGKILL)
                 self._ended()
                 return Outcome(False, f"no answer in {self._seconds} s", "hang")
@@ -80,6 +80,14 @@ class Worker:
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             self._ended()
+
+    def _has_answered(self) -> bool:
+        """Wait for so many seconds of the child's own time, which a busy machine does not shorten, or of many more."""
+        begun, end = _seconds_of(self._pid), time.monotonic() + 10 * self._seconds
+        while time.monotonic() < end and _seconds_of(self._pid) - begun < self._seconds:
+            if select.select([self._out], [], [], 1)[0]:
+                return True
+        return False
 
     def _ended(self) -> int:
         _, status = os.waitpid(self._pid, 0)
@@ -114,6 +122,13 @@ class Worker:
                 os._exit(0)
         os.close(cases)
         os.close(answers)
+
+
+def _seconds_of(pid: int) -> float:
+    """What a process has computed for."""
+    with open(f"/proc/{pid}/stat") as file:
+        user, system = file.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _limit(memory: int) -> None:

@@ -266,7 +266,7 @@ def _typed(name: str, value: Any) -> Any:
     plain = _plain(value)
     try:
         return msgspec.convert(plain, _types()[name])
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise InputError(f"{name}={plain!r:.80} is of the wrong type or size: {error}.") from None
 
 

@@ -39,6 +39,6 @@ def select(values: Mapping[str, Any], types: Mapping[str, Any], name: str) -> di
         if values.get(key) is not None:
             try:
                 found[key] = msgspec.convert(values[key], kind)
-            except msgspec.ValidationError as error:
+            except (msgspec.ValidationError, UnicodeEncodeError) as error:
                 raise FormatError(f"{name} has {key}: {json.dumps(values[key]):.60}. {error}.") from None
     return found
