@@ -154,13 +154,19 @@ def test_a_shard_that_is_missing_is_named(copy):
     _refused(copy, "checkpoint lacks the file model-lost.safetensors, which its model.safetensors.index.json names")
 
 
-def test_the_hubs_cache_is_made_of_links(shards, tmp_path):
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_the_hubs_cache_is_made_of_links(shards, tmp_path, is_shared):
+    """snapshots -> blobs, or for what xet carries snapshots -> blobs -> one store for all repositories."""
     blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "commit"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
+    store = tmp_path / "blobs" / "00" if is_shared else blobs
+    for folder in (blobs, snapshot, store):
+        folder.mkdir(parents=True, exist_ok=True)
     for path in shards.iterdir():
-        shutil.copy(path, blobs / hashlib.sha256(path.name.encode()).hexdigest())
-        (snapshot / path.name).symlink_to(Path("../../blobs") / hashlib.sha256(path.name.encode()).hexdigest())
+        name = hashlib.sha256(path.name.encode()).hexdigest()
+        shutil.copy(path, store / name)
+        if is_shared:
+            (blobs / name).symlink_to(Path("../../blobs/00") / name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / name)
     assert _load(snapshot).weights_sha256() == _load(shards).weights_sha256()
 
 

@@ -102,7 +102,9 @@ def _files(directory: Path, folders: Sequence[str]) -> Iterator[Path]:
 
 
 def _is_own(path: Path, directory: Path) -> bool:
-    """Does it lie in the checkpoint, or where the Hub's cache keeps the files of a repository?"""
-    real = path.resolve()
-    in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    return real.is_relative_to(directory.resolve()) or in_cache
+    """Does it lie in the checkpoint, or is it a link to where the Hub's cache keeps the files of a repository?"""
+    if path.resolve().is_relative_to(directory.resolve()):
+        return True
+    # From there huggingface_hub may link on, to a store for all repositories.
+    blob = Path(os.path.abspath(path.parent / os.readlink(path))) if path.is_symlink() else path
+    return blob.parent.name == "blobs" and blob.parent.parent.name.startswith("models--")
