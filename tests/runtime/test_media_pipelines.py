@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from precast.runtime import CompiledModel, pipeline
-from precast.runtime.errors import ArtifactError, FormatError, InputError, UsageError
+from precast.runtime.errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
 from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, opened_image, resized
 
 LABELS = {"id2label": {0: "猫", 1: "Hund", 2: "bird"}, "label2id": {"猫": 0, "Hund": 1, "bird": 2}}
@@ -407,6 +407,66 @@ def test_sound_files(tmp_path, width, channels):
         file.writeframes(raw)
     found = SoundProcessor(tmp_path).opened(tmp_path / "sound.wav")
     assert np.abs(found - wanted).max() < 2 ** (2 - 8 * min(width, 3))
+
+
+IMAGE = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "do_resize": True, "resample": 3,
+         "size": {"shortest_edge": 8}, "crop_size": 8, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_processor_type": "OddImageProcessor"},
+        {"size": "large"},
+        {"size": {"shortest_edge": "8"}},
+        {"crop_size": {"shortest_edge": 8}},
+        {"image_mean": [0.5]},
+        {"image_std": "none"},
+        {"resample": 99},
+        {"rescale_factor": "tiny"},
+        {"do_center_crop": None, "crop_size": -3},
+    ],
+)
+def test_what_a_file_says_of_images_is_prepared_or_refused(tmp_path, changes):
+    """As transformers makes something of it, or a typed error."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**IMAGE, **changes}))
+    image = Image.fromarray(np.zeros((9, 12, 3), np.uint8))
+    try:
+        expected = transformers.AutoImageProcessor.from_pretrained(tmp_path)(images=[image], return_tensors="np")
+    except Exception:
+        with pytest.raises(PrecastError, match="transformers"):
+            ImageProcessor(tmp_path)([image])
+    else:
+        found = ImageProcessor(tmp_path)([image])["pixel_values"]
+        assert np.abs(found - expected["pixel_values"]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling_rate": "fast"}, 'sampling_rate: "fast"'),
+        ({"sampling_rate": 0}, "sampling_rate: 0"),
+        ({"do_normalize": []}, r"do_normalize: \[\]"),
+        ({"feature_extractor_type": 3}, "feature_extractor_type: 3"),
+        (
+            {"feature_extractor_type": "OddFeatureExtractor"},
+            "makes no processor of preprocessor_config.json, OddFeatureExtractor",
+        ),
+        ({"feature_extractor_type": "ASTFeatureExtractor", "std": "wide"}, "ASTFeatureExtractor does not prepare"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:At least one mel filter")
+def test_what_a_file_says_of_sounds_is_refused_by_name(tmp_path, changes, message):
+    text = json.dumps({"feature_extractor_type": "Wav2Vec2FeatureExtractor", **changes})
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(PrecastError, match=message):
+        SoundProcessor(tmp_path)([TONE[:4000]])
+
+
+def test_images_that_make_no_batch_are_refused(tmp_path, pictures):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**IMAGE, "do_center_crop": False}))
+    with pytest.raises(InputError, match=r"8x12, 16x8 pixels once they are prepared"):
+        ImageProcessor(tmp_path)(pictures[:2])
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):

@@ -8,17 +8,19 @@ sounds of wav2vec 2.0 and its kin and of Whisper. The others take transformers' 
 from __future__ import annotations
 
 import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
 from ..companions import Readable, companions_at, laid_out
-from ..errors import ArtifactError, FormatError, InputError, UsageError
-from ..published import parse_object
+from ..errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
+from ..published import parse_object, select
 from .log_mel import LogMel
 
 __all__ = ["ImageProcessor", "SoundProcessor", "opened_image", "resized"]
@@ -39,40 +41,75 @@ _CROPPING = ("DeiT", "CLIP", "Bit")
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
+_Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
+_PerChannel = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
+
+
+class _Rules(msgspec.Struct):
+    """What the steps can be told here; transformers may make something of anything else."""
+
+    size: _Side | dict[str, _Side] = 1
+    crop_size: _Side | dict[str, _Side] = 1
+    resample: Annotated[int, msgspec.Meta(ge=0, le=5)] = 2
+    rescale_factor: float = 1 / 255
+    image_mean: _PerChannel | None = None
+    image_std: _PerChannel | None = None
+
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+_SOUND: dict[str, Any] = {
+    "feature_extractor_type": str,
+    "sampling_rate": _Count,
+    "max_length": _Count,
+    "do_normalize": bool,
+}
+"""What is used of a file about sounds."""
+
+
 class ImageProcessor:
     """Images as the model was trained to see them. Raises ArtifactError where the artifact does not say how."""
 
     def __init__(self, path: Path, files: Readable | None = None) -> None:
         self._files = files or companions_at(path)
-        self.path, self.config = path, _config(path, self._files, "images")
+        config = _config(path, self._files, "images")
+        self.path, self.config = path, {name: value for name, value in config.items() if value is not None}
         # Files from before transformers 4.27 call it a feature extractor.
-        kind = self.config.get("image_processor_type") or self.config.get("feature_extractor_type")
-        self._kind = str(kind).removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-        asked = {name for name, value in self.config.items() if name.startswith("do_") and value}
-        self._is_common = (
-            self._kind in _COMMON and asked <= set(_STEPS) and self._is_told() and tuple(sorted(self._size())) in _SIZES
-        )
+        self.kind = str(self.config.get("image_processor_type") or self.config.get("feature_extractor_type"))
+        self._kind = self.kind.removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
+        self._is_common = self._kind in _COMMON and self._is_plain() and self._is_told()
         self._theirs: Any = None
 
     def __call__(self, images: list[Any], **rules: Any) -> dict[str, Array]:
         """`pixel_values` float32 [images, channels, height, width], and what else transformers' processor makes.
 
-        `rules` override those of the checkpoint.
+        `rules` override those of the checkpoint. Raises InputError for images that come out in different sizes.
         """
         if self._is_common and not rules:
-            return {"pixel_values": np.stack([self._pixels(image) for image in images])}
+            return {"pixel_values": _together([self._pixels(image) for image in images])}
         if self._theirs is None:
-            self._theirs = _from_transformers("AutoImageProcessor", self._files, self.config)
-        found = self._theirs(images=images, return_tensors="np", **rules)
+            self._theirs = _from_transformers("AutoImageProcessor", self.kind, self._files)
+        with _calling_transformers(f"transformers' {self.kind} does not prepare these images", InputError):
+            found = self._theirs(images=images, return_tensors="np", **rules)
         return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
+
+    def _is_plain(self) -> bool:
+        """Whether the file asks for nothing but the steps, in a form that they take."""
+        asked = {name for name, value in self.config.items() if name.startswith("do_") and value}
+        try:
+            msgspec.convert(self.config, _Rules)
+        except msgspec.ValidationError:
+            return False
+        crop = self.config.get("crop_size", 1)
+        is_crop = isinstance(crop, int) or {"height", "width"} <= crop.keys()
+        return asked <= set(_STEPS) and tuple(sorted(self._size())) in _SIZES and is_crop
 
     def _is_told(self) -> bool:
         """Whether the file says all that the steps take."""
         steps = {"do_resize": True, "do_normalize": True, "do_center_crop": self._kind in _CROPPING}
         needed = [name for step, own in steps.items() if self.config.get(step, own) for name in _TOLD[step]]
-        return all(self.config.get(name) is not None for name in needed) and (
-            self._kind not in _CROPPING or "do_center_crop" in self.config
-        )
+        if self._kind in _CROPPING:
+            needed.append("do_center_crop")
+        return all(name in self.config for name in needed)
 
     def _size(self) -> dict[str, int]:
         size = self.config.get("size", {})
@@ -96,6 +133,16 @@ class ImageProcessor:
 
 
 _SIZES = (_SQUARE, _SHORTER)
+
+
+def _together(images: list[Array]) -> Array:
+    sizes = {image.shape[1:] for image in images}
+    if len(sizes) > 1:
+        told = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise InputError(
+            f"The images have {told} pixels once they are prepared, so they make no batch. Give each alone."
+        )
+    return np.stack(images)
 
 
 def opened_image(given: Any) -> Any:
@@ -136,7 +183,8 @@ class SoundProcessor:
 
     def __init__(self, path: Path, files: Readable | None = None) -> None:
         self._files = files or companions_at(path)
-        self.path, self.config = path, _config(path, self._files, "sounds")
+        self.path, self._settings = path, _config(path, self._files, "sounds")
+        self.config = select(self._settings, _SOUND, str(path / "preprocessor_config.json"))
         self.rate = int(self.config.get("sampling_rate", 16000))
         self.kind = self.config.get("feature_extractor_type")
         self._theirs: Any = None
@@ -170,14 +218,15 @@ class SoundProcessor:
         if self.kind == "Wav2Vec2FeatureExtractor":
             return self._waves(sounds)
         if self._theirs is None:
-            self._theirs = _from_transformers("AutoFeatureExtractor", self._files, self.config)
-        found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np")
+            self._theirs = _from_transformers("AutoFeatureExtractor", str(self.kind), self._files)
+        with _calling_transformers(f"transformers' {self.kind} does not prepare these sounds", InputError):
+            found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np")
         return {name: np.asarray(value) for name, value in found.items()}
 
     @cached_property
     def _log_mel(self) -> LogMel:
         try:
-            return msgspec.convert(self.config, LogMel)
+            return msgspec.convert(self._settings, LogMel)
         except msgspec.ValidationError as error:
             raise FormatError(f"{self.path / 'preprocessor_config.json'}: {error}.") from error
 
@@ -266,19 +315,29 @@ def _config(path: Path, files: Readable, what: str) -> dict[str, Any]:
     return parse_object(data, str(path / "preprocessor_config.json"))
 
 
-def _from_transformers(name: str, files: Readable, config: dict[str, Any]) -> Any:
+def _from_transformers(name: str, kind: str, files: Readable) -> Any:
+    """transformers' own processor. Raises UsageError where it is not installed, ArtifactError where it refuses."""
+    what = f"transformers makes no processor of preprocessor_config.json, {kind}"
     try:
-        with laid_out(files) as path:
+        with _calling_transformers(what, ArtifactError), laid_out(files) as path:
             return getattr(import_module("transformers"), name).from_pretrained(
                 path, trust_remote_code=False, local_files_only=True
             )
     except ImportError as error:
-        kind = config.get("image_processor_type") or config.get("feature_extractor_type")
         raise UsageError(
             f"{kind} is prepared by transformers, which is not installed or lacks something: {error}. "
             f"pip install 'precast[export]'"
         ) from error
+
+
+@contextmanager
+def _calling_transformers(what: str, kind: type[PrecastError]) -> Iterator[None]:
+    """Within, whatever the library raises is of our `kind`, but for what is not installed."""
+    try:
+        yield
+    except (ImportError, MemoryError, PrecastError):
+        raise
     except Exception as error:
         # The library meets broken settings, and those that need code of their own, with errors of any type.
         said = " ".join(str(error).split())
-        raise ArtifactError(f"transformers makes no processor of preprocessor_config.json: {said:.300}") from error
+        raise kind(f"{what}: {type(error).__name__}: {said:.300}") from error
