@@ -89,15 +89,15 @@ def _closure(requirements: list[Requirement], extras: frozenset[str] = frozenset
             yield from _closure(inner, frozenset({"", *asked.extras}))
 
 
-def test_it_holds_three_parts_and_nothing_else(wheel):
+def test_it_holds_three_parts_and_the_module_that_calls_one(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     version = metadata.version("precast")
     parts = {name.split("/")[1] for name in names if name.startswith("precast/")}
-    assert parts == {"exporter", "runtime", "cli"}, "and no precast/__init__.py"
+    assert parts == {"exporter", "runtime", "cli", "__main__.py"}, "and no precast/__init__.py"
     info = f"precast-{version}.dist-info/"
     assert {name for name in names if not name.startswith(("precast/", info))} == set()
-    assert names >= {f"precast/{part}/py.typed" for part in parts}
+    assert names >= {f"precast/{part}/py.typed" for part in parts - {"__main__.py"}}
     assert f"{info}licenses/LICENSE" in names
     on_disk = {
         path.relative_to(ROOT / part).as_posix()
