@@ -223,8 +223,6 @@ def test_without_the_hub_once_it_is_downloaded(hub, new_user, published):
 
 def test_a_cache_two_links_deep_opens(new_user, published):
     """What huggingface_hub makes of files that xet carries: snapshots -> blobs -> one store for all repositories."""
-    import onnxruntime
-
     user = new_user()
     _, logits = user.open()
     shutil.rmtree(user.home / "precast")
@@ -235,9 +233,7 @@ def test_a_cache_two_links_deep_opens(new_user, published):
         blob.rename(shared)
         blob.symlink_to(os.path.relpath(shared, blob.parent))
     (snapshot,) = (cache / "models--user--model" / "snapshots").iterdir()
-    with pytest.raises(Exception, match="escapes"):
-        onnxruntime.InferenceSession(snapshot / "model.onnx")
-
+    # ONNX Runtime before 1.32 refuses to open it from there.
     path, again = user.open(local_files_only=True)
     assert np.array_equal(logits, again)
     assert path.is_relative_to(user.home / "precast")
