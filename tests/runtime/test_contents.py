@@ -20,7 +20,7 @@ from precast.runtime.artifact.onnx_graph import external_files
 from precast.runtime.companions import companions_of, laid_out
 from precast.runtime.engines import onnx as engine
 from precast.runtime.errors import ArtifactError, FormatError, IntegrityError
-from precast.runtime.hub import _additions
+from precast.runtime.hub import _additions, say_left_out
 from precast.runtime.tokenizer import Tokenizer
 
 SHORT, LONG = np.arange(30).reshape(3, 10) + 5, np.arange(90).reshape(3, 30) + 5
@@ -303,13 +303,17 @@ def made(tmp_path):
     return handmade.make(tmp_path / "out")
 
 
-def test_what_was_verified_is_given_and_nothing_else(made, given, monkeypatch):
+def test_what_was_verified_is_given_and_nothing_else(made, given, monkeypatch, capsys):
     (made.path / "bench.json").write_text("{}")
     (made.path / ".gitattributes").write_text("*.data filter=lfs\n")
     expected = {each.relative_to(made.path).as_posix(): each.read_bytes() for each in made.path.rglob("*.*")}
     (made.path / "private.txt").write_text("mine")
     monkeypatch.setattr("precast.runtime.hub.HELD_BYTES", 500)
     assert given(made) == expected
+    assert publish.left_out(made) == ["private.txt"]
+    monkeypatch.setattr("precast.runtime.progress.wanted", lambda: True)
+    say_left_out(made)
+    assert "config.json does not list it: private.txt." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["README.md", "bench.json", ".gitattributes", "model.onnx", "sub/tokenizer.json"])

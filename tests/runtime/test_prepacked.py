@@ -18,7 +18,7 @@ import handmade
 import numpy as np
 import pytest
 
-from precast.runtime import CompiledModel, cache, prepacked
+from precast.runtime import CompiledModel, cache, prepacked, progress
 from precast.runtime.artifact import integrity, locks, read_artifact
 from precast.runtime.artifact.store import sign
 from precast.runtime.engines import Settings, onnx, open_engine
@@ -190,6 +190,39 @@ def test_graphs_of_one_artifact_share_their_weights(checkpoint, artifact, home, 
     assert {path.parent for path in opened} == {static, *others}
 
 
+def test_graphs_that_share_nothing_are_saved_only_up_to_a_multiple(encoder, home, opened, monkeypatch):
+    """Each of many buckets would else keep another copy of the weights."""
+
+    def both() -> list[np.ndarray]:
+        model = CompiledModel.from_pretrained(encoder)
+        found = [model(np.tile(IDS, times)).last_hidden_state for times in (1, 3)]
+        settle()
+        return found
+
+    expected = both()
+    one, other = entries(home)
+    assert (one / DATA).stat().st_ino != (other / DATA).stat().st_ino
+    cache.clear("prepacked")
+    monkeypatch.setattr(prepacked, "MOST", 0.1)
+    assert all(map(np.array_equal, both(), expected))
+    [entry] = entries(home)
+    opened.clear()
+    assert all(map(np.array_equal, both(), expected))
+    assert [path.parent for path in opened] == [entry, encoder], "what has no room is not packed again and again"
+    assert entries(home) == [entry]
+
+
+def test_where_weights_were_saved_is_said_on_a_terminal(encoder, home, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "wanted", lambda: True)
+    answer(encoder)
+    [entry] = entries(home)
+    size = sum(path.stat().st_size for path in entry.iterdir() if path.name != MANIFEST)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "Packed" in line]
+    assert f"(model_16) saved: {size / 1e6:,.1f} MB in {home / 'prepacked'}, for faster loading" in line
+    answer(encoder)
+    assert "Packed" not in capsys.readouterr().err
+
+
 def test_graphs_opened_together_are_published_in_turn(encoder, monkeypatch):
     """Else none would find the others, and each keep its own copy."""
     held = []
@@ -210,6 +243,7 @@ def test_without_hard_links_each_has_its_own(checkpoint, artifact, home, monkeyp
     static = artifact(checkpoint("llama"), prefill_lengths=(8, 16))
     assert sign(b"") is not None, "the key itself is made with a link"
     monkeypatch.setattr(os, "link", unsupported)
+    monkeypatch.setattr(prepacked, "MOST", 9)
     first = _decoded(static)
     assert len({(entry / DATA).stat().st_ino for entry in entries(home)}) == 3
     assert _decoded(static) == first

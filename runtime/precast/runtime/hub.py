@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from .artifact import UNLISTED, Artifact, read_artifact
 from .artifact.integrity import check_hash
-from .artifact.publish import publish, recover, staging, unlisted
+from .artifact.publish import left_out, publish, recover, staging, unlisted
 from .artifact.reach import hub_or_cache
 from .artifact.store import home
 from .errors import ArtifactError, HubError, IntegrityError, PublishError
-from .progress import progress, wanted
+from .progress import progress, say, wanted
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-__all__ = ["locate", "locate_tokenizer", "push"]
+__all__ = ["locate", "locate_tokenizer", "push", "say_left_out"]
 
 HELD_BYTES = 16 * 2**20
 """Smaller files are uploaded from memory. Larger ones go to the Hub's storage for large files, which is told their hash
@@ -109,14 +109,19 @@ def push(
         # upload_folder() makes several commits of a large folder: between them the repository would be broken.
         commit = api.create_commit(
             repo_id,
-            [
-                *added,
-                *(CommitOperationDelete(name) for name in sorted(stale)),
-            ],
+            [*added, *(CommitOperationDelete(name) for name in sorted(stale))],
             commit_message=commit_message,
             revision=revision,
         )
+    say_left_out(artifact)
     return str(commit.commit_url)
+
+
+def say_left_out(artifact: Artifact) -> None:
+    """Name, on a terminal, the files of an artifact's directory that are none of the artifact's."""
+    if names := left_out(artifact):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        say(f"Left out, as {artifact.path / 'config.json'} does not list it: {', '.join(names[:3])}{more}.")
 
 
 def _additions(artifact: Artifact) -> list[CommitOperationAdd]:

@@ -101,9 +101,9 @@ class CompiledModel(ForTransformers):
                 copied at every step: an encoder gains by a GPU, a decoder's caches cost it.
             threads: how many; 0 is one per usable core.
             prepack: when the model is first opened, save its weights as this machine's kernels want them (up to twice
-                their size); later it opens in half the time, and all processes share that memory. The environment
-                can say no for all models, PRECAST_PREPACK=0, and how much may be kept, PRECAST_PREPACK_GB=20.
-                `precast cache` shows and clears it.
+                their size; of graphs that share nothing, no further one once they take 2.5 times that); later it opens
+                in half the time, and all processes share that memory. The environment can say no for all models,
+                PRECAST_PREPACK=0, and how much may be kept, PRECAST_PREPACK_GB=20. `precast cache` shows and clears it.
             variant: the name of the compiled form to use; by default the first that runs here.
             verify: hash every file anew, whatever was verified before.
             sha256: the artifact's digest as you know it; anything else is refused.
@@ -207,6 +207,7 @@ class CompiledModel(ForTransformers):
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:
         """Copy the artifact to a directory, all or nothing. Raises PublishError."""
         copy_artifact(self.artifact, Path(save_directory), force=force)
+        hub.say_left_out(self.artifact)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the artifact as one commit and return the commit's address; options as for `hub.push`.

@@ -32,14 +32,19 @@ from .artifact.integrity import read_regular, remember, sha256_of, verify_files
 from .artifact.schema import File, Graph, Sha256, Variant
 from .artifact.store import home, sign
 from .errors import IntegrityError, UsageError
+from .progress import say
 from .terminal import printable
 
 __all__ = ["DATA", "GRAPH", "Entry", "Packing", "is_wanted"]
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it when what is saved, or how, changes."""
 MIN_BYTES = 16 * 2**20
 """Graphs with less are opened in no time anyway."""
+MOST = 2.5
+"""Once the graphs of an artifact have saved more than so many times its weights, no further one is saved. Where all
+pack the same, as those of a decoder, that is kept once and never reached; the buckets of an encoder differ in what was
+folded for their lengths, and each keeps its own."""
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 THREAD = "precast-prepacked"
 
@@ -64,6 +69,7 @@ def limit() -> int:
 
 class _Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     key: Sha256
+    artifact: Sha256
     model: str
     graph: str
     files: dict[str, File]
@@ -80,9 +86,10 @@ class Entry:
     def __init__(self, artifact: Artifact, variant: Variant, graph: Graph, build: str) -> None:
         files = artifact.contract.files
         self.root, self.model, self.graph = artifact.path, artifact.contract.source.model, graph.name
+        self.artifact = artifact.contract.digest
         self.sources = {name: files[name] for name in (graph.file, *variant.weights)}
         hashes = {name: file.sha256 for name, file in self.sources.items()}
-        self.key = _key([artifact.contract.digest, graph.file, hashes], build)
+        self.key = _key([self.artifact, graph.file, hashes], build)
         self.path = cache.place("prepacked") / self.key
 
     def find(self, *, force: bool = False) -> Path | None:
@@ -99,6 +106,16 @@ class Entry:
             os.utime(self.path / cache.MANIFEST)
         return self.path / GRAPH
 
+    @property
+    def size(self) -> int:
+        """Bytes of the graph and its weights, as the artifact has them."""
+        return sum(file.size for file in self.sources.values())
+
+    def has_room(self) -> bool:
+        """Whether what other graphs of the artifact have saved leaves room for this one: see MOST."""
+        others = [each for each in cache.kept("prepacked") if _artifact_of(each.path) == self.artifact]
+        return cache.total_bytes(others) <= MOST * self.size
+
     def drop(self, reason: str) -> None:
         """Remove what cannot be used, and say so."""
         _log.warning("The packed weights of %s are not used: %s", printable(self.model), reason)
@@ -107,9 +124,9 @@ class Entry:
 
     def pack(self) -> Packing | None:
         """A place to pack into; None where it is not worth it, or nothing can be kept."""
-        size = sum(file.size for file in self.sources.values())
+        size = self.size
         # Both forms of the weights are saved: the kernels that are not among the packed ones read the first.
-        if size < MIN_BYTES or 2 * size > limit() or sign(b"") is None:
+        if size < MIN_BYTES or 2 * size > limit() or sign(b"") is None or not self.has_room():
             return None
         try:
             if shutil.disk_usage(_existing(self.path)).free < 3 * size:
@@ -148,13 +165,22 @@ class Packing:
     def _publish(self) -> None:
         entry = self._entry
         try:
+            if not entry.has_room():
+                return
             # What was packed just now may no longer be what was verified when the artifact was opened.
             verify_files(entry.root, entry.sources)
             files = {path.name: _file(path) for path in sorted(self.path.iterdir())}
             self._share(files)
-            _write(self.path, _Manifest(key=entry.key, model=entry.model, graph=entry.graph, files=files))
+            added = sum(found.st_size for found in map(Path.stat, self.path.iterdir()) if found.st_nlink == 1)
+            _write(self.path, _Manifest(
+                key=entry.key, artifact=entry.artifact, model=entry.model, graph=entry.graph, files=files
+            ))  # fmt: skip
             self._stage.publish(entry.path)
             remember(entry.path, files)
+            say(
+                f"Packed weights of {entry.model} ({entry.graph}) saved: {added / 1e6:,.1f} MB in {entry.path.parent}, "
+                f"for faster loading. `precast cache list` shows them, PRECAST_PREPACK=0 saves none."
+            )
             cache.trim("prepacked", limit(), entry.path)
         except (OSError, IntegrityError) as error:
             # Another process may have been faster; else the next load tries again.
@@ -185,6 +211,14 @@ def _holders(data: File) -> dict[Path, dict[str, File]]:
                 verify_files(path, known)
                 found[path] = known
     return found
+
+
+def _artifact_of(path: Path) -> str | None:
+    """The digest of the artifact that an entry belongs to; None where it is not one of ours."""
+    try:
+        return _read(path).artifact
+    except (OSError, IntegrityError):
+        return None
 
 
 def _key(content: list[Any], build: str) -> str:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING
 
+from .terminal import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["progress", "quiet", "wanted"]
+__all__ = ["progress", "quiet", "say", "wanted"]
 
 DELAY_SECONDS = 0.5
 _is_quiet = Event()
@@ -26,6 +28,12 @@ def quiet() -> None:
 def wanted() -> bool:
     """Whether bars are shown at all: on a terminal, unless `quiet()` was called."""
     return sys.stderr.isatty() and not _is_quiet.is_set()
+
+
+def say(text: str) -> None:
+    """One line where bars are shown; it may hold words of other people."""
+    if wanted():
+        sys.stderr.write(printable(text, keep="") + "\n")
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from .schema import Contract, File
 from .store import fsync
 
 __all__ = [
-    "check_target", "copy_artifact", "hash_files", "publish", "recover", "staging", "unlisted", "write_config",
+    "check_target", "copy_artifact", "hash_files", "left_out", "publish", "recover", "staging", "unlisted",
+    "write_config",
 ]  # fmt: skip
 
 _RENAME_EXCHANGE = 2
@@ -208,6 +209,12 @@ def unlisted(artifact: Artifact) -> dict[str, bytes]:
     if "config.json" not in found or parse_artifact(found["config.json"], artifact.path).contract != artifact.contract:
         raise IntegrityError(f"{artifact.path} now holds another artifact than the one that was opened. Open it again.")
     return found
+
+
+def left_out(artifact: Artifact) -> list[str]:
+    """What else lies in an artifact's directory, and goes nowhere with it."""
+    found = (path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if not path.is_dir())
+    return sorted(set(found) - set(artifact.contract.files) - UNLISTED)
 
 
 def recover(target: Path) -> None:
