@@ -59,7 +59,7 @@ class Encoder(CompiledModel):
         """
         specs = self.variant.graphs[0].inputs
         given = named_inputs(specs, tensors, named)
-        limits = {"input_ids": self._vocabulary(), "token_type_ids": self.config.get("type_vocab_size")}
+        limits = {"input_ids": self._vocabulary(), "token_type_ids": self._segments()}
         frames = self.variant.graphs[0].frames
         rows = read_rows(specs, {name: to_numpy(value) for name, value in given.items()}, limits, frames)
         parts = [rows.part(specs, part) for part in self._slices(rows.sizes["batch"])]
@@ -71,6 +71,10 @@ class Encoder(CompiledModel):
             for spec in self.variant.graphs[0].outputs
         }
         return ModelOutput(outputs)
+
+    def _segments(self) -> int | None:
+        found = self.config.get("type_vocab_size")
+        return found if type(found) is int and found > 0 else None
 
     @property
     def inputs(self) -> list[str]:

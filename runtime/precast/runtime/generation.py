@@ -9,10 +9,9 @@ from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 import msgspec
-import numpy as np
 
 from .errors import InputError
-from .tensors import to_numpy
+from .tensors import plain
 
 __all__ = ["GenerationConfig"]
 
@@ -146,7 +145,7 @@ class GenerationConfig:
         known = {field.name for field in fields(cls)}
         for name, value in raw.items():
             if name not in known:
-                _refuse_unless_neutral(name, _plain(value), origin)
+                _refuse_unless_neutral(name, plain(value), origin)
         try:
             return cls(**{name: value for name, value in raw.items() if name in known})
         except InputError as error:
@@ -263,19 +262,11 @@ def _types() -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any) -> Any:
-    plain = _plain(value)
+    given = plain(value)
     try:
-        return msgspec.convert(plain, _types()[name])
+        return msgspec.convert(given, _types()[name])
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
-        raise InputError(f"{name}={plain!r:.80} is of the wrong type or size: {error}.") from None
-
-
-def _plain(value: Any) -> Any:
-    """With Python's own numbers and lists in place of numpy's and torch's."""
-    value = to_numpy(value)
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    return [_plain(each) for each in value] if isinstance(value, list | tuple | set) else value
+        raise InputError(f"{name}={given!r:.80} is of the wrong type or size: {error}.") from None
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -38,7 +38,7 @@ def select(values: Mapping[str, Any], types: Mapping[str, Any], name: str) -> di
     for key, kind in types.items():
         if values.get(key) is not None:
             try:
-                found[key] = msgspec.convert(values[key], kind)
+                found[key] = msgspec.convert(values[key], kind, str_keys=True)
             except (msgspec.ValidationError, UnicodeEncodeError) as error:
                 raise FormatError(f"{name} has {key}: {json.dumps(values[key]):.60}. {error}.") from None
     return found

@@ -15,6 +15,7 @@ from .generative import Generation, check_streamer
 from .languages import CODES
 from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
+from .published import select
 from .sampling import Processor
 from .seq2seq import EncoderCall, EncoderDecoder
 from .tensors import ModelOutput, like, to_numpy
@@ -43,10 +44,24 @@ _OWN = frozenset(
 )
 
 
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(["lang_to_id", "task_to_id"], dict[str, int]),
+    **dict.fromkeys(["language", "task"], str),
+    **dict.fromkeys(["is_multilingual", "return_timestamps"], bool),
+    "forced_decoder_ids": list[tuple[int, int | None]],
+    "no_timestamps_token_id": int,
+}
+
+
 class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
     """Whisper: what is said in up to 30 seconds of sound, or its English translation, without timestamps."""
 
     task = "automatic-speech-recognition"
+
+    @cached_property
+    def _whispers(self) -> dict[str, Any]:
+        """What generation_config.json says besides. Raises FormatError for a wrong type."""
+        return select(self._generation_file, _TYPES, str(self.artifact.path / "generation_config.json"))
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
@@ -110,7 +125,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        if return_timestamps or (return_timestamps is None and self._generation_file.get("return_timestamps")):
+        if return_timestamps or (return_timestamps is None and self._whispers.get("return_timestamps")):
             raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
         sources = self._sources(input_features)
         config = self._config(generation_config, options)
@@ -166,17 +181,19 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         self, sources: list[Array], config: GenerationConfig, language: str | Sequence[str] | None, task: str | None
     ) -> list[Array]:
         """What each answer begins with: start, language, task, and that there are no timestamps."""
-        file = self._generation_file
+        file = self._whispers
         language, task = language or file.get("language"), task or file.get("task")
         if file.get("is_multilingual") is False and (language or task):
             raise InputError("This model knows English only; leave language and task out.")
         first = [self.start_token(config), *(self._legacy() if language is None and task is None else [])]
         languages = self._languages(sources, first, language, config)
-        return [np.array(self._completed(first, code, language is not None, task), np.int64) for code in languages]
+        rows = [self._completed(first, code, language is not None, task) for code in languages]
+        return [as_ids(row, self._vocabulary(), "What generation_config.json begins with", ("length",)) for row in rows]
 
     def _legacy(self) -> list[int | None]:
         """What older checkpoints force after the start, position by position; None stands for the language."""
-        found = self._generation_file.get("forced_decoder_ids") or self.config.get("forced_decoder_ids") or []
+        older = select(self.config, {"forced_decoder_ids": _TYPES["forced_decoder_ids"]}, "config.json")
+        found = self._whispers.get("forced_decoder_ids") or older.get("forced_decoder_ids") or []
         return [token for _, token in found]
 
     def _languages(
@@ -184,9 +201,11 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         config: GenerationConfig,
     ) -> list[int | None]:  # fmt: skip
         """The language's token for each source, None where the model has none or it is set already."""
-        known = self._generation_file.get("lang_to_id")
+        known = self._whispers.get("lang_to_id")
         if language is not None:
             given = [language] * len(sources) if isinstance(language, str) else list(language)
+            if wrong := [name for name in given if not isinstance(name, str)]:
+                raise InputError(f"language is a name, a code, or one for each row; this is {wrong[0]!r:.40}.")
             if len(given) != len(sources):
                 raise InputError(f"language names {len(given)} languages; there are {len(sources)} rows.")
             return [self._language_id(name, known or {}) for name in given]
@@ -209,14 +228,14 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
 
     def _completed(self, first: list[int | None], code: int | None, is_chosen: bool, task: str | None) -> list[int]:
         """`first` with the language's `code`, the task, and the word that no timestamps follow."""
-        row, tasks = list(first), self._generation_file.get("task_to_id", {})
+        row, tasks = list(first), self._whispers.get("task_to_id", {})
         if code is not None:
             row[1:2] = [code]
         if task is not None and task not in tasks:
             raise InputError(f"task={task!r} is none that this model knows: {', '.join(tasks) or 'it names none'}.")
         if tasks and (task or is_chosen):
-            row.append(tasks[task or "transcribe"])
-        silent = self._generation_file.get("no_timestamps_token_id")
+            row.append(tasks.get(task or "transcribe"))
+        silent = self._whispers.get("no_timestamps_token_id")
         if silent is not None and row[-1] != silent:
             row.append(silent)
         return [token for token in row if token is not None]

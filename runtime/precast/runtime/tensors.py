@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import OutOfMemoryError, UsageError
 
-__all__ = ["ModelOutput", "allocate", "as_tensors", "like", "storage", "to_numpy", "zeros"]
+__all__ = ["ModelOutput", "allocate", "as_tensors", "like", "plain", "storage", "to_numpy", "zeros"]
 
 
 def storage(dtype: str) -> str:
@@ -58,6 +58,14 @@ def zeros(wanted: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, np.ndarr
 def to_numpy(value: Any) -> Any:
     """A torch tensor as a numpy array, anything else as it is."""
     return value.detach().cpu().numpy() if _is_tensor(value) else value
+
+
+def plain(value: Any) -> Any:
+    """With Python's own numbers and lists in place of numpy's and torch's."""
+    value = to_numpy(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return [plain(each) for each in value] if isinstance(value, list | tuple | set) else value
 
 
 def like(example: Any, array: np.ndarray[Any, Any]) -> Any:

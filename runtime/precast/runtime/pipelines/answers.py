@@ -103,7 +103,9 @@ class QuestionAnsweringPipeline(TextPipeline):
 
 
 def _question_and_context(given: Any) -> tuple[str, str]:
-    if not (isinstance(given, dict) and {"question", "context"} == given.keys()):
+    if not (isinstance(given, dict) and {"question", "context"} == given.keys()) or not all(
+        isinstance(text, str) for text in given.values()
+    ):
         raise InputError(f'An input is {{"question": text, "context": text}}; this is {given!r:.80}.')
     if not given["context"].strip() or not given["question"].strip():
         raise InputError("The question or its context is empty.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ..companions import companions_of
 from ..errors import ArtifactError
+from ..published import parse_object, select
 from .base import Batch, Pipeline
 from .generation import GeneratingPipeline
 from .processors import SoundProcessor
@@ -102,7 +103,11 @@ class SpeechRecognitionPipeline(_SoundPipeline):
 
     def _text(self, ids: np.ndarray[Any, Any]) -> str:
         spelled = self._spelling
-        kept = [spelled["tokens"][index] for index, _ in groupby(ids.tolist()) if index != spelled["blank"]]
+        kept = [
+            spelled["tokens"].get(index, spelled["unknown"])
+            for index, _ in groupby(ids.tolist())
+            if index != spelled["blank"]
+        ]
         text = "".join(" " if token == spelled["space"] else token for token in kept).strip()
         return text.lower() if spelled["lower"] else text
 
@@ -112,12 +117,36 @@ class SpeechRecognitionPipeline(_SoundPipeline):
         vocabulary = artifact.contents.get("vocab.json")
         if vocabulary is None:
             raise ArtifactError(f"{artifact.path} has no vocab.json, which says what the model's classes spell.")
-        words = json.loads(vocabulary)
-        config = json.loads(artifact.contents.get("tokenizer_config.json") or b"{}")
+        name = str(artifact.path / "tokenizer_config.json")
+        given = parse_object(artifact.contents.get("tokenizer_config.json") or b"{}", name)
+        config = select(given, _SPELLING, name)
+        words = parse_object(vocabulary, str(artifact.path / "vocab.json"))
         # A vocabulary for several languages has one inside for each.
-        words = words.get(config.get("target_lang"), words)
-        added = {int(index): token["content"] for index, token in config.get("added_tokens_decoder", {}).items()}
+        words = words.get(config.get("target_lang", ""), words)
+        words = select({"words": words}, {"words": dict[str, int]}, str(artifact.path / "vocab.json"))["words"]
+        added = {index: token.content for index, token in config.get("added_tokens_decoder", {}).items()}
         tokens = {**added, **{index: token for token, index in words.items()}}
-        blank = words.get(config.get("pad_token", "<pad>"))
-        return {"tokens": tokens, "blank": blank, "space": config.get("word_delimiter_token", "|"),
-                "lower": bool(config.get("do_lower_case"))}  # fmt: skip
+        written = {name: _content(config.get(f"{name}_token", usual)) for name, usual in _USUAL.items()}
+        return {"tokens": tokens, "blank": words.get(written["pad"]), "space": written["word_delimiter"],
+                "unknown": written["unk"], "lower": config.get("do_lower_case", False)}  # fmt: skip
+
+
+_USUAL = {"pad": "<pad>", "word_delimiter": "|", "unk": "<unk>"}
+
+
+class _Added(msgspec.Struct):
+    content: str
+
+
+_SPELLING: dict[str, Any] = {
+    "target_lang": str,
+    "pad_token": str | _Added,
+    "word_delimiter_token": str | _Added,
+    "unk_token": str | _Added,
+    "do_lower_case": bool,
+    "added_tokens_decoder": dict[int, _Added],
+}
+
+
+def _content(token: str | _Added) -> str:
+    return token if isinstance(token, str) else token.content

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any, get_type_hints
 
+import msgspec
 import numpy as np
 import tokenizers
 
 from ..arguments import refuse_unknown
-from ..errors import InputError
-from ..tensors import ModelOutput
+from ..errors import InputError, UsageError
+from ..tensors import ModelOutput, plain
 from ..tokenizer import Tokenizer
 
 __all__ = ["Batch", "Pipeline", "TextPipeline"]
@@ -137,6 +138,9 @@ class Pipeline:
         """The options of each step. Raises UsageError for one that none takes."""
         stages = [{name: options[name] for name in _options(type(self), stage) if name in options} for stage in _STAGES]
         rest = {name: value for name, value in options.items() if not any(name in stage for stage in stages)}
+        for stage, given in zip(_STAGES, stages, strict=True):
+            for name, value in given.items():
+                _check_option(type(self), stage, name, value)
         refuse_unknown(type(self).__name__, options, [*self.option_names(), *self.passed_on(self.model)])
         stages[1].update(rest)
         return stages
@@ -182,6 +186,22 @@ def _text_and_pair(given: Any) -> tuple[str, str | None]:
     if isinstance(given, dict) and "text" in given and given.keys() <= {"text", "text_pair"}:
         return given["text"], given.get("text_pair")
     raise InputError(f'An input is a text, or {{"text": …, "text_pair": …}}; this is {given!r:.80}.')
+
+
+def _check_option(cls: type[Pipeline], stage: str, name: str, value: Any) -> None:
+    """Raise UsageError for an option of another type than its step says, or for a count below 0."""
+    given = plain(value)
+    try:
+        msgspec.convert(given, _kinds(getattr(cls, stage))[name])
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
+        raise UsageError(f"{name}={given!r:.80} is of the wrong type: {error}.") from None
+    if isinstance(given, int) and given < 0:
+        raise UsageError(f"{name}={given} must not be below 0.")
+
+
+@cache
+def _kinds(step: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(step)
 
 
 def _options(cls: type[Pipeline], stage: str) -> list[str]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..errors import InputError
 from .base import Array, Batch, TextPipeline
-from .scores import best, softmax
+from .scores import best, labels, softmax
 
-__all__ = ["MultipleChoicePipeline", "ZeroShotClassificationPipeline", "labels_of"]
+__all__ = ["MultipleChoicePipeline", "ZeroShotClassificationPipeline", "hypothesis", "labels_of"]
 
 
 class ZeroShotClassificationPipeline(TextPipeline):
@@ -35,16 +35,16 @@ class ZeroShotClassificationPipeline(TextPipeline):
             truncation: cut texts that are longer than compiled for, instead of refusing them.
         """
         texts, is_one = self._listed(inputs)
-        labels = labels_of(candidate_labels)
-        if hypothesis_template.format(labels[0]) == hypothesis_template:
-            raise InputError(f"hypothesis_template={hypothesis_template!r} has no {{}}, where the label goes.")
+        names = labels_of(candidate_labels)
         length = self._longest() if truncation else None
         encodings = [
-            self.tokenizer.encodings(text, hypothesis_template.format(name), length=length, strategy="only_first")[0]
+            self.tokenizer.encodings(text, hypothesis(hypothesis_template, name), length=length, strategy="only_first")[
+                0
+            ]
             for text in texts
-            for name in labels
+            for name in names
         ]
-        return Batch(self._arrays(encodings), texts, is_one, labels=labels)
+        return Batch(self._arrays(encodings), texts, is_one, labels=names)
 
     def postprocess(self, outputs: Batch, *, multi_label: bool = False) -> Any:
         """{"sequence", "labels", "scores"} for each text, the likeliest label first.
@@ -54,13 +54,13 @@ class ZeroShotClassificationPipeline(TextPipeline):
             multi_label: whether several labels can be right: each is scored by itself, entailment against
                 contradiction. Otherwise the scores sum to 1.
         """
-        labels = outputs.notes["labels"]
-        scores = self._scores(outputs["logits"].reshape(len(outputs.inputs), len(labels), -1), multi_label)
+        names = outputs.notes["labels"]
+        scores = self._scores(outputs["logits"].reshape(len(outputs.inputs), len(names), -1), multi_label)
         answers = []
         for text, row in zip(outputs.inputs, scores, strict=True):
             order = best(row, None)
             answers.append(
-                {"sequence": text, "labels": [labels[at] for at in order], "scores": [float(row[at]) for at in order]}
+                {"sequence": text, "labels": [names[at] for at in order], "scores": [float(row[at]) for at in order]}
             )
         return outputs.answer(answers)
 
@@ -73,10 +73,10 @@ class ZeroShotClassificationPipeline(TextPipeline):
         return softmax(logits[..., entailment])
 
     def _entailment(self) -> int:
-        names = self.model.config.get("id2label", {})
+        names = labels(self.model.config)
         for index, name in names.items():
             if name.lower().startswith("entail"):
-                return int(index)
+                return index
         raise InputError(
             f"Zero-shot classification takes a model of natural language inference, one of whose labels is "
             f"'entailment'; this model's are: {', '.join(names.values()) or 'unnamed'}."
@@ -121,13 +121,25 @@ class MultipleChoicePipeline(TextPipeline):
 def labels_of(given: str | Sequence[str]) -> list[str]:
     """The labels that were named, in a list or with commas between them. Raises InputError where there is none."""
     names = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
-    labels = [name for name in names if name]
-    if not labels:
+    found = [name for name in names if name]
+    if not found or not all(isinstance(name, str) for name in found):
         raise InputError("Name the labels to choose from: candidate_labels=['politics', 'sports'].")
-    return labels
+    return found
+
+
+def hypothesis(template: str, name: str) -> str:
+    """The sentence that a template makes of a label. Raises InputError where it has no place for it."""
+    try:
+        sentence = template.format(name)
+    except (ValueError, LookupError, AttributeError) as error:
+        raise InputError(f"hypothesis_template={template!r} takes no label: {error}.") from None
+    if sentence == template:
+        raise InputError(f"hypothesis_template={template!r} has no {{}}, where the label goes.")
+    return sentence
 
 
 def _prompt_and_choices(given: Any) -> tuple[str, list[str]]:
-    if isinstance(given, dict) and given.keys() == {"prompt", "choices"} and given["choices"]:
-        return given["prompt"], list(given["choices"])
+    choices = given.get("choices") if isinstance(given, dict) and given.keys() == {"prompt", "choices"} else None
+    if choices and isinstance(choices, list | tuple):
+        return given["prompt"], list(choices)
     raise InputError(f'An input is {{"prompt": text, "choices": [text, …]}}; this is {given!r:.80}.')

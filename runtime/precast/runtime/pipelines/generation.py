@@ -143,6 +143,8 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
             prefix: what the model wants in front of each text; by default what its config.json says for the task.
         """
         given, is_one = self._listed(inputs)
+        if wrong := [each for each in given if not isinstance(each, str)]:
+            raise InputError(f"An input is a text; this is {wrong[0]!r:.80}.")
         prefix = self._own_prefix() if prefix is None else prefix
         return self._batch([self._encoding(prefix + text, None, truncation) for text in given], given, is_one)
 
@@ -158,8 +160,10 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
         return outputs.answer([[{self.key: text} for text in texts] for texts in self._texts(outputs)])
 
     def _own_prefix(self) -> str:
-        known = (self.model.config.get("task_specific_params") or {}).get(self.task) or {}
-        return str(known.get("prefix") or self.model.config.get("prefix") or "")
+        tasks = self.model.config.get("task_specific_params")
+        known = tasks.get(self.task) if isinstance(tasks, dict) else None
+        own = known.get("prefix") if isinstance(known, dict) else None
+        return str(own or self.model.config.get("prefix") or "")
 
 
 class SummarizationPipeline(Text2TextGenerationPipeline):

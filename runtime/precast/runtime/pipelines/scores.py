@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["best", "label", "sigmoid", "softmax"]
+__all__ = ["best", "label", "labels", "sigmoid", "softmax"]
 
 Array = np.ndarray[Any, Any]
 
@@ -26,7 +26,14 @@ def sigmoid(logits: Array) -> Array:
 
 def label(config: dict[str, Any], index: int) -> str:
     """What the checkpoint calls class `index`; LABEL_0 and so on where it has no names, as in transformers."""
-    return str(config.get("id2label", {}).get(str(index), f"LABEL_{index}"))
+    return labels(config).get(index, f"LABEL_{index}")
+
+
+def labels(config: dict[str, Any]) -> dict[int, str]:
+    """The names of classes, by their numbers; none where the configuration has none that are."""
+    found = config.get("id2label")
+    names = found if isinstance(found, dict) else {}
+    return {int(index): str(name) for index, name in names.items() if index.isdecimal()}
 
 
 def best(scores: Array, count: int | None) -> list[int]:

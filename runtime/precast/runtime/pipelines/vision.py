@@ -12,7 +12,7 @@ import numpy as np
 from ..companions import companions_of
 from ..errors import InputError
 from .base import Array, Batch, Pipeline
-from .choices import labels_of
+from .choices import hypothesis, labels_of
 from .processors import ImageProcessor, opened_image, resized
 from .scores import best, label, sigmoid, softmax
 from .text import classify
@@ -149,7 +149,7 @@ class ZeroShotImageClassificationPipeline(_ImagePipeline):
         """
         labels = labels_of(candidate_labels)
         batch = super().preprocess(inputs)
-        texts = [self._encoding(hypothesis_template.format(name)) for name in labels]
+        texts = [self._encoding(hypothesis(hypothesis_template, name)) for name in labels]
         arrays = {name: rows for name, rows in self.tokenizer.pad(texts).items() if name in self.model.inputs}
         return Batch({**batch, **arrays}, batch.inputs, batch.is_one, labels=labels, texts=list(arrays))
 
