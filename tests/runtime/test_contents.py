@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from precast.runtime import CompiledModel
 from precast.runtime.artifact import publish, read_artifact
+from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.artifact.onnx_graph import external_files
 from precast.runtime.companions import companions_of, laid_out
 from precast.runtime.engines import onnx as engine
@@ -347,3 +348,9 @@ def test_another_artifact_in_its_place_is_not_given(made, given):
     handmade.make(made.path, "new", force=True)
     with pytest.raises(IntegrityError, match="now holds another artifact than the one that was opened"):
         given(made)
+
+
+def test_a_small_file_takes_little_memory_whatever_the_limit(tmp_path):
+    (tmp_path / "small").write_bytes(b"small")
+    assert read_regular(tmp_path / "small", 2**60) == b"small"
+    assert read_regular(tmp_path / "small", 3) == b"smal", "one byte more than allowed says that it is too large"

@@ -76,9 +76,11 @@ def read_regular(path: Path, limit: int) -> bytes:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return file.read(limit + 1)
+        # Python sets aside as much as is asked for.
+        return file.read(min(limit, found.st_size) + 1)
 
 
 def open_regular(root: Path, name: str) -> int:
