@@ -198,7 +198,7 @@ ROWS = [
 ]
 SMALL = "--sequence-length 48 --no-validate"
 NEURON = "--backend neuron --instance-type inf2"
-# The commands around options that are named alone; whole commands of the table are run as they are.
+# By how a wish begins, the commands around options that are named alone; whole commands are run as they are.
 TYPED = {
     "a GGUF file": ["precast export model.gguf -o grid --sequence-length 48 --quantize source"],
     "a smaller and faster model": [
@@ -212,15 +212,13 @@ TYPED = {
     "every dimension fixed, the decode step too": [
         "precast export MODEL -o fixed --sequence-length 512 --no-validate --prefill-lengths 64,256"
     ],
-    "native code instead of a graph, the fastest there is for decoders": [
-        f"precast export MODEL -o native {SMALL} --backend aoti"
-    ],
+    "native code instead of a graph": [f"precast export MODEL -o native {SMALL} --backend aoti"],
     "the fastest backend for this machine": [f"precast export MODEL -o fastest {SMALL} --backend auto"],
     "bfloat16 or float16, in all or in products of matrices only": [
         f"precast export MODEL -o narrow {SMALL} --backend export --dtype bfloat16",
         f"precast export MODEL -o products {SMALL} --backend export --auto-cast matmul",
     ],
-    "AWS Inferentia or Trainium": [f"precast export MODEL -o neuron {SMALL} {NEURON} --prefill-lengths 8"],
+    "AWS Inferentia or Trainium": [f"precast export MODEL -o cores {SMALL} {NEURON} --prefill-lengths 8"],
     "the same artifact for hosts without that device": [
         f"precast export MODEL -o both {SMALL} {NEURON} --prefill-lengths 8 --also onnx"
     ],
@@ -229,7 +227,7 @@ TYPED = {
     ],
     "to know how fast it is here": ["precast bench out --compare OTHER"],
     "machine-readable answers": ["precast inspect out --json"],
-    "completion in your shell": ["bash -c 'eval \"$(precast completion bash)\"'"],
+    "completion in your shell": ["bash -c 'eval \"$(precast completion bash)\" && complete -p precast'"],
 }
 # The device's own tests are tests/runtime/test_providers.py.
 ELSEWHERE = ["to run an ONNX graph on a GPU, or by OpenVINO"]
@@ -239,7 +237,7 @@ def _typed(wish: str, said: str) -> list[str]:
     """The commands of a row; the options that it names are in one of them."""
     spans = re.findall(r"`([^`]+)`", said)
     whole = [span.replace("…", "--prompt 'Water boils'") for span in spans if span.startswith("precast ")]
-    commands = [*whole, *TYPED.get(wish, [])]
+    commands = [*whole, *(command for start, own in TYPED.items() if wish.startswith(start) for command in own)]
     named = [piece.strip() for span in spans if span[0] == "-" for piece in span.split("…")]
     assert all(any(piece in command for command in commands) for piece in named), f"{wish}: {named} in {commands}"
     return commands
@@ -263,7 +261,7 @@ def test_you_get_what_you_want(reader, wish, said, tmp_path, monkeypatch):
 def test_every_row_has_its_commands():
     for wish, said in ROWS:
         assert wish in ELSEWHERE or _typed(wish, said), wish
-    assert set(TYPED) <= {wish for wish, _ in ROWS}
+    assert all(any(wish.startswith(start) for wish, _ in ROWS) for start in TYPED)
 
 
 # ------------------------------------------------------------ commands within sentences
