@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,3 +129,33 @@ def test_a_configuration_without_a_vocabulary_is_the_logits(changed, decoder, wr
     model = CompiledModel.from_pretrained(path, prepack=False)
     with pytest.raises(ValueError, match=r"the id -3; the model's vocabulary is 0\.\.319"):
         model.generate(np.array([[5, -3]]))
+
+
+OLD = Path(__file__).parents[1] / "artifacts" / "0.1.0"
+TOGETHER = {
+    "one name": ("decoder", lambda second: second.update(name="model"), "two graphs of one name among model, model"),
+    "other caches": (
+        "decoder",
+        lambda second: [second["inputs"][4].update(name="x"), second["cache"][0].update(key_in="x")],
+        "decoders among model, second that differ in their caches or vocabulary",
+    ),
+    "another vocabulary": (
+        "decoder", lambda second: second["outputs"][0]["shape"].__setitem__(2, 7), "differ in their caches",
+    ),
+    "other outputs": (
+        "encoder", lambda second: second["outputs"][0].update(name="x"), "encoders among model, second that differ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_graphs_of_a_variant_go_together(name, changed):
+    kind, differ, words = TOGETHER[name]
+
+    def add(config, contract, graph):
+        second = json.loads(json.dumps(graph)) | {"name": "second"}
+        differ(second)
+        contract["variants"][0]["graphs"].append(second)
+
+    with pytest.raises(FormatError, match=words):
+        read_artifact(changed(OLD / kind, add))

@@ -14,19 +14,17 @@ import msgspec
 from ..errors import ArtifactError, FormatError
 from ..terminal import quoted
 from . import optimum_neuron, strict_json
-from .graphs import DECODER_INPUTS, OF_TEXT, graph_problem
+from .graphs import DECODER_INPUTS, OF_TEXT, ROWS, graph_problem, variant_problem
 from .integrity import Contents, read_regular
 from .schema import FORMAT_VERSION, Contract, File, Graph, Input, Variant
 from .tasks import kind_of_roles, tasks_named
 
 __all__ = [
-    "DECODER_INPUTS", "UNLISTED", "Artifact", "contract_digest", "is_artifact", "parse_artifact", "read_artifact",
-    "render_config", "vocabulary_of",
+    "DECODER_INPUTS", "ROWS", "UNLISTED", "Artifact", "contract_digest", "is_artifact", "parse_artifact",
+    "read_artifact", "render_config", "vocabulary_of",
 ]  # fmt: skip
 
 KEY = "precast"
-ROWS = "rows"
-"""A decoder's input, int64 [rows], 0, 1, …: the rows of its caches that attention looks at."""
 ENCODER_MASK = "encoder_attention_mask"
 """An encoder-decoder's input, int64 [batch, positions], that says which encoded positions are no padding."""
 UNLISTED = frozenset({"config.json", "README.md", "bench.json", ".gitattributes"})
@@ -168,6 +166,8 @@ def _check(contract: Contract, config: dict[str, Any], path: Path) -> None:
                     f"{path / 'config.json'}: no encoder of variant {variant.name!r} makes the input {unfed[0]!r} of "
                     f"graph {graph.name!r}."
                 )
+        if problem := variant_problem(variant):
+            raise FormatError(f"{path / 'config.json'}: variant {variant.name!r} {problem}.")
 
 
 def _check_task(variant: Variant, task: str, path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from .schema import Axis, Dim, Graph, Input, Output, State
+from .schema import Axis, Dim, Graph, Input, Output, State, Variant
 
-__all__ = ["DECODER_INPUTS", "OF_TEXT", "graph_problem"]
+__all__ = ["DECODER_INPUTS", "OF_TEXT", "ROWS", "graph_problem", "variant_problem"]
 
 DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
 """The first inputs of every decoder graph; its caches follow."""
 
+ROWS = "rows"
+"""A decoder's input, int64 [rows], 0, 1, …: the rows of its caches that attention looks at."""
 OF_TEXT: tuple[Axis | None, ...] = ("batch", "length")
 """The dimensions of an input that names none: format 1 had no names, as all were of text."""
 _MOST_NUMBERS = 2**40
@@ -24,6 +26,31 @@ _RANGES = {"int64": 2**63, "int32": 2**31, "int8": 2**7, "uint8": 2**8, "bool": 
 def graph_problem(graph: Graph, vocabulary: int | None) -> str | None:
     """What is wrong with a graph of a model with so many tokens, as the end of a sentence; None for a good one."""
     return next(_problems(graph, vocabulary), None)
+
+
+def variant_problem(variant: Variant) -> str | None:
+    """What is wrong with the graphs of a variant together, as the end of a sentence; None for good ones."""
+    names = [graph.name for graph in variant.graphs]
+    if len(set(names)) != len(names):
+        return f"has two graphs of one name among {', '.join(names[:8])}"
+    decoders = [graph for graph in variant.graphs if graph.role != "encode"]
+    if len({_held(graph) for graph in decoders}) > 1:
+        return f"has decoders among {', '.join(names[:8])} that differ in their caches or vocabulary"
+    if not decoders and len({_asked(graph) for graph in variant.graphs}) > 1:
+        return f"has encoders among {', '.join(names[:8])} that differ in the names of their inputs or outputs"
+    return None
+
+
+def _held(graph: Graph) -> str:
+    """What all decoders of a variant share: whichever runs, it goes on from what another left."""
+    kept = [(spec.name, spec.dtype, spec.shape) for spec in graph.inputs[len(DECODER_INPUTS) :] if spec.name != ROWS]
+    return repr((graph.capacity, graph.outputs[:1] and graph.outputs[0].shape[-1:], sorted(kept, key=repr)))
+
+
+def _asked(graph: Graph) -> str:
+    """What all encoders of a variant share: a caller's inputs go to whichever is long enough."""
+    inputs = [(spec.name, spec.dtype, spec.axes) for spec in graph.inputs]
+    return repr((inputs, [(spec.name, spec.dtype, spec.slice) for spec in graph.outputs]))
 
 
 def _problems(graph: Graph, vocabulary: int | None) -> Iterator[str]:
