@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .artifact import strict_json
+from .artifact.machine import memory_bytes
 from .errors import FormatError
 
 __all__ = ["open_weights", "weight_of"]
@@ -108,7 +109,7 @@ class _File:
             raise self._wrong(f"{name[:80]!r} is not described by its dtype, shape and data_offsets")
         if not isinstance(value["dtype"], str) or value["dtype"] not in _DTYPES:
             raise self._wrong(f"{name[:80]!r} has the dtype {str(value['dtype'])[:20]!r}")
-        shape, offsets = self._numbers(name, value["shape"]), self._numbers(name, value["data_offsets"])
+        shape, offsets = self._shape(name, value["shape"]), self._numbers(name, value["data_offsets"])
         if len(offsets) != 2 or offsets[0] > offsets[1]:
             raise self._wrong(f"{name[:80]!r} lies between the offsets {offsets[:4]}")
         return _Entry(_DTYPES[value["dtype"]], shape, *offsets)
@@ -118,6 +119,14 @@ class _File:
         if not is_good or not all(type(value) is int and 0 <= value < 2**48 for value in values):
             raise self._wrong(f"{name[:80]!r} has sizes or offsets that are no sizes: {str(values)[:60]}")
         return tuple(values)
+
+    def _shape(self, name: str, values: Any) -> tuple[int, ...]:
+        """A view may be of any size over a few bytes, and torch multiplies the sizes of a tensor of nothing, too."""
+        shape = self._numbers(name, values)
+        elements = math.prod(max(1, size) for size in shape)
+        if elements > memory_bytes():
+            raise self._wrong(f"{name[:80]!r} has the shape {list(shape)[:8]}, more elements than there is memory")
+        return shape
 
     def _check_layout(self, entries: dict[str, _Entry]) -> None:
         """Every byte after the header belongs to exactly one tensor, which takes exactly those bytes."""
@@ -157,9 +166,8 @@ class _File:
         keys = {"of", "shape", "strides", "offset"}
         if not isinstance(view, dict) or set(view) != keys or not isinstance(view["of"], str):
             raise self._wrong(f"the view {name[:80]!r} is not described by {', '.join(sorted(keys))}")
-        shape, strides, (offset,) = (
-            self._numbers(name, values) for values in (view["shape"], view["strides"], [view["offset"]])
-        )
+        shape, strides = self._shape(name, view["shape"]), self._numbers(name, view["strides"])
+        (offset,) = self._numbers(name, [view["offset"]])
         if view["of"] not in stored or len(shape) != len(strides):
             raise self._wrong(
                 f"the view {name[:80]!r} is of {view['of'][:80]!r}, which is not there or of another rank"
