@@ -303,6 +303,11 @@ def test_question_answering_reads_long_contexts_in_pieces(reader):
         reader(question="What? " * 48, context="x")
     with pytest.raises(InputError, match="empty"):
         reader(question="What?", context=" ")
+    # What the tokenizers library answers with a panic.
+    room = max(reader.model.lengths) - len(reader.tokenizer.encode(long["question"], ""))
+    assert reader(long, doc_stride=room - 1)["answer"]
+    with pytest.raises(InputError, match=rf"doc_stride={room} must be less than {room}"):
+        reader(long, doc_stride=room)
 
 
 STEPS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from precast.runtime import CompiledModel, GenerationConfig, Tokenizer
-from precast.runtime.errors import FormatError, InputError, OutOfMemoryError, PrecastError
+from precast.runtime.errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError
 from precast.runtime.lookup import Lookup
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -306,3 +306,14 @@ def test_what_onnx_runtime_cannot_run_is_an_artifacts_error(decoder, monkeypatch
     monkeypatch.setattr(type(fresh), "_vocabulary", lambda self: 10**9)
     with pytest.raises(PrecastError, match=r"ONNX Runtime [\d.]+ cannot run the graph: .*out of data bounds"):
         fresh.generate([[5, 10**8]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(("said", "message"), [("no memory\nat 0x0", "no memory$"), ("", "no reason given$")])
+def test_what_a_library_raises_is_an_artifacts_error(said, message):
+    from precast.runtime.engines.aoti import _checked
+
+    def fail(inputs):
+        raise RuntimeError(said)
+
+    with pytest.raises(ArtifactError, match=f"The graph decode failed: {message}"):
+        _checked(fail, "decode")([])

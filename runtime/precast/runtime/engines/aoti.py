@@ -45,10 +45,10 @@ class AotiEngine:
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
-        runner, described = self._runner(graph), self._graphs[graph]
+        run, described = _checked(self._runner(graph).run, graph), self._graphs[graph]
         if self._device is not None:
-            return self._device.bind(runner.run, described, inputs, outputs)
-        return _Bound(runner, described, inputs, outputs, self._threads)
+            return self._device.bind(run, described, inputs, outputs)
+        return _Bound(run, described, inputs, outputs, self._threads)
 
     def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
         """See KeepsCaches."""
@@ -135,11 +135,27 @@ _NUMBERS = {
 """PyTorch's own numbers of dtypes (c10/core/ScalarType.h)."""
 
 
+_Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+
+def _checked(run: _Run, graph: str) -> _Run:
+    """Let what a library raises, memory that there is not among it, be an ArtifactError."""
+
+    def call(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        try:
+            return run(inputs)
+        except RuntimeError as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            raise ArtifactError(f"The graph {graph} failed: {reason}") from error
+
+    return call
+
+
 class _Bound:
     """A graph tied to arrays: what a step reads and writes is their memory, but for outputs, which are copied there."""
 
-    def __init__(self, runner: Any, graph: Graph, inputs: Arrays, outputs: Arrays, threads: int) -> None:
-        self._run, self._threads, self._process = runner.run, threads, threads_of(threads)
+    def __init__(self, run: _Run, graph: Graph, inputs: Arrays, outputs: Arrays, threads: int) -> None:
+        self._run, self._threads, self._process = run, threads, threads_of(threads)
         self._inputs, self._outputs = bound_tensors(graph, inputs, outputs)
 
     def __call__(self) -> None:

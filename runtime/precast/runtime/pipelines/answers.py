@@ -53,7 +53,13 @@ class QuestionAnsweringPipeline(TextPipeline):
                 f"The question alone has {around} tokens; the model was compiled for {length}. Shorten it, or compile "
                 f"the model with a larger --sequence-length."
             )
-        stride = min(128, length // 2, length - around - 1) if stride is None else stride
+        room = length - around
+        stride = min(128, length // 2, room - 1) if stride is None else stride
+        if stride >= room:
+            raise InputError(
+                f"doc_stride={stride} must be less than {room}: beside this question that is all that a piece of "
+                f"{length} tokens holds of the context, and each must get on."
+            )
         pieces: list[tokenizers.Encoding] = self.tokenizer.encodings(
             question, context, length=length, stride=stride, strategy="only_second"
         )
