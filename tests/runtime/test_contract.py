@@ -102,6 +102,16 @@ def test_an_encoders_shapes_fit_each_other(changed, encoder, change, message):
         read_artifact(changed(encoder, change))
 
 
+def test_an_encoder_may_have_several_batches(changed, encoder):
+    """As by --batch-size 1,3; the model's is the largest."""
+
+    def one_row(config, contract, graph):
+        for spec in graph["inputs"] + graph["outputs"]:
+            spec["shape"][0] = 1
+
+    assert read_artifact(changed(encoder, one_row)).contract.shapes.batch_size == 3
+
+
 def test_what_fits_has_no_problem(decoder, encoder):
     for path in (decoder, encoder):
         graphs = read_artifact(path).contract.variants[0].graphs

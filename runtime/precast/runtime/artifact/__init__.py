@@ -191,11 +191,19 @@ def _misfit(graph: Graph, variant: Variant, batch_size: int) -> str | None:
         return next(
             (f"makes {spec.name}, which no decoder reads" for spec in graph.outputs if spec.name not in read), None
         )
+    # Several batches may be compiled; the model's is the largest.
+    rows, all_rows = _rows(graph), [_rows(each) for each in variant.graphs]
+    if rows is None or rows > batch_size or batch_size not in all_rows:
+        return f"has inputs of {rows} rows, the model a batch of {batch_size}"
+    return None
+
+
+def _rows(graph: Graph) -> int | None:
+    """The batch of an encoder's graph, None where its inputs name none."""
     needed = [spec for spec in graph.inputs if spec.dtype == "float32" or spec.name == "input_ids"]
     axes = {axis: size for spec in needed for axis, size in zip(spec.axes or OF_TEXT, spec.shape, strict=True)}
-    if axes.get("batch") != batch_size:
-        return f"has inputs of {axes.get('batch')} rows, the model a batch of {batch_size}"
-    return None
+    found = axes.get("batch")
+    return found if isinstance(found, int) else None
 
 
 def vocabulary_of(config: Mapping[str, Any]) -> int | None:
