@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.runtime import CompiledModel, TextStream, Tokenizer
-from precast.runtime.errors import ArtifactError, InputError, UsageError
+from precast.runtime.errors import ArtifactError, FormatError, InputError, UsageError
 
 TEXTS = [
     *tiny.TEXTS,
@@ -130,4 +131,12 @@ def test_a_template_is_sandboxed_and_its_refusal_explained(decoder, tmp_path):
 
 def test_no_tokenizer_is_explained(tmp_path):
     with pytest.raises(ArtifactError, match=r"no tokenizer\.json.*Give token ids"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("token", ["\ud800", {"content": "a\udfff"}])
+def test_a_special_token_that_is_half_a_character_is_refused_by_its_name(decoder, tmp_path, token):
+    (tmp_path / "tokenizer.json").write_bytes((decoder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"sep_token": token}))
+    with pytest.raises(FormatError, match=r"sep_token.* (half a character|surrogates not allowed)"):
         Tokenizer(tmp_path)

@@ -68,12 +68,13 @@ class Tokenizer:
             )
         with _calling_the_library(f"{self.path / 'tokenizer.json'} cannot be read as a tokenizer", FormatError):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        self._data = data
         # The file may fix a length of its own; here the compiled model decides.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         config = self._read_json("tokenizer_config.json")
         self._config = select(config, _TYPES, str(self.path / "tokenizer_config.json"))
-        self.special_tokens = _special_tokens({**self._read_json("special_tokens_map.json"), **config})
+        self.special_tokens = _special_tokens({**self._read_json("special_tokens_map.json"), **config}, self.path)
         self.padding_side = self._config.get("padding_side", "right")
         self._cutting = lru_cache(maxsize=4)(self._copy_that_cuts)
 
@@ -227,8 +228,10 @@ class Tokenizer:
             )
 
     def _copy_that_cuts(self, length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
-        # Cutting is a state of the library's object, which other threads share.
-        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        # Cutting is a state of the library's object, which other threads share. Made of the file once more: as text, a
+        # vocabulary takes memory for every id up to its largest.
+        copy = tokenizers.Tokenizer.from_buffer(self._data)
+        copy.no_padding()
         copy.enable_truncation(length, stride=stride, strategy=strategy)
         return copy
 
@@ -384,10 +387,13 @@ def _cleaned(text: str) -> str:
     return text
 
 
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+def _special_tokens(config: dict[str, Any], path: Path) -> dict[str, str]:
     found = {}
     for name, token in config.items():
         text = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
+            try:
+                found[name] = _checked(text)
+            except InputError as error:
+                raise FormatError(f"{path} has a {name} that is no text. {error}") from None
     return found
