@@ -190,7 +190,6 @@ def pairs() -> list[tuple[str, str]]:
 _TOGETHER = "it reads images and texts together; zero-shot-image-classification has both embeddings among its answers"
 
 REFUSED: dict[str | tuple[str, str], str] = {
-    "bit": "ONNX Runtime pads its max pooling with the lowest number, where it pads with zeros",
     "canine": "it pools characters in groups, padding among them, and cannot read fewer than a group itself",
     "funnel": "it pools positions in groups, padding among them, and cannot read a single token itself",
     "layoutlmv2": "its visual backbone needs detectron2",

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+import onnx_ir as ir
 
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
@@ -40,7 +41,9 @@ class OnnxCompiler:
         return Compiled(
             graphs=graphs,
             weights=weights,
-            host=Host(platforms=[], device="cpu", isa=[], min_versions={"onnxruntime": _minimum_runtime(graphs)}),
+            host=Host(
+                platforms=[], device="cpu", isa=[], min_versions={"onnxruntime": _minimum_runtime(graphs, models)}
+            ),
             compiler=Compiler(
                 name="torch.onnx",
                 version=version("onnxscript"),
@@ -51,12 +54,20 @@ class OnnxCompiler:
         )
 
 
-def _minimum_runtime(graphs: list[Graph]) -> str:
-    """The oldest release whose CPU kernels passed the tests: before the second, GroupQueryAttention's local window
+def _minimum_runtime(graphs: list[Graph], models: list[ir.Model]) -> str:
+    """The oldest release that gives these answers: before 1.32, its optimizer takes zeros that are padded before a
+    maximum for padding of the maximum's own, which is the lowest number; before 1.31, GroupQueryAttention's local window
     sees one key more, and it has no caches in int8. 1.23 is the last for Python 3.10."""
+    if any(_pads_a_maximum(node) for model in models for node in model.graph):
+        return "1.32"
     is_new = any(
         layer.dtype == "int8" or (layer.window is not None and layer.window < graph.capacity)
         for graph in graphs
         for layer in graph.cache
     )
     return "1.31" if is_new else "1.23"
+
+
+def _pads_a_maximum(node: ir.Node) -> bool:
+    source = node.inputs[0].producer() if node.op_type == "MaxPool" and node.inputs[0] is not None else None
+    return source is not None and source.op_type == "Pad"
