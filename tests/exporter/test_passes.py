@@ -10,6 +10,7 @@ import pytest
 from onnxscript import FLOAT, script
 from onnxscript import opset20 as op
 
+from precast.exporter.backends.onnx import oldest_runtime
 from precast.exporter.backends.onnx.passes import (
     FlattenProducts,
     RemoveIdleOutputs,
@@ -60,6 +61,21 @@ def test_unknown_shapes_are_left_alone():
         for value in node.outputs:
             value.shape = None
     assert RemoveIdleReshapes()(model).modified is False
+
+
+@script(default_opset=op)
+def padded_maximum(x: FLOAT[1, 1, 4, 4]) -> FLOAT[1, 1, 2, 2]:
+    zeros = op.Pad(x, op.Constant(value_ints=[0, 0, 1, 1, 0, 0, 1, 1]))
+    return op.MaxPool(zeros, kernel_shape=[3, 3], strides=[2, 2])
+
+
+@pytest.mark.parametrize(("function", "oldest"), [(padded_maximum, "1.32"), (there_and_back, "1.23")])
+def test_what_older_optimizers_get_wrong_asks_for_a_newer_runtime(function, oldest):
+    """ONNX Runtime 1.31 answers -1 where BiT pads with zeros and takes the maximum."""
+    model = inferred(function)
+    assert oldest_runtime([], [model]) == oldest
+    if oldest == "1.32":
+        assert run(model, np.full((1, 1, 4, 4), -1, np.float32)).ravel().tolist() == [0, 0, 0, -1]
 
 
 def test_what_a_product_takes_has_two_dimensions():

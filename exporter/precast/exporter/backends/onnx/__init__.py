@@ -19,7 +19,7 @@ from .lowering import lower, quiet
 from .passes import optimize
 from .weights import save
 
-__all__ = ["OnnxCompiler"]
+__all__ = ["OnnxCompiler", "oldest_runtime"]
 
 
 class OnnxCompiler:
@@ -41,9 +41,7 @@ class OnnxCompiler:
         return Compiled(
             graphs=graphs,
             weights=weights,
-            host=Host(
-                platforms=[], device="cpu", isa=[], min_versions={"onnxruntime": _minimum_runtime(graphs, models)}
-            ),
+            host=Host(platforms=[], device="cpu", isa=[], min_versions={"onnxruntime": oldest_runtime(graphs, models)}),
             compiler=Compiler(
                 name="torch.onnx",
                 version=version("onnxscript"),
@@ -54,10 +52,10 @@ class OnnxCompiler:
         )
 
 
-def _minimum_runtime(graphs: list[Graph], models: list[ir.Model]) -> str:
-    """The oldest release that gives these answers: before 1.32, its optimizer takes zeros that are padded before a
-    maximum for padding of the maximum's own, which is the lowest number; before 1.31, GroupQueryAttention's local window
-    sees one key more, and it has no caches in int8. 1.23 is the last for Python 3.10."""
+def oldest_runtime(graphs: list[Graph], models: list[ir.Model]) -> str:
+    """The oldest ONNX Runtime that gives these answers. Before 1.32, its optimizer takes zeros that are padded before a
+    maximum for padding of the maximum's own, which is the lowest number; before 1.31, GroupQueryAttention's local
+    window sees one key more, and it has no caches in int8. 1.23 is the last for Python 3.10."""
     if any(_pads_a_maximum(node) for model in models for node in model.graph):
         return "1.32"
     is_new = any(
