@@ -208,8 +208,9 @@ _PLACING = threading.Lock()
 @contextmanager
 def _loading() -> Iterator[None]:
     with _PLACING, warnings.catch_warnings():
-        # PyTorch gives TorchScript up, which is what the SDK writes.
-        warnings.simplefilter("ignore", DeprecationWarning)
+        # PyTorch gives TorchScript up, which is what the SDK writes; from 2.14 on it says so by a FutureWarning.
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", r"`?torch\.jit\.", category)
         yield
 
 
