@@ -225,19 +225,29 @@ def _cannot(what: str, place: Place, said: str) -> str:
     return f"{cause} with {place}: {reason}. Leave device and provider out to run it on the CPU."
 
 
-class _BoundGraph:
+class _Graph:
+    """A graph's session, whose process and failures are looked after at each call."""
+
+    def __init__(self, place: Place, process: Process) -> None:
+        self._place, self._process = place, process
+
+    def _call(self, what: str, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            # ONNX Runtime raises a dozen types of its own without a common base; some providers compile, and fail, only
+            # when they run.
+            raise ArtifactError(_cannot(what, self._place, _said(error))) from error
+
+
+class _BoundGraph(_Graph):
     """A session with a binding to arrays that it keeps alive."""
 
     def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        inputs: Arrays,
-        outputs: Arrays,
-        place: Place,
-        process: Process,
+        self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays, place: Place, process: Process
     ) -> None:
-        self._binding = session.io_binding()
-        self._run, self._place, self._process = session.run_with_iobinding, place, process
+        super().__init__(place, process)
+        self._binding, self._run = session.io_binding(), session.run_with_iobinding
         self._kept = [
             *(self._bind(self._binding.bind_ortvalue_input, name, array) for name, array in inputs.items()),
             *(self._bind(self._binding.bind_ortvalue_output, name, array) for name, array in outputs.items()),
@@ -245,24 +255,17 @@ class _BoundGraph:
 
     def __call__(self) -> None:
         self._process.check()
-        try:
-            self._run(self._binding)
-        except Exception as error:
-            # ONNX Runtime raises a dozen types of its own without a common base.
-            raise ArtifactError(_cannot("run the graph", self._place, _said(error))) from error
+        self._call("run the graph", self._run, self._binding)
 
     def _bind(self, bind: Any, name: str, array: Any) -> Any:
         """An OrtValue made from an array shares its memory but does not keep it."""
         value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         assert value.data_ptr() == array.ctypes.data, f"{name} was copied instead of shared"
-        try:
-            bind(name, value)
-        except Exception as error:
-            raise ArtifactError(_cannot(f"bind {name}", self._place, _said(error))) from error
+        self._call(f"bind {name}", bind, name, value)
         return array, value
 
 
-class _CopyingGraph:
+class _CopyingGraph(_Graph):
     """A session on a device, or with a provider, that has memory of its own.
 
     Nothing is bound: a device's copy of an input is made when that is bound and not again, and a provider that knows
@@ -270,22 +273,13 @@ class _CopyingGraph:
     """
 
     def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        inputs: Arrays,
-        outputs: Arrays,
-        place: Place,
-        process: Process,
+        self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays, place: Place, process: Process
     ) -> None:
-        self._session, self._inputs, self._outputs, self._place = session, dict(inputs), dict(outputs), place
-        self._process = process
+        super().__init__(place, process)
+        self._session, self._inputs, self._outputs = session, dict(inputs), dict(outputs)
 
     def __call__(self) -> None:
         self._process.check()
-        try:
-            found = self._session.run(list(self._outputs), self._inputs)
-        except Exception as error:
-            # Some providers compile, and fail, only now.
-            raise ArtifactError(_cannot("run the graph", self._place, _said(error))) from error
+        found = self._call("run the graph", self._session.run, list(self._outputs), self._inputs)
         for array, result in zip(self._outputs.values(), found, strict=True):
             np.copyto(array, result, casting="no")
