@@ -5,53 +5,90 @@ The rules are those of the question-answering pipeline that transformers had up 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from .base import Array, Batch, TextPipeline
 from .scores import softmax
 
 __all__ = ["QuestionAnsweringPipeline"]
 
 Answer = dict[str, Any]
-Piece = tuple[tokenizers.Encoding, Array, Array]
+
+# As many tokens of question and context as transformers' pipeline reads at once.
+_PIECE = 384
+# And the logit of a token that is no part of an answer, as there.
+_NEVER = -10000.0
+
+
+class Piece(NamedTuple):
+    """What a model says of one piece of a context.
+
+    Attributes:
+        encoding: its tokens.
+        allowed: bool [tokens], those that an answer may begin or end with.
+        start, end: [tokens], how likely an answer begins, ends there.
+        none: how likely there is no answer.
+    """
+
+    encoding: tokenizers.Encoding
+    allowed: Array
+    start: Array
+    end: Array
+    none: float
 
 
 class QuestionAnsweringPipeline(TextPipeline):
     """Answers to questions, as passages of a context."""
 
-    def __call__(self, inputs: Any = None, **options: Any) -> Any:
-        """As `Pipeline.__call__`; one question can also be given as question=…, context=…."""
-        if inputs is None and {"question", "context"} <= options.keys():
-            inputs = {name: options.pop(name) for name in ("question", "context")}
-        return super().__call__(inputs, **options)
+    def __call__(self, inputs: Any = None, context: Any = None, **options: Any) -> Any:
+        """As `Pipeline.__call__`, also of a question and its context: pipe(question, context), by position or name;
+        several questions, as a list, take one context or a list of as many. A list of one question has one answer."""
+        question = options.pop("question", None if context is None else inputs)
+        if question is not None or context is not None:
+            inputs = _paired(question, context)
+        answer = super().__call__(inputs, **options)
+        return answer[0] if isinstance(inputs, list) and len(inputs) == 1 else answer
 
-    def preprocess(self, inputs: Any, *, truncation: bool = False, doc_stride: int | None = None) -> Batch:
+    def preprocess(
+        self, inputs: Any, *, truncation: bool = False, doc_stride: int | None = None, max_seq_len: int | None = None
+    ) -> Batch:
         """Questions with their contexts as token ids.
 
         Args:
             inputs: {"question": text, "context": text}, or a list of these.
-            truncation: read only the beginning of a context that is longer than compiled for.
-            doc_stride: by how many tokens the pieces of a longer context overlap; by default 128, or half of what was
-                compiled if that is less.
+            truncation: read only the beginning of a context that does not fit.
+            doc_stride: by how many tokens the pieces of a longer context overlap; by default 128, or half a piece if
+                that is less.
+            max_seq_len: the most tokens of a piece, its question included; by default 384, or what was compiled if
+                that is less.
         """
         given, is_one = self._listed(inputs)
-        pieces = [self._pieces(*_question_and_context(each), doc_stride)[: 1 if truncation else None] for each in given]
+        length = self._piece_length(max_seq_len)
+        pieces = [self._pieces(*_question_and_context(each), length, doc_stride) for each in given]
+        pieces = [own[: 1 if truncation else None] for own in pieces]
         encodings = [each for piece in pieces for each in piece]
         owners = [index for index, piece in enumerate(pieces) for _ in piece]
         return Batch(self._arrays(encodings), given, is_one, encodings=encodings, owners=owners)
 
-    def _pieces(self, question: str, context: str, stride: int | None) -> list[tokenizers.Encoding]:
-        length = self._longest()
+    def _piece_length(self, asked: int | None) -> int:
+        compiled = self._longest()
+        if asked is not None and asked > compiled:
+            raise UsageError(
+                f"max_seq_len={asked} is more than the {compiled} tokens that the model was compiled for. Leave it "
+                f"out, or compile the model with --sequence-length {asked}."
+            )
+        return min(_PIECE, compiled) if asked is None else asked
+
+    def _pieces(self, question: str, context: str, length: int, stride: int | None) -> list[tokenizers.Encoding]:
         around = len(self.tokenizer.encode(question, ""))
         if around >= length:
             raise InputError(
-                f"The question alone has {around} tokens; the model was compiled for {length}. Shorten it, or compile "
-                f"the model with a larger --sequence-length."
+                f"The question alone has {around} tokens; pieces have {length}. Shorten it, raise max_seq_len where it "
+                f"is given, or compile the model with a larger --sequence-length."
             )
         room = length - around
         stride = min(128, length // 2, room - 1) if stride is None else stride
@@ -60,10 +97,15 @@ class QuestionAnsweringPipeline(TextPipeline):
                 f"doc_stride={stride} must be less than {room}: beside this question that is all that a piece of "
                 f"{length} tokens holds of the context, and each must get on."
             )
-        pieces: list[tokenizers.Encoding] = self.tokenizer.encodings(
-            question, context, length=length, stride=stride, strategy="only_second"
-        )
+        # Models that are padded on the left were trained with the question behind its context.
+        texts, cut = ((question, context), "only_second") if self._context == 1 else ((context, question), "only_first")
+        pieces: list[tokenizers.Encoding] = self.tokenizer.encodings(*texts, length=length, stride=stride, strategy=cut)
         return pieces
+
+    @property
+    def _context(self) -> int:
+        """Which of a pair of texts is the context."""
+        return 0 if self.tokenizer.padding_side == "left" else 1
 
     def postprocess(
         self,
@@ -83,29 +125,53 @@ class QuestionAnsweringPipeline(TextPipeline):
             handle_impossible_answer: let the empty answer compete, for models that were trained to give none.
             align_to_words: answers begin and end where words do.
         """
+        for name, count in (("top_k", top_k), ("max_answer_len", max_answer_len)):
+            if count < 1:
+                raise UsageError(f"{name}={count} must be at least 1.")
         pieces: list[list[Piece]] = [[] for _ in outputs.inputs]
         logits = (self._own(outputs, "start_logits"), self._own(outputs, "end_logits"))
-        for owner, *piece in zip(outputs.notes["owners"], outputs.notes["encodings"], *logits, strict=True):
-            pieces[owner].append((piece[0], piece[1], piece[2]))
+        for owner, encoding, *own in zip(outputs.notes["owners"], outputs.notes["encodings"], *logits, strict=True):
+            pieces[owner].append(self._piece(encoding, own[0], own[1]))
         answers = []
-        for given, own in zip(outputs.inputs, pieces, strict=True):
-            found = self._found(given["context"], own, top_k, max_answer_len, align_to_words)
-            if handle_impossible_answer:
-                none = min(float(np.prod(_first(*piece))) for piece in own)
-                found.append({"score": none, "start": 0, "end": 0, "answer": ""})
+        for given, parts in zip(outputs.inputs, pieces, strict=True):
+            found = self._found(given["context"], parts, top_k, max_answer_len, align_to_words)
+            if handle_impossible_answer or not found:
+                found.append({"score": min(piece.none for piece in parts), "start": 0, "end": 0, "answer": ""})
             best = sorted(found, key=lambda each: -each["score"])[:top_k]
             answers.append(best[0] if top_k == 1 else best)
         return outputs.answer(answers)
+
+    def _piece(self, encoding: tokenizers.Encoding, start: Array, end: Array) -> Piece:
+        """Probabilities among the tokens of the context and the classification tokens, by which models say that there
+        is no answer; then the first token's are taken out, as answers they would not be."""
+        allowed = np.array([owner == self._context for owner in encoding.sequence_ids])
+        allowed |= np.array(encoding.ids) == self.tokenizer.token_id("cls")
+        first, last = (softmax(np.where(allowed, logits.astype(float), _NEVER)) for logits in (start, end))
+        none = float(first[0] * last[0])
+        allowed[0] = False
+        return Piece(encoding, allowed, first, last, none)
 
     def _found(self, context: str, pieces: list[Piece], count: int, longest: int, align_to_words: bool) -> list[Answer]:
         # Neighbouring tokens of one word give the same answer, so there must be some to spare.
         spare = 2 * count + 10 if align_to_words else count
         found: list[Answer] = []
         for piece in pieces:
-            start, end = _probabilities(*piece)
-            for first, last, score in _spans(start, end, longest, spare):
-                _add(found, context, *_place(piece[0], first, last, align_to_words), score)
+            for first, last in _spans(piece, longest, spare):
+                place = _place(piece.encoding, first, last, align_to_words, self._context)
+                _add(found, context, *place, float(piece.start[first] * piece.end[last]))
         return found
+
+
+def _paired(question: Any, context: Any) -> Any:
+    """What is asked by question and context, as inputs. Raises InputError where the two do not go together."""
+    if isinstance(question, list):
+        contexts = context if isinstance(context, list) else [context] * len(question)
+        if len(contexts) != len(question):
+            raise InputError(
+                f"There are {len(question)} questions and {len(contexts)} contexts; each question takes one."
+            )
+        return [_paired(each, own) for each, own in zip(question, contexts, strict=True)]
+    return {"question": question, "context": context}
 
 
 def _question_and_context(given: Any) -> tuple[str, str]:
@@ -118,35 +184,18 @@ def _question_and_context(given: Any) -> tuple[str, str]:
     return given["question"], given["context"]
 
 
-def _probabilities(
-    encoding: tokenizers.Encoding, start: Array, end: Array, beside: Sequence[int] = ()
-) -> tuple[Array, Array]:
-    """Of every token of the context, and of those `beside` it, to be the first or the last one; of others 0."""
-    allowed = np.array([owner == 1 for owner in encoding.sequence_ids])
-    allowed[list(beside)] = True
-    first, last = (softmax(np.where(allowed, logits, -np.inf)) for logits in (start, end))
-    return first, last
+def _spans(piece: Piece, longest: int, count: int) -> list[tuple[int, int]]:
+    """The `count` likeliest (first token, last token) of at most `longest` tokens."""
+    scores = np.outer(piece.start, piece.end)
+    allowed = np.tril(np.triu(np.outer(piece.allowed, piece.allowed)), longest - 1)
+    order = np.argsort(-np.where(allowed, scores, -1), axis=None, kind="stable")[: min(count, allowed.sum())]
+    return [divmod(int(flat), len(piece.end)) for flat in order]
 
 
-def _first(encoding: tokenizers.Encoding, start: Array, end: Array) -> tuple[float, float]:
-    """The probabilities that an answer starts and ends at the first token, by which models say that there is none."""
-    first, last = _probabilities(encoding, start, end, [0])
-    return float(first[0]), float(last[0])
-
-
-def _spans(start: Array, end: Array, longest: int, count: int) -> Iterator[tuple[int, int, float]]:
-    """The `count` best (first token, last token, probability) of at most `longest` tokens."""
-    scores = np.tril(np.triu(np.outer(start, end)), longest - 1)
-    for flat in np.argsort(-scores, axis=None, kind="stable")[:count]:
-        first, last = divmod(int(flat), len(end))
-        if scores[first, last] > 0:
-            yield first, last, float(scores[first, last])
-
-
-def _place(encoding: tokenizers.Encoding, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
-    """The characters of the context that tokens `first` to `last` stand for."""
+def _place(encoding: tokenizers.Encoding, first: int, last: int, align_to_words: bool, text: int) -> tuple[int, int]:
+    """The characters of the context, which is the first or the second `text`, that tokens `first` to `last` are of."""
     words = [encoding.token_to_word(token) for token in (first, last)] if align_to_words else []
-    spans = [encoding.word_to_chars(word, 1) for word in words if word is not None]
+    spans = [encoding.word_to_chars(word, text) for word in words if word is not None]
     if len(spans) == 2 and spans[0] and spans[1]:
         return spans[0][0], spans[1][1]
     return encoding.offsets[first][0], encoding.offsets[last][1]
