@@ -146,7 +146,10 @@ WRONG = {
         ("llama", "-o", "out", "--sequence-length", 16, "--prefill-lengths", "8,32"),
         "--prefill-lengths 32 is more than --sequence-length 16",
     ),
-    "an encoder's prefill": (("bert", "-o", "out", *SHAPES, "--prefill-lengths", 8), "--prefill-lengths", "no prefill"),
+    "an encoder's prefill": (
+        ("bert", "-o", "out", *SHAPES, "--prefill-lengths", 8),
+        "--prefill-lengths is not for the task 'feature-extraction'", "it takes: --batch-size, --sequence-length",
+    ),
     "a revision of what is here": (("llama", "-o", "out", "--revision", "v1"), "--revision is for", "llama is one on"),
     "atol 0": (("llama", "-o", "out", "--atol", 0), "--atol must be above 0, not 0"),
     "atol nan": (("llama", "-o", "out", "--atol", "nan"), "--atol must be above 0, not nan"),

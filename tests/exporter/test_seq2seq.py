@@ -178,7 +178,11 @@ def test_an_export_is_validated(tmp_path, made):
 
 BAD_EXPORTS = [
     ({}, UsageError, r"fixed shapes: sequence_length\. Add --sequence-length N"),
-    ({"sequence_length": (8,), "prefill_lengths": (4,)}, UsageError, "--prefill-lengths is for decoders"),
+    (
+        {"sequence_length": (8,), "prefill_lengths": (4,)},
+        UsageError,
+        "--prefill-lengths is not for the task 'text2text-generation'",
+    ),
     ({"sequence_length": (65,)}, UsageError, "--sequence-length 65 is more"),
     (
         {"sequence_length": (8,), "decoder_sequence_length": 65},

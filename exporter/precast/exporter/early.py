@@ -11,7 +11,7 @@ from precast.runtime.artifact.publish import check_target
 from precast.runtime.artifact.tasks import get_task, tasks_named
 from precast.runtime.errors import CheckpointError, UsageError
 
-from .local import Local, find_local
+from .local import find_local
 from .options import ExportOptions
 from .support import check_supported, supported_tasks, task_in
 
@@ -29,7 +29,7 @@ def check_request(model: str, target: Path | None, options: ExportOptions) -> No
     options.check()
     if target is not None:
         check_target(target, force=options.force)
-    _find(model, options)
+    find_local(model, options.revision)
     config = check_supported(
         model, options.task, revision=options.revision, token=options.token, trust_remote_code=options.trust_remote_code
     )
@@ -41,7 +41,7 @@ def check_comparison(artifact: Path, model: str, options: ExportOptions) -> None
     """As `check_request`, for an artifact that is to be compared with MODEL. Raises PrecastError."""
     options.check()
     compiled = read_artifact(artifact)
-    local = _find(model, options)
+    local = find_local(model, options.revision)
     config = check_supported(
         model, compiled.contract.task, revision=options.revision, token=options.token,
         trust_remote_code=options.trust_remote_code,
@@ -54,15 +54,6 @@ def check_comparison(artifact: Path, model: str, options: ExportOptions) -> None
             f"{artifact} was compiled from {compiled.contract.source.model}, of type {needed!r}, and {model} is "
             f"of type {given!r}: is it the right checkpoint?"
         )
-
-
-def _find(model: str, options: ExportOptions) -> Local | None:
-    local = find_local(model)
-    if local is not None and options.revision is not None:
-        raise UsageError(
-            f"--revision is for a checkpoint on the Hub, and {model} is one on this machine; leave it out."
-        )
-    return local
 
 
 def check_length(name: str, longest: int | None, length: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from precast.runtime.artifact import is_artifact
-from precast.runtime.errors import CheckpointError
+from precast.runtime.errors import CheckpointError, UsageError
 from precast.runtime.terminal import quoted
 
 from .gguf_reader import check_whole
@@ -31,11 +31,20 @@ class Local:
     gguf_file: str | None = None
 
 
-def find_local(model: str) -> Local | None:
+def find_local(model: str, revision: str | None = None) -> Local | None:
     """The directory or `.gguf` file of that name; None for a name that the Hub may know.
 
-    Raises CheckpointError for what is neither.
+    Raises CheckpointError for what is neither, UsageError where a revision is asked for of what is here.
     """
+    found = _find(model)
+    if found is not None and revision is not None:
+        raise UsageError(
+            f"--revision is for a checkpoint on the Hub, and {model} is one on this machine; leave it out."
+        )
+    return found
+
+
+def _find(model: str) -> Local | None:
     path = Path(model).expanduser()
     try:
         if path.is_file():

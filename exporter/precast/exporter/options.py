@@ -44,6 +44,17 @@ SIZE_EXAMPLES = {
 }
 """What is proposed where a size has to be given, by the names of ExportOptions."""
 
+SIZES = {
+    "encoder": (
+        "batch_size", "sequence_length", "num_choices", "text_batch_size", "audio_sequence_length", "image_size",
+    ),
+    "decoder": ("batch_size", "sequence_length", "prefill_lengths"),
+    "seq2seq": ("batch_size", "sequence_length", "decoder_sequence_length"),
+}  # fmt: skip
+"""The sizes that models of each kind can be compiled for; which of them one model has, its inputs decide."""
+_OWN_AXES = ("num_choices", "text_batch_size")
+"""Those that single tasks have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
@@ -154,7 +165,7 @@ class ExportOptions:
         asked = replace(self, backend=backend, also=(), **given)
         if self.is_lossy and not asked.is_lossy:
             return replace(asked, max_kl=None, min_agreement=None, accept_loss=False)
-        return asked
+        return replace(asked, atol=ExportOptions.atol) if asked.is_lossy else asked
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -204,10 +215,26 @@ class ExportOptions:
 
     def check_task(self, task: Task) -> None:
         """Raise UsageError for what these options ask of a task that has no place for it."""
+        self._check_sizes_of(task)
+        if task.kind != "decoder" and (useless := self._given("max_kl", "min_agreement")):
+            raise UsageError(
+                f"{' and '.join(useless)} bound what is lost on the text that a decoder predicts, and {task.name!r} "
+                f"predicts none: what --dtype and --auto-cast may cost it is fixed, and --accept-loss takes more."
+            )
         if self.is_rounded and task.kind != "decoder":
             raise UsageError(
                 f"--quantize and --kv-cache are for decoders: what they cost is measured on the text that a model "
                 f"predicts, and {task.name!r} predicts none. Leave them out."
+            )
+
+    def _check_sizes_of(self, task: Task) -> None:
+        taken = [name for name in SIZES[task.kind] if name not in _OWN_AXES or name in task.axes]
+        every = dict.fromkeys(name for names in SIZES.values() for name in names)
+        if useless := [flag_of(name) for name in every if getattr(self, name) and name not in taken]:
+            inferred = "" if self.task else ", which is inferred from the checkpoint (--task names another)"
+            raise UsageError(
+                f"{' and '.join(useless)} {'is' if len(useless) == 1 else 'are'} not for the task {task.name!r}"
+                f"{inferred}. Of such sizes it takes: {', '.join(map(flag_of, taken))}."
             )
 
     def check_sizes(self, model: str, task: str, needed: Sequence[str], longest: int | None) -> None:
@@ -319,15 +346,21 @@ class ExportOptions:
         if self.quantize_method not in (None, *QUANTIZE_METHODS):
             known = ", ".join(QUANTIZE_METHODS)
             yield f"--method {self.quantize_method!r} is not supported; the choices are: {known}."
+        if self.quantize == "none" and (useless := self._given("group_size", "skip")):
+            yield f"{', '.join(useless)} say how weights are rounded; give --quantize, too."
         if self.quantize in ("none", "source") and (useless := self._only_for_rounding()):
             yield f"{', '.join(useless)} say how weights are rounded, which --quantize {self.quantize} does not do."
-        if not self.is_calibrated and (useless := self._given("calibration", "skip")):
-            given = ", ".join(useless)
-            yield f"{given} say how weights and caches are rounded; give --quantize or --kv-cache int8, too."
+        if not self.is_calibrated and self.calibration is not None:
+            yield "--calibration says how weights and caches are rounded; give --quantize or --kv-cache int8, too."
         if not self.is_lossy and (useless := self._given("max_kl", "min_agreement", "accept_loss")):
             yield (
                 f"{', '.join(useless)} bound what is lost; without --quantize, --kv-cache, --dtype and --auto-cast "
                 f"nothing is, and --atol is the bound."
+            )
+        if self.is_lossy and not self.also and self._given("atol"):
+            yield (
+                f"--atol {self.atol:g} bounds the difference of a model that computes in float32; what --quantize, "
+                f"--kv-cache, --dtype and --auto-cast cost is bounded by --max-kl and --min-agreement."
             )
         if self.max_kl is not None and not self.max_kl > 0:
             yield f"--max-kl must be above 0, not {self.max_kl}."

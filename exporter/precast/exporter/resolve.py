@@ -28,6 +28,7 @@ from .local import check_is_checkpoint, find_local, not_given
 from .options import ExportOptions
 from .own_files import weight_files
 from .packed import Grid, Packing, check_understood, packing_of, quantization_settings, unpacked, without_quantization
+from .support import meant, task_in
 
 __all__ = ["Checkpoint", "resolve"]
 
@@ -183,16 +184,22 @@ class Checkpoint:
         if name is None:
             return self._infer_task()
         rows = tasks_named(name) or [get_task(name)]
-        return next((row for row in rows if self._class_names(row)), rows[0])
+        able = [row for row in rows if self._class_names(row)]
+        named = (row for row in able if set(self._class_names(row)) & set(self.config.architectures or []))
+        return next(named, (able or rows)[0])
 
     def _infer_task(self) -> Task:
         """The task of the class that the checkpoint names. Raises CheckpointError, which lists the tasks."""
         if self.gguf_file:
             return get_task("text-generation")
         names = self.config.architectures or []
-        for task in ROWS:
-            if any(name in self._class_names(task) for name in names):
-                return task
+        for name in names:
+            if rows := [task for task in ROWS if name in self._class_names(task)]:
+                return meant(rows, self._config_file)
+        guessed = task_in(self._config_file)
+        if guessed in self._possible_tasks():
+            # A name that transformers gave up, or never had: LLaMAForCausalLM.
+            return self.task(guessed)
         named = f"names {', '.join(names)}, which is for none of them" if names else "names no architecture"
         raise CheckpointError(
             f"The task of {self.name} cannot be inferred: its config.json {named}. Give --task, one of: "
@@ -324,9 +331,9 @@ class Checkpoint:
 def resolve(model: str, options: ExportOptions) -> Checkpoint:
     """Find the checkpoint that `model` names: a local directory, a `.gguf` file, or a Hub id.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError where there is none, UsageError for a revision of what is no Hub id.
     """
-    if found := find_local(model):
+    if found := find_local(model, options.revision):
         return Checkpoint(model, found.name, found.directory, found.gguf_file, None, options.trust_remote_code)
     return _from_hub(model, options)
 

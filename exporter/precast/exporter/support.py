@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -20,7 +20,7 @@ from typing import Any
 from precast.runtime.artifact import KEY, strict_json
 from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.artifact.reach import hub_or_cache
-from precast.runtime.artifact.tasks import get_task
+from precast.runtime.artifact.tasks import Task, get_task
 from precast.runtime.errors import CheckpointError
 
 from .local import is_compiled, not_given
@@ -28,6 +28,7 @@ from .local import is_compiled, not_given
 __all__ = [
     "Support",
     "check_supported",
+    "meant",
     "read_config",
     "supported_tasks",
     "supported_types",
@@ -35,22 +36,34 @@ __all__ = [
     "task_in",
 ]
 
-_ENDINGS = {
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMultipleChoice": "multiple-choice",
-    "ForImageClassification": "image-classification",
-    "ForSemanticSegmentation": "semantic-segmentation",
-    "ForObjectDetection": "object-detection",
-    "ForAudioFrameClassification": "audio-frame-classification",
-    "ForXVector": "audio-xvector",
-    "ForCTC": "automatic-speech-recognition",
+_ENDINGS: dict[str, tuple[str, ...]] = {
+    "ForCausalLM": ("text-generation",),
+    "ForMaskedLM": ("fill-mask",),
+    "ForSequenceClassification": ("text-classification",),
+    "ForTokenClassification": ("token-classification",),
+    "ForQuestionAnswering": ("question-answering",),
+    "ForMultipleChoice": ("multiple-choice",),
+    "ForImageClassification": ("image-classification",),
+    "ForSemanticSegmentation": ("semantic-segmentation",),
+    "ForObjectDetection": ("object-detection",),
+    "ForAudioFrameClassification": ("audio-frame-classification",),
+    "ForXVector": ("audio-xvector",),
+    "ForCTC": ("automatic-speech-recognition",),
+    "ForConditionalGeneration": ("automatic-speech-recognition", "text2text-generation"),
+    "MarianMTModel": ("text2text-generation",),
+    # Before there were names for what a head is for: T5's, XLM's and FlauBERT's.
+    "WithLMHeadModel": ("text2text-generation", "fill-mask"),
+    "LMHeadModel": ("text-generation",),
+    "HeadsModel": (),
+    # One without a head: CLIP's is what compares images and texts.
+    "Model": ("zero-shot-image-classification", "feature-extraction"),
 }
-"""The task that a class is for, by how its name ends; what is not here is inferred later, with the library's help."""
+"""What a class is for, by how its name ends: of several tasks, the first that its type is known for. What is not here
+is inferred later, with the library's help."""
+
+_LESS_TELLING = ("text2text-generation", "fill-mask", "feature-extraction")
+"""Tasks that transformers lists classes under that are published for another: speech models generate text from what
+they hear, BART can fill masks, and some classes with a head are their type's AutoModel."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +144,28 @@ def check_supported(
 
 def task_in(config: Mapping[str, Any]) -> str | None:
     """The task of the class that a configuration names, where the name says it."""
+    known = supported_tasks(str(config.get("model_type")))
     for name in config.get("architectures") or []:
-        for ending, task in _ENDINGS.items():
+        for ending, tasks in _ENDINGS.items():
             if str(name).endswith(ending):
-                return task
-        if re.search(r"(?<!Heads)Model$", str(name)):
-            # One without a head: CLIP's is what compares images and texts.
-            known = supported_tasks(str(config.get("model_type")))
-            return next(
-                (task for task in ("zero-shot-image-classification", "feature-extraction") if task in known), None
-            )
+                if len(tasks) == 1:
+                    return tasks[0]
+                found = next((task for task in tasks if task in known), None)
+                return "text-generation" if found == "fill-mask" and _is_causal(config) else found
     return None
+
+
+def meant(rows: Sequence[Task], config: Mapping[str, Any]) -> Task:
+    """Which of the tasks of one class a checkpoint with this configuration is published for."""
+    left_out = "fill-mask" if _is_causal(config) else "text-generation"
+    both = {"fill-mask", "text-generation"} <= {row.name for row in rows}
+    able = [row for row in rows if not both or row.name != left_out]
+    return min(able, key=lambda row: _LESS_TELLING.index(row.name) if row.name in _LESS_TELLING else -1)
+
+
+def _is_causal(config: Mapping[str, Any]) -> bool:
+    """XLM's one head predicts the next token in checkpoints that say so, and masked ones in others."""
+    return config.get("causal") is True
 
 
 def read_config(model: str, *, revision: str | None = None, token: str | None = None) -> dict[str, Any] | None:

@@ -170,8 +170,6 @@ def _check_given(
 ) -> None:
     needed = [_FLAGS[axis] for axis in axes]
     options.check_sizes(checkpoint.given, task.name, needed, checkpoint.max_length)
-    if options.prefill_lengths:
-        raise UsageError(f"--prefill-lengths is for decoders; the task {task.name!r} has no prefill.")
     is_seen = any(spec.name == "pixel_values" for spec in inputs)
     known = {*needed, "image_size"} if is_seen else set(needed)
     if useless := [flag_of(name) for name in SIZE_EXAMPLES if getattr(options, name) and name not in known]:

@@ -88,8 +88,6 @@ def cross_names(layers: int) -> list[tuple[str, str]]:
 def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> Seq2SeqPlan:
     """The graphs and caches. Raises UsageError for missing or impossible shapes, CheckpointError for a model that is no
     encoder-decoder with keys and values in its caches."""
-    if options.prefill_lengths:
-        raise UsageError(f"--prefill-lengths is for decoders; the answers of {task.name} begin with a token or a few.")
     lengths = _lengths(checkpoint, options, task, model)
     capacity = _capacity(checkpoint, options, lengths)
     source = _source(checkpoint, model)
@@ -140,10 +138,10 @@ def _lengths(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: 
 
 def _frames(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> int:
     """The one length that Whisper's encoder takes: 30 seconds."""
-    if options.sequence_length or options.audio_sequence_length:
+    if options.sequence_length:
         raise UsageError(
-            f"{type(model).__name__} takes sound of one length only, so --sequence-length and --audio-sequence-length "
-            f"say nothing about it. For its answers' length give --decoder-sequence-length."
+            f"{type(model).__name__} takes sound of one length only, so --sequence-length says nothing about it. For "
+            f"its answers' length give --decoder-sequence-length."
         )
     positions = getattr(checkpoint.config, "max_source_positions", None)
     if not isinstance(positions, int) or checkpoint.config.model_type != "whisper":
