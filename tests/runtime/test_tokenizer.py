@@ -120,13 +120,13 @@ def test_a_template_is_sandboxed_and_its_refusal_explained(decoder, tmp_path):
     path = shutil.copytree(decoder, tmp_path / "copy", ignore=shutil.ignore_patterns("config.json"))
     (path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InputError, match="refused"):
-        Tokenizer(path).apply_chat_template([])
+        Tokenizer(path).apply_chat_template([{"role": "user", "content": "Hi"}])
     (path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InputError, match="roles must alternate"):
-        Tokenizer(path).apply_chat_template([])
+        Tokenizer(path).apply_chat_template([{"role": "user", "content": "Hi"}])
     (path / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template"):
-        Tokenizer(path).apply_chat_template([])
+        Tokenizer(path).apply_chat_template([{"role": "user", "content": "Hi"}])
 
 
 def test_no_tokenizer_is_explained(tmp_path):

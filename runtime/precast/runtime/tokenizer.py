@@ -18,9 +18,9 @@ import tokenizers
 
 from .arguments import only_known
 from .companions import Readable, companions_at
-from .errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError
+from .errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError, UsageError
 from .published import parse_object, select
-from .templates import render
+from .templates import Talk, is_batch, render
 from .tensors import as_tensors
 
 __all__ = ["TextStream", "Tokenizer"]
@@ -38,13 +38,25 @@ class _NamedTemplate(msgspec.Struct):
     template: str
 
 
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "padding": (False, True, "longest", "do_not_pad"),
+    "truncation": (False, "do_not_truncate"),
+    "max_length": (),
+    "tokenizer_kwargs": ({},),
+    "return_assistant_tokens_mask": (False,),
+    "sanitize_control_tokens": (False,),
+    "conversation": (),
+}
+"""Arguments of transformers' apply_chat_template that are not for the template, and values that change nothing here."""
+
 _Token = str | dict[str, Any]
 _TYPES: dict[str, Any] = {
     "padding_side": Literal["left", "right"],
     "model_input_names": list[str],
     "clean_up_tokenization_spaces": bool,
     "chat_template": str | list[_NamedTemplate],
-    **dict.fromkeys([f"{role}_token" for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask")], _Token),
+    **dict.fromkeys([f"{role}_token" for role in _ROLES], _Token),
 }
 """What is used of tokenizer_config.json."""
 
@@ -194,17 +206,49 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Any = None,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tokenize: bool | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool | None = None,
         **variables: Any,
-    ) -> str:
-        """The prompt text of a conversation. Raises InputError where there is no template or it refuses."""
-        given = {"messages": messages, "tools": tools, "documents": None,
-                 "add_generation_prompt": add_generation_prompt}  # fmt: skip
-        source, name = self._template(bool(tools)), f"The chat template of {self.path}"
-        return render(source, name, {**self.special_tokens, **given, **variables})
+    ) -> Any:
+        """The prompt of a conversation, or of each of a list of them, as transformers' `apply_chat_template` writes it.
+
+        A text, unless `tokenize=True`, `return_tensors` or `return_dict` asks for what the tokenizer makes of it.
+
+        Args:
+            messages: each a mapping {"role": …, "content": …}, a dataclass or a pydantic model.
+            tools: JSON schemas, or Python functions with type hints and a docstring in Google's style.
+            documents: mappings, with "title" and "text" as a rule.
+            chat_template: a template, or the name of one of the checkpoint's; otherwise "tool_use" where there are
+                tools and such a template, else the default one.
+            add_generation_prompt: whether the answer begins after it; by default it does, unless the last message is
+                continued.
+            continue_final_message: the answer goes on with the last message; True for its "content", or another key.
+            return_dict: False for the token ids alone, int64 [batch, longest].
+            variables: whatever else the template may read.
+
+        Raises InputError where there is no template, or it refuses or fails; UsageError for arguments that exclude each
+        other, and for those of transformers that have no effect here.
+        """
+        _check_chat_options(variables, add_generation_prompt, continue_final_message)
+        source, name = self._template(chat_template, tools is not None)
+        talks = list(messages) if is_batch(messages) else [messages]
+        prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        beside = {**self.special_tokens, **variables}
+        texts = [
+            render(source, name, Talk(each, tools, documents, prompt, continue_final_message, beside)) for each in talks
+        ]
+        if not (tokenize or return_tensors or return_dict) or tokenize is False:
+            return texts if is_batch(messages) else texts[0]
+        batch = self(texts, add_special_tokens=False, return_tensors=return_tensors)
+        return batch["input_ids"] if return_dict is False else batch
 
     def _encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
         _check_pair(text, pair)
@@ -249,25 +293,30 @@ class Tokenizer:
             target[start : start + len(row)] = row
         return result
 
-    def _template(self, with_tools: bool) -> str:
+    def _template(self, chosen: str | None, with_tools: bool) -> tuple[str, str]:
+        """The template, and what errors call it."""
         named = self._named_templates()
-        source = named["tool_use"] if with_tools and "tool_use" in named else named.get("default")
-        if source is None:
+        name = chosen or ("tool_use" if with_tools and "tool_use" in named else "default")
+        if name in named:
+            return named[name], f"The chat template of {self.path}"
+        if chosen is not None and not chosen.isidentifier():
+            return chosen, "The chat template that was given"
+        if not named:
             raise InputError(f"{self.path} has no chat template; give a plain prompt instead of a conversation.")
-        return source
+        raise InputError(f"{self.path} has no chat template {name!r}; give chat_template one of: {', '.join(named)}.")
 
     def _named_templates(self) -> dict[str, str]:
-        """Files of their own go before what tokenizer_config.json holds."""
-        held = self._config.get("chat_template")
-        named = {each.name: each.template for each in held} if isinstance(held, list) else {}
-        if isinstance(held, str):
-            named = {"default": held}
+        """Where there are files of their own, these alone; else what tokenizer_config.json holds."""
+        named = {}
         if (data := self._files.get("chat_template.jinja")) is not None:
-            named = {"default": _text(data, self.path / "chat_template.jinja")}
+            named["default"] = _text(data, self.path / "chat_template.jinja")
         for name, data in self._files.below(_MORE_TEMPLATES).items():
             if name.endswith(".jinja"):
                 named[name.removesuffix(".jinja")] = _text(data, self.path / _MORE_TEMPLATES / name)
-        return named
+        held = self._config.get("chat_template")
+        if named or held is None:
+            return named
+        return {"default": held} if isinstance(held, str) else {each.name: each.template for each in held}
 
     def _read_json(self, name: str) -> dict[str, Any]:
         data = self._files.get(name)
@@ -330,6 +379,20 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
 
+def _check_chat_options(variables: dict[str, Any], adds_prompt: bool | None, continues: bool | str) -> None:
+    """Raise UsageError for arguments that exclude each other, or that would be taken for variables of the template.
+    Takes those that change nothing out of `variables`."""
+    for name, harmless in _WITHOUT_EFFECT.items():
+        value = variables.pop(name, None)
+        if value is not None and value not in harmless:
+            raise UsageError(
+                f"apply_chat_template() takes no {name}={value!r:.40}. The conversation comes first, without a name; "
+                f"options of the tokenizer are its own: tokenizer(prompt, add_special_tokens=False, …)."
+            )
+    if adds_prompt and continues:
+        raise UsageError("add_generation_prompt begins a new message, continue_final_message the last one: give one.")
+
+
 def _as_ids(ids: Sequence[int] | Array) -> list[int]:
     try:
         numbers = [operator.index(each) for each in ids]
@@ -388,10 +451,12 @@ def _cleaned(text: str) -> str:
 
 
 def _special_tokens(config: dict[str, Any], path: Path) -> dict[str, str]:
-    found = {}
-    for name, token in config.items():
+    found, own = {}, config.get("extra_special_tokens")
+    # Tokens of one model's own are keys as the others are, or stand in an object of their names.
+    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    for name, token in {**named, **(own if isinstance(own, dict) else {})}.items():
         text = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(text, str):
+        if isinstance(text, str):
             try:
                 found[name] = _checked(text)
             except InputError as error:

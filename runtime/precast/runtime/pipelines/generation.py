@@ -113,19 +113,9 @@ class TextGenerationPipeline(GeneratingPipeline):
             return self.tokenizer.encodings(given)[0]
         if not _is_conversation(given):
             raise InputError(f'An input is a text, or messages [{{"role": …, "content": …}}]; this is {given!r:.80}.')
-        if not _continues(given, continues):
-            prompt = self.tokenizer.apply_chat_template(given, tools=tools)
-        else:
-            prompt = self._up_to_the_last_word(given, tools)
+        goes_on = _continues(given, continues)
+        prompt = self.tokenizer.apply_chat_template(given, tools=tools, continue_final_message=goes_on)
         return self.tokenizer.encodings(prompt, add_special_tokens=False)[0]
-
-    def _up_to_the_last_word(self, messages: Any, tools: Any) -> str:
-        """The conversation's prompt without what the template puts after its last message."""
-        prompt: str = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=False)
-        last = messages[-1]["content"].strip()
-        if last not in prompt:
-            raise InputError("The chat template changes the last message, so it cannot be continued.")
-        return prompt[: prompt.rindex(last) + len(last)]
 
 
 class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
@@ -199,4 +189,12 @@ def _whole(given: Any, text: str, continues: bool | None) -> Any:
         return given + text
     if not _continues(given, continues):
         return [*given, {"role": "assistant", "content": text}]
-    return [*given[:-1], {**given[-1], "content": given[-1]["content"] + text}]
+    return [*given[:-1], {**given[-1], "content": _longer(given[-1]["content"], text)}]
+
+
+def _longer(content: Any, text: str) -> Any:
+    """A message's content with more text after its last one."""
+    if isinstance(content, str):
+        return content + text
+    last = max(index for index, part in enumerate(content) if "text" in part)
+    return [{**part, "text": part["text"] + text} if index == last else part for index, part in enumerate(content)]
