@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, lru_cache
 from inspect import isfunction, ismethod
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -244,7 +244,7 @@ def _generation_tag() -> Any:
     from jinja2.nodes import CallBlock
 
     class Generation(Extension):
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 (as its base class has it)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
