@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import wave
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -18,9 +19,11 @@ from compare import assert_same, assert_steps_are_the_call, silence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 
 from precast.runtime import CompiledModel, pipeline
 from precast.runtime.errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
+from precast.runtime.pipelines.audio import AudioClassificationPipeline
 from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, opened_image, resized
 
 LABELS = {"id2label": {0: "猫", 1: "Hund", 2: "bird"}, "label2id": {"猫": 0, "Hund": 1, "bird": 2}}
@@ -377,6 +380,74 @@ def test_spectrogram_transformers_hear_ten_seconds(tmp_path):
     assert np.ptp(last[1]) > 0.1
     with pytest.raises(InputError, match=rf"{fits + 1} samples"):
         ours([TONE[: fits + 1]])
+
+
+def without_its_class(path, extractor, model_type):
+    """An extractor's file that does not say whose it is, as some that are published, beside its model's config.json."""
+    rules = {**extractor.to_dict(), "feature_extractor_type": None}
+    rules.pop("mel_filters", None)
+    (path / "preprocessor_config.json").write_text(json.dumps(rules))
+    (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return SoundProcessor(path)
+
+
+def test_a_file_that_does_not_say_its_class_has_its_models(tmp_path):
+    """transformers makes a Whisper of it, too, and hears half a minute of what is longer."""
+    theirs = transformers.WhisperFeatureExtractor(chunk_length=1)
+    ours = without_its_class(tmp_path, theirs, "whisper")
+    assert_same_spectrograms(ours([TONE])["input_features"], theirs, [TONE])
+    with pytest.raises(InputError, match=r"32000 samples \(2.00 seconds\); the model hears 16000 \(1.00 seconds\)"):
+        ours([np.concatenate([TONE, TONE])])
+    theirs = transformers.Wav2Vec2FeatureExtractor()
+    found = without_its_class(tmp_path, theirs, "hubert")([TONE])["input_values"]
+    assert np.abs(found - theirs(TONE, sampling_rate=16000, return_tensors="np")["input_values"]).max() < 1e-5
+
+
+def test_extractors_of_transformers_hear_the_end(tmp_path):
+    """Which of them leave out the end is found by changing it; `extractors` of the slow lane are all there are."""
+    theirs = transformers.Gemma3nAudioFeatureExtractor()
+    assert_hears_the_end(theirs, tmp_path, 31)
+
+
+EXTRACTORS = sorted({name for names in FEATURE_EXTRACTOR_MAPPING_NAMES.values() for name in np.atleast_1d(names)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXTRACTORS)
+@pytest.mark.filterwarnings("ignore")
+def test_every_extractor_hears_the_end(tmp_path, kind):
+    try:
+        theirs = getattr(transformers, kind)()
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert_hears_the_end(theirs, tmp_path, 65)
+
+
+def assert_hears_the_end(extractor, path, seconds):
+    """What is made of a sound depends on its end, or it is refused."""
+    extractor.save_pretrained(path)
+    sound = np.random.default_rng(0).normal(size=extractor.sampling_rate * seconds).astype(np.float32) * 0.1
+    other = np.concatenate([sound[: -len(sound) // 100], sound[: len(sound) // 100]])
+    ours = SoundProcessor(path)
+    try:
+        found, changed = ours([sound]), ours([other])
+    except InputError as error:
+        said = str(error)
+        assert "the model hears" in said or "does not prepare these sounds" in said
+    else:
+        assert any(not np.array_equal(found[name], changed[name]) for name in found)
+
+
+def test_an_extractor_that_does_not_fit_its_model_is_named(tmp_path):
+    graph = SimpleNamespace(inputs=[SimpleNamespace(name="input_values", shape=[1, 1200])])
+    model = SimpleNamespace(
+        variant=SimpleNamespace(graphs=[graph]), artifact=SimpleNamespace(path=tmp_path), batch_size=1
+    )
+    transformers.WhisperFeatureExtractor(chunk_length=1).save_pretrained(tmp_path)
+    ours = AudioClassificationPipeline(model)
+    ours.processor = SoundProcessor(tmp_path)
+    with pytest.raises(ArtifactError, match="makes input_features, and the model takes input_values"):
+        ours(TONE)
 
 
 @pytest.mark.parametrize("kind", ["ASTFeatureExtractor", "SeamlessM4TFeatureExtractor", "ClapFeatureExtractor"])

@@ -44,7 +44,14 @@ class _SoundPipeline(Pipeline):
         if truncation:
             sounds = [sound[: self._longest()] for sound in sounds]
         taken = [spec.name for spec in self.model.variant.graphs[0].inputs]
-        arrays = {name: rows for name, rows in self.processor(sounds).items() if name in taken}
+        made = self.processor(sounds)
+        if taken[0] not in made:
+            raise ArtifactError(
+                f"{self.model.artifact.path / 'preprocessor_config.json'} does not fit its model: "
+                f"{self.processor.kind} makes {', '.join(made)}, and the model takes {taken[0]}. Correct the file in "
+                f"the checkpoint, and export it again."
+            )
+        arrays = {name: rows for name, rows in made.items() if name in taken}
         return Batch(arrays, given, is_one, samples=[len(sound) for sound in sounds])
 
     def _longest(self) -> int | None:

@@ -7,6 +7,7 @@ sounds of wav2vec 2.0 and its kin and of Whisper. The others take transformers' 
 
 from __future__ import annotations
 
+import inspect
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +62,19 @@ _SOUND: dict[str, Any] = {
     "feature_extractor_type": str,
     "sampling_rate": _Count,
     "max_length": _Count,
+    "max_length_s": _Count,
     "do_normalize": bool,
 }
 """What is used of a file about sounds."""
+
+_USUAL = {
+    "WhisperFeatureExtractor": ("whisper",),
+    "ASTFeatureExtractor": ("audio-spectrogram-transformer",),
+    "Wav2Vec2FeatureExtractor": (
+        "wav2vec2", "wav2vec2-conformer", "hubert", "wavlm", "data2vec-audio", "sew", "unispeech", "unispeech-sat",
+    ),
+}  # fmt: skip
+"""The classes of files that do not say theirs, and the kinds of models that they are for."""
 
 
 class ImageProcessor:
@@ -186,8 +197,14 @@ class SoundProcessor:
         self.path, self._settings = path, _config(path, self._files, "sounds")
         self.config = select(self._settings, _SOUND, str(path / "preprocessor_config.json"))
         self.rate = int(self.config.get("sampling_rate", 16000))
-        self.kind = self.config.get("feature_extractor_type")
+        self.kind = self.config.get("feature_extractor_type") or self._usual_kind()
         self._theirs: Any = None
+
+    def _usual_kind(self) -> str | None:
+        """The class of a file that does not say it, by the kind of model."""
+        data = self._files.get("config.json")
+        model = parse_object(data, str(self.path / "config.json")).get("model_type") if data is not None else None
+        return next((kind for kind, models in _USUAL.items() if model in models), None)
 
     @cached_property
     def longest(self) -> int | None:
@@ -198,6 +215,9 @@ class SoundProcessor:
             # Frames of 25 milliseconds, one every 10.
             frames = int(self.config.get("max_length", 1024))
             return (frames - 1) * (self.rate // 100) + self.rate // 40 + self.rate // 100 - 1
+        if self.kind == "ClapFeatureExtractor":
+            # Of more it takes pieces at random.
+            return int(self.config.get("max_length_s", 10)) * self.rate
         return None
 
     def __call__(self, sounds: list[Array]) -> dict[str, Array]:
@@ -220,7 +240,8 @@ class SoundProcessor:
         if self._theirs is None:
             self._theirs = _from_transformers("AutoFeatureExtractor", str(self.kind), self._files)
         with _calling_transformers(f"transformers' {self.kind} does not prepare these sounds", InputError):
-            found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np")
+            whole = {"truncation": False} if _cuts(self._theirs) else {}
+            found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np", **whole)
         return {name: np.asarray(value) for name, value in found.items()}
 
     @cached_property
@@ -257,6 +278,12 @@ class SoundProcessor:
         if rate != self.rate:
             raise InputError(f"The sound has {rate} samples per second; the model takes {self.rate}. Resample it.")
         return given.astype(np.float32)
+
+
+def _cuts(extractor: Any) -> bool:
+    """Whether an extractor of transformers leaves out the end of long sounds unless it is told not to."""
+    told = inspect.signature(extractor.__call__).parameters.get("truncation")
+    return told is not None and told.default is True
 
 
 def _target(size: tuple[int, int], asked: dict[str, int]) -> tuple[int, int]:
