@@ -240,7 +240,10 @@ def test_modules_of_sentence_transformers_lie_in_the_checkpoint(tmp_path, checkp
     (path / "a" / "pipe").mkdir(parents=True)
     os.mkfifo(path / "a" / "pipe" / "config.json")
     kinds = [("Transformer", ""), ("Pooling", folder)]
-    modules = [{"idx": n, "name": str(n), "path": at, "type": f"models.{kind}"} for n, (kind, at) in enumerate(kinds)]
+    modules = [
+        {"idx": n, "name": str(n), "path": at, "type": f"sentence_transformers.{kind}"}
+        for n, (kind, at) in enumerate(kinds)
+    ]
     (path / "modules.json").write_text(json.dumps(modules))
     found = resolve(str(path), ExportOptions())
     with pytest.raises(CheckpointError, match=message):

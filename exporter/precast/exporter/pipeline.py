@@ -22,6 +22,8 @@ from .card import render_card
 from .cast import cast, cast_of
 from .decoder.kv_cache import cache_scales
 from .decoder.plan import DecoderPlan
+from .encoder.sentences import embeds_sentences
+from .encoder.texts import lower_case
 from .optimum_neuron import check_layout, in_layout, lay_out
 from .options import ExportOptions
 from .plan import Plan, make_plan
@@ -94,7 +96,7 @@ def export(
         check_layout(contract, checkpoint, options)
         with report("compile") as listener, heard_by(listener):
             compiled = compiler.compile(programs, stage, options)
-            _write_companions(stage, tokenizer, loaded, checkpoint.processor_config)
+            _write_beside(stage, tokenizer, checkpoint, loaded)
             config = _config(checkpoint, loaded)
         del loaded, programs
         gc.collect()
@@ -233,6 +235,17 @@ def _without_places(value: Any) -> Any:
 def _is_place(key: str, value: Any) -> bool:
     # A label of this name would have a number.
     return key.endswith("name_or_path") and (value is None or isinstance(value, str))
+
+
+def _write_beside(stage: Path, tokenizer: Any | None, checkpoint: Checkpoint, model: Any) -> None:
+    """The companions, with what sentence-transformers does to texts; lower case becomes the tokenizer's own. Raises
+    CheckpointError."""
+    files = checkpoint.sentence_files() if embeds_sentences(model) else {}
+    for name, settings in files.items():
+        _write_json(stage / name, settings)
+        if settings.get("do_lower_case") and tokenizer is not None:
+            lower_case(tokenizer, checkpoint.name)
+    _write_companions(stage, tokenizer, model, checkpoint.processor_config)
 
 
 def _write_companions(stage: Path, tokenizer: Any | None, model: Any, processor: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ from precast.runtime.artifact.reach import hub_or_cache
 from precast.runtime.artifact.tasks import ROWS, TASKS, Task, get_task, tasks_named
 from precast.runtime.errors import CheckpointError, FormatError
 
-from .encoder.sentences import attach_sentences, sentence_weights
+from .encoder.sentences import attach_sentences, embeds_sentences, sentence_weights
+from .encoder.texts import sentence_files
 from .gguf_reader import ParsedOnce
 from .local import check_is_checkpoint, find_local, not_given
 from .options import ExportOptions
@@ -176,6 +177,13 @@ class Checkpoint:
         offset = self.pad_token_id + 1 if self.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
         return found - offset if isinstance(found, int) and found > 0 else None
 
+    def sentence_files(self) -> dict[str, dict[str, Any]]:
+        """What sentence-transformers does to texts, in its own files. Raises CheckpointError."""
+        limits = [self.max_length, getattr(self.tokenizer, "model_max_length", None)]
+        # Tokenizers that know no limit say 10**30.
+        known = [limit for limit in limits if limit is not None and 0 < limit < 2**31]
+        return sentence_files(self.directory, self.name, min(known, default=None))
+
     def task(self, name: str | None = None) -> Task:
         """The task of this name, done in the way that the checkpoint's type does it; by default the inferred one.
 
@@ -316,6 +324,9 @@ class Checkpoint:
         """A sentence-transformers checkpoint's vectors are those of its texts."""
         if self.embeds_sentences and task.name == "feature-extraction" and not self.gguf_file:
             attach_sentences(model, self.directory, self.name)
+            if embeds_sentences(model):
+                # What cannot be done is refused now rather than after the long work.
+                self.sentence_files()
 
     def _check_complete(self, model: nn.Module, info: dict[str, Any], task: Task) -> None:
         """Weights that the checkpoint lacks would be random. A pooler is not part of any answer."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from .arguments import only_known
+from .companions import companions_of
 from .forward import Encoder
+from .sentences import SentenceRules, sentence_rules
+from .tokenizer import listed_texts
 
 __all__ = [
     "CompiledModelForFeatureExtraction",
@@ -26,10 +31,25 @@ class CompiledModelForFeatureExtraction(Encoder):
 
     task = "feature-extraction"
 
-    def embed(self, texts: Sequence[str]) -> Array:
+    @cached_property
+    def sentence_rules(self) -> SentenceRules:
+        """What sentence-transformers does to texts; nothing for a model that is none of its. Raises FormatError."""
+        return sentence_rules(companions_of(self.artifact), self.artifact.path)
+
+    @only_known
+    def embed(self, texts: str | Sequence[str], *, prompt: str | None = None) -> Array:
         """One vector per text, [texts, hidden]: the sentence embedding of a model that was compiled with one, otherwise
-        the mean of its token vectors."""
-        batch = self.tokenizer(texts)
+        the mean of its token vectors.
+
+        Args:
+            texts: as sentence-transformers does, they are cut to the checkpoint's max_seq_length.
+            prompt: stands before each text; by default the checkpoint's default prompt, where it names one.
+
+        Raises:
+            InputError: a text is longer than compiled for.
+        """
+        batch = self.tokenizer.pad([self.sentence_rules.encoding(self.tokenizer, text, prompt=prompt)
+                                    for text in listed_texts(texts)])  # fmt: skip
         outputs = self(**batch)
         if "sentence_embedding" in outputs:
             return np.asarray(outputs.sentence_embedding)

@@ -23,7 +23,7 @@ from .published import parse_object, select
 from .templates import Talk, is_batch, render
 from .tensors import as_tensors
 
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["TextStream", "Tokenizer", "listed_texts"]
 
 Array = np.ndarray[Any, Any]
 _REPLACEMENT = "\ufffd"
@@ -187,10 +187,8 @@ class Tokenizer:
 
         `return_tensors="pt"` makes tensors of torch, "np" is the same as None. Raises UsageError for anything else.
         """
-        first = _listed(texts)
-        second = [None] * len(first) if pairs is None else _listed(pairs)
-        if not first:
-            raise InputError("There is no text to encode.")
+        first = listed_texts(texts)
+        second = [None] * len(first) if pairs is None else listed_texts(pairs)
         if len(second) != len(first):
             raise InputError(f"There are {len(first)} texts and {len(second)} pairs; each text takes one.")
         encodings = [self._encode(text, pair, add_special_tokens) for text, pair in zip(first, second, strict=True)]
@@ -410,13 +408,17 @@ def _text(data: bytes, path: Path) -> str:
         raise FormatError(f"{path} is not text in UTF-8: {error}.") from error
 
 
-def _listed(texts: str | Sequence[str]) -> list[str]:
+def listed_texts(texts: str | Sequence[str]) -> list[str]:
+    """One text as a list, and a list as it is. Raises InputError for what is neither, and for an empty list."""
     if isinstance(texts, str):
         return [texts]
     try:
-        return list(texts)
+        found = list(texts)
     except TypeError:
         raise InputError(f"Give a text or a list of texts; this is {texts!r:.80}.") from None
+    if not found:
+        raise InputError("There is no text to encode.")
+    return found
 
 
 def _check_pair(text: str, pair: str | None) -> None:

@@ -16,7 +16,7 @@ from ..errors import InputError, UsageError
 from ..tensors import ModelOutput, plain
 from ..tokenizer import Tokenizer
 
-__all__ = ["Batch", "Pipeline", "TextPipeline"]
+__all__ = ["Batch", "Pipeline", "TextPipeline", "text_and_pair"]
 
 Array = np.ndarray[Any, Any]
 
@@ -157,7 +157,7 @@ class TextPipeline(Pipeline):
             truncation: cut what is longer than compiled for, instead of refusing it.
         """
         given, is_one = self._listed(inputs)
-        encodings = [self._encoding(*_text_and_pair(each), truncation) for each in given]
+        encodings = [self._encoding(*text_and_pair(each), truncation) for each in given]
         return Batch(self._arrays(encodings), given, is_one, encodings=encodings)
 
     def _arrays(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
@@ -180,7 +180,8 @@ class TextPipeline(Pipeline):
         return [row[: len(encoding.ids)] for row, encoding in rows]
 
 
-def _text_and_pair(given: Any) -> tuple[str, str | None]:
+def text_and_pair(given: Any) -> tuple[str, str | None]:
+    """The texts of one input. Raises InputError for what is none."""
     if isinstance(given, str):
         return given, None
     if isinstance(given, dict) and "text" in given and given.keys() <= {"text", "text_pair"}:

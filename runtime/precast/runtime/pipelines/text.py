@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, UsageError
-from .base import Array, Batch, Pipeline, TextPipeline
+from .base import Array, Batch, Pipeline, TextPipeline, text_and_pair
 from .scores import best, label, sigmoid, softmax
 
 __all__ = ["FeatureExtractionPipeline", "FillMaskPipeline", "TextClassificationPipeline", "classify"]
@@ -31,6 +31,21 @@ class FeatureExtractionPipeline(TextPipeline):
 
         kinds = {"input_ids": cls, "pixel_values": ImageFeatureExtractionPipeline}
         return kinds.get(model.main_input_name, AudioFeatureExtractionPipeline)
+
+    def preprocess(self, inputs: Any, *, truncation: bool = False, prompt: str | None = None) -> Batch:
+        """Texts as token ids.
+
+        Args:
+            inputs: a text; or a pair of texts, {"text": …, "text_pair": …}; or a list of these. A model of
+                sentence-transformers cuts them to its max_seq_length, as that library does.
+            truncation: cut what is longer than compiled for, instead of refusing it.
+            prompt: stands before each text; by default the default prompt of a model of sentence-transformers.
+        """
+        given, is_one = self._listed(inputs)
+        rules, length = self.model.sentence_rules, self._longest() if truncation else None
+        encodings = [rules.encoding(self.tokenizer, *text_and_pair(each), prompt=prompt, length=length)
+                     for each in given]  # fmt: skip
+        return Batch(self._arrays(encodings), given, is_one, encodings=encodings)
 
     def postprocess(self, outputs: Batch, *, pooling: str | None = None) -> Any:
         """Nested lists of numbers for each text.
