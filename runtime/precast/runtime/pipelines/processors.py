@@ -1,8 +1,9 @@
 """Images and sounds -> arrays, by the rules of the checkpoint's preprocessor_config.json.
 
-The common rules are done here, with Pillow and numpy: images of ViT, DeiT, CLIP, SigLIP, SegFormer, BiT and BEiT,
-sounds of wav2vec 2.0 and its kin and of Whisper. The others take transformers' own processors, which
-`pip install 'precast[export]'` brings.
+The common rules are done here, with Pillow and numpy: images of the classes in image_rules.py, sounds of wav2vec 2.0
+and its kin and of Whisper. The others take transformers' own processors, which `pip install 'precast[export]'` brings.
+Which file and which class counts is as in transformers: its newer releases write processor_config.json with a part
+for images and one for sounds; a file without a class means that of the model's type.
 """
 
 from __future__ import annotations
@@ -22,40 +23,12 @@ import numpy as np
 from ..companions import Readable, companions_at, laid_out
 from ..errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
 from ..published import parse_object, select
+from .image_rules import class_of, rules_of
 from .log_mel import LogMel
 
 __all__ = ["ImageProcessor", "SoundProcessor", "opened_image", "resized"]
 
 Array = np.ndarray[Any, Any]
-
-# The processors that do no more than resize, crop, rescale and normalize, and of what a size is that is one number.
-_SQUARE, _SHORTER = ("height", "width"), ("shortest_edge",)
-_COMMON = {"ViT": _SQUARE, "DeiT": _SQUARE, "Segformer": _SQUARE, "Beit": _SQUARE,
-           "CLIP": _SHORTER, "Siglip": _SHORTER, "Bit": _SHORTER}  # fmt: skip
-# What each step must be told; the defaults are transformers', and differ from class to class.
-_TOLD = {
-    "do_resize": ("size", "resample"),
-    "do_center_crop": ("crop_size",),
-    "do_normalize": ("image_mean", "image_std"),
-}
-_CROPPING = ("DeiT", "CLIP", "Bit")
-_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-
-
-_Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
-_PerChannel = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
-
-
-class _Rules(msgspec.Struct):
-    """What the steps can be told here; transformers may make something of anything else."""
-
-    size: _Side | dict[str, _Side] = 1
-    crop_size: _Side | dict[str, _Side] = 1
-    resample: Annotated[int, msgspec.Meta(ge=0, le=5)] = 2
-    rescale_factor: float = 1 / 255
-    image_mean: _PerChannel | None = None
-    image_std: _PerChannel | None = None
-
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 _SOUND: dict[str, Any] = {
@@ -82,68 +55,32 @@ class ImageProcessor:
 
     def __init__(self, path: Path, files: Readable | None = None) -> None:
         self._files = files or companions_at(path)
-        config = _config(path, self._files, "images")
-        self.path, self.config = path, {name: value for name, value in config.items() if value is not None}
-        # Files from before transformers 4.27 call it a feature extractor.
-        self.kind = str(self.config.get("image_processor_type") or self.config.get("feature_extractor_type"))
-        self._kind = self.kind.removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-        self._is_common = self._kind in _COMMON and self._is_plain() and self._is_told()
+        self.path, self.config = path, _settings(path, self._files, "images", "image_processor")
+        model = _model_config(path, self._files)
+        self.kind = _image_class(self.config, model)
+        known = class_of(self.kind, model.get("model_type"))
+        self._rules = rules_of(known, self.config) if known else None
         self._theirs: Any = None
 
+    @property
+    def layout(self) -> str | None:
+        """Where arrays have their channels, if the file says so: "channels_first" or "channels_last"."""
+        found = self.config.get("input_data_format")
+        return found if found in ("channels_first", "channels_last") else None
+
     def __call__(self, images: list[Any], **rules: Any) -> dict[str, Array]:
-        """`pixel_values` float32 [images, channels, height, width], and what else transformers' processor makes.
+        """`pixel_values` float32 [images, channels, height, width], and what else transformers' processor makes, of
+        Pillow images in colours.
 
         `rules` override those of the checkpoint. Raises InputError for images that come out in different sizes.
         """
-        if self._is_common and not rules:
-            return {"pixel_values": _together([self._pixels(image) for image in images])}
+        if self._rules is not None and not rules:
+            return {"pixel_values": _together([self._rules.pixels(image) for image in images])}
         if self._theirs is None:
             self._theirs = _from_transformers("AutoImageProcessor", self.kind, self._files)
-        with _calling_transformers(f"transformers' {self.kind} does not prepare these images", InputError):
+        with _calling(f"transformers' {self.kind} does not prepare these images", InputError):
             found = self._theirs(images=images, return_tensors="np", **rules)
-        return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
-
-    def _is_plain(self) -> bool:
-        """Whether the file asks for nothing but the steps, in a form that they take."""
-        asked = {name for name, value in self.config.items() if name.startswith("do_") and value}
-        try:
-            msgspec.convert(self.config, _Rules)
-        except msgspec.ValidationError:
-            return False
-        crop = self.config.get("crop_size", 1)
-        is_crop = isinstance(crop, int) or {"height", "width"} <= crop.keys()
-        return asked <= set(_STEPS) and tuple(sorted(self._size())) in _SIZES and is_crop
-
-    def _is_told(self) -> bool:
-        """Whether the file says all that the steps take."""
-        steps = {"do_resize": True, "do_normalize": True, "do_center_crop": self._kind in _CROPPING}
-        needed = [name for step, own in steps.items() if self.config.get(step, own) for name in _TOLD[step]]
-        if self._kind in _CROPPING:
-            needed.append("do_center_crop")
-        return all(name in self.config for name in needed)
-
-    def _size(self) -> dict[str, int]:
-        size = self.config.get("size", {})
-        return dict.fromkeys(_COMMON.get(self._kind, ()), size) if isinstance(size, int) else size
-
-    def _pixels(self, image: Any) -> Array:
-        rules = self.config
-        if rules.get("do_resize", True):
-            image = image.resize(_target(image.size, self._size()), rules.get("resample", 2))
-        pixels = np.asarray(image)
-        if rules.get("do_center_crop", False):
-            pixels = _cropped(pixels, rules["crop_size"])
-        values = pixels.transpose(2, 0, 1)
-        if rules.get("do_rescale", True):
-            values = values.astype(np.float64) * rules.get("rescale_factor", 1 / 255)
-        values = values.astype(np.float32)
-        if rules.get("do_normalize", True):
-            mean, deviation = (np.array(rules[f"image_{name}"], np.float32)[:, None, None] for name in ("mean", "std"))
-            values = (values - mean) / deviation
-        return values.astype(np.float32)
-
-
-_SIZES = (_SQUARE, _SHORTER)
+            return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
 
 
 def _together(images: list[Array]) -> Array:
@@ -156,25 +93,61 @@ def _together(images: list[Array]) -> Array:
     return np.stack(images)
 
 
-def opened_image(given: Any) -> Any:
-    """An image as Pillow has it, in colours: of a file, of an array uint8 [height, width, channels], or as it is.
+def opened_image(given: Any, layout: str | None = None) -> Any:
+    """An image as Pillow has it, upright and in colours, of a file, an array or a Pillow image.
 
-    Raises UsageError without Pillow, InputError for anything else.
+    An array is [height, width], or has one or three channels, last or first: `layout` says which where both could be,
+    "channels_first" without it, as in transformers. Its values are whole numbers from 0 to 255 of any dtype.
+    Raises UsageError without Pillow, InputError for anything else and for images without a pixel.
     """
     try:
         pillow = import_module("PIL.Image")
     except ImportError as error:
         raise UsageError("Images take Pillow: pip install 'precast[vision]'") from error
     if isinstance(given, np.ndarray):
-        given = pillow.fromarray(given)
-    elif isinstance(given, str | Path):
-        try:
-            given = pillow.open(given)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{given} cannot be read as an image: {error}.") from error
+        given = pillow.fromarray(_colours(given, layout))
+    if isinstance(given, str | Path):
+        # What decodes images meets broken ones with errors of any type, some only when the pixels are asked for.
+        with _calling(f"{given} cannot be read as an image", InputError), pillow.open(given) as image:
+            return _upright(image)
     if not isinstance(given, pillow.Image):
         raise InputError(f"An image is a file, an array [height, width, 3] or a Pillow image; this is {given!r:.80}.")
-    return given.convert("RGB")
+    if not all(given.size):
+        raise InputError(f"The image has {given.height}x{given.width} pixels, so there is nothing to see.")
+    with _calling("The image cannot be read", InputError):
+        return _upright(given)
+
+
+def _upright(image: Any) -> Any:
+    """As its file says that the camera was held, and in colours."""
+    return import_module("PIL.ImageOps").exif_transpose(image).convert("RGB")
+
+
+_CHANNELS: dict[str | None, tuple[int, ...]] = {None: (0, 2), "channels_first": (0,), "channels_last": (2,)}
+
+
+def _colours(given: Array, layout: str | None) -> Array:
+    """uint8 [height, width, 3]; what transformers' processors would take for other colours is refused."""
+    shape = "x".join(map(str, given.shape))
+    if not given.size:
+        raise InputError(f"The image is an array of {shape} values, so there is nothing to see.")
+    if given.dtype.kind not in "iuf":
+        raise InputError(f"The image is an array of {given.dtype}; give whole numbers from 0 to 255.")
+    values, axes = (given[None], (0,)) if given.ndim == 2 else (given, _CHANNELS[layout])
+    places = [axis for axis in axes if values.ndim == 3 and values.shape[axis] in (1, 3)]
+    if not places:
+        raise InputError(
+            f"The image is an array of {shape} values: give [height, width], [height, width, channels] or [channels, "
+            f"height, width] with one or three channels" + (f", {layout} as its file says." if layout else ".")
+        )
+    lowest, highest = values.min(), values.max()
+    if not (lowest >= 0 and highest <= 255 and np.array_equal(values, np.trunc(values))):
+        raise InputError(
+            f"The image is an array of {given.dtype} with values from {lowest:g} to {highest:g}, but colours are whole "
+            f"numbers from 0 to 255. Of shares of 1 make them: (image * 255).round().astype(np.uint8)"
+        )
+    colours = np.moveaxis(values, places[0], -1).astype(np.uint8)
+    return np.repeat(colours, 3, -1) if colours.shape[-1] == 1 else np.ascontiguousarray(colours)
 
 
 def resized(values: Array, height: int, width: int) -> Array:
@@ -194,7 +167,8 @@ class SoundProcessor:
 
     def __init__(self, path: Path, files: Readable | None = None) -> None:
         self._files = files or companions_at(path)
-        self.path, self._settings = path, _config(path, self._files, "sounds")
+        self.path = path
+        self._settings = _settings(path, self._files, "sounds", "feature_extractor", "audio_processor")
         self.config = select(self._settings, _SOUND, str(path / "preprocessor_config.json"))
         self.rate = int(self.config.get("sampling_rate", 16000))
         self.kind = self.config.get("feature_extractor_type") or self._usual_kind()
@@ -202,8 +176,7 @@ class SoundProcessor:
 
     def _usual_kind(self) -> str | None:
         """The class of a file that does not say it, by the kind of model."""
-        data = self._files.get("config.json")
-        model = parse_object(data, str(self.path / "config.json")).get("model_type") if data is not None else None
+        model = _model_config(self.path, self._files).get("model_type")
         return next((kind for kind, models in _USUAL.items() if model in models), None)
 
     @cached_property
@@ -239,10 +212,10 @@ class SoundProcessor:
             return self._waves(sounds)
         if self._theirs is None:
             self._theirs = _from_transformers("AutoFeatureExtractor", str(self.kind), self._files)
-        with _calling_transformers(f"transformers' {self.kind} does not prepare these sounds", InputError):
+        with _calling(f"transformers' {self.kind} does not prepare these sounds", InputError):
             whole = {"truncation": False} if _cuts(self._theirs) else {}
             found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np", **whole)
-        return {name: np.asarray(value) for name, value in found.items()}
+            return {name: np.asarray(value) for name, value in found.items()}
 
     @cached_property
     def _log_mel(self) -> LogMel:
@@ -286,29 +259,6 @@ def _cuts(extractor: Any) -> bool:
     return told is not None and told.default is True
 
 
-def _target(size: tuple[int, int], asked: dict[str, int]) -> tuple[int, int]:
-    """(width, height) of the resized image."""
-    if "shortest_edge" not in asked:
-        return asked["width"], asked["height"]
-    short, long = sorted(size)
-    edge = asked["shortest_edge"]
-    longer = int(edge * long / short)
-    return (edge, longer) if size[0] <= size[1] else (longer, edge)
-
-
-def _cropped(pixels: Array, asked: Any) -> Array:
-    """The middle of an image [height, width, channels], with black around it where it is smaller."""
-    sizes = (asked, asked) if isinstance(asked, int) else (asked["height"], asked["width"])
-    for axis, size in enumerate(sizes):
-        missing = max(0, size - pixels.shape[axis])
-        before = -(-missing // 2)
-        pads = [(before, missing - before) if each == axis else (0, 0) for each in range(3)]
-        pixels = np.pad(pixels, pads)
-        start = (pixels.shape[axis] - size) // 2
-        pixels = pixels.take(range(start, start + size), axis)
-    return pixels
-
-
 def _leveled(sound: Array) -> Array:
     """Mean 0 and variance 1, as wav2vec 2.0 was trained."""
     result: Array = (sound - sound.mean()) / np.sqrt(sound.var() + 1e-7)
@@ -332,7 +282,15 @@ def _wave(path: Path) -> tuple[Array, int]:
     return values.reshape(-1, channels).mean(1), rate
 
 
-def _config(path: Path, files: Readable, what: str) -> dict[str, Any]:
+def _settings(path: Path, files: Readable, what: str, *parts: str) -> dict[str, Any]:
+    """What the files say of images or sounds: a part of processor_config.json, else preprocessor_config.json."""
+    name = str(path / "processor_config.json")
+    whole = parse_object(files.get("processor_config.json") or b"{}", name)
+    part = next((whole[each] for each in parts if each in whole), None)
+    if part is not None:
+        if not isinstance(part, dict):
+            raise FormatError(f"{name} says of {what} {part!r:.40}, not an object.")
+        return part
     data = files.get("preprocessor_config.json")
     if data is None:
         raise ArtifactError(
@@ -342,11 +300,25 @@ def _config(path: Path, files: Readable, what: str) -> dict[str, Any]:
     return parse_object(data, str(path / "preprocessor_config.json"))
 
 
+def _model_config(path: Path, files: Readable) -> dict[str, Any]:
+    return parse_object(files.get("config.json") or b"{}", str(path / "config.json"))
+
+
+def _image_class(settings: dict[str, Any], model: dict[str, Any]) -> Any:
+    """The class that the files name, where transformers looks for it; None where none does."""
+    named, code = settings.get("image_processor_type"), settings.get("auto_map")
+    if named is None and not (isinstance(code, dict) and "AutoImageProcessor" in code):
+        # Files from before transformers 4.27 call it a feature extractor.
+        old = settings.get("feature_extractor_type")
+        named = old.replace("FeatureExtractor", "ImageProcessor") if isinstance(old, str) else old
+    return named if named is not None else model.get("image_processor_type")
+
+
 def _from_transformers(name: str, kind: str, files: Readable) -> Any:
     """transformers' own processor. Raises UsageError where it is not installed, ArtifactError where it refuses."""
     what = f"transformers makes no processor of preprocessor_config.json, {kind}"
     try:
-        with _calling_transformers(what, ArtifactError), laid_out(files) as path:
+        with _calling(what, ArtifactError), laid_out(files) as path:
             return getattr(import_module("transformers"), name).from_pretrained(
                 path, trust_remote_code=False, local_files_only=True
             )
@@ -358,13 +330,13 @@ def _from_transformers(name: str, kind: str, files: Readable) -> Any:
 
 
 @contextmanager
-def _calling_transformers(what: str, kind: type[PrecastError]) -> Iterator[None]:
-    """Within, whatever the library raises is of our `kind`, but for what is not installed."""
+def _calling(what: str, kind: type[PrecastError]) -> Iterator[None]:
+    """Within, whatever a library raises is of our `kind`, but for what is not installed."""
     try:
         yield
     except (ImportError, MemoryError, PrecastError):
         raise
     except Exception as error:
-        # The library meets broken settings, and those that need code of their own, with errors of any type.
+        # transformers meets broken settings, and those that need code of their own, with errors of any type.
         said = " ".join(str(error).split())
         raise kind(f"{what}: {type(error).__name__}: {said:.300}") from error

@@ -40,10 +40,11 @@ class _ImagePipeline(Pipeline):
         """Images as `pixel_values` float32 [images, channels, height, width].
 
         Args:
-            inputs: a file, a Pillow image, or an array uint8 [height, width, 3]; or a list of these.
+            inputs: a file, a Pillow image, or an array of whole numbers from 0 to 255, [height, width, channels],
+                [channels, height, width] or [height, width], with one or three channels; or a list of these.
         """
         given, is_one = self._listed(inputs)
-        images = [opened_image(each) for each in given]
+        images = [opened_image(each, self.processor.layout) for each in given]
         return Batch(self._arrays(images), given, is_one, sizes=[(image.height, image.width) for image in images])
 
     def _arrays(self, images: list[Any]) -> dict[str, Array]:

@@ -1,0 +1,218 @@
+"""Published files about images give transformers' pixels: any class, any settings, any kind of image.
+
+Compared with the classes of transformers that use Pillow, `…ImageProcessorPil`, wherever there are two.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from precast.runtime.errors import FormatError, InputError, PrecastError
+from precast.runtime.pipelines.image_rules import CLASSES, TYPES
+from precast.runtime.pipelines.processors import ImageProcessor, opened_image
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 52, 3), np.uint8))
+EVERY = sorted({names["pil"].removesuffix("Pil") for names in IMAGE_PROCESSOR_MAPPING_NAMES.values() if "pil" in names})
+SWITCH = (True, True, False, None)
+KEYS = {
+    "do_resize": SWITCH, "do_rescale": SWITCH, "do_normalize": SWITCH, "do_convert_rgb": SWITCH,
+    "do_center_crop": SWITCH, "do_pad": (None, None, True, False), "default_to_square": SWITCH,
+    "size": (
+        24, 31, {"height": 24, "width": 35}, {"shortest_edge": 24}, {"shortest_edge": 24, "longest_edge": 30}, [24, 35],
+        {"longest_edge": 40}, {"max_height": 30, "max_width": 41}, [24], "24", {"height": 24, "width": None}, 0, None,
+    ),
+    "crop_size": (16, {"height": 16, "width": 21}, [16, 60], {"shortest_edge": 9}, {"height": -1, "width": -1}, None),
+    "pad_size": (None, None, {"height": 60, "width": 70}, 64),
+    "resample": (0, 1, 2, 3, 4, 5, None, 7, "3"), "rescale_factor": (1 / 255, 1 / 127.5, 1, None, "x"),
+    "image_mean": ([0.4, 0.5, 0.6], [0.4, 0.5, 0.6], 0.5, [0, 1, 0], [0.5], None),
+    "image_std": ([0.2, 0.3, 0.4], [0.2, 0.3, 0.4], 0.5, [1, 1, 1], "wide", None),
+    "data_format": ("channels_first", "channels_last", None), "device": ("cpu", None),
+    "input_data_format": ("channels_first", "channels_last", None, "NCHW"), "return_tensors": ("np", "pt", None),
+    "disable_grouping": SWITCH, "image_seq_length": (7, None),
+    # Of single classes, or of none.
+    "do_reduce_labels": SWITCH, "reduce_labels": SWITCH, "use_square_size": (False, True, None), "crop_pct": (0.9, 0.5),
+    "do_flip_channel_order": SWITCH, "include_top": SWITCH, "rescale_offset": SWITCH, "size_divisor": (32, 8),
+    "do_thumbnail": SWITCH, "do_align_long_axis": SWITCH, "max_size": (40, None), "apply_ocr": (False,),
+    "keep_aspect_ratio": SWITCH, "ensure_multiple_of": (1, 8), "patch_size": (14, 8), "image_size": (24,),
+    "feature_extractor_type": ("CLIPFeatureExtractor", None), "processor_class": ("CLIPProcessor",), "augment": (True,),
+    "_valid_processor_keys": (["images"],), "auto_map": ({"AutoImageProcessor": "own.Own"}, {"AutoProcessor": "own.A"}),
+}  # fmt: skip
+"""Every key of transformers' ImagesKwargs, and others that files have, with values that they have or should not."""
+
+
+def write(path, settings, **config):
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def theirs(path, images=(PICTURE,)):
+    """The pixels, or what transformers says instead."""
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        return np.asarray(processor(images=list(images), return_tensors="np")["pixel_values"])
+    except Exception as error:
+        return error
+
+
+def same(path, images=(PICTURE,)) -> bool:
+    """Whether there are pixels; they are transformers', and where it has none there is a typed error."""
+    expected = theirs(path, images)
+    if isinstance(expected, Exception):
+        with pytest.raises(PrecastError):
+            ImageProcessor(path)(list(images))
+        return False
+    found = ImageProcessor(path)(list(images))["pixel_values"]
+    assert found.shape == expected.shape
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    return True
+
+
+def drawn(draw: random.Random, kind: str) -> dict[str, object]:
+    names = draw.sample(sorted(KEYS), draw.randrange(3, 12))
+    return {"image_processor_type": kind, **{name: draw.choice(KEYS[name]) for name in names}}
+
+
+def test_the_keys_are_transformers():
+    assert transformers.processing_utils.ImagesKwargs.__annotations__.keys() <= KEYS.keys()
+
+
+def test_classes_and_types_are_transformers():
+    for kind, types in TYPES.items():
+        name = f"{kind}ImageProcessorPil"
+        assert sorted(types) == sorted(
+            each for each, names in IMAGE_PROCESSOR_MAPPING_NAMES.items() if names.get("pil") == name
+        )
+        theirs, ours = getattr(transformers, name), CLASSES[kind]
+        for key in ("size", "crop_size", "resample", "image_mean", "image_std", "do_center_crop", "default_to_square"):
+            usual = {"do_center_crop": False, "default_to_square": True}.get(key)
+            assert (getattr(theirs, key, None) or False) == (ours.get(key, usual) or False), (kind, key)
+        assert [theirs.do_resize, theirs.do_rescale, theirs.do_normalize] == [True] * 3
+
+
+@pytest.mark.parametrize("kind", sorted(CLASSES))
+def test_what_a_file_leaves_out_is_its_class_or_its_models(tmp_path, kind):
+    for settings in (
+        {"image_processor_type": f"{kind}ImageProcessor"},
+        {"feature_extractor_type": f"{kind}FeatureExtractor"},
+        {"image_processor_type": f"{kind}ImageProcessorFast", "do_resize": None, "crop_size": 30},
+    ):
+        assert same(write(tmp_path, settings))
+    for model_type in TYPES[kind]:
+        path = write(tmp_path, {"image_processor_type": "OldFeatureExtractor", "resample": 0}, model_type=model_type)
+        assert ImageProcessor(path)._rules is not None
+    assert same(write(tmp_path, {"size": 30}, model_type=TYPES[kind][0]))
+
+
+def test_any_settings_of_a_file_are_obeyed_or_refused(tmp_path):
+    draw = random.Random(0)
+    done = [same(write(tmp_path, drawn(draw, f"{draw.choice(sorted(CLASSES))}ImageProcessor"))) for _ in range(150)]
+    assert 40 < sum(done) < 140
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.filterwarnings("ignore")
+def test_any_settings_of_every_class_are_obeyed_or_refused(tmp_path, kind):
+    draw = random.Random(kind)
+    for index in range(40):
+        settings = drawn(draw, kind) if index else {"image_processor_type": kind}
+        same(write(tmp_path, settings), (PICTURE,) if index % 2 else (PICTURE, PICTURE.resize((40, 40))))
+
+
+def test_the_part_of_processor_config_counts(tmp_path):
+    write(tmp_path, {"image_processor_type": "ViTImageProcessor", "size": 20})
+    whole = tmp_path / "processor_config.json"
+    for part in ({"image_processor_type": "CLIPImageProcessor", "crop_size": 24}, None):
+        whole.write_text(json.dumps({"processor_class": "AProcessor", "image_processor": part}))
+        assert same(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    whole.write_text(json.dumps({"image_processor": {"image_processor_type": "ConvNextImageProcessor", "size": 30}}))
+    assert same(tmp_path), "transformers is given the file"
+    whole.write_text(json.dumps({"image_processor": "clip"}))
+    with pytest.raises(FormatError, match=r"processor_config.json says of images 'clip', not an object"):
+        ImageProcessor(tmp_path)
+
+
+COLOURS = np.random.default_rng(1).integers(0, 256, (9, 14, 3))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        COLOURS.astype(np.uint8), COLOURS, COLOURS.astype(np.float32), COLOURS.astype(np.float16),
+        COLOURS.astype(">u2"), COLOURS.transpose(2, 0, 1), COLOURS[..., :1], COLOURS[None, ..., 0], COLOURS[:3],
+    ],
+    ids=lambda array: f"{array.dtype}-{array.shape}",
+)  # fmt: skip
+def test_arrays_are_what_transformers_takes_them_for(tmp_path, array):
+    path = write(tmp_path, {"image_processor_type": "CLIPImageProcessor"})
+    found = ImageProcessor(path)([opened_image(array)])["pixel_values"]
+    assert np.abs(found - theirs(path, [array])).max() < 1e-5
+
+
+def test_a_file_says_where_arrays_have_their_channels(tmp_path):
+    path = write(tmp_path, {"image_processor_type": "ViTImageProcessor", "input_data_format": "channels_last"})
+    processor = ImageProcessor(path)
+    found = processor([opened_image(COLOURS[:3], processor.layout)])["pixel_values"]
+    assert np.abs(found - theirs(path, [COLOURS[:3].astype(np.uint8)])).max() < 1e-5
+    with pytest.raises(InputError, match=r"array of 3x9x14 .* channels_last as its file says"):
+        opened_image(COLOURS.transpose(2, 0, 1), processor.layout)
+
+
+def test_pictures_lie_as_their_file_says(tmp_path):
+    """As transformers' pipelines open them."""
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        PICTURE.save(tmp_path / "a.jpg", exif=exif)
+        expected = transformers.image_utils.load_image(str(tmp_path / "a.jpg"))
+        for given in (str(tmp_path / "a.jpg"), tmp_path / "a.jpg", Image.open(tmp_path / "a.jpg")):
+            assert np.array_equal(opened_image(given), expected)
+    for mode in ("L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"):
+        image = PICTURE.convert("L").convert("I").convert(mode) if mode == "I;16" else PICTURE.convert(mode)
+        assert np.array_equal(opened_image(image), transformers.image_utils.load_image(image)), mode
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (COLOURS / 255, r"array of float64 with values from 0\S* to 1, but .*\(image \* 255\).round\(\)"),
+        (-COLOURS, r"array of int64 with values from -\d+ to"),
+        (COLOURS * 256, r"values from \d+ to 6\d+,"),
+        (np.full((4, 4, 3), np.nan), "values from nan to nan"),
+        (COLOURS[..., 0] > 3, "array of bool"),
+        (COLOURS.astype(str), "array of <U"),
+        (np.zeros((0, 5, 3)), "array of 0x5x3 values, so there is nothing to see"),
+        (np.zeros((2, 9, 14, 3)), "array of 2x9x14x3 values: give"),
+        (np.zeros((9, 14, 4)), "array of 9x14x4 values: give"),
+        (np.zeros(9), "array of 9 values: give"),
+        (Image.new("RGB", (0, 4)), "has 4x0 pixels"),
+        ([1], "An image is a file"),
+    ],
+)
+def test_what_is_no_image_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        opened_image(given)
+
+
+def test_broken_pictures_are_refused_by_name(tmp_path, monkeypatch):
+    place = tmp_path / "a.png"
+    PICTURE.save(place)
+    whole = place.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:40] + b"\0" * 200 + whole[240:], b"", b"GIF89a"):
+        place.write_bytes(damaged)
+        with pytest.raises(InputError, match=re.escape(f"{place} cannot be read as an image")):
+            opened_image(place)
+    place.write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"a.png cannot be read as an image: DecompressionBombError"):
+        opened_image(place)
