@@ -34,6 +34,7 @@ options = st.fixed_dictionaries(
         "begin_suppress_tokens": st.just([*range(200, 300)]),
         "bad_words_ids": st.just([[50], [60, 61]]),
         "num_return_sequences": st.integers(1, 2),
+        "renormalize_logits": st.just(True),
     },
 )
 
@@ -134,7 +135,7 @@ BAD_REQUESTS = [
     ({"num_return_sequences": 3}, r"equal rows.*do_sample=True, or num_beams=3"),
     ({"num_beams": 2, "early_stopping": "always"}, "early_stopping must be True, False or 'never', not 'always'"),
     ({"num_beams": 2, "prompt_lookup_num_tokens": 2}, "pass one only"),
-    ({"output_scores": True}, "output_scores=True is done with num_beams above 1"),
+    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True is done with num_beams above 1"),
     ({"num_beams": 2, "suppress_tokens": [*range(320)]}, "No token may come next: suppress_tokens"),
     ({"num_beams": 2, "length_penalty": 1e308}, r"length_penalty must lie between -20 and 20, not 1e\+308"),
     ({"num_beams": 0}, "num_beams must be a whole number of at least 1, not 0"),

@@ -252,8 +252,8 @@ BAD_REQUESTS = [
     ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, "Row 0 of attention_mask has no token"),
     ({"input_ids": [[5]], "num_beams": 4}, r"takes 4 rows .num_beams.*compiled for 1.*--batch-size 4"),
     ({"input_ids": [[5]], "max_tokens": 4}, r"does not know\. Did you mean 'max_new_tokens'\? It takes: max_"),
-    ({"input_ids": [[5]], "temperature": 0.0}, r"temperature must be above 0, not 0\.0.*do_sample=False"),
-    ({"input_ids": [[5]], "max_new_tokens": 0, "top_p": 2}, "max_new_tokens must be .* at least 1, not 0. top_p must"),
+    ({"input_ids": [[5]], "do_sample": True, "temperature": 0.0}, r"must be above 0, not 0\.0.*do_sample=False"),
+    ({"input_ids": [[5]], "max_new_tokens": 0, "do_sample": True, "top_p": 2}, "must be .* 1, not 0. top_p must"),
     ({"input_ids": [[5, 6, 7]], "max_length": 2}, "max_length is 2, the prompt alone has 3"),
     ({"input_ids": [[5]], "streamer": object()}, r"no put\(\)"),
 ]  # fmt: skip

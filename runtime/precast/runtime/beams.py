@@ -8,7 +8,7 @@ import numpy as np
 
 from .generation import GenerationConfig
 from .request import Ends
-from .sampling import Processors, check_choice
+from .sampling import Processors, check_choice, log_softmax
 
 __all__ = ["Beams"]
 
@@ -66,7 +66,7 @@ class Beams:
         """The candidates, best first: their scores, the rows that they continue, their new tokens."""
         totals = [
             self._process(row, values) + score
-            for row, values, score in zip(self._tokens, _log_softmax(logits), self._scores, strict=True)
+            for row, values, score in zip(self._tokens, log_softmax(logits), self._scores, strict=True)
         ]
         flat = np.concatenate(totals)
         count = min(self._candidates, len(flat))
@@ -104,10 +104,3 @@ class Beams:
 
 def _descending(values: Array) -> Array:
     return np.argsort(-values, kind="stable")
-
-
-def _log_softmax(logits: Array) -> Array:
-    """Over the last axis, in float32."""
-    shifted = logits.astype(np.float32) - logits.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import chain
 from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
 from .errors import InputError
 from .tensors import plain
+from .unsupported import HARMLESS, OUTPUTS, UNSUPPORTED, refusals
 
 __all__ = ["GenerationConfig"]
 
@@ -20,50 +22,12 @@ Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Word = Annotated[list[Id], msgspec.Meta(min_length=1)]
 Stop = Annotated[str, msgspec.Meta(min_length=1)]
 
-# What transformers' generation_config.json may say that asks for nothing: the value that turns it off.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "_from_model_config": (True, False),
-    "_attn_implementation": (None, "eager", "sdpa", "flash_attention_2"),
-    "assistant_early_exit": (None,),
-    "bos_token_id": (...,),
-    "cache_implementation": (...,),
-    "constraints": (None,),
-    "diversity_penalty": (None, 0.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "exponential_decay_length_penalty": (None,),
-    "force_words_ids": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "low_memory": (...,),
-    "num_assistant_tokens": (...,),
-    "num_assistant_tokens_schedule": (...,),
-    "assistant_confidence_threshold": (...,),
-    "assistant_lookbehind": (...,),
-    "target_lookbehind": (...,),
-    "num_beam_groups": (None, 1),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "output_logits": (None, False),
-    "penalty_alpha": (None, 0.0),
-    "prefill_chunk_size": (...,),
-    "remove_invalid_values": (None, False),
-    "renormalize_logits": (None, False),
-    "sequence_bias": (None,),
-    "token_healing": (None, False),
-    "tokenizer": (...,),
-    "top_h": (None,),
-    "transformers_version": (...,),
-    "typical_p": (None, 1.0),
-    "use_cache": (None, True),
-    "use_mtp": (None, False),
-    "watermarking_config": (None,),
-}
 
-
-@dataclass(frozen=True)
+@dataclass
 class GenerationConfig:
     """How to continue a prompt. Names and meaning are transformers'; `seed` is ours.
+
+    Attributes may be set, as in transformers; one that there is not, or a value of another type, is an InputError.
 
     Attributes:
         max_new_tokens: at most so many; max_length counts the prompt too. With neither, 20, as in transformers.
@@ -73,6 +37,7 @@ class GenerationConfig:
         repetition_penalty: above 1 makes tokens less likely that occurred before (Keskar et al. 2019).
         no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 is off.
         encoder_no_repeat_ngram_size: of encoder-decoders: nor one that occurs in the source; 0 is off.
+        bos_token_id: what an answer to no prompt at all begins with.
         eos_token_id: one id or several, any of which ends a row; an empty list is none.
         pad_token_id: fills rows that ended before others; the first eos id if None.
         prompt_lookup_num_tokens: guess up to so many next tokens from what followed the last ones where they occurred
@@ -91,7 +56,10 @@ class GenerationConfig:
         bad_words_ids: sequences of ids that never come.
         output_scores: with beams, return their scores too (`return_dict_in_generate`).
         return_dict_in_generate: return `.sequences`, and with beams `.sequences_scores`, instead of an array.
+        renormalize_logits: with beams, scores are log-probabilities again after everything that changes logits.
         seed: makes sampling repeatable.
+        unsupported: settings of transformers that this runtime does not have, by name. A call that they would change
+            is refused; others go on.
     """
 
     max_new_tokens: int | None = None
@@ -106,6 +74,7 @@ class GenerationConfig:
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     encoder_no_repeat_ngram_size: int | None = None
+    bos_token_id: Id | None = None
     eos_token_id: Id | list[Id] | None = None
     pad_token_id: Id | None = None
     prompt_lookup_num_tokens: int | None = None
@@ -123,38 +92,73 @@ class GenerationConfig:
     bad_words_ids: list[Word] | None = None
     output_scores: bool | None = None
     return_dict_in_generate: bool | None = None
+    renormalize_logits: bool | None = None
     seed: int | None = None
+    unsupported: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Numpy's and torch's numbers become Python's. Raises InputError for a value of another type."""
-        for name, value in self.to_diff_dict().items():
-            object.__setattr__(self, name, _typed(name, value))
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Numpy's and torch's numbers become Python's. Raises InputError for an unknown name, or a value of another
+        type."""
+        if name in UNSUPPORTED:
+            self.unsupported[name] = plain(value)
+            return
+        if name in self.settings():
+            value = _typed(name, value)
+        elif name != "unsupported":
+            _refuse_unknown(name, "A GenerationConfig is given")
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """What transformers' configuration has besides: None where nothing is set."""
+        if name in HARMLESS or name in UNSUPPORTED:
+            return self.unsupported.get(name)
+        raise AttributeError(f"A GenerationConfig has no {name!r}. It has: {', '.join(self.settings())}.")
 
     @classmethod
     def of(cls, given: Any, origin: str) -> GenerationConfig:
         """From a GenerationConfig, ours or transformers', or a dict. `origin` names it in errors.
 
-        Raises InputError for what this runtime does not do, and for a value of another type; what asks for nothing is
-        passed over.
+        Raises InputError for a name that a dict gives a value and that is none of transformers', and for a value of
+        another type. Transformers' own configurations may hold whatever a file said, as `published` reads it.
         """
         if isinstance(given, cls):
             return given
         if not isinstance(given, dict) and not hasattr(given, "to_diff_dict"):
             raise InputError(f"{origin} must be a GenerationConfig or a dict, not {given!r:.80}.")
         raw = given if isinstance(given, dict) else given.to_diff_dict()
-        known = {field.name for field in fields(cls)}
-        for name, value in raw.items():
-            if name not in known:
-                _refuse_unless_neutral(name, plain(value), origin)
+        if isinstance(given, dict):
+            for name, value in raw.items():
+                if value is not None:
+                    _refuse_unknown(name, f"{origin} has")
+        return cls._read(raw, origin)
+
+    @classmethod
+    def published(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
+        """From what a generation_config.json says, as transformers reads it: what it does not know is passed over, and
+        so is what it would return besides. Raises InputError for a value of another type."""
+        # Only a search of its own has scores to return.
+        besides = {*OUTPUTS, *([] if (raw.get("num_beams") or 1) != 1 else ["output_scores"])}
+        return cls._read({name: value for name, value in raw.items() if name not in besides}, origin)
+
+    @classmethod
+    def _read(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
+        known = cls.settings()
+        others = {name: plain(value) for name, value in raw.items() if name in UNSUPPORTED}
         try:
-            return cls(**{name: value for name, value in raw.items() if name in known})
+            return cls(**{name: value for name, value in raw.items() if name in known}, unsupported=others)
         except InputError as error:
             raise InputError(f"{origin}: {error}") from None
 
     @classmethod
+    @cache
+    def settings(cls) -> tuple[str, ...]:
+        """The names of all settings that this runtime has."""
+        return tuple(each.name for each in fields(cls) if each.name != "unsupported")
+
+    @classmethod
     def names(cls) -> list[str]:
-        """All settings that are understood, those that only say what asks for nothing included."""
-        return [*(field.name for field in fields(cls)), *_NEUTRAL]
+        """All settings that are understood, those that change nothing or are refused included."""
+        return [*cls.settings(), *sorted(HARMLESS | UNSUPPORTED)]
 
     def over(self, base: GenerationConfig) -> GenerationConfig:
         """This configuration, with what it leaves open taken from `base`."""
@@ -164,11 +168,11 @@ class GenerationConfig:
             base = replace(base, max_new_tokens=None, max_length=None)
         if given.keys() & {"min_new_tokens", "min_length"}:
             base = replace(base, min_new_tokens=None, min_length=None)
-        return replace(base, **given)
+        return replace(base, **given, unsupported={**base.unsupported, **self.unsupported})
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is set, as transformers' configuration of this name says it."""
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        return {name: value for name in self.settings() if (value := getattr(self, name)) is not None}
 
     def check(self) -> None:
         """Raise one InputError that lists every value out of range."""
@@ -198,6 +202,11 @@ class GenerationConfig:
         """The ids of which one is forced to be the last, as a list."""
         return _as_list(self.forced_eos_token_id)
 
+    def ids_of(self, name: str) -> list[int]:
+        """All ids that the setting of this name holds, as a list."""
+        held = getattr(self, name)
+        return [*chain.from_iterable(held)] if name == "bad_words_ids" and held else _as_list(held)
+
     @property
     def beams(self) -> int:
         """Rows per prompt that are followed at once."""
@@ -210,29 +219,39 @@ class GenerationConfig:
         return [] if stops is None else [stops] if isinstance(stops, str) else list(stops)
 
     def _holes(self) -> Iterator[str]:
-        at_least = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "top_k": 0,
-                    "no_repeat_ngram_size": 0, "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1, "seed": 0,
-                    "num_beams": 1, "num_return_sequences": 1, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
-        for name, low in at_least.items():
+        yield from self._too_small(_AT_LEAST)
+        yield from self._not_above_zero("repetition_penalty")
+        if self.do_sample:
+            yield from self._sampling_holes()
+        yield from self._beam_holes() if self.beams > 1 else self._rows_holes()
+        yield from refusals(self.unsupported, self)
+
+    def _too_small(self, limits: Mapping[str, int]) -> Iterator[str]:
+        for name, low in limits.items():
             if (value := getattr(self, name)) is not None and value < low:
                 yield f"{name} must be a whole number of at least {low}, not {value!r}."
-        for name in ("temperature", "repetition_penalty"):
-            if (value := getattr(self, name)) is not None and not value >= _SMALLEST:
-                limit = "above 0" if not value > 0 else f"at least {_SMALLEST}"
-                hint = " For the likeliest token each time, use do_sample=False." if name == "temperature" else ""
-                yield f"{name} must be {limit}, not {value!r}.{hint}"
+
+    def _not_above_zero(self, name: str, hint: str = "") -> Iterator[str]:
+        if (value := getattr(self, name)) is not None and not value >= _SMALLEST:
+            limit = "above 0" if not value > 0 else f"at least {_SMALLEST}"
+            yield f"{name} must be {limit}, not {value!r}.{hint}"
+
+    def _sampling_holes(self) -> Iterator[str]:
+        """What cannot be drawn with; without drawing these settings mean nothing."""
+        yield from self._not_above_zero("temperature", " For the likeliest token each time, use do_sample=False.")
         for name in ("top_p", "min_p"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 yield f"{name} must lie between 0 and 1, not {value!r}."
-        if (power := self.length_penalty) is not None and not abs(power) <= _STEEPEST:
-            yield f"length_penalty must lie between -{_STEEPEST} and {_STEEPEST}, not {power!r}."
-        if self.early_stopping not in (None, True, False, "never"):
-            yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
-        yield from self._beam_holes() if self.beams > 1 else self._rows_holes()
+        if self.top_k is not None and self.top_k < 0:
+            yield f"top_k must be a whole number of at least 0, not {self.top_k}. To draw from all tokens, use top_k=0."
 
     def _beam_holes(self) -> Iterator[str]:
         """What does not go together with beams, as far as the runtime does it."""
         asked = f"num_beams={self.num_beams}"
+        if (power := self.length_penalty) is not None and not abs(power) <= _STEEPEST:
+            yield f"length_penalty must lie between -{_STEEPEST} and {_STEEPEST}, not {power!r}."
+        if self.early_stopping not in (None, True, False, "never"):
+            yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
         if self.do_sample:
             yield f"{asked} with do_sample=True, sampling beams, is not done here; pass do_sample=False or num_beams=1."
         if self.prompt_lookup_num_tokens:
@@ -246,10 +265,13 @@ class GenerationConfig:
                 f"num_return_sequences={self.num_return_sequences} would return equal rows: the likeliest token each "
                 f"time is always the same. Pass do_sample=True, or num_beams={self.num_return_sequences}."
             )
-        if self.output_scores:
+        if self.output_scores and self.return_dict_in_generate:
             yield "output_scores=True is done with num_beams above 1 only; pass output_scores=False to go without."
 
 
+_AT_LEAST = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0,
+             "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1, "seed": 0, "num_beams": 1,
+             "num_return_sequences": 1, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
 _SMALLEST = 1e-30
 """What logits are divided by: less would make them infinite in float32."""
 _STEEPEST = 20
@@ -273,15 +295,9 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _refuse_unless_neutral(name: str, value: Any, origin: str) -> None:
-    if name not in _NEUTRAL:
-        choices = [field.name for field in fields(GenerationConfig)]
+def _refuse_unknown(name: str, has: str) -> None:
+    """Raise InputError for a name that is no setting of transformers or ours."""
+    if name not in HARMLESS | UNSUPPORTED | {*GenerationConfig.settings()}:
+        choices = GenerationConfig.settings()
         hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, choices, n=1))
-        raise InputError(
-            f"{origin} has {name!r}, which generate() does not know.{hint} It takes: {', '.join(choices)}."
-        )
-    if ... not in _NEUTRAL[name] and value not in _NEUTRAL[name]:
-        raise InputError(
-            f"{origin} asks for {name}={value!r}, which this runtime does not do. Pass {name}="
-            f"{_NEUTRAL[name][-1]!r} to go without."
-        )
+        raise InputError(f"{has} {name!r}, which generate() does not know.{hint} It takes: {', '.join(choices)}.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from .beams import Beams
 from .engines import Engine
 from .errors import InputError, PrecastError
 from .generation import GenerationConfig
+from .languages import language_id
 from .lookup import Lookup
 from .model import CompiledModel
 from .published import parse_object
@@ -24,9 +26,26 @@ from .sampling import Processor, Processors, Sampler
 from .session import Session
 from .tensors import ModelOutput, like
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["Generation", "GenerativeModel", "check_streamer"]
 
 Array = np.ndarray[Any, Any]
+
+
+_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+_ID_SETTINGS = (
+    *_FORCED,
+    "decoder_start_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+)
+_LANGUAGES = ("forced_bos_token_id", "decoder_start_token_id")
+"""Where multilingual models take the language that they answer in."""
 
 
 class Generation:
@@ -58,6 +77,7 @@ class GenerativeModel(CompiledModel):
         self._session = Session(engine, [graph for graph in variant.graphs if graph.role != "encode"])
         # Which call the caches belong to; a stream that finds another number has lost them.
         self._owner = 0
+        self._own_config: GenerationConfig | None = None
 
     @only_known
     def reset(self) -> None:
@@ -66,10 +86,24 @@ class GenerativeModel(CompiledModel):
             self._owner += 1
             self._session.reset()
 
-    @cached_property
+    @property
     def generation_config(self) -> GenerationConfig:
-        """What the artifact's generation_config.json says."""
-        return GenerationConfig.of(self._generation_file, "generation_config.json")
+        """What calls go by that say nothing else: the artifact's generation_config.json, unless it is set, to a
+        GenerationConfig, ours or transformers', or a dict; None goes back to the file."""
+        if self._own_config is None:
+            self._own_config = GenerationConfig.published(self._generation_file, "generation_config.json")
+        return self._own_config
+
+    @generation_config.setter
+    def generation_config(self, given: Any) -> None:
+        self._own_config = None if given is None else GenerationConfig.of(given, "generation_config")
+
+    @only_known
+    def new_session(self) -> Self:
+        """The same model with its own buffers, caches and lock, for another thread. Weights are shared."""
+        other = super().new_session()
+        other._own_config = deepcopy(self._own_config)
+        return other
 
     @cached_property
     def _generation_file(self) -> dict[str, Any]:
@@ -212,13 +246,22 @@ class GenerativeModel(CompiledModel):
         return (tokens[0] for tokens in self._steps(requests, [context]))
 
     def _config(self, given: Any, options: dict[str, Any]) -> GenerationConfig:
-        config = self.generation_config
+        asked = GenerationConfig.of(self._with_languages(options), "generate()")
         if given is not None:
-            config = GenerationConfig.of(given, "generation_config").over(config)
-        config = GenerationConfig.of(options, "generate()").over(config)
+            if isinstance(given, dict):
+                given = self._with_languages(given)
+            asked = asked.over(GenerationConfig.of(given, "generation_config"))
+        self._check_ids(asked, _ID_SETTINGS)
+        config = asked.over(self.generation_config)
         config.check()
-        self._check_forced(config)
+        # What a file names beside the vocabulary never comes; but these are to come.
+        self._check_ids(config, _FORCED)
         return config
+
+    def _with_languages(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` with the ids of languages that are given by name."""
+        named = [name for name in _LANGUAGES if isinstance(options.get(name), str)]
+        return {**options, **{name: language_id(self.tokenizer, name, options[name]) for name in named}}
 
     @staticmethod
     def _fitting(count: int, room: int, given: Any, options: Mapping[str, Any]) -> int:
@@ -227,16 +270,13 @@ class GenerativeModel(CompiledModel):
         is_asked = any(said.get(name) is not None for name in ("max_new_tokens", "max_length"))
         return count if is_asked else max(1, min(count, room))
 
-    def _check_forced(self, config: GenerationConfig) -> None:
-        """Raise InputError for a token that is to come and is none."""
+    def _check_ids(self, config: GenerationConfig, names: Iterable[str]) -> None:
+        """Raise InputError for a token that a setting names and the model does not have."""
         vocabulary = self._session.vocabulary
-        forced: dict[str, Sequence[int | None]] = {
-            "forced_bos_token_id": [config.forced_bos_token_id],
-            "forced_eos_token_id": config.last_ids,
-        }
-        for name, ids in forced.items():
-            if wrong := [each for each in ids if each is not None and not 0 <= each < vocabulary]:
-                raise InputError(f"{name}={wrong[0]} is none of the model's tokens, 0..{vocabulary - 1}.")
+        for name in names:
+            if wrong := [each for each in config.ids_of(name) if not 0 <= each < vocabulary]:
+                hint = " For no such token, pass eos_token_id=[]." if name == "eos_token_id" else ""
+                raise InputError(f"{name}={wrong[0]} is none of the model's tokens, 0..{vocabulary - 1}.{hint}")
 
     def _vocabulary(self) -> int:
         return super()._vocabulary() or self._session.vocabulary

@@ -1,8 +1,17 @@
-"""Languages by their English names, as speech models know them."""
+"""Languages by their English names, as speech models know them, and the tokens that stand for them in translators."""
 
 from __future__ import annotations
 
-__all__ = ["CODES"]
+import difflib
+import re
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+__all__ = ["CODES", "language_id"]
 
 _TABLE = """
 en=english, zh=chinese/mandarin, de=german, es=spanish/castilian, ru=russian, ko=korean, fr=french, ja=japanese,
@@ -26,3 +35,28 @@ CODES = {
     for name in names.split("/")
 }
 """Language code by lower-case name; some languages have several names."""
+
+_TOKEN = re.compile("[a-z]{2}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}|__[a-z]{2,3}__")
+"""How mBART (fr_XX), NLLB (fra_Latn) and M2M100 (__fr__) spell languages."""
+
+
+def language_id(tokenizer: Tokenizer, setting: str, name: str) -> int:
+    """The token of a language: its own text, the code in it ("fr", "fra"), or its English name ("french").
+
+    Raises InputError where the tokenizer has none, or several of that code.
+    """
+    known = {token: index for token, index in tokenizer.added_tokens.items() if _TOKEN.fullmatch(token)}
+    code = CODES.get(name.lower(), name.lower())
+    found = [name] if name in known else [token for token in known if re.split("_+", token.strip("_"))[0] == code]
+    if len(found) == 1:
+        return known[found[0]]
+    if not known:
+        raise InputError(
+            f"{setting}={name!r} is text, and this model's tokenizer has no tokens for languages. Give a token's id: "
+            f"model.tokenizer.vocabulary_id({name!r})."
+        )
+    if found:
+        raise InputError(f"{setting}={name!r} is any of {', '.join(found)}; give one of them.")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"{setting}={name!r} is no language of this model.{hint} It has: {', '.join(sorted(known))}.")

@@ -64,11 +64,10 @@ def _ask_decoder(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
     if question["kind"] in ("logits", "score"):
         return [{"logits": each} for each in model.logits_at(rows, question["positions"])]
     ids, mask = _padded(rows, question["side"])
-    # Spelled out, so that the checkpoint's own generation settings play no part.
-    whole = model.generate(
-        ids, mask, max_new_tokens=question["count"], do_sample=False, eos_token_id=[], stop_strings=[],
-        repetition_penalty=1.0, no_repeat_ngram_size=0,
-    )  # fmt: skip
+    # The checkpoint's own generation settings play no part.
+    model.generation_config = GenerationConfig(eos_token_id=[])
+    whole = model.generate(ids, mask, max_new_tokens=question["count"])
+    model.generation_config = None
     return [{"tokens": row[ids.shape[1] :]} for row in whole]
 
 
@@ -87,7 +86,7 @@ def _ask_seq2seq(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         search = model.generate(**given, **asked, num_beams=3, output_scores=True, return_dict_in_generate=True)
         found = [{"score": score[None]} for score in search.sequences_scores]
-    del model.generation_config
+    model.generation_config = None
     return found
 
 

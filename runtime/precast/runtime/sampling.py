@@ -36,6 +36,9 @@ class Processors:
         self._steps = [*_penalties(config, prompt_length, most, source), *map(_one_row, extra)]
         if config.do_sample:
             self._steps += _warpers(config)
+        if config.renormalize_logits and config.beams > 1:
+            # Alone, a row is chosen alike from logits and from their log-probabilities.
+            self._steps.append(lambda _, logits: log_softmax(logits))
 
     def __call__(self, tokens: Array, logits: Array) -> Array:
         if self._steps:
@@ -217,6 +220,13 @@ def min_p(logits: Array, share: float) -> Array:
     """Keep tokens at least `share` times as likely as the likeliest (Nguyen et al. 2024)."""
     probabilities = _softmax(logits)
     return np.where(probabilities < share * probabilities.max(), -np.inf, logits)
+
+
+def log_softmax(logits: Array) -> Array:
+    """Log-probabilities over the last axis, in float32."""
+    shifted = logits.astype(np.float32) - logits.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
 
 
 def _softmax(logits: Array) -> Array:

@@ -82,10 +82,8 @@ class EncoderDecoder(GenerativeModel, Generic[Source]):
 
     def start_token(self, config: GenerationConfig) -> int:
         """The token that an answer begins with."""
-        found = config.decoder_start_token_id
+        found = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
         if found is None:
-            found = self._generation_file.get("bos_token_id")
-        if not isinstance(found, int):
             raise InputError(
                 "Neither the call nor the artifact's generation_config.json says what an answer begins with. Pass "
                 "decoder_start_token_id=N or decoder_input_ids."

@@ -24,26 +24,6 @@ __all__ = ["CompiledModelForSpeechSeq2Seq"]
 
 Array = np.ndarray[Any, Any]
 
-# What Whisper's generation_config.json says besides a GenerationConfig's fields.
-_OWN = frozenset(
-    [
-        "alignment_heads",
-        "condition_on_prev_tokens",
-        "forced_decoder_ids",
-        "is_multilingual",
-        "lang_to_id",
-        "language",
-        "max_initial_timestamp_index",
-        "median_filter_width",
-        "no_timestamps_token_id",
-        "prev_sot_token_id",
-        "return_timestamps",
-        "task",
-        "task_to_id",
-    ]
-)
-
-
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(["lang_to_id", "task_to_id"], dict[str, int]),
     **dict.fromkeys(["language", "task"], str),
@@ -62,12 +42,6 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
     def _whispers(self) -> dict[str, Any]:
         """What generation_config.json says besides. Raises FormatError for a wrong type."""
         return select(self._generation_file, _TYPES, str(self.artifact.path / "generation_config.json"))
-
-    @cached_property
-    def generation_config(self) -> GenerationConfig:
-        """What the artifact's generation_config.json says, but for what is Whisper's own."""
-        plain = {name: value for name, value in self._generation_file.items() if name not in _OWN}
-        return GenerationConfig.of(plain, "generation_config.json")
 
     @with_labels
     def __call__(self, input_features: Any, decoder_input_ids: Any = None) -> ModelOutput:

@@ -124,6 +124,11 @@ class Tokenizer:
         return self._tokenizer.token_to_id(_checked(token))
 
     @property
+    def added_tokens(self) -> dict[str, int]:
+        """The ids of the tokens that were added to the vocabulary, by their text: special ones, languages."""
+        return {token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    @property
     def marks_subwords(self) -> bool:
         """Whether a token that goes on with a word is written differently from one that begins it, as in WordPiece."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
