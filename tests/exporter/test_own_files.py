@@ -170,11 +170,6 @@ def test_the_hubs_cache_is_made_of_links(shards, tmp_path, is_shared):
     assert _load(snapshot).weights_sha256() == _load(shards).weights_sha256()
 
 
-def test_an_adapter_beside_the_model_is_not_passed_over(copy):
-    (copy / "adapter_config.json").write_text("{}")
-    _refused(copy, "holds an adapter beside the model", "merge_and_unload")
-
-
 # ---------------------------------------------------------------- kinds of files
 
 

@@ -12,6 +12,7 @@ from precast.runtime.terminal import quoted
 
 from .gguf_reader import check_whole
 from .own_files import check_files
+from .peft_adapters import check_no_adapter
 
 __all__ = ["Local", "check_is_checkpoint", "find_local", "is_compiled", "not_given"]
 
@@ -83,21 +84,12 @@ def check_is_checkpoint(path: Path, given: str) -> None:
     is_there = (path / "config.json").is_file()
     if is_there and is_artifact(path):
         raise is_compiled(given)
+    check_no_adapter(path.resolve(), given)
     if not is_there:
         ggufs = sorted(found.name for found in path.glob("*.gguf"))
         hint = f" To export a GGUF file, name it: precast export {quoted(path / ggufs[0])} -o OUT" if ggufs else ""
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.{hint}")
     check_files(path.resolve(), path.resolve().name)
-    _check_alone(path)
-
-
-def _check_alone(path: Path) -> None:
-    """transformers adds an adapter that lies beside a model where the library peft is installed, and else does not."""
-    if (path / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{path} holds an adapter beside the model: whether it counts depends on what is installed. Merge it into "
-            f"the weights (peft: merge_and_unload), or move adapter_config.json away to export the model without it."
-        )
 
 
 def _looks_like_path(model: str) -> bool:
@@ -114,4 +106,5 @@ def _from_file(path: Path) -> Local:
             raise CheckpointError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
     check_whole(path)
     path = path.resolve()
+    check_no_adapter(path.parent, str(path.parent))
     return Local(path.stem, path.parent, path.name)

@@ -29,6 +29,7 @@ from .local import check_is_checkpoint, find_local, not_given
 from .options import ExportOptions
 from .own_files import weight_files
 from .packed import Grid, Packing, check_understood, packing_of, quantization_settings, unpacked, without_quantization
+from .peft_adapters import check_merged
 from .support import meant, task_in
 
 __all__ = ["Checkpoint", "resolve"]
@@ -256,6 +257,7 @@ class Checkpoint:
         except Exception as error:
             reason = "their shapes are not those of config.json" if "mismatched" in str(error) else _first_line(error)
             raise CheckpointError(f"The weights of {self.name} cannot be loaded: {reason}") from error
+        check_merged(info["unexpected_keys"], self.name)
         self._check_complete(model, info, task)
         self._attach_sentences(model, task)
         return model.eval().requires_grad_(False)

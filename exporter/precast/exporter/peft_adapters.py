@@ -1,0 +1,83 @@
+"""PEFT adapters: weights that change a model's without being merged into them. They are found, and refused in words.
+
+transformers adds one that lies beside a model where the library peft is installed, and else does not; tensors of one
+among the model's own it leaves out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from precast.runtime.artifact import strict_json
+from precast.runtime.artifact.integrity import read_regular
+from precast.runtime.errors import CheckpointError, FormatError
+
+__all__ = ["check_merged", "check_no_adapter"]
+
+_CONFIG = "adapter_config.json"
+_FILES = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+_TENSORS = re.compile(
+    r"(^|\.)(base_layer|modules_to_save|original_module"
+    r"|(boft|bone|fourierft|hada|hra|ia3|lokr|lora|oft|randlora|shira|vblora|vera)_\w+)(\.|$)"
+)
+_AUTO = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+}
+"""peft's class that loads the adapter and the model that it names, by `task_type`."""
+_OF_PROMPTS = ("ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+"""Kinds that are put before a prompt, of `peft_type`."""
+
+
+def check_no_adapter(path: Path, given: str) -> None:
+    """Raise CheckpointError for an adapter in the directory `path`, with the lines of peft that merge it."""
+    found = next((name for name in _FILES if (path / name).is_file()), None)
+    if found is None:
+        return
+    config = _settings(path)
+    is_alone = not (path / "config.json").is_file() and not any(path.glob("*.gguf"))
+    if is_alone:
+        what, without = f"{given} is an adapter ({found}) without the model that it changes", ""
+    else:
+        what = f"{given} holds an adapter ({found}) beside the model, which counts where peft is installed only"
+        without = f". Or move {found} away to export the model without it."
+    raise CheckpointError(f"{what}. {_advice(given, config)}{without}")
+
+
+def check_merged(unexpected: Iterable[str], name: str) -> None:
+    """Raise CheckpointError for tensors of an adapter among those that the model has no place for."""
+    found = sorted(key for key in unexpected if _TENSORS.search(key))
+    if found:
+        raise CheckpointError(
+            f"The weights of {name} hold an adapter that is not merged into them, {len(found)} tensors such as "
+            f"{found[0]}, which would be left out. Where it was trained, save it merged: model = "
+            f"model.merge_and_unload(); model.save_pretrained({f'{name}-merged'!r})"
+        )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return strict_json.loads(read_regular(path / _CONFIG, strict_json.MAX_BYTES), _CONFIG)
+    except (OSError, FormatError):
+        # It is refused in any case; only the advice depends on what it says.
+        return {}
+
+
+def _advice(given: str, config: dict[str, Any]) -> str:
+    kind = config.get("peft_type")
+    if kind in _OF_PROMPTS:
+        return f"It is put before every prompt (peft_type {kind}) and cannot be merged, which precast would need"
+    if config and kind is None:
+        return "It is of another library than peft: merge it there, and save the model"
+    auto = _AUTO.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")
+    return (
+        f"Merge it, and export what that saves: from peft import {auto}; model = "
+        f"{auto}.from_pretrained({given!r}).merge_and_unload(); model.save_pretrained({f'{Path(given).name}-merged'!r})"
+    )
