@@ -76,13 +76,7 @@ class Beams:
         return flat[top], top // logits.shape[1], top % logits.shape[1]
 
     def _hits(self, tokens: Array, logits: Array, parents: Array) -> Array:
-        start = len(self.prompt)
-        return np.array(
-            [
-                self._ends(int(row[-1]), row[start:].tolist(), row, logits[parent])
-                for row, parent in zip(tokens, parents, strict=True)
-            ]
-        )
+        return np.array([self._ends(row, logits[parent]) for row, parent in zip(tokens, parents, strict=True)])
 
     def _keep_ended(self, scores: Array, tokens: Array, ends: Array) -> None:
         """Of the first `width` candidates those that end compete; the others are there to go on with."""

@@ -24,6 +24,7 @@ from .published import parse_object
 from .request import Ends, Request
 from .sampling import Processor, Processors, Sampler
 from .session import Session
+from .stops import StopStrings
 from .tensors import ModelOutput, like
 
 if TYPE_CHECKING:
@@ -321,7 +322,8 @@ class GenerativeModel(CompiledModel):
         return Processors(asked.config, len(prompt), most, asked.processors, self._source(context))
 
     def _ends(self, asked: Generation) -> Ends:
-        return Ends(asked.config, asked.criteria, self.tokenizer if asked.config.stops else None)
+        stops = asked.config.stops
+        return Ends(asked.config, asked.criteria, StopStrings(self.tokenizer, stops) if stops else None)
 
 
 def _callables(name: str, given: Any) -> Sequence[Any]:

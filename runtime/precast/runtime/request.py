@@ -11,6 +11,7 @@ from .errors import InputError
 from .generation import GenerationConfig
 from .lookup import Lookup
 from .sampling import Sampler
+from .stops import StopStrings
 from .tensors import to_numpy
 
 __all__ = ["Ends", "Request"]
@@ -36,7 +37,7 @@ class Request:
         if self._lookup is not None:
             self._lookup.append(token)
         is_full = self._length == len(self._tokens)
-        self.is_done = self._ends(token, self.generated, self._tokens[: self._length], logits) or is_full
+        self.is_done = self._ends(self._tokens[: self._length], logits) or is_full
         return token
 
     def guess(self) -> list[int]:
@@ -60,16 +61,12 @@ class Request:
 class Ends:
     """Does a row end here? By an end-of-sequence token, a stop string, or one of the caller's `criteria`."""
 
-    def __init__(self, config: GenerationConfig, criteria: Sequence[Any], tokenizer: Any) -> None:
-        self._eos, self._criteria = frozenset(config.eos_ids), criteria
-        self._stops, self._tokenizer = config.stops, tokenizer
-        # A character is at most four bytes, a token at least one.
-        self._window = 4 * max(map(len, self._stops), default=0) + 4
+    def __init__(self, config: GenerationConfig, criteria: Sequence[Any], stops: StopStrings | None) -> None:
+        self._eos, self._criteria, self._stops = frozenset(config.eos_ids), criteria, stops
 
-    def __call__(self, token: int, generated: list[int], tokens: Array, logits: Array) -> bool:
-        if token in self._eos:
-            return True
-        if self._stops and any(stop in self._tokenizer.decode(generated[-self._window :]) for stop in self._stops):
+    def __call__(self, tokens: Array, logits: Array) -> bool:
+        """For a row's tokens [length] and the logits [vocabulary] that its newest was chosen from."""
+        if int(tokens[-1]) in self._eos or (self._stops is not None and self._stops(tokens)):
             return True
         return any(_is_met(criterion, tokens, logits) for criterion in self._criteria)
 

@@ -6,6 +6,7 @@ What a checkpoint's `tokenizer.json`, `tokenizer_config.json` and `chat_template
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
@@ -140,6 +141,19 @@ class Tokenizer:
             return " ".join(tokens)
         with self._calling("join these tokens"):
             return str(decoder.decode(list(tokens)))
+
+    def piece(self, index: int) -> bytes | None:
+        """What a token adds to the text that stands before it, perhaps part of a character; None for an unknown id."""
+        token = self.token(index)
+        if token is None:
+            return None
+        # As in transformers: the decoder decides, but where it joins bytes to characters.
+        if self._byte_tokens == "ByteLevel" and all(char in _BYTES for char in token):
+            return bytes(_BYTES[char] for char in token)
+        if self._byte_tokens == "ByteFallback" and (found := _BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(found[1])
+        before, length = self._something
+        return self.join([*before, token])[length:].encode()
 
     def encodings(
         self,
@@ -281,6 +295,19 @@ class Tokenizer:
         copy.no_padding()
         copy.enable_truncation(length, stride=stride, strategy=strategy)
         return copy
+
+    @cached_property
+    def _byte_tokens(self) -> str | None:
+        """How tokens spell bytes, by the part of the decoder that reads them: "ByteFallback", "ByteLevel" or None."""
+        decoder = self._tokenizer.decoder
+        kinds = _kinds(msgspec.json.decode(decoder.__getstate__())) if decoder is not None else set()
+        return next((kind for kind in ("ByteFallback", "ByteLevel") if kind in kinds), None)
+
+    @cached_property
+    def _something(self) -> tuple[list[str], int]:
+        """Tokens of some text and its length: decoders treat what comes first otherwise than what follows."""
+        tokens = self._encode("abcdef", None, False).tokens
+        return tokens, len(self.join(tokens))
 
     @cached_property
     def _cleans_up(self) -> bool:
@@ -444,6 +471,25 @@ def _checked(text: str) -> str:
             f"{text[max(0, error.start - 20) : error.end]!a}. It was decoded wrongly; errors='replace' helps."
         ) from None
     return text
+
+
+def _kinds(part: Any) -> set[str]:
+    """The "type" of all parts of a decoder."""
+    if isinstance(part, list):
+        return set().union(*map(_kinds, part))
+    return {part["type"], *_kinds(part.get("decoders", []))}
+
+
+def _characters_of_bytes() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level vocabularies, as in GPT-2's: those that can be seen stand for
+    themselves, for the others those from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTES = _characters_of_bytes()
+_BYTE_TOKEN = re.compile("<0x([0-9a-fA-F]{2})>")
 
 
 # What transformers' clean_up_tokenization takes back of spaces that a tokenizer has put between tokens.
