@@ -83,6 +83,14 @@ def test_the_hash_is_of_the_files_that_are_loaded(copy, opened):
     assert checkpoint.weights_sha256() == _hash(copy, loaded)
 
 
+def test_a_row_of_nan_in_a_table_is_found_and_said(copy):
+    """No validation sample need have that token."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(copy)
+    model.model.embed_tokens.weight.data[77] = np.nan
+    model.save_pretrained(copy)
+    _refused(copy, "hold NaN: 64 of 20,480 numbers of model.embed_tokens.weight, the first at [77, 0]", "damaged")
+
+
 @pytest.mark.parametrize("names", [("model.safetensors", INDEX), ("model.safetensors", "pytorch_model.bin")])
 def test_of_several_forms_the_one_that_is_loaded_is_hashed(checkpoint, shards, tmp_path, opened, names):
     path = Path(shutil.copytree(checkpoint("llama"), tmp_path / "both"))

@@ -145,15 +145,21 @@ def test_transformers_streamer_works(model, capsys):
     assert capsys.readouterr().out.strip() == tokenizer.decode(found).strip()
 
 
-def test_stop_strings_end_a_row(model):
-    whole = new_tokens(model, max_new_tokens=24, eos_token_id=[])
+def test_stop_strings_end_a_row(model, source):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    never = [token for token in range(320) if not (model.tokenizer.token(token) or "Ġ").isascii()]
+    asked = {"max_new_tokens": 24, "eos_token_id": [], "suppress_tokens": never, "repetition_penalty": 3.0}
+    whole = new_tokens(model, **asked)
     text = model.tokenizer.decode(whole)
     stop = text[len(text) // 2 : len(text) // 2 + 3]
-    found = new_tokens(model, max_new_tokens=24, eos_token_id=[], stop_strings=[stop])
-    assert whole[: len(found)] == found
-    assert len(found) < len(whole)
+    found = new_tokens(model, stop_strings=[stop], **asked)
+    expected = oracle.greedy(
+        source, PROMPT, stop_strings=[stop], tokenizer=tokenizer, **{**asked, "eos_token_id": None}
+    )
+    assert found == expected == whole[: len(found)]
     assert stop in model.tokenizer.decode(found)
     assert stop not in model.tokenizer.decode(found[:-1])
+    assert len(found) < len(whole)
 
 
 def test_torch_in_torch_out_numpy_in_numpy_out(model, encoder):

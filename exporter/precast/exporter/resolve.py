@@ -259,6 +259,7 @@ class Checkpoint:
             raise CheckpointError(f"The weights of {self.name} cannot be loaded: {reason}") from error
         check_merged(info["unexpected_keys"], self.name)
         self._check_complete(model, info, task)
+        self._check_numbers(model)
         self._attach_sentences(model, task)
         return model.eval().requires_grad_(False)
 
@@ -339,6 +340,18 @@ class Checkpoint:
                 f"{type(model).__name__}, so its answers for {task.name} would be random. Choose the task that it was "
                 f"trained for; its config.json names {', '.join(self.config.architectures or ['no architecture'])}."
             )
+
+    def _check_numbers(self, model: nn.Module) -> None:
+        """No comparison need meet a row of an embedding table that holds NaN; the user's texts will."""
+        for name, weight in model.named_parameters():
+            # A sum of finite numbers is none, and reads them only once.
+            if weight.is_floating_point() and weight.sum().isnan() and (wrong := weight.isnan()).any():
+                first = wrong.nonzero()[0].tolist()
+                raise CheckpointError(
+                    f"The weights of {self.name} hold NaN: {int(wrong.sum()):,} of {weight.numel():,} numbers of "
+                    f"{name}, the first at {first}. The checkpoint is damaged; fetch it again, or save it from sound "
+                    f"weights."
+                )
 
 
 def resolve(model: str, options: ExportOptions) -> Checkpoint:

@@ -8,7 +8,7 @@ import numpy as np
 
 from .generation import GenerationConfig
 from .request import Ends
-from .sampling import Processors, check_choice, log_softmax
+from .sampling import Processors, check_choice, check_logits, log_softmax
 
 __all__ = ["Beams"]
 
@@ -64,15 +64,17 @@ class Beams:
 
     def _likeliest(self, logits: Array) -> tuple[Array, Array, Array]:
         """The candidates, best first: their scores, the rows that they continue, their new tokens."""
+        likelihoods = log_softmax(logits)
+        check_logits(likelihoods, self._tokens.shape[1] - len(self.prompt) + 1)
         totals = [
             self._process(row, values) + score
-            for row, values, score in zip(self._tokens, log_softmax(logits), self._scores, strict=True)
+            for row, values, score in zip(self._tokens, likelihoods, self._scores, strict=True)
         ]
         flat = np.concatenate(totals)
         count = min(self._candidates, len(flat))
         top = np.argpartition(flat, -count)[-count:]
         top = top[_descending(flat[top])]
-        check_choice(np.nan if np.isnan(flat).any() else flat[top[0]])
+        check_choice(flat[top[0]])
         return flat[top], top // logits.shape[1], top % logits.shape[1]
 
     def _hits(self, tokens: Array, logits: Array, parents: Array) -> Array:

@@ -178,6 +178,7 @@ class GenerativeModel(CompiledModel):
         searches = self._searches(prompts, contexts, asked)
         session, width = self._session, asked.width
         self._owner += 1
+        owner = self._owner
         self._attend(contexts, width)
         logits = session.prefill([search.prompt for search in searches for _ in range(width)])
         while True:
@@ -186,6 +187,7 @@ class GenerativeModel(CompiledModel):
                 if not search.is_done:
                     rows = slice(index * width, (index + 1) * width)
                     parents[rows] = [rows.start + parent for parent in search.advance(logits[rows])]
+            self._check_owner(owner)
             if all(search.is_done for search in searches):
                 break
             session.reorder(parents)
@@ -204,6 +206,7 @@ class GenerativeModel(CompiledModel):
             self._attend(contexts, len(requests) // len(contexts))
             logits = session.prefill([request.prompt for request in requests])
             chosen = [request.choose(logits[index]) for index, request in enumerate(requests)]
+            self._check_owner(owner)
         yield chosen
         rest = self._one_row(requests[0], owner) if session.batch == 1 else self._many_rows(requests, owner)
         yield from rest
@@ -215,6 +218,7 @@ class GenerativeModel(CompiledModel):
                 self._check_owner(owner)
                 guesses = request.guess()
                 chosen = request.check(guesses, session.append([request.generated[-1], *guesses]))
+                self._check_owner(owner)
                 session.drop(len(guesses) + 1 - len(chosen))
             for token in chosen:
                 yield [token]
@@ -226,13 +230,16 @@ class GenerativeModel(CompiledModel):
                 logits = self._session.decode([None if each.is_done else each.generated[-1] for each in requests])
                 active = [(index, request) for index, request in enumerate(requests) if not request.is_done]
                 chosen = [request.choose(logits[index]) for index, request in active]
+                self._check_owner(owner)
             yield chosen
 
     def _check_owner(self, owner: int) -> None:
+        """Raise PrecastError where another call has used the caches, and overwritten the logits."""
         if owner != self._owner:
             raise PrecastError(
-                "This stream was left half-way and another call on the same model has taken over its caches. "
-                "Use model.new_session() for streams that live side by side."
+                "Another call on the same model has taken over its caches: a stream was left half-way, or a "
+                "logits_processor or a stopping criterion calls the model that it works for. Use model.new_session() "
+                "for calls that live side by side."
             )
 
     def _stream(self, prompt: Array, context: Any, config: GenerationConfig, count: int) -> Iterator[int]:

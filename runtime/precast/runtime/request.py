@@ -10,7 +10,7 @@ import numpy as np
 from .errors import InputError
 from .generation import GenerationConfig
 from .lookup import Lookup
-from .sampling import Sampler
+from .sampling import Sampler, check_logits
 from .stops import StopStrings
 from .tensors import to_numpy
 
@@ -30,6 +30,7 @@ class Request:
 
     def choose(self, logits: Array) -> int:
         """Take the next token from logits [vocabulary]."""
+        check_logits(logits, len(self.generated) + 1)
         token = self._sampler(self._tokens[: self._length], logits)
         self._tokens[self._length] = token
         self._length += 1

@@ -11,7 +11,7 @@ from .errors import InputError, PrecastError
 from .generation import GenerationConfig
 from .tensors import to_numpy
 
-__all__ = ["Processors", "Sampler", "check_choice"]
+__all__ = ["Processors", "Sampler", "check_choice", "check_logits"]
 
 Array = np.ndarray[Any, Any]
 Processor = Callable[[Array, Array], Array]
@@ -65,14 +65,17 @@ class Sampler:
         return likeliest if self._generator is None else _draw(self._generator, logits)
 
 
-def check_choice(best: Any) -> None:
-    """Raise where the best of logits or scores is none: InputError where every token is ruled out, PrecastError where
-    they are no numbers."""
-    if np.isnan(best):
+def check_logits(logits: Array, step: int) -> None:
+    """Raise PrecastError where the logits of a row's `step`th new token hold NaN."""
+    if np.isnan(logits.max()):
         raise PrecastError(
-            "The model's logits hold NaN, so no token is the likeliest: some number in it is too large for its "
-            "precision. Export it with --dtype float32, or ask it something else."
+            f"The model's logits for new token {step} hold NaN, so no token is the likeliest: some number in it is too "
+            f"large for its precision. Export it with --dtype float32, or ask it something else."
         )
+
+
+def check_choice(best: Any) -> None:
+    """Raise InputError where the best of logits or scores is none: every token is ruled out."""
     if best == -np.inf:
         raise InputError(
             "No token may come next: suppress_tokens, bad_words_ids, no_repeat_ngram_size and logits_processor "
