@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zoo import encoders as zoo
 
-from precast.exporter import ExportOptions, export, quiet_libraries
+from precast.exporter import ExportOptions, export, preview, quiet_libraries
 from precast.runtime import CompiledModel
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError, ExportError, InputError, UsageError
@@ -252,6 +254,54 @@ def test_attention_holes_mean_what_they_mean_to_transformers(checkpoint, artifac
         expected = oracle.eager(source, "AutoModel")(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
     found = model(ids, mask).last_hidden_state
     assert np.abs(found - expected.last_hidden_state.numpy())[mask == 1].max() < 1e-4
+
+
+DECODERS_AT_ONCE = [
+    pytest.param("llama", "text-classification", {"pad_token_id": None}, id="grouped heads, no padding token"),
+    *(
+        pytest.param(*case, id="-".join(case[:2]), marks=pytest.mark.slow)
+        for case in [
+            ("gpt2", "text-classification", {"pad_token_id": 2}),
+            ("mistral", "token-classification", {}),
+            ("qwen3", "question-answering", {}),
+            ("gpt_neox", "feature-extraction", {}),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "task", "changes"), DECODERS_AT_ONCE)
+def test_a_decoder_that_reads_at_once_takes_padding_anywhere(checkpoint, artifact, family, task, changes):
+    """On either side and inside, with any ids: a row is its tokens. The last that is not the model's padding token is
+    classified."""
+    source = checkpoint(family, AUTO[task], **changes)
+    model = CompiledModel.from_pretrained(artifact(source, batch_size=3, sequence_length=(24,), task=task))
+    rows = [[5, 9, 30, 7, 200], [80, 2], [11, 12, 13, 14, 15, 16, 17, 18, 0, 20, 21, 2]]
+    for side in ("left", "right", "inside"):
+        ids, mask = oracle.padded(rows, side)
+        outputs = model(np.where(mask == 1, ids, 77), mask)
+        for index, row in enumerate(rows):
+            with torch.inference_mode():
+                expected = oracle.eager(source, AUTO[task])(torch.tensor([row]), **_segments(model, row))
+            for name, values in outputs.items():
+                found = values[index] if task == "text-classification" else values[index][mask[index] == 1]
+                assert np.abs(found - expected[name][0].numpy()).max() < 1e-4, (side, name)
+
+
+def _segments(model, row):
+    """The tiny tokenizer makes segments of 0 for every model."""
+    return {"token_type_ids": torch.zeros(1, len(row), dtype=torch.int64)} if "token_type_ids" in model.inputs else {}
+
+
+def test_segments_are_an_input_where_a_tokenizer_makes_them(checkpoint, tmp_path):
+    """GPT-2 adds an embedding to segments of 0, and none where it is given no segments."""
+    source = shutil.copytree(checkpoint("gpt2", AUTO["token-classification"]), tmp_path / "gpt2")
+    options = ExportOptions(task="token-classification", batch_size=1, sequence_length=(8,))
+    assert "token_type_ids" in [spec.name for spec in preview(str(source), options).inputs]
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | names))
+    assert [spec.name for spec in preview(str(source), options).inputs] == names["model_input_names"]
 
 
 def test_the_smallest_of_all_combinations_is_used(made, monkeypatch):

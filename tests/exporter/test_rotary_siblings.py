@@ -45,6 +45,7 @@ LEFT = {
     "interleaved": ("gptj", {}),
     "windows": ("gemma3_text", {}),
     "yarn": ("llama", YARN),
+    "heads of 24": ("llama", {"head_dim": 24}),
 }
 
 

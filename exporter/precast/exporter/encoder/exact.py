@@ -7,8 +7,10 @@ they would see without padding: zeros beyond the end, means over what is real.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from precast.runtime.errors import CheckpointError
 
 from .frames import Convolutions, convolutions_of
 
-__all__ = ["check_paddable", "padded_exactly"]
+__all__ = ["check_paddable", "padded_exactly", "taking_rows"]
 
 
 class _Real:
@@ -200,6 +202,55 @@ def _summary(module: Any, real: _Real) -> Iterator[Undo]:
     yield module.register_forward_pre_hook(summarize).remove
 
 
+def _last_token(module: Any, real: _Real) -> Iterator[Undo]:
+    """A decoder classifies by its last token that is no padding, which is told by the mask: whoever pads may use other
+    ids than the model's `pad_token_id`, and models that have none pool the last position of a row, whatever is there.
+    """
+    if not _pools_last_token(module):
+        return
+    head = module.score if hasattr(module, "score") else module.classifier
+    pad, seen = module.config.get_text_config().pad_token_id, {}
+
+    def keep_ids(_: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        seen["ids"] = named["input_ids"]
+
+    def pool(_: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        """The answer at every position, so that it is read wherever the model looks."""
+        mask = real.at(logits.shape[1])
+        assert mask is not None, "a mask is as long as the tokens"
+        counted = mask if pad is None else mask & (seen["ids"] != pad)
+        last = (counted * torch.arange(1, logits.shape[1] + 1)).argmax(1)
+        return logits.gather(1, last[:, None, None].expand(-1, logits.shape[1], logits.shape[2]))
+
+    yield _padding_token(module)
+    yield module.register_forward_pre_hook(keep_ids, with_kwargs=True).remove
+    yield head.register_forward_hook(pool).remove
+
+
+def _pools_last_token(module: nn.Module) -> bool:
+    """By its code: transformers has it once for most types, and writes it out for others."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    return isinstance(forward, FunctionType) and "last_non_pad_token" in forward.__code__.co_varnames
+
+
+def _padding_token(module: Any) -> Undo:
+    """Give the configuration a padding token where it has none: without one, transformers takes a single row only."""
+    config = module.config.get_text_config()
+    before = config.pad_token_id
+    config.pad_token_id = 0 if before is None else before
+    return lambda: setattr(config, "pad_token_id", before)
+
+
+@contextmanager
+def taking_rows(model: nn.Module) -> Iterator[None]:
+    """Within this block `model` takes several rows, whether or not it knows a padding token."""
+    undo = _padding_token(model) if _pools_last_token(model) else lambda: None
+    try:
+        yield
+    finally:
+        undo()
+
+
 def _sew(module: Any, real: _Real) -> Iterator[Undo]:
     """Frames are pooled by a factor and spread again. What is left over of a row is dropped, then zero."""
     factor = module.config.squeeze_factor
@@ -241,7 +292,7 @@ _BY_CLASS: dict[str, Callable[[Any, _Real], Iterator[Undo]]] = {
     },
 }
 
-_RULES = (_convolution, _group_norm, _frame_mask, _statistics, _named_layers)
+_RULES = (_convolution, _group_norm, _frame_mask, _statistics, _last_token, _named_layers)
 
 
 def check_paddable(model: nn.Module, task: Task) -> None:

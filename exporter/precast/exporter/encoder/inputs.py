@@ -80,11 +80,20 @@ def _text(checkpoint: Checkpoint, rows: tuple[Axis, ...]) -> list[TensorPlan]:
         names = {"input_ids": _harmless(checkpoint)}
     else:
         names = {"input_ids": _harmless(checkpoint), "attention_mask": 0}
-    if getattr(config, "type_vocab_size", 2) >= 2:
+    if _has_segments(checkpoint, config):
         names["token_type_ids"] = 0
     exact: tuple[Axis, ...] = () if "attention_mask" in names else ("length",)
     plain = [TensorPlan(name, "int64", axes, pad, exact) for name, pad in names.items()]
     return [*plain, TensorPlan("bbox", "int64", (*axes, 4), 0, exact)]
+
+
+def _has_segments(checkpoint: Checkpoint, config: Any) -> bool:
+    """Whether segments are an input: where the configuration counts them, or the tokenizer makes them. GPT-2 and its
+    relatives take segments too, but without them add nothing, which is another answer than that to segments of 0."""
+    count = getattr(config, "type_vocab_size", None)
+    if count is not None:
+        return bool(count >= 2)
+    return checkpoint.tokenizer is not None and "token_type_ids" in checkpoint.tokenizer.model_input_names
 
 
 def _harmless(checkpoint: Checkpoint) -> int:

@@ -16,7 +16,7 @@ from ..architectures import traceable
 from ..options import ExportOptions
 from ..plan import GraphPlan, Plan, TensorPlan, common, run_skeleton
 from ..resolve import Checkpoint
-from .exact import check_paddable
+from .exact import check_paddable, taking_rows
 from .frames import convolutions_of
 from .inputs import Sizes, example, inputs_of, running_axis, sizes_of
 from .sentences import output_names
@@ -148,7 +148,7 @@ def _outputs(
 
 def _answer(options: ExportOptions, task: Task, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
     try:
-        with traceable(model):
+        with traceable(model), taking_rows(model):
             return run_skeleton(model, task, tensors)
     except ExportError as error:
         if not options.image_size:

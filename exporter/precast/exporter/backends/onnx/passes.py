@@ -24,7 +24,7 @@ def optimize(model: ir.Model, graph: Graph) -> None:
     """Rewrite `model` in place. Every rewrite is exact."""
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-    with _whole_rotations():
+    with _sound_fusions():
         fuse_for_onnxruntime(model, "cpu")
     for each in (
         RestoreConstants(),
@@ -43,16 +43,22 @@ def optimize(model: ir.Model, graph: Graph) -> None:
 
 
 @contextmanager
-def _whole_rotations() -> Iterator[None]:
-    """Within this block no rotation of a part of each head becomes one operator. Where lengths are static it would,
-    and the fusion of attention that follows makes the rotation of its queries anew and forgets that it is of a part.
+def _sound_fusions() -> Iterator[None]:
+    """Within this block onnxscript fuses nothing whose conditions it does not ask.
+
+    No rotation of a part of each head: where lengths are static, the fusion of attention that follows makes the
+    rotation of its queries anew and forgets that it is of a part. No grouped heads: it takes any mask for a causal one
+    and position 0 for all positions, so that ONNX Runtime refuses what comes of it, or padding is seen.
     """
-    before = _core.fuse_partial_rotary_embedding
-    _core.fuse_partial_rotary_embedding = lambda model, **_: 0
+    names = ("fuse_partial_rotary_embedding", "fuse_gqa")
+    before = {name: getattr(_core, name) for name in names}
+    for name in names:
+        setattr(_core, name, lambda model, **_: 0)
     try:
         yield
     finally:
-        _core.fuse_partial_rotary_embedding = before
+        for name, fusion in before.items():
+            setattr(_core, name, fusion)
 
 
 class RestoreConstants(ir.passes.InPlacePass):

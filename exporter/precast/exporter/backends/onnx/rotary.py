@@ -33,7 +33,8 @@ class FoldRotary(ir.passes.InPlacePass):  # type: ignore[misc]
         tables: dict[tuple[str, str], Tables | None] = {}
         modified = False
         for node in list(model.graph):
-            if node.op_type != "GroupQueryAttention" or (rotated := _rotated(node)) is None:
+            rotated = _rotated(node) if node.op_type == "GroupQueryAttention" else None
+            if rotated is None or _head_size(node) % ROTATED_MULTIPLE:
                 continue
             cos, sin = (_name(value) for value in rotated.inputs[2:4])
             if (cos, sin) not in tables:
@@ -102,6 +103,17 @@ class _Angles:
 
 SAME = 1e-6
 """Of a cosine: a vector unit and what is left over for a scalar one may differ in the last bit."""
+
+
+ROTATED_MULTIPLE = 16
+"""GroupQueryAttention refuses to rotate heads of other sizes, though it takes them in multiples of 8."""
+
+
+def _head_size(node: ir.Node) -> int:
+    """Of an attention's caches, [B, Hkv, C, D]."""
+    shape = node.inputs[3].shape if node.inputs[3] is not None else None
+    assert shape is not None, "caches are inputs of the graph, whose sizes are known"
+    return int(shape[3])
 
 
 def _rotated(node: ir.Node) -> ir.Node | None:
