@@ -190,6 +190,17 @@ def test_packed_checkpoints_load_exactly(pack: Pack, checkpoint: Callable[..., P
     assert model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
 
 
+def test_generation_settings_are_those_of_the_files(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Of config.json, where older checkpoints have them, too: transformers looks there, given a folder to load from."""
+    path = tmp_path / "packed"
+    quantized(checkpoint("llama"), path, PACKS["gptq"])
+    (path / "generation_config.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "no_repeat_ngram_size": 2, "max_length": 33}))
+    found = opened(path).load(GENERATION, "float32").generation_config
+    assert (found.no_repeat_ngram_size, found.max_length, found.eos_token_id) == (2, 33, 2)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     pack=st.one_of(

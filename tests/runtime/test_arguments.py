@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
+import torch
 
 from precast.runtime import CompiledModel, pipeline
+from precast.runtime.artifact.schema import Input
 from precast.runtime.errors import ArtifactError, InputError, UsageError
+from precast.runtime.rows import named_inputs
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +93,45 @@ def test_labels_that_are_no_numbers_are_said(model, labels):
 def test_labels_may_be_a_list(model):
     ids = [[5, 6, 7]]
     assert model(ids, labels=ids).loss == model(np.array(ids), labels=np.array(ids)).loss
+
+
+def test_what_any_model_of_transformers_is_asked_is_taken_or_refused(model, vectors):
+    ids, mask = [[0, 5, 6, 7]], [[0, 1, 1, 1]]
+    logits = model(ids, mask).logits
+    asked = {"use_cache": True, "output_attentions": False, "past_key_values": None, "position_ids": [[9, 0, 1, 2]]}
+    assert np.array_equal(model(ids, mask, return_dict=True, **asked).logits, logits)
+    for opened, outputs in ((model, [logits]), (vectors, vectors(ids, mask).values())):
+        found = opened(torch.tensor(ids), torch.tensor(mask), return_dict=False, output_hidden_states=None)
+        assert isinstance(found, tuple)
+        assert all(np.array_equal(one, two) for one, two in zip(found, outputs, strict=True))
+        with pytest.raises(InputError, match="output_hidden_states=True: the model was compiled with its answer alone"):
+            opened(ids, mask, output_hidden_states=True)
+    for positions in ([[0, 1, 2, 3]], [[0, 1]], [0, 1, 2, 3], "abc"):
+        with pytest.raises(InputError, match=r"position_ids are counted .* the first row's are \[0, 1, 2\]"):
+            model(ids, mask, position_ids=positions)
+        with pytest.raises(InputError, match="position_ids are counted"):
+            model.generate(ids, mask, position_ids=positions)
+    with pytest.raises(InputError, match="Nothing was given: pass input_ids"):
+        model()
+
+
+def test_generate_takes_inputs_and_begins_with_bos_where_there_are_none(model, checkpoint):
+    ids = torch.tensor([[5, 6, 7]])
+    found = model.generate(inputs=ids, max_new_tokens=3, position_ids=torch.tensor([[0, 1, 2]]))
+    assert torch.equal(found, model.generate(ids, max_new_tokens=3))
+    expected = oracle.eager(checkpoint("llama")).generate(pad_token_id=0, max_new_tokens=20)
+    assert model.generate().tolist() == expected.tolist()
+    with pytest.raises(InputError, match="input_ids and inputs are two names of the same"):
+        model.generate(ids, inputs=ids)
+    nothing = {"max_time": None, "synced_gpus": False, "assistant_model": None, "prefix_allowed_tokens_fn": None}
+    assert torch.equal(model.generate(ids, max_new_tokens=3, **nothing, negative_prompt_ids=None), found)
+    with pytest.raises(InputError, match=r"max_time=2\.0 is not done by this runtime"):
+        model.generate(ids, max_time=2.0)
+
+
+def test_segments_of_nothing_are_taken_of_torch_too():
+    """As DistilBERT's own guide calls it: its tokenizer makes segments, the model has none."""
+    specs, ids = [Input(name="input_ids", dtype="int64", shape=[1, 16], pad=0)], torch.tensor([[5, 6, 7]])
+    assert list(named_inputs(specs, [ids], {"token_type_ids": torch.zeros_like(ids)})) == ["input_ids"]
+    with pytest.raises(InputError, match="no input 'token_type_ids'"):
+        named_inputs(specs, [ids], {"token_type_ids": torch.ones_like(ids)})

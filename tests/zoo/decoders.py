@@ -86,7 +86,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _WINDOWED | {"layer_types": ["sliding_attention"] * 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "moshi": {"sliding_window": 64},
-    "mpt": {"use_cache": True},
     "phimoe": {"sliding_window": 8},
     "starcoder2": {"sliding_window": 8},
     "bamba": {"attn_layer_indices": [1]},

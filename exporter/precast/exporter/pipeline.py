@@ -257,9 +257,8 @@ def _write_companions(stage: Path, tokenizer: Any | None, model: Any, processor:
         _write_json(settings, _without_places(json.loads(settings.read_text("utf-8"))))
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        raw = _without_places(generation.to_diff_dict())
-        kept = {name: value for name, value in raw.items() if name != "transformers_version" and name[0] != "_"}
-        _write_json(stage / "generation_config.json", kept)
+        said = _without_places(json.loads(generation.to_json_string(ignore_metadata=True)))
+        _write_json(stage / "generation_config.json", {name: said[name] for name in said if name[0] != "_"})
 
 
 def _write_rules(stage: Path, processor: dict[str, Any]) -> None:

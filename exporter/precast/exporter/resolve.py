@@ -241,9 +241,10 @@ class Checkpoint:
         model: nn.Module
         # Before anything is read: they may be others' than the checkpoint's.
         self._weight_files()
+        generation = None if task.kind == "encoder" or self.gguf_file else self._generation_config()
         try:
             if self.packing:
-                model, info = self._load_unpacked(self.packing, task, settings)
+                model, info = self._load_unpacked(self.packing, task, {**settings, "generation_config": generation})
             else:
                 with self._parsed_once:
                     auto = self._auto_class(task)
@@ -265,15 +266,30 @@ class Checkpoint:
 
     def _load_unpacked(self, packing: Packing, task: Task, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """As from_pretrained loads it, which takes tensors only from those who name no directory."""
-        tensors, generation = unpacked(self._weight_files(), packing), None
-        if (self.directory / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(self.directory)
+        tensors = unpacked(self._weight_files(), packing)
         cls: Any = type(self.skeleton(task))
-        model, info = cls.from_pretrained(
-            None, trust_remote_code=self._trusts, state_dict=tensors, generation_config=generation, **settings
-        )
+        model, info = cls.from_pretrained(None, trust_remote_code=self._trusts, state_dict=tensors, **settings)
         check_understood(model, tensors, info["unexpected_keys"], self.name)
         return model, info
+
+    def _generation_config(self) -> GenerationConfig:
+        """How it generates, as from_pretrained finds it: what generation_config.json says, else what config.json does.
+
+        Raises CheckpointError for settings that transformers refuses, such as two that exclude each other.
+        """
+        try:
+            try:
+                return GenerationConfig.from_pretrained(self.directory)
+            except OSError:
+                # There is none, or it is no JSON.
+                source = {"config_file_name": "config.json", "_from_model_config": True}
+                return GenerationConfig.from_pretrained(self.directory, **source)
+        except Exception as error:
+            # The library meets a broken file with errors of any type.
+            raise CheckpointError(
+                f"The generation settings of {self.name} cannot be used: {_first_line(error)} Correct its "
+                f"generation_config.json."
+            ) from error
 
     def weights_sha256(self) -> str:
         """One hash over all weight files: the file's own, or of the list of names and hashes for several."""

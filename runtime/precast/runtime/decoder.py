@@ -13,6 +13,7 @@ from .generative import Generation, GenerativeModel, check_streamer
 from .loss import with_labels
 from .padding import as_array, as_ids, as_mask, real_rows
 from .sampling import Processor
+from .switches import check_positions
 from .tensors import ModelOutput, like, to_numpy
 
 __all__ = ["CompiledModelForCausalLM"]
@@ -31,12 +32,13 @@ class CompiledModelForCausalLM(GenerativeModel):
         return self._session.capacity
 
     @with_labels
-    def __call__(self, input_ids: Any, attention_mask: Any = None) -> ModelOutput:
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None) -> ModelOutput:
         """Logits for every token of every row.
 
         Args:
             input_ids: int64 [batch, length], numpy or torch.
             attention_mask: [batch, length] of 0 and 1; padding may be on either side.
+            position_ids: [batch, length], only those that attention_mask gives, by which the model counts anyway.
 
         Returns:
             `.logits` [batch, length, vocabulary]: each row's as without its padding, zeros where there is padding.
@@ -44,7 +46,8 @@ class CompiledModelForCausalLM(GenerativeModel):
         Raises:
             InputError: the tensors do not fit each other or the compiled sizes.
         """
-        ids, mask = self._inputs(input_ids, attention_mask)
+        ids, mask = self._inputs(self._main_input("input_ids", input_ids), attention_mask)
+        check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         self._check_room(rows, 0)
         found = self.logits_at(rows, [range(len(row)) for row in rows])
@@ -83,12 +86,15 @@ class CompiledModelForCausalLM(GenerativeModel):
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: Any = None,
         logits_processor: Sequence[Processor] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
+        *,
+        inputs: Any = None,
+        position_ids: Any = None,
         **options: Any,
     ) -> Any:
         """Continue each row, as `transformers.GenerationMixin.generate` does.
@@ -99,13 +105,14 @@ class CompiledModelForCausalLM(GenerativeModel):
         makes it repeatable.
 
         Args:
-            input_ids: int64 [batch, length], numpy or torch.
+            input_ids, inputs: int64 [batch, length], numpy or torch, by either name; without any, bos_token_id.
             attention_mask: [batch, length] of 0 and 1; padding may be anywhere, the answer is that of the row without.
             generation_config: a GenerationConfig, ours or transformers', or a dict. `options` take precedence over it,
                 it over the artifact's generation_config.json, and that over the defaults.
             logits_processor: each called with one row's tokens [1, length] and logits [1, vocabulary]; returns logits.
             stopping_criteria: each called with a row's tokens [1, length] and logits [1, vocabulary]; true ends it.
             streamer: told the prompt, then each step's tokens by `put`, and the end by `end`.
+            position_ids: [batch, length], only those that attention_mask gives.
             options: fields of GenerationConfig, such as max_new_tokens=64.
 
         Returns:
@@ -116,8 +123,10 @@ class CompiledModelForCausalLM(GenerativeModel):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        ids, mask = self._inputs(input_ids, attention_mask)
         config = self._config(generation_config, options)
+        input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
+        ids, mask = self._inputs(input_ids, attention_mask)
+        check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
         count = self._fitting(config.new_tokens(ids.shape[1]), room, generation_config, options)

@@ -253,6 +253,19 @@ class GenerativeModel(CompiledModel):
         requests = self._requests([prompt], [context], Generation(config, count), 0)
         return (tokens[0] for tokens in self._steps(requests, [context]))
 
+    @staticmethod
+    def _main_input(name: str, given: Any, inputs: Any = None, first: int | None = None) -> Any:
+        """What a call is about: `given` by its name, or as generate()'s `inputs`, or else one row of the token `first`.
+
+        Raises InputError where it is given twice, or not at all.
+        """
+        if given is not None and inputs is not None:
+            raise InputError(f"{name} and inputs are two names of the same; pass one of them.")
+        found = inputs if given is None else given
+        if found is None and first is None:
+            raise InputError(f"Nothing was given: pass {name}.")
+        return [[first]] if found is None else found
+
     def _config(self, given: Any, options: dict[str, Any]) -> GenerationConfig:
         asked = GenerationConfig.of(self._with_languages(options), "generate()")
         if given is not None:

@@ -16,6 +16,7 @@ import numpy as np
 from .arguments import refuse_unknown
 from .errors import InputError
 from .padding import as_array
+from .switches import without_switches
 from .tensors import ModelOutput, like, to_numpy
 
 __all__ = ["NOT_LABELLED", "causal", "classes", "sequence", "span", "with_labels"]
@@ -81,16 +82,22 @@ def span(start_logits: Array, end_logits: Array, starts: Array, ends: Array, mas
     return np.float32((_place(start_logits, starts, mask) + _place(end_logits, ends, mask)) / 2)
 
 
-def with_labels(call: Callable[..., ModelOutput]) -> Callable[..., ModelOutput]:
+def with_labels(call: Callable[..., ModelOutput]) -> Callable[..., Any]:
     """Let a model's call take `labels` — for question answering `start_positions` and `end_positions` — and answer with
-    `.loss` as its first output, a number of the labels' kind: numpy or torch."""
+    `.loss` as its first output, a number of the labels' kind: numpy or torch; and what else can be asked of any model
+    of transformers (`without_switches`)."""
 
     own = inspect.signature(call).parameters.values()
     takes_any = any(each.kind is each.VAR_KEYWORD for each in own)
     known = [*(each.name for each in own if each.name != "self"), *_NAMES]
 
     @wraps(call)
-    def labelled(self: Any, *tensors: Any, **named: Any) -> ModelOutput:
+    def labelled(self: Any, *tensors: Any, **named: Any) -> Any:
+        named, is_named = without_switches(named)
+        outputs = with_loss(self, *tensors, **named)
+        return outputs if is_named else tuple(outputs.values())
+
+    def with_loss(self: Any, *tensors: Any, **named: Any) -> ModelOutput:
         if not takes_any:
             refuse_unknown("This model's call", named, known)
         labels = {name: named.pop(name) for name in _NAMES if name in named}

@@ -11,6 +11,7 @@ import numpy as np
 from .artifact.schema import Axis, Frames, Input
 from .errors import InputError
 from .padding import align, as_floats, as_ids, as_mask, cut, ends_of
+from .tensors import to_numpy
 
 __all__ = ["RUNNING", "Rows", "axes_of", "input_names", "named_inputs", "read_rows", "running_dimension"]
 
@@ -77,7 +78,7 @@ def named_inputs(specs: Sequence[Input], tensors: Sequence[Any], named: Mapping[
         raise InputError(f"{', '.join(twice)} was given twice: in its place and by name.")
     given = {name: value for name, value in {**placed, **named}.items() if value is not None}
     for name in [name for name in given if name not in names]:
-        if name != "token_type_ids" or np.any(given[name]):
+        if name != "token_type_ids" or np.any(to_numpy(given[name])):
             raise InputError(f"This model has no input {name!r}. It has: {', '.join(names)}.")
     for spec in specs:
         if spec.name not in given and (spec.dtype == "float32" or spec.name == "input_ids"):

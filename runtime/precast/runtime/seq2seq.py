@@ -115,7 +115,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
     @with_labels
     def __call__(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         decoder_input_ids: Any = None,
         decoder_attention_mask: Any = None,
@@ -136,19 +136,20 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         """
         if decoder_input_ids is None:
             raise InputError("Logits are those of the decoder's rows: pass decoder_input_ids, or use generate().")
-        sources = self._sources(input_ids, attention_mask)
+        sources = self._sources(self._main_input("input_ids", input_ids), attention_mask)
         ids, mask = self._first(decoder_input_ids, decoder_attention_mask)
         return ModelOutput(logits=like(input_ids, self._logits(sources, ids, mask)))
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: Any = None,
         logits_processor: Sequence[Processor] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
         *,
+        inputs: Any = None,
         decoder_input_ids: Any = None,
         decoder_attention_mask: Any = None,
         **options: Any,
@@ -156,7 +157,8 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         """Answer each source, as `transformers.GenerationMixin.generate` does.
 
         Args:
-            input_ids: the sources, int64 [batch, length], numpy or torch.
+            input_ids, inputs: the sources, int64 [batch, length], numpy or torch, by either name; without any,
+                bos_token_id.
             attention_mask: [batch, length] of 0 and 1; padding may be anywhere.
             generation_config: a GenerationConfig, ours or transformers', or a dict. `options` take precedence over it,
                 it over the artifact's generation_config.json, and that over the defaults.
@@ -173,8 +175,9 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        sources = self._sources(input_ids, attention_mask)
         config = self._config(generation_config, options)
+        input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
+        sources = self._sources(input_ids, attention_mask)
         if decoder_input_ids is None:
             decoder_input_ids = [[self.start_token(config)]] * len(sources)
         front, mask = self._first(decoder_input_ids, decoder_attention_mask)

@@ -44,7 +44,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         return select(self._generation_file, _TYPES, str(self.artifact.path / "generation_config.json"))
 
     @with_labels
-    def __call__(self, input_features: Any, decoder_input_ids: Any = None) -> ModelOutput:
+    def __call__(self, input_features: Any = None, decoder_input_ids: Any = None) -> ModelOutput:
         """Logits for every token of the decoder's rows.
 
         Args:
@@ -60,18 +60,19 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         """
         if decoder_input_ids is None:
             raise InputError("Logits are those of the decoder's rows: pass decoder_input_ids, or use generate().")
-        sources = self._sources(input_features)
+        sources = self._sources(self._main_input("input_features", input_features))
         ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary(), "decoder_input_ids")
         return ModelOutput(logits=like(input_features, self._logits(sources, ids, as_mask(None, ids))))
 
     def generate(
         self,
-        input_features: Any,
+        input_features: Any = None,
         generation_config: Any = None,
         logits_processor: Sequence[Processor] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
         *,
+        inputs: Any = None,
         language: str | Sequence[str] | None = None,
         task: str | None = None,
         return_timestamps: bool | None = None,
@@ -81,7 +82,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         """Write down what is said, as `transformers.WhisperForConditionalGeneration.generate` does.
 
         Args:
-            input_features: log-mel spectrograms as the checkpoint's feature extractor makes them, float32
+            input_features, inputs: log-mel spectrograms as the checkpoint's feature extractor makes them, float32
                 [batch, mels, frames], of 30 seconds each.
             generation_config, logits_processor, stopping_criteria: as for decoders.
             streamer: told each step's tokens by `put`, and the end by `end`.
@@ -101,6 +102,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         """
         if return_timestamps or (return_timestamps is None and self._whispers.get("return_timestamps")):
             raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
+        input_features = self._main_input("input_features", input_features, inputs)
         sources = self._sources(input_features)
         config = self._config(generation_config, options)
         if decoder_input_ids is None:
