@@ -17,6 +17,7 @@ _EXPORTS = {
     "ExportOptions": "options",
     "choose_backends": "auto",
     "export": "pipeline",
+    "export_once": "reuse",
     "preview": "pipeline",
     "quiet_libraries": "quiet",
     "supported_tasks": "support",

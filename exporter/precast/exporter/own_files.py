@@ -14,7 +14,7 @@ from typing import Any
 
 from precast.runtime.errors import CheckpointError
 
-__all__ = ["check_files", "own_path", "weight_files"]
+__all__ = ["check_files", "own_path", "read_files", "weight_files"]
 
 MAX_BYTES = 256 * 2**20
 """Of a file that is read as a whole: the largest published vocabularies have a tenth of that."""
@@ -43,6 +43,13 @@ def check_files(directory: Path, name: str, folders: Sequence[str] = _FOLDERS) -
             raise CheckpointError(
                 f"{shown} has {size:,} bytes; {MAX_BYTES:,} are the most that is read of such a file."
             )
+
+
+def read_files(directory: Path) -> list[Path]:
+    """The files of kinds that are read as a whole, in the directory and the folders in it, but for what is written
+    about them."""
+    found = (path for pattern in ("*", "*/*") for path in directory.glob(pattern))
+    return sorted(path for path in found if path.suffix in _READ and path.suffix != ".md" and path.is_file())
 
 
 def own_path(directory: Path, entry: str, name: str, where: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import threading
@@ -112,7 +111,8 @@ class CompiledModel(ForTransformers):
                 first that the model needs. With more of them the model is opened several times: slices of a batch run
                 side by side, and `new_session()` goes to the next.
             export: `model` is a checkpoint; export it first, with `export_options` as for
-                `precast.exporter.export` (needs `pip install 'precast[export]'`).
+                `precast.exporter.export` (needs `pip install 'precast[export]'`). What was made of the same files with
+                the same options and versions before is opened as it is.
 
         Raises:
             ArtifactError: its subclasses say what is wrong with the artifact, the host, or the download.
@@ -299,13 +299,14 @@ def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust
 
 
 def _export(model: str | Path, **options: Any) -> Path:
-    """Export into the store. The exporter is looked up by name: the runtime does not depend on it."""
+    """The artifact in the store, made if it is not there. The exporter is looked up by name: the runtime does not
+    depend on it."""
     from .artifact.store import home
 
     try:
         exporter = import_module("precast.exporter")
         # Only now torch and its company are imported.
-        export, settings = exporter.export, exporter.ExportOptions
+        export_once, settings = exporter.export_once, exporter.ExportOptions
     except ImportError as error:
         raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
     for name in ("sequence_length", "prefill_lengths", "audio_sequence_length", "image_size"):
@@ -316,8 +317,5 @@ def _export(model: str | Path, **options: Any) -> Path:
     refuse_unknown(
         "from_pretrained(export=True)", options, [each.name for each in fields(settings) if each.name != "force"]
     )
-    asked = {name: value for name, value in options.items() if name != "token"}
-    key = hashlib.sha256(repr((str(model), sorted(asked.items()))).encode()).hexdigest()[:16]
-    target = home() / "exports" / f"{Path(model).name}-{key}"
-    export(str(model), target, settings(**options, force=True))
-    return target
+    made: Path = export_once(str(model), home() / "exports", settings(**options))
+    return made
