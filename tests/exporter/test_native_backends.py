@@ -5,6 +5,8 @@ Native code takes a quarter of a minute per graph to compile, so the fast lane c
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +22,7 @@ from zoo import decoders as zoo
 
 from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
+from precast.runtime.errors import IntegrityError
 
 CAPACITY = 48
 FAST = [("llama", "aoti"), *((family, "export") for family in ("llama", "gemma2", "gptj", "bloom", "gpt_oss"))]
@@ -83,6 +86,22 @@ both = pytest.mark.parametrize("pair", FAST[:2], ids="-".join, indirect=True)
 @both
 def test_a_dropped_model_leaves_nothing_open(pair):
     processes.check_loads(pair[1].artifact.path)
+
+
+@both
+def test_a_graph_that_is_exchanged_before_it_is_opened_is_not_run(pair, tmp_path):
+    """Graphs are opened when first used: what took one's place meanwhile, as large and as old, is found out."""
+    folder = shutil.copytree(pair[1].artifact.path, tmp_path / "copy")
+    model = CompiledModelForCausalLM.from_pretrained(folder)
+    file = folder / model.artifact.contract.variants[0].graphs[0].file
+    before, other = file.stat(), tmp_path / "other"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    other.write_bytes(data)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(file)
+    with pytest.raises(IntegrityError, match="was replaced after it was verified"):
+        model.generate([[5, 9, 30]], max_new_tokens=2)
 
 
 @both
