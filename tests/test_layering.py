@@ -79,6 +79,7 @@ def _may_import(part: str, name: str, module: str) -> bool:
             "precast.runtime.bench",
             "precast.runtime.child",
             "precast.runtime.cuda_host",
+            "precast.runtime.published",
             "precast.runtime.select",
             "precast.runtime.terminal",
         )

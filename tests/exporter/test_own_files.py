@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import tiny
 import transformers
+from PIL import Image
 
 from precast.exporter import ExportOptions, own_files, pipeline
+from precast.exporter.encoder import inputs
 from precast.exporter.resolve import resolve
 from precast.exporter.support import read_config
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import get_task
-from precast.runtime.errors import ArtifactError, CheckpointError
+from precast.runtime.errors import ArtifactError, CheckpointError, UsageError
 from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor
 
 ROOT = Path(__file__).parent.parent.parent
@@ -258,7 +260,7 @@ def test_modules_of_sentence_transformers_lie_in_the_checkpoint(tmp_path, checkp
 
 def test_no_file_of_an_artifact_tells_where_anything_lay(copy, tmp_path):
     place = "/home/alice/models/secret"
-    for name in ("config", "tokenizer_config", "generation_config", "preprocessor_config"):
+    for name in ("config", "tokenizer_config", "generation_config", "preprocessor_config", "processor_config"):
         path = copy / f"{name}.json"
         old = json.loads(path.read_text()) if path.exists() else {}
         nested = {"deep": [{"_name_or_path": place}], "_name_or_path": place, "name_or_path": place}
@@ -266,12 +268,33 @@ def test_no_file_of_an_artifact_tells_where_anything_lay(copy, tmp_path):
     checkpoint, stage = resolve(str(copy), ExportOptions()), tmp_path / "stage"
     stage.mkdir()
     model = checkpoint.load(GENERATION, "float32")
-    pipeline._write_companions(stage, checkpoint.tokenizer, model, checkpoint.processor_config)
+    pipeline._write_companions(stage, checkpoint.tokenizer, model, checkpoint.processor_files)
     (stage / "config.json").write_text(json.dumps(pipeline._config(checkpoint, model)))
     for path in stage.iterdir():
         assert "alice" not in path.read_text(), path.name
         assert str(tmp_path) not in path.read_text(), path.name
     assert json.loads((stage / "config.json").read_text())["text"] == {"deep": [{}]}
+
+
+def test_what_is_said_of_images_goes_with_the_artifact_in_the_file_that_says_it(tmp_path):
+    """processor_config.json is all that newer releases of transformers write, and files of others are no contract."""
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2)
+    path = tiny.save_checkpoint(tmp_path / "resnet", config, transformers.AutoModelForImageClassification)
+    rules = '{"image_processor_type": "ViTImageProcessor", "size": {"height": 40, "width": 48}, "size": [40, 48]}'
+    (path / "processor_config.json").write_text(f'{{"processor_class": "AProcessor", "image_processor": {rules}}}')
+    checkpoint, stage = resolve(str(path), ExportOptions()), tmp_path / "stage"
+    stage.mkdir()
+    pipeline._write_rules(stage, checkpoint.processor_files)
+    assert [each.name for each in stage.iterdir()] == ["processor_config.json"]
+    assert ImageProcessor(stage)([Image.new("RGB", (9, 9))])["pixel_values"].shape == (1, 3, 40, 48)
+    assert inputs._size(checkpoint) == (40, 48)
+    for size in (40.5, "large", [], {"longest_edge": 9}, None):
+        (path / "processor_config.json").write_text(json.dumps({"image_processor": {"size": size}}))
+        with pytest.raises(UsageError, match="--image-size HEIGHT,WIDTH"):
+            inputs._size(resolve(str(path), ExportOptions()))
+    (path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"resnet/preprocessor_config.json holds \[\], not an object"):
+        _ = resolve(str(path), ExportOptions()).processor_files
 
 
 def test_a_label_is_no_place():

@@ -107,15 +107,22 @@ def test_what_a_file_leaves_out_is_its_class_or_its_models(tmp_path, kind):
     ):
         assert same(write(tmp_path, settings))
     for model_type in TYPES[kind]:
-        path = write(tmp_path, {"image_processor_type": "OldFeatureExtractor", "resample": 0}, model_type=model_type)
-        assert ImageProcessor(path)._rules is not None
+        assert ImageProcessor(write(tmp_path, {"size": 30}, model_type=model_type))._rules is not None
     assert same(write(tmp_path, {"size": 30}, model_type=TYPES[kind][0]))
+
+
+def test_old_names_of_classes_are_theirs(tmp_path):
+    """transformers 4 wrote them; 5 does not know them any more."""
+    image = ImageProcessor(write(tmp_path, {"image_processor_type": "CLIPImageProcessor", "size": 30}))([PICTURE])
+    write(tmp_path, {"image_processor_type": "CLIPFeatureExtractor", "size": 30}, model_type="vit")
+    assert isinstance(theirs(tmp_path), ValueError)
+    assert np.array_equal(ImageProcessor(tmp_path)([PICTURE])["pixel_values"], image["pixel_values"])
 
 
 def test_any_settings_of_a_file_are_obeyed_or_refused(tmp_path):
     draw = random.Random(0)
-    done = [same(write(tmp_path, drawn(draw, f"{draw.choice(sorted(CLASSES))}ImageProcessor"))) for _ in range(150)]
-    assert 40 < sum(done) < 140
+    done = [same(write(tmp_path, drawn(draw, f"{draw.choice(sorted(CLASSES))}ImageProcessor"))) for _ in range(100)]
+    assert 25 < sum(done) < 90
 
 
 @pytest.mark.slow

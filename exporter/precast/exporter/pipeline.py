@@ -245,12 +245,12 @@ def _write_beside(stage: Path, tokenizer: Any | None, checkpoint: Checkpoint, mo
         _write_json(stage / name, settings)
         if settings.get("do_lower_case") and tokenizer is not None:
             lower_case(tokenizer, checkpoint.name)
-    _write_companions(stage, tokenizer, model, checkpoint.processor_config)
+    _write_companions(stage, tokenizer, model, checkpoint.processor_files)
 
 
-def _write_companions(stage: Path, tokenizer: Any | None, model: Any, processor: dict[str, Any]) -> None:
+def _write_companions(stage: Path, tokenizer: Any | None, model: Any, rules: dict[str, dict[str, Any]]) -> None:
     """Tokenizer, generation settings and rules for images and sounds, in the forms that transformers writes."""
-    _write_rules(stage, processor)
+    _write_rules(stage, rules)
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
         settings = stage / "tokenizer_config.json"
@@ -261,10 +261,10 @@ def _write_companions(stage: Path, tokenizer: Any | None, model: Any, processor:
         _write_json(stage / "generation_config.json", {name: said[name] for name in said if name[0] != "_"})
 
 
-def _write_rules(stage: Path, processor: dict[str, Any]) -> None:
-    """How images and sounds are prepared, where the checkpoint says so."""
-    if processor:
-        _write_json(stage / "preprocessor_config.json", _without_places(processor))
+def _write_rules(stage: Path, rules: dict[str, dict[str, Any]]) -> None:
+    """How images and sounds are prepared, in the files in which the checkpoint says so."""
+    for name, settings in rules.items():
+        _write_json(stage / name, _without_places(settings))
 
 
 def _write_json(path: Path, value: Any) -> None:

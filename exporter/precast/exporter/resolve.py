@@ -21,6 +21,7 @@ from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.reach import hub_or_cache
 from precast.runtime.artifact.tasks import ROWS, TASKS, Task, get_task, tasks_named
 from precast.runtime.errors import CheckpointError, FormatError
+from precast.runtime.published import parse_object
 
 from .encoder.sentences import attach_sentences, embeds_sentences, sentence_weights
 from .encoder.texts import sentence_files
@@ -135,15 +136,24 @@ class Checkpoint:
         return getattr(self.config, "vision_config", self.config)
 
     @cached_property
-    def processor_config(self) -> dict[str, Any]:
-        """What preprocessor_config.json says of images or sound, if there is one. Raises CheckpointError."""
-        path = self.directory / "preprocessor_config.json"
-        if self.gguf_file or not path.is_file():
-            return {}
+    def processor_files(self) -> dict[str, dict[str, Any]]:
+        """What it says of images and sounds, by the names of the files that say it. Raises CheckpointError."""
+        paths = [self.directory / name for name in ("preprocessor_config.json", "processor_config.json")]
         try:
-            return strict_json.loads(path.read_bytes(), f"{self.name}/{path.name}")
+            # Other people wrote them: read as the runtime reads them, and as transformers does.
+            return {
+                path.name: parse_object(path.read_bytes(), f"{self.name}/{path.name}")
+                for path in paths
+                if not self.gguf_file and path.is_file()
+            }
         except FormatError as error:
             raise CheckpointError(str(error)) from error
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """How its images are prepared; newer releases of transformers write that as a part of processor_config.json."""
+        part = self.processor_files.get("processor_config.json", {}).get("image_processor")
+        return part if isinstance(part, dict) else self.processor_files.get("preprocessor_config.json", {})
 
     @cached_property
     def tokenizer(self) -> Any | None:

@@ -115,7 +115,7 @@ def _image(checkpoint: Checkpoint, options: ExportOptions) -> list[TensorPlan]:
 
 def _size(checkpoint: Checkpoint) -> tuple[int, int]:
     """Height and width by the configuration, or as the checkpoint's processor makes them."""
-    processor = checkpoint.processor_config
+    processor = checkpoint.image_settings
     is_cropped = processor.get("do_center_crop", "crop_size" in processor)
     given = processor.get("crop_size") if is_cropped else processor.get("size")
     for found in (getattr(checkpoint.vision_config, "image_size", None), given):
@@ -132,8 +132,10 @@ def _as_pair(given: Any) -> tuple[int, int] | None:
     if isinstance(given, dict):
         side = given.get("shortest_edge")
         given = (given.get("height", side), given.get("width", side))
-    pair = (given, given) if isinstance(given, int) else tuple(given or ())
-    return (pair[0], pair[-1]) if pair and all(isinstance(each, int) for each in pair) else None
+    pair = (given, given) if isinstance(given, int) else given
+    if not isinstance(pair, list | tuple) or not pair or not all(isinstance(each, int) for each in pair):
+        return None
+    return pair[0], pair[-1]
 
 
 def _sound(checkpoint: Checkpoint, main: str) -> list[TensorPlan]:

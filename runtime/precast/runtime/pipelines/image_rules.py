@@ -134,7 +134,8 @@ class ImageRules(msgspec.Struct, frozen=True, kw_only=True):
 
 _UNCROPPED = ("Segformer",)
 """Classes that read do_center_crop and crop nothing."""
-_NAME = re.compile("(.*)ImageProcessor(Pil)?(Fast)?")
+# transformers 4 wrote the name of the class that was used, old ones, which 5 has no more, and fast ones among them.
+_NAME = re.compile("(.*)(ImageProcessor(Pil)?|FeatureExtractor)(Fast)?")
 
 
 def rules_of(kind: str, settings: Mapping[str, Any]) -> ImageRules | None:
@@ -147,9 +148,8 @@ def rules_of(kind: str, settings: Mapping[str, Any]) -> ImageRules | None:
 
 
 def class_of(named: Any, model_type: Any) -> str | None:
-    """Which of CLASSES transformers takes where its files name one, or None, for a type of model; None for others."""
-    if named is None or (isinstance(named, str) and named.removesuffix("Fast").endswith("FeatureExtractor")):
-        # Names of before version 4.27 name nothing any more: the model's type says what is meant.
+    """Which of CLASSES the files name, or mean by the type of their model where `named` is None; None for others."""
+    if named is None:
         return _CLASS_OF_TYPE.get(model_type) if isinstance(model_type, str) else None
     found = _NAME.fullmatch(named) if isinstance(named, str) else None
     return found[1] if found and found[1] in CLASSES else None

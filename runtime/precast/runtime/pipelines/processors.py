@@ -60,13 +60,16 @@ class ImageProcessor:
         self.kind = _image_class(self.config, model)
         known = class_of(self.kind, model.get("model_type"))
         self._rules = rules_of(known, self.config) if known else None
-        self._theirs: Any = None
 
     @property
     def layout(self) -> str | None:
         """Where arrays have their channels, if the file says so: "channels_first" or "channels_last"."""
         found = self.config.get("input_data_format")
         return found if found in ("channels_first", "channels_last") else None
+
+    @cached_property
+    def _theirs(self) -> Any:
+        return _from_transformers("AutoImageProcessor", self.kind, self._files)
 
     def __call__(self, images: list[Any], **rules: Any) -> dict[str, Array]:
         """`pixel_values` float32 [images, channels, height, width], and what else transformers' processor makes, of
@@ -76,8 +79,6 @@ class ImageProcessor:
         """
         if self._rules is not None and not rules:
             return {"pixel_values": _together([self._rules.pixels(image) for image in images])}
-        if self._theirs is None:
-            self._theirs = _from_transformers("AutoImageProcessor", self.kind, self._files)
         with _calling(f"transformers' {self.kind} does not prepare these images", InputError):
             found = self._theirs(images=images, return_tensors="np", **rules)
             return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
@@ -170,14 +171,24 @@ class SoundProcessor:
         self.path = path
         self._settings = _settings(path, self._files, "sounds", "feature_extractor", "audio_processor")
         self.config = select(self._settings, _SOUND, str(path / "preprocessor_config.json"))
-        self.rate = int(self.config.get("sampling_rate", 16000))
         self.kind = self.config.get("feature_extractor_type") or self._usual_kind()
-        self._theirs: Any = None
 
     def _usual_kind(self) -> str | None:
         """The class of a file that does not say it, by the kind of model."""
         model = _model_config(self.path, self._files).get("model_type")
         return next((kind for kind, models in _USUAL.items() if model in models), None)
+
+    @cached_property
+    def rate(self) -> int:
+        """How many samples the model hears per second: by the file, or by its class."""
+        told = self.config.get("sampling_rate")
+        if told is None and self.kind not in _USUAL:
+            told = getattr(self._theirs, "sampling_rate", None)
+        return int(told or 16000)
+
+    @cached_property
+    def _theirs(self) -> Any:
+        return _from_transformers("AutoFeatureExtractor", self.kind, self._files)
 
     @cached_property
     def longest(self) -> int | None:
@@ -210,8 +221,6 @@ class SoundProcessor:
             return {"input_features": self._log_mel(sounds)}
         if self.kind == "Wav2Vec2FeatureExtractor":
             return self._waves(sounds)
-        if self._theirs is None:
-            self._theirs = _from_transformers("AutoFeatureExtractor", str(self.kind), self._files)
         with _calling(f"transformers' {self.kind} does not prepare these sounds", InputError):
             whole = {"truncation": False} if _cuts(self._theirs) else {}
             found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np", **whole)
@@ -229,7 +238,7 @@ class SoundProcessor:
         values = np.zeros((len(sounds), width), np.float32)
         mask = np.zeros((len(sounds), width), np.int64)
         for index, sound in enumerate(sounds):
-            values[index, : len(sound)] = _leveled(sound) if self.config.get("do_normalize", True) else sound
+            values[index, : len(sound)] = _leveled(sound) if self._settings.get("do_normalize", True) else sound
             mask[index, : len(sound)] = 1
         return {"input_values": values, "attention_mask": mask}
 
@@ -314,8 +323,9 @@ def _image_class(settings: dict[str, Any], model: dict[str, Any]) -> Any:
     return named if named is not None else model.get("image_processor_type")
 
 
-def _from_transformers(name: str, kind: str, files: Readable) -> Any:
+def _from_transformers(name: str, kind: Any, files: Readable) -> Any:
     """transformers' own processor. Raises UsageError where it is not installed, ArtifactError where it refuses."""
+    kind = kind or "which names no class"
     what = f"transformers makes no processor of preprocessor_config.json, {kind}"
     try:
         with _calling(what, ArtifactError), laid_out(files) as path:
