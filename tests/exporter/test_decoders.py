@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir
 import oracle
 import pytest
 import tiny
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -20,9 +22,10 @@ from zoo.shrink import tiny_config
 from precast.exporter import ExportOptions, export, preview
 from precast.exporter.architectures.swap import replaced
 from precast.exporter.decoder import hooks
+from precast.exporter.pipeline import _explained
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
-from precast.runtime.errors import CheckpointError, ExportError
+from precast.runtime.errors import AccuracyError, CheckpointError, ExportError
 
 CAPACITY = 48
 tokens = st.integers(3, tiny.VOCABULARY - 1)
@@ -119,6 +122,32 @@ def test_capacity_bounds_windows(checkpoint, artifact):
         assert found == expected
         versions = read_artifact(path).contract.variants[0].host.min_versions
         assert versions == {"onnxruntime": "1.31" if expected == {8} else "1.23"}, "older kernels see one key more"
+
+
+def test_falcon_with_alibi_gives_the_answers_that_transformers_gives_by_itself(tmp_path):
+    """Its eager attention adds the bias twice; which counts in bfloat16, so that distances are not all that matters."""
+    config = tiny_config("falcon", {"alibi": True, "new_decoder_architecture": False, "max_position_embeddings": 320})
+    source = tiny.save_checkpoint(tmp_path / "falcon", config)
+    made = export(
+        str(source), tmp_path / "out", ExportOptions(batch_size=2, sequence_length=(300,), validate=False)
+    ).path
+    model = CompiledModelForCausalLM.from_pretrained(made)
+    assert "attention" not in model.variant.compiler.options, "the operator"
+    rows = [[(7 * place) % 300 + 3 for place in range(length)] for length in (290, 9)]
+    ids, mask = oracle.padded(rows, "left")
+    found = model(ids, mask).logits
+    eager = AutoModelForCausalLM.from_pretrained(source).eval()
+    for row, logits, keep in zip(rows, found, mask, strict=True):
+        with torch.inference_mode():
+            expected = eager(torch.tensor([row])).logits[0].numpy()
+        assert np.abs(logits[keep == 1] - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_what_fails_says_why_attention_is_in_ordinary_operators():
+    plan = SimpleNamespace(notes={"attention_because": "its masks are drawn by hand"})
+    reason = r"They differ\. Attention is .* because: its masks are drawn by hand"
+    with pytest.raises(AccuracyError, match=reason), _explained(plan):
+        raise AccuracyError("They differ.")
 
 
 def test_an_architecture_past_the_interface_keeps_its_own_operators(checkpoint, tmp_path, monkeypatch):

@@ -15,7 +15,9 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForMaskedLM
 from zoo import encoders as zoo
+from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, preview, quiet_libraries
 from precast.runtime import CompiledModel
@@ -302,6 +304,29 @@ def test_segments_are_an_input_where_a_tokenizer_makes_them(checkpoint, tmp_path
     names = {"model_input_names": ["input_ids", "attention_mask"]}
     (source / "tokenizer_config.json").write_text(json.dumps(settings | names))
     assert [spec.name for spec in preview(str(source), options).inputs] == names["model_input_names"]
+
+
+BLOCKS = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
+
+
+def test_rows_that_big_bird_reads_in_blocks_are_refused(tmp_path):
+    tiny_config("big_bird", BLOCKS).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"--sequence-length 29: .*rows of more than 28 tokens.*Give at most 28"):
+        preview(str(tmp_path), ExportOptions(task="fill-mask", batch_size=1, sequence_length=(29,)))
+
+
+@pytest.mark.slow
+def test_big_bird_as_published(tmp_path):
+    """What is too short for blocks is attended fully, by transformers too."""
+    source = tiny.save_checkpoint(tmp_path / "bird", tiny_config("big_bird", BLOCKS), AutoModelForMaskedLM)
+    options = ExportOptions(task="fill-mask", batch_size=2, sequence_length=(28,))
+    model = CompiledModel.from_pretrained(export(str(source), tmp_path / "out", options).path)
+    rows = [[(7 * place) % 300 + 3 for place in range(length)] for length in (28, 9)]
+    ids, mask = oracle.padded(rows, "left")
+    for row, logits, keep in zip(rows, model(ids, mask).logits, mask, strict=True):
+        with torch.inference_mode():
+            expected = AutoModelForMaskedLM.from_pretrained(source).eval()(torch.tensor([row])).logits[0].numpy()
+        assert np.abs(logits[keep == 1] - expected).max() < 1e-4
 
 
 def test_the_smallest_of_all_combinations_is_used(made, monkeypatch):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
 from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, Graph, Shapes, Source, Variant
+from precast.runtime.errors import ExportError
 
 from .backends import Compiled, NeedsTools, ProgramCompiler
 from .card import render_card
@@ -71,7 +72,7 @@ def export(
     with report("plan"):
         plan = make_plan(checkpoint, options)
     announce(plan)
-    with staging(target) as stage:
+    with _explained(plan), staging(target) as stage:
         with report("load"):
             tokenizer = checkpoint.tokenizer
             loaded = checkpoint.load(plan.task, plan.dtype)
@@ -111,6 +112,17 @@ def export(
             publish(stage, target, force=options.force)
             vouch(artifact.contract.digest)
     return read_artifact(target)
+
+
+@contextmanager
+def _explained(plan: Plan) -> Iterator[None]:
+    """Add to a failure why attention is in ordinary operators, where it is: the one may come of the other."""
+    try:
+        yield
+    except ExportError as error:
+        if reason := plan.notes.get("attention_because"):
+            raise type(error)(f"{error} Attention is in ordinary operators here, because: {reason}") from error
+        raise
 
 
 def _export_several(model: str, target: Path, options: ExportOptions, **told: Any) -> Artifact:

@@ -26,6 +26,7 @@ __all__ = [
     "NoValues",
     "Plan",
     "TensorPlan",
+    "check_blocks",
     "check_length",
     "common",
     "make_plan",
@@ -188,6 +189,21 @@ def single_batch(options: ExportOptions) -> int:
 def check_length(checkpoint: Checkpoint, length: int) -> None:
     """Raise UsageError for more than the model was made for."""
     early.check_length(checkpoint.name, checkpoint.max_length, length)
+
+
+def check_blocks(checkpoint: Checkpoint, length: int) -> None:
+    """Raise UsageError for a length at which BigBird attends block by block."""
+    config = checkpoint.config
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return
+    largest = (5 + 2 * config.num_random_blocks) * config.block_size
+    if length > largest:
+        raise UsageError(
+            f"--sequence-length {length}: {checkpoint.name} attends in blocks (attention_type block_sparse) to rows of "
+            f"more than {largest} tokens, and which blocks depends on how far a row is padded, so that no compiled "
+            f"length has the answers of the row alone. Give at most {largest}, where transformers attends fully, too; "
+            f'or write "attention_type": "original_full" into its config.json, for full attention at any length.'
+        )
 
 
 class NoValues(TorchDispatchMode):

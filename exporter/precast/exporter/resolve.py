@@ -237,15 +237,16 @@ class Checkpoint:
         with torch.device("meta"):
             model: nn.Module = auto.from_config(self.config, trust_remote_code=self._trusts)
         self._attach_sentences(model, task)
+        _attend_fully(model)
         # Some layers make tensors by constructors that heed no device.
         return model.to("meta").eval()
 
     def load(self, task: Task, dtype: str) -> nn.Module:
-        """The model with its weights, for inference, with eager attention. Raises CheckpointError."""
+        """The model with its weights, for inference, with attention that can be traced. Raises CheckpointError."""
         settings = {
             "config": self.config,
             "dtype": getattr(torch, dtype),
-            "attn_implementation": "eager",
+            "attn_implementation": _implementation(self.config),
             "output_loading_info": True,
         }
         model: nn.Module
@@ -272,6 +273,7 @@ class Checkpoint:
         self._check_complete(model, info, task)
         self._check_numbers(model)
         self._attach_sentences(model, task)
+        _attend_fully(model)
         return model.eval().requires_grad_(False)
 
     def _load_unpacked(self, packing: Packing, task: Task, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -378,6 +380,22 @@ class Checkpoint:
                     f"{name}, the first at {first}. The checkpoint is damaged; fetch it again, or save it from sound "
                     f"weights."
                 )
+
+
+def _implementation(config: Any) -> str:
+    """The attention of the reference, and of what is compiled in ordinary operators: eager, which every type has. That
+    of Falcon with ALiBi adds the bias twice; what transformers does unless it is asked otherwise adds it once."""
+    return "sdpa" if config.model_type == "falcon" and config.alibi else "eager"
+
+
+def _attend_fully(model: nn.Module) -> None:
+    """Full attention for BigBird, as transformers has it for rows that blocks do not fit; others are not compiled for
+    (`check_blocks`)."""
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        # The outermost that can be told tells those within.
+        chosen: Any = next(module for module in model.modules() if hasattr(module, "set_attention_type"))
+        if chosen.attention_type == "block_sparse":
+            chosen.set_attention_type("original_full")
 
 
 def resolve(model: str, options: ExportOptions) -> Checkpoint:

@@ -23,7 +23,7 @@ from precast.runtime.errors import ExportError
 
 from .attention import MASKS, cached_attention, cross_attention
 
-__all__ = ["IMPLEMENTATION", "Caches", "Mask", "after", "attend", "positions", "tracing"]
+__all__ = ["IMPLEMENTATION", "Caches", "Mask", "after", "attend", "capacity", "positions", "tracing"]
 
 IMPLEMENTATION = "precast"
 
@@ -97,6 +97,11 @@ def tracing(caches: Caches) -> Iterator[Cache]:
             yield caches.as_cache()
     finally:
         _CURRENT.reset(token)
+
+
+def capacity() -> int:
+    """How many rows the caches of the call being traced have."""
+    return int(_CURRENT.get().past[0][0].shape[2])
 
 
 def positions(length: Any) -> Tensor | None:

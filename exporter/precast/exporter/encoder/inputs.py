@@ -15,7 +15,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ..options import SIZE_EXAMPLES, ExportOptions, flag_of
-from ..plan import TensorPlan, check_length
+from ..plan import TensorPlan, check_blocks, check_length
 from ..resolve import Checkpoint
 from .frames import convolutions_of
 
@@ -166,6 +166,7 @@ def sizes_of(
     given = {axis: _values(options, axis) for axis in axes}
     if "length" in given:
         check_length(checkpoint, max(given["length"]))
+        check_blocks(checkpoint, max(given["length"]))
     if "samples" in given:
         _check_samples(checkpoint, min(given["samples"]))
     return [dict(zip(axes, sizes, strict=True)) for sizes in product(*given.values())]

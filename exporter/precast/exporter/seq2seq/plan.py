@@ -22,7 +22,7 @@ from precast.runtime.errors import CheckpointError, UsageError
 from ..decoder.cache_names import cache_in
 from ..decoder.plan import HEAD_MULTIPLE, CachePlan
 from ..options import ExportOptions
-from ..plan import GraphPlan, Plan, TensorPlan, check_length, common, run_skeleton, single_batch
+from ..plan import GraphPlan, Plan, TensorPlan, check_blocks, check_length, common, run_skeleton, single_batch
 from ..resolve import Checkpoint
 
 __all__ = ["CrossPlan", "Seq2SeqPlan", "cross_names", "plan"]
@@ -133,6 +133,7 @@ def _lengths(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: 
     options.check_sizes(checkpoint.given, task.name, ["sequence_length"], checkpoint.max_length)
     for length in options.sequence_length:
         check_length(checkpoint, length)
+        check_blocks(checkpoint, length)
     return tuple(sorted(options.sequence_length))
 
 
