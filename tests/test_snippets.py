@@ -18,6 +18,7 @@ import click
 import gguf
 import neuron_machine
 import numpy as np
+import pieces
 import pytest
 import snippets
 import tiny
@@ -84,7 +85,13 @@ def _marian(path: Path) -> Path:
         vocab_size=tiny.VOCABULARY, d_model=32, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=None, **layers,
     )  # fmt: skip
-    return tiny.save_checkpoint(path, config, transformers.AutoModelForSeq2SeqLM)
+    if not path.exists():
+        tiny.save_checkpoint(path, config, transformers.AutoModelForSeq2SeqLM)
+        # Marian's own, in the files that Marian has.
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (path / name).unlink()
+        pieces.marian(path)
+    return path
 
 
 def _whisper(path: Path) -> Path:

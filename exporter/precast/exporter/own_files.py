@@ -18,7 +18,7 @@ __all__ = ["check_files", "own_path", "read_files", "weight_files"]
 
 MAX_BYTES = 256 * 2**20
 """Of a file that is read as a whole: the largest published vocabularies have a tenth of that."""
-_READ = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
+_READ = (".codes", ".jinja", ".json", ".md", ".model", ".py", ".spm", ".tiktoken", ".txt")
 _MAPPED = (".bin", ".gguf", ".safetensors")
 _FOLDERS = ("", "additional_chat_templates", "custom_generate")
 """Where transformers looks."""

@@ -31,6 +31,7 @@ from .plan import Plan, make_plan
 from .quantize.choose import calibration_rows, quantize_model
 from .resolve import Checkpoint, resolve
 from .telling import heard_by, tell_nobody
+from .tokenizer_files import tokenizer_settings
 from .trace import trace
 from .validate import Reference, compare, in_words, make_reference, record, without_device
 
@@ -264,9 +265,7 @@ def _write_companions(stage: Path, tokenizer: Any | None, model: Any, rules: dic
     """Tokenizer, generation settings and rules for images and sounds, in the forms that transformers writes."""
     _write_rules(stage, rules)
     if tokenizer is not None:
-        tokenizer.save_pretrained(stage)
-        settings = stage / "tokenizer_config.json"
-        _write_json(settings, _without_places(json.loads(settings.read_text("utf-8"))))
+        _write_json(stage / "tokenizer_config.json", _without_places(tokenizer_settings(tokenizer, stage)))
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         said = _without_places(json.loads(generation.to_json_string(ignore_metadata=True)))

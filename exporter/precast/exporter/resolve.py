@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,9 +42,13 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
     "tokenizer_config.json",
 )
-_DOWNLOAD = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*.py"]
+_DOWNLOAD = [
+    "*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.codes", "*.jinja", "*.py",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,9 @@ class Checkpoint:
         if not self.has_tokenizer:
             return None
         try:
-            with self._parsed_once:
+            with self._parsed_once, warnings.catch_warnings():
+                # Marian's, of a normalization that it does not do in any case.
+                warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")
                 return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self._trusts, **self._gguf)
         except Exception as error:
             raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {_first_line(error)}") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -34,6 +34,14 @@ _LARGEST = 2**32 - 1
 """Ids are numbers of 32 bits."""
 
 
+class _OwnVocabulary(msgspec.Struct):
+    """Of a tokenizer whose pieces are sentencepiece's and whose ids are not: see _OwnIds."""
+
+    size: int
+    unknown: int
+    mark: str
+
+
 class _NamedTemplate(msgspec.Struct):
     name: str
     template: str
@@ -52,14 +60,21 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 """Arguments of transformers' apply_chat_template that are not for the template, and values that change nothing here."""
 
 _Token = str | dict[str, Any]
+_CLEANS_PAIRS = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _TYPES: dict[str, Any] = {
     "padding_side": Literal["left", "right"],
+    "truncation_side": Literal["left", "right"],
+    "model_max_length": int | float,
     "model_input_names": list[str],
+    "pad_token_type_id": int,
+    "split_special_tokens": bool,
     "clean_up_tokenization_spaces": bool,
+    _CLEANS_PAIRS: bool,
     "chat_template": str | list[_NamedTemplate],
+    "own_vocabulary": _OwnVocabulary,
     **dict.fromkeys([f"{role}_token" for role in _ROLES], _Token),
 }
-"""What is used of tokenizer_config.json."""
+"""What is used of tokenizer_config.json; what else it says is in tokenizer.json by the export's doing."""
 
 
 class Tokenizer:
@@ -76,8 +91,8 @@ class Tokenizer:
         data = self._files.get("tokenizer.json")
         if data is None:
             raise ArtifactError(
-                f"{self.path} has no tokenizer.json: its checkpoint carries no (fast) tokenizer. Give token ids "
-                f"instead of text."
+                f"{self.path} has no tokenizer.json: its checkpoint carries no tokenizer, or one that only "
+                f"transformers runs. Give token ids instead of text."
             )
         with _calling_the_library(f"{self.path / 'tokenizer.json'} cannot be read as a tokenizer", FormatError):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
@@ -89,7 +104,16 @@ class Tokenizer:
         self._config = select(config, _TYPES, str(self.path / "tokenizer_config.json"))
         self.special_tokens = _special_tokens({**self._read_json("special_tokens_map.json"), **config}, self.path)
         self.padding_side = self._config.get("padding_side", "right")
+        # Special tokens that texts spell out are text like any other.
+        self._tokenizer.encode_special_tokens = self._config.get("split_special_tokens", False)
         self._cutting = lru_cache(maxsize=4)(self._copy_that_cuts)
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that the checkpoint's tokenizer_config.json allows; None where it names no limit."""
+        found = self._config.get("model_max_length")
+        # Those that know no limit say 10**30.
+        return int(found) if found is not None and 0 < found < _LARGEST else None
 
     def token_id(self, name: str) -> int | None:
         """The id of a special token by its role: "bos", "eos", "pad", "unk", "cls", "sep", "mask"."""
@@ -118,11 +142,14 @@ class Tokenizer:
         """The token with this id, as the vocabulary spells it."""
         (number,) = _as_ids([index])
         found: str | None = self._tokenizer.id_to_token(number)
-        return found
+        own = self._config.get("own_vocabulary")
+        return found if found is None or own is None else found.removeprefix(own.mark)
 
     def vocabulary_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it."""
-        return self._tokenizer.token_to_id(_checked(token))
+        own = self._config.get("own_vocabulary")
+        found: int | None = self._tokenizer.token_to_id(_checked(token))
+        return found if found is not None or own is None else self._tokenizer.token_to_id(own.mark + token)
 
     @property
     def added_tokens(self) -> dict[str, int]:
@@ -179,7 +206,7 @@ class Tokenizer:
         with self._calling(f"cut a text to {length} tokens with an overlap of {stride}"):
             cutting = self._cutting(length, stride, strategy)
             whole = cutting.encode(text, pair, add_special_tokens=add_special_tokens)
-        return [whole, *whole.overflowing]
+        return [self._with_own_ids(each) for each in (whole, *whole.overflowing)]
 
     def pad(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
         """A batch of encodings: int64 arrays [batch, longest], padded on the tokenizer's own side; all three, or those
@@ -187,7 +214,7 @@ class Tokenizer:
         pad = self.token_id("pad") or 0
         rows = {
             "input_ids": ([each.ids for each in encodings], pad),
-            "token_type_ids": ([each.type_ids for each in encodings], 0),
+            "token_type_ids": ([each.type_ids for each in encodings], self._config.get("pad_token_type_id", 0)),
             "attention_mask": ([[1] * len(each.ids) for each in encodings], 0),
         }
         named = {"input_ids", *self._config.get("model_input_names", rows)}.intersection(self._names or rows)
@@ -270,7 +297,11 @@ class Tokenizer:
     def _encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
         _check_pair(text, pair)
         with self._calling(f"encode {text!r:.60}"):
-            return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
+            return self._with_own_ids(self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens))
+
+    def _with_own_ids(self, encoding: tokenizers.Encoding) -> tokenizers.Encoding:
+        own = self._config.get("own_vocabulary")
+        return encoding if own is None else cast(tokenizers.Encoding, _OwnIds(encoding, own, self._tokenizer))
 
     def _calling(self, what: str) -> AbstractContextManager[None]:
         return _calling_the_library(f"The tokenizer of {self.path} cannot {what}", InputError)
@@ -293,7 +324,9 @@ class Tokenizer:
         # vocabulary takes memory for every id up to its largest.
         copy = tokenizers.Tokenizer.from_buffer(self._data)
         copy.no_padding()
-        copy.enable_truncation(length, stride=stride, strategy=strategy)
+        copy.encode_special_tokens = self._tokenizer.encode_special_tokens
+        side = self._config.get("truncation_side", "right")
+        copy.enable_truncation(length, stride=stride, strategy=strategy, direction=side)
         return copy
 
     @cached_property
@@ -312,7 +345,7 @@ class Tokenizer:
     @cached_property
     def _cleans_up(self) -> bool:
         # As in transformers: byte-pair encodings keep the spaces of their texts, so there is nothing to clean up.
-        is_pairs = isinstance(self._tokenizer.model, tokenizers.models.BPE)
+        is_pairs = isinstance(self._tokenizer.model, tokenizers.models.BPE) and not self._config.get(_CLEANS_PAIRS)
         return bool(self._config.get("clean_up_tokenization_spaces")) and not is_pairs
 
     def _pad(self, rows: list[list[int]], fill: int) -> Array:
@@ -351,6 +384,24 @@ class Tokenizer:
     def _read_json(self, name: str) -> dict[str, Any]:
         data = self._files.get(name)
         return {} if data is None else parse_object(data, str(self.path / name))
+
+
+class _OwnIds:
+    """An encoding with the ids of the checkpoint's own vocabulary: what it lacks of sentencepiece's pieces is unknown,
+    and text without a piece may be one of its tokens, which are marked where no piece is."""
+
+    def __init__(self, encoding: tokenizers.Encoding, own: _OwnVocabulary, tokenizer: tokenizers.Tokenizer) -> None:
+        self._encoding, self._own, self._tokenizer = encoding, own, tokenizer
+        self.ids = [self._id(*each) for each in zip(encoding.ids, encoding.tokens, strict=True)]
+
+    def _id(self, index: int, token: str) -> int:
+        if index < self._own.size and index != self._own.unknown:
+            return index
+        found: int | None = self._tokenizer.token_to_id(self._own.mark + token)
+        return self._own.unknown if found is None else found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoding, name)
 
 
 @contextmanager

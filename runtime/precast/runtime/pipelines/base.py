@@ -169,8 +169,9 @@ class TextPipeline(Pipeline):
         return self.tokenizer.encodings(text, pair, length=length)[0]
 
     def _longest(self) -> int:
-        """The tokens that the longest compiled row holds."""
-        return int(max(self.model.artifact.contract.shapes.sequence_length))
+        """The tokens that the longest compiled row holds, or fewer where the checkpoint's tokenizer says so."""
+        longest = int(max(self.model.artifact.contract.shapes.sequence_length))
+        return min(longest, self.tokenizer.max_length or longest)
 
     def _own(self, outputs: Batch, name: str) -> list[Array]:
         """One output's values for each row's own tokens, without what was padded."""
