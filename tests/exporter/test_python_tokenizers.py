@@ -97,7 +97,7 @@ def test_a_translation_is_made_of_texts(tmp_path, monkeypatch, capsys):
         vocab_size=count, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32,
         pad_token_id=theirs.pad_token_id, eos_token_id=theirs.eos_token_id, bos_token_id=None,
-        decoder_start_token_id=theirs.pad_token_id, forced_eos_token_id=theirs.eos_token_id, max_length=12,
+        decoder_start_token_id=theirs.pad_token_id, forced_eos_token_id=theirs.eos_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.MarianMTModel(config).eval()
@@ -105,11 +105,11 @@ def test_a_translation_is_made_of_texts(tmp_path, monkeypatch, capsys):
     options = ExportOptions(batch_size=4, sequence_length=(24,), decoder_sequence_length=16, validate=False)
     export(str(tmp_path / "source"), tmp_path / "de-en", options)
     text = "Guten Morgen. 🦊"
-    words = ["predict", str(tmp_path / "de-en"), "--text", text, "--option", "num_beams=4", "--json", "-q"]
-    monkeypatch.setattr("sys.argv", ["precast", *words])
+    words = ["--option", "num_beams=4", "--option", "max_new_tokens=8", "--json", "-q"]
+    monkeypatch.setattr("sys.argv", ["precast", "predict", str(tmp_path / "de-en"), "--text", text, *words])
     with pytest.raises(SystemExit, match="0"):
         main()
-    ids = model.generate(**theirs(text, return_tensors="pt"), num_beams=4)
+    ids = model.generate(**theirs(text, return_tensors="pt"), num_beams=4, max_new_tokens=8)
     expected = theirs.decode(ids[0], skip_special_tokens=True)
     assert expected
     assert [*json.loads(capsys.readouterr().out)[0]["answer"][0].values()] == [expected]

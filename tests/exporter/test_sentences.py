@@ -206,6 +206,13 @@ def test_settings_that_change_answers_are_refused_before_any_work(checkpoint, tm
         found.skeleton(get_task("feature-extraction"))
 
 
+def test_a_module_without_its_file_is_named(checkpoint, tmp_path):
+    made = _with_modules(checkpoint("bert", "AutoModel"), tmp_path / "source", ["Pooling"], ("mean_tokens",))
+    (made / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"source lacks the file 1_Pooling/config\.json, which its modules\.json"):
+        resolve(str(made), ExportOptions()).skeleton(get_task("feature-extraction"))
+
+
 def test_a_prompt_that_is_not_pooled_is_refused(checkpoint, tmp_path):
     made = _with_modules(checkpoint("bert", "AutoModel"), tmp_path / "source", ["Pooling"], ("mean_tokens",))
     (made / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean", "include_prompt": false}')

@@ -313,5 +313,9 @@ _MAKERS: dict[str, Callable[[Path, str], nn.Module]] = {
 def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
         return strict_json.loads((folder / "config.json").read_bytes(), f"{name}/{folder.name}/config.json")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{name} lacks the file {folder.name}/config.json, which its modules.json needs."
+        ) from None
     except (ArtifactError, OSError) as error:
         raise CheckpointError(f"The {folder.name} of {name} cannot be used: {error}") from error
