@@ -6,8 +6,11 @@ Compared with the classes of transformers that use Pillow, `…ImageProcessorPil
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import transformers
 from PIL import Image
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from precast.runtime.errors import FormatError, InputError, PrecastError
+from precast.runtime.errors import FormatError, InputError, PrecastError, UsageError
 from precast.runtime.pipelines.image_rules import CLASSES, TYPES
 from precast.runtime.pipelines.processors import ImageProcessor, opened_image
 
@@ -55,10 +58,11 @@ def write(path, settings, **config):
 
 
 def theirs(path, images=(PICTURE,)):
-    """The pixels, or what transformers says instead."""
+    """What models see of images by transformers, or what it says instead."""
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
-        return np.asarray(processor(images=list(images), return_tensors="np")["pixel_values"])
+        found = processor(images=list(images), return_tensors="np")
+        return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
     except Exception as error:
         return error
 
@@ -70,9 +74,10 @@ def same(path, images=(PICTURE,)) -> bool:
         with pytest.raises(PrecastError):
             ImageProcessor(path)(list(images))
         return False
-    found = ImageProcessor(path)(list(images))["pixel_values"]
-    assert found.shape == expected.shape
-    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    found = ImageProcessor(path)(list(images))
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        assert np.allclose(found[name], value, rtol=1e-5, atol=1e-5, equal_nan=True), name
     return True
 
 
@@ -135,6 +140,41 @@ def test_any_settings_of_every_class_are_obeyed_or_refused(tmp_path, kind):
         same(write(tmp_path, settings), (PICTURE,) if index % 2 else (PICTURE, PICTURE.resize((40, 40))))
 
 
+PUBLISHED = Path(os.environ.get("PRECAST_CORPUS") or "nowhere") / "configs"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="PRECAST_CORPUS names no folder of published files")
+@pytest.mark.parametrize(
+    "folder", sorted({file.parent for file in PUBLISHED.glob("*/*processor_config.json")}), ids=lambda path: path.name
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_people_publish_is_prepared_as_by_transformers_or_refused(tmp_path, folder):
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, tmp_path)
+    file = folder / "preprocessor_config.json"
+    rules = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if str(rules.get("image_processor_type")).endswith("FeatureExtractor"):
+        assert ImageProcessor(tmp_path)([PICTURE])["pixel_values"].any(), "a name that transformers 5 has no more"
+    else:
+        same(tmp_path)
+
+
+def test_what_is_not_installed_is_said_when_it_is_missed(tmp_path, monkeypatch):
+    """Owlv2's needs scipy, and notices as it is called."""
+    path = write(tmp_path, {"image_processor_type": "Owlv2ImageProcessor"})
+
+    def lacking(self, *images, **rules):
+        raise ImportError("\nOwlv2 requires the scipy library\n")
+
+    monkeypatch.setattr(transformers.Owlv2ImageProcessorPil, "__call__", lacking)
+    with pytest.raises(
+        UsageError, match=r"Owlv2ImageProcessor is prepared by transformers, which .* scipy library\. pip"
+    ):
+        ImageProcessor(path)([PICTURE])
+
+
 def test_the_part_of_processor_config_counts(tmp_path):
     write(tmp_path, {"image_processor_type": "ViTImageProcessor", "size": 20})
     whole = tmp_path / "processor_config.json"
@@ -163,14 +203,14 @@ COLOURS = np.random.default_rng(1).integers(0, 256, (9, 14, 3))
 def test_arrays_are_what_transformers_takes_them_for(tmp_path, array):
     path = write(tmp_path, {"image_processor_type": "CLIPImageProcessor"})
     found = ImageProcessor(path)([opened_image(array)])["pixel_values"]
-    assert np.abs(found - theirs(path, [array])).max() < 1e-5
+    assert np.abs(found - theirs(path, [array])["pixel_values"]).max() < 1e-5
 
 
 def test_a_file_says_where_arrays_have_their_channels(tmp_path):
     path = write(tmp_path, {"image_processor_type": "ViTImageProcessor", "input_data_format": "channels_last"})
     processor = ImageProcessor(path)
     found = processor([opened_image(COLOURS[:3], processor.layout)])["pixel_values"]
-    assert np.abs(found - theirs(path, [COLOURS[:3].astype(np.uint8)])).max() < 1e-5
+    assert np.abs(found - theirs(path, [COLOURS[:3].astype(np.uint8)])["pixel_values"]).max() < 1e-5
     with pytest.raises(InputError, match=r"array of 3x9x14 .* channels_last as its file says"):
         opened_image(COLOURS.transpose(2, 0, 1), processor.layout)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +42,7 @@ def same(path) -> bool:
     """Whether there are features; they are transformers', and where it has none there is a typed error."""
     try:
         theirs = transformers.AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False)
-        found = theirs(SOUND, sampling_rate=theirs.sampling_rate, return_tensors="np")
+        found = theirs([SOUND], sampling_rate=theirs.sampling_rate, return_tensors="np")
         expected = {name: np.asarray(value, float) for name, value in found.items()}
     except Exception:
         expected = None
@@ -53,7 +56,7 @@ def same(path) -> bool:
     for name in expected.keys() & ours.keys():
         assert ours[name].shape == expected[name].shape
         # transformers' spectrograms round to float32 on the way.
-        assert np.allclose(ours[name], expected[name], rtol=1e-4, atol=2e-4, equal_nan=True), name
+        assert np.allclose(np.asarray(ours[name], float), expected[name], rtol=1e-4, atol=2e-4, equal_nan=True), name
     return True
 
 
@@ -99,3 +102,19 @@ def test_the_part_of_processor_config_counts(tmp_path):
         (tmp_path / "processor_config.json").write_text(json.dumps({part: rules}))
         assert same(tmp_path)
         assert SoundProcessor(tmp_path)([SOUND])["input_values"].shape == (1, 9000)
+
+
+PUBLISHED = Path(os.environ.get("PRECAST_CORPUS") or "nowhere") / "configs"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="PRECAST_CORPUS names no folder of published files")
+@pytest.mark.parametrize(
+    "folder", sorted({file.parent for file in PUBLISHED.glob("*/*processor_config.json")}), ids=lambda path: path.name
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_people_publish_is_prepared_as_by_transformers_or_refused(tmp_path, folder):
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, tmp_path)
+    same(tmp_path)

@@ -79,7 +79,7 @@ class ImageProcessor:
         """
         if self._rules is not None and not rules:
             return {"pixel_values": _together([self._rules.pixels(image) for image in images])}
-        with _calling(f"transformers' {self.kind} does not prepare these images", InputError):
+        with _calling(f"transformers' {self.kind} does not prepare these images", InputError, str(self.kind)):
             found = self._theirs(images=images, return_tensors="np", **rules)
             return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
 
@@ -221,7 +221,7 @@ class SoundProcessor:
             return {"input_features": self._log_mel(sounds)}
         if self.kind == "Wav2Vec2FeatureExtractor":
             return self._waves(sounds)
-        with _calling(f"transformers' {self.kind} does not prepare these sounds", InputError):
+        with _calling(f"transformers' {self.kind} does not prepare these sounds", InputError, str(self.kind)):
             whole = {"truncation": False} if _cuts(self._theirs) else {}
             found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np", **whole)
             return {name: np.asarray(value) for name, value in found.items()}
@@ -327,25 +327,26 @@ def _from_transformers(name: str, kind: Any, files: Readable) -> Any:
     """transformers' own processor. Raises UsageError where it is not installed, ArtifactError where it refuses."""
     kind = kind or "which names no class"
     what = f"transformers makes no processor of preprocessor_config.json, {kind}"
-    try:
-        with _calling(what, ArtifactError), laid_out(files) as path:
-            return getattr(import_module("transformers"), name).from_pretrained(
-                path, trust_remote_code=False, local_files_only=True
-            )
-    except ImportError as error:
-        raise UsageError(
-            f"{kind} is prepared by transformers, which is not installed or lacks something: {error}. "
-            f"pip install 'precast[export]'"
-        ) from error
+    with _calling(what, ArtifactError, str(kind)), laid_out(files) as path:
+        return getattr(import_module("transformers"), name).from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
 
 
 @contextmanager
-def _calling(what: str, kind: type[PrecastError]) -> Iterator[None]:
-    """Within, whatever a library raises is of our `kind`, but for what is not installed."""
+def _calling(what: str, kind: type[PrecastError], theirs: str | None = None) -> Iterator[None]:
+    """Within, whatever a library raises is of our `kind`; for what is not installed, which transformers' processor
+    `theirs` may notice at any time, a UsageError."""
     try:
         yield
-    except (ImportError, MemoryError, PrecastError):
+    except (MemoryError, PrecastError):
         raise
+    except ImportError as error:
+        lacking = " ".join(str(error).split())
+        raise UsageError(
+            f"{theirs} is prepared by transformers, which is not installed or lacks something: {lacking}. "
+            f"pip install 'precast[export]', and what else is named"
+        ) from error
     except Exception as error:
         # transformers meets broken settings, and those that need code of their own, with errors of any type.
         said = " ".join(str(error).split())
