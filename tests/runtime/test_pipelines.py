@@ -152,7 +152,7 @@ def test_inputs_may_be_pairs_generators_and_datasets(classifiers):
     assert_same(pipeline(model=compiled.model, batch_size=5)(tiny.TEXTS), eager(tiny.TEXTS))
 
 
-def test_pipelines_take_what_transformers_take(pairs, classifiers, decoder, tmp_path):
+def test_pipelines_take_what_transformers_take(pairs, classifiers, tmp_path):
     """Its arguments in scripts that are carried over: the same tokenizer, the CPU by its number."""
     path, compiled = pairs("AutoModelForSequenceClassification", ["好评 (4–5)", "差评", "中立"])
     expected = classifiers[1](tiny.TEXTS)
