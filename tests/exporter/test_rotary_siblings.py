@@ -9,8 +9,12 @@ import onnx_ir as ir
 import onnxruntime
 import oracle
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from zoo.shrink import tiny_config
 
-from precast.exporter import ExportOptions, export
+from precast.exporter import ExportOptions, preview
+from precast.exporter.architectures import traceable
 from precast.exporter.backends.onnx import passes
 from precast.exporter.backends.onnx.lowering import lower
 from precast.exporter.backends.onnx.rotary import FoldRotary
@@ -19,7 +23,7 @@ from precast.exporter.resolve import resolve
 from precast.exporter.trace import trace
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact.schema import Dim
-from precast.runtime.errors import PrecastError
+from precast.runtime.errors import UsageError
 
 CAPACITY = 48
 ROPE = {"rope_theta": 10000.0}
@@ -216,17 +220,42 @@ LONG = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:The tensor attribute")
-@pytest.mark.parametrize(("model_type", "rope"), [("llama", DYNAMIC), ("phi3", LONG)], ids=["dynamic", "longrope"])
-def test_scaling_by_the_length_is_right_or_refused(checkpoint, tmp_path, model_type, rope):
-    """Rows below and above the original length have different angles; one graph holds both."""
-    original = {"original_max_position_embeddings": 16} if model_type == "phi3" else {}
-    source = checkpoint(model_type, rope_parameters=rope, **original)
-    try:
-        made = export(str(source), tmp_path / "out", ExportOptions(sequence_length=(CAPACITY,), validate=False))
-    except PrecastError:
-        return
-    model = CompiledModelForCausalLM.from_pretrained(made.path)
-    for length in (5, 40):
-        row = [(7 * place) % 300 + 3 for place in range(length)]
-        assert np.abs(model(np.array([row])).logits[0] - oracle.logits(source, row)).max() < 1e-4
+@pytest.mark.parametrize(
+    ("model_type", "rope", "capacity"), [("llama", DYNAMIC, CAPACITY), ("phi3", LONG, 16)], ids=["dynamic", "longrope"]
+)
+def test_scaling_by_the_length_is_right_up_to_its_limit(checkpoint, artifact, model_type, rope, capacity):
+    """Rows beside each other too, up to the last token that has the angles of short sequences."""
+    source = checkpoint(model_type, rope_parameters=rope, **_original(model_type))
+    model = CompiledModelForCausalLM.from_pretrained(artifact(source, batch_size=2, sequence_length=(capacity,)))
+    rows = [[(7 * place) % 300 + 3 for place in range(length)] for length in (5, capacity)]
+    oracle.check_logits(source, model, rows, "left")
+
+
+def test_longrope_beyond_its_limit_is_refused_by_the_capacity_that_works(checkpoint):
+    """Where a prompt or an answer crosses it, every key in the caches would have to be rotated again."""
+    source = str(checkpoint("phi3", rope_parameters=LONG, **_original("phi3")))
+    with pytest.raises(UsageError, match=r"--sequence-length 17: .*more than 16 tokens.*Give at most 16"):
+        preview(source, ExportOptions(sequence_length=(17,)))
+    assert preview(source, ExportOptions()).lengths == (16,), "the default"
+
+
+def _original(model_type):
+    return {"original_max_position_embeddings": 16} if model_type == "phi3" else {}
+
+
+@pytest.mark.parametrize("rope_type", ["default", "longrope"])
+def test_phimoe_scales_as_for_short_sequences(rope_type):
+    long = {**LONG, "short_mscale": 1.2, "long_mscale": 1.4}
+    rope = long if rope_type == "longrope" else {"rope_type": "default", **ROPE}
+    changes = {
+        "rope_parameters": rope,
+        "original_max_position_embeddings": 16,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    model = AutoModelForCausalLM.from_config(tiny_config("phimoe", changes)).eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        with traceable(model):
+            assert torch.allclose(model(ids).logits, expected, atol=1e-5)

@@ -17,6 +17,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import ExportError, UsageError
 
 from . import early
+from .architectures.rotations import short_limit
 from .kinds import kind_of
 from .options import ExportOptions
 from .resolve import Checkpoint
@@ -187,8 +188,15 @@ def single_batch(options: ExportOptions) -> int:
 
 
 def check_length(checkpoint: Checkpoint, length: int) -> None:
-    """Raise UsageError for more than the model was made for."""
+    """Raise UsageError for more than the model was made for, or than its rotary angles are the same for."""
     early.check_length(checkpoint.name, checkpoint.max_length, length)
+    limit = short_limit(checkpoint.text_config)
+    if limit is not None and length > limit:
+        raise UsageError(
+            f"--sequence-length {length}: {checkpoint.name} rotates all positions otherwise in a sequence of more than "
+            f"{limit} tokens (rope type longrope, its original_max_position_embeddings), where caches hold what was "
+            f"rotated before, and the rows of one call differ in length. Give at most {limit}."
+        )
 
 
 def check_blocks(checkpoint: Checkpoint, length: int) -> None:

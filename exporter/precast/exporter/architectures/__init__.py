@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from .interface import through_interface
+from .rotations import short_rotations
 
 __all__ = ["ADAPTERS", "TRACEABLE", "adapted", "traceable"]
 
@@ -44,6 +45,7 @@ TRACEABLE = {
     "gemma4_text": f"{_HERE}.gemma4",
     "jetmoe": f"{_HERE}.jetmoe",
     "longcat_flash": f"{_HERE}.longcat_flash",
+    "phimoe": f"{_HERE}.phimoe",
     "xmod": f"{_HERE}.xmod",
 }
 """The module that makes the rest of a model type traceable, with the operator or without."""
@@ -64,7 +66,8 @@ def traceable(model: nn.Module) -> Iterator[None]:
     """Within this block `model` computes the same, without looking at values to decide what (which experts, say)."""
     config: Any = model.config
     module = TRACEABLE.get(config.model_type)
-    with import_module(module).traceable(model) if module else nullcontext(), _batched_experts(model):
+    own = import_module(module).traceable(model) if module else nullcontext()
+    with own, _batched_experts(model), short_rotations(model):
         yield
 
 

@@ -1,0 +1,31 @@
+"""PhiMoE scales its rotary embedding by how long a sequence is; what is compiled is as long as it was trained for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
+
+from .swap import replaced
+
+__all__ = ["traceable"]
+
+
+def traceable(model: nn.Module) -> AbstractContextManager[Any]:
+    """Replace the rotary angles by those of short sequences."""
+    return replaced(model, PhimoeRotaryEmbedding, "forward", _angles)
+
+
+def _angles(module: PhimoeRotaryEmbedding) -> Any:
+    frequencies, scale = module.rope_init_fn(module.config)
+    scale = module.config.rope_parameters.get("short_mscale", scale)
+
+    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * frequencies.to(x.device).float()
+        both = torch.cat((angles, angles), dim=-1)
+        return (both.cos() * scale).to(x.dtype), (both.sin() * scale).to(x.dtype)
+
+    return forward
