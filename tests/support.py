@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from queue import Queue
-from threading import Timer
 from typing import Any
+
+from workers import attempt_all, serve
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "exporter/precast/exporter/support.json"
 PAGE = ROOT / "docs/SUPPORT.md"
 ZOOS = ("decoders", "encoders", "seq2seq")
-LIMIT = 600.0
-"""Seconds that a pair may take: some would take for ever."""
-
 AXES = ("batch_size", "text_batch_size", "num_choices", "sequence_length", "audio_sequence_length")
 
 Pair = tuple[str, str, str]
@@ -95,69 +90,6 @@ def _export(pair: Pair, source: Path, target: Path, **options: Any) -> Any:
     zoo, model_type, task = pair
     shapes = import_module(f"zoo.{zoo}").options(model_type, task)
     return export(str(source), target, ExportOptions(task=task, **shapes, **options))
-
-
-# ---------------------------------------------------------------- many of them
-
-
-class Worker:
-    """A process that tries one pair after the other."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-
-    def attempt(self, pair: Pair) -> dict[str, Any]:
-        if self._process is None:
-            command = [sys.executable, __file__, "--worker"]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(pair) + "\n")
-        self._process.stdin.flush()
-        alarm = Timer(LIMIT, self._process.kill)
-        alarm.start()
-        answer = self._process.stdout.readline()
-        alarm.cancel()
-        if answer:
-            line: dict[str, Any] = json.loads(answer)
-            return line
-        code, self._process = self._process.wait(), None
-        return {"model_type": pair[1], "task": pair[2], "error": f"the process died, status {code}"}
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.communicate()
-
-
-def attempt_all(todo: Iterable[Pair], jobs: int) -> Iterator[dict[str, Any]]:
-    """The lines of all pairs, in their order."""
-    idle: Queue[Worker] = Queue()
-    for _ in range(jobs):
-        idle.put(Worker())
-
-    def one(pair: Pair) -> dict[str, Any]:
-        worker = idle.get()
-        try:
-            return worker.attempt(pair)
-        finally:
-            idle.put(worker)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(one, todo)
-    for _ in range(jobs):
-        idle.get().close()
-
-
-def work() -> None:
-    """What a worker does: pairs on standard input, lines on standard output, nothing else there."""
-    from precast.exporter import quiet_libraries
-
-    quiet_libraries()
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for words in sys.stdin:
-        print(json.dumps(attempt(tuple(json.loads(words)))), file=answers, flush=True)
 
 
 # ---------------------------------------------------------------- the table
@@ -257,13 +189,14 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
-        work()
+        serve(lambda pair: attempt(tuple(pair)))
         return 0
     todo = [pair for zoo in ZOOS if asked.zoo in (None, zoo) for pair in pairs(zoo)]
     todo = [pair for pair in todo if not asked.types or pair[1] in asked.types]
     made: dict[tuple[str, str], dict[str, Any]] = {}
     surprises = []
-    for pair, line in zip(todo, attempt_all(todo, asked.jobs), strict=True):
+    for pair, answer in zip(todo, attempt_all(__file__, todo, asked.jobs), strict=True):
+        line = {"model_type": pair[1], "task": pair[2], **answer}
         said = surprise(pair, line)
         print(f"{pair[1]:<32}{pair[2]:<32}{said or line.get('error', line.get('difference'))}", flush=True)
         if said:

@@ -88,6 +88,14 @@ def test_an_encoder_decoder_is_inferred_from_its_files(tmp_path, model_type):
     assert checkpoint.task().name == "text2text-generation"
 
 
+def test_a_configuration_that_no_model_can_be_made_of_is_refused(tmp_path):
+    """What a model's own code raises there may be of any type."""
+    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 65, "num_attention_heads": 4}
+    _checkpoint(tmp_path, config)
+    with pytest.raises(CheckpointError, match=r"cannot make the model that .*config\.json describes: .*65"):
+        preview(str(tmp_path), ExportOptions(batch_size=1, sequence_length=(8,)))
+
+
 def test_a_class_that_transformers_does_not_know_is_for_what_its_name_ends_in(tmp_path):
     checkpoint = _checkpoint(tmp_path, {"model_type": "llama", "architectures": ["LLaMAForCausalLM"]})
     assert checkpoint.task().name == "text-generation"

@@ -124,19 +124,23 @@ def make(path: Path, model_type: str, task: str) -> Path:
     torch.manual_seed(0)
     config = tiny_config(model_type, FAMILIES[model_type])
     model = _class(config, task)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and parameter.numel():
-                # Large enough that every layer matters, and no larger with depth.
-                parameter.normal_(0, 1.2 / (parameter.numel() / len(parameter)) ** 0.5)
-    _settle(model.eval(), options(model_type, task))
+    fill(model)
+    settle(model.eval(), (options(model_type, task).get("image_size") or (0,))[0])
     model.save_pretrained(path)
     if model_type in TEXT or model_type in ("clip", "siglip", "siglip2"):
         tiny.tokenizer().save_pretrained(path)
     return path
 
 
-def _settle(model: torch.nn.Module, sizes: dict[str, Any]) -> None:
+def fill(model: torch.nn.Module) -> None:
+    """Random weights, large enough that every layer matters, and no larger with depth."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.numel():
+                parameter.normal_(0, 1.2 / (parameter.numel() / len(parameter)) ** 0.5)
+
+
+def settle(model: torch.nn.Module, side: int) -> None:
     """Give batch norms the statistics of pictures: with those they start with, deep models answer next to nothing."""
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     if not norms:
@@ -145,7 +149,6 @@ def _settle(model: torch.nn.Module, sizes: dict[str, Any]) -> None:
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
         norm.momentum = 1.0
         norm.train()
-    side = sizes["image_size"][0]
     waves = torch.sin(torch.arange(side) * torch.rand(16, 3, side, 1) * 0.3 + torch.rand(16, 3, side, 1) * 6)
     pictures = waves + 0.3 * torch.randn_like(waves)
     with torch.no_grad():

@@ -5,6 +5,7 @@ Layers that come in kinds (sliding and full attention, sparse and dense feed-for
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -88,15 +89,16 @@ def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> PreTr
     return AutoConfig.for_model(model_type, **_merged({**changes_to(default), **SPECIAL}, changes or {}))
 
 
-def changes_to(config: PreTrainedConfig) -> dict[str, Any]:
-    """The arguments that make `config` small: known sizes, lists with an entry per layer, and sub-configurations."""
-    values = config.to_dict()
+def changes_to(config: PreTrainedConfig, kept: Collection[str] = ()) -> dict[str, Any]:
+    """The arguments that make `config` small: known sizes, lists with an entry per layer, and sub-configurations.
+    Names that are `kept` are left as they are."""
+    values = {name: value for name, value in config.to_dict().items() if name not in kept}
     small = _small(values) | _fewer_layers(values)
     small |= {name: SPECIAL[name] for name in SPECIAL if "vocab_size" in values and values.get(name) is not None}
     for name in config.sub_configs:
         inner = getattr(config, name, None)
         if isinstance(inner, PreTrainedConfig):
-            small[name] = {"model_type": inner.model_type, **changes_to(inner)}
+            small[name] = {"model_type": inner.model_type, **changes_to(inner, kept)}
     return small
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..companions import companions_of
 from ..errors import InputError
 from .base import Array, Batch, Pipeline
-from .choices import LabelledPipeline, hypothesis, labels_of
+from .choices import hypothesis, labels_of
 from .processors import ImageProcessor, opened_image, resized
 from .scores import best, label, sigmoid, softmax
 from .text import classify
@@ -30,12 +31,10 @@ _WITH_NONE = ("detr", "yolos", "table-transformer")
 
 
 class _ImagePipeline(Pipeline):
-    names = ("images", "image")
-
     @cached_property
     def processor(self) -> ImageProcessor:
         """What makes arrays of images, by the checkpoint's rules."""
-        return ImageProcessor(*self._files("image_processor"))
+        return ImageProcessor(self.model.artifact.path, companions_of(self.model.artifact))
 
     def preprocess(self, inputs: Any) -> Batch:
         """Images as `pixel_values` float32 [images, channels, height, width].
@@ -132,7 +131,7 @@ class ObjectDetectionPipeline(_ImagePipeline):
         return scores[chosen], chosen % logits.shape[1], chosen // logits.shape[1]
 
 
-class ZeroShotImageClassificationPipeline(LabelledPipeline, _ImagePipeline):
+class ZeroShotImageClassificationPipeline(_ImagePipeline):
     """Which of several texts fits an image best."""
 
     def preprocess(

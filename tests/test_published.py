@@ -1,0 +1,61 @@
+"""The page of published checkpoints is what its program writes, and says no less than was promised."""
+
+from __future__ import annotations
+
+import os
+
+import published
+import pytest
+from transformers import AutoConfig
+from zoo.published import narrow
+
+TEXT = published.PAGE.read_text("utf-8") if published.PAGE.is_file() else ""
+ROWS = published.kept_rows(TEXT)
+
+on_the_page = pytest.mark.skipif(not TEXT, reason="python tests/published.py makes docs/published.md")
+
+
+def test_the_page_keeps_the_rows_of_what_is_not_tried_again():
+    rows = [
+        {"checkpoint": "a", "type": "bert", "task": "fill-mask", "verdict": published.SAME, "why": ""},
+        {"checkpoint": "b", "type": "–", "task": "", "verdict": published.REFUSED, "why": "x / y, `z`; and why"},
+    ]
+    text = published.page(rows)
+    assert list(published.kept_rows(text).values()) == rows
+    assert "Of the 1 whose type and task [SUPPORT.md](SUPPORT.md) lists, 1 are the same (100.0%)." in text
+
+
+@on_the_page
+def test_the_page_is_what_its_program_writes_of_its_rows():
+    assert published.page(ROWS.values()) == TEXT
+
+
+@on_the_page
+def test_every_row_that_is_not_the_same_says_why():
+    assert all(row["why"] for row in ROWS.values() if row["verdict"] != published.SAME)
+
+
+@on_the_page
+def test_as_much_is_the_same_as_was_promised():
+    listed = [row for row in ROWS.values() if published.is_listed(row)]
+    assert sum(row["verdict"] == published.SAME for row in listed) >= 0.95 * len(listed) > 100
+    assert not [row["checkpoint"] for row in ROWS.values() if row["verdict"] == published.FAILS]
+
+
+@on_the_page
+@pytest.mark.skipif("PRECAST_CORPUS" not in os.environ, reason="PRECAST_CORPUS names no folder of published files")
+def test_no_folder_leaves_the_count():
+    assert sorted(ROWS) == published.names()
+
+
+def test_a_narrow_configuration_keeps_what_is_neither_width_nor_depth():
+    raw = {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+        "max_position_embeddings": 32768, "sliding_window": 4096, "eos_token_id": 151645, "use_cache": False,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    }  # fmt: skip
+    small = narrow(raw, AutoConfig.for_model(**raw))
+    changed = {name for name in raw if small[name] != raw[name]}
+    assert changed == {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    assert (small["num_attention_heads"], small["num_key_value_heads"]) == (4, 2)
