@@ -43,6 +43,18 @@ def test_settings_that_transformers_refuses_are_named(checkpoint, tmp_path):
         found.load(get_task("text-generation"), "float32")
 
 
+def test_a_configuration_of_several_texts_is_the_decoders():
+    """As MusicGen's; what transformers then makes no model of is refused by its name."""
+    config = transformers.MusicgenConfig(
+        text_encoder={"model_type": "t5"}, audio_encoder={"model_type": "encodec"}, decoder={"vocab_size": 77}
+    )
+    found = Checkpoint("music", "music", Path("music"), None, None, False)
+    vars(found)["config"] = config
+    assert found.vocabulary == 77
+    with pytest.raises(CheckpointError, match=r"cannot make a model for text-generation of the configuration of music"):
+        found.skeleton(get_task("text-generation"))
+
+
 CORPUS = os.environ.get("PRECAST_CORPUS", "")
 NOT_DONE = {"musicgen": "guidance_scale=3.0"}
 """Folders that ask for what this runtime does not do, and its name."""

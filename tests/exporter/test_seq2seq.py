@@ -121,12 +121,18 @@ def test_settings_do_what_they_do_in_transformers(made, asked, beams):
     check_answers(made("bart"), [[5, 9, 30, 7, 200], [80, 81]], "left", num_beams=beams, **given_)
 
 
-def test_answers_may_begin_with_more_than_the_start(made):
+@pytest.mark.parametrize("first", [[[0, 70], [80, 81]], [[70, 71], [80, 81]]], ids=["one begins", "none begins"])
+@pytest.mark.parametrize("mask", [None, [[1, 1], [0, 1]]], ids=["whole", "masked"])
+def test_what_answers_begin_with_has_the_start_in_front(made, first, mask):
+    """Where no row has it, all get it."""
     source, model = made("t5")
-    row, first = [5, 9, 30, 7], [0, 70, 71]
-    found = model.generate(np.array([row]), decoder_input_ids=np.array([first]), max_new_tokens=6, do_sample=False)
-    expected = eager_answer(source, row, decoder_input_ids=torch.tensor([first]), max_new_tokens=6)
-    assert found[0].tolist() == expected
+    rows, asked = torch.tensor([[5, 9, 30, 7], [6, 8, 200, 11]]), {"max_length": 8, "min_length": 6, "do_sample": False}
+    if mask is not None:
+        asked["decoder_attention_mask"] = torch.tensor(mask)
+    asked |= {"decoder_input_ids": torch.tensor(first), "pad_token_id": PAD, "eos_token_id": [*range(2, 160)]}
+    with torch.inference_mode():
+        expected = oracle.eager(source, "AutoModelForSeq2SeqLM").generate(rows, **asked)
+    assert model.generate(rows, **asked).tolist() == expected.tolist()
 
 
 def test_a_stream_gives_the_answer(made):

@@ -92,7 +92,7 @@ def test_a_configuration_that_no_model_can_be_made_of_is_refused(tmp_path):
     """What a model's own code raises there may be of any type."""
     config = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 65, "num_attention_heads": 4}
     _checkpoint(tmp_path, config)
-    with pytest.raises(CheckpointError, match=r"cannot make the model that .*config\.json describes: .*65"):
+    with pytest.raises(CheckpointError, match=r"cannot make a model for fill-mask of the configuration of .*65"):
         preview(str(tmp_path), ExportOptions(batch_size=1, sequence_length=(8,)))
 
 

@@ -178,7 +178,7 @@ def _change_weights(chance: random.Random, case: bytes) -> bytes:
                 mutate.tree(chance, views.encode()).decode("utf-8", "replace") if chance.random() < 0.5 else views
             )
         text = mutate.tree(chance, json.dumps(header).encode())
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return mutate.raw(chance, case)
     return len(text).to_bytes(8, "little") + text + case[end:]
 

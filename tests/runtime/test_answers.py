@@ -152,10 +152,13 @@ def test_questions_are_given_in_transformers_ways(folders):
 
 
 def test_pieces_are_as_long_as_transformers(folders):
-    """384 tokens, however long a model was compiled for."""
+    """384 tokens, or what the tokenizer says, however long a model was compiled for."""
     ours = compiled(folders["right"], 0, 512)
+    ours.tokenizer._config.pop("model_max_length")
     asked = {"question": "What boils?", "context": "Paris is sea level. " * 120}
     assert len(ours.preprocess(asked).notes["encodings"][0].ids) == 384
+    ours.tokenizer._config["model_max_length"] = 48.0
+    assert len(ours.preprocess(asked).notes["encodings"][0].ids) == 48
     assert {len(each.ids) for each in ours.preprocess(asked, max_seq_len=100).notes["encodings"][:-1]} == {100}
     with pytest.raises(UsageError, match="max_seq_len=600 is more than the 512 tokens"):
         ours(asked, max_seq_len=600)

@@ -47,6 +47,7 @@ UNSAFE = {
         ("_weight_norm.default", tensor(4000, 2), tensor(1, 1), 0), r"\[1, 1\] where dimension 0 of v need",
     ),
     "a norm of no dimension": (("_weight_norm.default", tensor(4, 2), tensor(4, 1), 5), r"has no dimension 5"),
+    "a norm of nothing": (("_weight_norm.default", tensor(0, 2), tensor(0, 1), 0), r"\[0, 2\] has no elements"),
     "values longer than keys": (
         ("scaled_dot_product_attention.default", tensor(2, 4, 5, 8), tensor(2, 4, 4, 8), tensor(2, 4, 7, 8)),
         r"keys \[2, 4, 4, 8\] and values \[2, 4, 7, 8\] do not belong together",

@@ -116,6 +116,12 @@ def test_what_a_file_leaves_out_is_its_class_or_its_models(tmp_path, kind):
     assert same(write(tmp_path, {"size": 30}, model_type=TYPES[kind][0]))
 
 
+def test_segformer_reads_a_crop_and_does_none(tmp_path):
+    assert same(
+        write(tmp_path, {"image_processor_type": "SegformerImageProcessor", "do_center_crop": True, "crop_size": 9})
+    )
+
+
 def test_old_names_of_classes_are_theirs(tmp_path):
     """transformers 4 wrote them; 5 does not know them any more."""
     image = ImageProcessor(write(tmp_path, {"image_processor_type": "CLIPImageProcessor", "size": 30}))([PICTURE])

@@ -75,6 +75,7 @@ def test_image_classification(root, artifact, pictures, tmp_path):
     ours = pipeline("image-classification", compiled)
     assert_same(ours(pictures), eager(pictures))
     assert_same(ours(pictures[0], top_k=2), eager(pictures[0], top_k=2))
+    assert_same(pipeline(model=compiled, image_processor=processor)(images=pictures), eager(pictures))
     pictures[1].save(tmp_path / "图.png")
     assert_same(ours(str(tmp_path / "图.png")), eager(pictures[1]))
     assert_same(ours(np.asarray(pictures[1])), eager(pictures[1]))
@@ -133,6 +134,8 @@ def test_zero_shot_images(root, artifact, pictures):
     )  # fmt: skip
     options = {"candidate_labels": ["猫", "a dog", "water"], "hypothesis_template": "It is {}</s>"}
     assert_same(ours(pictures, **options), eager(pictures, **options))
+    named = {"hypothesis_template": options["hypothesis_template"]}
+    assert_same(ours(pictures, options["candidate_labels"], **named), eager(pictures, **options))
     assert_steps_are_the_call(None, ours.model.artifact.path, pictures, **options)
 
 
@@ -199,6 +202,8 @@ def test_transcription(root, artifact, sounds, tmp_path):
     expected = [{"text": tokenizer.decode(row, skip_special_tokens=True)} for row in ids]
     assert_same(ours(sounds, max_new_tokens=6), expected)
     assert_same(ours(sounds[1], max_new_tokens=6), expected[1])
+    told = pipeline(model=ours.model, feature_extractor=extractor)
+    assert_same(told(sounds, generate_kwargs={"max_new_tokens": 6}), expected)
     assert_steps_are_the_call(None, ours.model.artifact.path, sounds, max_new_tokens=6)
     long = np.concatenate([sounds[1]] * 15)
     with pytest.raises(InputError, match=r"18000 samples \(1.12 seconds\); the model hears 16000 \(1.00 seconds\)"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import warnings
 
 import numpy as np
@@ -14,6 +16,7 @@ import transformers
 from compare import assert_same, assert_steps_are_the_call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.pipelines.pt_utils import KeyDataset
 from wordpiece import wordpiece
 
 from precast.runtime import CompiledModel, pipeline
@@ -67,6 +70,127 @@ def test_text_classification(classifiers, given, top_k):
     assert_same(compiled(given, **options), eager(given, **options))
 
 
+def test_text_classification_told_once_or_by_the_call(classifiers):
+    """transformers puts a list around one text's labels where it is its pipeline() that was told top_k."""
+    eager, compiled = classifiers
+    for options in ({"top_k": None}, {"top_k": 1}, {"max_length": 5}):
+        told, ours = theirs_with(eager, eager.tokenizer, **options), pipeline(model=compiled.model, **options)
+        for each in (tiny.TEXTS[0], tiny.TEXTS[:2], {"text": tiny.TEXTS[0], "text_pair": "Paris"}):
+            assert_same(ours(each), told(each))
+            assert_same(ours(each, top_k=2), told(each, top_k=2))
+            assert_same(compiled(each, **options), eager(each, **options))
+    # Of transformers 4: in the order of the model's own labels.
+    every = pipeline(model=compiled.model, return_all_scores=True)(tiny.TEXTS[0])
+    assert [each["label"] for each in every[0]] == ["好评 (4–5)", "差评", "中立"]
+    assert compiled(tiny.TEXTS[:1], return_all_scores=True) == every
+    assert compiled(tiny.TEXTS[0], return_all_scores=False) == compiled(tiny.TEXTS[0])
+
+
+@pytest.mark.filterwarnings("ignore:`max_length` is ignored when")
+@many
+@given(
+    text=texts,
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "max_length": st.integers(4, 12),
+            "truncation": st.sampled_from([True, False, None, "longest_first", "only_first", "do_not_truncate"]),
+            "padding": st.sampled_from([True, False, "longest", "do_not_pad"]),
+            "add_special_tokens": st.booleans(),
+        },
+    ),
+)
+def test_texts_are_cut_as_by_transformers(classifiers, text, options):
+    eager, compiled = classifiers
+    expected = eager.tokenizer(text, **options)["input_ids"]
+    for each in (options, {"tokenizer_kwargs": options}):
+        assert compiled.preprocess(text, **each)["input_ids"].tolist() == [expected]
+
+
+def test_what_is_told_of_texts_is_checked(classifiers):
+    compiled = classifiers[1]
+    with pytest.raises(UsageError, match=r"truncation='yes' .* Choose one of: True, False, 'longest_first'"):
+        compiled("x", truncation="yes")
+    with pytest.raises(UsageError, match="max_length=0 is of the wrong type: Expected `int` >= 1"):
+        compiled("x", max_length=0)
+    with pytest.raises(UsageError, match=r"unknown field `trunc`"):
+        compiled("x", tokenizer_kwargs={"trunc": True})
+    with pytest.raises(UsageError, match=r"The tokenizer's options are .*max_length"):
+        compiled.preprocess("x", max_length=0)
+
+
+def test_inputs_may_be_pairs_generators_and_datasets(classifiers):
+    eager, compiled = classifiers
+    pair = tiny.TEXTS[0], tiny.TEXTS[3]
+    expected = eager({"text": pair[0], "text_pair": pair[1]})
+    assert_same(compiled(pair), expected)
+    assert_same(compiled([pair, pair]), [expected, expected])
+    with pytest.raises(InputError, match="several are a list"):
+        compiled(tuple(tiny.TEXTS))
+    rows = [{"line": text, "n": index} for index, text in enumerate(tiny.TEXTS * 2)]
+    dataset = KeyDataset(rows, "line")
+    taken = []
+
+    def lines():
+        for row in rows:
+            taken.append(row["n"])
+            yield row["line"]
+
+    answers = compiled(lines(), batch_size=2)
+    assert taken == [], "as its answers are asked for"
+    first = next(answers)
+    assert taken == [0, 1]
+    everything = [first, *answers]
+    assert_same(everything, list(eager(dataset)))
+    for given_ in (dataset, iter(KeyDataset(rows, "line")), map(str, tiny.TEXTS * 2)):
+        assert_same(list(compiled(given_)), everything)
+    with pytest.raises(UsageError, match="does not know topk"):
+        compiled(lines(), topk=1)
+    for wrong in (0, "8", 2.5):
+        with pytest.raises(UsageError, match="batch_size must be a whole number from 1"):
+            pipeline(model=compiled.model, batch_size=wrong)
+    assert_same(pipeline(model=compiled.model, batch_size=5)(tiny.TEXTS), eager(tiny.TEXTS))
+
+
+def test_pipelines_take_what_transformers_take(pairs, classifiers, tmp_path):
+    """Its arguments in scripts that are carried over: the same tokenizer, the CPU by its number."""
+    path, compiled = pairs("AutoModelForSequenceClassification", ["好评 (4–5)", "差评", "中立"])
+    expected = classifiers[1](tiny.TEXTS)
+    same = transformers.AutoTokenizer.from_pretrained(path)
+    name = classifiers[1].model.artifact.contract.source.model
+    for tokenizer in (str(compiled), compiled, path, name, same, classifiers[1].tokenizer, None):
+        ours = pipeline("sentiment-analysis", str(compiled), tokenizer=tokenizer, device=-1, prepack=False)
+        assert_same(ours(tiny.TEXTS), expected)
+    assert_same(pipeline(model=classifiers[1].model, device=torch.device("cpu"))(tiny.TEXTS), expected)
+    other = pipeline(model=classifiers[1].model, tokenizer=path)
+    with pytest.raises(UsageError, match="this pipeline has another tokenizer"):
+        other.save_pretrained(tmp_path / "other")
+    classifiers[1].save_pretrained(tmp_path / "out")
+    assert_same(pipeline(model=tmp_path / "out", prepack=False)(tiny.TEXTS), expected)
+    with pytest.raises(UsageError, match=r"tokenizer='nobody/nothing' is neither a directory"):
+        pipeline(model=classifiers[1].model, tokenizer="nobody/nothing")("x")
+    with pytest.raises(UsageError, match="device='cuda' comes too late"):
+        pipeline(model=classifiers[1].model, device=0)
+    with pytest.raises(UsageError, match="There is no device 'cuda:7'"):
+        pipeline(model=compiled, device=7)
+
+
+def test_a_tokenizer_of_another_length_cuts_there(taggers):
+    """What it says is transformers' limit, and where the model was compiled for less it is no licence to cut."""
+    eager, compiled = taggers
+    long = " ".join(tiny.TEXTS)
+    shorter, longer = (copy.deepcopy(eager.tokenizer) for _ in range(2))
+    shorter.model_max_length, longer.model_max_length = 20, 100
+    assert_same(pipeline(model=compiled.model, tokenizer=shorter)(long), theirs_with(eager, shorter)(long))
+    with pytest.raises(InputError, match="was compiled for 48"):
+        pipeline(model=compiled.model, tokenizer=longer)(long)
+    assert_same(pipeline(model=compiled.model, tokenizer=longer)(long, truncation=True), eager(long))
+
+
+def theirs_with(eager, tokenizer, **options):
+    return transformers.pipeline(eager.task, model=eager.model, tokenizer=tokenizer, device="cpu", **options)
+
+
 @pytest.mark.parametrize("function", ["softmax", "sigmoid", "none"])
 def test_text_classification_scores_and_pairs(classifiers, function):
     eager, compiled = classifiers
@@ -114,9 +238,10 @@ def test_token_classification_of_lists_and_long_texts(taggers):
     assert_same(compiled([long, "Paris"], **options), eager([long, "Paris"], **options))
     with pytest.raises(UsageError, match="takes an aggregation_strategy"):
         compiled(long, stride=8)
-    with pytest.raises(InputError, match="was compiled for 48"):
-        compiled(long)
-    assert_same(compiled(long, truncation=True), eager(long))
+    # The tokenizer says 48, to which transformers cuts by itself.
+    assert_same(compiled(long), eager(long))
+    with pytest.raises(InputError, match="A text is a str"):
+        compiled({"text": long})
 
 
 def test_byte_level_words_are_told_by_spaces(checkpoint, artifact):
@@ -136,6 +261,9 @@ def test_fill_mask(pairs):
     eager, ours = theirs("fill-mask", path, auto), pipeline("fill-mask", compiled)
     batch = ["The [MASK] of France.", "今天[MASK]气很[MASK]。", "Water boils at 100 degrees [MASK] sea level."]
     assert_same(ours(batch), eager(batch))
+    assert_same(ours(batch[:1]), eager(batch[:1]))
+    long = batch[0] + " level" * 60
+    assert_same(ours(long, tokenizer_kwargs={"truncation": True}), eager(long, tokenizer_kwargs={"truncation": True}))
     assert_same(ours(batch[1], top_k=3), eager(batch[1], top_k=3))
     options = {"targets": ["paris", "天", "is", "天"], "top_k": 5}
     assert_same(ours(batch[0], **options), eager(batch[0], **options))
@@ -166,6 +294,9 @@ def test_zero_shot(pairs, multi_label):
     assert_same(ours(tiny.TEXTS[2:4], **options), eager(tiny.TEXTS[2:4], **options))
     options = {"candidate_labels": "water, sea", "hypothesis_template": "It is about {}.", "multi_label": multi_label}
     assert_same(ours(tiny.TEXTS[2], **options), eager(tiny.TEXTS[2], **options))
+    labels, long = ["sea", "water"], " ".join(tiny.TEXTS)
+    assert_same(ours(long, labels), eager(long, labels))
+    assert_same(ours(sequences=[long], candidate_labels=labels), eager(sequences=[long], candidate_labels=labels))
     with pytest.raises(InputError, match="Name the labels"):
         ours("x")
 
@@ -182,6 +313,13 @@ def test_text_generation(decoder, checkpoint):
     started = [*talk, {"role": "assistant", "content": "The"}]
     for messages in (talk, started, [talk, started]):
         assert_same(ours(messages, max_new_tokens=4), eager(messages, max_new_tokens=4))
+    assert_same(
+        ours(text_inputs=prompt, prefix="Paris ", **options), eager(text_inputs=prompt, prefix="Paris ", **options)
+    )
+    found = eager(prompt, **options)[0]["generated_text"]
+    told = {**options, "stop_sequence": re.findall("[!-~]{2}", found)[-1], "padding": True}
+    assert_same(ours(prompt, **told), eager(prompt, **told))
+    assert_same(ours(prompt, add_special_tokens=False, **options), eager(prompt, add_special_tokens=False, **options))
     [answer] = ours("Water")
     assert answer["generated_text"].startswith("Water"), "as long as fits"
 
@@ -227,14 +365,16 @@ def test_text_of_text(summarizer, task, key):
     prefix = "to German: " if task == "translation" else ""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     answers = ours(tiny.TEXTS[2:5], max_new_tokens=6)
-    for text, [found] in zip(tiny.TEXTS[2:5], answers, strict=True):
+    for text, found in zip(tiny.TEXTS[2:5], answers, strict=True):
         batch = tokenizer(prefix + text, return_tensors="pt")
         with torch.inference_mode():
             ids = oracle.eager(path, "AutoModelForSeq2SeqLM").generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False
             )
         assert found == {key: tokenizer.decode(ids[0], skip_special_tokens=True)}
-    assert ours(tiny.TEXTS[2], max_new_tokens=6) == answers[0]
+    assert ours(tiny.TEXTS[2], max_new_tokens=6) == answers[:1]
+    several = ours(tiny.TEXTS[2:3], max_new_tokens=6, num_beams=2, num_return_sequences=2)
+    assert [list(each) for each in several[0]] == [[key], [key]]
     # Nothing says how long an answer may be: as long as fits, the start included.
     assert ours.forward(ours.preprocess(tiny.TEXTS[2]), eos_token_id=[])["sequences"].shape == (1, 48)
 
@@ -270,7 +410,7 @@ STEPS = {
     "fill-mask": ("AutoModelForMaskedLM", {}, ["今天[MASK]气", "The [MASK] of France."], {"top_k": 2}),
     "text-classification": (
         "AutoModelForSequenceClassification", {"labels": NLI}, tiny.TEXTS[:2] * 2,
-        {"top_k": 2, "function_to_apply": "none", "truncation": True},
+        {"function_to_apply": "none", "truncation": True},
     ),
     "token-classification": (
         "AutoModelForTokenClassification", {"labels": NAMES}, [tiny.TEXTS[3], " ".join(tiny.TEXTS)],
@@ -326,7 +466,7 @@ def test_options_may_be_given_once(pairs, taggers):
 def test_mistakes_are_named(classifiers, decoder, encoder):
     with pytest.raises(
         UsageError,
-        match=r"does not know topk. Did you mean top_k\? Its options are: function_to_apply, top_k, truncation",
+        match=r"does not know topk. Did you mean top_k\? Its options are: .*, top_k, truncation, batch_size",
     ):
         classifiers[1]("x", topk=1)
     with pytest.raises(UsageError, match="Did you mean 'fill-mask'"):

@@ -11,10 +11,12 @@ from transformers.generation import logits_process as theirs
 
 from precast.runtime import sampling
 from precast.runtime.generation import GenerationConfig
+from precast.runtime.prompt import Prompt
 
 seeds = st.integers(0, 2**32 - 1)
 some = settings(max_examples=60, deadline=None)
 VOCABULARY = 40
+ONE = Prompt(np.array([1]), np.array([1]))
 
 
 def make(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +50,8 @@ def test_no_repeat_ngram(seed, size):
 @given(seeds, st.integers(0, 15))
 def test_minimum_length(seed, least):
     tokens, logits = make(seed)
-    found = sampling.minimum_length(tokens, logits, least, [2, 5])
+    config = GenerationConfig(min_length=least, eos_token_id=[2, 5])
+    found = sampling.Processors(config, Prompt(tokens[:1], tokens[:1]), 20)(tokens, logits)
     ours_and_theirs(found, theirs.MinLengthLogitsProcessor(least, [2, 5]), tokens, logits)
 
 
@@ -77,7 +80,7 @@ def test_draws_follow_the_distribution():
     """20,000 draws with temperature 0.7 and top-k 5: frequencies within five standard deviations."""
     _, logits = make(3)
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=5)
-    sampler = sampling.Sampler(sampling.Processors(config, 1, 9), np.random.default_rng(0))
+    sampler = sampling.Sampler(sampling.Processors(config, ONE, 8), np.random.default_rng(0))
     drawn = np.bincount([sampler([1], logits) for _ in range(20_000)], minlength=VOCABULARY) / 20_000
     kept = np.sort(logits)[-5]
     expected = np.where(logits >= kept, np.exp(logits / 0.7), 0)
@@ -89,4 +92,4 @@ def test_draws_follow_the_distribution():
 def test_without_sampling_the_shape_of_the_distribution_plays_no_part(flag):
     _, logits = make(4)
     config = GenerationConfig(do_sample=flag, temperature=9.0, top_k=1, top_p=0.1, min_p=0.5)
-    assert sampling.Sampler(sampling.Processors(config, 1, 9), None)([1], logits) == logits.argmax()
+    assert sampling.Sampler(sampling.Processors(config, ONE, 8), None)([1], logits) == logits.argmax()

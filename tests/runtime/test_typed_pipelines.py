@@ -43,7 +43,7 @@ def test_labels_are_texts(given):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"truncation": "yes"}, "truncation='yes' is of the wrong type: Expected `bool`"),
+        ({"truncation": "yes"}, "truncation='yes' is of the wrong type: Invalid enum value 'yes'"),
         ({"pooling": 5}, "pooling=5 is of the wrong type"),
     ],
 )

@@ -83,7 +83,8 @@ def command(
     if not ids:
         raise click.UsageError("The prompt is empty, and this model's texts begin with no token of their own.")
     settings = _settings(sampling, stops, opened.capacity - len(ids))
-    clock = _Clock(opened.stream([ids], **settings), started)
+    # All of it is prompt, whatever a special token in it pads elsewhere.
+    clock = _Clock(opened.stream([ids], [[1] * len(ids)], **settings), started)
     pieces = []
     for piece in _pieces(opened.tokenizer, clock):
         pieces.append(piece)

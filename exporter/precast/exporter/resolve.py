@@ -127,7 +127,11 @@ class Checkpoint:
 
     @property
     def text_config(self) -> Any:
-        return self.config.get_text_config()
+        """The part of the configuration that says what texts are like: of several, the decoder's."""
+        try:
+            return self.config.get_text_config()
+        except ValueError:
+            return self.config.get_text_config(decoder=True)
 
     @property
     def vocabulary(self) -> int:
@@ -241,13 +245,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"Models of type {self.config.model_type!r} ({self.name}) cannot do {task.name}. {choices}"
             )
+        model: nn.Module
         try:
             with torch.device("meta"):
-                model: nn.Module = auto.from_config(self.config, trust_remote_code=self._trusts)
+                model = auto.from_config(self.config, trust_remote_code=self._trusts)
         except Exception as error:
-            # Sizes that do not fit each other, libraries that are not there: a model's own code says so in any way.
+            # Any type: each model type has code of its own.
             raise CheckpointError(
-                f"transformers cannot make the model that {self.name}/config.json describes: {_first_line(error)}"
+                f"transformers cannot make a model for {task.name} of the configuration of {self.name}: "
+                f"{_first_line(error)}"
             ) from error
         self._attach_sentences(model, task)
         _attend_fully(model)

@@ -9,9 +9,11 @@ import numpy as np
 
 from .arguments import only_known
 from .errors import InputError
+from .generation import GenerationConfig
 from .generative import Generation, GenerativeModel, check_streamer
 from .loss import with_labels
 from .padding import as_array, as_ids, as_mask, real_rows
+from .prompt import Prompt
 from .sampling import Processor
 from .switches import check_positions
 from .tensors import ModelOutput, like, to_numpy
@@ -107,10 +109,13 @@ class CompiledModelForCausalLM(GenerativeModel):
         Args:
             input_ids, inputs: int64 [batch, length], numpy or torch, by either name; without any, bos_token_id.
             attention_mask: [batch, length] of 0 and 1; padding may be anywhere, the answer is that of the row without.
+                None takes pad_token_id for padding, as transformers does, unless it is among eos_token_id.
             generation_config: a GenerationConfig, ours or transformers', or a dict. `options` take precedence over it,
                 it over the artifact's generation_config.json, and that over the defaults.
-            logits_processor: each called with one row's tokens [1, length] and logits [1, vocabulary]; returns logits.
-            stopping_criteria: each called with a row's tokens [1, length] and logits [1, vocabulary]; true ends it.
+            logits_processor: each called with one row's tokens [1, length], padding included, and logits
+                [1, vocabulary]; returns logits. Tensors of torch, where input_ids are or where it is of a class of
+                transformers, otherwise numpy's arrays.
+            stopping_criteria: each called with the same; true ends the row. Classes of transformers get no logits.
             streamer: told the prompt, then each step's tokens by `put`, and the end by `end`.
             position_ids: [batch, length], only those that attention_mask gives.
             options: fields of GenerationConfig, such as max_new_tokens=64.
@@ -123,20 +128,21 @@ class CompiledModelForCausalLM(GenerativeModel):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        config = self._config(generation_config, options)
+        config = self._config(generation_config, options, stopping_criteria)
         input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
-        ids, mask = self._inputs(input_ids, attention_mask)
+        ids, mask = self._inputs(input_ids, attention_mask, config)
         check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
-        count = self._fitting(config.new_tokens(ids.shape[1]), room, generation_config, options)
+        count = self._fitting(config.new_tokens(ids.shape[1]), room, generation_config, options, stopping_criteria)
         self._check_room(rows, count)
         self._check_lookup(config)
-        if streamer is not None:
-            check_streamer(streamer, len(rows), config)
-            streamer.put(ids)
-        asked = Generation(config, count, logits_processor, stopping_criteria, streamer)
-        return self._answer(input_ids, rows, [None] * len(rows), asked, ids)
+        check_streamer(streamer, len(rows), config)
+        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer)
+        if asked.streamer is not None:
+            asked.streamer.put(ids)
+        prompts = list(map(Prompt, rows, ids))
+        return self._answer(input_ids, prompts, [None] * len(rows), asked, ids)
 
     def stream(
         self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
@@ -146,19 +152,23 @@ class CompiledModelForCausalLM(GenerativeModel):
         The stream may be left at any time. A later call on the same model takes over the caches, and the stream then
         ends with a PrecastError; `new_session()` gives it caches of its own.
         """
-        ids, mask = self._inputs(input_ids, attention_mask)
+        config = self._config(generation_config, options)
+        ids, mask = self._inputs(input_ids, attention_mask, config)
         if len(ids) != 1:
             raise InputError(f"stream() continues one row; this batch has {len(ids)}. Use generate().")
-        config = self._config(generation_config, options)
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
         count = self._fitting(config.new_tokens(ids.shape[1]), room, generation_config, options)
         self._check_room(rows, count)
         self._check_lookup(config)
-        return self._stream(rows[0], None, config, count)
+        return self._stream(Prompt(rows[0], ids[0]), None, config, count)
 
-    def _inputs(self, input_ids: Any, attention_mask: Any) -> tuple[Array, Array]:
+    def _inputs(
+        self, input_ids: Any, attention_mask: Any, config: GenerationConfig | None = None
+    ) -> tuple[Array, Array]:
         ids = as_ids(to_numpy(input_ids), self._vocabulary())
+        if attention_mask is None and config is not None:
+            return ids, _mask_by_padding(ids, config)
         return ids, as_mask(to_numpy(attention_mask), ids)
 
     def _check_room(self, rows: list[Array], new: int) -> None:
@@ -171,6 +181,21 @@ class CompiledModelForCausalLM(GenerativeModel):
         raise InputError(
             f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer} {self._larger(need)}"
         )
+
+
+def _mask_by_padding(ids: Array, config: GenerationConfig) -> Array:
+    """Which of the prompts' tokens are no padding, as transformers' generate() has it where nobody says: those that are
+    not pad_token_id, unless that may also end a row. Raises InputError for a row of nothing else."""
+    pad = config.pad_token_id
+    if pad is None or pad in config.eos_ids:
+        return np.ones(ids.shape, bool)
+    mask: Array = ids != pad
+    if not mask.any(1).all():
+        raise InputError(
+            f"Row {int(np.argmin(mask.any(1)))} of input_ids holds nothing but pad_token_id={pad}. If that is what it "
+            f"says, pass attention_mask."
+        )
+    return mask
 
 
 def _as_positions(asked: Sequence[int], length: int, row: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import chain
@@ -30,8 +30,9 @@ class GenerationConfig:
     Attributes may be set, as in transformers; one that there is not, or a value of another type, is an InputError.
 
     Attributes:
-        max_new_tokens: at most so many; max_length counts the prompt too. With neither, 20, as in transformers.
-        min_new_tokens, min_length: no end-of-sequence token before.
+        max_new_tokens: at most so many; max_length counts the prompt too, with its padding. With neither, 20, as in
+            transformers.
+        min_new_tokens, min_length: no end-of-sequence token before; counted alike.
         do_sample: draw tokens at random; otherwise take the likeliest.
         temperature, top_k, top_p, min_p: shape the distribution that is drawn from; top_k 0 is all.
         repetition_penalty: above 1 makes tokens less likely that occurred before (Keskar et al. 2019).
@@ -44,7 +45,7 @@ class GenerationConfig:
             before, and check them in one step: quicker where an answer quotes its prompt, and the same answer. 0 is
             off. A quantized model's kernels round one token otherwise than several, so there the answer may differ.
         max_matching_ngram_size: to guess, look for the last so many tokens, then for fewer; 2 if None.
-        stop_strings: texts that end a row when they appear in what was generated.
+        stop_strings: texts that end a row when a token completes them; special tokens count, and what precedes it.
         num_beams: follow so many continuations of each prompt at once and return the likeliest as a whole; 1 is off.
         num_return_sequences: rows to return per prompt: the best beams, or so many draws.
         length_penalty: with beams, a row's score is its log-probability divided by its length to this power; 1 if None.
@@ -57,7 +58,8 @@ class GenerationConfig:
         output_scores: with beams, return their scores too (`return_dict_in_generate`).
         return_dict_in_generate: return `.sequences`, and with beams `.sequences_scores`, instead of an array.
         renormalize_logits: with beams, scores are log-probabilities again after everything that changes logits.
-        seed: makes sampling repeatable.
+        seed: makes sampling repeatable. If None it is drawn from torch's default generator where torch is imported and
+            was seeded, otherwise from numpy's.
         unsupported: settings of transformers that this runtime does not have, by name. A call that they would change
             is refused; others go on.
     """
@@ -169,6 +171,13 @@ class GenerationConfig:
         if given.keys() & {"min_new_tokens", "min_length"}:
             base = replace(base, min_new_tokens=None, min_length=None)
         return replace(base, **given, unsupported={**base.unsupported, **self.unsupported})
+
+    def without(self, names: Iterable[str]) -> GenerationConfig:
+        """With these settings off, which is what None means in a call, and as if no file said anything of them."""
+        off: dict[str, Any] = {name: 0 if name == "top_k" else None for name in names if name in self.settings()}
+        return replace(
+            self, **off, unsupported={name: self.unsupported[name] for name in {*self.unsupported} - {*names}}
+        )
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is set, as transformers' configuration of this name says it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,17 @@ from .arguments import only_known
 from .artifact import Artifact
 from .artifact.schema import Variant
 from .beams import Beams
+from .callbacks import Criterion, Processing, Streamer, check_rows, functions, kind_of
 from .engines import Engine
 from .errors import InputError, PrecastError
 from .generation import GenerationConfig
 from .languages import language_id
 from .lookup import Lookup
 from .model import CompiledModel
+from .prompt import Prompt
 from .published import parse_object
 from .request import Ends, Request
-from .sampling import Processor, Processors, Sampler
+from .sampling import Processor, Processors, Sampler, drawn_seed
 from .session import Session
 from .stops import StopStrings
 from .tensors import ModelOutput, like
@@ -50,19 +53,34 @@ _LANGUAGES = ("forced_bos_token_id", "decoder_start_token_id")
 
 
 class Generation:
-    """One call's settings: the caller's own `processors`, `criteria` and `streamer`, and `count` new tokens at most."""
+    """One call's settings: the caller's own `processors`, `criteria` and `streamer`, and `count` new tokens at most.
+
+    `given` is what the call was made with, a tensor or not, which decides what those are given.
+    """
 
     def __init__(
         self,
+        given: Any,
         config: GenerationConfig,
         count: int,
         processors: Sequence[Processor] | None = None,
         criteria: Sequence[Any] | None = None,
         streamer: Any = None,
     ) -> None:
-        self.config, self.count, self.streamer = config, count, streamer
-        self.processors = _callables("logits_processor", processors)
-        self.criteria = _callables("stopping_criteria", criteria)
+        self.config, self.count = config, count
+        self._seed = drawn_seed() if config.do_sample and config.seed is None else config.seed
+        self._processors = functions("logits_processor", processors)
+        self.processors = [Processing(each, given) for each in self._processors]
+        self.criteria = [Criterion(each, given) for each in functions("stopping_criteria", criteria)]
+        self.streamer = None if streamer is None else Streamer(streamer, given)
+
+    def generator(self, row: int) -> np.random.Generator | None:
+        """What draws a row's tokens; it depends on the seed and on the row's own place, not on its neighbours."""
+        return None if self._seed is None or not self.config.do_sample else np.random.default_rng([self._seed, row])
+
+    def check_rows(self, prompts: int) -> None:
+        """Raise InputError for a processor that cannot work on so many prompts."""
+        check_rows(self._processors, prompts * self.width)
 
     @property
     def width(self) -> int:
@@ -123,9 +141,10 @@ class GenerativeModel(CompiledModel):
         return None
 
     def _answer(
-        self, given: Any, prompts: list[Array], contexts: Sequence[Any], asked: Generation, front: Array
+        self, given: Any, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, front: Array
     ) -> Any:
         """Continue `prompts` and put `front` [prompts, length], what the caller sees of them, before each answer."""
+        asked.check_rows(len(prompts))
         found: list[list[int]] = []
         scores: list[float] = []
         with self._lock:
@@ -163,7 +182,7 @@ class GenerativeModel(CompiledModel):
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _continue(
-        self, prompts: list[Array], contexts: Sequence[Any], asked: Generation, first: int
+        self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, first: int
     ) -> list[list[int]]:
         requests = self._requests(prompts, contexts, asked, first)
         for tokens in self._steps(requests, contexts):
@@ -172,7 +191,7 @@ class GenerativeModel(CompiledModel):
         return [request.generated for request in requests]
 
     def _search(
-        self, prompts: list[Array], contexts: Sequence[Any], asked: Generation
+        self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation
     ) -> list[tuple[float, list[int]]]:
         """Beam search of a group: the returned rows' scores and tokens."""
         searches = self._searches(prompts, contexts, asked)
@@ -242,7 +261,7 @@ class GenerativeModel(CompiledModel):
                 "for calls that live side by side."
             )
 
-    def _stream(self, prompt: Array, context: Any, config: GenerationConfig, count: int) -> Iterator[int]:
+    def _stream(self, prompt: Prompt, context: Any, config: GenerationConfig, count: int) -> Iterator[int]:
         if config.beams > 1:
             raise InputError(
                 f"num_beams={config.num_beams}: which tokens a search keeps is known at its end only, so it cannot be "
@@ -250,7 +269,7 @@ class GenerativeModel(CompiledModel):
             )
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"stream() gives one row, not num_return_sequences={config.num_return_sequences}.")
-        requests = self._requests([prompt], [context], Generation(config, count), 0)
+        requests = self._requests([prompt], [context], Generation(None, config, count), 0)
         return (tokens[0] for tokens in self._steps(requests, [context]))
 
     @staticmethod
@@ -266,18 +285,19 @@ class GenerativeModel(CompiledModel):
             raise InputError(f"Nothing was given: pass {name}.")
         return [[first]] if found is None else found
 
-    def _config(self, given: Any, options: dict[str, Any]) -> GenerationConfig:
+    def _config(self, given: Any, options: dict[str, Any], criteria: Sequence[Any] | None = None) -> GenerationConfig:
         asked = GenerationConfig.of(self._with_languages(options), "generate()")
         if given is not None:
             if isinstance(given, dict):
                 given = self._with_languages(given)
             asked = asked.over(GenerationConfig.of(given, "generation_config"))
         self._check_ids(asked, _ID_SETTINGS)
-        config = asked.over(self.generation_config)
+        config = asked.over(self.generation_config).without([name for name in options if options[name] is None])
         config.check()
         # What a file names beside the vocabulary never comes; but these are to come.
         self._check_ids(config, _FORCED)
-        return config
+        longest = _longest(criteria)
+        return config if longest is None else replace(config, max_new_tokens=None, max_length=longest)
 
     def _with_languages(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """`options` with the ids of languages that are given by name."""
@@ -285,11 +305,13 @@ class GenerativeModel(CompiledModel):
         return {**options, **{name: language_id(self.tokenizer, name, options[name]) for name in named}}
 
     @staticmethod
-    def _fitting(count: int, room: int, given: Any, options: Mapping[str, Any]) -> int:
+    def _fitting(
+        count: int, room: int, given: Any, options: Mapping[str, Any], criteria: Sequence[Any] | None = None
+    ) -> int:
         """So many new tokens; where not the call but a file or a default says it, no more than there is room for."""
         said = dict(options) if given is None else {**vars(GenerationConfig.of(given, "generation_config")), **options}
         is_asked = any(said.get(name) is not None for name in ("max_new_tokens", "max_length"))
-        return count if is_asked else max(1, min(count, room))
+        return count if is_asked or _longest(criteria) is not None else max(1, min(count, room))
 
     def _check_ids(self, config: GenerationConfig, names: Iterable[str]) -> None:
         """Raise InputError for a token that a setting names and the model does not have."""
@@ -319,43 +341,45 @@ class GenerativeModel(CompiledModel):
             f"--batch-size 1 and without --prefill-lengths."
         )
 
-    def _requests(self, prompts: list[Array], contexts: Sequence[Any], asked: Generation, first: int) -> list[Request]:
-        config, ends = asked.config, self._ends(asked)
+    def _requests(self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, first: int) -> list[Request]:
+        config, stops = asked.config, self._stop_strings(asked)
         requests: list[Request] = []
         for prompt, context in zip(prompts, contexts, strict=True):
+            ends = Ends(config, prompt, asked.criteria, stops)
             for _ in range(asked.width):
-                # A row's randomness depends on the seed and on its own place, not on its neighbours.
-                seed = None if config.seed is None else [config.seed, first + len(requests)]
-                sampler = _sampler(self._processors(prompt, context, asked), config, seed)
-                requests.append(Request(prompt, asked.count, sampler, ends, _lookup(config, prompt)))
+                generator = asked.generator(first + len(requests))
+                sampler = Sampler(self._processors(prompt, context, asked), generator)
+                requests.append(Request(prompt.tokens, asked.count, sampler, ends, _lookup(config, prompt.tokens)))
         return requests
 
-    def _searches(self, prompts: list[Array], contexts: Sequence[Any], asked: Generation) -> list[Beams]:
-        ends = self._ends(asked)
+    def _searches(self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation) -> list[Beams]:
+        stops = self._stop_strings(asked)
         return [
-            Beams(prompt, asked.count, asked.config, self._processors(prompt, context, asked), ends)
+            Beams(
+                prompt.tokens, asked.count, asked.config, self._processors(prompt, context, asked),
+                Ends(asked.config, prompt, asked.criteria, stops),
+            )
             for prompt, context in zip(prompts, contexts, strict=True)
-        ]
+        ]  # fmt: skip
 
-    def _processors(self, prompt: Array, context: Any, asked: Generation) -> Processors:
-        most = len(prompt) + asked.count
-        return Processors(asked.config, len(prompt), most, asked.processors, self._source(context))
+    def _processors(self, prompt: Prompt, context: Any, asked: Generation) -> Processors:
+        return Processors(asked.config, prompt, asked.count, asked.processors, self._source(context))
 
-    def _ends(self, asked: Generation) -> Ends:
-        stops = asked.config.stops
-        return Ends(asked.config, asked.criteria, StopStrings(self.tokenizer, stops) if stops else None)
+    def _stop_strings(self, asked: Generation) -> StopStrings | None:
+        return StopStrings(self.tokenizer, asked.config.stops) if asked.config.stops else None
 
 
-def _callables(name: str, given: Any) -> Sequence[Any]:
-    """A list of functions. Raises InputError for anything else."""
-    found = () if given is None else given
-    if not isinstance(found, list | tuple) or not all(map(callable, found)):
-        raise InputError(f"{name} must be a list of functions, not {given!r:.80}.")
-    return found
+def _longest(criteria: Any) -> int | None:
+    """The length of transformers' MaxLengthCriteria among the criteria: it takes the place of what a call or a
+    configuration says."""
+    theirs = (each for each in functions("stopping_criteria", criteria) if kind_of(each) == "MaxLengthCriteria")
+    return next((each.max_length for each in theirs), None)
 
 
 def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:
-    """Raise InputError for a streamer that is none, or cannot follow."""
+    """Raise InputError for a streamer that is none, or cannot follow; None is no streamer at all."""
+    if streamer is None:
+        return
     for name in ("put", "end"):
         if not callable(getattr(streamer, name, None)):
             raise InputError(f"streamer has no {name}(); it needs put(tokens) and end().")
@@ -364,10 +388,6 @@ def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:
         raise InputError(f"A streamer follows one row; this batch has {rows}.")
     if config.beams > 1:
         raise InputError(f"A streamer cannot follow num_beams={config.num_beams}; pass num_beams=1 or no streamer.")
-
-
-def _sampler(process: Processors, config: GenerationConfig, seed: list[int] | None) -> Sampler:
-    return Sampler(process, np.random.default_rng(seed) if config.do_sample else None)
 
 
 def _lookup(config: GenerationConfig, row: Array) -> Lookup | None:

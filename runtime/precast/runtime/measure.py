@@ -109,7 +109,7 @@ def _generate(model: Any, rows: list[list[int]], job: dict[str, Any], clock: Clo
     started = clock()
     # Spelled out, so that the checkpoint's own generation settings play no part.
     model.generate(
-        rows, max_new_tokens=job["new_tokens"], do_sample=False, eos_token_id=[], stop_strings=[],
+        rows, np.ones_like(rows), max_new_tokens=job["new_tokens"], do_sample=False, eos_token_id=[], stop_strings=[],
         repetition_penalty=1.0, no_repeat_ngram_size=0, prompt_lookup_num_tokens=job["prompt_lookup"],
         stopping_criteria=[stamp],
     )  # fmt: skip

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from .callbacks import Criterion
 from .generation import GenerationConfig
 from .lookup import Lookup
+from .prompt import Prompt
 from .sampling import Sampler, check_logits
 from .stops import StopStrings
-from .tensors import to_numpy
 
 __all__ = ["Ends", "Request"]
 
@@ -60,22 +60,21 @@ class Request:
 
 
 class Ends:
-    """Does a row end here? By an end-of-sequence token, a stop string, or one of the caller's `criteria`."""
+    """Does a row end here? By an end-of-sequence token, a stop string, or one of the caller's `criteria`.
 
-    def __init__(self, config: GenerationConfig, criteria: Sequence[Any], stops: StopStrings | None) -> None:
-        self._eos, self._criteria, self._stops = frozenset(config.eos_ids), criteria, stops
+    Of transformers' classes for the first two the caller's own take the place of what the configuration says, as there.
+    """
+
+    def __init__(
+        self, config: GenerationConfig, prompt: Prompt, criteria: Sequence[Criterion], stops: StopStrings | None
+    ) -> None:
+        kinds = {criterion.kind for criterion in criteria}
+        self._eos = frozenset([] if "EosTokenCriteria" in kinds else config.eos_ids)
+        self._stops = None if "StopStringCriteria" in kinds else stops
+        self._prompt, self._criteria = prompt, criteria
 
     def __call__(self, tokens: Array, logits: Array) -> bool:
         """For a row's tokens [length] and the logits [vocabulary] that its newest was chosen from."""
         if int(tokens[-1]) in self._eos or (self._stops is not None and self._stops(tokens)):
             return True
-        return any(_is_met(criterion, tokens, logits) for criterion in self._criteria)
-
-
-def _is_met(criterion: Any, tokens: Array, logits: Array) -> bool:
-    # A copy: what is done to it must not change the row.
-    found = to_numpy(criterion(tokens[None].copy(), logits[None]))
-    if found is None:
-        name = getattr(criterion, "__name__", type(criterion).__name__)
-        raise InputError(f"The stopping_criteria's {name} has to return whether the row ends; it returned None.")
-    return bool(np.all(found))
+        return any(criterion(self._prompt.show(tokens), logits) for criterion in self._criteria)

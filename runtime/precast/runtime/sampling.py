@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from .callbacks import Processing
 from .errors import InputError, PrecastError
 from .generation import GenerationConfig
-from .tensors import to_numpy
+from .prompt import Prompt
 
-__all__ = ["Processors", "Sampler", "check_choice", "check_logits"]
+__all__ = ["Processors", "Sampler", "check_choice", "check_logits", "drawn_seed"]
 
 Array = np.ndarray[Any, Any]
 Processor = Callable[[Array, Array], Array]
@@ -21,19 +23,24 @@ class Processors:
     """What may be chosen next in a row: its tokens so far, int64 [length], and logits or log-probabilities
     [vocabulary] -> the same, changed.
 
-    `prompt_length` is the row's own, `most` the length at which it is full, `source` the tokens that an
-    encoder-decoder answers.
+    `count` new tokens at most continue the prompt; `source` are the tokens that an encoder-decoder answers. Of
+    transformers' classes among the caller's own processors, the first of a kind takes the place of what the
+    configuration says, as there; the others follow.
     """
 
     def __init__(
         self,
         config: GenerationConfig,
-        prompt_length: int,
-        most: int,
-        extra: Sequence[Processor] = (),
+        prompt: Prompt,
+        count: int,
+        extra: Sequence[Processing] = (),
         source: Array | None = None,
     ) -> None:
-        self._steps = [*_penalties(config, prompt_length, most, source), *map(_one_row, extra)]
+        own = [*_penalties(config, prompt, count, source)]
+        instead = {each.kind: each for each in reversed(extra) if each.kind in dict(own)}
+        others = [each for each in extra if each not in instead.values()]
+        steps = [(kind, instead.get(kind, step)) for kind, step in own] + [(None, each) for each in others]
+        self._steps = [_showing(step, prompt) if isinstance(step, Processing) else step for _, step in steps]
         if config.do_sample:
             self._steps += _warpers(config)
         if config.renormalize_logits and config.beams > 1:
@@ -83,6 +90,19 @@ def check_choice(best: Any) -> None:
         )
 
 
+def drawn_seed() -> int:
+    """A seed from the framework's own generator, so that whoever seeds that makes runs repeatable: torch's, where it is
+    imported and has been seeded (torch.manual_seed, transformers.set_seed), otherwise numpy's (np.random.seed)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.initial_seed() != torch.Generator().initial_seed():
+        return int(torch.randint(_SEEDS, ()))
+    # The one that np.random.seed seeds.
+    return int(np.random.randint(_SEEDS, dtype=np.int64))
+
+
+_SEEDS = 2**63 - 1
+
+
 def _draw(generator: np.random.Generator, logits: Array) -> int:
     if logits.max() == np.inf:
         # Certain is what is infinite.
@@ -91,57 +111,57 @@ def _draw(generator: np.random.Generator, logits: Array) -> int:
     return int(generator.choice(possible, p=_softmax(logits[possible].astype(np.float64))))
 
 
-def _one_row(process: Processor) -> Processor:
-    """The caller's processors take batches, [1, length] and [1, vocabulary], as transformers' do.
-
-    Raises InputError for an answer that is no logits.
-    """
-
-    def of_one_row(tokens: Array, logits: Array) -> Array:
-        # A copy: what is done to it must not change the row.
-        found: Array = np.asarray(to_numpy(process(tokens[None].copy(), logits[None])))
-        name, wanted = getattr(process, "__name__", type(process).__name__), [1, len(logits)]
-        if list(found.shape) != wanted or found.dtype.kind not in "fiu":
-            raise InputError(
-                f"The logits_processor {name} has to return logits, float32 {wanted}; it returned {found.dtype} "
-                f"{list(found.shape)}."
-            )
-        if np.isnan(found).any():
-            raise InputError(f"The logits_processor {name} returned NaN among its logits.")
-        row: Array = found[0].astype(np.float32)
-        return row
-
-    return of_one_row
+def _showing(process: Processing, prompt: Prompt) -> Processor:
+    return lambda tokens, logits: process(prompt.show(tokens), logits)
 
 
-def _penalties(config: GenerationConfig, prompt_length: int, most: int, source: Array | None) -> Iterator[Processor]:
+def _penalties(
+    config: GenerationConfig, prompt: Prompt, count: int, source: Array | None
+) -> Iterator[tuple[str, Processor]]:
+    """What the configuration asks for, each with the name of transformers' class that does it."""
     if (penalty := config.repetition_penalty) is not None and penalty != 1:
-        yield lambda tokens, logits: repetition_penalty(tokens, logits, penalty)
+        yield "RepetitionPenaltyLogitsProcessor", lambda tokens, logits: repetition_penalty(tokens, logits, penalty)
     if size := config.no_repeat_ngram_size:
-        yield lambda tokens, logits: no_ngram_of(tokens, tokens, logits, size)
-    if source is not None and (from_source := config.encoder_no_repeat_ngram_size):
-        yield lambda tokens, logits: no_ngram_of(source, tokens, logits, from_source)
+        yield "NoRepeatNGramLogitsProcessor", lambda tokens, logits: no_ngram_of(tokens, tokens, logits, size)
+    if source is not None and (part := config.encoder_no_repeat_ngram_size):
+        yield "EncoderNoRepeatNGramLogitsProcessor", lambda tokens, logits: no_ngram_of(source, tokens, logits, part)
     if words := [word for word in config.bad_words_ids or () if word not in [[end] for end in config.eos_ids]]:
-        yield lambda tokens, logits: no_bad_words(tokens, logits, words)
-    least = config.min_length or 0
-    if config.min_new_tokens is not None:
-        least = prompt_length + config.min_new_tokens
-    if least > prompt_length and config.eos_ids:
-        yield lambda tokens, logits: minimum_length(tokens, logits, least, config.eos_ids)
-    yield from _forced(config, prompt_length, most)
+        yield "NoBadWordsLogitsProcessor", lambda tokens, logits: no_bad_words(tokens, logits, words)
+    yield from _least(config, prompt)
+    yield from _forced(config, prompt, count)
 
 
-def _forced(config: GenerationConfig, prompt_length: int, most: int) -> Iterator[Processor]:
+def _least(config: GenerationConfig, prompt: Prompt) -> Iterator[tuple[str, Processor]]:
+    """How long a row is at least; min_new_tokens goes before min_length."""
+    width, new, ends = len(prompt.shown), config.min_new_tokens, config.eos_ids
+    least = (config.min_length or 0) if new is None else width + new
+    if not ends or least <= width:
+        return
+
+    def step(tokens: Array, logits: Array) -> Array:
+        return without(logits, ends) if prompt.length_of(tokens) < least else logits
+
+    yield "MinLengthLogitsProcessor", step
+    if new is not None:
+        yield "MinNewTokensLengthLogitsProcessor", step
+
+
+def _forced(config: GenerationConfig, prompt: Prompt, count: int) -> Iterator[tuple[str, Processor]]:
     """What is fixed at a row's beginning and end, and what is never said."""
+    width = len(prompt.shown)
+
+    def at(length: int, step: Callable[[Array], Array]) -> Processor:
+        return lambda tokens, logits: step(logits) if prompt.length_of(tokens) == length else logits
+
     if (first := config.forced_bos_token_id) is not None:
-        yield lambda tokens, logits: only(logits, [first]) if len(tokens) == 1 else logits
+        yield "ForcedBOSTokenLogitsProcessor", at(1, lambda logits: only(logits, [first]))
     if last := config.last_ids:
-        yield lambda tokens, logits: only(logits, last) if len(tokens) == most - 1 else logits
+        yield "ForcedEOSTokenLogitsProcessor", at(width + count - 1, lambda logits: only(logits, last))
     if never := config.suppress_tokens:
-        yield lambda _, logits: without(logits, never)
+        yield "SuppressTokensLogitsProcessor", lambda _, logits: without(logits, never)
     if not_first := config.begin_suppress_tokens:
-        start = prompt_length + (prompt_length == 1 and first is not None)
-        yield lambda tokens, logits: without(logits, not_first) if len(tokens) == start else logits
+        start = width + (width == 1 and first is not None)
+        yield "SuppressTokensAtBeginLogitsProcessor", at(start, lambda logits: without(logits, not_first))
 
 
 def _warpers(config: GenerationConfig) -> list[Processor]:
@@ -179,11 +199,6 @@ def no_bad_words(tokens: Array, logits: Array, words: Sequence[Sequence[int]]) -
     """Forbid what would complete one of these sequences of tokens."""
     ends = [word[-1] for word in words if tokens[len(tokens) - len(word) + 1 :].tolist() == list(word[:-1])]
     return without(logits, ends)
-
-
-def minimum_length(tokens: Array, logits: Array, least: int, eos_ids: Sequence[int]) -> Array:
-    """Forbid the end before `least` tokens."""
-    return without(logits, eos_ids) if len(tokens) < least else logits
 
 
 def without(logits: Array, ids: Sequence[int]) -> Array:

@@ -41,17 +41,18 @@ class SentenceRules:
         *,
         prompt: str | None = None,
         length: int | None = None,
+        **how: Any,
     ) -> tokenizers.Encoding:
-        """The encoding of a text, or of a pair of texts, cut to `length` tokens where that is less. Raises InputError
-        for what is no text."""
+        """The encoding of a text, or of a pair of texts, cut to `length` tokens where that is less; `how` goes on to
+        `Tokenizer.encodings`. Raises InputError for what is no text."""
         before = self.prompt if prompt is None else prompt
         # What is no text is the tokenizer's to refuse.
         whole = before + text if isinstance(text, str) else text
-        found = tokenizer.encodings(whole, pair)[0]
+        found = tokenizer.encodings(whole, pair, **how)[0]
         limit = min((each for each in (self.max_length, length) if each is not None), default=None)
         if limit is None or len(found.ids) <= limit:
             return found
-        return tokenizer.encodings(whole, pair, length=limit)[0]
+        return tokenizer.encodings(whole, pair, length=limit, **how)[0]
 
 
 def sentence_rules(files: Readable, path: Path) -> SentenceRules:

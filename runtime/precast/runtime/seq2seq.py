@@ -16,6 +16,7 @@ from .generation import GenerationConfig
 from .generative import Generation, GenerativeModel, check_streamer
 from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
+from .prompt import Prompt
 from .sampling import Processor
 from .session import Session
 from .tensors import ModelOutput, allocate, like, to_numpy
@@ -82,7 +83,7 @@ class EncoderDecoder(GenerativeModel, Generic[Source]):
 
     def start_token(self, config: GenerationConfig) -> int:
         """The token that an answer begins with."""
-        found = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+        found = _known_start(config)
         if found is None:
             raise InputError(
                 "Neither the call nor the artifact's generation_config.json says what an answer begins with. Pass "
@@ -164,7 +165,8 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
                 it over the artifact's generation_config.json, and that over the defaults.
             logits_processor, stopping_criteria: as for decoders.
             streamer: told the first tokens, then each step's by `put`, and the end by `end`.
-            decoder_input_ids: what the answers begin with, int64 [batch, length]; decoder_start_token_id if None.
+            decoder_input_ids: what the answers begin with, int64 [batch, length]; decoder_start_token_id if None, and
+                that goes in front where no row begins with it.
             decoder_attention_mask: which of them are no padding.
             options: fields of GenerationConfig, such as max_new_tokens=64 or num_beams=4.
 
@@ -175,23 +177,25 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        config = self._config(generation_config, options)
+        config = self._config(generation_config, options, stopping_criteria)
         input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
         sources = self._sources(input_ids, attention_mask)
         if decoder_input_ids is None:
             decoder_input_ids = [[self.start_token(config)]] * len(sources)
-        front, mask = self._first(decoder_input_ids, decoder_attention_mask)
+        front, mask = self._begun(*self._first(decoder_input_ids, decoder_attention_mask), config)
         self._check_rows(len(front), len(sources))
         prompts = real_rows(front, mask)
         first = max(map(len, prompts))
-        count = self._fitting(config.new_tokens(front.shape[1]), self.capacity - first, generation_config, options)
+        count = self._fitting(
+            config.new_tokens(front.shape[1]), self.capacity - first, generation_config, options, stopping_criteria
+        )
         self._check_room(first, count)
         self._check_lookup(config)
-        if streamer is not None:
-            check_streamer(streamer, len(sources), config)
-            streamer.put(front)
-        asked = Generation(config, count, logits_processor, stopping_criteria, streamer)
-        return self._answer(input_ids, prompts, sources, asked, front)
+        check_streamer(streamer, len(sources), config)
+        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer)
+        if asked.streamer is not None:
+            asked.streamer.put(front)
+        return self._answer(input_ids, list(map(Prompt, prompts, front)), sources, asked, front)
 
     def stream(
         self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
@@ -207,12 +211,21 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         count = self._fitting(config.new_tokens(1), self.capacity - 1, generation_config, options)
         self._check_room(1, count)
         self._check_lookup(config)
-        return self._stream(np.array([self.start_token(config)], np.int64), sources[0], config, count)
+        start = np.array([self.start_token(config)], np.int64)
+        return self._stream(Prompt(start, start), sources[0], config, count)
 
     def _first(self, given: Any, mask: Any) -> tuple[Array, Array]:
         """decoder_input_ids and decoder_attention_mask, checked."""
         ids = as_ids(to_numpy(given), self._vocabulary(), "decoder_input_ids")
         return ids, as_mask(to_numpy(mask), ids)
+
+    def _begun(self, ids: Array, mask: Array, config: GenerationConfig) -> tuple[Array, Array]:
+        """With the start token before all rows, where none of them begins with it; as in transformers."""
+        start = _known_start(config)
+        if start is None or (ids[:, 0] == start).any():
+            return ids, mask
+        before = ((0, 0), (1, 0))
+        return np.pad(ids, before, constant_values=start), np.pad(mask, before, constant_values=True)
 
     def _sources(self, input_ids: Any, attention_mask: Any) -> list[Array]:
         ids = as_ids(to_numpy(input_ids), self._vocabulary())
@@ -252,6 +265,10 @@ class EncoderCall:
             session.context[name][rows, :, : array.shape[2]] = array
         if ENCODER_MASK in session.context:
             session.context[ENCODER_MASK][rows] = np.arange(session.context[ENCODER_MASK].shape[1]) < size
+
+
+def _known_start(config: GenerationConfig) -> int | None:
+    return config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
 
 
 def _sizes(shape: Sequence[Any]) -> list[int]:

@@ -15,6 +15,7 @@ from .generative import Generation, check_streamer
 from .languages import CODES
 from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
+from .prompt import Prompt
 from .published import select
 from .sampling import Processor
 from .seq2seq import EncoderCall, EncoderDecoder
@@ -104,7 +105,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
         input_features = self._main_input("input_features", input_features, inputs)
         sources = self._sources(input_features)
-        config = self._config(generation_config, options)
+        config = self._config(generation_config, options, stopping_criteria)
         if decoder_input_ids is None:
             prompts = self._prompts(sources, config, language, task)
         else:
@@ -112,13 +113,15 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             self._check_rows(len(ids), len(sources))
             prompts = real_rows(ids, as_mask(None, ids))
         first = max(map(len, prompts))
-        count = self._fitting(self._count(config, first), self.capacity - first, generation_config, options)
+        count = self._fitting(
+            self._count(config, first), self.capacity - first, generation_config, options, stopping_criteria
+        )
         self._check_room(first, count)
         self._check_lookup(config)
-        if streamer is not None:
-            check_streamer(streamer, len(sources), config)
-        asked = Generation(config, count, logits_processor, stopping_criteria, streamer)
-        return self._answer(input_features, prompts, sources, asked, np.zeros((len(sources), 0), np.int64))
+        check_streamer(streamer, len(sources), config)
+        asked = Generation(input_features, config, count, logits_processor, stopping_criteria, streamer)
+        rows = list(map(Prompt, prompts, prompts))
+        return self._answer(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64))
 
     def _larger(self, length: int, more: str = "") -> str:
         # The source's length is the model's own.

@@ -15,7 +15,18 @@ import numpy as np
 
 from .errors import OutOfMemoryError, UsageError
 
-__all__ = ["ModelOutput", "allocate", "as_tensors", "like", "plain", "storage", "to_numpy", "zeros"]
+__all__ = [
+    "ModelOutput",
+    "allocate",
+    "as_tensor",
+    "as_tensors",
+    "is_tensor",
+    "like",
+    "plain",
+    "storage",
+    "to_numpy",
+    "zeros",
+]
 
 
 def storage(dtype: str) -> str:
@@ -57,7 +68,7 @@ def zeros(wanted: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, np.ndarr
 
 def to_numpy(value: Any) -> Any:
     """A torch tensor as a numpy array, anything else as it is."""
-    return value.detach().cpu().numpy() if _is_tensor(value) else value
+    return value.detach().cpu().numpy() if is_tensor(value) else value
 
 
 def plain(value: Any) -> Any:
@@ -70,7 +81,12 @@ def plain(value: Any) -> Any:
 
 def like(example: Any, array: np.ndarray[Any, Any]) -> Any:
     """`array` as a torch tensor where `example` is one. The memory is the array's own."""
-    return sys.modules["torch"].from_numpy(array) if _is_tensor(example) else array
+    return as_tensor(array) if is_tensor(example) else array
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> Any:
+    """The array as a torch tensor over the same memory, where torch is imported."""
+    return sys.modules["torch"].from_numpy(array)
 
 
 def as_tensors(arrays: dict[str, np.ndarray[Any, Any]], kind: str | None) -> dict[str, Any]:
@@ -92,7 +108,8 @@ def as_tensors(arrays: dict[str, np.ndarray[Any, Any]], kind: str | None) -> dic
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> bool:
+    """Is it a tensor of torch?"""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 

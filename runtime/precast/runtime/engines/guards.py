@@ -127,6 +127,9 @@ def _batch_norm_inference(
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> None:
     if not 0 <= dim < v.ndim:
         raise ValueError(f"{list(v.shape)} has no dimension {dim}")
+    if not v.numel():
+        # It divides by the length of what has none, which ends the process.
+        raise ValueError(f"{list(v.shape)} has no elements")
     _check_shape(g, tuple(size if at == dim else 1 for at, size in enumerate(v.shape)), f"dimension {dim} of v")
 
 

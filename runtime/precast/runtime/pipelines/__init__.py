@@ -15,6 +15,7 @@ from ..arguments import refuse_unknown
 from ..errors import UsageError
 from ..model import CompiledModel
 from .base import Batch, Pipeline
+from .parts import PARTS
 
 __all__ = ["PIPELINES", "Batch", "Pipeline", "pipeline", "pipeline_class"]
 
@@ -58,7 +59,9 @@ def pipeline(task: str | None = None, model: str | Path | CompiledModel | None =
         task: by default what the model was compiled for. A model of text-classification also does
             zero-shot-classification.
         model: a directory, a Hub repository, or a model that is open already.
-        options: of the pipeline's steps, for every call; all others as for `CompiledModel.from_pretrained`.
+        options: of the pipeline and its steps, for every call, such as batch_size, and tokenizer, feature_extractor or
+            image_processor where another is to be used than the artifact carries; all others as for
+            `CompiledModel.from_pretrained`. As in transformers, device can be a number: -1 is "cpu", 0 is "cuda".
 
     Raises:
         UsageError: there is no such task or option, or the model was compiled for another task.
@@ -67,15 +70,24 @@ def pipeline(task: str | None = None, model: str | Path | CompiledModel | None =
     if model is None:
         raise UsageError("Name the model: pipeline(model='out'), a directory, a Hub repository, or a model.")
     found = None if task is None else pipeline_class(task)
+    if "device" in options:
+        options["device"] = _device(options["device"])
     opened = model if isinstance(model, CompiledModel) else None
     if opened is None:
+        # A part that is said to be the model's is the artifact's own.
+        options = {name: value for name, value in options.items() if name not in PARTS or value != model}
         loading = {name: options.pop(name) for name in list(options) if name in _LOADING}
         opened = CompiledModel.from_pretrained(model, **loading)  # type: ignore[arg-type]
+    elif (device := options.pop("device", None)) not in (None, str(opened.device)):
+        raise UsageError(
+            f"device={device!r} comes too late: the model is open already. Say it to CompiledModel.from_pretrained()."
+        )
     compiled_for = opened.artifact.contract.task
     _check(task, opened, compiled_for)
     chosen = (found or pipeline_class(compiled_for)).of(opened)
     if opened is not model:
-        refuse_unknown("pipeline()", options, [*chosen.option_names(), *chosen.passed_on(opened), *_LOADING])
+        known = [*chosen.option_names(), *chosen.passed_on(opened), "batch_size", *PARTS, *_LOADING]
+        refuse_unknown("pipeline()", options, known)
     return chosen(opened, **options)
 
 
@@ -85,6 +97,14 @@ _LOADING = [
     for each in inspect.signature(CompiledModel.from_pretrained).parameters.values()
     if each.kind is each.KEYWORD_ONLY and each.name != "export"
 ]
+
+
+def _device(given: Any) -> str | None:
+    """A device as transformers' pipelines take it, by the name that it has here."""
+    if isinstance(given, int):
+        given = "cpu" if given < 0 else f"cuda:{given}"
+    name = None if given is None else str(given)
+    return "cuda" if name == "cuda:0" else name
 
 
 def pipeline_class(task: str) -> type[Pipeline]:

@@ -67,21 +67,22 @@ class QuestionAnsweringPipeline(TextPipeline):
                 that is less.
         """
         given, is_one = self._listed(inputs)
+        asked = [_question_and_context(each) for each in given]
         length = self._piece_length(max_seq_len)
-        pieces = [self._pieces(*_question_and_context(each), length, doc_stride) for each in given]
+        pieces = [self._pieces(question, context, length, doc_stride) for question, context in asked]
         pieces = [own[: 1 if truncation else None] for own in pieces]
         encodings = [each for piece in pieces for each in piece]
         owners = [index for index, piece in enumerate(pieces) for _ in piece]
         return Batch(self._arrays(encodings), given, is_one, encodings=encodings, owners=owners)
 
     def _piece_length(self, asked: int | None) -> int:
-        compiled = self._longest()
+        compiled = int(max(self.model.artifact.contract.shapes.sequence_length))
         if asked is not None and asked > compiled:
             raise UsageError(
                 f"max_seq_len={asked} is more than the {compiled} tokens that the model was compiled for. Leave it "
                 f"out, or compile the model with --sequence-length {asked}."
             )
-        return min(_PIECE, compiled) if asked is None else asked
+        return min(_PIECE, self._longest()) if asked is None else asked
 
     def _pieces(self, question: str, context: str, length: int, stride: int | None) -> list[tokenizers.Encoding]:
         around = len(self.tokenizer.encode(question, ""))

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ..companions import companions_of
 from ..errors import ArtifactError
 from ..published import parse_object, select
 from .base import Batch, Pipeline
@@ -29,7 +28,7 @@ class _SoundPipeline(Pipeline):
     @cached_property
     def processor(self) -> SoundProcessor:
         """What makes arrays of sounds, by the checkpoint's rules."""
-        return SoundProcessor(self.model.artifact.path, companions_of(self.model.artifact))
+        return SoundProcessor(*self._files("feature_extractor"))
 
     def preprocess(self, inputs: Any, *, truncation: bool = False) -> Batch:
         """Sounds as `input_values` float32 [sounds, samples], or as spectrograms where the model takes these, as
@@ -84,9 +83,10 @@ class AudioFeatureExtractionPipeline(_SoundPipeline):
 class TranscriptionPipeline(_SoundPipeline, GeneratingPipeline):
     """What is said in up to 30 seconds, written down by a decoder: Whisper."""
 
-    def forward(self, batch: Batch, **options: Any) -> Batch:
-        """{"sequences": int64 [sounds, new]}; `options` are generate()'s, such as language="french"."""
-        return self.generated(batch, options)
+    def forward(self, batch: Batch, *, generate_kwargs: dict[str, Any] | None = None, **options: Any) -> Batch:
+        """{"sequences": int64 [sounds, new]}; `options` are generate()'s, such as language="french", which can also be
+        given as a dict, generate_kwargs."""
+        return self.generated(batch, {**options, **(generate_kwargs or {})})
 
     def postprocess(self, outputs: Batch) -> Any:
         """{"text"} for each sound."""

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import msgspec
 import numpy as np
 import tokenizers
 
 from ..arguments import refuse_unknown
+from ..companions import Readable
 from ..errors import InputError, UsageError
 from ..tensors import ModelOutput, plain
 from ..tokenizer import Tokenizer
+from .parts import PARTS, files_of, is_own, tokenizer_of
 
-__all__ = ["Batch", "Pipeline", "TextPipeline", "text_and_pair"]
+__all__ = [
+    "Batch",
+    "Count",
+    "Padding",
+    "Pipeline",
+    "PlainTextPipeline",
+    "TextPipeline",
+    "TokenizerOptions",
+    "Truncation",
+    "text_and_pair",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -52,12 +66,30 @@ class Pipeline:
 
         answer = pipe.postprocess(pipe.forward(pipe.preprocess(inputs)))
 
-    `inputs` is one input or a list; a list gives a list of answers, however long, whatever the compiled batch size.
+    `inputs` is one input or a list; a list gives a list of answers, however long, whatever the compiled batch size. A
+    generator or a dataset gives an iterator, which takes inputs as its answers are asked for.
     Options go to the step whose signature names them; those given to `pipeline()` hold for every call of it, or of one
     of its steps, that does not say otherwise.
+
+    Args:
+        model: the compiled model.
+        batch_size: how many inputs are prepared at a time; by default as many as the model runs at once.
+        tokenizer, feature_extractor, image_processor: what inputs are prepared by instead of what the artifact
+            carries: a directory, or an object of transformers.
+        options: of the steps.
     """
 
-    def __init__(self, model: Any, **options: Any) -> None:
+    names: ClassVar[tuple[str, ...]] = ()
+    """How the inputs are called besides `inputs`, as in transformers."""
+    takes_pairs: ClassVar[bool] = False
+    """Whether a tuple is one input, a pair of texts; otherwise it is a list."""
+
+    def __init__(self, model: Any, *, batch_size: int | None = None, **options: Any) -> None:
+        parts = {name: options.pop(name) for name in PARTS if name in options}
+        self._parts = {
+            name: given for name, given in parts.items() if given is not None and not is_own(model.artifact, given)
+        }
+        self._size = _checked_size(batch_size)
         self.model, self.options = model, options
         for stage, own in zip(_STAGES, self._split(options), strict=True):
             if own:
@@ -67,23 +99,40 @@ class Pipeline:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"{type(self).__name__}({self.model!r}{options})"
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The artifact's tokenizer."""
-        found: Tokenizer = self.model.tokenizer
+        """The artifact's tokenizer, or the one that was given."""
+        given = self._parts.get("tokenizer")
+        found: Tokenizer = self.model.tokenizer if given is None else tokenizer_of(self.model.artifact, given)
         return found
 
-    def __call__(self, inputs: Any, **options: Any) -> Any:
-        """The answer to one input, or the list of answers to a list. Raises UsageError for an unknown option, and
-        InputError for inputs that do not fit the model."""
+    def __call__(self, inputs: Any = None, *, batch_size: int | None = None, **options: Any) -> Any:
+        """The answer to one input, the list of answers to a list, or an iterator over those to a generator or dataset.
+
+        Raises UsageError for an unknown option, and InputError for inputs that do not fit the model.
+        """
+        for name in self.names:
+            inputs = options.pop(name, None) if inputs is None else inputs
+        size = _checked_size(batch_size) or self._size or self.model.batch_size
         stages = self._split(options)
+        if _is_stream(inputs):
+            return self._answers(inputs, size, stages)
         if not self._is_list(inputs):
             return self._run(inputs, *stages)
         if not inputs:
             raise InputError("The list of inputs is empty.")
-        size = self.model.batch_size
-        parts = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-        return [answer for part in parts for answer in self._run(part, *stages)]
+        return list(self._answers(inputs, size, stages))
+
+    def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:
+        """Copy the artifact to a directory, as `CompiledModel.save_pretrained`. Raises UsageError where the pipeline
+        prepares its inputs by something else than the artifact carries."""
+        if self._parts:
+            raise UsageError(
+                f"An artifact keeps what it was exported with, and this pipeline has another "
+                f"{' and '.join(self._parts)}. Put the files into the checkpoint and export it again, or save "
+                f"pipe.model."
+            )
+        self.model.save_pretrained(save_directory, force=force)
 
     def preprocess(self, inputs: Any) -> Batch:
         """What the caller gives, as arrays that the model takes."""
@@ -118,12 +167,21 @@ class Pipeline:
         """Whether what no step names is given to `forward`, as generate()'s options are."""
         return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(cls.forward).parameters.values())
 
+    def _answers(self, inputs: Any, size: int, stages: list[dict[str, Any]]) -> Iterator[Any]:
+        items = iter(inputs) if isinstance(inputs, Iterable) else (inputs[index] for index in range(len(inputs)))
+        while part := list(islice(items, size)):
+            yield from self._run(part, *stages)
+
+    def _files(self, part: str) -> tuple[Path, Readable]:
+        """Where a part of PARTS is read."""
+        return files_of(self.model.artifact, part, self._parts.get(part))
+
     def _run(self, inputs: Any, *stages: dict[str, Any]) -> Any:
         before, within, after = stages
         return self.postprocess(self.forward(self.preprocess(inputs, **before), **within), **after)
 
     def _is_list(self, inputs: Any) -> bool:
-        return isinstance(inputs, list | tuple)
+        return isinstance(inputs, list) or (isinstance(inputs, tuple) and not self.takes_pairs)
 
     def _listed(self, inputs: Any) -> tuple[list[Any], bool]:
         """The inputs as a list, and whether it was one that was no list."""
@@ -141,32 +199,60 @@ class Pipeline:
         for stage, given in zip(_STAGES, stages, strict=True):
             for name, value in given.items():
                 _check_option(type(self), stage, name, value)
-        refuse_unknown(type(self).__name__, options, [*self.option_names(), *self.passed_on(self.model)])
+        known = [*self.option_names(), *self.passed_on(self.model), "batch_size"]
+        refuse_unknown(type(self).__name__, options, known)
         stages[1].update(rest)
         return stages
+
+
+Truncation = bool | Literal["longest_first", "only_first", "only_second", "do_not_truncate"] | None
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Padding = bool | Literal["longest", "max_length", "do_not_pad"]
+
+
+class TokenizerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What transformers' pipelines pass on to their tokenizers.
+
+    Attributes:
+        truncation: cut what is longer than `max_length`, or, where that is not given, than the tokenizer says or was
+            compiled for, instead of refusing it; of a pair the longer text's end, or that of the one that is named.
+        max_length: the most tokens; cuts by itself where neither truncation nor padding says otherwise.
+        padding: changes no answer, as rows are padded to the compiled size and do not see it.
+        add_special_tokens: whether texts get those that the tokenizer puts around them.
+    """
+
+    truncation: Truncation = None
+    max_length: Count | None = None
+    padding: Padding = False
+    add_special_tokens: bool = True
+
+    @classmethod
+    def of(cls, *given: TokenizerOptions | dict[str, Any] | None) -> TokenizerOptions:
+        """What dicts say, the last first. Raises UsageError for a wrong name or type."""
+        told = {name: value for each in given for name, value in (msgspec.to_builtins(each) or {}).items()}
+        try:
+            return msgspec.convert(told, cls)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"The tokenizer's options are {told!r:.200}: {error}.") from None
+
+    def cut(self, longest: int) -> dict[str, Any]:
+        """The arguments of `Tokenizer.encodings`; `longest` is the limit where `max_length` is not given."""
+        by_itself = self.truncation is None and self.max_length is not None and self.padding is False
+        cuts = by_itself or self.truncation not in (None, False, "do_not_truncate")
+        strategy = self.truncation if isinstance(self.truncation, str) else "longest_first"
+        told = {"length": self.max_length or longest, "strategy": strategy} if cuts else {}
+        return {"add_special_tokens": self.add_special_tokens, **told}
 
 
 class TextPipeline(Pipeline):
     """A pipeline that begins with the artifact's tokenizer."""
 
-    def preprocess(self, inputs: Any, *, truncation: bool = False) -> Batch:
-        """Texts as token ids.
-
-        Args:
-            inputs: a text; or a pair of texts, {"text": …, "text_pair": …}; or a list of these.
-            truncation: cut what is longer than compiled for, instead of refusing it.
-        """
-        given, is_one = self._listed(inputs)
-        encodings = [self._encoding(*text_and_pair(each), truncation) for each in given]
-        return Batch(self._arrays(encodings), given, is_one, encodings=encodings)
-
     def _arrays(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
         """A batch of encodings, of which the model takes its inputs; some tokenizers give more."""
         return {name: rows for name, rows in self.tokenizer.pad(encodings).items() if name in self.model.inputs}
 
-    def _encoding(self, text: str, pair: str | None, truncation: bool) -> tokenizers.Encoding:
-        length = self._longest() if truncation else None
-        return self.tokenizer.encodings(text, pair, length=length)[0]
+    def _encoding(self, text: str, pair: str | None, **how: Any) -> tokenizers.Encoding:
+        return self.tokenizer.encodings(text, pair, **how)[0]
 
     def _longest(self) -> int:
         """The tokens that the longest compiled row holds, or fewer where the checkpoint's tokenizer says so."""
@@ -181,29 +267,77 @@ class TextPipeline(Pipeline):
         return [row[: len(encoding.ids)] for row, encoding in rows]
 
 
+class PlainTextPipeline(TextPipeline):
+    """A pipeline of texts as they are."""
+
+    def preprocess(
+        self,
+        inputs: Any,
+        *,
+        truncation: Truncation = None,
+        max_length: Count | None = None,
+        padding: Padding = False,
+        add_special_tokens: bool = True,
+        tokenizer_kwargs: TokenizerOptions | None = None,
+    ) -> Batch:
+        """Texts as token ids.
+
+        Args:
+            inputs: a text; or a pair of texts, (…, …) or {"text": …, "text_pair": …}; or a list of these.
+            truncation, max_length, padding, add_special_tokens: as TokenizerOptions says.
+            tokenizer_kwargs: a dict of these, which goes before them.
+        """
+        given, is_one = self._listed(inputs)
+        told = {"truncation": truncation, "max_length": max_length, "padding": padding,
+                "add_special_tokens": add_special_tokens}  # fmt: skip
+        how = TokenizerOptions.of(told, tokenizer_kwargs).cut(self._longest())
+        encodings = [self._encoding(*text_and_pair(each), **how) for each in given]
+        return Batch(self._arrays(encodings), given, is_one, encodings=encodings)
+
+
 def text_and_pair(given: Any) -> tuple[str, str | None]:
     """The texts of one input. Raises InputError for what is none."""
     if isinstance(given, str):
         return given, None
+    if isinstance(given, tuple) and len(given) == 2:
+        return given
     if isinstance(given, dict) and "text" in given and given.keys() <= {"text", "text_pair"}:
         return given["text"], given.get("text_pair")
-    raise InputError(f'An input is a text, or {{"text": …, "text_pair": …}}; this is {given!r:.80}.')
+    raise InputError(
+        f'An input is a text, or a pair of texts, (…, …) or {{"text": …, "text_pair": …}}; several are a '
+        f"list. This is {given!r:.80}."
+    )
+
+
+def _is_stream(given: Any) -> bool:
+    """Whether inputs come one by one: of what can be iterated, or of a dataset, which has a length and items."""
+    if isinstance(given, str | bytes | Mapping | list | tuple) or hasattr(given, "shape"):
+        return False
+    return isinstance(given, Iterable) or (hasattr(given, "__len__") and hasattr(given, "__getitem__"))
+
+
+def _checked_size(batch_size: Any) -> int | None:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise UsageError(f"batch_size must be a whole number from 1, not {batch_size!r:.80}.")
+    return batch_size
 
 
 def _check_option(cls: type[Pipeline], stage: str, name: str, value: Any) -> None:
     """Raise UsageError for an option of another type than its step says, or for a count below 0."""
-    given = plain(value)
+    given, kind = plain(value), _kinds(getattr(cls, stage))[name]
     try:
-        msgspec.convert(given, _kinds(getattr(cls, stage))[name])
+        msgspec.convert(given, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
-        raise UsageError(f"{name}={given!r:.80} is of the wrong type: {error}.") from None
+        choices = [repr(each) for part in get_args(kind) for each in get_args(part) if isinstance(each, str)]
+        hint = f" Choose one of: True, False, {', '.join(choices)}." if choices else ""
+        raise UsageError(f"{name}={given!r:.80} is of the wrong type: {error}.{hint}") from None
     if isinstance(given, int) and given < 0:
         raise UsageError(f"{name}={given} must not be below 0.")
 
 
 @cache
 def _kinds(step: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(step)
+    return get_type_hints(step, include_extras=True)
 
 
 def _options(cls: type[Pipeline], stage: str) -> list[str]:

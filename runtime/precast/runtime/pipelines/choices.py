@@ -8,15 +8,27 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .base import Array, Batch, TextPipeline
+from .base import Array, Batch, Pipeline, TextPipeline
 from .scores import best, labels, softmax
 
-__all__ = ["MultipleChoicePipeline", "ZeroShotClassificationPipeline", "hypothesis", "labels_of"]
+__all__ = ["LabelledPipeline", "MultipleChoicePipeline", "ZeroShotClassificationPipeline", "hypothesis", "labels_of"]
 
 
-class ZeroShotClassificationPipeline(TextPipeline):
+class LabelledPipeline(Pipeline):
+    """A pipeline that is given its labels with the question."""
+
+    def __call__(self, inputs: Any = None, candidate_labels: Any = None, **options: Any) -> Any:
+        """As `Pipeline.__call__`, with the labels by position or name."""
+        if candidate_labels is not None:
+            options["candidate_labels"] = candidate_labels
+        return super().__call__(inputs, **options)
+
+
+class ZeroShotClassificationPipeline(LabelledPipeline, TextPipeline):
     """Labels that are named with the question: a model of natural language inference says of each whether it follows
     from the text (Yin et al. 2019)."""
+
+    names = ("sequences",)
 
     def preprocess(
         self,
@@ -29,20 +41,16 @@ class ZeroShotClassificationPipeline(TextPipeline):
         """Each text with each label, as token ids.
 
         Args:
-            inputs: a text or a list of texts.
+            inputs: a text or a list of texts. As in transformers, they are cut to the length that the tokenizer says.
             candidate_labels: the labels; a string names several with commas.
             hypothesis_template: the sentence that is to follow from the text, {} stands for the label.
-            truncation: cut texts that are longer than compiled for, instead of refusing them.
+            truncation: cut also texts that are longer than compiled for, instead of refusing them.
         """
         texts, is_one = self._listed(inputs)
         names = labels_of(candidate_labels)
-        length = self._longest() if truncation else None
+        cut = {"length": self._longest() if truncation else self.tokenizer.max_length, "strategy": "only_first"}
         encodings = [
-            self.tokenizer.encodings(text, hypothesis(hypothesis_template, name), length=length, strategy="only_first")[
-                0
-            ]
-            for text in texts
-            for name in names
+            self._encoding(text, hypothesis(hypothesis_template, name), **cut) for text in texts for name in names
         ]
         return Batch(self._arrays(encodings), texts, is_one, labels=names)
 
@@ -97,8 +105,9 @@ class MultipleChoicePipeline(TextPipeline):
         counts = {len(choices) for _, choices in map(_prompt_and_choices, given)}
         if len(counts) > 1:
             raise InputError(f"All inputs of a list must have the same number of choices; these have {sorted(counts)}.")
+        length = self._longest() if truncation else None
         encodings = [
-            self._encoding(prompt, choice, truncation)
+            self._encoding(prompt, choice, length=length)
             for prompt, choices in map(_prompt_and_choices, given)
             for choice in choices
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from ..errors import InputError
 from ..generation import GenerationConfig
 from ..tensors import ModelOutput
-from .base import Array, Batch, Pipeline, TextPipeline
+from .base import Array, Batch, Padding, Pipeline, TextPipeline, TokenizerOptions, Truncation
 
 __all__ = [
     "GeneratingPipeline",
@@ -64,7 +65,19 @@ class GeneratingPipeline(Pipeline):
 class TextGenerationPipeline(GeneratingPipeline):
     """Prompts, or conversations, and how they go on."""
 
-    def preprocess(self, inputs: Any, *, tools: Any = None, continue_final_message: bool | None = None) -> Batch:
+    names = ("text_inputs",)
+
+    def preprocess(
+        self,
+        inputs: Any,
+        *,
+        tools: Any = None,
+        continue_final_message: bool | None = None,
+        prefix: str = "",
+        truncation: Truncation = None,
+        padding: Padding = False,
+        add_special_tokens: bool = True,
+    ) -> Batch:
         """Prompts as token ids.
 
         Args:
@@ -73,15 +86,27 @@ class TextGenerationPipeline(GeneratingPipeline):
             tools: for the chat template.
             continue_final_message: whether the answer continues the last message, by default when it is the
                 assistant's own.
+            prefix: stands before each prompt, but not before the answer.
+            truncation, padding, add_special_tokens: of prompts, as TokenizerOptions says; templates say all of a
+                conversation.
         """
         given, is_one = self._listed(inputs)
-        encodings = [self._encoding(each, tools, continue_final_message) for each in given]
+        told = TokenizerOptions(truncation=truncation, padding=padding, add_special_tokens=add_special_tokens)
+        # One token is left for the answer.
+        most = self.model.capacity - 1
+        how = told.cut(min(self.tokenizer.max_length or most, most))
+        encodings = [
+            self._encoding(prefix + each if isinstance(each, str) else each, tools, continue_final_message, **how)
+            for each in given
+        ]
         return self._batch(encodings, given, is_one, continues=continue_final_message)
 
-    def forward(self, batch: Batch, **options: Any) -> Batch:
-        """{"sequences": int64 [batch, new]}; `options` are generate()'s. Where neither they nor the model's
-        generation_config.json say how long, as long as fits, up to 256 new tokens."""
-        return self.generated(batch, options)
+    def forward(self, batch: Batch, *, stop_sequence: str | Sequence[str] | None = None, **options: Any) -> Batch:
+        """{"sequences": int64 [batch, new]}; `options` are generate()'s, whose stop_strings is also called
+        stop_sequence. Where neither they nor the model's generation_config.json say how long, as long as fits, up to
+        256 new tokens."""
+        stops = {} if stop_sequence is None else {"stop_strings": stop_sequence}
+        return self.generated(batch, {**stops, **options})
 
     def postprocess(self, outputs: Batch, *, return_full_text: bool = True) -> Any:
         """[{"generated_text"}] for each input.
@@ -108,9 +133,9 @@ class TextGenerationPipeline(GeneratingPipeline):
     def _is_list(self, inputs: Any) -> bool:
         return super()._is_list(inputs) and not _is_conversation(inputs)
 
-    def _encoding(self, given: Any, tools: Any, continues: bool | None) -> Any:
+    def _encoding(self, given: Any, tools: Any, continues: bool | None, **how: Any) -> Any:
         if isinstance(given, str):
-            return self.tokenizer.encodings(given)[0]
+            return self.tokenizer.encodings(given, **how)[0]
         if not _is_conversation(given):
             raise InputError(f'An input is a text, or messages [{{"role": …, "content": …}}]; this is {given!r:.80}.')
         goes_on = _continues(given, continues)
@@ -124,19 +149,20 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
     key = "generated_text"
     task = "text2text-generation"
 
-    def preprocess(self, inputs: Any, *, truncation: bool = False, prefix: str | None = None) -> Batch:
+    def preprocess(self, inputs: Any, *, truncation: Truncation = None, prefix: str | None = None) -> Batch:
         """Texts as token ids.
 
         Args:
             inputs: a text or a list of texts.
-            truncation: cut what is longer than compiled for, instead of refusing it.
+            truncation: cut what is longer than the tokenizer says, or than compiled for, instead of refusing it.
             prefix: what the model wants in front of each text; by default what its config.json says for the task.
         """
         given, is_one = self._listed(inputs)
         if wrong := [each for each in given if not isinstance(each, str)]:
             raise InputError(f"An input is a text; this is {wrong[0]!r:.80}.")
         prefix = self._own_prefix() if prefix is None else prefix
-        return self._batch([self._encoding(prefix + text, None, truncation) for text in given], given, is_one)
+        how = TokenizerOptions(truncation=truncation).cut(self._longest())
+        return self._batch([self._encoding(prefix + text, None, **how) for text in given], given, is_one)
 
     def forward(self, batch: Batch, **options: Any) -> Batch:
         """{"sequences": int64 [batch, new]}; `options` are generate()'s. Where neither they nor the model's
@@ -146,8 +172,11 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
         return self.generated(batch, options)
 
     def postprocess(self, outputs: Batch) -> Any:
-        """[{"generated_text"}] for each text; "summary_text" and "translation_text" from those pipelines."""
-        return outputs.answer([[{self.key: text} for text in texts] for texts in self._texts(outputs)])
+        """[{"generated_text"}] for a text, and {"generated_text"} for each of a list, unless several are asked for;
+        "summary_text" and "translation_text" from those pipelines."""
+        answers = [[{self.key: text} for text in texts] for texts in self._texts(outputs)]
+        is_flat = not outputs.is_one and all(len(each) == 1 for each in answers)
+        return [each[0] for each in answers] if is_flat else outputs.answer(answers)
 
     def _own_prefix(self) -> str:
         tasks = self.model.config.get("task_specific_params")

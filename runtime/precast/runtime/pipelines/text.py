@@ -6,9 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from ..errors import InputError, UsageError
-from .base import Array, Batch, Pipeline, TextPipeline, text_and_pair
+from .base import (
+    Array,
+    Batch,
+    Count,
+    Padding,
+    Pipeline,
+    PlainTextPipeline,
+    TextPipeline,
+    TokenizerOptions,
+    Truncation,
+    text_and_pair,
+)
 from .scores import best, label, sigmoid, softmax
 
 __all__ = ["FeatureExtractionPipeline", "FillMaskPipeline", "TextClassificationPipeline", "classify"]
@@ -23,6 +35,8 @@ _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 class FeatureExtractionPipeline(TextPipeline):
     """Vectors of texts; of images and sounds where the model takes these."""
 
+    takes_pairs = True
+
     @classmethod
     def of(cls, model: Any) -> type[Pipeline]:
         """The class for what the model takes."""
@@ -32,19 +46,34 @@ class FeatureExtractionPipeline(TextPipeline):
         kinds = {"input_ids": cls, "pixel_values": ImageFeatureExtractionPipeline}
         return kinds.get(model.main_input_name, AudioFeatureExtractionPipeline)
 
-    def preprocess(self, inputs: Any, *, truncation: bool = False, prompt: str | None = None) -> Batch:
+    def preprocess(
+        self,
+        inputs: Any,
+        *,
+        truncation: Truncation = None,
+        max_length: Count | None = None,
+        padding: Padding = False,
+        add_special_tokens: bool = True,
+        tokenizer_kwargs: TokenizerOptions | None = None,
+        tokenize_kwargs: TokenizerOptions | None = None,
+        prompt: str | None = None,
+    ) -> Batch:
         """Texts as token ids.
 
         Args:
-            inputs: a text; or a pair of texts, {"text": …, "text_pair": …}; or a list of these. A model of
+            inputs: a text; or a pair of texts, (…, …) or {"text": …, "text_pair": …}; or a list of these. A model of
                 sentence-transformers cuts them to its max_seq_length, as that library does.
-            truncation: cut what is longer than compiled for, instead of refusing it.
+            truncation, max_length, padding, add_special_tokens: as TokenizerOptions says.
+            tokenizer_kwargs: a dict of these, which goes before them; tokenize_kwargs is the same, as transformers
+                calls it here.
             prompt: stands before each text; by default the default prompt of a model of sentence-transformers.
         """
         given, is_one = self._listed(inputs)
-        rules, length = self.model.sentence_rules, self._longest() if truncation else None
-        encodings = [rules.encoding(self.tokenizer, *text_and_pair(each), prompt=prompt, length=length)
-                     for each in given]  # fmt: skip
+        told = {"truncation": truncation, "max_length": max_length, "padding": padding,
+                "add_special_tokens": add_special_tokens}  # fmt: skip
+        how = TokenizerOptions.of(told, tokenizer_kwargs, tokenize_kwargs).cut(self._longest())
+        rules = self.model.sentence_rules
+        encodings = [rules.encoding(self.tokenizer, *text_and_pair(each), prompt=prompt, **how) for each in given]
         return Batch(self._arrays(encodings), given, is_one, encodings=encodings)
 
     def postprocess(self, outputs: Batch, *, pooling: str | None = None) -> Any:
@@ -71,23 +100,47 @@ _POOLING: dict[str, Callable[[Array], Array]] = {
 }
 
 
-class TextClassificationPipeline(TextPipeline):
+class TextClassificationPipeline(PlainTextPipeline):
     """Labels of texts, or of pairs of texts."""
 
-    def postprocess(self, outputs: Batch, *, top_k: Any = ..., function_to_apply: str | None = None) -> Any:
+    takes_pairs = True
+
+    def __call__(self, inputs: Any = None, **options: Any) -> Any:
+        """As `Pipeline.__call__`. As from transformers, one text has its list of labels in another list where it is
+        `pipeline()` that was told top_k, and not this call."""
+        answer = super().__call__(inputs, **options)
+        is_told_once = "top_k" in self.options and "top_k" not in options
+        return [answer] if is_told_once and isinstance(options.get("inputs", inputs), str) else answer
+
+    def postprocess(
+        self,
+        outputs: Batch,
+        *,
+        top_k: Any = ...,
+        function_to_apply: str | None = None,
+        return_all_scores: bool = False,
+    ) -> Any:
         """[{"label", "score"}, …] for each text, the likeliest first.
 
         Args:
             outputs: of `forward`.
-            top_k: how many labels; None is all. Where it is not given, a list of texts gets {"label", "score"} for
-                each, without a list around it, as from transformers.
+            top_k: how many labels; None is all. Where it is not given, each of a list of texts gets {"label", "score"}
+                without a list around it, as from transformers.
             function_to_apply: "softmax", "sigmoid" or "none"; by default what the model's problem type asks for:
                 nothing for regression, sigmoid for one or for independent labels, softmax otherwise.
+            return_all_scores: all labels in the model's own order, with one text's list in another list, as
+                transformers had it up to version 4. Does nothing where top_k is given.
         """
-        rows = [classify(self.model.config, row, function_to_apply) for row in outputs["logits"]]
-        if top_k is ...:
-            return rows[0][:1] if outputs.is_one else [row[0] for row in rows]
-        return outputs.answer([row[:top_k] for row in rows])
+        config, is_text = self.model.config, outputs.is_one and isinstance(outputs.inputs[0], str)
+        rows = [classify(config, row, function_to_apply) for row in outputs["logits"]]
+        if top_k is not ...:
+            return outputs.answer([row[:top_k] for row in rows])
+        if return_all_scores:
+            names = [label(config, index) for index in range(outputs["logits"].shape[1])]
+            answers: list[Any] = [sorted(row, key=lambda each: names.index(each["label"])) for row in rows]
+        else:
+            answers = [row[0] for row in rows]
+        return answers if is_text else outputs.answer(answers)
 
 
 def classify(config: dict[str, Any], logits: Array, function: str | None = None) -> list[dict[str, Any]]:
@@ -105,16 +158,20 @@ def _function_of(config: dict[str, Any], labels: int) -> str:
     return "sigmoid" if problem == "multi_label_classification" or labels == 1 else "softmax"
 
 
-class FillMaskPipeline(TextPipeline):
+class FillMaskPipeline(PlainTextPipeline):
     """What may stand where a text has the mask token."""
 
-    def preprocess(self, inputs: Any, *, truncation: bool = False) -> Batch:
-        """Texts as token ids. Raises InputError where a text has no mask token."""
-        batch = super().preprocess(inputs, truncation=truncation)
-        for text, encoding in zip(batch.inputs, batch.notes["encodings"], strict=True):
-            if self._mask() not in encoding.ids:
-                raise InputError(f"{text!r:.80} has no {self.tokenizer.special_tokens['mask_token']}, the mask token.")
-        return batch
+    def __call__(self, inputs: Any = None, **options: Any) -> Any:
+        """As `Pipeline.__call__`; as from transformers, a list of one text has the answer of that text."""
+        answer = super().__call__(inputs, **options)
+        return answer[0] if isinstance(inputs, list) and len(inputs) == 1 else answer
+
+    def _encoding(self, text: str, pair: str | None, **how: Any) -> tokenizers.Encoding:
+        """Raises InputError where a text has no mask token."""
+        encoding = super()._encoding(text, pair, **how)
+        if self._mask() not in encoding.ids:
+            raise InputError(f"{text!r:.80} has no {self.tokenizer.special_tokens['mask_token']}, the mask token.")
+        return encoding
 
     def postprocess(self, outputs: Batch, *, top_k: int = 5, targets: str | Sequence[str] | None = None) -> Any:
         """For each text its likeliest fillings, [{"score", "token", "token_str", "sequence"}, …]; for a text with

@@ -28,17 +28,16 @@ class TokenClassificationPipeline(TextPipeline):
         """Texts as token ids.
 
         Args:
-            inputs: a text or a list of texts.
-            truncation: cut what is longer than compiled for, instead of refusing it.
+            inputs: a text or a list of texts. As in transformers, they are cut to the length that the tokenizer says.
+            truncation: cut also what is longer than compiled for, instead of refusing it.
             stride: read a longer text in pieces that overlap by so many tokens; takes an aggregation_strategy.
         """
-        if stride is None:
-            batch = super().preprocess(inputs, truncation=truncation)
-            return Batch(batch, batch.inputs, batch.is_one, **batch.notes, owners=range(len(batch.inputs)))
         given, is_one = self._listed(inputs)
-        pieces = [self.tokenizer.encodings(text, length=self._longest(), stride=stride) for text in given]
-        encodings = [each for piece in pieces for each in piece]
-        owners = [index for index, piece in enumerate(pieces) for _ in piece]
+        length = self._longest() if truncation or stride is not None else self.tokenizer.max_length
+        pieces = [self.tokenizer.encodings(text, length=length, stride=stride or 0) for text in given]
+        kept = pieces if stride is not None else [own[:1] for own in pieces]
+        owners = [index for index, own in enumerate(kept) for _ in own]
+        encodings = [each for own in kept for each in own]
         return Batch(self._arrays(encodings), given, is_one, encodings=encodings, owners=owners)
 
     def postprocess(

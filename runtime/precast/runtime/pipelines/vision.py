@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..companions import companions_of
 from ..errors import InputError
 from .base import Array, Batch, Pipeline
-from .choices import hypothesis, labels_of
+from .choices import LabelledPipeline, hypothesis, labels_of
 from .processors import ImageProcessor, opened_image, resized
 from .scores import best, label, sigmoid, softmax
 from .text import classify
@@ -31,10 +30,12 @@ _WITH_NONE = ("detr", "yolos", "table-transformer")
 
 
 class _ImagePipeline(Pipeline):
+    names = ("images", "image")
+
     @cached_property
     def processor(self) -> ImageProcessor:
         """What makes arrays of images, by the checkpoint's rules."""
-        return ImageProcessor(self.model.artifact.path, companions_of(self.model.artifact))
+        return ImageProcessor(*self._files("image_processor"))
 
     def preprocess(self, inputs: Any) -> Batch:
         """Images as `pixel_values` float32 [images, channels, height, width].
@@ -131,7 +132,7 @@ class ObjectDetectionPipeline(_ImagePipeline):
         return scores[chosen], chosen % logits.shape[1], chosen // logits.shape[1]
 
 
-class ZeroShotImageClassificationPipeline(_ImagePipeline):
+class ZeroShotImageClassificationPipeline(LabelledPipeline, _ImagePipeline):
     """Which of several texts fits an image best."""
 
     def preprocess(

@@ -1,0 +1,32 @@
+"""A row to continue, and how its caller sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Prompt"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Attributes:
+    tokens: the row without padding, int64 [length], which is what the model reads.
+    shown: the row as the caller gave it, int64 [width]. Its padding counts wherever transformers counts a row's tokens,
+        and the caller's own functions see it, as they do there.
+    """
+
+    tokens: Array
+    shown: Array
+
+    def length_of(self, tokens: Array) -> int:
+        """How many tokens the caller counts in this row with what was generated, [length + new]."""
+        return len(self.shown) + len(tokens) - len(self.tokens)
+
+    def show(self, tokens: Array) -> Array:
+        """This row with what was generated, [length + new], as the caller sees it, in new memory [width + new]."""
+        return np.concatenate([self.shown, tokens[len(self.tokens) :]])
