@@ -349,7 +349,12 @@ def summarizer(tmp_path_factory, artifact):
     """A T5 that wants its translations announced."""
     config = transformers.T5Config(
         vocab_size=tiny.VOCABULARY, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, pad_token_id=0,
-        eos_token_id=2, decoder_start_token_id=0, task_specific_params={"translation": {"prefix": "to German: "}},
+        eos_token_id=2, decoder_start_token_id=0, task_specific_params={
+            "translation": {"prefix": "to German: "}, "summarization": {"max_length": 300},
+            "translation_en_to_de": {
+                "prefix": "in German: ", "max_length": 9, "num_beams": 2, "repetition_penalty": 1.7,
+            },
+        },
     )  # fmt: skip
     path = tmp_path_factory.mktemp("t5")
     tiny.save_checkpoint(path, config, transformers.AutoModelForSeq2SeqLM)
@@ -377,6 +382,21 @@ def test_text_of_text(summarizer, task, key):
     assert [list(each) for each in several[0]] == [[key], [key]]
     # Nothing says how long an answer may be: as long as fits, the start included.
     assert ours.forward(ours.preprocess(tiny.TEXTS[2]), eos_token_id=[])["sequences"].shape == (1, 48)
+
+
+def test_a_task_has_settings_of_its_own(summarizer):
+    """As transformers 4's pipelines go by them: before the model's own, after the call's."""
+    path, compiled = summarizer
+    ours, tokenizer = pipeline("translation_en_to_de", compiled), transformers.AutoTokenizer.from_pretrained(path)
+    batch = tokenizer("in German: " + tiny.TEXTS[2], return_tensors="pt").input_ids
+    asked = {"num_beams": 2, "repetition_penalty": 1.7, "do_sample": False}
+    for given_, length in (({}, {"max_length": 9}), ({"max_new_tokens": 4}, {"max_new_tokens": 4})):
+        with torch.inference_mode():
+            ids = oracle.eager(path, "AutoModelForSeq2SeqLM").generate(input_ids=batch, **asked, **length)
+        expected = [{"translation_text": tokenizer.decode(ids[0], skip_special_tokens=True)}]
+        assert ours(tiny.TEXTS[2], **given_) == expected
+        assert ours(tiny.TEXTS[2], generation_config=given_) == expected
+    assert ours.forward(ours.preprocess("x"), num_beams=1, eos_token_id=[])["sequences"].shape == (1, 9)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ _SAME = {
     "ner": "token-classification",
     "semantic-segmentation": "image-segmentation",
 }
+_PAIR = re.compile("translation_[^_]+_to_[^_]+")
+"""Translation between two languages by name, as in translation_en_to_de."""
 _SEQ2SEQ = ("text2text-generation", "summarization", "translation")
 
 # Task -> where its pipeline is, and the tasks whose artifacts it runs.
@@ -109,18 +112,24 @@ def _device(given: Any) -> str | None:
 
 def pipeline_class(task: str) -> type[Pipeline]:
     """The class of a task's pipeline. Raises UsageError, which lists the tasks."""
-    name = _SAME.get(task, task)
+    name = _row(task)
     if name not in PIPELINES:
         close = difflib.get_close_matches(task, PIPELINES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UsageError(f"There is no pipeline for {task!r}.{hint} There are: {', '.join(PIPELINES)}.")
     module, _, attribute = PIPELINES[name][0].partition(":")
     found: type[Pipeline] = getattr(import_module(f"{__name__}.{module}"), attribute)
-    return found
+    # The pair of languages is what config.json's task_specific_params go by.
+    return type(attribute, (found,), {"task": task}) if _PAIR.fullmatch(task) else found
+
+
+def _row(task: str) -> str:
+    """The name in PIPELINES of a task that may go by another."""
+    return "translation" if _PAIR.fullmatch(task) else _SAME.get(task, task)
 
 
 def _check(task: str | None, model: CompiledModel, compiled_for: str) -> None:
-    fits = PIPELINES[_SAME.get(task, task)][1] if task is not None else (compiled_for,)
+    fits = PIPELINES[_row(task)][1] if task is not None else (compiled_for,)
     if compiled_for not in fits:
         others = [name for name, (_, runs) in PIPELINES.items() if compiled_for in runs]
         raise UsageError(

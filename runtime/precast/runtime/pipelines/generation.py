@@ -27,6 +27,8 @@ _MOST_NEW_TOKENS = 256
 class GeneratingPipeline(Pipeline):
     """A pipeline whose model generates."""
 
+    task = "text-generation"
+
     def generated(self, batch: Batch, options: dict[str, Any]) -> Batch:
         """{"sequences": int64 [rows, longest]} of generate(), slice by slice; those that ended before others are
         padded."""
@@ -38,7 +40,7 @@ class GeneratingPipeline(Pipeline):
 
     def _answered(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
         """generate()'s answer to one slice, int64 [rows, new]."""
-        found = self.model.generate(**rows, **options)
+        found = self.model.generate(**rows, **self._with_task(options))
         answer: Array = found["sequences"] if isinstance(found, ModelOutput) else found
         return answer
 
@@ -48,9 +50,30 @@ class GeneratingPipeline(Pipeline):
         return [*inspect.signature(model.generate).parameters, *GenerationConfig.names()]
 
     def _says_how_long(self, options: dict[str, Any]) -> bool:
-        config = self.model.generation_config
+        config = self._task_config().over(self.model.generation_config)
         own = config.max_new_tokens is not None or config.max_length is not None
         return own or bool(options.keys() & {"max_new_tokens", "max_length", "generation_config"})
+
+    def _of_task(self) -> dict[str, Any]:
+        """What config.json says of this task alone: T5's prefixes, BART's beams of summaries."""
+        tasks = self.model.config.get("task_specific_params")
+        known = tasks.get(self.task) if isinstance(tasks, dict) else None
+        return known if isinstance(known, dict) else {}
+
+    def _task_config(self) -> GenerationConfig:
+        """How to generate for this task, as far as it fits."""
+        found = GenerationConfig.published(self._of_task(), "task_specific_params of config.json")
+        if found.max_length is not None:
+            found.max_length = min(found.max_length, self.model.capacity)
+        return found
+
+    def _with_task(self, options: dict[str, Any]) -> dict[str, Any]:
+        """`options` over what the task's settings say, which go before the model's own, as in transformers 4."""
+        task, given = self._task_config(), options.get("generation_config")
+        if task == GenerationConfig():
+            return options
+        config = task if given is None else GenerationConfig.of(given, "generation_config").over(task)
+        return {**options, "generation_config": config}
 
     def _batch(self, encodings: list[Any], given: list[Any], is_one: bool, **notes: Any) -> Batch:
         arrays = self.tokenizer.pad(encodings)
@@ -179,10 +202,7 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
         return [each[0] for each in answers] if is_flat else outputs.answer(answers)
 
     def _own_prefix(self) -> str:
-        tasks = self.model.config.get("task_specific_params")
-        known = tasks.get(self.task) if isinstance(tasks, dict) else None
-        own = known.get("prefix") if isinstance(known, dict) else None
-        return str(own or self.model.config.get("prefix") or "")
+        return str(self._of_task().get("prefix") or self.model.config.get("prefix") or "")
 
 
 class SummarizationPipeline(Text2TextGenerationPipeline):
