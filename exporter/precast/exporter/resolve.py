@@ -27,6 +27,7 @@ from precast.runtime.published import parse_object
 from .encoder.sentences import attach_sentences, embeds_sentences, sentence_weights
 from .encoder.texts import sentence_files
 from .gguf_reader import ParsedOnce
+from .language_model import READS_MORE, keep_language_model, wider_class
 from .local import check_is_checkpoint, find_local, not_given
 from .options import ExportOptions
 from .own_files import weight_files
@@ -173,7 +174,11 @@ class Checkpoint:
             with self._parsed_once, warnings.catch_warnings():
                 # Marian's, of a normalization that it does not do in any case.
                 warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")
-                return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self._trusts, **self._gguf)
+                found: Any = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self._trusts, **self._gguf)
+            if (path := self.directory / "chat_template.json").is_file() and not found.chat_template:
+                # Where processors of images and texts had it.
+                found.chat_template = strict_json.loads(path.read_bytes(), f"{self.name}/{path.name}")["chat_template"]
+            return found
         except Exception as error:
             raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {_first_line(error)}") from error
 
@@ -224,7 +229,9 @@ class Checkpoint:
             return get_task("text-generation")
         names = self.config.architectures or []
         for name in names:
-            if rows := [task for task in ROWS if name in self._class_names(task)]:
+            # What reads images or sound too becomes a model of text by request only.
+            own = [task for task in ROWS if self._auto_class(task).__name__ == task.auto]
+            if rows := [task for task in own if name in self._class_names(task)]:
                 return meant(rows, self._config_file)
         guessed = task_in(self._config_file)
         if guessed in self._possible_tasks():
@@ -255,6 +262,8 @@ class Checkpoint:
                 f"transformers cannot make a model for {task.name} of the configuration of {self.name}: "
                 f"{_first_line(error)}"
             ) from error
+        if auto.__name__ in READS_MORE:
+            keep_language_model(model)
         self._attach_sentences(model, task)
         _attend_fully(model)
         # Some layers make tensors by constructors that heed no device.
@@ -290,6 +299,8 @@ class Checkpoint:
             raise CheckpointError(f"The weights of {self.name} cannot be loaded: {reason}") from error
         check_merged(info["unexpected_keys"], self.name)
         self._check_complete(model, info, task)
+        if self._auto_class(task).__name__ in READS_MORE:
+            keep_language_model(model)
         self._check_numbers(model)
         self._attach_sentences(model, task)
         _attend_fully(model)
@@ -351,7 +362,12 @@ class Checkpoint:
         return weight_files(self.directory, self.name, self._config_file)
 
     def _auto_class(self, task: Task) -> Any:
-        return getattr(transformers, task.auto)
+        """The class that loads a model for `task`; for text that of a type which reads images or sound too, where the
+        type has none for text alone."""
+        auto = getattr(transformers, task.auto)
+        if task.kind != "decoder" or self._has_own_code(auto) or type(self.config) in auto._model_mapping:
+            return auto
+        return wider_class(self.config) or auto
 
     def _class_names(self, task: Task) -> list[str]:
         """The model classes that do `task` for this checkpoint's type; none where it cannot."""
