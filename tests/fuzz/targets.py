@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,10 @@ TARGETS = {
     "template": Target(partial(_files, "template"), _change_template, _read_template),
     "generation": Target(partial(_files, "generation"), mutate.tree, _read_generation),
     "contract": Target(partial(_files, "contract"), mutate.tree, _read_contract),
-    "weights": Target(partial(_files, "weights"), _change_weights, _read_weights),
+    # Mapping torch's own libraries is no fault of a case.
+    "weights": Target(
+        partial(_files, "weights"), _change_weights, _read_weights, lambda: import_module("precast.runtime.weights")
+    ),
     "program": Target(partial(_files, "program"), _change_program, _read_program, lambda: _load_operators().fence()),
     "operators": Target(
         partial(_files, "operators"),

@@ -91,6 +91,13 @@ def test_a_number_is_no_dtype(target):
         call(ATEN + target, *args, dtype=-1)
 
 
+@pytest.mark.parametrize("given", [("copy.default", None, tensor(3, 2)), ("cat.default", [tensor(2), None])])
+def test_nothing_is_no_tensor(given):
+    """torch hands an operator a tensor without memory, which some read."""
+    with pytest.raises(ArtifactError, match="is to be a tensor, with nothing"):
+        call(*[ATEN + given[0], *given[1:]])
+
+
 @pytest.mark.parametrize("target", ["pow.int", "mul.left_t", "remainder.int"])
 def test_arithmetic_of_torchscript_is_not_called(target):
     with pytest.raises(ArtifactError, match="which computes without tensors"):

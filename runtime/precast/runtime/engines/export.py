@@ -362,11 +362,18 @@ def _problem(name: str, schema: torch.FunctionSchema, node: Node) -> str | None:
     """Why this overload may not be called, or not so."""
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
         return "which changes its arguments"
-    if name not in _GIVES_NUMBERS and any(str(each.type) not in ("Tensor", "List[Tensor]") for each in schema.returns):
+    if name not in _GIVES_NUMBERS and any(str(each.type) not in _TENSORS for each in schema.returns):
         return "which computes without tensors"
     given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
     for argument in schema.arguments:
         value, type_ = given.get(argument.name), str(argument.real_type)
+        # torch takes nothing for a tensor, and operators read it all the same.
+        if (
+            argument.name in given
+            and type_ in _TENSORS
+            and (value is None or (isinstance(value, list) and None in value))
+        ):
+            return f"whose {argument.name} is to be a tensor, with nothing"
         kind = next((_KINDS[each] for each in _KINDS if each in type_), None)
         # torch takes any number for one of its codes, and ends the process on one that is none.
         if kind and value is not None and not (isinstance(value, Coded) and value.kind == kind):
@@ -375,6 +382,7 @@ def _problem(name: str, schema: torch.FunctionSchema, node: Node) -> str | None:
 
 
 _GIVES_NUMBERS = frozenset({"item", "sym_size", "sym_numel", "sym_stride", "_assert_scalar", "_assert_tensor_metadata"})
+_TENSORS = ("Tensor", "List[Tensor]")
 _KINDS = {"ScalarType": "dtype", "Layout": "layout", "Device": "device", "MemoryFormat": "memory_format"}
 
 
