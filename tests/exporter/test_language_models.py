@@ -25,7 +25,7 @@ TYPES = [
         pytest.param(*each, marks=pytest.mark.slow)
         for each in (
             ("qwen2_5_vl", SECTIONS), ("qwen3_vl", SECTIONS), ("smolvlm", {}), ("idefics3", {}), ("mistral3", {}),
-            ("internvl", {}), ("llava", {}), ("llava_next", {}), ("aya_vision", {}),
+            ("internvl", {}), ("llava", {}), ("llava_next", {}), ("aya_vision", {}), ("paligemma", {}),
         )
     ),
 ]  # fmt: skip
