@@ -321,7 +321,7 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
     ("method", "level", "products"),
     [
         pytest.param("rtn", "native", torch.bfloat16, marks=pytest.mark.slow),
-        ("awq", "native", torch.bfloat16),
+        pytest.param("awq", "native", torch.bfloat16, marks=pytest.mark.slow),
         ("rtn", "avx2", torch.float32),
     ],
 )

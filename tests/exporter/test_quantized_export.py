@@ -66,7 +66,13 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SLOW = ("tied", "norms", "opt")
+"""Kinds of layers that others of the fast lane have, too."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=pytest.mark.slow if each in SLOW else ()) for each in FAMILIES]
+)
 def test_int8_of_every_kind_of_layer(made, family):
     source, path = made(*FAMILIES[family], quantize="int8")
     assert divergence(source, path) < 0.01
