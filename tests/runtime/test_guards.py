@@ -91,6 +91,16 @@ def test_a_number_is_no_dtype(target):
         call(ATEN + target, *args, dtype=-1)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [("_upsample_bilinear2d_aa.default", IMAGE, [7, 7], False, None, tensor()), ("full.default", [tensor()], 1)],
+)
+def test_a_tensor_is_no_number(given):
+    """torch takes a tensor of one element for one, and a check of numbers would not see it."""
+    with pytest.raises(ArtifactError, match="is no tensor, with one"):
+        call(*[ATEN + given[0], *given[1:]])
+
+
 @pytest.mark.parametrize("given", [("copy.default", None, tensor(3, 2)), ("cat.default", [tensor(2), None])])
 def test_nothing_is_no_tensor(given):
     """torch hands an operator a tensor without memory, which some read."""

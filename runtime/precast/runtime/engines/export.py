@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -170,6 +170,8 @@ class _Interpreter:
             self._number(name, tensor)
         self._inputs = [self._number(name) for name in graph.inputs]
         self._in_place = _updated_in_place(graph)
+        self._sizes: set[str] = set()
+        """Names of values that are numbers."""
         calls = [call for node in graph.nodes for call in self._bind(node)]
         self._outputs = [self._numbers[ref.name] for ref in graph.outputs]
         self._updates = [(self._numbers[name], self._numbers[value]) for name, value in graph.updates.items()]
@@ -208,7 +210,9 @@ class _Interpreter:
         if node.target in _CHECKED_ALREADY:
             return []
         is_in_place = any(name in self._in_place for name in node.outputs if isinstance(name, str))
-        function = _IN_PLACE[node.target] if is_in_place else _function(node, self._path)
+        function = _IN_PLACE[node.target] if is_in_place else _function(node, self._sizes, self._path)
+        if node.target in PYTHON or _name(node)[0] in _GIVES_NUMBERS:
+            self._sizes.update(_names(node.outputs))
         return [*before, _Call(node.target, function, args, keywords, results[0] if len(results) == 1 else results)]
 
     def _result(self, name: str | list[str] | None) -> Any:
@@ -340,25 +344,31 @@ _CODES: dict[str, dict[Any, Any]] = {
 }
 
 
-def _function(node: Node, path: Path) -> Callable[..., Any]:
-    """What runs a call; its name was checked when the file was parsed."""
+def _name(node: Node) -> tuple[str, str]:
+    """An operator and its overload."""
+    name, _, overload = node.target.removeprefix("torch.ops.aten.").partition(".")
+    return name, overload
+
+
+def _function(node: Node, sizes: Set[str], path: Path) -> Callable[..., Any]:
+    """What runs a call, where the values called `sizes` are numbers; its name was checked when the file was parsed."""
     if node.target in PYTHON:
         module, _, name = PYTHON[node.target].partition(":")
         return arithmetic(getattr(import_module(module), name))
-    name, _, overload = node.target.removeprefix("torch.ops.aten.").partition(".")
+    name, overload = _name(node)
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or overload not in packet.overloads():
         raise ArtifactError(
             f"{path} calls {node.target}, which torch {torch.__version__} lacks (pip install -U torch)."
         )
     chosen = getattr(packet, overload)
-    if problem := _problem(name, chosen._schema, node):
+    if problem := _problem(name, chosen._schema, node, sizes):
         raise FormatError(f"{path} is refused: it calls {node.target}, {problem}.")
     function = guarded(name, chosen, sum(1 for _ in _refs([node.args, node.kwargs])))
     return _zeroed(function) if name in _UNFILLED else function
 
 
-def _problem(name: str, schema: torch.FunctionSchema, node: Node) -> str | None:
+def _problem(name: str, schema: torch.FunctionSchema, node: Node, sizes: Set[str]) -> str | None:
     """Why this overload may not be called, or not so."""
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
         return "which changes its arguments"
@@ -374,6 +384,9 @@ def _problem(name: str, schema: torch.FunctionSchema, node: Node) -> str | None:
             and (value is None or (isinstance(value, list) and None in value))
         ):
             return f"whose {argument.name} is to be a tensor, with nothing"
+        # It takes a tensor of one element for a number, too, which no check of numbers sees.
+        if "Tensor" not in type_ and any(ref.name not in sizes for ref in _refs(value)):
+            return f"whose {argument.name} is no tensor, with one"
         kind = next((_KINDS[each] for each in _KINDS if each in type_), None)
         # torch takes any number for one of its codes, and ends the process on one that is none.
         if kind and value is not None and not (isinstance(value, Coded) and value.kind == kind):
