@@ -206,6 +206,20 @@ def test_settings_that_change_answers_are_refused_before_any_work(checkpoint, tm
         found.skeleton(get_task("feature-extraction"))
 
 
+def test_the_last_of_several_poolings_counts(checkpoint, tmp_path):
+    """Each pools the tokens anew."""
+    source, ids = checkpoint("bert", "AutoModel"), torch.tensor([[5, 6, 7]])
+    found = []
+    for kinds in (["Pooling", "Normalize"], ["Pooling", "Pooling", "Normalize"]):
+        made = _with_modules(source, tmp_path / str(len(kinds)), kinds, ("max_tokens",))
+        if len(kinds) == 3:
+            (made / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+        model = resolve(str(made), ExportOptions()).load(get_task("feature-extraction"), "float32")
+        with torch.no_grad():
+            found.append(model(ids, attention_mask=torch.ones_like(ids))["sentence_embedding"])
+    assert torch.equal(*found)
+
+
 def test_a_module_without_its_file_is_named(checkpoint, tmp_path):
     made = _with_modules(checkpoint("bert", "AutoModel"), tmp_path / "source", ["Pooling"], ("mean_tokens",))
     (made / "1_Pooling" / "config.json").unlink()

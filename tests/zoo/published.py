@@ -84,11 +84,7 @@ def _put(raw: dict[str, Any], config: Any, changes: dict[str, Any]) -> None:
     for name, value in changes.items():
         part = getattr(config, name, None) if name in config.sub_configs else None
         if part is not None:
-            inner = {key: each for key, each in value.items() if key != "model_type"}
-            inner = {
-                **inner,
-                **{key: each for key, each in _changes(part, raw.get(name) or raw).items() if key in inner},
-            }
+            inner = _changes(part, raw.get(name) or raw)
             if isinstance(raw.get(name), dict):
                 _put(raw[name], part, inner)
             else:

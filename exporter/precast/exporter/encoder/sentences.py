@@ -123,7 +123,8 @@ def _embed(model: Any, args: Any, named: Mapping[str, Any], result: Any) -> Any:
     mask = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.to(states.dtype)
     value = states
     for module in model.sentence_head:
-        value = module(value, mask)
+        # Whatever stands before it, pooling is of the tokens.
+        value = module(states if isinstance(module, _Pooling) else value, mask)
     result[OUTPUT] = value
     return result
 
