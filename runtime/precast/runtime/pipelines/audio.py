@@ -83,6 +83,8 @@ class AudioFeatureExtractionPipeline(_SoundPipeline):
 class TranscriptionPipeline(_SoundPipeline, GeneratingPipeline):
     """What is said in up to 30 seconds, written down by a decoder: Whisper."""
 
+    task = "automatic-speech-recognition"
+
     def forward(self, batch: Batch, *, generate_kwargs: dict[str, Any] | None = None, **options: Any) -> Batch:
         """{"sequences": int64 [sounds, new]}; `options` are generate()'s, such as language="french", which can also be
         given as a dict, generate_kwargs."""
