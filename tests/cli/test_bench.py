@@ -140,8 +140,8 @@ def test_every_request_computes_its_prompt_and_writes_all_of_its_tokens(decoder,
         calls.append("reset")
         reset(self)
 
-    def spied_generate(self, ids, **options):
-        whole = generate(self, ids, **options)
+    def spied_generate(self, ids, mask, **options):
+        whole = generate(self, ids, mask, **options)
         calls.append(whole.shape[1] - len(ids[0]))
         return whole
 

@@ -357,7 +357,7 @@ class ExportOptions:
                 f"{', '.join(useless)} bound what is lost; without --quantize, --kv-cache, --dtype and --auto-cast "
                 f"nothing is, and --atol is the bound."
             )
-        if self.is_lossy and not self.also and self._given("atol"):
+        if self.is_lossy and not self.also and self._given("atol") and self.atol > 0:
             yield (
                 f"--atol {self.atol:g} bounds the difference of a model that computes in float32; what --quantize, "
                 f"--kv-cache, --dtype and --auto-cast cost is bounded by --max-kl and --min-agreement."
