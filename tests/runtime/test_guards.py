@@ -48,6 +48,10 @@ UNSAFE = {
     ),
     "a norm of no dimension": (("_weight_norm.default", tensor(4, 2), tensor(4, 1), 5), r"has no dimension 5"),
     "a norm of nothing": (("_weight_norm.default", tensor(0, 2), tensor(0, 1), 0), r"\[0, 2\] has no elements"),
+    "a padding of 32 bits": (
+        ("col2im.default", tensor(1, 4, 9), [4, 4], [2, 2], [1, 1], [0, 2**31], [1, 1]),
+        r"\[1, 4, 9\] where [\d,]+ columns make \[4, 4\]",
+    ),
     "values longer than keys": (
         ("scaled_dot_product_attention.default", tensor(2, 4, 5, 8), tensor(2, 4, 4, 8), tensor(2, 4, 7, 8)),
         r"keys \[2, 4, 4, 8\] and values \[2, 4, 7, 8\] do not belong together",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..artifact.machine import memory_bytes
-from .sizes import SIZES, broadcast
+from .sizes import SIZES, broadcast, columns_of
 
 __all__ = ["arithmetic", "guarded"]
 
@@ -183,6 +183,13 @@ def _resampled(
             raise ValueError(f"{given} times {scale} is not {made}")
 
 
+def _from_columns(self: Tensor, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> None:
+    """torch counts columns in 32 bits, which a large padding goes beyond."""
+    columns = columns_of(output_size, kernel_size, dilation, padding, stride)
+    if not self.ndim or self.shape[-1] != columns:
+        raise ValueError(f"{list(self.shape)} where {columns:,} columns make {output_size}")
+
+
 def _pieces(self: Tensor, count: int) -> None:
     if count > _MOST_PIECES:
         raise ValueError(f"{list(self.shape)} in {count:,} pieces, of {_MOST_PIECES:,} at most")
@@ -208,6 +215,7 @@ _CONDITIONS: dict[str, _Function] = {
     "_weight_norm": _weight_norm,
     "batch_norm": _normalization,
     "chunk": _chunk,
+    "col2im": _from_columns,
     "div": _division,
     "divide": _division,
     "dropout": _dropout,

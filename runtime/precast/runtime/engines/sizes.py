@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SIZES", "broadcast"]
+__all__ = ["SIZES", "broadcast", "columns_of"]
 
 Estimate = Callable[..., float]
 _Sizes = Sequence[int]
@@ -104,8 +104,14 @@ def _unfolded(self: Tensor, dimension: int, size: int, step: int) -> int:
 
 
 def _columns(self: Tensor, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> int:
-    sizes = zip(self.shape[-2:], *_each(2, kernel_size, stride, padding, dilation), strict=False)
-    return math.prod(self.shape[:-2]) * math.prod(*_each(2, kernel_size)) * math.prod(_windows(*each) for each in sizes)
+    columns = columns_of(self.shape[-2:], kernel_size, dilation, padding, stride)
+    return math.prod(self.shape[:-2]) * math.prod(*_each(2, kernel_size)) * columns
+
+
+def columns_of(image: _Sizes, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> int:
+    """How many columns an image of this height and width makes."""
+    sizes = zip(*_each(2, image, kernel_size, stride, padding, dilation), strict=False)
+    return math.prod(_windows(*each) for each in sizes)
 
 
 def _of_columns(self: Tensor, output_size: Any, *_: Any, **__: Any) -> int:
