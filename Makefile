@@ -13,8 +13,9 @@ MINILM := $(MODELS)/all-MiniLM-L6-v2
 NEURON_HLO ?= build/neuron-hlo
 FUZZ_SECONDS ?= 600
 NEWEST ?= build/newest
+FOREIGN ?= build/foreign
 
-.PHONY: demo fuzz test test-slow test-newest constraints check env models bench peers neuron-hlo clean
+.PHONY: demo fuzz test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
@@ -34,6 +35,11 @@ test-newest: models
 		$(TORCH) -e '.[export,dev]'
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
 	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Test suites of other projects, with ours in the place of what they test. They are cloned into $(FOREIGN); whoever has
+# them elsewhere names that folder. Some of them only: make foreign SUITES="generation processors".
+foreign: $(BIN)/.dev
+	PYTHONPATH=tests $(BIN)/python -m foreign.run $(FOREIGN) $(SUITES)
 
 # constraints.txt anew: the newest release of everything that the tests need beside the torch that it names already.
 constraints:

@@ -1,0 +1,91 @@
+"""A pytest plugin that counts a foreign suite: passed, refused by name, failed, and not ours.
+
+A test that ends with a PrecastError was refused by name, whose words are kept; one that ends otherwise, an exception of
+ours that is no PrecastError included, has failed. One that never came to anything of ours is counted apart, whatever
+its end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import SkipTest
+
+import pytest
+
+from precast.runtime.errors import PrecastError
+
+from .expected import EXPECTED
+
+KINDS = ("passed", "refused", "expected", "failed", "not ours")
+
+
+class Running:
+    """The test that runs."""
+
+    reached = False
+
+
+def reached() -> None:
+    """Note that the running test has come to something of ours."""
+    Running.reached = True
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tally", help="Where to write the figures, as JSON.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_TALLY] = []
+
+
+def pytest_runtest_setup() -> None:
+    Running.reached = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    raised = None if call.excinfo is None else call.excinfo.value
+    if call.when == "call" or raised is not None:
+        item.config.stash[_TALLY].append({"test": _name(item), **verdict(raised, item.nodeid, EXPECTED)})
+    if isinstance(raised, PrecastError):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, f"refused: {raised}")
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    target = session.config.getoption("--tally")
+    if target:
+        Path(target).write_text(json.dumps(session.config.stash[_TALLY], indent=1) + "\n", "utf-8")
+
+
+def figures(lines: list[dict[str, Any]]) -> dict[str, int]:
+    """How many tests ended in which way."""
+    counted = Counter(line["end"] for line in lines)
+    return {kind: counted[kind] for kind in KINDS}
+
+
+_TALLY = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def _name(item: pytest.Item) -> str:
+    return f"{item.path.stem}::{'::'.join(item.nodeid.split('::')[1:])}"
+
+
+def verdict(raised: BaseException | None, test: str, expected: dict[str, str]) -> dict[str, str]:
+    """How a test ended that raised this; `expected` has reasons for failures, by patterns of tests' names."""
+    words = "" if raised is None else f"{type(raised).__name__}: {raised}"[:400]
+    if isinstance(raised, PrecastError):
+        return {"end": "refused", "words": words}
+    if not Running.reached or isinstance(raised, pytest.skip.Exception | SkipTest):
+        return {"end": "not ours", "words": words}
+    if raised is None:
+        return {"end": "passed", "words": ""}
+    reason = next((why for pattern, why in expected.items() if re.search(pattern, test)), None)
+    return {"end": "failed", "words": words} if reason is None else {"end": "expected", "words": reason}

@@ -1,0 +1,50 @@
+"""The adapters for other projects' test suites (`make foreign`), without the suites."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from foreign import run, tally
+
+from precast.runtime.errors import InputError
+
+
+def test_every_suite_has_an_adapter() -> None:
+    """Each is a plugin that imports without the suite."""
+    for suite in run.SUITES.values():
+        adapter = import_module(f"foreign.{suite.adapter}")
+        assert hasattr(adapter, "pytest_configure") or hasattr(adapter, "pytest_collection_modifyitems")
+        assert suite.source in run.SOURCES
+        assert suite.files
+
+
+def test_suites_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=128))
+    with pytest.raises(SystemExit, match=r"could not be had.*make foreign FOREIGN="):
+        run.main([str(tmp_path), "processors"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "is_ours", "end"),
+    [
+        (None, True, "passed"),
+        (None, False, "not ours"),
+        (InputError("num_beams=2 is refused"), True, "refused"),
+        (TypeError("raw"), True, "failed"),
+        (AssertionError("other tokens"), True, "failed"),
+        (OSError("no such checkpoint"), False, "not ours"),
+    ],
+)
+def test_how_a_test_ended(raised: Exception | None, is_ours: bool, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of ours by name is a refusal, any other a failure, and what never came to ours counts for nothing."""
+    monkeypatch.setattr(tally.Running, "reached", is_ours)
+    assert tally.verdict(raised, "a_test", {})["end"] == end
+
+
+def test_an_expected_failure_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally.Running, "reached", True)
+    found = tally.verdict(AssertionError("no cache"), "suite::test_cache", {"test_cache$": "the cache stays inside"})
+    assert found == {"end": "expected", "words": "the cache stays inside"}
