@@ -6,12 +6,10 @@ Compared with the classes of transformers that use Pillow, `…ImageProcessorPil
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import shutil
-from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 import transformers
@@ -146,19 +144,12 @@ def test_any_settings_of_every_class_are_obeyed_or_refused(tmp_path, kind):
         same(write(tmp_path, settings), (PICTURE,) if index % 2 else (PICTURE, PICTURE.resize((40, 40))))
 
 
-PUBLISHED = Path(os.environ.get("PRECAST_CORPUS") or "nowhere") / "configs"
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="PRECAST_CORPUS names no folder of published files")
-@pytest.mark.parametrize(
-    "folder", sorted({file.parent for file in PUBLISHED.glob("*/*processor_config.json")}), ids=lambda path: path.name
-)
+@corpus.needs_corpus
+@corpus.each_processor
 @pytest.mark.filterwarnings("ignore")
 def test_what_people_publish_is_prepared_as_by_transformers_or_refused(tmp_path, folder):
-    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            shutil.copy(folder / name, tmp_path)
+    corpus.copy_processor(folder, tmp_path)
     file = folder / "preprocessor_config.json"
     rules = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if str(rules.get("image_processor_type")).endswith("FeatureExtractor"):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 import transformers
@@ -104,17 +102,10 @@ def test_the_part_of_processor_config_counts(tmp_path):
         assert SoundProcessor(tmp_path)([SOUND])["input_values"].shape == (1, 9000)
 
 
-PUBLISHED = Path(os.environ.get("PRECAST_CORPUS") or "nowhere") / "configs"
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="PRECAST_CORPUS names no folder of published files")
-@pytest.mark.parametrize(
-    "folder", sorted({file.parent for file in PUBLISHED.glob("*/*processor_config.json")}), ids=lambda path: path.name
-)
+@corpus.needs_corpus
+@corpus.each_processor
 @pytest.mark.filterwarnings("ignore")
 def test_what_people_publish_is_prepared_as_by_transformers_or_refused(tmp_path, folder):
-    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            shutil.copy(folder / name, tmp_path)
+    corpus.copy_processor(folder, tmp_path)
     same(tmp_path)
