@@ -20,6 +20,8 @@ from zoo import encoders as zoo
 from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, preview, quiet_libraries
+from precast.exporter.quantize.choose import calibration_rows
+from precast.exporter.resolve import resolve
 from precast.runtime import CompiledModel
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError, ExportError, InputError, UsageError
@@ -303,6 +305,27 @@ def test_segments_are_an_input_where_a_tokenizer_makes_them(checkpoint, tmp_path
     for names in (["input_ids", "attention_mask"], ["input_ids", "attention_mask", "token_type_ids"]):
         (source / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": names}))
         assert [spec.name for spec in preview(str(source), options).inputs] == names
+
+
+def test_positions_that_transformers_caches_without_values(tmp_path):
+    """BEiT's, by the size of the image alone: planned on empty weights, the reference computed with what had none."""
+    source = zoo.make(tmp_path / "beit", "beit", "image-classification")
+    options = ExportOptions(task="image-classification", **zoo.options("beit", "image-classification"))
+    model = CompiledModel.from_pretrained(export(str(source), tmp_path / "out", options).path)
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    with torch.inference_mode():
+        expected = oracle.eager(source, "AutoModelForImageClassification")(torch.from_numpy(pixels)).logits.numpy()
+    assert np.abs(model(pixel_values=pixels).logits - expected).max() < 1e-5
+
+
+def test_a_tokenizer_that_takes_words_is_not_asked_to_read_texts(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("bert", AUTO["token-classification"]), tmp_path / "bert")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LayoutLMv3Tokenizer"}))
+    options = ExportOptions(batch_size=2, sequence_length=(8,))
+    assert export(str(source), tmp_path / "out", options).contract.variants[0].accuracy.status == "passed"
+    with pytest.raises(CheckpointError, match=r"LayoutLMv3Tokenizer cannot read plain text: Words must be"):
+        calibration_rows(resolve(str(source), options), options)
 
 
 BLOCKS = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}

@@ -74,6 +74,8 @@ _RESNET = {
 }  # fmt: skip
 _STAGES = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4, "image_size": 32}
 _SEGMENTED = {**_IMAGE, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+# As published: by default neither type has a table of relative positions.
+_RELATIVE = {**_SEGMENTED, "use_relative_position_bias": True}
 
 IMAGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit", "vit_msn",
@@ -82,7 +84,7 @@ IMAGES: dict[str, dict[str, Any]] = {
              "mobilenet_v2", "mobilevit", "poolformer", "pvt", "pvt_v2", "resnet", "segformer", "swiftformer",
              "clip", "siglip", "siglip2"),
     "regnet": {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "groups_width": 8},
-    "beit": _SEGMENTED, "data2vec-vision": _SEGMENTED,
+    "beit": _RELATIVE, "data2vec-vision": _RELATIVE,
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.4, "hidden_dim": 640},
     "yolos": {**_IMAGE, "image_size": [32, 32], "num_detection_tokens": 5},
     "hiera": {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},

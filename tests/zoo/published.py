@@ -89,6 +89,10 @@ def _put(raw: dict[str, Any], config: Any, changes: dict[str, Any]) -> None:
                 _put(raw[name], part, inner)
             else:
                 _put_flat(raw, inner)
+                if not _is_read(raw, config, name, inner):
+                    # transformers does not read it from there either: all of the part is as by default.
+                    raw[name] = {"rope_parameters": getattr(part, "rope_parameters", None), **inner}
+                    _cut_rope(raw[name], part)
             continue
         if name in config.sub_configs:
             continue
@@ -97,6 +101,11 @@ def _put(raw: dict[str, Any], config: Any, changes: dict[str, Any]) -> None:
             if actual == name and alias in raw:
                 raw[alias] = value
     _cut_rope(raw, config)
+
+
+def _is_read(raw: dict[str, Any], config: Any, name: str, changes: dict[str, Any]) -> bool:
+    part = getattr(type(config).from_dict(json.loads(json.dumps(raw))), name)
+    return all(getattr(part, each, value) == value for each, value in changes.items() if each in raw)
 
 
 def _put_flat(raw: dict[str, Any], changes: dict[str, Any]) -> None:

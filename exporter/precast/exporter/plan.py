@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import pytorch_utils
 
 from precast.runtime.artifact.machine import memory_bytes
 from precast.runtime.artifact.schema import Axis, Dim, Dtype, Graph, Input, Output, Role
@@ -24,7 +27,6 @@ from .resolve import Checkpoint
 
 __all__ = [
     "GraphPlan",
-    "NoValues",
     "Plan",
     "TensorPlan",
     "check_blocks",
@@ -33,6 +35,7 @@ __all__ = [
     "make_plan",
     "run_skeleton",
     "single_batch",
+    "without_values",
 ]
 
 
@@ -214,7 +217,17 @@ def check_blocks(checkpoint: Checkpoint, length: int) -> None:
         )
 
 
-class NoValues(TorchDispatchMode):
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Run a model for its shapes alone. What transformers caches for a whole process (BEiT's table of relative
+    positions, by the size of the image alone) must not be made here: the model with its weights would compute with a
+    tensor that has no values."""
+    uncached = patch.object(pytorch_utils, "is_torchdynamo_compiling", lambda: True)
+    with torch.no_grad(), torch.device("meta"), uncached, _NoValues():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _NoValues(TorchDispatchMode):
     """Answers 0 where code looks into an empty tensor (to warn about padding, say); only shapes matter here."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -234,7 +247,7 @@ class _Numbers(TorchFunctionMode):
 def run_skeleton(model: nn.Module, task: Task, example: dict[str, Any]) -> Any:
     """The answer of a model without weights, whose shapes are all that it has. Raises ExportError."""
     try:
-        with torch.no_grad(), torch.device("meta"), _Numbers(), NoValues():  # type: ignore[no-untyped-call]
+        with without_values(), _Numbers():
             return model(**example, return_dict=True)
     except Exception as error:
         raise ExportError(

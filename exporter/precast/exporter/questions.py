@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -18,10 +19,11 @@ import numpy as np
 
 from precast.runtime.artifact.schema import Graph
 from precast.runtime.artifact.tasks import Task
+from precast.runtime.errors import CheckpointError
 
 from .kinds import kind_of
 
-__all__ = ["Question", "make_questions", "make_scored", "repeat", "write_questions"]
+__all__ = ["Question", "make_questions", "make_scored", "repeat", "token_ids", "write_questions"]
 
 Array = np.ndarray[Any, Any]
 
@@ -62,7 +64,8 @@ def write_questions(questions: Sequence[Question], path: Path) -> None:
 
 
 def make_questions(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:
-    """The questions for an artifact with these graphs; `tokenizer` None makes them of random ids (always the same)."""
+    """The questions for an artifact with these graphs; without a `tokenizer`, or with one that
+    cannot read plain text, they are random ids (always the same)."""
     found: list[Question] = kind_of(task).questions(graphs, _texts("texts.txt", tokenizer, vocabulary))
     return found
 
@@ -81,9 +84,22 @@ def repeat(texts: list[list[int]], length: int) -> list[int]:
     return joined[:length]
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a plain text. Raises CheckpointError where the tokenizer cannot read one: those of documents take
+    words and boxes, and those of a CTC head may know letters alone."""
+    try:
+        found: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:
+        # Any type: each tokenizer has code of its own.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{type(tokenizer).__name__} cannot read plain text: {reason}") from error
+    return found
+
+
 def _texts(name: str, tokenizer: Any | None, vocabulary: int) -> list[list[int]]:
-    if tokenizer is None:
-        numbers = random.Random(0)  # noqa: S311  (to repeat, not to be secret)
-        return [[numbers.randrange(vocabulary) for _ in range(numbers.randint(5, 40))] for _ in range(20)]
     lines = resources.files(__package__).joinpath(name).read_text("utf-8").splitlines()
-    return [tokenizer(line)["input_ids"] for line in lines]
+    if tokenizer is not None:
+        with suppress(CheckpointError):
+            return [token_ids(tokenizer, line) for line in lines]
+    numbers = random.Random(0)  # noqa: S311  (to repeat, not to be secret)
+    return [[numbers.randrange(vocabulary) for _ in range(numbers.randint(5, 40))] for _ in range(20)]

@@ -244,7 +244,8 @@ class Checkpoint:
         )
 
     def skeleton(self, task: Task) -> nn.Module:
-        """The model without weights, on the meta device. Raises CheckpointError for an unsupported model type."""
+        """The model without weights, on the meta device, in float32 as it is traced whatever it was published in: what
+        it carries beside keys and values has its dtype. Raises CheckpointError for an unsupported model type."""
         auto = self._auto_class(task)
         if not self._class_names(task):
             possible = self._possible_tasks()
@@ -255,7 +256,7 @@ class Checkpoint:
         model: nn.Module
         try:
             with torch.device("meta"):
-                model = auto.from_config(self.config, trust_remote_code=self._trusts)
+                model = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=self._trusts)
         except Exception as error:
             # Any type: each model type has code of its own.
             raise CheckpointError(

@@ -26,7 +26,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, PrecastError
 
 from ..architectures import adapted, traceable
-from ..plan import NoValues, run_skeleton
+from ..plan import run_skeleton, without_values
 from .cache_names import cache_argument, cache_in
 from .hooks import after
 from .states import Carried, StateLayer, carried
@@ -121,7 +121,7 @@ def misfit(model: nn.Module, found: Layout, sizes: Sequence[tuple[int, int]]) ->
         past = [torch.empty(1, heads, 2, width) for heads, width in sizes for _ in range(2)]
         ids, lengths, positions = torch.ones(1, 2).long(), torch.ones(1).int(), torch.zeros(1, 1).long()
         try:
-            with torch.no_grad(), NoValues(), adapted(model):  # type: ignore[no-untyped-call]
+            with without_values(), adapted(model):
                 OperatorDecoder(model, len(sizes), None)(ids, lengths, lengths, positions, past)
         except _MISFITS as error:
             return _reason(error)

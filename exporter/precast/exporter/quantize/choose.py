@@ -15,6 +15,7 @@ from precast.runtime.errors import CheckpointError, UsageError
 
 from ..loss import floor_for
 from ..options import GROUP_SIZES, ExportOptions
+from ..questions import token_ids
 from ..resolve import Checkpoint
 from . import quantize
 from .methods import METHODS, WHOLE_ROW, Scheme, Zero, get_method
@@ -135,7 +136,7 @@ def calibration_rows(checkpoint: Checkpoint, options: ExportOptions) -> list[Ten
         text = (options.calibration or built_in).read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"--calibration {options.calibration} is not text in UTF-8: {error}.") from error
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(token_ids(tokenizer, text), dtype=torch.int64)
     rows = [row for row in ids.split(length) if len(row) > 1]
     if not rows:
         raise UsageError(f"--calibration {options.calibration} holds {len(ids)} tokens; it takes 2 at least.")
