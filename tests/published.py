@@ -85,6 +85,7 @@ def _compare(row: dict[str, Any], scratch: Path) -> None:
     """Raise where this folder's answers are not those of transformers."""
     from precast.exporter import ExportOptions, export
     from precast.exporter.resolve import resolve
+    from precast.exporter.support import check_supported
     from precast.runtime.errors import ExportError
 
     source = _laid_out(row, scratch / row["checkpoint"])
@@ -94,6 +95,7 @@ def _compare(row: dict[str, Any], scratch: Path) -> None:
     config = _known(source)
     _fill(row, source, raw, config)
     asked = _asked_task(raw, config)
+    check_supported(str(source), asked)
     checkpoint = resolve(str(source), ExportOptions(task=asked))
     task = checkpoint.task(asked)
     row["task"] = task.name

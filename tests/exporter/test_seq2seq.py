@@ -267,6 +267,41 @@ def test_speech_is_written_down_as_by_transformers(whisper, asked):
         assert not values[len(expected) :].any(), "what follows the end is padding"
 
 
+WRITTEN = [
+    ([5, 245, 250, 7, 8], None), ([5, 6, 245, 250], None), ([245, 250, 7, 8, 246, 247, 9], None),
+    ([245, 250, 7, 246], [245, 250, 7, 246]), ([5, 6, 250], [5, 6, 250]), ([5, 6], [5, 6]),
+    ([5, 301, 302, 7], [5, 301, 302]),
+]  # fmt: skip
+"""What the model writes, and what is heard: None where transformers goes on, in a second pass."""
+
+
+@pytest.mark.parametrize(("written", "heard"), WRITTEN, ids=range(len(WRITTEN)))
+def test_an_answer_that_transformers_goes_on_from_is_refused(whisper, monkeypatch, written, heard):
+    """Times from 241 on: two in a row end a segment, after which the rest of the sound is heard again."""
+    source, model = whisper
+    eager = oracle.eager(source, "WhisperForConditionalGeneration")
+    monkeypatch.setattr(eager.generation_config, "no_timestamps_token_id", 240)
+    monkeypatch.setattr(model, "_whispers", {**model._whispers, "no_timestamps_token_id": 240})
+    after = dict(zip([240, *written], [*written, 2], strict=True))
+
+    def dictate(ids, scores):
+        for row, values in zip(ids, scores, strict=True):
+            values[:] = -np.inf
+            values[after[int(row[-1])]] = 0
+        return scores
+
+    with torch.inference_mode():
+        expected = eager.generate(torch.from_numpy(FEATURES[:1]), logits_processor=[dictate])[0].tolist()
+    if heard is None:
+        assert expected[: len(written) + 1] != written
+        with pytest.raises(
+            InputError, match=r"writes times without being asked, and stopped at 0\.\d\d s.*from 241 on"
+        ):
+            model.generate(FEATURES[:1], logits_processor=[dictate])
+    else:
+        assert model.generate(FEATURES[:1], logits_processor=[dictate])[0].tolist() == expected == heard
+
+
 def test_speech_logits(whisper):
     source, model = whisper
     assert isinstance(model, CompiledModelForSpeechSeq2Seq)

@@ -34,6 +34,10 @@ _TYPES: dict[str, Any] = {
 }
 
 
+_FRAMES_PER_TIME = 2
+"""A time is a multiple of 0.02 s, two frames of a spectrogram."""
+
+
 class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
     """Whisper: what is said in up to 30 seconds of sound, or its English translation, without timestamps."""
 
@@ -99,7 +103,8 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             as for decoders.
 
         Raises:
-            InputError: an argument is wrong, or the request is longer than compiled for.
+            InputError: an argument is wrong, the request is longer than compiled for, or the model writes times that
+                say where it would listen on.
         """
         if return_timestamps or (return_timestamps is None and self._whispers.get("return_timestamps")):
             raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
@@ -128,7 +133,25 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         return larger(self.artifact, f"--batch-size {self.batch_size}{more}")
 
     def _finished(self, tokens: list[int], config: GenerationConfig) -> list[int]:
-        return tokens[:-1] if tokens[-1] in config.eos_ids else tokens
+        return self._heard(tokens[:-1] if tokens[-1] in config.eos_ids else tokens)
+
+    def _heard(self, tokens: list[int]) -> list[int]:
+        """An answer up to the last two times in a row, which end a segment: what follows would be heard once more. All
+        of it, where it has one segment or closes with one time (transformers' `_retrieve_segment`). Raises InputError
+        where the sound goes on there."""
+        silent = self._whispers.get("no_timestamps_token_id")
+        is_time = [silent is not None and token > silent for token in tokens]
+        ends = [at for at in range(len(tokens) - 1) if is_time[at] and is_time[at + 1]]
+        if silent is None or not ends or is_time[-2:] == [False, True]:
+            return tokens
+        (frames,), time = self._encoders, tokens[ends[-1]] - silent - 1
+        if _FRAMES_PER_TIME * time < frames:
+            raise InputError(
+                f"This model writes times without being asked, and stopped at {time * 0.02:.2f} s; the rest would be "
+                f"heard in a second pass, which this runtime does not do. Pass suppress_tokens with those of "
+                f"generation_config.json and all ids from {silent + 1} on: then it writes no times."
+            )
+        return tokens[: ends[-1] + 2]
 
     def _sources(self, input_features: Any) -> list[Array]:
         features = np.asarray(to_numpy(input_features))
