@@ -1,4 +1,4 @@
-"""Text alone of models that read images, too: their language model is exported, and answers as the whole model does."""
+"""Text alone of models that read images or sound, too: the language model alone answers as the whole model does."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ TYPES = [
         for each in (
             ("qwen2_5_vl", SECTIONS), ("qwen3_vl", SECTIONS), ("smolvlm", {}), ("idefics3", {}), ("mistral3", {}),
             ("internvl", {}), ("llava", {}), ("llava_next", {}), ("aya_vision", {}), ("paligemma", {}),
+            ("qwen2_audio", {}),
         )
     ),
 ]  # fmt: skip
@@ -40,7 +41,7 @@ def source_of(tmp_path_factory):
     def make(model_type, changes):
         path = root / model_type
         if not path.exists():
-            auto = transformers.AutoModelForImageTextToText
+            auto = transformers.AutoModelForMultimodalLM
             tiny.save_checkpoint(path, tiny_config(model_type, changes), auto)
         return path
 
@@ -53,7 +54,7 @@ def test_it_answers_texts_as_the_whole_model_does(source_of, tmp_path, model_typ
     made = export(str(source), tmp_path / "out", ExportOptions(task="text-generation", sequence_length=(32,)))
     assert made.contract.variants[0].accuracy.status == "passed"
     model = CompiledModelForCausalLM.from_pretrained(made.path)
-    whole = transformers.AutoModelForImageTextToText.from_pretrained(source).eval()
+    whole = transformers.AutoModelForMultimodalLM.from_pretrained(source).eval()
     prompt = torch.tensor([[5, 9, 30, 7, 200, 11]])
     asked = {"max_new_tokens": 8, "do_sample": False}
     expected = whole.generate(prompt, attention_mask=torch.ones_like(prompt), **asked)
@@ -76,7 +77,7 @@ def test_a_type_without_a_language_model_of_its_own_is_refused(tmp_path):
 
 
 def test_a_part_that_text_needs_is_missed_aloud():
-    whole = transformers.AutoModelForImageTextToText.from_config(tiny_config("llava"))
+    whole = transformers.AutoModelForMultimodalLM.from_config(tiny_config("llava"))
     keep_language_model(whole)
     with pytest.raises(ExportError, match="vision_tower is part of how it reads text"):
         whole.model.vision_tower(torch.zeros(1, 3, 32, 32))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 import transformers
 from torch import nn
 
@@ -22,9 +23,10 @@ READS_MORE = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 class _Absent(nn.Module):
     """What stands where a part was that is for images or sound."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         super().__init__()
-        self.name = name
+        # Qwen2-Audio asks where its ears are, and sends texts there.
+        self.name, self.device = name, device
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
         raise ExportError(f"its {self.name} is part of how it reads text, too")
@@ -47,4 +49,4 @@ def keep_language_model(model: Any) -> None:
     for parent in [module for module in model.modules() if id(module) not in inner]:
         for name, child in list(parent.named_children()):
             if not any(id(module) in inner for module in child.modules()):
-                setattr(parent, name, _Absent(name))
+                setattr(parent, name, _Absent(name, model.device))
