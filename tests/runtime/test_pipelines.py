@@ -20,7 +20,8 @@ from transformers.pipelines.pt_utils import KeyDataset
 from wordpiece import wordpiece
 
 from precast.runtime import CompiledModel, pipeline
-from precast.runtime.errors import InputError, UsageError
+from precast.runtime.errors import InputError, PrecastWarning, UsageError
+from precast.runtime.generation import GenerationConfig
 from precast.runtime.pipelines import PIPELINES
 
 NAMES = ["O", "B-人", "I-人", "B-Ort", "I-Ort"]
@@ -505,10 +506,39 @@ def test_mistakes_are_named(classifiers, decoder, encoder):
         pipeline(model=decoder)(7)
 
 
-def test_zero_shot_wants_a_model_of_inference(classifiers):
-    pipe = pipeline("zero-shot-classification", classifiers[1].model)
-    with pytest.raises(InputError, match="one of whose labels is 'entailment'; this model's are: 好评"):
-        pipe("x", candidate_labels=["a", "b"])
+@pytest.mark.parametrize("labels", [["a", "b"], "a"])
+def test_zero_shot_without_entailment_takes_the_last_label(pairs, labels):
+    """As transformers does, with a warning."""
+    auto = "AutoModelForSequenceClassification"
+    path, compiled = pairs(auto, ["好评 (4–5)", "差评", "中立"])
+    eager, ours = theirs("zero-shot-classification", path, auto), pipeline("zero-shot-classification", compiled)
+    with pytest.warns(PrecastWarning, match="one of whose labels is 'entailment'; this model's are: 好评"):
+        found = ours(tiny.TEXTS[0], candidate_labels=labels)
+    assert_same(found, eager(tiny.TEXTS[0], candidate_labels=labels))
+    for nothing in ("", None, ["Water", ""]):
+        with pytest.raises(InputError, match="An input is a text of one character at least; this is"):
+            ours(nothing, candidate_labels=labels)
+
+
+def test_pairs_of_texts_as_they_once_were(classifiers):
+    eager, ours = classifiers
+    pair = [[["Water here", "天气"]]]
+    assert_same(ours(pair), eager(pair))
+    with pytest.raises(InputError, match="An input is a text, or a pair of texts"):
+        ours(pair[0])
+
+
+def test_empty_prompts_begin_with_bos(checkpoint, decoder):
+    eager = theirs("text-generation", checkpoint("llama"), "AutoModelForCausalLM")
+    ours = pipeline(model=decoder)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    answer = ours("", **options)
+    assert_same(answer, eager("", **options))
+    assert ours(["Water", ""], **options) == [ours("Water", **options), answer]
+    ours.model.generation_config = GenerationConfig()
+    with pytest.raises(InputError, match="A prompt is empty, and there is no bos_token_id"):
+        ours("", **options)
+    assert ours("", bos_token_id=1, **options) == answer
 
 
 def test_text_tasks_need_neither_torch_nor_transformers(pairs):

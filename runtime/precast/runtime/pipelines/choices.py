@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, PrecastWarning
 from .base import Array, Batch, Pipeline, TextPipeline
 from .scores import best, labels, softmax
 
@@ -47,6 +48,8 @@ class ZeroShotClassificationPipeline(LabelledPipeline, TextPipeline):
             truncation: cut also texts that are longer than compiled for, instead of refusing them.
         """
         texts, is_one = self._listed(inputs)
+        if wrong := [each for each in texts if not isinstance(each, str) or not each]:
+            raise InputError(f"An input is a text of one character at least; this is {wrong[0]!r:.80}.")
         names = labels_of(candidate_labels)
         cut = {"length": self._longest() if truncation else self.tokenizer.max_length, "strategy": "only_first"}
         encodings = [
@@ -74,21 +77,28 @@ class ZeroShotClassificationPipeline(LabelledPipeline, TextPipeline):
 
     def _scores(self, logits: Array, multi_label: bool) -> Array:
         """Probabilities [texts, labels] from logits [texts, labels, classes]."""
-        entailment = self._entailment()
+        entailment = self._entailment(logits.shape[2])
         if multi_label or logits.shape[1] == 1:
             contradiction = -1 if entailment == 0 else 0
             return softmax(logits[..., [contradiction, entailment]])[..., 1]
         return softmax(logits[..., entailment])
 
-    def _entailment(self) -> int:
+    def _entailment(self, classes: int) -> int:
+        """The class that says that one text follows from another; the last one where no label is 'entailment', as in
+        transformers."""
         names = labels(self.model.config)
-        for index, name in names.items():
-            if name.lower().startswith("entail"):
-                return index
-        raise InputError(
+        given = self.model.config.get("label2id")
+        for name, index in (given if isinstance(given, dict) else {name: at for at, name in names.items()}).items():
+            if name.lower().startswith("entail") and index in range(classes):
+                return int(index)
+        warnings.warn(
             f"Zero-shot classification takes a model of natural language inference, one of whose labels is "
-            f"'entailment'; this model's are: {', '.join(names.values()) or 'unnamed'}."
+            f"'entailment'; this model's are: {', '.join(names.values()) or 'unnamed'}. The last one is taken for it; "
+            f"where that is wrong, correct label2id in the checkpoint's config.json and export it again.",
+            PrecastWarning,
+            stacklevel=2,
         )
+        return -1
 
 
 class MultipleChoicePipeline(TextPipeline):

@@ -147,11 +147,23 @@ class TextGenerationPipeline(GeneratingPipeline):
 
     def _answered(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
         # How long an answer may be depends on the prompts beside it, so those of other slices must not count.
-        rows = _without_padding(rows)
+        rows = self._begun(_without_padding(rows), options)
         if not self._says_how_long(options):
             room = self.model.capacity - int(rows["attention_mask"].sum(1).max())
             options = {**options, "max_new_tokens": max(1, min(room, _MOST_NEW_TOKENS))}
         return super()._answered(rows, options)[:, rows["input_ids"].shape[1] :]
+
+    def _begun(self, rows: dict[str, Array], options: dict[str, Any]) -> dict[str, Array]:
+        """With bos_token_id where a prompt has no token, as generate() begins without any."""
+        empty = np.asarray(rows["attention_mask"].sum(1) == 0)
+        if not empty.any():
+            return rows
+        first = options.get("bos_token_id", self.model.generation_config.bos_token_id)
+        if first is None:
+            raise InputError("A prompt is empty, and there is no bos_token_id to begin with; pass bos_token_id=….")
+        column = np.where(empty, first, 0)[:, None]
+        began = {"input_ids": column, "attention_mask": empty[:, None].astype(np.int64)}
+        return {name: np.concatenate([began[name], values], 1) for name, values in rows.items()}
 
     def _is_list(self, inputs: Any) -> bool:
         return super()._is_list(inputs) and not _is_conversation(inputs)

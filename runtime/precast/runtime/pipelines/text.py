@@ -112,6 +112,11 @@ class TextClassificationPipeline(PlainTextPipeline):
         is_told_once = "top_k" in self.options and "top_k" not in options
         return [answer] if is_told_once and isinstance(options.get("inputs", inputs), str) else answer
 
+    def _listed(self, inputs: Any) -> tuple[list[Any], bool]:
+        """As `Pipeline._listed`; [[a, b]] is a pair, as transformers once had them and still takes them."""
+        given, is_one = super()._listed(inputs)
+        return [tuple(each[0]) if _is_old_pair(each) else each for each in given], is_one
+
     def postprocess(
         self,
         outputs: Batch,
@@ -149,6 +154,10 @@ def classify(config: dict[str, Any], logits: Array, function: str | None = None)
         raise UsageError(f"function_to_apply={function!r} is not known; choose one of: {', '.join(_FUNCTIONS)}.")
     scores = _FUNCTIONS[function or _function_of(config, len(logits))](logits)
     return [{"label": label(config, index), "score": float(scores[index])} for index in best(scores, None)]
+
+
+def _is_old_pair(given: Any) -> bool:
+    return isinstance(given, list) and len(given) == 1 and isinstance(given[0], list) and len(given[0]) == 2
 
 
 def _function_of(config: dict[str, Any], labels: int) -> str:
