@@ -113,7 +113,9 @@ def test_killed_at_any_moment(source, target, seconds, digests, is_there):
                 shutil.rmtree(target)
 
 
-PROGRESS = re.compile(r"  \w+ +\d|(task|batch size|sequence length|graphs|weights|cache|memory to export) ")
+PROGRESS = re.compile(
+    r"Exporting .+ …$|  \w+ +\d|(task|batch size|sequence length|graphs|weights|cache|memory to export) "
+)
 
 
 @pytest.mark.parametrize("step", ["import", *STEPS[:-1]])
