@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from foreign import run, tally
+from foreign.pipelines import Both, Different
 
 from precast.runtime.errors import InputError
 
@@ -48,3 +51,35 @@ def test_an_expected_failure_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tally.Running, "reached", True)
     found = tally.verdict(AssertionError("no cache"), "suite::test_cache", {"test_cache$": "the cache stays inside"})
     assert found == {"end": "expected", "words": "the cache stays inside"}
+
+
+def _ends(with_: Any) -> Any:
+    """What answers so, or raises so."""
+
+    def call(*_: Any, **__: Any) -> Any:
+        if isinstance(with_, Exception):
+            raise with_
+        return with_
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "raised"),
+    [
+        ([{"score": 0.5}], [{"score": 0.50001}], None),
+        ([{"score": 0.5}], [{"score": 0.6}], AssertionError),
+        (["a", "b"], ["a"], AssertionError),
+        (InputError("refused"), ValueError("theirs"), ValueError),
+        (ValueError("raw"), ValueError("theirs"), Different),
+        (["a"], ValueError("theirs"), Different),
+        (InputError("refused"), ["a"], InputError),
+    ],
+)
+def test_a_pipeline_of_ours_ends_as_theirs(ours: Any, theirs: Any, raised: type[Exception] | None) -> None:
+    """An exception is no answer that a test of theirs expects of ours, unless ours refuses by name, too."""
+    both = Both(_ends(ours), _ends(theirs), "text-classification")
+    with nullcontext() if raised is None else pytest.raises(raised) as found:
+        assert both("a text") == ours
+    if raised is not None:
+        assert found.type is raised

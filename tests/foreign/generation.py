@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import GenerationMixin
+from transformers import GenerationMixin, set_seed
 
 from . import compiled, tally
 
@@ -79,6 +79,14 @@ def _as_theirs(model: Any, answer: Any, given: dict[str, Any]) -> Any:
 
 def pytest_configure() -> None:
     GenerationMixin.generate = generate
+
+
+def pytest_runtest_setup() -> None:
+    """Let each test begin with the same random numbers: it can be repeated, and equal models are exported once."""
+    from tests.test_modeling_common import global_rng
+
+    set_seed(0)
+    global_rng.seed(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,8 +2,9 @@
 
     PYTHONPATH=tests python -m foreign.run FOLDER [SUITE ...]
 
-FOLDER is where the suites are, or are to be: what is missing is cloned from its public repository, as it was when the
-installed release was made. What they import and we do not is installed into FOLDER/packages, not into the environment.
+FOLDER is where the suites are, or are to be: what is missing is fetched from its public repository, at a revision that
+is named here; transformers' is the tag of the installed release. What they import and we do not is installed into
+FOLDER/packages, not into the environment.
 Ends with 1 where a test has failed that tests/foreign/expected.py gives no reason for.
 """
 
@@ -14,8 +15,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,8 @@ class Source:
     """A public repository."""
 
     url: str
-    tag: str
+    revision: str
+    """A tag, or a commit."""
     is_there: str
     """A file by which one knows that it is there."""
 
@@ -49,9 +53,15 @@ SOURCES = {
     "transformers": Source(
         "https://github.com/huggingface/transformers", f"v{version('transformers')}", "tests/generation/test_utils.py"
     ),
+    "optimum-onnx": Source(
+        "https://github.com/huggingface/optimum-onnx",
+        "1939f27a1d04bd9fdf4c3b17eaa70a99dcd380c6",
+        "tests/onnxruntime/test_decoder.py",
+    ),
 }
 PACKAGES = ("datasets", "httpx", "parameterized")
 GENERATION = ("llama", "gpt2", "mistral", "qwen2", "bart", "t5")
+PIPELINES = ("bert", "distilbert", "roberta", "gpt2", "qwen2", "vit", "resnet", "wav2vec2", "whisper")
 SUITES = {
     "generation": Suite(
         "transformers",
@@ -62,6 +72,14 @@ SUITES = {
         "transformers",
         "processors",
         ("tests/generation/test_logits_process.py", "tests/generation/test_stopping_criteria.py"),
+    ),
+    "pipelines": Suite(
+        "transformers", "pipelines", tuple(f"tests/models/{name}/test_modeling_{name}.py" for name in PIPELINES)
+    ),
+    "optimum-onnx": Suite(
+        "optimum-onnx",
+        "optimum_onnx",
+        tuple(f"tests/onnxruntime/test_{name}.py" for name in ("modeling", "decoder", "seq2seq")),
     ),
 }
 
@@ -90,22 +108,18 @@ def run(name: str, folder: Path) -> list[dict[str, Any]]:
     suite = SUITES[name]
     root, target = folder / suite.source, folder / f"{name}.json"
     target.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", ".", "--noconftest", "-q", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", ".", "--noconftest", "-q"]
+    command += ["--tb=short", "--show-capture=no"]
     command += ["-p", "no:cacheprovider", "-p", "foreign.tally", "-p", f"foreign.{suite.adapter}", "-W", "ignore"]
     command += ["--tally", str(target), *suite.files]
     path = os.pathsep.join(map(str, (TESTS, root, folder / "packages")))
-    with (folder / f"{name}.log").open("w") as log:
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / f"{name}.log").open("w") as log, suppress(subprocess.TimeoutExpired):
         subprocess.run(
-            command,
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=LIMIT,
-            check=False,
+            command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT, check=False
         )
     if not target.exists():
-        sys.exit(f"The suite {name} did not run; {log.name} says why.")
+        sys.exit(f"The suite {name} did not end within {LIMIT} seconds, or did not run; {log.name} says which.")
     lines: list[dict[str, Any]] = json.loads(target.read_text("utf-8"))
     return lines
 
@@ -113,11 +127,13 @@ def run(name: str, folder: Path) -> list[dict[str, Any]]:
 def _get(name: str, folder: Path) -> None:
     source, target = SOURCES[name], folder / name
     if not (target / source.is_there).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = ["git", "clone", "-q", "--depth", "1", "--branch", source.tag, source.url, str(target)]
-        if subprocess.run(command, check=False).returncode:
+        target.mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(target)]
+        steps = (["init", "-q"], ["fetch", "-q", "--depth", "1", source.url, source.revision],
+                 ["checkout", "-q", "FETCH_HEAD"])  # fmt: skip
+        if any(subprocess.run([*git, *step], check=False).returncode for step in steps):
             sys.exit(
-                f"{name} {source.tag} could not be had. Where you have it, name its folder: make foreign FOREIGN=…"
+                f"{name} {source.revision} could not be had. Where you have it, name its folder: make foreign FOREIGN=…"
             )
     if not (folder / "packages").exists():
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
@@ -126,10 +142,17 @@ def _get(name: str, folder: Path) -> None:
 
 
 def _print(name: str, lines: list[dict[str, Any]]) -> None:
-    print(f"{name}: " + ", ".join(f"{count} {kind}" for kind, count in tally.figures(lines).items()))
-    for line in lines:
-        if line["end"] in ("refused", "expected", "failed"):
-            print(f"  {line['end']:8} {line['test']}: {line['words'].splitlines()[0]}")
+    print(f"{name}: {_counted(lines)}")
+    for file, own in groupby(lines, lambda line: line["test"].partition("::")[0]):
+        of_file = list(own)
+        print(f"  {file}: {_counted(of_file)}")
+        for line in of_file:
+            if line["end"] in ("refused", "expected", "failed"):
+                print(f"    {line['end']:8} {line['test']}: {line['words'].splitlines()[0]}")
+
+
+def _counted(lines: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in tally.figures(lines).items())
 
 
 if __name__ == "__main__":
