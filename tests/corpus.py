@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-PUBLISHED = Path(os.environ.get("PRECAST_CORPUS") or "nowhere") / "configs"
+CORPUS = Path(os.environ.get("PRECAST_CORPUS") or "nowhere")
+PUBLISHED = CORPUS / "configs"
 _FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 needs_corpus = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="PRECAST_CORPUS names no folder of published files")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import published
 import pytest
+from corpus import needs_corpus
 from transformers import AutoConfig
 from zoo.published import narrow
 
@@ -43,7 +42,7 @@ def test_as_much_is_the_same_as_was_promised():
 
 
 @on_the_page
-@pytest.mark.skipif("PRECAST_CORPUS" not in os.environ, reason="PRECAST_CORPUS names no folder of published files")
+@needs_corpus
 def test_no_folder_leaves_the_count():
     assert sorted(ROWS) == published.names()
 

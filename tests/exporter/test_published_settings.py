@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import types
 from pathlib import Path
 
 import pytest
 import transformers
+from corpus import PUBLISHED, needs_corpus
 
 from precast.exporter import ExportOptions
 from precast.exporter.pipeline import _write_companions
@@ -55,16 +55,15 @@ def test_a_configuration_of_several_texts_is_the_decoders():
         found.skeleton(get_task("text-generation"))
 
 
-CORPUS = os.environ.get("PRECAST_CORPUS", "")
 NOT_DONE = {"musicgen": "guidance_scale=3.0"}
 """Folders that ask for what this runtime does not do, and its name."""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path(CORPUS, "configs").is_dir(), reason="PRECAST_CORPUS names no folder of published files")
+@needs_corpus
 def test_published_settings_are_read_as_by_transformers(tmp_path):
     """Each folder's settings, in whichever file, are transformers' own; what is not done is refused by its name."""
-    for folder in sorted(Path(CORPUS, "configs").iterdir()):
+    for folder in sorted(PUBLISHED.iterdir()):
         if not (folder / "generation_config.json").exists() and not (folder / "config.json").exists():
             continue
         theirs = Checkpoint(str(folder), folder.name, folder, None, None, False)._generation_config()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import tiny
 import transformers
+from corpus import PUBLISHED, needs_corpus
 
 from precast.exporter.tokenizer_files import tokenizer_settings
 from precast.runtime.tokenizer import Tokenizer
@@ -124,10 +123,10 @@ def test_the_longest_input_is_known(plain, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("PRECAST_CORPUS" not in os.environ, reason="PRECAST_CORPUS names no folder of published files")
+@needs_corpus
 def test_every_published_key_is_on_the_list_and_every_file_read(plain, tmp_path):
     same = 0
-    for path in sorted(Path(os.environ["PRECAST_CORPUS"]).glob("configs/*/tokenizer_config.json")):
+    for path in sorted(PUBLISHED.glob("*/tokenizer_config.json")):
         settings = json.loads(path.read_text())
         known = {*OBEYED, *WITHOUT_EFFECT}
         assert [key for key in settings if key not in known and not key.endswith("_token")] == [], path

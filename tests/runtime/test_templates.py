@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import transformers
+from corpus import CORPUS, needs_corpus
 from transformers.utils import get_json_schema
 
 from precast.runtime import Tokenizer
@@ -183,17 +183,13 @@ def test_a_template_is_given_what_transformers_gives_it(pair, template, talk):
     assert expected != "refused" or talk in ("goes on", "parts", "image")
 
 
-def _published() -> list[Path]:
-    corpus = os.environ.get("PRECAST_CORPUS", "")
-    return sorted(Path(corpus, "templates").glob("*.jinja")) if corpus else []
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not _published(), reason="PRECAST_CORPUS names no folder of published templates")
+@needs_corpus
 def test_published_templates_give_the_texts_of_transformers(pair):
     ours, theirs = pair
     different, equal = [], 0
-    for path in _published():
+    published = sorted((CORPUS / "templates").glob("*.jinja"))
+    for path in published:
         source = path.read_text("utf-8")
         for name, (talk, options) in TALKS.items():
             expected = _expected(theirs, source, talk, options)
@@ -201,7 +197,7 @@ def test_published_templates_give_the_texts_of_transformers(pair):
             if _texts(ours, source, talk, options) != expected:
                 different.append(f"{path.name}: {name}")
     assert not different
-    assert equal > 6 * len(_published())
+    assert equal > 6 * len(published)
 
 
 def test_a_function_has_the_schema_of_transformers():
