@@ -1,10 +1,16 @@
 """Makes the support table, `exporter/precast/exporter/support.json` and `docs/SUPPORT.md`, by trying everything.
 
-    python tests/support.py [--jobs 2] [TYPE ...]
+    PRECAST_CORPUS=FOLDER python tests/support.py [--jobs 2] [TYPE ...]
 
 Every pair of a model type and a task in `tests/zoo` is made into a tiny random checkpoint and exported with validation,
-decoders also with `--quantize int8`. Workers try many pairs each; one that dies takes only its pair with it. With types
-named, only their lines are made anew.
+decoders also with `--quantize int8`. Where `FOLDER/configs` holds a published configuration for a pair, its line is
+measured on that, with fewer and narrower layers and all else as published, and names it; the type's default
+configuration, whose windows and chunks are as short as the texts, has to pass too, and is the one that is quantized.
+All other lines are measured on defaults. Without the folder, lines that name a configuration are tried on their
+defaults and kept as they are.
+
+Workers try many pairs each; one that dies takes only its pair with it. With types named, only their lines are made
+anew.
 """
 
 from __future__ import annotations
@@ -18,12 +24,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from corpus import PUBLISHED
 from workers import attempt_all, serve
+from zoo import configurations
+
+from precast.runtime.artifact.tasks import get_task
+from precast.runtime.errors import PrecastError
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "exporter/precast/exporter/support.json"
 PAGE = ROOT / "docs/SUPPORT.md"
-ZOOS = ("decoders", "encoders", "seq2seq")
+ZOOS = ("decoders", "language_models", "encoders", "seq2seq")
+KINDS = {"decoders": "decoder", "language_models": "decoder", "encoders": "encoder", "seq2seq": "seq2seq"}
+MEASURED = ("way", "difference", "kl_int8")
 AXES = ("batch_size", "text_batch_size", "num_choices", "sequence_length", "audio_sequence_length")
 
 Pair = tuple[str, str, str]
@@ -35,18 +48,34 @@ def pairs(zoo: str) -> list[Pair]:
     return [(zoo, *pair) for pair in import_module(f"zoo.{zoo}").pairs()]
 
 
+def configuration(pair: Pair) -> Path | None:
+    """The folder of the published configuration that the pair is measured on, if there is one."""
+    return configurations.published_for(pair[1], _task(pair))
+
+
+def _task(pair: Pair) -> Any:
+    return get_task(pair[2], KINDS[pair[0]])
+
+
 def attempt(pair: Pair) -> dict[str, Any]:
     """Export one pair and compare; a line of the table, with `error` instead where it fails."""
-    from precast.runtime.errors import PrecastError
+    published = configuration(pair)
+    if published is None:
+        return _tried(pair, None)
+    line = {"configuration": published.name} | _tried(pair, published)
+    return line if "error" in line or expected_reason(pair) else _tried(pair, None) | line
 
-    zoo, model_type, task = pair
-    line: dict[str, Any] = {"model_type": model_type, "task": task}
+
+def _tried(pair: Pair, published: Path | None) -> dict[str, Any]:
+    """How one configuration of a pair does: the published one, or else the default, which is quantized too."""
+    line: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            source = import_module(f"zoo.{zoo}").make(Path(folder) / "source", model_type, task)
-            line |= _measured(pair, source, Path(folder) / "out")
-            if zoo == "decoders":
-                line["kl_int8"] = _kl_of_int8(pair, source, Path(folder) / "int8")
+            source = _source(pair, published, Path(folder) / "source")
+            sizes = _sizes(pair, published)
+            line |= _measured(pair, _export(pair, source, Path(folder) / "out", **sizes))
+            if not published and KINDS[pair[0]] == "decoder":
+                line["kl_int8"] = _kl_of_int8(pair, source, Path(folder) / "int8", sizes)
         except PrecastError as error:
             line["error"] = f"{type(error).__name__}: {error}"
         except Exception as error:
@@ -55,8 +84,23 @@ def attempt(pair: Pair) -> dict[str, Any]:
     return line
 
 
-def _measured(pair: Pair, source: Path, target: Path) -> dict[str, Any]:
-    variant = _export(pair, source, target).contract.variants[0]
+def _source(pair: Pair, published: Path | None, path: Path) -> Path:
+    zoo, model_type, task = pair
+    if published:
+        return configurations.make(path, published, _task(pair))
+    made: Path = import_module(f"zoo.{zoo}").make(path, model_type, task)
+    return made
+
+
+def _sizes(pair: Pair, published: Path | None) -> dict[str, Any]:
+    """Images of published models have the size that their configuration says."""
+    zoo, model_type, task = pair
+    sizes: dict[str, Any] = import_module(f"zoo.{zoo}").options(model_type, task)
+    return {name: sizes[name] for name in sizes if not (published and name == "image_size")}
+
+
+def _measured(pair: Pair, artifact: Any) -> dict[str, Any]:
+    variant = artifact.contract.variants[0]
     figures = variant.accuracy.figures
     assert variant.accuracy.status == "passed", variant.accuracy
     difference = figures["max_abs_difference"] / max(1.0, figures["max_abs_reference"])
@@ -70,15 +114,13 @@ def _way(pair: Pair, variant: Any) -> str:
         return "states"
     if "attention" in variant.compiler.options:
         return str(variant.compiler.options["attention"])
-    ways = {"encoders": "encoder", "seq2seq": "encoder and decoder"}
-    return ways.get(pair[0]) or ("adapter" if pair[1] in ADAPTERS else "operator")
+    ways = {"encoder": "encoder", "seq2seq": "encoder and decoder"}
+    return ways.get(KINDS[pair[0]]) or ("adapter" if pair[1] in ADAPTERS else "operator")
 
 
-def _kl_of_int8(pair: Pair, source: Path, target: Path) -> float | None:
-    from precast.runtime.errors import PrecastError
-
+def _kl_of_int8(pair: Pair, source: Path, target: Path, sizes: dict[str, Any]) -> float | None:
     try:
-        artifact = _export(pair, source, target, quantize="int8", accept_loss=True)
+        artifact = _export(pair, source, target, **sizes, quantize="int8", accept_loss=True)
     except PrecastError:
         return None
     return float(f"{artifact.contract.variants[0].accuracy.figures['kl_divergence']:.1g}")
@@ -87,9 +129,7 @@ def _kl_of_int8(pair: Pair, source: Path, target: Path) -> float | None:
 def _export(pair: Pair, source: Path, target: Path, **options: Any) -> Any:
     from precast.exporter import ExportOptions, export
 
-    zoo, model_type, task = pair
-    shapes = import_module(f"zoo.{zoo}").options(model_type, task)
-    return export(str(source), target, ExportOptions(task=task, **shapes, **options))
+    return export(str(source), target, ExportOptions(task=pair[2], **options))
 
 
 # ---------------------------------------------------------------- the table
@@ -118,7 +158,20 @@ def as_line(pair: Pair, line: dict[str, Any]) -> dict[str, Any]:
     known = {"model_type": pair[1], "task": pair[2]}
     if reason:
         return known | {"reason": reason}
-    return {name: line[name] for name in line if line[name] is not None} | {"axes": axes(pair)}
+    named = {"configuration": line["configuration"]} if "configuration" in line else {}
+    return known | named | {name: line[name] for name in MEASURED if line.get(name) is not None} | {"axes": axes(pair)}
+
+
+def made_of(pair: Pair, line: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """The line anew; as it was `kept` where it names a published configuration that is not at hand."""
+    made = as_line(pair, line)
+    lacks = "configuration" in kept and "reason" not in made and not PUBLISHED.is_dir()
+    return kept if lacks else made
+
+
+def kept_lines() -> dict[tuple[str, str], dict[str, Any]]:
+    """The lines of the table by type and task."""
+    return {(line["model_type"], line["task"]): line for line in json.loads(TABLE.read_text("utf-8"))["lines"]}
 
 
 def axes(pair: Pair) -> list[str]:
@@ -126,7 +179,7 @@ def axes(pair: Pair) -> list[str]:
     zoo, model_type, task = pair
     given = import_module(f"zoo.{zoo}").options(model_type, task)
     # A decoder takes what its configuration says where nothing is given; so do images, and batches of encoder-decoders.
-    needed = {"encoders": AXES, "seq2seq": ("sequence_length",), "decoders": ()}[zoo]
+    needed = {"encoder": AXES, "seq2seq": ("sequence_length",), "decoder": ()}[KINDS[zoo]]
     return [axis for axis in AXES if axis in given and axis in needed]
 
 
@@ -143,6 +196,8 @@ def write(lines: Iterable[dict[str, Any]]) -> None:
 def page(table: dict[str, Any]) -> str:
     """`docs/SUPPORT.md`."""
     lines = table["lines"]
+    passed = [line for line in lines if "reason" not in line]
+    published = sum("configuration" in line for line in passed)
     parts = [
         "# What is supported",
         "",
@@ -150,7 +205,12 @@ def page(table: dict[str, Any]) -> str:
         f"{table['transformers']}, backend `onnx`) and compares it with the eager model: padded on either side, at the "
         f"edges of its shapes, and for decoders token by token. The difference is the largest one, relative to "
         f"max(1, max|reference|); at most 1e-4 passes. `int8` is the KL divergence that `--quantize int8` costs with "
-        f"these random weights: it says that the model can be quantized, not how well a trained one bears it.",
+        f"random weights and the default configuration: it says that the model can be quantized, not how well a "
+        f"trained one bears it.",
+        "",
+        f"Of the {len(passed)} lines that pass, {published} are measured on a published configuration, with fewer and "
+        f"narrower layers and all else as published: the line names the checkpoint it is of, and the type's default "
+        f"configuration passes too. The other {len(passed) - published} are measured on that default, made as small.",
         "",
         "`precast tasks MODEL` answers from this table; what it refuses is refused before a weight is downloaded.",
     ]
@@ -164,8 +224,8 @@ def _section(lines: list[dict[str, Any]]) -> list[str]:
     rows = [f"{len(passed)} model types pass{f', {len(refused)} are refused' if refused else ''}."]
     if passed:
         has_int8 = any("kl_int8" in line for line in passed)
-        rows += ["", "| model type | way | difference |" + (" int8 |" if has_int8 else "")]
-        rows += ["|---|---|---|" + ("---|" if has_int8 else "")]
+        rows += ["", "| model type | configuration | way | difference |" + (" int8 |" if has_int8 else "")]
+        rows += ["|---|---|---|---|" + ("---|" if has_int8 else "")]
         rows += [_row(line, has_int8) for line in passed]
     if refused:
         rows += ["", "| refused | because |", "|---|---|"]
@@ -174,7 +234,7 @@ def _section(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _row(line: dict[str, Any], has_int8: bool) -> str:
-    cells = [line["model_type"], line["way"], f"{line['difference']:.0e}"]
+    cells = [line["model_type"], line.get("configuration", "default"), line["way"], f"{line['difference']:.0e}"]
     if has_int8:
         cells.append(f"{line['kl_int8']:.0e}" if "kl_int8" in line else "–")
     return f"| {' | '.join(cells)} |"
@@ -193,6 +253,7 @@ def main() -> int:
         return 0
     todo = [pair for zoo in ZOOS if asked.zoo in (None, zoo) for pair in pairs(zoo)]
     todo = [pair for pair in todo if not asked.types or pair[1] in asked.types]
+    kept = kept_lines()
     made: dict[tuple[str, str], dict[str, Any]] = {}
     surprises = []
     for pair, answer in zip(todo, attempt_all(__file__, todo, asked.jobs), strict=True):
@@ -202,9 +263,9 @@ def main() -> int:
         if said:
             surprises.append(said)
         else:
-            made[pair[1:]] = as_line(pair, line)
-    # Read now: others may have been made meanwhile.
-    kept = {(line["model_type"], line["task"]): line for line in json.loads(TABLE.read_text("utf-8"))["lines"]}
+            made[pair[1:]] = made_of(pair, line, kept.get(pair[1:], {}))
+    # Read again: others may have been made meanwhile.
+    kept = kept_lines()
     known = {pair[1:] for zoo in ZOOS for pair in pairs(zoo)}
     tried = {pair[1:] for pair in todo}
     write([*(line for key, line in kept.items() if key in known - tried), *made.values()])

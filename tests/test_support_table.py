@@ -8,10 +8,12 @@ from importlib.metadata import version
 
 import pytest
 import support
+from corpus import needs_corpus
 from test_pins import PINS
+from zoo.configurations import published_for
 
 from precast.exporter.support import table
-from precast.runtime.artifact.tasks import TASKS
+from precast.runtime.artifact.tasks import TASKS, get_task
 
 RAW = json.loads(support.TABLE.read_text("utf-8"))
 PAIRS = [pair for zoo in support.ZOOS for pair in support.pairs(zoo)]
@@ -31,6 +33,65 @@ def test_the_table_has_every_pair():
 
 def test_the_page_is_the_table():
     assert support.PAGE.read_text("utf-8") == support.page(RAW)
+
+
+def test_the_page_names_the_configuration_of_every_line():
+    lines = [line for line in RAW["lines"] if "configuration" in line]
+    page = support.PAGE.read_text("utf-8")
+    passed = sum(line.passes for line in table())
+    assert f"Of the {passed} lines that pass, {len(lines)} are measured on a published configuration" in page
+    for line in lines:
+        assert f"| {line['model_type']} | {line['configuration']} | {line['way']} |" in page
+
+
+@needs_corpus
+def test_a_line_is_measured_on_what_is_published_of_its_type():
+    by_pair = {pair[1:]: pair for pair in PAIRS}
+    for line in table():
+        if line.configuration:
+            folder = support.configuration(by_pair[line.model_type, line.task])
+            assert folder is not None, (line.model_type, line.task)
+            assert (line.configuration, line.reason) == (folder.name, "")
+            assert json.loads((folder / "config.json").read_bytes())["model_type"] == line.model_type
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """`corpus("name", "BertForMaskedLM")`: a published configuration of BERT, and the folder of all."""
+
+    def publish(name, architecture, **more):
+        config = {"model_type": "bert", "architectures": [architecture], **more}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config), "utf-8")
+        return tmp_path
+
+    return publish
+
+
+def test_the_first_published_configuration_of_a_pair_is_chosen(corpus):
+    corpus("a-tagger", "BertForTokenClassification")
+    corpus("b-broken", "BertForMaskedLM", hidden_size="wide")
+    corpus("ipex-bert", "BertForMaskedLM")
+    folder = corpus("z-bert", "BertForMaskedLM")
+    chosen = {task: published_for("bert", get_task(task), folder) for task in ("fill-mask", "multiple-choice")}
+    assert {task: found.name for task, found in chosen.items()} == {
+        "fill-mask": "z-bert",
+        "multiple-choice": "a-tagger",
+    }
+    assert published_for("bert", get_task("text-generation", "decoder"), folder) is None
+    assert published_for("roberta", get_task("fill-mask"), folder) is None
+
+
+def test_a_line_is_not_made_of_defaults_where_it_was_of_a_published_configuration(monkeypatch, tmp_path):
+    pair = ("decoders", "llama", "text-generation")
+    found = {"way": "operator", "difference": 1e-6, "kl_int8": None}
+    kept = {"model_type": "llama", "task": "text-generation", "configuration": "a-llama", "way": "operator"}
+    monkeypatch.setattr(support, "PUBLISHED", tmp_path / "nowhere")
+    assert support.made_of(pair, found, kept) == kept
+    assert "configuration" not in support.made_of(pair, found, {})
+    monkeypatch.setattr(support, "PUBLISHED", tmp_path)
+    assert "configuration" not in support.made_of(pair, found, kept)
+    assert support.made_of(pair, {"configuration": "b-llama", **found}, kept)["configuration"] == "b-llama"
 
 
 def test_refusals_are_those_of_the_zoo():

@@ -78,6 +78,8 @@ class Support:
         kl_int8: the KL divergence of `--quantize int8` with random weights, in nats; None where that is not offered.
         axes: the sizes that an export must be given, as ExportOptions names them.
         reason: why it is refused; empty where it passes.
+        configuration: the published checkpoint whose configuration it was measured on, made small; empty where that was
+            the default of its type.
     """
 
     model_type: str
@@ -87,6 +89,7 @@ class Support:
     kl_int8: float | None = None
     axes: tuple[str, ...] = ()
     reason: str = ""
+    configuration: str = ""
 
     @property
     def passes(self) -> bool:

@@ -1,0 +1,79 @@
+"""Published configurations: which one a line of the support table is measured on, and tiny checkpoints of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+from corpus import PUBLISHED
+from zoo.published import make_model, narrow
+
+from precast.exporter.language_model import READS_MORE, wider_class
+from precast.exporter.support import task_in
+from precast.runtime.artifact.tasks import Task
+
+__all__ = ["make", "published_for"]
+
+
+def published_for(model_type: str, task: Task, corpus: Path = PUBLISHED) -> Path | None:
+    """The folder in `corpus` whose configuration a pair is measured on: the first, by name, whose class does the task.
+    Encoders of one type differ by their heads alone, so that any of the type stands for all. None where there is none.
+    """
+    folders = [folder for folder in _by_type(corpus).get(model_type, ()) if _config(folder)]
+    own = [folder for folder in folders if _is_for(_raw(folder), task)]
+    return next(iter(own or (folders if task.kind == "encoder" else ())), None)
+
+
+def make(path: Path, folder: Path, task: Task) -> Path:
+    """A tiny random checkpoint at `path` of what was published in `folder`, of the class that does the task."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(narrow(_raw(folder), _config(folder))), "utf-8")
+    if (folder / "generation_config.json").is_file():
+        shutil.copy(folder / "generation_config.json", path)
+    config = transformers.AutoConfig.from_pretrained(path)
+    auto = getattr(transformers, task.auto)
+    found = (auto if type(config) in auto._model_mapping else wider_class(config))._model_mapping[type(config)]
+    make_model(path, found[0] if isinstance(found, tuple) else found, config)
+    return path
+
+
+@cache
+def _by_type(corpus: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(corpus.glob("*/config.json"), key=_order):
+        found.setdefault(str(_raw(path.parent).get("model_type")), []).append(path.parent)
+    return found
+
+
+def _order(path: Path) -> tuple[bool, str]:
+    """Copies of reduced sizes, made for tests, come last."""
+    return path.parent.name.startswith("ipex-"), path.parent.name
+
+
+@cache
+def _raw(folder: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    # Random weights are not packed.
+    raw.pop("quantization_config", None)
+    return raw
+
+
+@cache
+def _config(folder: Path) -> Any:
+    """As transformers reads it; None where it does not, without code of its own."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # It raises anything: KeyError, TypeError, validators' errors.
+        return None
+
+
+def _is_for(raw: dict[str, Any], task: Task) -> bool:
+    """Whether the class that it names does the task, by transformers' tables or by its name."""
+    autos = (task.auto, *(READS_MORE if task.kind == "decoder" else ()))
+    found = [getattr(transformers, auto)._model_mapping._model_mapping.get(raw["model_type"], ()) for auto in autos]
+    classes = {name for names in found for name in ([names] if isinstance(names, str) else names)}
+    return task_in(raw) == task.name or bool(classes & set(raw.get("architectures") or ()))
