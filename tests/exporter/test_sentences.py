@@ -13,6 +13,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export
 from precast.exporter.resolve import resolve
@@ -102,6 +103,26 @@ def _dense(made, pooled):
     weights = load_file(made / "3_Dense" / "model.safetensors")
     vector = np.tanh(weights["linear.weight"] @ pooled + weights["linear.bias"])
     return vector / np.linalg.norm(vector)
+
+
+@pytest.mark.parametrize("names", ["T5EncoderModel", "T5ForConditionalGeneration"])
+def test_the_encoder_of_an_encoder_decoder_embeds_alone(tmp_path, names):
+    """Sentence-T5 and GTR are published as T5's encoder; the whole of T5 has one, too, and embeds when asked to."""
+    torch.manual_seed(0)
+    config = tiny_config("t5", {"d_kv": 16})
+    getattr(transformers, names)(config).save_pretrained(tmp_path / "source")
+    options = ExportOptions(
+        task=None if names == "T5EncoderModel" else "feature-extraction", batch_size=2, sequence_length=(8,)
+    )
+    model = CompiledModel.from_pretrained(export(str(tmp_path / "source"), tmp_path / "out", options).path)
+    assert model.task == "feature-extraction"
+    ids, mask = oracle.padded([[5, 6, 7], [9, 11, 12, 13, 2]], "left")
+    found = model(ids, mask).last_hidden_state
+    with torch.inference_mode():
+        theirs = oracle.eager(tmp_path / "source", "T5EncoderModel")
+        for row, values, keep in zip(ids, found, mask, strict=True):
+            expected = theirs(torch.from_numpy(row[keep == 1])[None]).last_hidden_state[0].numpy()
+            assert np.abs(values[keep == 1] - expected).max() < 1e-5
 
 
 def test_the_hash_of_the_weights_covers_every_module(sentences, checkpoint):

@@ -33,7 +33,7 @@ from .options import ExportOptions
 from .own_files import weight_files
 from .packed import Grid, Packing, check_understood, packing_of, quantization_settings, unpacked, without_quantization
 from .peft_adapters import check_merged
-from .support import meant, task_in
+from .support import meant, supported_tasks, task_in
 
 __all__ = ["Checkpoint", "resolve"]
 
@@ -230,7 +230,7 @@ class Checkpoint:
         names = self.config.architectures or []
         for name in names:
             # What reads images or sound too becomes a model of text by request only.
-            own = [task for task in ROWS if self._auto_class(task).__name__ == task.auto]
+            own = [task for task in ROWS if self._auto_class(task).__name__ not in READS_MORE]
             if rows := [task for task in own if name in self._class_names(task)]:
                 return meant(rows, self._config_file)
         guessed = task_in(self._config_file)
@@ -364,8 +364,11 @@ class Checkpoint:
 
     def _auto_class(self, task: Task) -> Any:
         """The class that loads a model for `task`; for text that of a type which reads images or sound too, where the
-        type has none for text alone."""
+        type has none for text alone; for features T5's encoder alone, which needs no answer to be read to."""
         auto = getattr(transformers, task.auto)
+        encoder = transformers.AutoModelForTextEncoding._model_mapping.get(type(self.config), None)
+        if task.auto == "AutoModel" and encoder is not None and encoder.__name__.endswith("EncoderModel"):
+            return transformers.AutoModelForTextEncoding
         if task.kind != "decoder" or self._has_own_code(auto) or type(self.config) in auto._model_mapping:
             return auto
         return wider_class(self.config) or auto
@@ -385,7 +388,10 @@ class Checkpoint:
         return self.trust_remote_code and auto.__name__ in getattr(self.config, "auto_map", {})
 
     def _possible_tasks(self) -> list[str]:
-        return list(dict.fromkeys(task.name for task in ROWS if self._class_names(task)))
+        """What transformers has a class for, without what is known to be refused."""
+        known = supported_tasks(self.config.model_type)
+        names = dict.fromkeys(task.name for task in ROWS if self._class_names(task))
+        return [name for name in names if name not in known or known[name].passes]
 
     def _attach_sentences(self, model: nn.Module, task: Task) -> None:
         """A sentence-transformers checkpoint's vectors are those of its texts."""
