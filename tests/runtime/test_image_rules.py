@@ -5,6 +5,7 @@ Compared with the classes of transformers that use Pillow, `…ImageProcessorPil
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import re
@@ -224,6 +225,22 @@ def test_pictures_lie_as_their_file_says(tmp_path):
     for mode in ("L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"):
         image = PICTURE.convert("L").convert("I").convert(mode) if mode == "I;16" else PICTURE.convert(mode)
         assert np.array_equal(opened_image(image), transformers.image_utils.load_image(image)), mode
+
+
+def test_pictures_come_as_base64_too(tmp_path):
+    file = tmp_path / "a.png"
+    PICTURE.save(file)
+    plain = base64.b64encode(file.read_bytes()).decode()
+    for given in (plain, f"data:image/png;base64,{plain}", base64.encodebytes(file.read_bytes()).decode()):
+        assert np.array_equal(opened_image(given), transformers.image_utils.load_image(given))
+    with pytest.raises(
+        InputError, match=r"^data:image/png;base64,iVBOR\S{30,40}… cannot be read as an image: \S{0,90}"
+    ):
+        opened_image(f"data:image/png;base64,{plain[:400]}")
+    with pytest.raises(InputError, match=r"nothing\.png cannot be read as an image: FileNotFoundError"):
+        opened_image(str(tmp_path / "nothing.png"))
+    with pytest.raises(InputError, match=r"https://a.b/c.png is an address, and .* Download it yourself"):
+        opened_image("https://a.b/c.png")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ for images and one for sounds; a file without a class means that of the model's 
 
 from __future__ import annotations
 
+import base64
 import inspect
+import io
+import os
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +98,8 @@ def _together(images: list[Array]) -> Array:
 
 
 def opened_image(given: Any, layout: str | None = None) -> Any:
-    """An image as Pillow has it, upright and in colours, of a file, an array or a Pillow image.
+    """An image as Pillow has it, upright and in colours, of a file, base64 (data:image/png;base64,…), an array or a
+    Pillow image.
 
     An array is [height, width], or has one or three channels, last or first: `layout` says which where both could be,
     "channels_first" without it, as in transformers. Its values are whole numbers from 0 to 255 of any dtype.
@@ -109,7 +113,8 @@ def opened_image(given: Any, layout: str | None = None) -> Any:
         given = pillow.fromarray(_colours(given, layout))
     if isinstance(given, str | Path):
         # What decodes images meets broken ones with errors of any type, some only when the pixels are asked for.
-        with _calling(f"{given} cannot be read as an image", InputError), pillow.open(given) as image:
+        said = f"{given:.60}… cannot" if len(str(given)) > _LONGEST_NAME else f"{given} cannot"
+        with _calling(f"{said} be read as an image", InputError), pillow.open(_source(given)) as image:
             return _upright(image)
     if not isinstance(given, pillow.Image):
         raise InputError(f"An image is a file, an array [height, width, 3] or a Pillow image; this is {given!r:.80}.")
@@ -117,6 +122,26 @@ def opened_image(given: Any, layout: str | None = None) -> Any:
         raise InputError(f"The image has {given.height}x{given.width} pixels, so there is nothing to see.")
     with _calling("The image cannot be read", InputError):
         return _upright(given)
+
+
+_LONGEST_NAME = 300
+
+
+def _source(given: str | Path) -> str | Path | io.BytesIO:
+    """What Pillow opens: a file, or if there is none of this name what the base64 says, as in transformers. Raises
+    InputError for an address."""
+    if isinstance(given, Path) or os.path.isfile(given):
+        return given
+    if given.startswith(("http://", "https://")):
+        raise InputError(
+            f"{given:.200} is an address, and pipelines download nothing. Download it yourself and give the file, or a "
+            f"Pillow image: PIL.Image.open(io.BytesIO(data))."
+        )
+    text = given.partition(",")[2] if given.startswith("data:image/") else given
+    try:
+        return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
+    except ValueError:
+        return given
 
 
 def _upright(image: Any) -> Any:

@@ -41,8 +41,9 @@ class _ImagePipeline(Pipeline):
         """Images as `pixel_values` float32 [images, channels, height, width].
 
         Args:
-            inputs: a file, a Pillow image, or an array of whole numbers from 0 to 255, [height, width, channels],
-                [channels, height, width] or [height, width], with one or three channels; or a list of these.
+            inputs: a file, base64 (data:image/png;base64,…), a Pillow image, or an array of whole numbers from 0 to
+                255, [height, width, channels], [channels, height, width] or [height, width], with one or three
+                channels; or a list of these.
         """
         given, is_one = self._listed(inputs)
         images = [opened_image(each, self.processor.layout) for each in given]
