@@ -1,4 +1,5 @@
-"""Tokenizers that transformers has in Python over sentencepiece (Marian, M2M100, PLBart, …) as one tokenizer.json.
+"""Tokenizers that transformers has in Python over sentencepiece (Marian, M2M100, PLBart, …) or over bytes (ByT5) as one
+tokenizer.json.
 
 Such a tokenizer takes the pieces from sentencepiece and their ids from a vocabulary of its own. transformers builds a
 tokenizer of the model's file; here its pieces get the ids of that vocabulary. Whatever that does not settle is asked of
@@ -12,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 __all__ = ["Converted", "converted"]
 
@@ -44,16 +45,21 @@ class Converted:
     vocabulary: how many ids are the vocabulary's; what has higher ones are pieces that it lacks, so unknown tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: int, unknown: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, unknown: int, *, end: str | None = None) -> None:
         self.tokenizer, self.vocabulary, self._unknown = tokenizer, vocabulary, unknown
+        # What a text may end in of its own accord, and is then not added.
+        self._end = end
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the runtime must know beside tokenizer.json, in tokenizer_config.json."""
-        return {"own_vocabulary": {"size": self.vocabulary, "unknown": self._unknown, "mark": _UNMATCHED}}
+        own = {"size": self.vocabulary, "unknown": self._unknown, "mark": _UNMATCHED, "end": self._end}
+        return {"own_vocabulary": {name: value for name, value in own.items() if value is not None}}
 
     def ids(self, text: str, pair: str | None = None) -> list[int]:
         """The ids of a text, or of a pair of texts, as the runtime finds them."""
+        if self._end and text.rstrip().endswith(self._end):
+            text = text.rstrip().removesuffix(self._end).rstrip()
         found = self.tokenizer.encode(text, pair)
         return [self._own(*each) for each in zip(found.ids, found.tokens, strict=True)]
 
@@ -67,6 +73,9 @@ class Converted:
 
 def converted(tokenizer: Any) -> Converted | None:
     """The same tokenizer of the tokenizers library; None where there is none that answers the same."""
+    if type(tokenizer).__name__ == "ByT5Tokenizer":
+        found = _of_bytes(tokenizer)
+        return found if _is_same(found, tokenizer, []) else None
     model = getattr(tokenizer, "spm_source", None) or getattr(tokenizer, "sp_model", None)
     if model is None or getattr(tokenizer, "separate_vocabs", False):
         return None
@@ -98,6 +107,19 @@ def _build(tokenizer: Any, proto: Any, names: _Names) -> Converted:
     _decode_alike(made, tokenizer, names.codes)
     _add_special(made, tokenizer)
     return Converted(made, names.vocabulary, tokenizer.unk_token_id)
+
+
+def _of_bytes(tokenizer: Any) -> Converted:
+    """ByT5's tokens are the bytes of a text, and what makes no character is left out of one."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    text = {shown: tokenizer.convert_tokens_to_ids(chr(byte)) for byte, shown in bytes_to_unicode().items()}
+    made = Tokenizer(models.BPE({**special, **text}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\ufffd", "")])
+    _add_special(made, tokenizer)
+    return Converted(made, len(tokenizer), tokenizer.unk_token_id, end=tokenizer.eos_token)
 
 
 class _Names:

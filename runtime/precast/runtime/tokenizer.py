@@ -35,11 +35,13 @@ _LARGEST = 2**32 - 1
 
 
 class _OwnVocabulary(msgspec.Struct):
-    """Of a tokenizer whose pieces are sentencepiece's and whose ids are not: see _OwnIds."""
+    """Of a tokenizer whose pieces are sentencepiece's and whose ids are not: see _OwnIds. The `end` of a text is added
+    where it does not have one already."""
 
     size: int
     unknown: int
     mark: str
+    end: str | None = None
 
 
 class _NamedTemplate(msgspec.Struct):
@@ -205,7 +207,9 @@ class Tokenizer:
         _check_pair(text, pair)
         with self._calling(f"cut a text to {length} tokens with an overlap of {stride}"):
             cutting = self._cutting(length, stride, strategy)
-            whole = cutting.encode(text, pair, add_special_tokens=add_special_tokens)
+            whole = cutting.encode(
+                *self._unended(text, pair, add_special_tokens), add_special_tokens=add_special_tokens
+            )
         return [self._with_own_ids(each) for each in (whole, *whole.overflowing)]
 
     def pad(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
@@ -297,7 +301,16 @@ class Tokenizer:
     def _encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
         _check_pair(text, pair)
         with self._calling(f"encode {text!r:.60}"):
-            return self._with_own_ids(self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens))
+            texts = self._unended(text, pair, add_special_tokens)
+            return self._with_own_ids(self._tokenizer.encode(*texts, add_special_tokens=add_special_tokens))
+
+    def _unended(self, text: str, pair: str | None, is_ended: bool) -> tuple[str, str | None]:
+        """Both without the end that they spell out, where the tokenizer is to add it."""
+        own = self._config.get("own_vocabulary")
+        if own is None or own.end is None or not is_ended:
+            return text, pair
+        one, two = (_without_end(each, own.end) for each in (text, pair or ""))
+        return one, None if pair is None else two
 
     def _with_own_ids(self, encoding: tokenizers.Encoding) -> tokenizers.Encoding:
         own = self._config.get("own_vocabulary")
@@ -384,6 +397,11 @@ class Tokenizer:
     def _read_json(self, name: str) -> dict[str, Any]:
         data = self._files.get(name)
         return {} if data is None else parse_object(data, str(self.path / name))
+
+
+def _without_end(text: str, end: str) -> str:
+    bare = text.rstrip()
+    return bare.removesuffix(end).rstrip() if bare.endswith(end) else text
 
 
 class _OwnIds:
