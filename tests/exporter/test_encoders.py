@@ -74,6 +74,24 @@ def test_outputs_are_those_of_the_unpadded_row(pair, rows, side):
             assert np.abs(found - expected[name][0].numpy()).max() < 1e-4
 
 
+@many
+@given(
+    rows=st.lists(st.lists(st.integers(2, 9), max_size=23).map(lambda row: [*row, 2]), min_size=1, max_size=2),
+    side=st.sampled_from(["left", "right"]),
+)
+def test_encoder_decoders_classify_by_each_rows_last_end(made, rows, side):
+    """Rows have any number of end-of-sequence tokens, 2, where transformers wants the same in all."""
+    pair = made("bart", "text-classification")
+    ids, mask = oracle.padded(rows, side)
+    logits = pair.model(ids, mask).logits
+    for found, row in zip(logits, rows, strict=True):
+        with torch.inference_mode():
+            expected = pair.eager(torch.tensor([row])).logits[0].numpy()
+        assert np.abs(found - expected).max() < 1e-4
+    with pytest.raises(InputError, match=r"Row 1 has no end-of-sequence token, 2; a \w+ model classifies by its last"):
+        pair.model([[5, 2], [5, 6]])
+
+
 @dataclass(frozen=True)
 class Made:
     """A tiny checkpoint beside its artifact."""

@@ -61,6 +61,13 @@ TEXT: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
 }  # fmt: skip
+_STARTS = {"decoder_start_token_id": 0}
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    **_plain("bart", "mbart", "mvp", "plbart"),
+    **dict.fromkeys(["mt5", "t5", "umt5"], _STARTS),
+    "bigbird_pegasus": {"attention_type": "original_full"},
+}
+"""Encoder-decoders that read a text at once to classify it."""
 _RESNET = {
     "use_timm_backbone": False,
     "use_pretrained_backbone": False,
@@ -118,7 +125,7 @@ _LARGER = (
     "table-transformer",
     "upernet",
 )
-FAMILIES = {**TEXT, **IMAGES, **SOUND}
+FAMILIES = {**TEXT, **CLASSIFIERS, **IMAGES, **SOUND}
 
 
 def make(path: Path, model_type: str, task: str) -> Path:
@@ -129,7 +136,7 @@ def make(path: Path, model_type: str, task: str) -> Path:
     fill(model)
     settle(model.eval(), (options(model_type, task).get("image_size") or (0,))[0])
     model.save_pretrained(path)
-    if model_type in TEXT or model_type in ("clip", "siglip", "siglip2"):
+    if model_type in TEXT or model_type in CLASSIFIERS or model_type in ("clip", "siglip", "siglip2"):
         tiny.tokenizer().save_pretrained(path)
     return path
 
@@ -170,7 +177,7 @@ def options(model_type: str, task: str) -> dict[str, Any]:
     sizes: dict[str, Any] = {"batch_size": 2}
     if task == "zero-shot-image-classification":
         sizes |= {"text_batch_size": 3, "sequence_length": (16,)}
-    elif model_type in TEXT:
+    elif model_type in TEXT or model_type in CLASSIFIERS:
         sizes["sequence_length"] = (24,)
     elif model_type in SOUND and model_type != "audio-spectrogram-transformer":
         sizes["audio_sequence_length"] = (64,) if model_type == "wav2vec2-bert" else (1200,)
@@ -188,6 +195,7 @@ def pairs() -> list[tuple[str, str]]:
         for family in FAMILIES
         for row in ROWS
         if row.kind == "encoder"
+        and (family not in CLASSIFIERS or row.name in ("question-answering", "text-classification"))
         and transformers.CONFIG_MAPPING[family] in getattr(transformers, row.auto)._model_mapping
     ]
 

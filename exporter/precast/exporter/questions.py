@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class Question:
     def size(self) -> int:
         """How many rows it has."""
         return len(self.rows or self.tensors)
+
+    def ending_in(self, token: int) -> Question:
+        """An encoder's question whose rows of tokens all end in this one."""
+        ended = [{**row, "input_ids": np.append(row["input_ids"][:-1], token)} for row in self.tensors]
+        return replace(self, tensors=ended)
 
 
 def write_questions(questions: Sequence[Question], path: Path) -> None:

@@ -23,6 +23,7 @@ from precast.runtime.artifact.tasks import Task, get_task, kind_of_roles
 from precast.runtime.errors import AccuracyError, ExportError
 from precast.runtime.select import choose_variant, missing_device, this_machine
 
+from .architectures.last_end import pools_last_end
 from .encoder.sentences import OUTPUT as SENTENCES
 from .loss import CAST_ADVICE, QUANTIZED_ADVICE, check, divergence, floor_for, log_softmax, score
 from .options import ExportOptions
@@ -63,6 +64,8 @@ def make_reference(
     """Ask the eager model everything that an artifact with these graphs will be asked."""
     asked = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
     questions = make_questions(*asked)
+    if pools_last_end(model):
+        questions = [each.ending_in(model.config.eos_token_id) for each in questions]  # type: ignore[union-attr, arg-type]
     folder = None
     if is_scored:
         questions += make_scored(*asked)

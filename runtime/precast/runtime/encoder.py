@@ -10,7 +10,9 @@ import numpy as np
 
 from .arguments import only_known
 from .companions import companions_of
+from .errors import InputError
 from .forward import Encoder
+from .rows import Rows
 from .sentences import SentenceRules, sentence_rules
 from .tokenizer import listed_texts
 
@@ -67,6 +69,24 @@ class CompiledModelForSequenceClassification(Encoder):
     """`.logits` [batch, labels]."""
 
     task = "text-classification"
+
+    def _check_rows(self, rows: Rows) -> None:
+        """Raise InputError for a row without the token that this model answers by."""
+        kind = self.config.get("model_type")
+        if kind not in _LAST_END:
+            return
+        token = self.config.get("eos_token_id", _LAST_END[kind])
+        ends = (rows.tensors["input_ids"] == token) & (rows.tensors["attention_mask"] == 1)
+        if not ends.any(-1).all():
+            raise InputError(
+                f"Row {int(ends.any(-1).argmin())} has no end-of-sequence token, {token}; a {kind} model classifies by "
+                f"its last one. The checkpoint's tokenizer ends each text in it; by hand, add it as the last token."
+            )
+
+
+_LAST_END = {"bart": 2, "bigbird_pegasus": 1, "mbart": 2, "mt5": 1, "mvp": 2, "plbart": 2, "t5": 1, "umt5": 1}
+"""Encoder-decoders that classify by their state at the last end-of-sequence token: which that is, where their config
+does not say."""
 
 
 class CompiledModelForTokenClassification(Encoder):

@@ -62,6 +62,7 @@ class Encoder(CompiledModel):
         limits = {"input_ids": self._vocabulary(), "token_type_ids": self._segments()}
         frames = self.variant.graphs[0].frames
         rows = read_rows(specs, {name: to_numpy(value) for name, value in given.items()}, limits, frames)
+        self._check_rows(rows)
         parts = [rows.part(specs, part) for part in self._slices(rows.sizes["batch"])]
         sizes = self._output_sizes(rows)
         with self._lock:
@@ -71,6 +72,9 @@ class Encoder(CompiledModel):
             for spec in self.variant.graphs[0].outputs
         }
         return ModelOutput(outputs)
+
+    def _check_rows(self, rows: Rows) -> None:
+        """Raise InputError for rows that this model has no answer to."""
 
     def _segments(self) -> int | None:
         found = self.config.get("type_vocab_size")

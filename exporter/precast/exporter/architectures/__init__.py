@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from .interface import through_interface
+from .last_end import pooled_at_last_end
 from .rotations import short_rotations
 
 __all__ = ["ADAPTERS", "TRACEABLE", "adapted", "traceable"]
@@ -67,7 +68,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
     config: Any = model.config
     module = TRACEABLE.get(config.model_type)
     own = import_module(module).traceable(model) if module else nullcontext()
-    with own, _batched_experts(model), short_rotations(model):
+    with own, _batched_experts(model), short_rotations(model), pooled_at_last_end(model):
         yield
 
 
