@@ -36,7 +36,7 @@ def test_a_hub_model_is_named_and_a_local_one_is_not_where_it_was(made):
 def test_no_length_is_proposed_that_the_model_does_not_have(made):
     assert "--sequence-length 64 " in larger(made("user/tiny", "abc"), "--sequence-length 64", 64)
     assert larger(made("user/tiny", "abc"), "--sequence-length 65", 65) == (
-        "No larger one can be compiled: the model was made for 64 tokens."
+        "None for so many can be compiled: the model was made for 64 tokens."
     )
     for config in ({"max_position_embeddings": "many"}, {"max_position_embeddings": None}, {"model_type": "roberta"}):
         assert "--sequence-length 65 " in larger(made("user/tiny", "abc", **config), "--sequence-length 65", 65)

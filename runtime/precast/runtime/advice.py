@@ -19,7 +19,7 @@ def larger(artifact: Artifact, flags: str, length: int = 0) -> str:
     """
     most = _longest(artifact)
     if most is not None and length > most:
-        return f"No larger one can be compiled: the model was made for {most} tokens."
+        return f"None for so many can be compiled: the model was made for {most} tokens."
     source = artifact.contract.source
     is_on_hub = source.revision is not None or "/" in source.model
     model, where = (source.model, "") if is_on_hub else ("CHECKPOINT", f", where CHECKPOINT is {source.model}")
