@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 
 import oracle
@@ -12,6 +13,7 @@ import transformers
 from compare import assert_same, silence
 
 from precast.runtime import CompiledModel
+from precast.runtime.tensors import ModelOutput
 
 NAMES = ["O", "B-人", "I-人"]
 NLI = ["contradiction", "neutral", "entailment"]
@@ -88,3 +90,18 @@ def test_outputs_are_of_both_kinds(encoder):
     assert output[0] is output["last_hidden_state"] is output.last_hidden_state
     with pytest.raises(AttributeError, match=r"has no 'logits'. It has: last_hidden_state"):
         _ = output.logits
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_an_output_can_be_replaced_by_either_name(imported, monkeypatch):
+    """As one of transformers can, whether that is imported or not."""
+    if not imported:
+        monkeypatch.delitem(sys.modules, "transformers.utils.generic")
+    output = ModelOutput(logits=[1.0], hidden=[2.0])
+    assert isinstance(output, transformers.utils.ModelOutput) is imported
+    output.logits = [3.0]
+    assert output.logits == output["logits"] == output[0] == [3.0]
+    output["logits"] = [4.0]
+    assert output.logits == [4.0]
+    output.note = "mine"
+    assert (output.note, list(output)) == ("mine", ["logits", "hidden"])

@@ -132,6 +132,12 @@ class ModelOutput(OrderedDict[str, Any]):
             return self[name]
         raise AttributeError(f"This output has no {name!r}. It has: {', '.join(self)}.")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self:
+            self[name] = value
+        else:
+            object.__setattr__(self, name, value)
+
     def __getitem__(self, key: str | int) -> Any:
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
 
