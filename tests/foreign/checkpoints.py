@@ -39,6 +39,7 @@ def source_of(model_type: str, task: str) -> Path:
     if not source.exists():
         quiet_libraries()
         _make(source, model_type, task)
+        _limit_length(source)
         (source.parent / "made.json").write_text(json.dumps([model_type, task]))
         _add_processors(source, model_type, task)
     return source
@@ -73,6 +74,14 @@ def _make(source: Path, model_type: str, task: str) -> None:
         tiny.save_checkpoint(source, tiny_config(model_type, zoo.decoders.CONFIGS.get(model_type)), auto)
     else:
         pytest.skip(f"tests/zoo has no {model_type} for {task}")
+
+
+def _limit_length(source: Path) -> None:
+    """Let the tokenizer cut, where a test asks for it, what is longer than the models' positions."""
+    file = source / "tokenizer_config.json"
+    if file.exists():
+        settings = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps({**settings, "model_max_length": compiled.LENGTH}), "utf-8")
 
 
 def _sizes(model_type: str, task: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from PIL import Image
 from precast.runtime import pipeline
 from precast.runtime.errors import PrecastError
 
-from . import checkpoints, compiled, tally
+from . import checkpoints, tally
 
 # Task of theirs -> the task to export for, and the name of our pipeline.
 TASKS = {
@@ -153,7 +153,8 @@ def _on_disk(given: Any) -> Any:
 def _twice(given: Any) -> tuple[Any, Any]:
     """The same to two readers."""
     if not isinstance(given, GeneratorType):
-        return given, given
+        # Theirs takes what it reads out of a dict.
+        return given, dict(given) if isinstance(given, dict) else given
     first, second = itertools.tee(given)
     return (_on_disk(each) for each in first), (_on_disk(each) for each in second)
 
@@ -167,7 +168,7 @@ def _parts(source: Path) -> dict[str, Any]:
     """What a pipeline of theirs prepares its inputs by."""
     found: dict[str, Any] = {}
     if (source / "tokenizer_config.json").exists():
-        found["tokenizer"] = transformers.AutoTokenizer.from_pretrained(source, model_max_length=compiled.LENGTH)
+        found["tokenizer"] = transformers.AutoTokenizer.from_pretrained(source)
     if (file := source / "preprocessor_config.json").exists():
         kind = "image_processor" if "image_processor_type" in json.loads(file.read_text()) else "feature_extractor"
         load = transformers.AutoImageProcessor if kind == "image_processor" else transformers.AutoFeatureExtractor
