@@ -313,6 +313,17 @@ def test_speech_logits(whisper):
     assert np.abs(found.numpy() - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def test_a_mask_of_frames_changes_nothing(whisper):
+    """As with transformers: a feature extractor gives one where it is asked for it, and Whisper hears all frames."""
+    source, model = whisper
+    given = {"input_features": torch.from_numpy(FEATURES), "attention_mask": torch.arange(120).expand(4, 120) < 50}
+    eager, answers = oracle.eager(source, "WhisperForConditionalGeneration"), torch.full((4, 3), 5)
+    with torch.inference_mode():
+        expected = eager(**given, decoder_input_ids=answers).logits
+    assert (model(**given, decoder_input_ids=answers).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert model.generate(**given).tolist() == model.generate(FEATURES).tolist()
+
+
 BAD_SPEECH = [
     ({"language": "klingon"}, "language='klingon' is none that this model knows: en, fr, zh"),
     ({"language": ["en", "fr"]}, "names 2 languages; there are 4 rows"),

@@ -518,6 +518,8 @@ def test_zero_shot_without_entailment_takes_the_last_label(pairs, labels):
     for nothing in ("", None, ["Water", ""]):
         with pytest.raises(InputError, match="An input is a text of one character at least; this is"):
             ours(nothing, candidate_labels=labels)
+    with pytest.raises(UsageError, match="candidate_labels=None is of the wrong type"):
+        pipeline("zero-shot-classification", ours.model, candidate_labels=labels)("Water", candidate_labels=None)
 
 
 def test_pairs_of_texts_as_they_once_were(classifiers):

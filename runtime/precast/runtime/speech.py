@@ -49,13 +49,17 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         return select(self._generation_file, _TYPES, str(self.artifact.path / "generation_config.json"))
 
     @with_labels
-    def __call__(self, input_features: Any = None, decoder_input_ids: Any = None) -> ModelOutput:
+    def __call__(
+        self, input_features: Any = None, decoder_input_ids: Any = None, *, attention_mask: Any = None
+    ) -> ModelOutput:
         """Logits for every token of the decoder's rows.
 
         Args:
             input_features: log-mel spectrograms as the checkpoint's feature extractor makes them, float32
                 [batch, mels, frames], numpy or torch.
             decoder_input_ids: int64 [batch, answer], each row beginning with the decoder's start token.
+            attention_mask: as the feature extractor makes it; changes nothing, as in transformers, for Whisper hears
+                the silence behind a sound.
 
         Returns:
             `.logits` [batch, answer, vocabulary].
@@ -78,6 +82,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         streamer: Any = None,
         *,
         inputs: Any = None,
+        attention_mask: Any = None,
         language: str | Sequence[str] | None = None,
         task: str | None = None,
         return_timestamps: bool | None = None,
@@ -89,6 +94,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         Args:
             input_features, inputs: log-mel spectrograms as the checkpoint's feature extractor makes them, float32
                 [batch, mels, frames], of 30 seconds each.
+            attention_mask: as for a call; changes nothing.
             generation_config, logits_processor, stopping_criteria: as for decoders.
             streamer: told each step's tokens by `put`, and the end by `end`.
             language: a name ("french"), a code ("fr") or one per row; None has it detected.

@@ -18,9 +18,9 @@ __all__ = ["LabelledPipeline", "MultipleChoicePipeline", "ZeroShotClassification
 class LabelledPipeline(Pipeline):
     """A pipeline that is given its labels with the question."""
 
-    def __call__(self, inputs: Any = None, candidate_labels: Any = None, **options: Any) -> Any:
+    def __call__(self, inputs: Any = None, candidate_labels: Any = ..., **options: Any) -> Any:
         """As `Pipeline.__call__`, with the labels by position or name."""
-        if candidate_labels is not None:
+        if candidate_labels is not ...:
             options["candidate_labels"] = candidate_labels
         return super().__call__(inputs, **options)
 
