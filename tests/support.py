@@ -93,10 +93,11 @@ def _source(pair: Pair, published: Path | None, path: Path) -> Path:
 
 
 def _sizes(pair: Pair, published: Path | None) -> dict[str, Any]:
-    """Images of published models have the size that their configuration says."""
+    """Those of the zoo; images have the size that a published configuration says, where it says one."""
     zoo, model_type, task = pair
     sizes: dict[str, Any] = import_module(f"zoo.{zoo}").options(model_type, task)
-    return {name: sizes[name] for name in sizes if not (published and name == "image_size")}
+    says = published is not None and "image_size" in (published / "config.json").read_text("utf-8")
+    return {name: sizes[name] for name in sizes if not (says and name == "image_size")}
 
 
 def _measured(pair: Pair, artifact: Any) -> dict[str, Any]:

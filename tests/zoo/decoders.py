@@ -148,7 +148,6 @@ _CODEBOOKS = "it predicts several codebooks of sound at a time, from text that i
 _NO_CACHE = "it has no cache: every token is computed from the whole text before it"
 _OWN_CACHE = "it keeps its states in a form of its own instead of one of transformers' caches"
 _DRAFTS = "it drafts for another model, from whose states it continues"
-_IMAGES_ONLY = "transformers loads its text model only out of the model for images"
 
 REFUSED: dict[str, str] = {
     "axk2": _INDEX,
@@ -158,7 +157,7 @@ REFUSED: dict[str, str] = {
     "deepseek_v4": "it compresses its caches by weights of their own",
     "dots3_note": _INDEX,
     "dots3_note_text": _INDEX,
-    "emu3": _IMAGES_ONLY,
+    "emu3": "transformers' class for its text does not find its weights among those of the whole model",
     "gemma3n": "its image tower needs the timm library; its text model is gemma3n_text",
     "gemma4_assistant": _DRAFTS,
     "gemma4_unified_assistant": _DRAFTS,
@@ -166,7 +165,7 @@ REFUSED: dict[str, str] = {
     "glm_moe_dsa": _INDEX,
     "hy_v4": _INDEX,
     "minimax": _OWN_CACHE,
-    "mllama": _IMAGES_ONLY,
+    "mllama": "its layers that attend to an image have caches that a text leaves empty",
     "musicgen": _CODEBOOKS,
     "musicgen_melody": _CODEBOOKS,
     "openai-gpt": _NO_CACHE,

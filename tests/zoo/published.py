@@ -67,6 +67,8 @@ def _changes(config: Any, raw: dict[str, Any]) -> dict[str, Any]:
             changes.pop(name, None)
         elif heads and values[name] == values[heads]:
             changes[name] = changes[heads]
+    if values.get("cross_attention_layers"):
+        changes["cross_attention_layers"] = [1]
     if values.get("num_kv_shared_layers"):
         kinds = list(changes.get("layer_types") or values["layer_types"][:2])
         changes |= {"num_hidden_layers": 2 * len(kinds), "num_kv_shared_layers": len(kinds), "layer_types": kinds * 2}
