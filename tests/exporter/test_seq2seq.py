@@ -10,6 +10,7 @@ import oracle
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zoo import seq2seq as zoo
@@ -300,6 +301,37 @@ def test_an_answer_that_transformers_goes_on_from_is_refused(whisper, monkeypatc
             model.generate(FEATURES[:1], logits_processor=[dictate])
     else:
         assert model.generate(FEATURES[:1], logits_processor=[dictate])[0].tolist() == expected == heard
+
+
+def test_speech_goes_by_its_configurations_language_and_task(whisper):
+    """Given with the call, set on the model, and in its file; an English model is told neither by a call."""
+    source, model = whisper
+    eager, one = oracle.eager(source, "WhisperForConditionalGeneration"), FEATURES[:1]
+    given = transformers.GenerationConfig(language="fr", task="translate", max_new_tokens=9)
+
+    def check(**asked):
+        with torch.inference_mode():
+            expected = eager.generate(torch.from_numpy(one), **asked)[0].tolist()
+        found = model.generate(one, **asked)[0].tolist()
+        assert found == [token for token in expected if token != 2]
+        return found
+
+    answers = [check(max_new_tokens=9), check(generation_config=given), check(generation_config=given, language="zh")]
+    for theirs in (model, eager):
+        theirs.generation_config.language, theirs.generation_config.task = "zh", "translate"
+    answers.append(check(max_new_tokens=9))
+    assert answers[2] == answers[3]
+    assert len({*map(tuple, answers)}) == 3, "they change the answer"
+    for theirs in (model, eager):
+        theirs.generation_config.is_multilingual = False
+        with pytest.raises((InputError, ValueError), match=r"English.only"):
+            theirs.generate(one if theirs is model else torch.from_numpy(one), language="fr")
+    assert check(max_new_tokens=9, is_multilingual=True, language="zh") == answers[3]
+    model.generation_config.language = 5
+    with pytest.raises(InputError, match=r"generation_config has language: 5\. Expected"):
+        model.generate(one)
+    model.generation_config = None
+    oracle.eager.cache_clear()
 
 
 def test_speech_logits(whisper):

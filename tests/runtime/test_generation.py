@@ -65,6 +65,41 @@ def test_greedy_is_transformers_greedy(model, source, options):
     assert new_tokens(model, **options) == expected[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.parametrize(
+    ("options", "longest"),
+    [
+        ({"max_new_tokens": 9}, None), ({"max_length": 15}, None), ({"max_new_tokens": 9, "num_beams": 3}, None),
+        ({"max_new_tokens": 5}, 15), ({"max_new_tokens": 15}, 11), ({}, None),
+    ],
+)  # fmt: skip
+def test_the_last_token_is_forced_where_the_settings_end(wide, source, options, longest):
+    """Neither where a criterion ends a row, nor where there is no room for more."""
+    asked = {"eos_token_id": 2, "do_sample": False, "pad_token_id": 1, **options}
+    criteria = [] if longest is None else [transformers.MaxLengthCriteria(longest)]
+    wide.generation_config = {"forced_eos_token_id": 7, "max_length": 1000}
+    found = wide.generate([PROMPT], stopping_criteria=criteria, **asked)
+    wide.generation_config = None
+    theirs = {"forced_eos_token_id": 7, **asked} if options else {**asked, "max_new_tokens": 42}
+    with torch.inference_mode():
+        expected = oracle.eager(source).generate(torch.tensor([PROMPT]), stopping_criteria=criteria, **theirs)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("end", [None, 2])
+def test_rows_that_a_criterion_ended(wide, source, end):
+    """They are filled where there is an end-of-sequence token, and otherwise go on with their batch."""
+    rows = [[5, 9, 30], [7, 200, 31], [80, 12, 6]]
+    asked = {"max_new_tokens": 12, "eos_token_id": end, "pad_token_id": 1, "do_sample": False}
+    criteria = [lambda ids, _: ids[:, -1] % 3 == 0]
+    with torch.inference_mode():
+        expected = oracle.eager(source).generate(
+            torch.tensor(rows), attention_mask=torch.ones(3, 3), stopping_criteria=criteria, **asked
+        )
+    filled = [(row[3:] == 1).any() for row in expected]
+    assert any(filled) is (end is not None), "the rows end one after the other"
+    assert wide.generate(rows, stopping_criteria=criteria, **asked).tolist() == expected.tolist()
+
+
 def test_rows_do_not_see_each_other(wide, source):
     """Seven rows of different lengths on a batch of three: each answer is the one it gets alone, ends included."""
     rows = [[(n * n + 7 * k) % 300 + 3 for n in range(1 + 4 * k)] for k in range(7)]

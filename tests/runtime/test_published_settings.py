@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from precast.runtime import CompiledModelForCausalLM, GenerationConfig, probe
+from precast.runtime import CompiledModelForCausalLM, GenerationConfig, pipeline, probe
 from precast.runtime.errors import InputError
 from precast.runtime.languages import language_id
 from precast.runtime.unsupported import UNSUPPORTED
@@ -36,7 +36,8 @@ HARMLESS = [
     {"temperature": 0.0, "top_k": -1, "top_p": 0.0, "min_p": 3.0, "typical_p": 0.2, "top_h": 0.4},
     {"do_sample": False, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4, "length_penalty": 1e30, "early_stopping": True},
     {"use_cache": False, "cache_implementation": "hybrid", "low_memory": True, "diversity_penalty": 0.3},
-    {"output_attentions": True, "output_scores": True, "output_hidden_states": True, "return_dict_in_generate": True},
+    {"output_attentions": True, "output_scores": True, "output_hidden_states": True, "output_logits": True},
+    {"return_dict_in_generate": True, "language": "fr", "forced_decoder_ids": [[1, 5]]},
     {"renormalize_logits": True, "remove_invalid_values": True, "is_assistant": False, "max_time": None},
     {"eos_token_id": [2, 32000, -1], "suppress_tokens": [-1, 999], "pad_token_id": -1},
 ]
@@ -63,6 +64,7 @@ def test_what_changes_no_answer_stops_nobody(reading, decoder, checkpoint, setti
         ({"exponential_decay_length_penalty": [5, 1.1]}, {}, {"exponential_decay_length_penalty": None}),
         ({"num_beam_groups": 2, "num_beams": 1}, {"num_beams": 4}, {"num_beams": 1}),
         ({}, {"return_dict_in_generate": True, "output_hidden_states": True}, {"output_hidden_states": False}),
+        ({"return_dict_in_generate": True, "output_logits": True}, {}, {"output_logits": False}),
     ],
     ids=lambda settings: next(iter(settings), ""),
 )
@@ -72,6 +74,18 @@ def test_what_changes_an_answer_is_refused_by_the_call_that_it_changes(reading, 
     with pytest.raises(InputError, match=rf"{name}=.* is not done by this runtime\. Pass {name}=.* to go without"):
         model.generate([PROMPT], **options)
     assert model.generate([PROMPT], **{**options, "max_new_tokens": 2, **off}) is not None
+
+
+def test_outputs_that_a_file_asks_for_are_refused_where_they_would_be_missing(reading):
+    """They are by generate(), which would return them; a stream and a pipeline return texts."""
+    model = reading({"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": []})
+    with pytest.raises(
+        InputError, match=r"output_scores=True is done with num_beams .* output_logits=True is not done"
+    ):
+        model.generate([PROMPT])
+    tokens = list(model.stream([PROMPT], max_new_tokens=4))
+    assert model.generate([PROMPT], max_new_tokens=4, return_dict_in_generate=False)[0, 6:].tolist() == tokens
+    assert pipeline("text-generation", model)("The", max_new_tokens=4)[0]["generated_text"].startswith("The")
 
 
 def test_validation_goes_by_settings_of_its_own(reading):

@@ -22,12 +22,15 @@ class Beams:
     """The rows of one prompt on their way through a search: `width` that run, and the best `width` that ended.
 
     A row's score is the sum of its tokens' log-probabilities, float32. A row that ends is held to that sum divided by
-    the number of its new tokens to the power of `length_penalty`.
+    the number of its new tokens to the power of `length_penalty`. Rows have `count` new tokens at most, and are guessed
+    to become as long as `full`, which the settings say.
     """
 
-    def __init__(self, prompt: Array, count: int, config: GenerationConfig, process: Processors, ends: Ends) -> None:
+    def __init__(
+        self, prompt: Array, count: int, config: GenerationConfig, process: Processors, ends: Ends, *, full: int
+    ) -> None:
         self.prompt, self.width, self.is_done = prompt, config.beams, False
-        self._process, self._ends, self._count = process, ends, count
+        self._process, self._ends, self._count, self._full = process, ends, count, full
         self._penalty = 1.0 if config.length_penalty is None else config.length_penalty
         self._early = config.early_stopping or False
         self._tokens = np.repeat(prompt[None], self.width, 0)
@@ -94,7 +97,7 @@ class Beams:
         if self._early is True:
             return False
         # Transformers' guess of how long the best running row may become.
-        length = self._count if self._early == "never" and self._penalty > 0 else new
+        length = self._full if self._early == "never" and self._penalty > 0 else new
         return bool(self._scores[0] / np.float32(length**self._penalty) > self._ended[-1][0])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from .arguments import only_known
 from .errors import InputError
 from .generation import GenerationConfig
-from .generative import Generation, GenerativeModel, check_streamer
+from .generative import Generation, GenerativeModel, by_length, check_streamer
 from .loss import with_labels
 from .padding import as_array, as_ids, as_mask, real_rows
 from .prompt import Prompt
@@ -122,23 +122,27 @@ class CompiledModelForCausalLM(GenerativeModel):
 
         Returns:
             int64 [batch * num_return_sequences, length + new]: the input followed by what was generated; rows that
-            ended early are filled with pad_token_id. With return_dict_in_generate an output with `.sequences` and, of
-            beams with output_scores, `.sequences_scores` float32 [batch * num_return_sequences].
+            ended early are filled with pad_token_id. Without eos_token_id nothing fills a row that a stopping criterion
+            ended: it goes on until all rows that run with it have ended, as in transformers. With
+            return_dict_in_generate an output with `.sequences` and, of beams with output_scores, `.sequences_scores`
+            float32 [batch * num_return_sequences].
 
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        config = self._config(generation_config, options, stopping_criteria)
+        config = self._config(generation_config, options)
         input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
         ids, mask = self._inputs(input_ids, attention_mask, config)
         check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
-        count = self._fitting(config.new_tokens(ids.shape[1]), room, generation_config, options, stopping_criteria)
+        full, shorter = config.new_tokens(ids.shape[1]), by_length(config, stopping_criteria)
+        limit = None if shorter is None else shorter.new_tokens(ids.shape[1])
+        count = self._fitting(full, limit, room, generation_config, options)
         self._check_room(rows, count)
         self._check_lookup(config)
         check_streamer(streamer, len(rows), config)
-        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer)
+        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer, full=full)
         if asked.streamer is not None:
             asked.streamer.put(ids)
         prompts = list(map(Prompt, rows, ids))
@@ -152,16 +156,17 @@ class CompiledModelForCausalLM(GenerativeModel):
         The stream may be left at any time. A later call on the same model takes over the caches, and the stream then
         ends with a PrecastError; `new_session()` gives it caches of its own.
         """
-        config = self._config(generation_config, options)
+        config = self._config(generation_config, {"return_dict_in_generate": False, **options})
         ids, mask = self._inputs(input_ids, attention_mask, config)
         if len(ids) != 1:
             raise InputError(f"stream() continues one row; this batch has {len(ids)}. Use generate().")
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
-        count = self._fitting(config.new_tokens(ids.shape[1]), room, generation_config, options)
+        full = config.new_tokens(ids.shape[1])
+        count = self._fitting(full, None, room, generation_config, options)
         self._check_room(rows, count)
         self._check_lookup(config)
-        return self._stream(Prompt(rows[0], ids[0]), None, config, count)
+        return self._stream(Prompt(rows[0], ids[0]), None, config, count, full)
 
     def _inputs(
         self, input_ids: Any, attention_mask: Any, config: GenerationConfig | None = None

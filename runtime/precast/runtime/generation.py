@@ -13,7 +13,7 @@ import msgspec
 
 from .errors import InputError
 from .tensors import plain
-from .unsupported import HARMLESS, OUTPUTS, UNSUPPORTED, refusals
+from .unsupported import HARMLESS, SPEECH, UNSUPPORTED, refusals
 
 __all__ = ["GenerationConfig"]
 
@@ -55,13 +55,13 @@ class GenerationConfig:
         forced_bos_token_id, forced_eos_token_id: the token after the first, and the last one if a row gets that long.
         suppress_tokens, begin_suppress_tokens: ids that never come, or not first.
         bad_words_ids: sequences of ids that never come.
-        output_scores: with beams, return their scores too (`return_dict_in_generate`).
+        output_scores: with beams, return their scores too, where `return_dict_in_generate` is set.
         return_dict_in_generate: return `.sequences`, and with beams `.sequences_scores`, instead of an array.
         renormalize_logits: with beams, scores are log-probabilities again after everything that changes logits.
         seed: makes sampling repeatable. If None it is drawn from torch's default generator where torch is imported and
             was seeded, otherwise from numpy's.
         unsupported: settings of transformers that this runtime does not have, by name. A call that they would change
-            is refused; others go on.
+            is refused; others go on. Among them are those of Whisper alone, which reads them: language, task, …
     """
 
     max_new_tokens: int | None = None
@@ -101,7 +101,7 @@ class GenerationConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         """Numpy's and torch's numbers become Python's. Raises InputError for an unknown name, or a value of another
         type."""
-        if name in UNSUPPORTED:
+        if name in UNSUPPORTED | SPEECH:
             self.unsupported[name] = plain(value)
             return
         if name in self.settings():
@@ -112,7 +112,7 @@ class GenerationConfig:
 
     def __getattr__(self, name: str) -> Any:
         """What transformers' configuration has besides: None where nothing is set."""
-        if name in HARMLESS or name in UNSUPPORTED:
+        if name in HARMLESS | UNSUPPORTED | SPEECH:
             return self.unsupported.get(name)
         raise AttributeError(f"A GenerationConfig has no {name!r}. It has: {', '.join(self.settings())}.")
 
@@ -136,16 +136,14 @@ class GenerationConfig:
 
     @classmethod
     def published(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
-        """From what a generation_config.json says, as transformers reads it: what it does not know is passed over, and
-        so is what it would return besides. Raises InputError for a value of another type."""
-        # Only a search of its own has scores to return.
-        besides = {*OUTPUTS, *([] if (raw.get("num_beams") or 1) != 1 else ["output_scores"])}
-        return cls._read({name: value for name, value in raw.items() if name not in besides}, origin)
+        """From what a generation_config.json says, as transformers reads it: what it does not know is passed over.
+        Raises InputError for a value of another type."""
+        return cls._read(raw, origin)
 
     @classmethod
     def _read(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
         known = cls.settings()
-        others = {name: plain(value) for name, value in raw.items() if name in UNSUPPORTED}
+        others = {name: plain(value) for name, value in raw.items() if name in UNSUPPORTED | SPEECH}
         try:
             return cls(**{name: value for name, value in raw.items() if name in known}, unsupported=others)
         except InputError as error:

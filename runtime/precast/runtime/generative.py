@@ -33,7 +33,7 @@ from .tensors import ModelOutput, like
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Generation", "GenerativeModel", "check_streamer"]
+__all__ = ["Generation", "GenerativeModel", "by_length", "check_streamer"]
 
 Array = np.ndarray[Any, Any]
 
@@ -55,7 +55,8 @@ _LANGUAGES = ("forced_bos_token_id", "decoder_start_token_id")
 class Generation:
     """One call's settings: the caller's own `processors`, `criteria` and `streamer`, and `count` new tokens at most.
 
-    `given` is what the call was made with, a tensor or not, which decides what those are given.
+    `full` is how many the settings say, which may be more than there is room for, or other than the caller's criteria
+    have. `given` is what the call was made with, a tensor or not, which decides what those are given.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Generation:
         processors: Sequence[Processor] | None = None,
         criteria: Sequence[Any] | None = None,
         streamer: Any = None,
+        *,
+        full: int | None = None,
     ) -> None:
-        self.config, self.count = config, count
+        self.config, self.count, self.full = config, count, count if full is None else full
         self._seed = drawn_seed() if config.do_sample and config.seed is None else config.seed
         self._processors = functions("logits_processor", processors)
         self.processors = [Processing(each, given) for each in self._processors]
@@ -246,8 +249,8 @@ class GenerativeModel(CompiledModel):
         while not all(request.is_done for request in requests):
             with self._lock:
                 self._check_owner(owner)
-                logits = self._session.decode([None if each.is_done else each.generated[-1] for each in requests])
-                active = [(index, request) for index, request in enumerate(requests) if not request.is_done]
+                logits = self._session.decode([None if each.rests else each.generated[-1] for each in requests])
+                active = [(index, request) for index, request in enumerate(requests) if not request.rests]
                 chosen = [request.choose(logits[index]) for index, request in active]
                 self._check_owner(owner)
             yield chosen
@@ -261,7 +264,7 @@ class GenerativeModel(CompiledModel):
                 "for calls that live side by side."
             )
 
-    def _stream(self, prompt: Prompt, context: Any, config: GenerationConfig, count: int) -> Iterator[int]:
+    def _stream(self, prompt: Prompt, context: Any, config: GenerationConfig, count: int, full: int) -> Iterator[int]:
         if config.beams > 1:
             raise InputError(
                 f"num_beams={config.num_beams}: which tokens a search keeps is known at its end only, so it cannot be "
@@ -269,7 +272,7 @@ class GenerativeModel(CompiledModel):
             )
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"stream() gives one row, not num_return_sequences={config.num_return_sequences}.")
-        requests = self._requests([prompt], [context], Generation(None, config, count), 0)
+        requests = self._requests([prompt], [context], Generation(None, config, count, full=full), 0)
         return (tokens[0] for tokens in self._steps(requests, [context]))
 
     @staticmethod
@@ -285,7 +288,7 @@ class GenerativeModel(CompiledModel):
             raise InputError(f"Nothing was given: pass {name}.")
         return [[first]] if found is None else found
 
-    def _config(self, given: Any, options: dict[str, Any], criteria: Sequence[Any] | None = None) -> GenerationConfig:
+    def _config(self, given: Any, options: dict[str, Any]) -> GenerationConfig:
         asked = GenerationConfig.of(self._with_languages(options), "generate()")
         if given is not None:
             if isinstance(given, dict):
@@ -296,8 +299,7 @@ class GenerativeModel(CompiledModel):
         config.check()
         # What a file names beside the vocabulary never comes; but these are to come.
         self._check_ids(config, _FORCED)
-        longest = _longest(criteria)
-        return config if longest is None else replace(config, max_new_tokens=None, max_length=longest)
+        return config
 
     def _with_languages(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """`options` with the ids of languages that are given by name."""
@@ -305,13 +307,14 @@ class GenerativeModel(CompiledModel):
         return {**options, **{name: language_id(self.tokenizer, name, options[name]) for name in named}}
 
     @staticmethod
-    def _fitting(
-        count: int, room: int, given: Any, options: Mapping[str, Any], criteria: Sequence[Any] | None = None
-    ) -> int:
-        """So many new tokens; where not the call but a file or a default says it, no more than there is room for."""
+    def _fitting(full: int, limit: int | None, room: int, given: Any, options: Mapping[str, Any]) -> int:
+        """How many of the `full` new tokens to generate: up to the `limit` of the caller's own criteria, and where not
+        the call but a file or a default says it, no more than there is room for."""
+        if limit is not None:
+            return limit
         said = dict(options) if given is None else {**vars(GenerationConfig.of(given, "generation_config")), **options}
         is_asked = any(said.get(name) is not None for name in ("max_new_tokens", "max_length"))
-        return count if is_asked or _longest(criteria) is not None else max(1, min(count, room))
+        return full if is_asked else max(1, min(full, room))
 
     def _check_ids(self, config: GenerationConfig, names: Iterable[str]) -> None:
         """Raise InputError for a token that a setting names and the model does not have."""
@@ -357,23 +360,24 @@ class GenerativeModel(CompiledModel):
         return [
             Beams(
                 prompt.tokens, asked.count, asked.config, self._processors(prompt, context, asked),
-                Ends(asked.config, prompt, asked.criteria, stops),
+                Ends(asked.config, prompt, asked.criteria, stops), full=asked.full,
             )
             for prompt, context in zip(prompts, contexts, strict=True)
         ]  # fmt: skip
 
     def _processors(self, prompt: Prompt, context: Any, asked: Generation) -> Processors:
-        return Processors(asked.config, prompt, asked.count, asked.processors, self._source(context))
+        return Processors(asked.config, prompt, asked.full, asked.processors, self._source(context))
 
     def _stop_strings(self, asked: Generation) -> StopStrings | None:
         return StopStrings(self.tokenizer, asked.config.stops) if asked.config.stops else None
 
 
-def _longest(criteria: Any) -> int | None:
-    """The length of transformers' MaxLengthCriteria among the criteria: it takes the place of what a call or a
-    configuration says."""
+def by_length(config: GenerationConfig, criteria: Any) -> GenerationConfig | None:
+    """The configuration with the length of transformers' MaxLengthCriteria among the criteria, which ends rows in place
+    of what it says itself; None where there is none."""
     theirs = (each for each in functions("stopping_criteria", criteria) if kind_of(each) == "MaxLengthCriteria")
-    return next((each.max_length for each in theirs), None)
+    found = next(theirs, None)
+    return None if found is None else replace(config, max_new_tokens=None, max_length=found.max_length)
 
 
 def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:

@@ -38,8 +38,14 @@ class Request:
         if self._lookup is not None:
             self._lookup.append(token)
         is_full = self._length == len(self._tokens)
-        self.is_done = self._ends(self._tokens[: self._length], logits) or is_full
+        self.is_done = self.is_done or self._ends(self._tokens[: self._length], logits) or is_full
         return token
+
+    @property
+    def rests(self) -> bool:
+        """Whether it has ended and nothing more is generated: without a token that ends rows none fills them either, so
+        that they go on with their batch, as in transformers."""
+        return self.is_done and (self._ends.have_a_token or self._length == len(self._tokens))
 
     def guess(self) -> list[int]:
         """Tokens that may come after the newest one; none without a lookup."""
@@ -63,6 +69,9 @@ class Ends:
     """Does a row end here? By an end-of-sequence token, a stop string, or one of the caller's `criteria`.
 
     Of transformers' classes for the first two the caller's own take the place of what the configuration says, as there.
+
+    Attributes:
+        have_a_token: whether there is an end-of-sequence token.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class Ends:
         self._eos = frozenset([] if "EosTokenCriteria" in kinds else config.eos_ids)
         self._stops = None if "StopStringCriteria" in kinds else stops
         self._prompt, self._criteria = prompt, criteria
+        self.have_a_token = bool(self._eos) or "EosTokenCriteria" in kinds
 
     def __call__(self, tokens: Array, logits: Array) -> bool:
         """For a row's tokens [length] and the logits [vocabulary] that its newest was chosen from."""

@@ -23,9 +23,9 @@ class Processors:
     """What may be chosen next in a row: its tokens so far, int64 [length], and logits or log-probabilities
     [vocabulary] -> the same, changed.
 
-    `count` new tokens at most continue the prompt; `source` are the tokens that an encoder-decoder answers. Of
-    transformers' classes among the caller's own processors, the first of a kind takes the place of what the
-    configuration says, as there; the others follow.
+    `count` new tokens continue the prompt by the settings, and the last may be forced; `source` are the tokens that an
+    encoder-decoder answers. Of transformers' classes among the caller's own processors, the first of a kind takes
+    the place of what the configuration says, as there; the others follow.
     """
 
     def __init__(

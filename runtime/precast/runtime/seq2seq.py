@@ -13,7 +13,7 @@ from .artifact.schema import Graph, Variant
 from .engines import Engine
 from .errors import InputError
 from .generation import GenerationConfig
-from .generative import Generation, GenerativeModel, check_streamer
+from .generative import Generation, GenerativeModel, by_length, check_streamer
 from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
 from .prompt import Prompt
@@ -177,7 +177,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        config = self._config(generation_config, options, stopping_criteria)
+        config = self._config(generation_config, options)
         input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
         sources = self._sources(input_ids, attention_mask)
         if decoder_input_ids is None:
@@ -186,13 +186,13 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         self._check_rows(len(front), len(sources))
         prompts = real_rows(front, mask)
         first = max(map(len, prompts))
-        count = self._fitting(
-            config.new_tokens(front.shape[1]), self.capacity - first, generation_config, options, stopping_criteria
-        )
+        full, shorter = config.new_tokens(front.shape[1]), by_length(config, stopping_criteria)
+        limit = None if shorter is None else shorter.new_tokens(front.shape[1])
+        count = self._fitting(full, limit, self.capacity - first, generation_config, options)
         self._check_room(first, count)
         self._check_lookup(config)
         check_streamer(streamer, len(sources), config)
-        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer)
+        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer, full=full)
         if asked.streamer is not None:
             asked.streamer.put(front)
         return self._answer(input_ids, list(map(Prompt, prompts, front)), sources, asked, front)
@@ -207,12 +207,13 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         sources = self._sources(input_ids, attention_mask)
         if len(sources) != 1:
             raise InputError(f"stream() answers one row; this batch has {len(sources)}. Use generate().")
-        config = self._config(generation_config, options)
-        count = self._fitting(config.new_tokens(1), self.capacity - 1, generation_config, options)
+        config = self._config(generation_config, {"return_dict_in_generate": False, **options})
+        full = config.new_tokens(1)
+        count = self._fitting(full, None, self.capacity - 1, generation_config, options)
         self._check_room(1, count)
         self._check_lookup(config)
         start = np.array([self.start_token(config)], np.int64)
-        return self._stream(Prompt(start, start), sources[0], config, count)
+        return self._stream(Prompt(start, start), sources[0], config, count, full)
 
     def _first(self, given: Any, mask: Any) -> tuple[Array, Array]:
         """decoder_input_ids and decoder_attention_mask, checked."""

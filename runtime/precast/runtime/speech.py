@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from .advice import larger
-from .errors import InputError
+from .errors import FormatError, InputError
 from .generation import GenerationConfig
-from .generative import Generation, check_streamer
+from .generative import Generation, by_length, check_streamer
 from .languages import CODES
 from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
@@ -19,7 +19,7 @@ from .prompt import Prompt
 from .published import select
 from .sampling import Processor
 from .seq2seq import EncoderCall, EncoderDecoder
-from .tensors import ModelOutput, like, to_numpy
+from .tensors import ModelOutput, like, plain, to_numpy
 
 __all__ = ["CompiledModelForSpeechSeq2Seq"]
 
@@ -27,7 +27,8 @@ Array = np.ndarray[Any, Any]
 
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(["lang_to_id", "task_to_id"], dict[str, int]),
-    **dict.fromkeys(["language", "task"], str),
+    "language": str | list[str],
+    "task": str,
     **dict.fromkeys(["is_multilingual", "return_timestamps"], bool),
     "forced_decoder_ids": list[tuple[int, int | None]],
     "no_timestamps_token_id": int,
@@ -47,6 +48,17 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
     def _whispers(self) -> dict[str, Any]:
         """What generation_config.json says besides. Raises FormatError for a wrong type."""
         return select(self._generation_file, _TYPES, str(self.artifact.path / "generation_config.json"))
+
+    def _said(self, config: GenerationConfig) -> dict[str, Any]:
+        """The same by a call's configuration, which may say other things than the file. Raises InputError for a wrong
+        type."""
+        said = {name: config.unsupported.get(name) for name in _TYPES}
+        other = {name: value for name, value in said.items() if value != plain(self._generation_file.get(name))}
+        try:
+            changed = select(other, _TYPES, "The generation_config")
+        except FormatError as error:
+            raise InputError(str(error)) from None
+        return {**{name: value for name, value in self._whispers.items() if name not in other}, **changed}
 
     @with_labels
     def __call__(
@@ -86,6 +98,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         language: str | Sequence[str] | None = None,
         task: str | None = None,
         return_timestamps: bool | None = None,
+        is_multilingual: bool | None = None,
         decoder_input_ids: Any = None,
         **options: Any,
     ) -> Any:
@@ -97,9 +110,11 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             attention_mask: as for a call; changes nothing.
             generation_config, logits_processor, stopping_criteria: as for decoders.
             streamer: told each step's tokens by `put`, and the end by `end`.
-            language: a name ("french"), a code ("fr") or one per row; None has it detected.
+            language: a name ("french"), a code ("fr") or one per row; None is what the configurations say, which have
+                it detected where they say nothing.
             task: "transcribe" or "translate" (into English).
             return_timestamps: not done here: None or False.
+            is_multilingual: whether the model may be told a language and a task, where its file is wrong about that.
             decoder_input_ids: what the answers begin with, int64 [batch, length], instead of language and task.
             options: fields of GenerationConfig, such as max_new_tokens=64 or num_beams=4.
 
@@ -112,25 +127,30 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             InputError: an argument is wrong, the request is longer than compiled for, or the model writes times that
                 say where it would listen on.
         """
-        if return_timestamps or (return_timestamps is None and self._whispers.get("return_timestamps")):
-            raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
         input_features = self._main_input("input_features", input_features, inputs)
         sources = self._sources(input_features)
-        config = self._config(generation_config, options, stopping_criteria)
+        config = self._config(generation_config, options)
+        said = self._said(config)
+        if return_timestamps or (return_timestamps is None and said.get("return_timestamps")):
+            raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
+        if not (said.get("is_multilingual", True) if is_multilingual is None else is_multilingual) and (
+            language or task
+        ):
+            raise InputError("This model knows English only; leave language and task out.")
         if decoder_input_ids is None:
-            prompts = self._prompts(sources, config, language, task)
+            prompts = self._prompts(sources, config, {**said, **_given(language=language, task=task)})
         else:
             ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary(), "decoder_input_ids")
             self._check_rows(len(ids), len(sources))
             prompts = real_rows(ids, as_mask(None, ids))
         first = max(map(len, prompts))
-        count = self._fitting(
-            self._count(config, first), self.capacity - first, generation_config, options, stopping_criteria
-        )
+        full, shorter = self._count(config, first), by_length(config, stopping_criteria)
+        limit = None if shorter is None else self._count(shorter, first)
+        count = self._fitting(full, limit, self.capacity - first, generation_config, options)
         self._check_room(first, count)
         self._check_lookup(config)
         check_streamer(streamer, len(sources), config)
-        asked = Generation(input_features, config, count, logits_processor, stopping_criteria, streamer)
+        asked = Generation(input_features, config, count, logits_processor, stopping_criteria, streamer, full=full)
         rows = list(map(Prompt, prompts, prompts))
         return self._answer(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64))
 
@@ -139,13 +159,13 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         return larger(self.artifact, f"--batch-size {self.batch_size}{more}")
 
     def _finished(self, tokens: list[int], config: GenerationConfig) -> list[int]:
-        return self._heard(tokens[:-1] if tokens[-1] in config.eos_ids else tokens)
+        return self._heard(tokens[:-1] if tokens[-1] in config.eos_ids else tokens, self._said(config))
 
-    def _heard(self, tokens: list[int]) -> list[int]:
+    def _heard(self, tokens: list[int], said: Mapping[str, Any]) -> list[int]:
         """An answer up to the last two times in a row, which end a segment: what follows would be heard once more. All
         of it, where it has one segment or closes with one time (transformers' `_retrieve_segment`). Raises InputError
         where the sound goes on there."""
-        silent = self._whispers.get("no_timestamps_token_id")
+        silent = said.get("no_timestamps_token_id")
         is_time = [silent is not None and token > silent for token in tokens]
         ends = [at for at in range(len(tokens) - 1) if is_time[at] and is_time[at + 1]]
         if silent is None or not ends or is_time[-2:] == [False, True]:
@@ -185,31 +205,24 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             count = min(20 if config.max_length is None else config.max_length, most)
         return count
 
-    def _prompts(
-        self, sources: list[Array], config: GenerationConfig, language: str | Sequence[str] | None, task: str | None
-    ) -> list[Array]:
+    def _prompts(self, sources: list[Array], config: GenerationConfig, said: Mapping[str, Any]) -> list[Array]:
         """What each answer begins with: start, language, task, and that there are no timestamps."""
-        file = self._whispers
-        language, task = language or file.get("language"), task or file.get("task")
-        if file.get("is_multilingual") is False and (language or task):
-            raise InputError("This model knows English only; leave language and task out.")
-        first = [self.start_token(config), *(self._legacy() if language is None and task is None else [])]
-        languages = self._languages(sources, first, language, config)
-        rows = [self._completed(first, code, language is not None, task) for code in languages]
+        is_old = said.get("language") is None and said.get("task") is None
+        first = [self.start_token(config), *(self._legacy(said) if is_old else [])]
+        rows = [_completed(first, code, said) for code in self._languages(sources, first, said, config)]
         return [as_ids(row, self._vocabulary(), "What generation_config.json begins with", ("length",)) for row in rows]
 
-    def _legacy(self) -> list[int | None]:
+    def _legacy(self, said: Mapping[str, Any]) -> list[int | None]:
         """What older checkpoints force after the start, position by position; None stands for the language."""
         older = select(self.config, {"forced_decoder_ids": _TYPES["forced_decoder_ids"]}, "config.json")
-        found = self._whispers.get("forced_decoder_ids") or older.get("forced_decoder_ids") or []
+        found = said.get("forced_decoder_ids") or older.get("forced_decoder_ids") or []
         return [token for _, token in found]
 
     def _languages(
-        self, sources: list[Array], first: list[int | None], language: str | Sequence[str] | None,
-        config: GenerationConfig,
-    ) -> list[int | None]:  # fmt: skip
+        self, sources: list[Array], first: list[int | None], said: Mapping[str, Any], config: GenerationConfig
+    ) -> list[int | None]:
         """The language's token for each source, None where the model has none or it is set already."""
-        known = self._whispers.get("lang_to_id")
+        known, language = said.get("lang_to_id"), said.get("language")
         if language is not None:
             given = [language] * len(sources) if isinstance(language, str) else list(language)
             if wrong := [name for name in given if not isinstance(name, str)]:
@@ -234,16 +247,22 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         logits = self._logits(sources, ids, as_mask(None, ids))[:, 0]
         return [languages[int(values[languages].argmax())] for values in logits]
 
-    def _completed(self, first: list[int | None], code: int | None, is_chosen: bool, task: str | None) -> list[int]:
-        """`first` with the language's `code`, the task, and the word that no timestamps follow."""
-        row, tasks = list(first), self._whispers.get("task_to_id", {})
-        if code is not None:
-            row[1:2] = [code]
-        if task is not None and task not in tasks:
-            raise InputError(f"task={task!r} is none that this model knows: {', '.join(tasks) or 'it names none'}.")
-        if tasks and (task or is_chosen):
-            row.append(tasks.get(task or "transcribe"))
-        silent = self._whispers.get("no_timestamps_token_id")
-        if silent is not None and row[-1] != silent:
-            row.append(silent)
-        return [token for token in row if token is not None]
+
+def _given(**named: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _completed(first: list[int | None], code: int | None, said: Mapping[str, Any]) -> list[int]:
+    """`first` with the language's `code`, the task, and the word that no timestamps follow."""
+    row, tasks, task = list(first), said.get("task_to_id", {}), said.get("task")
+    if code is not None:
+        row[1:2] = [code]
+    if task is not None and task not in tasks:
+        raise InputError(f"task={task!r} is none that this model knows: {', '.join(tasks) or 'it names none'}.")
+    if tasks and (task or said.get("language") is not None):
+        row.append(tasks.get(task or "transcribe"))
+    silent = said.get("no_timestamps_token_id")
+    if silent is not None and row[-1] != silent:
+        row.append(silent)
+    return [token for token in row if token is not None]

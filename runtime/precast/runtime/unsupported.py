@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .generation import GenerationConfig
 
-__all__ = ["HARMLESS", "OUTPUTS", "UNSUPPORTED", "refusals"]
+__all__ = ["HARMLESS", "OUTPUTS", "SPEECH", "UNSUPPORTED", "refusals"]
 
 HARMLESS = frozenset(
     [
@@ -72,6 +72,20 @@ OUTPUTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
     ["output_attentions", "output_hidden_states", "output_logits"], _OFF
 )
 """What is returned besides, where an output rather than an array is asked for."""
+
+SPEECH = frozenset(
+    [
+        "forced_decoder_ids",
+        "is_multilingual",
+        "lang_to_id",
+        "language",
+        "no_timestamps_token_id",
+        "return_timestamps",
+        "task",
+        "task_to_id",
+    ]
+)
+"""What Whisper reads of its configuration besides; to other models it says nothing."""
 
 UNSUPPORTED = frozenset([*_ALWAYS, *_SAMPLING, *_BEAMS, *_GREEDY, *OUTPUTS])
 

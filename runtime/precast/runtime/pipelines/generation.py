@@ -40,7 +40,7 @@ class GeneratingPipeline(Pipeline):
 
     def _answered(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
         """generate()'s answer to one slice, int64 [rows, new]."""
-        found = self.model.generate(**rows, **self._with_task(options))
+        found = self.model.generate(**rows, **{"return_dict_in_generate": False, **self._with_task(options)})
         answer: Array = found["sequences"] if isinstance(found, ModelOutput) else found
         return answer
 
