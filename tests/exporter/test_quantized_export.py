@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from precast.exporter import ExportOptions, export
+from precast.exporter import ExportOptions, export, validate_again
 from precast.exporter.backends.onnx import lowering
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.errors import AccuracyError, CheckpointError, PrecastError, UsageError
@@ -201,6 +201,12 @@ def test_below_the_floor_nothing_is_written_unless_it_is_accepted(checkpoint, tm
     accuracy = made.contract.variants[0].accuracy
     assert accuracy.status == "accepted"
     assert accuracy.figures["kl_divergence"] > 1e-6
+    again = validate_again(made.path, str(checkpoint("llama")), ExportOptions(), keep=False)
+    assert again == accuracy
+    with pytest.raises(
+        UsageError, match=r"--atol 0\.5 bounds .* in float32; the variant onnx-int4 is quantized to int4"
+    ):
+        validate_again(made.path, str(checkpoint("llama")), ExportOptions(atol=0.5), keep=False)
 
 
 def test_a_wrong_mask_in_a_quantized_graph_is_found(checkpoint, tmp_path, monkeypatch):

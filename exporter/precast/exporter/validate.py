@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from precast.runtime.artifact.publish import write_config
 from precast.runtime.artifact.schema import Accuracy, Graph, Variant
 from precast.runtime.artifact.store import write_atomically
 from precast.runtime.artifact.tasks import Task, get_task, kind_of_roles
-from precast.runtime.errors import AccuracyError, ExportError
+from precast.runtime.errors import AccuracyError, ExportError, UsageError
 from precast.runtime.select import choose_variant, missing_device, this_machine
 
 from .architectures.last_end import pools_last_end
@@ -309,15 +310,22 @@ def validate_again(
     """Compare a variant of an existing artifact, by default the first that runs here, with a checkpoint; with `keep`
     the verdict goes into its `config.json`.
 
-    Native code runs only with proof, as in `from_pretrained`; `sha256` is one.
+    Native code runs only with proof, as in `from_pretrained`; `sha256` is one. The variant is held to the floor that it
+    was made with, and a loss that was accepted then is accepted again.
 
-    Raises AccuracyError where the answers differ, ArtifactError and CheckpointError where either cannot be opened.
+    Raises UsageError for a bound that is not of this variant, AccuracyError where the answers differ, ArtifactError and
+    CheckpointError where either cannot be opened.
     """
     artifact = read_artifact(path)
     checkpoint = resolve(model, options)
     chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant, root=path)
     task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in chosen.graphs))
     words, options = in_words(chosen), _as_compiled(options, chosen)
+    if words is not None and options.atol != ExportOptions.atol:
+        raise UsageError(
+            f"--atol {options.atol:g} bounds the difference of a model that computes in float32; the variant "
+            f"{chosen.name} is {words}, and what that costs is measured on answers as a whole. Leave --atol out."
+        )
     made = {spec.name for graph in chosen.graphs for spec in graph.outputs}
     checkpoint = replace(checkpoint, embeds_sentences=SENTENCES in made)
     loaded = checkpoint.load(task, "float32")
@@ -364,10 +372,17 @@ def _cast_in_words(variant: Variant) -> str | None:
 
 
 def _as_compiled(options: ExportOptions, variant: Variant) -> ExportOptions:
-    """The options, cast as the variant is."""
+    """The options, cast as the variant is, with the floor that it was held to and whether its loss was accepted."""
     told = {name: variant.compiler.options[name] for name in ("auto_cast", "auto_cast_type")
             if name in variant.compiler.options}  # fmt: skip
-    return replace(options, dtype=variant.dtype, **told)  # type: ignore[arg-type]
+    found = {name: re.search(pattern, variant.accuracy.reason) for name, pattern in _FLOORS.items()}
+    floor = {name: float(each[1]) for name, each in found.items() if each}
+    accepts = variant.accuracy.status == "accepted"
+    return replace(options, dtype=variant.dtype, accept_loss=accepts, **told, **floor)  # type: ignore[arg-type]
+
+
+_FLOORS = {"max_kl": r"KL divergence <= ([\d.e-]+)", "min_agreement": r"top-1 agreement >= ([\d.e-]+)"}
+"""As Floor says them, which an artifact records in words."""
 
 
 def _rewrite(artifact: Artifact, variant: str, accuracy: Accuracy) -> None:
