@@ -25,6 +25,7 @@ from precast.exporter.resolve import resolve
 from precast.runtime import CompiledModel
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError, ExportError, InputError, UsageError
+from precast.runtime.forward import _check_segments
 
 AUTO = {
     "feature-extraction": "AutoModel",
@@ -301,18 +302,18 @@ def test_a_decoder_that_reads_at_once_takes_padding_anywhere(checkpoint, artifac
     rows = [[5, 9, 30, 7, 200], [80, 2], [11, 12, 13, 14, 15, 16, 17, 18, 0, 20, 21, 2]]
     for side in ("left", "right", "inside"):
         ids, mask = oracle.padded(rows, side)
-        outputs = model(np.where(mask == 1, ids, 77), mask)
+        outputs = model(np.where(mask == 1, ids, 77), mask, **_segments(model, ids))
         for index, row in enumerate(rows):
             with torch.inference_mode():
-                expected = oracle.eager(source, AUTO[task])(torch.tensor([row]), **_segments(model, row))
+                expected = oracle.eager(source, AUTO[task])(torch.tensor([row]), **_segments(model, [row]))
             for name, values in outputs.items():
                 found = values[index] if task == "text-classification" else values[index][mask[index] == 1]
                 assert np.abs(found - expected[name][0].numpy()).max() < 1e-4, (side, name)
 
 
-def _segments(model, row):
+def _segments(model, rows):
     """The tiny tokenizer makes segments of 0 for every model."""
-    return {"token_type_ids": torch.zeros(1, len(row), dtype=torch.int64)} if "token_type_ids" in model.inputs else {}
+    return {"token_type_ids": torch.zeros_like(torch.tensor(rows))} if "token_type_ids" in model.inputs else {}
 
 
 def test_segments_are_an_input_where_a_tokenizer_makes_them(checkpoint, tmp_path):
@@ -323,6 +324,20 @@ def test_segments_are_an_input_where_a_tokenizer_makes_them(checkpoint, tmp_path
     for names in (["input_ids", "attention_mask"], ["input_ids", "attention_mask", "token_type_ids"]):
         (source / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": names}))
         assert [spec.name for spec in preview(str(source), options).inputs] == names
+
+
+def test_segments_of_nothing_are_not_segments_of_0_to_all():
+    """To GPT-2, XLM and their kin, which embed segments as words; to BERT they are the same."""
+    names = ["input_ids", "attention_mask"]
+    segments = {"token_type_ids": [[0, 0]]}
+    for kind in ("gpt2", "xlm"):
+        with pytest.raises(InputError, match=rf"This {kind} model needs token_type_ids: its tokenizer makes them"):
+            _check_segments(kind, [*names, "token_type_ids"], {"input_ids": [[5, 6]]})
+        with pytest.raises(InputError, match=rf"This {kind} model was compiled without token_type_ids"):
+            _check_segments(kind, names, segments)
+        _check_segments(kind, [*names, "token_type_ids"], segments)
+    _check_segments("bert", names, segments)
+    _check_segments("bert", [*names, "token_type_ids"], {})
 
 
 def test_positions_that_transformers_caches_without_values(tmp_path):

@@ -48,7 +48,8 @@ class Encoder(CompiledModel):
                 input_values float32 [batch, samples], or spectrograms of the compiled size;
                 attention_mask of 0 and 1, by default all 1. Rows may be padded on either side; the answer is that of
                 the row without padding;
-                token_type_ids, bbox and pixel_mask for models that have them, by default all 0, 0 and 1.
+                token_type_ids, bbox and pixel_mask for models that have them, by default all 0, 0 and 1. Models that
+                have no segments of their own (GPT-2, XLM) take token_type_ids where their tokenizer makes them.
 
         Returns:
             The task's outputs by name, cut to the caller's sizes. What stands at padded positions of text means
@@ -59,6 +60,7 @@ class Encoder(CompiledModel):
         """
         specs = self.variant.graphs[0].inputs
         given = named_inputs(specs, tensors, named)
+        _check_segments(self.config.get("model_type"), self.inputs, {**named, **given})
         limits = {"input_ids": self._vocabulary(), "token_type_ids": self._segments()}
         frames = self.variant.graphs[0].frames
         rows = read_rows(specs, {name: to_numpy(value) for name, value in given.items()}, limits, frames)
@@ -178,6 +180,28 @@ class Encoder(CompiledModel):
         sizes[axis] = [size]
         flags = " ".join(f"--{_FLAGS[name]} {','.join(map(str, found))}" for name, found in sizes.items())
         return larger(self.artifact, flags, size if axis == "length" else 0)
+
+
+_WORDS_FOR_SEGMENTS = (
+    "codegen", "ctrl", "flaubert", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "xlm",
+)  # fmt: skip
+"""Model types that embed segments as words: to them those of 0 are not the same as none."""
+
+
+def _check_segments(kind: Any, inputs: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raise InputError where token_type_ids are missed, or given to a model that was compiled without."""
+    has = "token_type_ids" in inputs
+    if kind not in _WORDS_FOR_SEGMENTS or has == (given.get("token_type_ids") is not None):
+        return
+    if has:
+        raise InputError(
+            f"This {kind} model needs token_type_ids: its tokenizer makes them, and without them it answers otherwise. "
+            f"Pass all that model.tokenizer(texts) makes, or zeros."
+        )
+    raise InputError(
+        f"This {kind} model was compiled without token_type_ids, as its tokenizer makes none, and segments of 0 would "
+        f"change its answer. Leave token_type_ids out."
+    )
 
 
 def _compiled(graph: Graph) -> dict[Axis, int]:
