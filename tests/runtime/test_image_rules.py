@@ -115,6 +115,14 @@ def test_what_a_file_leaves_out_is_its_class_or_its_models(tmp_path, kind):
     assert same(write(tmp_path, {"size": 30}, model_type=TYPES[kind][0]))
 
 
+@pytest.mark.parametrize("size", [20, {"shortest_edge": 31}, 383, 384, 400])
+def test_convnext_crops_below_384_and_warps_from_there_on(tmp_path, size):
+    for settings in ({"size": size}, {"size": size, "crop_pct": 0.95, "do_center_crop": True, "crop_size": 16}):
+        path = write(tmp_path, {"image_processor_type": "ConvNextImageProcessor", **settings})
+        assert ImageProcessor(path)._rules is not None
+        assert same(path)
+
+
 def test_segformer_reads_a_crop_and_does_none(tmp_path):
     assert same(
         write(tmp_path, {"image_processor_type": "SegformerImageProcessor", "do_center_crop": True, "crop_size": 9})
@@ -180,7 +188,7 @@ def test_the_part_of_processor_config_counts(tmp_path):
         whole.write_text(json.dumps({"processor_class": "AProcessor", "image_processor": part}))
         assert same(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    whole.write_text(json.dumps({"image_processor": {"image_processor_type": "ConvNextImageProcessor", "size": 30}}))
+    whole.write_text(json.dumps({"image_processor": {"image_processor_type": "LevitImageProcessor", "size": 30}}))
     assert same(tmp_path), "transformers is given the file"
     whole.write_text(json.dumps({"image_processor": "clip"}))
     with pytest.raises(FormatError, match=r"processor_config.json says of images 'clip', not an object"):

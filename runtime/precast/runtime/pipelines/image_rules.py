@@ -35,6 +35,9 @@ CLASSES: dict[str, dict[str, Any]] = {
     "Blip": {**_OPENAI, **_BICUBIC, **_square(384)},
     "CLIP": _CLIP,
     "ChineseCLIP": _CLIP,
+    "ConvNext": {
+        **_EVEN, **_BICUBIC, "size": {"shortest_edge": 384}, "default_to_square": False, "crop_pct": 224 / 256,
+    },
     "DeiT": {**_EVEN, **_BICUBIC, **_CROPPED, **_square(256)},
     "MobileNetV1": {
         **_EVEN, **_BILINEAR, **_CROPPED, "size": {"shortest_edge": 256}, "default_to_square": False,
@@ -55,6 +58,7 @@ TYPES = {
         "mlcd", "vipllava", "xclip",
     ),
     "ChineseCLIP": ("chinese_clip",),
+    "ConvNext": ("convnext", "convnextv2", "cvt", "regnet", "resnet"),
     "DeiT": ("deit",),
     "MobileNetV1": ("mobilenet_v1",),
     "Pvt": ("pvt", "pvt_v2"),
@@ -94,6 +98,8 @@ class ImageRules(msgspec.Struct, frozen=True, kw_only=True):
     do_rescale: bool | None = True
     do_normalize: bool | None = True
     input_data_format: Literal["channels_first", "channels_last"] | None = None
+    # Of ConvNeXT alone.
+    crop_pct: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     # Transformers alone does these.
     do_pad: bool | None = False
     use_square_size: bool | None = False
@@ -101,7 +107,7 @@ class ImageRules(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.do_pad or self.use_square_size:
             raise ValueError("a step that is not done here")
-        if tuple(sorted(self._resized)) not in (("height", "width"), ("shortest_edge",)):
+        if tuple(sorted(self.resized)) not in (("height", "width"), ("shortest_edge",)):
             raise ValueError(f"no rule for the size {self.size}")
         if self.crop_size is not None and sorted(_edges(self.crop_size)) != ["height", "width"]:
             raise ValueError(f"no rule for the crop size {self.crop_size}")
@@ -109,15 +115,24 @@ class ImageRules(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("cropped to no size")
 
     @property
-    def _resized(self) -> dict[str, int]:
+    def resized(self) -> dict[str, int]:
+        """What `size` says: height and width, or shortest_edge."""
         is_edge = isinstance(self.size, int) and not self.default_to_square
         return _edges(self.size, ("shortest_edge",) if is_edge else ("height", "width"))
 
+    def _resize(self, image: Any) -> Array:
+        """uint8 [height, width, 3]. ConvNeXT's are squares: small ones the middle of a larger image, others warped."""
+        if self.crop_pct is None:
+            return np.asarray(image.resize(_target(image.size, self.resized), self.resample))
+        side = self.resized["shortest_edge"]
+        if side >= _WARPED:
+            return np.asarray(image.resize((side, side), self.resample))
+        larger = _target(image.size, {"shortest_edge": int(side / self.crop_pct)})
+        return _cropped(np.asarray(image.resize(larger, self.resample)), _edges(side))
+
     def pixels(self, image: Any) -> Array:
         """float32 [3, height, width] of a Pillow image in colours."""
-        if self.do_resize:
-            image = image.resize(_target(image.size, self._resized), self.resample)
-        pixels = np.asarray(image)
+        pixels = self._resize(image) if self.do_resize else np.asarray(image)
         if self.do_center_crop and self.crop_size is not None:
             pixels = _cropped(pixels, _edges(self.crop_size))
         values = pixels.transpose(2, 0, 1)
@@ -132,6 +147,8 @@ class ImageRules(msgspec.Struct, frozen=True, kw_only=True):
         return values.astype(np.float32)
 
 
+_WARPED = 384
+"""The side from which on ConvNeXT cuts nothing off."""
 _UNCROPPED = ("Segformer",)
 """Classes that read do_center_crop and crop nothing."""
 # transformers 4 wrote the name of the class that was used, old ones, which 5 has no more, and fast ones among them.
@@ -140,9 +157,13 @@ _NAME = re.compile("(.*)(ImageProcessor(Pil)?|FeatureExtractor)(Fast)?")
 
 def rules_of(kind: str, settings: Mapping[str, Any]) -> ImageRules | None:
     """How the class `kind` prepares images by a file's `settings`; None where it takes transformers to know."""
+    is_convnext = kind == "ConvNext"
+    heeded = settings if is_convnext else {name: settings[name] for name in settings if name != "crop_pct"}
     try:
-        rules = msgspec.convert({**CLASSES[kind], **settings}, ImageRules)
+        rules = msgspec.convert({**CLASSES[kind], **heeded}, ImageRules)
     except msgspec.ValidationError:
+        return None
+    if is_convnext and (rules.crop_pct is None or "shortest_edge" not in rules.resized):
         return None
     return msgspec.structs.replace(rules, do_center_crop=False) if kind in _UNCROPPED else rules
 
