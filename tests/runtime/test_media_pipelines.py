@@ -181,6 +181,8 @@ def test_audio_classification_and_speech(root, artifact, sounds, tmp_path):
         ours({"raw": sounds[0], "sampling_rate": 8000})
     with pytest.raises(InputError, match=r"no.wav cannot be read as a .wav file"):
         ours("no.wav")
+    with pytest.raises(InputError, match=r"stride=\(0, 400\) of a sound, .*is not done here"):
+        ours({"raw": sounds[0], "sampling_rate": 16_000, "stride": (0, 400)})
     with pytest.raises(InputError, match=r"A sound is a .wav file"):
         ours(3)
 

@@ -273,6 +273,11 @@ class SoundProcessor:
         Raises InputError for anything else, and for another sampling rate.
         """
         rate = self.rate
+        if isinstance(given, dict) and given.get("stride") is not None:
+            raise InputError(
+                f"stride={given['stride']!r:.80} of a sound, whose ends other pieces hear too, is not done here. "
+                f"Give the sound without it."
+            )
         if isinstance(given, dict) and "sampling_rate" in given and given.keys() & {"raw", "array"}:
             given, rate = given.get("raw", given.get("array")), given["sampling_rate"]
         elif isinstance(given, str | Path):
