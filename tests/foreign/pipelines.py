@@ -176,11 +176,23 @@ def _parts(source: Path) -> dict[str, Any]:
     return found
 
 
+class _Known(dict[str, Any]):
+    """A table that has a row for everything."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> dict[str, list[str]]:
+        return {"tokenizer_classes": [], "processor_classes": []}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Only the mixin's tests, of pipelines that precast has."""
     from tests import test_pipeline_mixin as mixin
 
     mixin.PipelineTesterMixin.run_pipeline_test = run_pipeline_test
+    # Of every model, not of those alone that have a checkpoint on the Hub.
+    mixin.tiny_model_summary = _Known(mixin.tiny_model_summary)
     # Of theirs and the Hub's, not of ours.
     mixin.compare_pipeline_args_to_hub_spec = lambda *_: None
     names = {f"test_pipeline_{task.replace('-', '_')}" for task in TASKS}
