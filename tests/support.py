@@ -96,6 +96,9 @@ def _sizes(pair: Pair, published: Path | None) -> dict[str, Any]:
     """Those of the zoo; images have the size that a published configuration says, where it says one."""
     zoo, model_type, task = pair
     sizes: dict[str, Any] = import_module(f"zoo.{zoo}").options(model_type, task)
+    if published and task == "audio-xvector":
+        # Convolutions over time, as published, read 15 frames at once.
+        sizes = sizes | {"audio_sequence_length": (8000,)}
     says = published is not None and "image_size" in (published / "config.json").read_text("utf-8")
     return {name: sizes[name] for name in sizes if not (says and name == "image_size")}
 

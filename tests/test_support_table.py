@@ -110,6 +110,7 @@ def test_as_much_passes_as_was_promised():
     assert count["decoders"] >= 130
     assert count["encoders"] >= 35
     assert {line.model_type for line in table() if line.passes} >= FAMILIES
+    assert sum(bool(line.configuration) for line in table()) >= 100
 
 
 @pytest.mark.slow

@@ -23,10 +23,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{
         name: {}
         for name in ("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "granite_speech", "idefics2",
-                     "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3",
-                     "paligemma", "qwen3_asr", "smolvlm", "video_llava", "voxtral")
+                     "idefics3", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llava", "llava_next",
+                     "llava_next_video", "llava_onevision", "minicpmv4_6", "minimax_m3_vl", "mistral3", "ovis2",
+                     "paligemma", "qianfan_ocr", "qwen2_audio", "qwen3_asr", "smolvlm", "video_llama_3",
+                     "video_llava", "vipllava", "voxtral")
     },
-    **dict.fromkeys(["glm46v", "glm4v", "glm_ocr", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"], _sections(2, 3, 3)),
+    **dict.fromkeys(
+        ["glm46v", "glm4v", "glm_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"],
+        _sections(2, 3, 3),
+    ),
     "qwen2_vl": _sections(2, 3, 3) | {"vision_config": {"embed_dim": 64}},
     "glm4v_moe": _sections(1, 1, 2, partial_rotary_factor=0.5),
 }  # fmt: skip
