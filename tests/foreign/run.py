@@ -61,7 +61,7 @@ SOURCES = {
 }
 PACKAGES = ("datasets", "httpx", "parameterized")
 GENERATION = ("llama", "gpt2", "mistral", "qwen2", "bart", "t5")
-PIPELINES = ("bert", "distilbert", "roberta", "gpt2", "qwen2", "vit", "resnet", "wav2vec2", "whisper")
+PIPELINES = ("bert", "distilbert", "roberta", "gpt2", "llama", "vit", "resnet", "wav2vec2", "whisper")
 SUITES = {
     "generation": Suite(
         "transformers",
