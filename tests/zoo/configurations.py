@@ -25,11 +25,12 @@ _UNFIT = {"glm-4v"}
 
 def published_for(model_type: str, task: Task, corpus: Path = PUBLISHED) -> Path | None:
     """The folder in `corpus` whose configuration a pair is measured on: the first, by name, whose class does the task.
-    Encoders of one type differ by their heads alone, so that any of the type stands for all. None where there is none.
-    """
+    Encoders of one type differ by their heads alone, so that any of the type stands for all; heads of segmentation name
+    the layers that they read, and stand for themselves. None where there is none."""
     folders = [folder for folder in _by_type(corpus).get(model_type, ()) if _config(folder)]
     own = [folder for folder in folders if _is_for(_raw(folder), task)]
-    return next(iter(own or (folders if task.kind == "encoder" else ())), None)
+    is_borrowed = task.kind == "encoder" and task.name != "semantic-segmentation"
+    return next(iter(own or (folders if is_borrowed else ())), None)
 
 
 def make(path: Path, folder: Path, task: Task) -> Path:
@@ -45,7 +46,9 @@ def make(path: Path, folder: Path, task: Task) -> Path:
     config = transformers.AutoConfig.from_pretrained(path)
     auto = getattr(transformers, task.auto)
     found = (auto if type(config) in auto._model_mapping else wider_class(config))._model_mapping[type(config)]
-    make_model(path, found[0] if isinstance(found, tuple) else found, config)
+    # Weights are published of the whole model, where the task takes a part of it.
+    whole = [getattr(transformers, name) for name in small.get("architectures") or () if name in _classes(small, task)]
+    make_model(path, next(iter(whole), found[0] if isinstance(found, tuple) else found), config)
     return path
 
 
@@ -85,7 +88,11 @@ def _config(folder: Path) -> Any:
 
 def _is_for(raw: dict[str, Any], task: Task) -> bool:
     """Whether the class that it names does the task, by transformers' tables or by its name."""
+    return task_in(raw) == task.name or bool(_classes(raw, task) & set(raw.get("architectures") or ()))
+
+
+def _classes(raw: dict[str, Any], task: Task) -> set[str]:
+    """Those that do the task for its type, by transformers' tables."""
     autos = (task.auto, *(READS_MORE if task.kind == "decoder" else ()))
     found = [getattr(transformers, auto)._model_mapping._model_mapping.get(raw["model_type"], ()) for auto in autos]
-    classes = {name for names in found for name in ([names] if isinstance(names, str) else names)}
-    return task_in(raw) == task.name or bool(classes & set(raw.get("architectures") or ()))
+    return {name for names in found for name in ([names] if isinstance(names, str) else names)}

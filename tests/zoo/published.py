@@ -107,7 +107,8 @@ def _put(raw: dict[str, Any], config: Any, changes: dict[str, Any]) -> None:
 
 def _is_read(raw: dict[str, Any], config: Any, name: str, changes: dict[str, Any]) -> bool:
     part = getattr(type(config).from_dict(json.loads(json.dumps(raw))), name)
-    return all(getattr(part, each, value) == value for each, value in changes.items() if each in raw)
+    flat = {each: value for each, value in changes.items() if each in raw}
+    return bool(flat) and all(getattr(part, each, value) == value for each, value in flat.items())
 
 
 def _put_flat(raw: dict[str, Any], changes: dict[str, Any]) -> None:
