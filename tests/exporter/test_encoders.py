@@ -370,6 +370,11 @@ def test_rows_that_big_bird_reads_in_blocks_are_refused(tmp_path):
         preview(str(tmp_path), ExportOptions(task="fill-mask", batch_size=1, sequence_length=(29,)))
 
 
+def test_the_decoder_alone_of_bigbird_pegasus_has_no_blocks(tmp_path):
+    tiny_config("bigbird_pegasus", BLOCKS).save_pretrained(tmp_path)
+    assert preview(str(tmp_path), ExportOptions(task="text-generation", batch_size=1, sequence_length=(24,)))
+
+
 @pytest.mark.slow
 def test_big_bird_as_published(tmp_path):
     """What is too short for blocks is attended fully, by transformers too."""

@@ -434,9 +434,9 @@ def _attend_fully(model: nn.Module) -> None:
     """Full attention for BigBird, as transformers has it for rows that blocks do not fit; others are not compiled for
     (`check_blocks`)."""
     if getattr(model.config, "attention_type", None) == "block_sparse":
-        # The outermost that can be told tells those within.
-        chosen: Any = next(module for module in model.modules() if hasattr(module, "set_attention_type"))
-        if chosen.attention_type == "block_sparse":
+        # The outermost that can be told tells those within; BigBirdPegasus's decoder alone has no blocks.
+        chosen: Any = next((module for module in model.modules() if hasattr(module, "set_attention_type")), None)
+        if chosen is not None and chosen.attention_type == "block_sparse":
             chosen.set_attention_type("original_full")
 
 
