@@ -51,6 +51,10 @@ def test_an_expected_failure_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tally.Running, "reached", True)
     found = tally.verdict(AssertionError("no cache"), "suite::test_cache", {"test_cache$": "the cache stays inside"})
     assert found == {"end": "expected", "words": "the cache stays inside"}
+    assert (
+        tally.verdict(KeyError("raw"), "suite::test_cache", {"test_cache$": "the cache stays inside"})["end"]
+        == "failed"
+    )
 
 
 def _ends(with_: Any) -> Any:
