@@ -14,7 +14,7 @@ from precast.runtime.pipelines.audio import _SPELLING
 from precast.runtime.pipelines.choices import hypothesis, labels_of
 from precast.runtime.pipelines.scores import label, labels
 from precast.runtime.published import select
-from precast.runtime.speech import _TYPES
+from precast.runtime.unsupported import SPEECH
 
 
 @pytest.mark.parametrize("names", [None, [1, 2], "x", {"a": "b"}, 5])
@@ -96,8 +96,8 @@ def test_inputs_of_another_type_are_refused(task, given):
 @pytest.mark.parametrize(
     ("types", "values"),
     [
-        (_TYPES, {"lang_to_id": ["fr"]}), (_TYPES, {"task_to_id": {"translate": "x"}}), (_TYPES, {"language": 5}),
-        (_TYPES, {"forced_decoder_ids": [1]}), (_TYPES, {"no_timestamps_token_id": "x"}),
+        (SPEECH, {"lang_to_id": ["fr"]}), (SPEECH, {"task_to_id": {"translate": "x"}}), (SPEECH, {"language": 5}),
+        (SPEECH, {"forced_decoder_ids": [1]}), (SPEECH, {"no_timestamps_token_id": "x"}),
         (_SPELLING, {"target_lang": 5}), (_SPELLING, {"pad_token": 5}),
         (_SPELLING, {"added_tokens_decoder": {"x": {}}}),
     ],
@@ -112,4 +112,4 @@ def test_published_files_as_they_are_pass():
     decoder = {"added_tokens_decoder": {"0": {"content": "[PAD]", "lstrip": False, "special": True}}}
     assert select(decoder, _SPELLING, "a file")["added_tokens_decoder"][0].content == "[PAD]"
     whisper = {"forced_decoder_ids": [[1, None], [2, 50359]], "language": None, "alignment_heads": [[2, 2]]}
-    assert select(whisper, _TYPES, "a file") == {"forced_decoder_ids": [(1, None), (2, 50359)]}
+    assert select(whisper, SPEECH, "a file") == {"forced_decoder_ids": [(1, None), (2, 50359)]}

@@ -84,25 +84,29 @@ def _is_like(held: Any, small: Any) -> bool:
 def _put(raw: dict[str, Any], config: Any, changes: dict[str, Any]) -> None:
     """Write changes under the names that the file has for them; parts that it has no object for stand in it flat."""
     for name, value in changes.items():
-        part = getattr(config, name, None) if name in config.sub_configs else None
-        if part is not None:
-            inner = _changes(part, raw.get(name) or raw)
-            if isinstance(raw.get(name), dict):
-                _put(raw[name], part, inner)
-            else:
-                _put_flat(raw, inner)
-                if not _is_read(raw, config, name, inner):
-                    # transformers does not read it from there either: all of the part is as by default.
-                    raw[name] = {"rope_parameters": getattr(part, "rope_parameters", None), **inner}
-                    _cut_rope(raw[name], part)
-            continue
         if name in config.sub_configs:
+            _put_part(raw, config, name)
             continue
         raw[name] = value
         for alias, actual in config.attribute_map.items():
             if actual == name and alias in raw:
                 raw[alias] = value
     _cut_rope(raw, config)
+
+
+def _put_part(raw: dict[str, Any], config: Any, name: str) -> None:
+    part = getattr(config, name, None)
+    if part is None:
+        return
+    inner = _changes(part, raw.get(name) or raw)
+    if isinstance(raw.get(name), dict):
+        _put(raw[name], part, inner)
+        return
+    _put_flat(raw, inner)
+    if not _is_read(raw, config, name, inner):
+        # transformers does not read it from there either: all of the part is as by default.
+        raw[name] = {"rope_parameters": getattr(part, "rope_parameters", None), **inner}
+        _cut_rope(raw[name], part)
 
 
 def _is_read(raw: dict[str, Any], config: Any, name: str, changes: dict[str, Any]) -> bool:

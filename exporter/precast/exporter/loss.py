@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,12 @@ class Floor:
     def __str__(self) -> str:
         kl = [] if self.max_kl is None else [f"KL divergence <= {self.max_kl:g}"]
         return ", ".join(kl + ([] if self.min_agreement is None else [f"top-1 agreement >= {self.min_agreement:g}"]))
+
+    @classmethod
+    def within(cls, words: str) -> Floor:
+        """The one that `str` wrote among these words, as an artifact records it; of nothing where there is none."""
+        found = (re.search(rf"{said} ([\d.e-]+)", words) for said in ("KL divergence <=", "top-1 agreement >="))
+        return cls(*(None if each is None else float(each[1]) for each in found))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError
 
 from .kinds import kind_of
+from .resolve import first_line
 
 __all__ = ["Question", "make_questions", "make_scored", "repeat", "token_ids", "write_questions"]
 
@@ -69,8 +70,8 @@ def write_questions(questions: Sequence[Question], path: Path) -> None:
 
 
 def make_questions(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:
-    """The questions for an artifact with these graphs; without a `tokenizer`, or with one that
-    cannot read plain text, they are random ids (always the same)."""
+    """The questions for an artifact with these graphs; without a `tokenizer`, or with one that cannot read plain text,
+    they are random ids (always the same)."""
     found: list[Question] = kind_of(task).questions(graphs, _texts("texts.txt", tokenizer, vocabulary))
     return found
 
@@ -96,8 +97,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
         found: list[int] = tokenizer(text, verbose=False)["input_ids"]
     except Exception as error:
         # Any type: each tokenizer has code of its own.
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{type(tokenizer).__name__} cannot read plain text: {reason}") from error
+        raise CheckpointError(f"{type(tokenizer).__name__} cannot read plain text: {first_line(error)}") from error
     return found
 
 

@@ -35,7 +35,7 @@ from .packed import Grid, Packing, check_understood, packing_of, quantization_se
 from .peft_adapters import check_merged
 from .support import meant, supported_tasks, task_in
 
-__all__ = ["Checkpoint", "resolve"]
+__all__ = ["Checkpoint", "first_line", "resolve"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -87,7 +87,7 @@ class Checkpoint:
             raise
         except Exception as error:
             # The libraries meet a broken file with errors of any type.
-            raise CheckpointError(f"The configuration of {self.name} cannot be used: {_first_line(error)}") from error
+            raise CheckpointError(f"The configuration of {self.name} cannot be used: {first_line(error)}") from error
         if self.packing:
             # Its weights will be floats, and transformers would look for the library that packed them.
             for part in (config, config.get_text_config()):
@@ -180,7 +180,7 @@ class Checkpoint:
                 found.chat_template = strict_json.loads(path.read_bytes(), f"{self.name}/{path.name}")["chat_template"]
             return found
         except Exception as error:
-            raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {_first_line(error)}") from error
+            raise CheckpointError(f"The tokenizer of {self.name} cannot be used: {first_line(error)}") from error
 
     @property
     def has_tokenizer(self) -> bool:
@@ -261,7 +261,7 @@ class Checkpoint:
             # Any type: each model type has code of its own.
             raise CheckpointError(
                 f"transformers cannot make a model for {task.name} of the configuration of {self.name}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         if auto.__name__ in READS_MORE:
             keep_language_model(model)
@@ -296,7 +296,7 @@ class Checkpoint:
         except CheckpointError:
             raise
         except Exception as error:
-            reason = "their shapes are not those of config.json" if "mismatched" in str(error) else _first_line(error)
+            reason = "their shapes are not those of config.json" if "mismatched" in str(error) else first_line(error)
             raise CheckpointError(f"The weights of {self.name} cannot be loaded: {reason}") from error
         check_merged(info["unexpected_keys"], self.name)
         self._check_complete(model, info, task)
@@ -330,7 +330,7 @@ class Checkpoint:
         except Exception as error:
             # The library meets a broken file with errors of any type.
             raise CheckpointError(
-                f"The generation settings of {self.name} cannot be used: {_first_line(error)} Correct its "
+                f"The generation settings of {self.name} cannot be used: {first_line(error)} Correct its "
                 f"generation_config.json."
             ) from error
 
@@ -461,14 +461,14 @@ def _from_hub(model: str, options: ExportOptions) -> Checkpoint:
                 ignore_patterns=["original/*", "onnx/*", "openvino/*"], local_files_only=problem is not None,
             )  # fmt: skip
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise not_given(model, problem or _first_line(error)) from error
+            raise not_given(model, problem or first_line(error)) from error
     check_is_checkpoint(Path(path), model)
     # The snapshot's own directory is named after the commit.
     commit = os.path.basename(os.path.normpath(path))
     return Checkpoint(model, model, Path(path).resolve(), None, commit, options.trust_remote_code)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """What the error says, with its type where that is needed to understand it."""
     lines = str(error).strip().splitlines()
     if not lines or isinstance(error, KeyError):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +25,7 @@ from precast.runtime.select import choose_variant, missing_device, this_machine
 
 from .architectures.last_end import pools_last_end
 from .encoder.sentences import OUTPUT as SENTENCES
-from .loss import CAST_ADVICE, QUANTIZED_ADVICE, check, divergence, floor_for, log_softmax, score
+from .loss import CAST_ADVICE, QUANTIZED_ADVICE, Floor, check, divergence, floor_for, log_softmax, score
 from .options import ExportOptions
 from .questions import Question, make_questions, make_scored, write_questions
 from .reference import Answer, answer
@@ -375,14 +374,9 @@ def _as_compiled(options: ExportOptions, variant: Variant) -> ExportOptions:
     """The options, cast as the variant is, with the floor that it was held to and whether its loss was accepted."""
     told = {name: variant.compiler.options[name] for name in ("auto_cast", "auto_cast_type")
             if name in variant.compiler.options}  # fmt: skip
-    found = {name: re.search(pattern, variant.accuracy.reason) for name, pattern in _FLOORS.items()}
-    floor = {name: float(each[1]) for name, each in found.items() if each}
+    floor = {name: value for name, value in asdict(Floor.within(variant.accuracy.reason)).items() if value is not None}
     accepts = variant.accuracy.status == "accepted"
     return replace(options, dtype=variant.dtype, accept_loss=accepts, **told, **floor)  # type: ignore[arg-type]
-
-
-_FLOORS = {"max_kl": r"KL divergence <= ([\d.e-]+)", "min_agreement": r"top-1 agreement >= ([\d.e-]+)"}
-"""As Floor says them, which an artifact records in words."""
 
 
 def _rewrite(artifact: Artifact, variant: str, accuracy: Accuracy) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from .arguments import only_known
 from .errors import InputError
 from .generation import GenerationConfig
-from .generative import Generation, GenerativeModel, by_length, check_streamer
+from .generative import Generation, GenerativeModel, check_streamer
 from .loss import with_labels
 from .padding import as_array, as_ids, as_mask, real_rows
 from .prompt import Prompt
@@ -136,9 +136,9 @@ class CompiledModelForCausalLM(GenerativeModel):
         check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
-        full, shorter = config.new_tokens(ids.shape[1]), by_length(config, stopping_criteria)
-        limit = None if shorter is None else shorter.new_tokens(ids.shape[1])
-        count = self._fitting(full, limit, room, generation_config, options)
+        full, count = self._lengths(
+            lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options, stopping_criteria
+        )
         self._check_room(rows, count)
         self._check_lookup(config)
         check_streamer(streamer, len(rows), config)
@@ -162,8 +162,7 @@ class CompiledModelForCausalLM(GenerativeModel):
             raise InputError(f"stream() continues one row; this batch has {len(ids)}. Use generate().")
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
-        full = config.new_tokens(ids.shape[1])
-        count = self._fitting(full, None, room, generation_config, options)
+        full, count = self._lengths(lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options)
         self._check_room(rows, count)
         self._check_lookup(config)
         return self._stream(Prompt(rows[0], ids[0]), None, config, count, full)

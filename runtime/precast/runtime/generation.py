@@ -17,6 +17,9 @@ from .unsupported import HARMLESS, SPEECH, UNSUPPORTED, refusals
 
 __all__ = ["GenerationConfig"]
 
+_BESIDES = UNSUPPORTED | SPEECH.keys()
+"""Settings that a configuration carries without having them."""
+
 # As wide as the arrays that hold them.
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Word = Annotated[list[Id], msgspec.Meta(min_length=1)]
@@ -101,7 +104,7 @@ class GenerationConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         """Numpy's and torch's numbers become Python's. Raises InputError for an unknown name, or a value of another
         type."""
-        if name in UNSUPPORTED | SPEECH:
+        if name in _BESIDES:
             self.unsupported[name] = plain(value)
             return
         if name in self.settings():
@@ -112,7 +115,7 @@ class GenerationConfig:
 
     def __getattr__(self, name: str) -> Any:
         """What transformers' configuration has besides: None where nothing is set."""
-        if name in HARMLESS | UNSUPPORTED | SPEECH:
+        if name in HARMLESS or name in _BESIDES:
             return self.unsupported.get(name)
         raise AttributeError(f"A GenerationConfig has no {name!r}. It has: {', '.join(self.settings())}.")
 
@@ -132,18 +135,14 @@ class GenerationConfig:
             for name, value in raw.items():
                 if value is not None:
                     _refuse_unknown(name, f"{origin} has")
-        return cls._read(raw, origin)
+        return cls.published(raw, origin)
 
     @classmethod
     def published(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
         """From what a generation_config.json says, as transformers reads it: what it does not know is passed over.
         Raises InputError for a value of another type."""
-        return cls._read(raw, origin)
-
-    @classmethod
-    def _read(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
         known = cls.settings()
-        others = {name: plain(value) for name, value in raw.items() if name in UNSUPPORTED | SPEECH}
+        others = {name: plain(value) for name, value in raw.items() if name in _BESIDES}
         try:
             return cls(**{name: value for name, value in raw.items() if name in known}, unsupported=others)
         except InputError as error:

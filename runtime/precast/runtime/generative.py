@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -33,7 +33,7 @@ from .tensors import ModelOutput, like
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Generation", "GenerativeModel", "by_length", "check_streamer"]
+__all__ = ["Generation", "GenerativeModel", "check_streamer"]
 
 Array = np.ndarray[Any, Any]
 
@@ -68,9 +68,9 @@ class Generation:
         criteria: Sequence[Any] | None = None,
         streamer: Any = None,
         *,
-        full: int | None = None,
+        full: int,
     ) -> None:
-        self.config, self.count, self.full = config, count, count if full is None else full
+        self.config, self.count, self.full = config, count, full
         self._seed = drawn_seed() if config.do_sample and config.seed is None else config.seed
         self._processors = functions("logits_processor", processors)
         self.processors = [Processing(each, given) for each in self._processors]
@@ -307,14 +307,19 @@ class GenerativeModel(CompiledModel):
         return {**options, **{name: language_id(self.tokenizer, name, options[name]) for name in named}}
 
     @staticmethod
-    def _fitting(full: int, limit: int | None, room: int, given: Any, options: Mapping[str, Any]) -> int:
-        """How many of the `full` new tokens to generate: up to the `limit` of the caller's own criteria, and where not
-        the call but a file or a default says it, no more than there is room for."""
-        if limit is not None:
-            return limit
+    def _lengths(
+        new_tokens: Callable[[GenerationConfig], int], config: GenerationConfig, room: int, given: Any,
+        options: Mapping[str, Any], criteria: Sequence[Any] | None = None,
+    ) -> tuple[int, int]:  # fmt: skip
+        """How many new tokens the settings say, as `new_tokens` counts them, and how many to generate at most: those of
+        the caller's own criteria, or where not the call but a file or a default says it, no more than there is room
+        for."""
+        full, longest = new_tokens(config), _longest(criteria)
+        if longest is not None:
+            return full, new_tokens(replace(config, max_new_tokens=None, max_length=longest))
         said = dict(options) if given is None else {**vars(GenerationConfig.of(given, "generation_config")), **options}
         is_asked = any(said.get(name) is not None for name in ("max_new_tokens", "max_length"))
-        return full if is_asked else max(1, min(full, room))
+        return full, full if is_asked else max(1, min(full, room))
 
     def _check_ids(self, config: GenerationConfig, names: Iterable[str]) -> None:
         """Raise InputError for a token that a setting names and the model does not have."""
@@ -372,12 +377,11 @@ class GenerativeModel(CompiledModel):
         return StopStrings(self.tokenizer, asked.config.stops) if asked.config.stops else None
 
 
-def by_length(config: GenerationConfig, criteria: Any) -> GenerationConfig | None:
-    """The configuration with the length of transformers' MaxLengthCriteria among the criteria, which ends rows in place
-    of what it says itself; None where there is none."""
+def _longest(criteria: Any) -> int | None:
+    """The length of transformers' MaxLengthCriteria among the criteria, which ends rows in place of what a call or a
+    configuration says."""
     theirs = (each for each in functions("stopping_criteria", criteria) if kind_of(each) == "MaxLengthCriteria")
-    found = next(theirs, None)
-    return None if found is None else replace(config, max_new_tokens=None, max_length=found.max_length)
+    return next((each.max_length for each in theirs), None)
 
 
 def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:

@@ -13,7 +13,7 @@ from .artifact.schema import Graph, Variant
 from .engines import Engine
 from .errors import InputError
 from .generation import GenerationConfig
-from .generative import Generation, GenerativeModel, by_length, check_streamer
+from .generative import Generation, GenerativeModel, check_streamer
 from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
 from .prompt import Prompt
@@ -186,9 +186,10 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         self._check_rows(len(front), len(sources))
         prompts = real_rows(front, mask)
         first = max(map(len, prompts))
-        full, shorter = config.new_tokens(front.shape[1]), by_length(config, stopping_criteria)
-        limit = None if shorter is None else shorter.new_tokens(front.shape[1])
-        count = self._fitting(full, limit, self.capacity - first, generation_config, options)
+        full, count = self._lengths(
+            lambda by: by.new_tokens(front.shape[1]), config, self.capacity - first, generation_config, options,
+            stopping_criteria,
+        )  # fmt: skip
         self._check_room(first, count)
         self._check_lookup(config)
         check_streamer(streamer, len(sources), config)
@@ -208,8 +209,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         if len(sources) != 1:
             raise InputError(f"stream() answers one row; this batch has {len(sources)}. Use generate().")
         config = self._config(generation_config, {"return_dict_in_generate": False, **options})
-        full = config.new_tokens(1)
-        count = self._fitting(full, None, self.capacity - 1, generation_config, options)
+        full, count = self._lengths(lambda by: by.new_tokens(1), config, self.capacity - 1, generation_config, options)
         self._check_room(1, count)
         self._check_lookup(config)
         start = np.array([self.start_token(config)], np.int64)

@@ -11,7 +11,7 @@ import numpy as np
 from .advice import larger
 from .errors import FormatError, InputError
 from .generation import GenerationConfig
-from .generative import Generation, by_length, check_streamer
+from .generative import Generation, check_streamer
 from .languages import CODES
 from .loss import with_labels
 from .padding import as_ids, as_mask, real_rows
@@ -20,20 +20,11 @@ from .published import select
 from .sampling import Processor
 from .seq2seq import EncoderCall, EncoderDecoder
 from .tensors import ModelOutput, like, plain, to_numpy
+from .unsupported import SPEECH
 
 __all__ = ["CompiledModelForSpeechSeq2Seq"]
 
 Array = np.ndarray[Any, Any]
-
-_TYPES: dict[str, Any] = {
-    **dict.fromkeys(["lang_to_id", "task_to_id"], dict[str, int]),
-    "language": str | list[str],
-    "task": str,
-    **dict.fromkeys(["is_multilingual", "return_timestamps"], bool),
-    "forced_decoder_ids": list[tuple[int, int | None]],
-    "no_timestamps_token_id": int,
-}
-
 
 _FRAMES_PER_TIME = 2
 """A time is a multiple of 0.02 s, two frames of a spectrogram."""
@@ -47,15 +38,15 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
     @cached_property
     def _whispers(self) -> dict[str, Any]:
         """What generation_config.json says besides. Raises FormatError for a wrong type."""
-        return select(self._generation_file, _TYPES, str(self.artifact.path / "generation_config.json"))
+        return select(self._generation_file, SPEECH, str(self.artifact.path / "generation_config.json"))
 
     def _said(self, config: GenerationConfig) -> dict[str, Any]:
         """The same by a call's configuration, which may say other things than the file. Raises InputError for a wrong
         type."""
-        said = {name: config.unsupported.get(name) for name in _TYPES}
+        said = {name: config.unsupported.get(name) for name in SPEECH}
         other = {name: value for name, value in said.items() if value != plain(self._generation_file.get(name))}
         try:
-            changed = select(other, _TYPES, "The generation_config")
+            changed = select(other, SPEECH, "The generation_config")
         except FormatError as error:
             raise InputError(str(error)) from None
         return {**{name: value for name, value in self._whispers.items() if name not in other}, **changed}
@@ -144,9 +135,10 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             self._check_rows(len(ids), len(sources))
             prompts = real_rows(ids, as_mask(None, ids))
         first = max(map(len, prompts))
-        full, shorter = self._count(config, first), by_length(config, stopping_criteria)
-        limit = None if shorter is None else self._count(shorter, first)
-        count = self._fitting(full, limit, self.capacity - first, generation_config, options)
+        full, count = self._lengths(
+            lambda by: self._count(by, first), config, self.capacity - first, generation_config, options,
+            stopping_criteria,
+        )  # fmt: skip
         self._check_room(first, count)
         self._check_lookup(config)
         check_streamer(streamer, len(sources), config)
@@ -214,7 +206,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
 
     def _legacy(self, said: Mapping[str, Any]) -> list[int | None]:
         """What older checkpoints force after the start, position by position; None stands for the language."""
-        older = select(self.config, {"forced_decoder_ids": _TYPES["forced_decoder_ids"]}, "config.json")
+        older = select(self.config, {"forced_decoder_ids": SPEECH["forced_decoder_ids"]}, "config.json")
         found = said.get("forced_decoder_ids") or older.get("forced_decoder_ids") or []
         return [token for _, token in found]
 

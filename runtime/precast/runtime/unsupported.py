@@ -73,19 +73,15 @@ OUTPUTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
 )
 """What is returned besides, where an output rather than an array is asked for."""
 
-SPEECH = frozenset(
-    [
-        "forced_decoder_ids",
-        "is_multilingual",
-        "lang_to_id",
-        "language",
-        "no_timestamps_token_id",
-        "return_timestamps",
-        "task",
-        "task_to_id",
-    ]
-)
-"""What Whisper reads of its configuration besides; to other models it says nothing."""
+SPEECH: dict[str, Any] = {
+    **dict.fromkeys(["lang_to_id", "task_to_id"], dict[str, int]),
+    "language": str | list[str],
+    "task": str,
+    **dict.fromkeys(["is_multilingual", "return_timestamps"], bool),
+    "forced_decoder_ids": list[tuple[int, int | None]],
+    "no_timestamps_token_id": int,
+}
+"""What Whisper reads of its configuration besides, and of which type; to other models it says nothing."""
 
 UNSUPPORTED = frozenset([*_ALWAYS, *_SAMPLING, *_BEAMS, *_GREEDY, *OUTPUTS])
 

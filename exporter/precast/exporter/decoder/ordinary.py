@@ -117,11 +117,11 @@ def misfit(model: nn.Module, found: Layout, sizes: Sequence[tuple[int, int]]) ->
         return "its code keeps its cache as tuples of tensors"
     if found.states:
         return "it carries states beside keys and values, or instead of them"
-    with torch.device("meta"):
+    with without_values():
         past = [torch.empty(1, heads, 2, width) for heads, width in sizes for _ in range(2)]
         ids, lengths, positions = torch.ones(1, 2).long(), torch.ones(1).int(), torch.zeros(1, 1).long()
         try:
-            with without_values(), adapted(model):
+            with adapted(model):
                 OperatorDecoder(model, len(sizes), None)(ids, lengths, lengths, positions, past)
         except _MISFITS as error:
             return _reason(error)
