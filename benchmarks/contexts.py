@@ -83,7 +83,7 @@ def _theirs(plan: Plan, notes: list[str]) -> Iterator[Contender]:
 
 def _texts(artifact: Path) -> Iterator[list[int]]:
     """Prose of each length; each begins elsewhere, so that nobody can use what it computed for another."""
-    from precast.runtime.tokenizer import Tokenizer
+    from precast.runtime.inputs.tokenizer import Tokenizer
 
     tokens = Tokenizer(artifact).encode(PROSE.read_text("utf-8"))
     for context in CONTEXTS:

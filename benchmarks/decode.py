@@ -45,7 +45,7 @@ def measure(plan: Plan) -> Answer:
 
 
 def _prompt(artifact: Path) -> list[int]:
-    from precast.runtime.tokenizer import Tokenizer
+    from precast.runtime.inputs.tokenizer import Tokenizer
 
     return Tokenizer(artifact).encode(PROMPT)
 

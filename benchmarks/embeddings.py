@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModel
 
-TEXTS = Path(__file__).parents[1] / "exporter/precast/exporter/heldout.txt"
+TEXTS = Path(__file__).parents[1] / "exporter/precast/exporter/kinds/heldout.txt"
 LENGTH = 128
 
 

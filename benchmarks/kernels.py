@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from precast.exporter.backends.aoti import library
 from precast.exporter.backends.aoti.isa import flags_of
-from precast.exporter.backends.native import linear
-from precast.exporter.backends.native.attention import Step, cached_attention
-from precast.exporter.backends.native.lowering import Forms
+from precast.exporter.backends.aten import linear
+from precast.exporter.backends.aten.attention import Step, cached_attention
+from precast.exporter.backends.aten.lowering import Forms
 from precast.exporter.quantize.linear import Packed
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
-from precast.runtime.artifact.machine import cpu_flags
+from precast.runtime.hosts.machine import cpu_flags
 
 COLUMNS, OUTPUTS = 1536, 8192
 HEADS, SHARED, WIDTH, CAPACITY, LOOKED, PROMPT = 9, 3, 64, 1025, 1000, 128

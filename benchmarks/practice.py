@@ -76,7 +76,7 @@ def _answer(values: dict[str, list[float]], private: int, peak: float, size: int
 
 
 def _tokens(artifact: Path, text: str) -> list[int]:
-    from precast.runtime.tokenizer import Tokenizer
+    from precast.runtime.inputs.tokenizer import Tokenizer
 
     return Tokenizer(artifact).encode(text)
 

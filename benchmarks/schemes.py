@@ -117,7 +117,7 @@ def _disk(path: Path) -> int:
 
 
 def _tokenizer(artifact: Path) -> Any:
-    from precast.runtime.tokenizer import Tokenizer
+    from precast.runtime.inputs.tokenizer import Tokenizer
 
     return Tokenizer(artifact).encode
 

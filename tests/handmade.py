@@ -28,7 +28,7 @@ from precast.runtime.artifact.schema import (
     Variant,
 )
 from precast.runtime.artifact.strict_json import canonical_digest, dumps
-from precast.runtime.hub import locate
+from precast.runtime.storage.hub import locate
 
 HOST = Host(platforms=[], device="cpu", isa=[], min_versions={"onnxruntime": "1.20"})
 

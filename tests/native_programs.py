@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from precast.exporter.backends.aten.lowering import Lowered
+from precast.exporter.backends.aten.safetensors import save_weights
 from precast.exporter.backends.export import WEIGHTS, _file
-from precast.exporter.backends.native.lowering import Lowered
-from precast.exporter.backends.native.weights import save_weights
 from precast.runtime.artifact.integrity import Contents
 from precast.runtime.artifact.publish import hash_files
 from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Host, Input, Output

@@ -7,7 +7,7 @@ import struct
 import tarfile
 import zipfile
 
-from precast.runtime.neuron_host import ROOT_VARIABLE
+from precast.runtime.hosts.neuron import ROOT_VARIABLE
 
 
 def neff(major=2, minor=0, *, cores=1, lnc=1, features=0, build=b"2.21.33363.0", payload=None):

@@ -84,7 +84,7 @@ def attempt(name: str) -> dict[str, Any]:
 def _compare(row: dict[str, Any], scratch: Path) -> None:
     """Raise where this folder's answers are not those of transformers."""
     from precast.exporter import ExportOptions, export
-    from precast.exporter.resolve import resolve
+    from precast.exporter.checkpoint.resolve import resolve
     from precast.exporter.support import check_supported
     from precast.runtime.errors import ExportError
 
@@ -215,7 +215,7 @@ def _check_computes(source: Path, cls: Any) -> None:
 def _check_tokenizer(row: dict[str, Any], source: Path) -> None:
     """Leave the tokenizer out where transformers cannot read these files without the vocabulary published with them."""
     from precast.exporter import ExportOptions
-    from precast.exporter.resolve import resolve
+    from precast.exporter.checkpoint.resolve import resolve
     from precast.runtime.errors import PrecastError
 
     try:

@@ -51,7 +51,7 @@ def test_a_child_does_not_import_from_the_current_directory(trap, monkeypatch, i
     if inherited is not None:
         monkeypatch.setenv("PYTHONPATH", inherited)
     # It answers a job that it cannot do, after all its imports.
-    done = child.run("precast.runtime.measure", given=json.dumps({"model": "./missing", "options": {}}))
+    done = child.run("precast.runtime.bench.worker", given=json.dumps({"model": "./missing", "options": {}}))
     assert json.loads(done.stdout.splitlines()[-1])["error"][0] == "ArtifactError"
     assert trap() == ""
 

@@ -22,8 +22,9 @@ PARTS = ("exporter", "runtime", "cli")
 FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
 HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
 
-_ENGINES = ("aoti", "device", "export", "files", "gpu", "guards", "memory", "neuron", "sizes")
-NATIVE = ("precast.runtime.weights", *(f"precast.runtime.engines.{name}" for name in _ENGINES))
+_ENGINES = ("aoti", "device", "export", "gpu", "neuron", "operator_checks", "operator_sizes", "safetensors_map")
+_ENGINES += ("torch_views", "verified_files")
+NATIVE = tuple(f"precast.runtime.engines.{name}" for name in _ENGINES)
 """What runs on torch: imported when an artifact of these backends is opened."""
 
 DISTRIBUTIONS = {
@@ -76,11 +77,11 @@ def _may_import(part: str, name: str, module: str) -> bool:
         allowed = (
             "precast.runtime.artifact",
             "precast.runtime.errors",
-            "precast.runtime.bench",
+            "precast.runtime.bench.compare",
             "precast.runtime.child",
-            "precast.runtime.cuda_host",
-            "precast.runtime.published",
-            "precast.runtime.select",
+            "precast.runtime.hosts.cuda",
+            "precast.runtime.artifact.published_json",
+            "precast.runtime.hosts.select",
             "precast.runtime.terminal",
         )
         return _within(name, *allowed)
@@ -91,7 +92,7 @@ def test_there_is_something_to_check():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PARTS)
     path = ROOT / "runtime/precast/runtime/artifact/new.py"
     names = list(_imports(path, ast.parse("from .. import hub\nfrom .schema import File\ndef f():\n import os.path")))
-    assert names == ["precast.runtime.hub", "precast.runtime.artifact.schema.File", "os.path"]
+    assert names == ["precast.runtime.storage.hub", "precast.runtime.artifact.schema.File", "os.path"]
 
 
 @every_file
@@ -156,10 +157,10 @@ def _is_text(line: ast.stmt) -> bool:
         ("precast.runtime", ("numpy", "onnxruntime", "tokenizers", "huggingface_hub", "msgspec", *HEAVY)),
         ("precast.runtime.errors", ("numpy", "onnxruntime", *HEAVY)),
         ("precast.runtime.artifact", ("numpy", "onnxruntime", *HEAVY)),
-        ("precast.runtime.decoder", HEAVY),
-        ("precast.runtime.encoder", HEAVY),
-        ("precast.runtime.hub", HEAVY),
-        ("precast.runtime.loss", HEAVY),
+        ("precast.runtime.models.causal_lm", HEAVY),
+        ("precast.runtime.models.text", HEAVY),
+        ("precast.runtime.storage.hub", HEAVY),
+        ("precast.runtime.models.training_loss", HEAVY),
         ("precast.runtime.pipelines", HEAVY),
         ("precast.exporter.support", HEAVY),
         ("precast.exporter", HEAVY),

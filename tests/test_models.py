@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.resolve import resolve
+from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime import CompiledModelForCausalLM, CompiledModelForFeatureExtraction
 from precast.runtime.artifact.tasks import get_task
 

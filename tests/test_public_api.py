@@ -69,4 +69,4 @@ def test_other_names_are_not_there(package):
 def test_star_imports_in_a_fresh_interpreter():
     code = "from precast.runtime import *; from precast.exporter import *; print(CompiledModel, export)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("<class 'precast.runtime.model.CompiledModel'> <function export at ")
+    assert done.stdout.startswith("<class 'precast.runtime.models.base.CompiledModel'> <function export at ")

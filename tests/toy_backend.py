@@ -43,7 +43,7 @@ class ToyEngine:
         import torch
 
         # The program calls our operator, whose eager meaning is its definition.
-        import precast.exporter.decoder.attention  # noqa: F401
+        import precast.exporter.operators.attention  # noqa: F401
 
         self._graphs = {graph.name: graph for graph in variant.graphs}
         self._modules = {

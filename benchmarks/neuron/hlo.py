@@ -28,19 +28,12 @@ os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_hlo_as_text --xla_du
 import torch  # noqa: E402
 import torch_xla  # noqa: E402
 
-from precast.exporter.backends.native.lowering import lower  # noqa: E402
-from precast.exporter.backends.neuron.program import (  # noqa: E402
-    NEURON_FORMS,
-    Body,
-    body_of,
-    caches_of,
-    example_of,
-    given_of,
-)
+from precast.exporter.backends.aten.lowering import lower  # noqa: E402
+from precast.exporter.backends.neuron.xla_program import NEURON_FORMS, Body, body_of, caches_of, example_of, given_of  # noqa: E402
+from precast.exporter.checkpoint.resolve import resolve  # noqa: E402
+from precast.exporter.kinds.plan import make_plan  # noqa: E402
+from precast.exporter.kinds.trace import trace  # noqa: E402
 from precast.exporter.options import ExportOptions  # noqa: E402
-from precast.exporter.plan import make_plan  # noqa: E402
-from precast.exporter.resolve import resolve  # noqa: E402
-from precast.exporter.trace import trace  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 DYNAMIC = ("get-dimension-size", "set-dimension-size", "pad-to-static", "slice-to-dynamic", "dynamic-reshape")

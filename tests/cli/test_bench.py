@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from precast.cli import main
 from precast.runtime import CompiledModelForCausalLM, GenerationConfig
 from precast.runtime.artifact import Artifact, read_artifact
-from precast.runtime.bench import STRIDE, Subject, bench, plan, token_ids
+from precast.runtime.bench.compare import STRIDE, Subject, bench, plan, token_ids
+from precast.runtime.bench.worker import measure
 from precast.runtime.errors import InputError, UsageError
-from precast.runtime.measure import measure
 
 SMALL = ("--repeat", "2", "--prompt-length", "8", "--new-tokens", "4", "--threads", "1")
 DECODER_FIGURES = [

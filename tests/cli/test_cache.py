@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from precast.cli import main
-from precast.runtime import cache
 from precast.runtime.artifact import read_artifact
+from precast.runtime.storage import cache
 
 TIME = 1_700_000_000
 

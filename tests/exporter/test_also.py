@@ -14,13 +14,14 @@ from msgspec.structs import replace
 
 from precast.cli import cli
 from precast.exporter import ExportOptions, export, validate_again
-from precast.exporter.also import _joined
-from precast.exporter.validate import record
-from precast.runtime import CompiledModel, CompiledModelForCausalLM, select
+from precast.exporter.several.fallback import _joined
+from precast.exporter.validation import record
+from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import copy_artifact
 from precast.runtime.artifact.schema import Accuracy, Host
 from precast.runtime.errors import AccuracyError, HostError, UsageError
+from precast.runtime.hosts import select
 
 ROW = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 SIZES = {"batch_size": 1, "sequence_length": (24,)}
@@ -119,7 +120,7 @@ def test_if_one_fails_nothing_is_written(checkpoint, tmp_path, toy, monkeypatch)
         run = step(self, graph, inputs, outputs)
         return lambda: (run(), outputs["logits"].fill(1))
 
-    monkeypatch.setattr("precast.exporter.validate._ask", _asked_here)
+    monkeypatch.setattr("precast.exporter.validation._ask", _asked_here)
     monkeypatch.setattr(toy_backend.ToyEngine, "bind", wrong)
     with pytest.raises(AccuracyError):
         export(str(checkpoint("llama")), tmp_path / "sub/out", ExportOptions(also=("toy",), **SIZES))
@@ -128,10 +129,10 @@ def test_if_one_fails_nothing_is_written(checkpoint, tmp_path, toy, monkeypatch)
 
 def _asked_here(path, variant, questions, sha256):
     """What the probe does, in this process, where the backend is patched."""
-    from precast.runtime import probe
+    from precast.runtime import validation_worker
 
     model = CompiledModel.from_pretrained(path, variant=variant, sha256=sha256)
-    return [list(probe._ask(model, vars(question))) for question in questions]
+    return [list(validation_worker._ask(model, vars(question))) for question in questions]
 
 
 def test_without_its_device_validation_is_skipped_and_said(checkpoint, tmp_path, toy, monkeypatch):

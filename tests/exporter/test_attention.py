@@ -18,10 +18,10 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from precast.exporter.architectures import attention_interface
 from precast.exporter.backends.onnx.lowering import lower
-from precast.exporter.decoder import hooks
-from precast.exporter.decoder.attention import cached_attention
-from precast.exporter.trace import Program
+from precast.exporter.kinds.trace import Program
+from precast.exporter.operators.attention import cached_attention
 from precast.runtime.artifact.schema import Dim, Graph, Input, Output
 from precast.runtime.errors import ExportError
 
@@ -89,10 +89,10 @@ def test_ragged_rows_attend_to_what_they_have(seed, past, length, mask, window, 
 
 
 def test_masks_are_recognised_by_what_they_are_made_of():
-    assert hooks._mask(mask_function=causal_mask_function).kind == "causal"
-    window = hooks._mask(mask_function=sliding_window_causal_mask_function(5), local_size=5)
+    assert attention_interface._mask(mask_function=causal_mask_function).kind == "causal"
+    window = attention_interface._mask(mask_function=sliding_window_causal_mask_function(5), local_size=5)
     assert (window.kind, window.window) == ("window", 5)
-    chunk = hooks._mask(mask_function=chunked_causal_mask_function(7, torch.zeros(1)), local_size=7)
+    chunk = attention_interface._mask(mask_function=chunked_causal_mask_function(7, torch.zeros(1)), local_size=7)
     assert (chunk.kind, chunk.window) == ("chunk", 7)
 
 
@@ -101,22 +101,22 @@ def test_an_unknown_mask_is_refused_by_name():
         return k > q
 
     with pytest.raises(ExportError, match="around_images"):
-        hooks._mask(mask_function=or_masks(causal_mask_function, around_images))
+        attention_interface._mask(mask_function=or_masks(causal_mask_function, around_images))
 
 
 def test_keys_changed_after_the_cache_are_refused():
     past = [(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))]
     lengths = torch.zeros(1, dtype=torch.int32)
-    with hooks.tracing(hooks.Caches(past, lengths, lengths)) as cache:
+    with attention_interface.tracing(attention_interface.Caches(past, lengths, lengths)) as cache:
         key, value = cache.update(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8), 0)
         with pytest.raises(ExportError, match="between the cache and attention"):
-            hooks.attend(key, key * 2, value, scale=1.0)
+            attention_interface.attend(key, key * 2, value, scale=1.0)
 
 
 def test_an_argument_that_would_change_the_result_is_refused():
     x = torch.zeros(1, 1, 1, 8)
     with pytest.raises(ExportError, match="alibi_bias"):
-        hooks._attention(torch.nn.Identity(), x, x, x, None, alibi_bias=x)
+        attention_interface._attention(torch.nn.Identity(), x, x, x, None, alibi_bias=x)
 
 
 def test_layers_may_share_the_keys_of_another():
@@ -124,15 +124,15 @@ def test_layers_may_share_the_keys_of_another():
     torch.manual_seed(0)
     past = [(torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8))]
     lengths, new = torch.tensor([3], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
-    caches = hooks.Caches(past, lengths, new)
+    caches = attention_interface.Caches(past, lengths, new)
     queries = torch.randn(2, 1, 1, 2, 8)
-    with hooks.tracing(caches) as cache:
+    with attention_interface.tracing(caches) as cache:
         key, value = cache.update(torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 8), 0)
-        first = hooks.attend(queries[0], key, value, scale=1.0)
-        shared = hooks.attend(queries[1], key, value, scale=1.0)
-        alone = hooks.Caches(past, lengths, new)
-    with hooks.tracing(alone) as cache:
-        again = hooks.attend(queries[1], *cache.update(key, value, 0), scale=1.0)
+        first = attention_interface.attend(queries[0], key, value, scale=1.0)
+        shared = attention_interface.attend(queries[1], key, value, scale=1.0)
+        alone = attention_interface.Caches(past, lengths, new)
+    with attention_interface.tracing(alone) as cache:
+        again = attention_interface.attend(queries[1], *cache.update(key, value, 0), scale=1.0)
     assert not torch.equal(first, shared)
     assert torch.equal(shared, again)
     assert torch.equal(caches.present[0][0], alone.present[0][0])
@@ -141,7 +141,7 @@ def test_layers_may_share_the_keys_of_another():
 def test_the_mask_of_an_encoder_is_refused_where_a_decoder_attends():
     x = torch.zeros(1, 1, 1, 8)
     with pytest.raises(ExportError, match="bidirectional"):
-        hooks.attend(x, x, x, scale=1.0, mask=hooks.Mask("bidirectional", 0))
+        attention_interface.attend(x, x, x, scale=1.0, mask=attention_interface.Mask("bidirectional", 0))
 
 
 class Attention(torch.nn.Module):

@@ -14,15 +14,15 @@ import toy_backend
 
 from precast.cli import main
 from precast.exporter import ExportOptions, choose_backends, export
-from precast.exporter.auto import Choice, export_fastest
+from precast.exporter.several.fastest import Choice, export_fastest
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.backends import BACKENDS
 from precast.runtime.artifact.integrity import verify_files
 from precast.runtime.artifact.publish import copy_artifact
-from precast.runtime.bench import Subject
+from precast.runtime.bench.compare import Subject
+from precast.runtime.bench.worker import CALLS, STEPS, measure
 from precast.runtime.errors import AccuracyError, CheckpointError, ExportError, PrecastError, PublishError, UsageError
-from precast.runtime.measure import CALLS, STEPS, measure
 
 OPTIONS = ExportOptions(backend="auto", sequence_length=(24,), validate=False)
 MEMORY = {"peak_rss_mb": 1.0, "pss_mb": 1.0, "private_mb": 1.0}
@@ -46,7 +46,7 @@ def made_before(two, artifact, monkeypatch):
         copy_artifact(read_artifact(artifact(Path(model), **asked)), target, force=options.force)
         return read_artifact(target)
 
-    monkeypatch.setattr("precast.exporter.auto.export", copy)
+    monkeypatch.setattr("precast.exporter.several.fastest.export", copy)
 
 
 def clock(**milliseconds):
@@ -291,7 +291,7 @@ def test_a_dry_run_lists_the_candidates(two, run, checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_comparison_is_told(two, run, checkpoint, tmp_path, monkeypatch, as_json):
-    monkeypatch.setattr("precast.exporter.auto.ask_child", None)
+    monkeypatch.setattr("precast.exporter.several.fastest.ask_child", None)
     ask = clock(onnx=(10.0, 100.0), toy=(20.0, 90.0))
     monkeypatch.setattr(export_fastest, "__kwdefaults__", {**export_fastest.__kwdefaults__, "ask": ask})
     target = tmp_path / "out"

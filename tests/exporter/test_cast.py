@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zoo import seq2seq as zoo
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.cast import Cast, cast, cast_of
-from precast.exporter.loss import Floor, floor_for
-from precast.exporter.plan import make_plan
-from precast.exporter.questions import Question
-from precast.exporter.reference import Answer
-from precast.exporter.resolve import resolve
-from precast.exporter.trace import Program, trace
-from precast.exporter.validate import Reference, judge_cast, validate_again
+from precast.exporter.checkpoint.resolve import resolve
+from precast.exporter.kinds.plan import make_plan
+from precast.exporter.kinds.samples import Question
+from precast.exporter.kinds.trace import Program, trace
+from precast.exporter.precision import Cast, cast, cast_of
+from precast.exporter.validation import Reference, judge_cast, validate_again
+from precast.exporter.validation.metrics import Floor, floor_for
+from precast.exporter.validation.reference import Answer
 from precast.runtime.errors import AccuracyError
 
 aten: Any = torch.ops.aten

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 from precast.exporter import ExportOptions, export
 from precast.exporter.backends import aoti
 from precast.exporter.backends.aoti import gpu, library
-from precast.runtime.cuda_host import CudaHost
+from precast.runtime.engines.safetensors_map import open_weights
 from precast.runtime.errors import ExportError
-from precast.runtime.weights import open_weights
+from precast.runtime.hosts.cuda import CudaHost
 
 ASKED = {"backend": "aoti", "device": "cuda", "sequence_length": (32,), "validate": False}
 ALONE = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))

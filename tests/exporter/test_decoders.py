@@ -20,8 +20,8 @@ from zoo import decoders as zoo
 from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, preview
-from precast.exporter.architectures.swap import replaced
-from precast.exporter.decoder import hooks
+from precast.exporter.architectures import attention_interface
+from precast.exporter.architectures.patching import replaced
 from precast.exporter.pipeline import _explained
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
@@ -163,7 +163,9 @@ def test_an_architecture_past_the_interface_keeps_its_own_operators(checkpoint, 
 
 def test_a_warning_is_no_reason_to_leave_the_operator(checkpoint, monkeypatch):
     """What is deprecated still fits: where warnings are errors, one is not taken for a model that does not."""
-    monkeypatch.setattr(hooks, "_owner", lambda *_: warnings.warn("`past_key_values` is deprecated", FutureWarning, 2))
+    monkeypatch.setattr(
+        attention_interface, "_owner", lambda *_: warnings.warn("`past_key_values` is deprecated", FutureWarning, 2)
+    )
     with pytest.raises(FutureWarning, match="is deprecated"):
         preview(str(checkpoint("llama")), ExportOptions(sequence_length=(16,)))
 

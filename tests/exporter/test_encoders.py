@@ -20,12 +20,12 @@ from zoo import encoders as zoo
 from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, preview, quiet_libraries
+from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.quantize.choose import calibration_rows
-from precast.exporter.resolve import resolve
 from precast.runtime import CompiledModel
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError, ExportError, InputError, UsageError
-from precast.runtime.forward import _check_segments
+from precast.runtime.models.encoder_base import _check_segments
 
 AUTO = {
     "feature-extraction": "AutoModel",

@@ -15,9 +15,9 @@ import transformers
 from precast.exporter import ExportOptions, export
 from precast.exporter.backends import export as backend
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
-from precast.runtime.artifact import operators
+from precast.runtime.artifact.pt2 import allowed_operators
+from precast.runtime.engines.safetensors_map import open_weights
 from precast.runtime.errors import ExportError
-from precast.runtime.weights import open_weights
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22], [30]]
 
@@ -93,7 +93,7 @@ def test_two_exports_are_identical_and_name_nothing_of_the_machine(checkpoint, t
 
 def test_an_operator_that_the_runtime_refuses_fails_the_export(checkpoint, tmp_path, monkeypatch):
     """Break the list: what cannot be loaded is not written."""
-    monkeypatch.setattr("precast.runtime.artifact.pt2.ATEN", operators.ATEN - {"embedding"})
+    monkeypatch.setattr("precast.runtime.artifact.pt2.format.ATEN", allowed_operators.ATEN - {"embedding"})
     with pytest.raises(ExportError, match=r"cannot write this model: .*'torch.ops.aten.embedding.default'"):
         export(str(checkpoint("llama")), tmp_path / "out", ExportOptions(backend="export", sequence_length=(16,)))
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +109,7 @@ def test_the_archive_of_a_program_has_no_code(checkpoint, made):
 
 AUDIT = """
 import sys
-import torch, precast.runtime.engines.export, precast.runtime.decoder, precast.runtime.generation
+import torch, precast.runtime.engines.export, precast.runtime.models.causal_lm, precast.runtime.generation.config
 from precast.runtime import CompiledModelForCausalLM
 import numpy as np
 

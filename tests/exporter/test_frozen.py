@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.backends.aoti import frozen
+from precast.exporter.backends.aoti import freezing
 from precast.runtime import CompiledModelForFeatureExtraction
 
 ROWS = [[5, 9, 30, 7, 200, 41, 17], [80, 3, 3]]
@@ -26,13 +26,13 @@ def lowered(role="encode", cache=(), count=100):
 
 def test_when_it_pays():
     options = ExportOptions(backend="aoti")
-    assert frozen.pays([lowered(), lowered()], options)
-    assert not frozen.pays([lowered(), lowered(role="decoder")], options), "an encoder-decoder shares its table"
-    assert not frozen.pays([lowered()], ExportOptions(backend="aoti", isa="avx2")), "packed for this CPU only"
-    assert not frozen.pays([lowered()], ExportOptions(backend="aoti", device="cuda"))
-    half = frozen.LARGEST // 4 // 2
-    assert frozen.pays([lowered(count=half)] * 2, options)
-    assert not frozen.pays([lowered(count=half)] * 3, options), "a copy in every library is too much"
+    assert freezing.pays([lowered(), lowered()], options)
+    assert not freezing.pays([lowered(), lowered(role="decoder")], options), "an encoder-decoder shares its table"
+    assert not freezing.pays([lowered()], ExportOptions(backend="aoti", isa="avx2")), "packed for this CPU only"
+    assert not freezing.pays([lowered()], ExportOptions(backend="aoti", device="cuda"))
+    half = freezing.LARGEST // 4 // 2
+    assert freezing.pays([lowered(count=half)] * 2, options)
+    assert not freezing.pays([lowered(count=half)] * 3, options), "a copy in every library is too much"
 
 
 def check(path, source, tolerance):

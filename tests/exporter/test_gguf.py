@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from precast.exporter import ExportOptions
-from precast.exporter.gguf_reader import check_whole
-from precast.exporter.resolve import resolve
+from precast.exporter.checkpoint.gguf import check_whole
+from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from precast.exporter import ExportOptions
 from precast.exporter.backends import aoti
 from precast.exporter.backends.aoti import isa, library
-from precast.exporter.backends.native import linear, lowering
+from precast.exporter.backends.aten import linear, lowering
 from precast.exporter.quantize.linear import Packed
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
 from precast.runtime.errors import PrecastWarning

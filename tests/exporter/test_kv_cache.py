@@ -8,9 +8,9 @@ import oracle
 import pytest
 import torch
 
-from precast.exporter.decoder.attention import cached_attention
-from precast.exporter.decoder.cache_names import cache_in
-from precast.exporter.decoder.kv_cache import cache_scales
+from precast.exporter.kinds.decoder.cache_names import cache_in
+from precast.exporter.operators.attention import cached_attention
+from precast.exporter.quantize.kv_cache import cache_scales
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 

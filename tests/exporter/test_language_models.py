@@ -11,8 +11,8 @@ import transformers
 from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, preview
-from precast.exporter.language_model import keep_language_model
-from precast.exporter.resolve import resolve
+from precast.exporter.checkpoint.language_model import keep_language_model
+from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.errors import CheckpointError, ExportError
 

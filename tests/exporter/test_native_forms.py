@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.exporter.backends.native import linear
-from precast.exporter.backends.native.attention import Step, cached_attention, cross_attention
-from precast.exporter.decoder import attention as ours
-from precast.exporter.quantize.grid import encode, grouped
+from precast.exporter.backends.aten import linear
+from precast.exporter.backends.aten.attention import Step, cached_attention, cross_attention
+from precast.exporter.operators import attention as ours
 from precast.exporter.quantize.linear import Packed, multiply
 from precast.exporter.quantize.methods import Scheme, round_to_nearest, search
+from precast.exporter.quantize.scheme import encode, grouped
 
 HEADS, KV_HEADS, WIDTH, CAPACITY = 4, 2, 8, 12
 

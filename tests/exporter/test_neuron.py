@@ -24,7 +24,7 @@ from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact.publish import hash_files
 from precast.runtime.engines.neuron import _Module
 from precast.runtime.errors import ArtifactError, ExportError, FormatError, HostError, TrustError, UsageError
-from precast.runtime.neff import find_headers
+from precast.runtime.hosts.neff import find_headers
 
 CAPACITY = 48
 NEURON = {"backend": "neuron", "instance_type": "trn1"}

@@ -14,7 +14,7 @@ import torch
 from neffs import neff
 
 from precast.exporter import ExportOptions, export, validate_again
-from precast.exporter.layout import LAYOUTS
+from precast.exporter.options.layout import LAYOUTS
 from precast.runtime import CompiledModel, CompiledModelForCausalLM, CompiledModelForFeatureExtraction
 from precast.runtime.artifact import read_artifact
 from precast.runtime.errors import ExportError, HostError, TrustError, UsageError
@@ -158,7 +158,7 @@ def test_models_that_they_feed_otherwise_are_refused_before_compiling(checkpoint
     options = ExportOptions(**{**THEIRS, "task": None, "prefill_lengths": (8,), "validate": False})
     with pytest.raises(ExportError, match=r"holds one graph of an encoder.*text-generation as prefill_8, decode"):
         export(str(checkpoint("llama")), tmp_path / "decoder/out", options)
-    monkeypatch.setattr("precast.exporter.optimum_neuron.text_inputs", lambda *_: None)
+    monkeypatch.setattr("precast.exporter.backends.neuron.optimum_layout.text_inputs", lambda *_: None)
     with pytest.raises(ExportError, match="it goes by the model type, bert, which it has not"):
         export(str(checkpoint("bert", "AutoModel")), tmp_path / "bert/out", ExportOptions(**THEIRS, validate=False))
     assert not (tmp_path / "decoder/out").exists()

@@ -8,8 +8,8 @@ import pytest
 
 from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
-from precast.runtime.neff import find_headers
-from precast.runtime.neuron_host import neuron_host
+from precast.runtime.hosts.neff import find_headers
+from precast.runtime.hosts.neuron import neuron_host
 
 pytestmark = pytest.mark.neuron
 ROW = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]

@@ -15,7 +15,7 @@ from zoo.decoders import CONFIGS
 from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, preview
-from precast.exporter.decoder import plan
+from precast.exporter.kinds.decoder import plan
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.errors import UsageError

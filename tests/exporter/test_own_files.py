@@ -15,9 +15,10 @@ import tiny
 import transformers
 from PIL import Image
 
-from precast.exporter import ExportOptions, own_files, pipeline
-from precast.exporter.encoder import inputs
-from precast.exporter.resolve import resolve
+from precast.exporter import ExportOptions, pipeline
+from precast.exporter.checkpoint import files
+from precast.exporter.checkpoint.resolve import resolve
+from precast.exporter.kinds.encoder import inputs
 from precast.exporter.support import read_config
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import get_task
@@ -217,7 +218,7 @@ def test_a_gguf_file_that_is_a_pipe_is_none(tmp_path):
 
 def test_a_file_too_large_to_be_read_is_refused(copy):
     with (copy / "tokenizer.json").open("wb") as file:
-        file.truncate(own_files.MAX_BYTES + 1)
+        file.truncate(files.MAX_BYTES + 1)
     _refused(copy, "tokenizer.json of checkpoint has 268,435,457 bytes; 268,435,456 are the most that is read")
 
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from precast.exporter import ExportOptions, export
 from precast.exporter.backends import aoti
-from precast.exporter.backends.aoti import isa, library, template
-from precast.exporter.backends.aoti.attend import attend, attend_prompt
-from precast.exporter.backends.aoti.matrix import matrix
-from precast.exporter.backends.aoti.rows import rows
-from precast.exporter.backends.native import lowering
-from precast.exporter.backends.native.attention import Step, cached_attention
-from precast.exporter.backends.native.kernels import Kernels
+from precast.exporter.backends.aoti import isa, kernel_template, library
+from precast.exporter.backends.aoti.attention import attend, attend_prompt
+from precast.exporter.backends.aoti.dequantize import matrix
+from precast.exporter.backends.aoti.gemv import rows
+from precast.exporter.backends.aten import lowering
+from precast.exporter.backends.aten.attention import Step, cached_attention
+from precast.exporter.backends.aten.kernel_set import Kernels
 from precast.exporter.quantize.linear import Packed, unpack
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
 
@@ -138,12 +138,12 @@ def counted(threads):
 def shared_out(tmp_path_factory):
     """However little there is to do, all threads do it."""
     folder = tmp_path_factory.mktemp("cpp")
-    for source in template._SOURCES.iterdir():
+    for source in kernel_template._SOURCES.iterdir():
         text = source.read_text()
         (folder / source.name).write_text(text.replace("WORTH = 1 << 15", "WORTH = 0"))
     assert "WORTH = 0" in (folder / "dot.h").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template, "_SOURCES", folder)
+        patch.setattr(kernel_template, "_SOURCES", folder)
         yield
 
 

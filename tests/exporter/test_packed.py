@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from precast.exporter import ExportOptions
-from precast.exporter.packed import Grid, packing_of, quantization_settings, without_quantization
-from precast.exporter.resolve import Checkpoint, resolve
+from precast.exporter.checkpoint.prequantized import Grid, packing_of, quantization_settings, without_quantization
+from precast.exporter.checkpoint.resolve import Checkpoint, resolve
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
 

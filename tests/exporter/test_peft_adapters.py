@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from precast.exporter import ExportOptions
-from precast.exporter.resolve import resolve
+from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
 

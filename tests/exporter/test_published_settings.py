@@ -12,8 +12,8 @@ import transformers
 from corpus import PUBLISHED, needs_corpus
 
 from precast.exporter import ExportOptions
+from precast.exporter.checkpoint.resolve import Checkpoint, resolve
 from precast.exporter.pipeline import _write_companions
-from precast.exporter.resolve import Checkpoint, resolve
 from precast.runtime import GenerationConfig
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError, InputError

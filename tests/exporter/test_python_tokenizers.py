@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from precast.cli import main
 from precast.exporter import ExportOptions, export
-from precast.exporter.python_tokenizers import converted
-from precast.exporter.tokenizer_files import tokenizer_settings
+from precast.exporter.checkpoint.python_tokenizers import converted
+from precast.exporter.checkpoint.tokenizer_files import tokenizer_settings
 from precast.runtime.errors import ArtifactError
-from precast.runtime.tokenizer import Tokenizer
+from precast.runtime.inputs.tokenizer import Tokenizer
 
 MAKERS = {
     "marian": pieces.marian,

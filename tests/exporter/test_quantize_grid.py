@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.exporter.quantize.grid import EXACT, Grid, encode, find_grid, grouped
+from precast.exporter.quantize.scheme import EXACT, Grid, encode, find_grid, grouped
 
 some = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**32 - 1)

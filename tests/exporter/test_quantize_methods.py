@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from precast.exporter.options import QUANTIZE_METHODS
 from precast.exporter.quantize import Recipe, quantize
-from precast.exporter.quantize.grid import grouped
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
 from precast.exporter.quantize.methods import METHODS, Scheme, awq, get_method, gptq, round_to_nearest, search
+from precast.exporter.quantize.scheme import grouped
 from precast.runtime.errors import UsageError
 
 some = settings(max_examples=50, deadline=None)

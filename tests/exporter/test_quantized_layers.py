@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from precast.exporter.backends.onnx.lowering import lower
-from precast.exporter.backends.onnx.siblings import PackSiblings
-from precast.exporter.quantize.grid import Grid
+from precast.exporter.backends.onnx.pack_projections import PackSiblings
+from precast.exporter.kinds.trace import Program
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
-from precast.exporter.trace import Program
+from precast.exporter.quantize.scheme import Grid
 from precast.runtime.artifact.schema import Graph, Input, Output
 
 some = settings(max_examples=50, deadline=None)

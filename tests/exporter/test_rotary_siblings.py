@@ -18,9 +18,9 @@ from precast.exporter.architectures import traceable
 from precast.exporter.backends.onnx import passes
 from precast.exporter.backends.onnx.lowering import lower
 from precast.exporter.backends.onnx.rotary import FoldRotary
-from precast.exporter.plan import make_plan
-from precast.exporter.resolve import resolve
-from precast.exporter.trace import trace
+from precast.exporter.checkpoint.resolve import resolve
+from precast.exporter.kinds.plan import make_plan
+from precast.exporter.kinds.trace import trace
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact.schema import Dim
 from precast.runtime.errors import UsageError

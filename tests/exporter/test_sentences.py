@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.resolve import resolve
+from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime import CompiledModel, pipeline
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError

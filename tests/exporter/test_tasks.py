@@ -12,8 +12,8 @@ import transformers
 from zoo import seq2seq as zoo
 
 from precast.exporter import ExportOptions, preview
+from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.options import SIZES
-from precast.exporter.resolve import resolve
 from precast.exporter.support import meant, supported_tasks, task_in
 from precast.runtime.artifact.tasks import ROWS
 from precast.runtime.errors import CheckpointError, UsageError

@@ -10,8 +10,8 @@ import tiny
 import transformers
 from corpus import PUBLISHED, needs_corpus
 
-from precast.exporter.tokenizer_files import tokenizer_settings
-from precast.runtime.tokenizer import Tokenizer
+from precast.exporter.checkpoint.tokenizer_files import tokenizer_settings
+from precast.runtime.inputs.tokenizer import Tokenizer
 
 TEXTS = ["Hello <s>world</s> don't stop .", " naïve  Café <mask> x", "a <extra> b <X> c", "É"]
 EXTRA = {"content": "<extra>", "lstrip": True, "rstrip": True, "normalized": False, "single_word": False}

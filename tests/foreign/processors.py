@@ -14,10 +14,10 @@ import pytest
 import torch
 import transformers.generation as theirs
 
-from precast.runtime.generation import GenerationConfig
-from precast.runtime.prompt import Prompt
-from precast.runtime.request import Ends
-from precast.runtime.sampling import Processors
+from precast.runtime.generation.config import GenerationConfig
+from precast.runtime.generation.prompt import Prompt
+from precast.runtime.generation.sampling import Processors
+from precast.runtime.generation.sequence import Ends
 
 from . import tally
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from precast.runtime.artifact.pt2 import SCALAR_TYPES, Coded, Graph, Node, Ref
+from precast.runtime.artifact.pt2.format import SCALAR_TYPES, Coded, Graph, Node, Ref
 from precast.runtime.engines.export import _Interpreter
 from precast.runtime.errors import InputError
 

@@ -159,7 +159,7 @@ def _read_contract(case: bytes) -> None:
 
 
 def _read_weights(case: bytes) -> None:
-    from precast.runtime.weights import open_weights
+    from precast.runtime.engines.safetensors_map import open_weights
 
     path = _folder("encoder") / "model.safetensors"
     path.write_bytes(case)
@@ -188,7 +188,7 @@ def _read_program(case: bytes) -> None:
     """A case is the JSON in a `.pt2`, or begins with P and is the whole archive."""
     import native_programs
 
-    from precast.runtime.artifact.pt2 import pack
+    from precast.runtime.artifact.pt2.format import pack
 
     folder = _programs()
     (folder / native_programs.GRAPH.file).write_bytes(case if case[:1] == b"P" else pack(case))
@@ -205,7 +205,7 @@ def _programs() -> Path:
 
 
 def _change_program(chance: random.Random, case: bytes) -> bytes:
-    from precast.runtime.artifact.pt2 import pack
+    from precast.runtime.artifact.pt2.format import pack
 
     if case[:1] == b"P" or chance.random() < 0.05:
         return mutate.raw(chance, case if case[:1] == b"P" else pack(case))
@@ -225,7 +225,10 @@ TARGETS = {
     "contract": Target(partial(_files, "contract"), mutate.tree, _read_contract),
     # Mapping torch's own libraries is no fault of a case.
     "weights": Target(
-        partial(_files, "weights"), _change_weights, _read_weights, lambda: import_module("precast.runtime.weights")
+        partial(_files, "weights"),
+        _change_weights,
+        _read_weights,
+        lambda: import_module("precast.runtime.engines.safetensors_map"),
     ),
     "program": Target(partial(_files, "program"), _change_program, _read_program, lambda: _load_operators().fence()),
     "operators": Target(

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from wordpiece import wordpiece
 
 from precast.runtime.errors import InputError, UsageError
+from precast.runtime.inputs.tensors import ModelOutput
+from precast.runtime.inputs.tokenizer import Tokenizer
 from precast.runtime.pipelines.answers import QuestionAnsweringPipeline
-from precast.runtime.tensors import ModelOutput
-from precast.runtime.tokenizer import Tokenizer
 
 
 def logits_of(ids, none):

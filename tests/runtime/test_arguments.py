@@ -10,7 +10,7 @@ import torch
 from precast.runtime import CompiledModel, pipeline
 from precast.runtime.artifact.schema import Input
 from precast.runtime.errors import ArtifactError, InputError, UsageError
-from precast.runtime.rows import named_inputs
+from precast.runtime.inputs.encoder_inputs import named_inputs
 
 
 @pytest.fixture(scope="module")

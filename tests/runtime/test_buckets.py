@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precast.runtime.buckets import plan_buckets, waste
+from precast.runtime.bench.buckets import plan_buckets, waste
 from precast.runtime.errors import UsageError
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)

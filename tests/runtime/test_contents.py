@@ -18,11 +18,11 @@ from precast.runtime import CompiledModel
 from precast.runtime.artifact import publish, read_artifact
 from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.artifact.onnx_graph import external_files
-from precast.runtime.companions import companions_of, laid_out
 from precast.runtime.engines import onnx as engine
 from precast.runtime.errors import ArtifactError, FormatError, IntegrityError
-from precast.runtime.hub import _additions, say_left_out
-from precast.runtime.tokenizer import Tokenizer
+from precast.runtime.inputs.companions import companions_of, laid_out
+from precast.runtime.inputs.tokenizer import Tokenizer
+from precast.runtime.storage.hub import _additions, say_left_out
 
 SHORT, LONG = np.arange(30).reshape(3, 10) + 5, np.arange(90).reshape(3, 30) + 5
 IDS = np.array([[5, 6, 7, 8]])
@@ -310,7 +310,7 @@ def test_what_was_verified_is_given_and_nothing_else(made, given, monkeypatch, c
     (made.path / ".gitattributes").write_text("*.data filter=lfs\n")
     expected = {each.relative_to(made.path).as_posix(): each.read_bytes() for each in made.path.rglob("*.*")}
     (made.path / "private.txt").write_text("mine")
-    monkeypatch.setattr("precast.runtime.hub.HELD_BYTES", 500)
+    monkeypatch.setattr("precast.runtime.storage.hub.HELD_BYTES", 500)
     assert given(made) == expected
     assert publish.left_out(made) == ["private.txt"]
     monkeypatch.setattr("precast.runtime.progress.wanted", lambda: True)

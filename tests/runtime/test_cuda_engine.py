@@ -21,17 +21,18 @@ from msgspec.structs import replace
 from zoo import seq2seq as zoo
 
 from precast.exporter import ExportOptions, export
-from precast.runtime import CompiledModel, CompiledModelForCausalLM, cuda_host
-from precast.runtime import select as selecting
+from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import write_config
 from precast.runtime.artifact.schema import Input
-from precast.runtime.cuda_host import CudaHost
 from precast.runtime.engines import aoti
 from precast.runtime.engines.device import Device
 from precast.runtime.engines.gpu import Gpu
 from precast.runtime.errors import HostError, UsageError
+from precast.runtime.hosts import cuda
+from precast.runtime.hosts import select as selecting
+from precast.runtime.hosts.cuda import CudaHost
 
 CAPACITY = 48
 HERE = CudaHost("12.8", "9.0")
@@ -291,8 +292,8 @@ def test_why_there_is_no_gpu(monkeypatch, build, release, message):
     pretended = SimpleNamespace(
         __version__=build, version=SimpleNamespace(cuda=release), cuda=SimpleNamespace(is_available=is_available)
     )
-    monkeypatch.setattr(cuda_host, "import_module", lambda name: pretended)
-    found = cuda_host.cuda_host()
+    monkeypatch.setattr(cuda, "import_module", lambda name: pretended)
+    found = cuda.cuda_host()
     assert found.capability == ""
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(found.reason)

@@ -10,12 +10,12 @@ import torch
 from fuzz import operators
 from fuzz.targets import SEEDS
 
-from precast.runtime.artifact.machine import memory_bytes
-from precast.runtime.artifact.pt2 import Graph, Node, Ref
+from precast.runtime.artifact.pt2.format import Graph, Node, Ref
 from precast.runtime.engines.export import _constant, _Interpreter
-from precast.runtime.engines.guards import guarded
-from precast.runtime.engines.sizes import SIZES
+from precast.runtime.engines.operator_checks import guarded
+from precast.runtime.engines.operator_sizes import SIZES
 from precast.runtime.errors import ArtifactError
+from precast.runtime.hosts.machine import memory_bytes
 
 ATEN = "torch.ops.aten."
 

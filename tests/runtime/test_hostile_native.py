@@ -22,13 +22,13 @@ import pytest
 import torch
 from native_programs import GRAPH, arrays, engine
 
-from precast.runtime.artifact.pt2 import pack, unpack
+from precast.runtime.artifact.pt2.format import pack, unpack
 from precast.runtime.artifact.schema import Host
 from precast.runtime.engines.aoti import AotiEngine
 from precast.runtime.engines.elf import check_library
+from precast.runtime.engines.safetensors_map import open_weights
 from precast.runtime.errors import ArtifactError, FormatError, HostError
-from precast.runtime.select import Machine, choose_variant
-from precast.runtime.weights import open_weights
+from precast.runtime.hosts.select import Machine, choose_variant
 
 WEIGHTS = native_programs.WEIGHTS
 

@@ -22,9 +22,9 @@ import pytest
 from fakehub import FakeHub
 
 from precast.runtime import CompiledModel
-from precast.runtime import hub as runtime_hub
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import copy_artifact, hash_files, write_config
+from precast.runtime.storage import hub as runtime_hub
 
 REPO = "user/model"
 IDS = [[5, 6, 7, 8]]

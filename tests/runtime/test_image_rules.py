@@ -18,7 +18,7 @@ from PIL import Image
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from precast.runtime.errors import FormatError, InputError, PrecastError, UsageError
-from precast.runtime.pipelines.image_rules import CLASSES, TYPES
+from precast.runtime.pipelines.image_processing import CLASSES, TYPES
 from precast.runtime.pipelines.processors import ImageProcessor, opened_image
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 52, 3), np.uint8))

@@ -8,9 +8,9 @@ import stat
 
 import pytest
 
-from precast.runtime import cache
 from precast.runtime.artifact import integrity, store
 from precast.runtime.errors import TrustError
+from precast.runtime.storage import cache
 
 
 @pytest.fixture

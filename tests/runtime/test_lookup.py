@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.errors import InputError
-from precast.runtime.lookup import Lookup
-from precast.runtime.session import Session
+from precast.runtime.generation.prompt_lookup import Lookup
+from precast.runtime.generation.session import Session
 
 CAPACITY = 48
 # The same examples each time: of random ones, one in a million has two likeliest tokens as close as rounding.

@@ -14,10 +14,10 @@ from precast.cli import cli
 from precast.runtime.artifact.publish import hash_files, write_config
 from precast.runtime.artifact.schema import Compiler, Host
 from precast.runtime.errors import HostError, IntegrityError
-from precast.runtime.model import CompiledModel
-from precast.runtime.neff import HEADER, HEADER_BYTES, NeffHeader, find_headers, parse_header
-from precast.runtime.neuron_host import ROOT_VARIABLE, NeuronHost, neuron_host
-from precast.runtime.select import Accepted, Machine, choose_variant, judge
+from precast.runtime.hosts.neff import HEADER, HEADER_BYTES, NeffHeader, find_headers, parse_header
+from precast.runtime.hosts.neuron import ROOT_VARIABLE, NeuronHost, neuron_host
+from precast.runtime.hosts.select import Accepted, Machine, choose_variant, judge
+from precast.runtime.models.base import CompiledModel
 
 SDK = {"torch-neuronx": "2.9.0.2.11", "torch": "2.9.1"}
 INF2 = Machine(

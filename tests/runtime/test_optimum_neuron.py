@@ -16,8 +16,8 @@ from precast.cli import cli
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.optimum_neuron import TASKS
 from precast.runtime.errors import ArtifactError, FormatError, HostError
-from precast.runtime.model import CompiledModel, verify_artifact
-from precast.runtime.neuron_host import ROOT_VARIABLE
+from precast.runtime.hosts.neuron import ROOT_VARIABLE
+from precast.runtime.models.base import CompiledModel, verify_artifact
 
 # What `optimum-cli export neuron --model sentence-transformers/all-MiniLM-L6-v2 --batch_size 2 --sequence_length 64
 # --instance-type inf2 --auto_cast matmul` leaves there, by `store_compilation_config`.

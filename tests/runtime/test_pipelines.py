@@ -21,7 +21,7 @@ from wordpiece import wordpiece
 
 from precast.runtime import CompiledModel, pipeline
 from precast.runtime.errors import InputError, PrecastWarning, UsageError
-from precast.runtime.generation import GenerationConfig
+from precast.runtime.generation.config import GenerationConfig
 from precast.runtime.pipelines import PIPELINES
 
 NAMES = ["O", "B-人", "I-人", "B-Ort", "I-Ort"]

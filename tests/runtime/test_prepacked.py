@@ -18,12 +18,13 @@ import handmade
 import numpy as np
 import pytest
 
-from precast.runtime import CompiledModel, cache, prepacked, progress
+from precast.runtime import CompiledModel, progress
 from precast.runtime.artifact import integrity, locks, read_artifact
 from precast.runtime.artifact.store import sign
-from precast.runtime.engines import Settings, onnx, open_engine
+from precast.runtime.engines import Settings, onnx, onnx_prepack, open_engine
+from precast.runtime.engines.onnx_prepack import DATA, GRAPH
 from precast.runtime.errors import IntegrityError, UsageError
-from precast.runtime.prepacked import DATA, GRAPH
+from precast.runtime.storage import cache
 
 MANIFEST = cache.MANIFEST
 IDS = np.arange(30).reshape(3, 10) + 5
@@ -33,7 +34,7 @@ IDS = np.arange(30).reshape(3, 10) + 5
 def home(tmp_path, monkeypatch):
     """An empty home, in which models of any size are packed, and all constants but the smallest saved outside."""
     monkeypatch.setenv("PRECAST_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(prepacked, "MIN_BYTES", 0)
+    monkeypatch.setattr(onnx_prepack, "MIN_BYTES", 0)
     monkeypatch.setattr(onnx, "SHARED_BYTES", 1024)
     return tmp_path / "home"
 
@@ -60,12 +61,12 @@ def hashed(monkeypatch):
         names.append(name)
         check_hash(file, root, name, *rest)
 
-    def counting(path, sha256_of=prepacked.sha256_of):
+    def counting(path, sha256_of=onnx_prepack.sha256_of):
         names.append(path.name)
         return sha256_of(path)
 
     monkeypatch.setattr(integrity, "check_hash", checking)
-    monkeypatch.setattr(prepacked, "sha256_of", counting)
+    monkeypatch.setattr(onnx_prepack, "sha256_of", counting)
     return names
 
 
@@ -78,7 +79,7 @@ def answer(path: Path, **options: object) -> bytes:
 
 def settle() -> None:
     for thread in threading.enumerate():
-        if thread.name == prepacked.THREAD:
+        if thread.name == onnx_prepack.THREAD:
             thread.join()
 
 
@@ -203,7 +204,7 @@ def test_graphs_that_share_nothing_are_saved_only_up_to_a_multiple(encoder, home
     one, other = entries(home)
     assert (one / DATA).stat().st_ino != (other / DATA).stat().st_ino
     cache.clear("prepacked")
-    monkeypatch.setattr(prepacked, "MOST", 0.1)
+    monkeypatch.setattr(onnx_prepack, "MOST", 0.1)
     assert all(map(np.array_equal, both(), expected))
     [entry] = entries(home)
     opened.clear()
@@ -227,11 +228,11 @@ def test_graphs_opened_together_are_published_in_turn(encoder, monkeypatch):
     """Else none would find the others, and each keep its own copy."""
     held = []
 
-    def looking(data, holders=prepacked._holders):
-        held.append(prepacked._one_at_a_time.locked())
+    def looking(data, holders=onnx_prepack._holders):
+        held.append(onnx_prepack._one_at_a_time.locked())
         return holders(data)
 
-    monkeypatch.setattr(prepacked, "_holders", looking)
+    monkeypatch.setattr(onnx_prepack, "_holders", looking)
     answer(encoder)
     assert held == [True]
 
@@ -243,7 +244,7 @@ def test_without_hard_links_each_has_its_own(checkpoint, artifact, home, monkeyp
     static = artifact(checkpoint("llama"), prefill_lengths=(8, 16))
     assert sign(b"") is not None, "the key itself is made with a link"
     monkeypatch.setattr(os, "link", unsupported)
-    monkeypatch.setattr(prepacked, "MOST", 9)
+    monkeypatch.setattr(onnx_prepack, "MOST", 9)
     first = _decoded(static)
     assert len({(entry / DATA).stat().st_ino for entry in entries(home)}) == 3
     assert _decoded(static) == first
@@ -262,7 +263,7 @@ def test_different_weights_are_not_shared(encoder, checkpoint, artifact, home):
 def _key(path: Path, build: str = "1.0") -> str:
     artifact = read_artifact(path)
     [variant] = artifact.contract.variants
-    return prepacked.Entry(artifact, variant, variant.graphs[0], build).key
+    return onnx_prepack.Entry(artifact, variant, variant.graphs[0], build).key
 
 
 def test_the_key_is_the_content_not_the_place(encoder, home, opened, packed, tmp_path):
@@ -281,16 +282,16 @@ def test_the_key_holds_all_that_the_form_depends_on(encoder, monkeypatch, tmp_pa
         changed = tmp_path / "copy"
         handmade.rewrite(changed, lambda raw, name=name: raw["precast"]["files"][name].update(sha256="a" * 64))
         keys.add(_key(changed))
-    monkeypatch.setattr(prepacked, "FORMAT", 99)
+    monkeypatch.setattr(onnx_prepack, "FORMAT", 99)
     keys.add(_key(encoder))
-    monkeypatch.setattr(prepacked, "_cpu", lambda: ["model name: another"])
+    monkeypatch.setattr(onnx_prepack, "_cpu", lambda: ["model name: another"])
     keys.add(_key(encoder))
     assert len(keys) == 5
 
 
 def test_the_cpu_is_known_by_what_does_not_change():
-    facts = prepacked._cpu()
-    assert facts == prepacked._cpu()
+    facts = onnx_prepack._cpu()
+    assert facts == onnx_prepack._cpu()
     assert facts
     assert not any("MHz" in fact for fact in facts)
 
@@ -341,15 +342,15 @@ def test_what_is_not_as_it_was_saved_is_made_anew(encoder, packed, expected, ope
 def test_onnx_runtime_itself_would_not_notice(encoder, packed, expected, monkeypatch):
     """Why all this is checked: where it is not, zeroed weights give another answer and no error."""
     _zero(packed / DATA)
-    monkeypatch.setattr(prepacked, "verify_files", lambda root, files, force=False: None)
+    monkeypatch.setattr(onnx_prepack, "verify_files", lambda root, files, force=False: None)
     assert answer(encoder) != expected
 
 
 def _sealed(entry: Path, **changes: object) -> None:
     """Change the manifest and sign it anew, as only this user can."""
     manifest = json.loads((entry / MANIFEST).read_bytes())["manifest"] | changes
-    signed = prepacked._Signed(manifest=prepacked.msgspec.convert(manifest, prepacked._Manifest), signature="")
-    prepacked._write(entry, signed.manifest)
+    signed = onnx_prepack._Signed(manifest=onnx_prepack.msgspec.convert(manifest, onnx_prepack._Manifest), signature="")
+    onnx_prepack._write(entry, signed.manifest)
 
 
 @pytest.mark.parametrize("claim", ["0" * 64, "", "é", "\ud800"])
@@ -393,7 +394,7 @@ def test_an_entry_under_another_key_is_foreign(encoder, packed, expected, checkp
 def test_what_onnx_runtime_cannot_open_is_made_anew(encoder, packed, expected, opened, caplog):
     (packed / GRAPH).write_bytes(b"signed, but no graph")
     (packed / DATA).unlink()
-    _sealed(packed, files={GRAPH: prepacked.msgspec.to_builtins(prepacked._file(packed / GRAPH))})
+    _sealed(packed, files={GRAPH: onnx_prepack.msgspec.to_builtins(onnx_prepack._file(packed / GRAPH))})
     opened.clear()
     assert answer(encoder) == expected
     assert [path.parent for path in opened] == [packed, encoder]
@@ -451,16 +452,16 @@ def test_who_says_no_gets_none(encoder, home, expected, monkeypatch):
     answer(encoder)
     assert len(entries(home)) == 1
     monkeypatch.setenv("PRECAST_PREPACK", "0")
-    monkeypatch.setattr(prepacked.Entry, "find", lambda self: pytest.fail("looked"))
+    monkeypatch.setattr(onnx_prepack.Entry, "find", lambda self: pytest.fail("looked"))
     assert answer(encoder) == expected
 
 
 def test_small_models_are_not_worth_it(encoder, home, monkeypatch):
     size = sum(read_artifact(encoder).contract.files[name].size for name in (_opened_graph(encoder), DATA))
-    monkeypatch.setattr(prepacked, "MIN_BYTES", size + 1)
+    monkeypatch.setattr(onnx_prepack, "MIN_BYTES", size + 1)
     answer(encoder)
     assert entries(home) == []
-    monkeypatch.setattr(prepacked, "MIN_BYTES", size)
+    monkeypatch.setattr(onnx_prepack, "MIN_BYTES", size)
     answer(encoder)
     assert len(entries(home)) == 1
 
@@ -648,7 +649,7 @@ def test_of_two_that_pack_one_is_kept(encoder, home, expected, monkeypatch):
     def wait(packing):
         waiting.append(packing)
 
-    monkeypatch.setattr(prepacked.Packing, "keep", wait)
+    monkeypatch.setattr(onnx_prepack.Packing, "keep", wait)
     assert answer(encoder) == expected
     assert answer(encoder) == expected
     assert len(entries(home)) == 2, "no stage in use is swept"

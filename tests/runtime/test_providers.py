@@ -13,12 +13,12 @@ import pytest
 
 from precast.cli import main
 from precast.runtime import CompiledModel
-from precast.runtime.artifact.machine import installed_version
 from precast.runtime.artifact.schema import Host
 from precast.runtime.engines import providers
 from precast.runtime.engines.providers import DEVICES, PROVIDERS, Place, check_place, choose_place
 from precast.runtime.errors import ArtifactError, HostError, UsageError
-from precast.runtime.select import Machine, choose_variant
+from precast.runtime.hosts.machine import installed_version
+from precast.runtime.hosts.select import Machine, choose_variant
 
 EVERYTHING = [each.full_name for each in PROVIDERS.values()]
 IDS = np.array([[5, 6, 7, 8, 9, 10, 11]])
@@ -241,7 +241,9 @@ def test_other_backends_run_where_they_were_compiled_to_run():
 def test_an_export_is_told_the_device_where_it_is_compiled_for_one(decoder, monkeypatch, backend, told):
     asked = []
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr("precast.runtime.model._export", lambda model, **options: asked.append(options) or decoder)
+    monkeypatch.setattr(
+        "precast.runtime.models.base._export", lambda model, **options: asked.append(options) or decoder
+    )
     with pytest.raises(HostError):
         CompiledModel.from_pretrained("user/model", export=True, device="cuda", provider="cuda", **backend)
     assert asked == [{"revision": None, "token": None, **backend, **told}]

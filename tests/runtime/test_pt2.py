@@ -18,10 +18,10 @@ import torch
 from native_programs import CAPACITY, GRAPH, WORDS, arrays, engine
 from safetensors.torch import save_file
 
-from precast.exporter.backends.native.weights import save_weights
-from precast.runtime.artifact.pt2 import pack, parse_program, unpack
+from precast.exporter.backends.aten.safetensors import save_weights
+from precast.runtime.artifact.pt2.format import pack, parse_program, unpack
+from precast.runtime.engines.safetensors_map import open_weights, weight_of
 from precast.runtime.errors import ArtifactError, FormatError, IntegrityError
-from precast.runtime.weights import open_weights, weight_of
 
 
 @pytest.fixture(scope="module")

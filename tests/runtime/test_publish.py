@@ -16,7 +16,7 @@ import pytest
 from precast.runtime import CompiledModel
 from precast.runtime.artifact import publish, read_artifact
 from precast.runtime.errors import ArtifactError, IntegrityError, PublishError
-from precast.runtime.hub import locate
+from precast.runtime.storage.hub import locate
 
 
 @pytest.fixture(params=["exchange", "two renames"])

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from precast.runtime import CompiledModelForCausalLM, GenerationConfig, pipeline, probe
+from precast.runtime import CompiledModelForCausalLM, GenerationConfig, pipeline, validation_worker
 from precast.runtime.errors import InputError
-from precast.runtime.languages import language_id
-from precast.runtime.unsupported import UNSUPPORTED
+from precast.runtime.generation.unsupported import UNSUPPORTED
+from precast.runtime.models.languages import language_id
 
 PROMPT = [5, 9, 30, 7, 200, 31]
 
@@ -91,7 +91,7 @@ def test_outputs_that_a_file_asks_for_are_refused_where_they_would_be_missing(re
 def test_validation_goes_by_settings_of_its_own(reading):
     model = reading({"max_new_tokens": 1, "guidance_scale": 3.0, "suppress_tokens": [*range(320)], "temperature": "x"})
     question = {"kind": "greedy", "rows": [PROMPT], "side": "right", "count": 5}
-    (answer,) = probe._ask_decoder(model, question)
+    (answer,) = validation_worker._ask_decoder(model, question)
     expected = reading({"eos_token_id": []}).generate([PROMPT], max_new_tokens=5)
     assert answer["tokens"].tolist() == expected[0, 6:].tolist()
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from precast.runtime import CompiledModelForCausalLM
-from precast.runtime import session as sessions
-from precast.runtime.session import Session
+from precast.runtime.generation import session as sessions
+from precast.runtime.generation.session import Session
 
 CAPACITY = 48
 SHAPES = {

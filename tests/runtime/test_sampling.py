@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from precast.runtime import sampling
-from precast.runtime.generation import GenerationConfig
-from precast.runtime.prompt import Prompt
+from precast.runtime.generation import sampling
+from precast.runtime.generation.config import GenerationConfig
+from precast.runtime.generation.prompt import Prompt
 
 seeds = st.integers(0, 2**32 - 1)
 some = settings(max_examples=60, deadline=None)

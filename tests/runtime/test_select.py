@@ -7,7 +7,7 @@ import pytest
 
 from precast.runtime.artifact.schema import Host
 from precast.runtime.errors import HostError
-from precast.runtime.select import Accepted, Machine, Rejected, choose_variant, judge, this_machine
+from precast.runtime.hosts.select import Accepted, Machine, Rejected, choose_variant, judge, this_machine
 
 XEON = Machine(
     "linux-x86_64", frozenset({"avx2", "avx512f", "amx_tile"}), frozenset({"cpu"}),

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from precast.runtime import CompiledModelForCausalLM
-from precast.runtime.stops import StopStrings
-from precast.runtime.tokenizer import Tokenizer
+from precast.runtime.generation.stop_strings import StopStrings
+from precast.runtime.inputs.tokenizer import Tokenizer
 
 # transformers needs a tokenizer that can spell "abcdef".
 TEXTS = [*tiny.TEXTS, *["abcdef"] * 9]

@@ -17,8 +17,8 @@ from transformers.utils import get_json_schema
 
 from precast.runtime import Tokenizer
 from precast.runtime.errors import InputError, UsageError
+from precast.runtime.inputs.tool_schemas import describe
 from precast.runtime.pipelines.generation import _whole
-from precast.runtime.tools import describe
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

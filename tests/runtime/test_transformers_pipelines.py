@@ -13,7 +13,7 @@ import transformers
 from compare import assert_same, silence
 
 from precast.runtime import CompiledModel
-from precast.runtime.tensors import ModelOutput
+from precast.runtime.inputs.tensors import ModelOutput
 
 NAMES = ["O", "B-人", "I-人"]
 NLI = ["contradiction", "neutral", "entailment"]

@@ -10,7 +10,7 @@ import pytest
 
 from precast.runtime import CompiledModel, GenerationConfig, Tokenizer
 from precast.runtime.errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError
-from precast.runtime.lookup import Lookup
+from precast.runtime.generation.prompt_lookup import Lookup
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

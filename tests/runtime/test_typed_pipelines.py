@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from precast.runtime import pipeline
+from precast.runtime.artifact.published_json import select
 from precast.runtime.errors import FormatError, InputError, UsageError
+from precast.runtime.generation.unsupported import SPEECH
 from precast.runtime.pipelines import pipeline_class
 from precast.runtime.pipelines.audio import _SPELLING
 from precast.runtime.pipelines.choices import hypothesis, labels_of
 from precast.runtime.pipelines.scores import label, labels
-from precast.runtime.published import select
-from precast.runtime.unsupported import SPEECH
 
 
 @pytest.mark.parametrize("names", [None, [1, 2], "x", {"a": "b"}, 5])

@@ -13,7 +13,7 @@ import transformers
 from corpus import PUBLISHED
 from zoo.published import make_model, narrow
 
-from precast.exporter.language_model import READS_MORE, wider_class
+from precast.exporter.checkpoint.language_model import READS_MORE, wider_class
 from precast.exporter.support import task_in
 from precast.runtime.artifact.tasks import Task
 

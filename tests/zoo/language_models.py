@@ -10,7 +10,7 @@ import tiny
 from zoo import decoders
 from zoo.shrink import tiny_config
 
-from precast.exporter.language_model import wider_class
+from precast.exporter.checkpoint.language_model import wider_class
 
 
 def _sections(*sizes: int, **more: Any) -> dict[str, Any]:

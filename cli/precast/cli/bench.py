@@ -15,7 +15,7 @@ from .options import json_option, model_options, quiet_option
 from .output import print_json, step_reporter
 
 if TYPE_CHECKING:
-    from precast.runtime.bench import Request, Subject
+    from precast.runtime.bench.compare import Request, Subject
 
 __all__ = ["command"]
 
@@ -75,7 +75,7 @@ def command(
     Every round opens it in a fresh process, warms up with another prompt, and times one request. --revision,
     --subfolder and --sha256 are MODEL's, all other options count for every artifact.
     """
-    from precast.runtime.bench import bench, describe_machine, plan, token_ids
+    from precast.runtime.bench.compare import bench, describe_machine, plan, token_ids
 
     if quiet:
         _no_bars()
@@ -121,9 +121,9 @@ def _subjects(model: str, others: Sequence[str], options: dict[str, Any]) -> lis
 def _subject(model: str, options: dict[str, Any]) -> Subject:
     """Found or downloaded here: a child gets a local directory, and no token."""
     from precast.runtime.artifact import read_artifact
-    from precast.runtime.bench import Subject
-    from precast.runtime.hub import locate
-    from precast.runtime.select import choose_variant, this_machine
+    from precast.runtime.bench.compare import Subject
+    from precast.runtime.hosts.select import choose_variant, this_machine
+    from precast.runtime.storage.hub import locate
 
     where = {name: options[name] for name in ("revision", "subfolder", "token", "local_files_only")}
     how = {name: value for name, value in options.items() if name not in where}
@@ -136,7 +136,7 @@ def _subject(model: str, options: dict[str, Any]) -> Subject:
 def _in_full(request: Request, repeat: int, options: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from precast.runtime.artifact.machine import usable_cores
+    from precast.runtime.hosts.machine import usable_cores
 
     place = {name: options[name] for name in ("device", "provider")}
     return {**asdict(request), **place, "threads": options["threads"] or usable_cores(), "repeat": repeat}

@@ -14,7 +14,7 @@ from .options import hub_options, json_option
 from .output import echo, print_json
 
 if TYPE_CHECKING:
-    from precast.runtime.buckets import Plan
+    from precast.runtime.bench.buckets import Plan
 
 __all__ = ["command"]
 
@@ -33,7 +33,7 @@ def command(
     file: Path, model: str | None, count: int, multiple: int, longest: int | None, as_json: bool, **hub: Any
 ) -> None:
     """Propose the sequence lengths to compile for, from FILE: texts such as will come, or their lengths, one a line."""
-    from precast.runtime.buckets import plan_buckets
+    from precast.runtime.bench.buckets import plan_buckets
 
     lengths = list(_lengths(file, model, **hub))
     plan = plan_buckets(lengths, count, multiple=multiple, longest=longest)
@@ -60,8 +60,8 @@ def _lengths(file: Path, model: str | None, **hub: Any) -> Iterable[int]:
     lines = [line for line in read_text(file, "FILE").splitlines() if line.strip()]
     if model is None:
         return _numbers(file, lines)
-    from precast.runtime.hub import locate_tokenizer
-    from precast.runtime.tokenizer import Tokenizer
+    from precast.runtime.inputs.tokenizer import Tokenizer
+    from precast.runtime.storage.hub import locate_tokenizer
 
     tokenizer = Tokenizer(locate_tokenizer(model, **hub))
     return (len(tokenizer.encode(line)) for line in lines)

@@ -13,7 +13,7 @@ from .options import json_option
 from .output import echo, print_json
 
 if TYPE_CHECKING:
-    from precast.runtime.cache import Kept
+    from precast.runtime.storage.cache import Kept
 
 __all__ = ["command"]
 
@@ -34,7 +34,7 @@ def command() -> None:
 def _list(as_json: bool) -> None:
     """Show what is kept, last used first."""
     from precast.runtime.artifact.store import home
-    from precast.runtime.cache import kept, total_bytes
+    from precast.runtime.storage.cache import kept, total_bytes
 
     found = kept()
     if as_json:
@@ -53,7 +53,7 @@ def _list(as_json: bool) -> None:
 @json_option
 def _clear(dry_run: bool, as_json: bool, everything: bool, **asked: bool) -> None:
     """Remove what is kept; without an option, packed weights."""
-    from precast.runtime.cache import KINDS, clear, kept, total_bytes
+    from precast.runtime.storage.cache import KINDS, clear, kept, total_bytes
 
     kinds = list(KINDS) if everything else [kind for kind in KINDS if asked[kind]] or ["prepacked"]
     found = kept(*kinds) if dry_run else clear(*kinds)

@@ -33,8 +33,8 @@ def command(as_json: bool) -> None:
 
 def _facts() -> dict[str, Any]:
     from precast.runtime.artifact.backends import BACKENDS
-    from precast.runtime.artifact.machine import installed_version, memory_bytes, usable_cores
     from precast.runtime.artifact.store import home
+    from precast.runtime.hosts.machine import installed_version, memory_bytes, usable_cores
 
     return {
         "python": platform.python_version(),

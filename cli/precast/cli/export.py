@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .exporting import check_installed, load_exporter
-from .options import (
+from .options import (  # fmt: skip
     LENGTHS,
     Sections,
     cast_options,
@@ -20,7 +20,7 @@ from .options import (
     option_in,
     quantize_options,
     quiet_option,
-)  # fmt: skip
+)
 from .output import echo, note, print_json, step_reporter
 
 __all__ = ["command"]
@@ -94,7 +94,7 @@ def command(
     check_installed()
     # Nothing of this imports torch, so a mistake is answered at once.
     from precast.exporter import ExportOptions
-    from precast.exporter.early import check_request
+    from precast.exporter.options.early import check_request
 
     settings = ExportOptions(validate=not no_validate, **options)
     check_request(model, target, settings)
@@ -109,7 +109,7 @@ def command(
     artifact = exporter.export(model, target, settings, report=report, announce=announce)
     url = None
     if push_to_hub:
-        from precast.runtime.hub import push
+        from precast.runtime.storage.hub import push
 
         with report("push"):
             url = push(artifact, push_to_hub, private=private or None, token=options["token"])

@@ -28,9 +28,9 @@ def command(
     import msgspec
 
     from precast.runtime.artifact import read_artifact
-    from precast.runtime.hub import locate
-    from precast.runtime.model import verify_artifact
-    from precast.runtime.select import Accepted, judge, neff_headers, this_machine
+    from precast.runtime.hosts.select import Accepted, judge, neff_headers, this_machine
+    from precast.runtime.models.base import verify_artifact
+    from precast.runtime.storage.hub import locate
 
     artifact = read_artifact(locate(model, revision=revision, subfolder=subfolder, token=token))
     machine = this_machine(artifact.contract)

@@ -22,8 +22,8 @@ __all__ = ["command"]
 def command(directory: Path, repo: str, private: bool, revision: str | None, token: str | None, as_json: bool) -> None:
     """Upload the artifact DIRECTORY to the Hub repository REPO, as one commit."""
     from precast.runtime.artifact import read_artifact
-    from precast.runtime.hub import push
-    from precast.runtime.model import verify_artifact
+    from precast.runtime.models.base import verify_artifact
+    from precast.runtime.storage.hub import push
 
     artifact = read_artifact(directory)
     for variant in artifact.contract.variants:

@@ -41,14 +41,14 @@ def command(
     check_installed()
     # Nothing of this imports torch, so a mistake is answered at once.
     from precast.exporter import ExportOptions
-    from precast.exporter.early import check_comparison
+    from precast.exporter.options.early import check_comparison
 
     options = ExportOptions(atol=atol, trust_remote_code=trust_remote_code, revision=revision, token=token)
     check_comparison(directory, reference, options)
     if not quiet:
         note(f"Comparing {directory} with {reference} …")
     exporter = load_exporter()
-    from precast.exporter.telling import heard_by
+    from precast.exporter.progress import heard_by
 
     with step_reporter(quiet)("validate") as listener, heard_by(listener):
         accuracy = exporter.validate_again(directory, reference, options, keep=record, sha256=sha256, variant=variant)

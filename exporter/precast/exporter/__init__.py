@@ -15,13 +15,13 @@ from precast.runtime import errors as _  # noqa: F401
 
 _EXPORTS = {
     "ExportOptions": "options",
-    "choose_backends": "auto",
+    "choose_backends": "several.fastest",
     "export": "pipeline",
-    "export_once": "reuse",
+    "export_once": "several.reuse",
     "preview": "pipeline",
     "quiet_libraries": "quiet",
     "supported_tasks": "support",
-    "validate_again": "validate",
+    "validate_again": "validation",
 }
 
 __all__ = list(_EXPORTS)

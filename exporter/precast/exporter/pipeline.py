@@ -19,21 +19,21 @@ from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, 
 from precast.runtime.errors import ExportError
 
 from .backends import Compiled, NeedsTools, ProgramCompiler
+from .backends.neuron.optimum_layout import check_layout, in_layout, lay_out
 from .card import render_card
-from .cast import cast, cast_of
-from .decoder.kv_cache import cache_scales
-from .decoder.plan import DecoderPlan
-from .encoder.sentences import embeds_sentences
-from .encoder.texts import lower_case
-from .optimum_neuron import check_layout, in_layout, lay_out
+from .checkpoint.resolve import Checkpoint, resolve
+from .checkpoint.sentence_texts import lower_case
+from .checkpoint.sentence_transformers import embeds_sentences
+from .checkpoint.tokenizer_files import tokenizer_settings
+from .kinds.decoder.plan import DecoderPlan
+from .kinds.plan import Plan, make_plan
+from .kinds.trace import trace
 from .options import ExportOptions
-from .plan import Plan, make_plan
+from .precision import cast, cast_of
+from .progress import heard_by, tell_nobody
 from .quantize.choose import calibration_rows, quantize_model
-from .resolve import Checkpoint, resolve
-from .telling import heard_by, tell_nobody
-from .tokenizer_files import tokenizer_settings
-from .trace import trace
-from .validate import Reference, compare, in_words, make_reference, record, without_device
+from .quantize.kv_cache import cache_scales
+from .validation import Reference, compare, in_words, make_reference, record, without_device
 
 __all__ = ["Report", "compiler_of", "export", "preview"]
 
@@ -128,8 +128,8 @@ def _explained(plan: Plan) -> Iterator[None]:
 
 def _export_several(model: str, target: Path, options: ExportOptions, **told: Any) -> Artifact:
     """`export` once with each backend, to keep the fastest or all of them; those modules call it in turn."""
-    from .also import export_with_others
-    from .auto import export_fastest
+    from .several.fallback import export_with_others
+    from .several.fastest import export_fastest
 
     several = export_with_others if options.also else export_fastest
     return several(model, target, options, **told)

@@ -19,11 +19,11 @@ from typing import Any
 
 from precast.runtime.artifact import KEY, strict_json
 from precast.runtime.artifact.integrity import read_regular
-from precast.runtime.artifact.reach import hub_or_cache
 from precast.runtime.artifact.tasks import Task, get_task
 from precast.runtime.errors import CheckpointError
+from precast.runtime.storage.reach import hub_or_cache
 
-from .local import is_compiled, not_given
+from .checkpoint.locate import is_compiled, not_given
 
 __all__ = [
     "Support",

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from .interface import through_interface
-from .last_end import pooled_at_last_end
-from .rotations import short_rotations
+from .last_eos_pooling import pooled_at_last_end
+from .scaled_rotary import short_rotations
+from .standard import through_interface
 
 __all__ = ["ADAPTERS", "TRACEABLE", "adapted", "traceable"]
 

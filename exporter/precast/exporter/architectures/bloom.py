@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes, dropout_add
 
-from ..decoder.hooks import attend
-from .swap import replaced
+from .attention_interface import attend
+from .patching import replaced
 
 __all__ = ["adapted"]
 

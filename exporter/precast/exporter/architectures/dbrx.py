@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 
-from .swap import replaced
+from .patching import replaced
 
 __all__ = ["traceable"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as modeling
 
-from .swap import replaced
+from .patching import replaced
 
 __all__ = ["traceable"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb, build_alibi_tensor
 
-from ..decoder.hooks import attend, capacity
-from .swap import replaced
+from .attention_interface import attend, capacity
+from .patching import replaced
 
 __all__ = ["adapted"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
-from .swap import replaced
+from .patching import replaced
 
 __all__ = ["traceable"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
-from .swap import replaced
+from .patching import replaced
 
 __all__ = ["traceable"]
 

@@ -13,9 +13,9 @@ from transformers.models.codegen.modeling_codegen import CodeGenAttention
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from ..decoder.hooks import Mask, attend
-from .interface import through_interface
-from .swap import replaced
+from .attention_interface import Mask, attend
+from .patching import replaced
+from .standard import through_interface
 
 __all__ = ["adapted"]
 

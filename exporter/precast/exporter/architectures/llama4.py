@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextAttention, Llama4TextRotaryEmbedding
 
-from ..decoder.cache_names import cache_in
-from ..decoder.hooks import Mask, attend, positions
-from .interface import through_interface
-from .swap import replaced
+from ..kinds.decoder.cache_names import cache_in
+from .attention_interface import Mask, attend, positions
+from .patching import replaced
+from .standard import through_interface
 
 __all__ = ["adapted"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
-from .swap import replaced
+from .patching import replaced
 
 __all__ = ["traceable"]
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.mpt.modeling_mpt import MptAttention
 
-from ..decoder.cache_names import cache_in
-from ..decoder.hooks import attend
-from .swap import replaced
+from ..kinds.decoder.cache_names import cache_in
+from .attention_interface import attend
+from .patching import replaced
 
 __all__ = ["adapted"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-from .swap import replaced
+from .patching import replaced
 
 __all__ = ["traceable"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.xmod.modeling_xmod import XmodOutput
 
-from . import positions
-from .swap import replaced
+from . import learned_positions
+from .patching import replaced
 
 __all__ = ["traceable"]
 
@@ -18,7 +18,7 @@ def traceable(model: nn.Module) -> AbstractContextManager[Any]:
     """Replace the choice of adapters by that of `config.default_language`."""
     language: Any = model.config.default_language  # type: ignore[union-attr]
     stack = ExitStack()
-    stack.enter_context(positions.traceable(model))
+    stack.enter_context(learned_positions.traceable(model))
     stack.enter_context(replaced(model, XmodOutput, "lang_adapter", lambda layer: _adapter(layer, language)))
     return stack
 

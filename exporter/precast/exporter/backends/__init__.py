@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
+from ..kinds.trace import Program
 from ..options import ExportOptions
-from ..trace import Program
 
 __all__ = ["Compiled", "NeedsTools", "ProgramCompiler"]
 

@@ -13,16 +13,16 @@ import torch
 from msgspec.structs import replace
 from torch._export.serde.serialize import serialize
 
-from precast.runtime.artifact.pt2 import pack, parse_program, unpack
+from precast.runtime.artifact.pt2.format import pack, parse_program, unpack
 from precast.runtime.artifact.schema import Compiler, Host
 from precast.runtime.errors import ExportError, FormatError
 
+from ..kinds.trace import Program
 from ..options import ExportOptions
-from ..telling import tell
-from ..trace import Program
+from ..progress import tell
 from . import Compiled
-from .native.lowering import Forms, Lowered, lower
-from .native.weights import save_weights
+from .aten.lowering import Forms, Lowered, lower
+from .aten.safetensors import save_weights
 
 __all__ = ["ExportCompiler"]
 

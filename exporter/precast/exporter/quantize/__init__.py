@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import blocks, hessians
-from .grid import Grid, find_grid, stacked
 from .linear import Packed, QuantizedEmbedding, QuantizedLinear
 from .methods import METHODS, WHOLE_ROW, Scheme, get_method
 from .recipe import Layer, Recipe, find_layers
+from .scheme import Grid, find_grid, stacked
 
 __all__ = ["METHODS", "Recipe", "Scheme", "quantize"]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.errors import CheckpointError, UsageError
 
-from ..loss import floor_for
+from ..checkpoint.resolve import Checkpoint
+from ..kinds.samples import token_ids
 from ..options import GROUP_SIZES, ExportOptions
-from ..questions import token_ids
-from ..resolve import Checkpoint
+from ..validation.metrics import floor_for
 from . import quantize
 from .methods import METHODS, WHOLE_ROW, Scheme, Zero, get_method
 from .mixture import mixture

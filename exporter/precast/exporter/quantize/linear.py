@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .grid import Grid
+from .scheme import Grid
 
 __all__ = [
     "Packed",

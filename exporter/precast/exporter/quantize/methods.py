@@ -17,7 +17,7 @@ from torch import Tensor
 
 from precast.runtime.errors import UsageError
 
-from .grid import Ends, Grid, choose, encode, grouped
+from .scheme import Ends, Grid, choose, encode, grouped
 
 __all__ = ["METHODS", "WHOLE_ROW", "Method", "Scheme", "Zero", "get_method"]
 

@@ -43,7 +43,7 @@ _LOGITS = ("logits",)
 
 
 def _encoder(name: str, auto: str, model_class: str, axes: tuple[str, ...], outputs: tuple[str, ...] = _LOGITS) -> Task:
-    return Task(name, "encoder", f"AutoModel{auto}", axes, outputs, f"precast.runtime.{model_class}")
+    return Task(name, "encoder", f"AutoModel{auto}", axes, outputs, f"precast.runtime.models.{model_class}")
 
 
 # Where a class is for several tasks, the first is the one that is inferred.
@@ -54,20 +54,20 @@ ROWS = (
         ("logits_per_image", "image_embeds", "text_embeds"),
     ),
     _encoder(
-        "feature-extraction", "", "encoder:CompiledModelForFeatureExtraction", _ANY, ("last_hidden_state",)
+        "feature-extraction", "", "text:CompiledModelForFeatureExtraction", _ANY, ("last_hidden_state",)
     ),
-    _encoder("fill-mask", "ForMaskedLM", "encoder:CompiledModelForMaskedLM", _TEXT),
+    _encoder("fill-mask", "ForMaskedLM", "text:CompiledModelForMaskedLM", _TEXT),
     _encoder(
-        "text-classification", "ForSequenceClassification", "encoder:CompiledModelForSequenceClassification", _TEXT
-    ),
-    _encoder(
-        "token-classification", "ForTokenClassification", "encoder:CompiledModelForTokenClassification", _TEXT
+        "text-classification", "ForSequenceClassification", "text:CompiledModelForSequenceClassification", _TEXT
     ),
     _encoder(
-        "question-answering", "ForQuestionAnswering", "encoder:CompiledModelForQuestionAnswering", _TEXT,
+        "token-classification", "ForTokenClassification", "text:CompiledModelForTokenClassification", _TEXT
+    ),
+    _encoder(
+        "question-answering", "ForQuestionAnswering", "text:CompiledModelForQuestionAnswering", _TEXT,
         ("start_logits", "end_logits"),
     ),
-    _encoder("multiple-choice", "ForMultipleChoice", "encoder:CompiledModelForMultipleChoice", _CHOICES),
+    _encoder("multiple-choice", "ForMultipleChoice", "text:CompiledModelForMultipleChoice", _CHOICES),
     _encoder("image-classification", "ForImageClassification", "vision:CompiledModelForImageClassification", _ANY),
     _encoder(
         "semantic-segmentation", "ForSemanticSegmentation", "vision:CompiledModelForSemanticSegmentation", _ANY
@@ -85,15 +85,15 @@ ROWS = (
     _encoder("audio-xvector", "ForAudioXVector", "audio:CompiledModelForXVector", _AUDIO, ("logits", "embeddings")),
     Task(
         "text-generation", "decoder", "AutoModelForCausalLM", (), _LOGITS,
-        "precast.runtime.decoder:CompiledModelForCausalLM",
+        "precast.runtime.models.causal_lm:CompiledModelForCausalLM",
     ),
     Task(
         "text2text-generation", "seq2seq", "AutoModelForSeq2SeqLM", ("sequence_length",), _LOGITS,
-        "precast.runtime.seq2seq:CompiledModelForSeq2SeqLM",
+        "precast.runtime.models.seq2seq:CompiledModelForSeq2SeqLM",
     ),
     Task(
         "automatic-speech-recognition", "seq2seq", "AutoModelForSpeechSeq2Seq", (), _LOGITS,
-        "precast.runtime.speech:CompiledModelForSpeechSeq2Seq",
+        "precast.runtime.models.whisper:CompiledModelForSpeechSeq2Seq",
     ),
 )  # fmt: skip
 

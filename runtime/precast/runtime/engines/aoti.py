@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from ..artifact import Artifact
-from ..artifact.machine import usable_cores
 from ..artifact.schema import Graph, Variant
 from ..errors import ArtifactError, FormatError
-from ..weights import weight_of
+from ..hosts.machine import usable_cores
 from . import Arrays, Settings, Step, move_rows
 from .device import Device
 from .elf import check_library
-from .files import Files
 from .gpu import Gpu
-from .memory import bound_tensors, threads_of
+from .safetensors_map import weight_of
+from .torch_views import bound_tensors, threads_of
+from .verified_files import Files
 
 __all__ = ["AotiEngine"]
 

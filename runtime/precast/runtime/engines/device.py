@@ -19,8 +19,8 @@ from torch import Tensor
 from ..artifact import DECODER_INPUTS, ROWS
 from ..artifact.schema import Graph
 from . import Arrays, Step
-from .memory import bound_tensors
-from .process import Process
+from .fork import Process
+from .torch_views import bound_tensors
 
 __all__ = ["Compute", "Device", "Place"]
 

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 from ..artifact import Artifact
-from ..artifact.machine import usable_cores
-from ..artifact.operators import PYTHON
-from ..artifact.pt2 import SCALAR_TYPES, Coded, Graph, Meta, Node, Ref, Symbolic, parse_program, unpack
+from ..artifact.pt2.allowed_operators import PYTHON
+from ..artifact.pt2.format import SCALAR_TYPES, Coded, Graph, Meta, Node, Ref, Symbolic, parse_program, unpack
 from ..artifact.schema import Graph as Contract
 from ..artifact.schema import Input, Output, Variant
 from ..errors import ArtifactError, FormatError
-from ..weights import weight_of
+from ..hosts.machine import usable_cores
 from . import Arrays, Settings, Step
-from .files import Files
-from .guards import arithmetic, guarded
-from .memory import bound_tensors, threads_of
+from .operator_checks import arithmetic, guarded
+from .safetensors_map import weight_of
+from .torch_views import bound_tensors, threads_of
+from .verified_files import Files
 
 __all__ = ["ExportEngine"]
 

@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from ..artifact import Artifact
-from ..artifact.neuron_sdk import without_sdk
 from ..artifact.schema import Graph, Input, Variant
 from ..errors import ArtifactError, FormatError, HostError, UsageError
-from ..neuron_host import neuron_host
+from ..hosts.neuron import neuron_host
+from ..hosts.neuron_sdk import without_sdk
 from ..terminal import quoted
 from . import Arrays, Settings, Step, move_rows
-from .files import Files
-from .memory import bound_tensor, bound_tensors
-from .process import Process
+from .fork import Process
+from .torch_views import bound_tensor, bound_tensors
+from .verified_files import Files
 
 __all__ = ["NeuronEngine"]
 

@@ -20,13 +20,13 @@ import numpy as np
 import onnxruntime
 
 from ..artifact import Artifact
-from ..artifact.machine import usable_cores
 from ..artifact.onnx_graph import external_files
 from ..artifact.schema import Graph, Variant
 from ..errors import ArtifactError, FormatError, HostError
-from ..prepacked import DATA, GRAPH, Entry, is_wanted
+from ..hosts.machine import usable_cores
 from . import Arrays, Settings, Step
-from .process import Process
+from .fork import Process
+from .onnx_prepack import DATA, GRAPH, Entry, is_wanted
 from .providers import Place, choose_place
 
 __all__ = ["OnnxEngine"]

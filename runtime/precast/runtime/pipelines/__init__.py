@@ -14,7 +14,7 @@ from typing import Any
 
 from ..arguments import refuse_unknown
 from ..errors import UsageError
-from ..model import CompiledModel
+from ..models.base import CompiledModel
 from .base import Batch, Pipeline
 from .parts import PARTS
 

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..artifact.published_json import parse_object, select
 from ..errors import ArtifactError
-from ..published import parse_object, select
 from .base import Batch, Pipeline
 from .generation import GeneratingPipeline
 from .processors import SoundProcessor

@@ -14,10 +14,10 @@ import numpy as np
 import tokenizers
 
 from ..arguments import refuse_unknown
-from ..companions import Readable
 from ..errors import InputError, UsageError
-from ..tensors import ModelOutput, plain
-from ..tokenizer import Tokenizer
+from ..inputs.companions import Readable
+from ..inputs.tensors import ModelOutput, plain
+from ..inputs.tokenizer import Tokenizer
 from .parts import PARTS, files_of, is_own, tokenizer_of
 
 __all__ = [

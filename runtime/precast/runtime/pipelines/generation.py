@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..generation import GenerationConfig
-from ..tensors import ModelOutput
+from ..generation.config import GenerationConfig
+from ..inputs.tensors import ModelOutput
 from .base import Array, Batch, Padding, Pipeline, TextPipeline, TokenizerOptions, Truncation
 
 __all__ = [

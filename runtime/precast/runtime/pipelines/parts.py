@@ -8,9 +8,9 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..artifact.locks import Scratch
-from ..companions import Readable, companions_at, companions_of
 from ..errors import UsageError
-from ..tokenizer import Tokenizer
+from ..inputs.companions import Readable, companions_at, companions_of
+from ..inputs.tokenizer import Tokenizer
 
 __all__ = ["PARTS", "files_of", "is_own", "tokenizer_of"]
 

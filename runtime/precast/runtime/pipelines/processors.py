@@ -23,10 +23,10 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from ..companions import Readable, companions_at, laid_out
+from ..artifact.published_json import parse_object, select
 from ..errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
-from ..published import parse_object, select
-from .image_rules import class_of, rules_of
+from ..inputs.companions import Readable, companions_at, laid_out
+from .image_processing import class_of, rules_of
 from .log_mel import LogMel
 
 __all__ = ["ImageProcessor", "SoundProcessor", "opened_image", "resized"]

@@ -15,13 +15,13 @@ from msgspec.structs import replace
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 from precast.runtime.errors import PrecastWarning
 
+from ...kinds.trace import Program
 from ...options import ExportOptions
-from ...telling import tell
-from ...trace import Program
+from ...progress import tell
 from .. import Compiled
-from ..native.lowering import Forms, Lowered, lower
-from ..native.weights import save_weights
-from . import frozen
+from ..aten.lowering import Forms, Lowered, lower
+from ..aten.safetensors import save_weights
+from . import freezing
 from .gpu import check_gpu, facts, free, moved
 from .isa import flags_of
 from .library import build, check_compiler, forms_of, names_of, workspace
@@ -46,12 +46,12 @@ class AotiCompiler:
         forms = forms_of(options.device, options.isa)
         _say_widened(options, forms)
         lowered = [lower(program, forms) for program in programs]
-        is_frozen, is_here = frozen.pays(lowered, options), options.device == "cpu"
+        is_frozen, is_here = freezing.pays(lowered, options), options.device == "cpu"
         if not is_frozen:
             # While all graphs hold the same weights, in the host's memory.
             save_weights(lowered, stage / WEIGHTS)
         with workspace():
-            graphs = list(_libraries(lowered, stage, options, frozen.FROZEN if is_frozen else {}))
+            graphs = list(_libraries(lowered, stage, options, freezing.FROZEN if is_frozen else {}))
         if not is_here:
             free()
         return Compiled(

@@ -10,8 +10,8 @@ import torch
 from torch.export.passes import move_to_device_pass
 from torch.utils._triton import has_triton
 
-from precast.runtime.cuda_host import cuda_host
 from precast.runtime.errors import ExportError
+from precast.runtime.hosts.cuda import cuda_host
 
 __all__ = ["KERNELS_INSIDE", "check_gpu", "check_whole", "facts", "free", "moved"]
 
@@ -42,7 +42,7 @@ def check_gpu() -> None:
 
 
 def facts() -> dict[str, str | int | float | bool]:
-    """What is checked before a library is opened: see `precast.runtime.cuda_host.gpu_hindrances`."""
+    """What is checked before a library is opened: see `precast.runtime.hosts.cuda.gpu_hindrances`."""
     host = cuda_host()
     return {"compute_capability": host.capability, "cuda": host.release}
 

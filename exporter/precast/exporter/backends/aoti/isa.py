@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from precast.runtime.artifact.machine import cpu_flags
 from precast.runtime.errors import UsageError
+from precast.runtime.hosts.machine import cpu_flags
 
 __all__ = ["flags_of", "options_of", "products_of"]
 

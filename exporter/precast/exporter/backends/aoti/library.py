@@ -25,15 +25,15 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from precast.runtime.artifact.locks import Scratch
 from precast.runtime.errors import ExportError
 
-from ..native.kernels import Kernels
-from ..native.lowering import Forms
-from ..native.settled import settled
-from .attend import attend, attend_prompt
+from ..aten.kernel_set import Kernels
+from ..aten.lowering import Forms
+from ..aten.materialize import settled
+from .attention import attend, attend_prompt
+from .dequantize import matrix
+from .gemv import rows
 from .gpu import KERNELS_INSIDE, check_whole
+from .inductor_patches import short_ones_alone
 from .isa import options_of, products_of
-from .loops import short_ones_alone
-from .matrix import matrix
-from .rows import rows
 
 __all__ = ["build", "check_compiler", "forms_of", "names_of", "workspace"]
 

@@ -14,17 +14,17 @@ from precast.runtime.artifact.locks import Scratch
 from precast.runtime.artifact.schema import Compiler, Host
 from precast.runtime.errors import UsageError
 
-from ...neuron_options import chosen_strategy
+from ...kinds.trace import Program
 from ...options import ExportOptions
-from ...telling import tell
-from ...trace import Program
+from ...options.neuron import chosen_strategy
+from ...progress import tell
 from .. import Compiled
-from ..native.lowering import Lowered, lower
-from ..native.weights import save_tensors
-from .compiling import compile_job, sdk_versions
+from ..aten.lowering import Lowered, lower
+from ..aten.safetensors import save_tensors
+from .compile_job import compile_job, sdk_versions
 from .flags import flags_of
-from .program import NEURON_FORMS, body_of
 from .strategies import STRATEGIES, Item, Job
+from .xla_program import NEURON_FORMS, body_of
 
 __all__ = ["NeuronCompiler"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from precast.runtime.artifact.schema import Graph
 
-from .program import Body, OneGraph, example_of, given_of
-from .spread import SharedGraphs
+from .tensor_parallel import SharedGraphs
+from .xla_program import Body, OneGraph, example_of, given_of
 
 __all__ = ["STRATEGIES", "Item", "Job", "Strategy"]
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 
+from ...kinds.trace import Program
 from ...options import ExportOptions
-from ...telling import tell
-from ...trace import Program
+from ...progress import tell
 from .. import Compiled
 from .lowering import lower, quiet
 from .passes import optimize

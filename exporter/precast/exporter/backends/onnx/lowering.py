@@ -18,10 +18,10 @@ from torch.onnx.errors import OnnxExporterError
 from precast.runtime.artifact.schema import Graph
 from precast.runtime.errors import ExportError
 
-from ...decoder import attention  # noqa: F401  (registers an operator that is lowered here)
+from ...kinds.trace import Program
+from ...operators import attention  # noqa: F401  (registers an operator that is lowered here)
 from ...quantize import linear  # noqa: F401  (registers the others)
-from ...trace import Program
-from .contrib import microsoft
+from .contrib_ops import microsoft
 
 __all__ = ["lower", "quiet"]
 

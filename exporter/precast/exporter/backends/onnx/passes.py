@@ -11,9 +11,9 @@ from onnxscript.rewriter.ort_fusions import _core
 
 from precast.runtime.artifact.schema import Graph
 
-from .matmuls import SplitBatchTransposes
+from .pack_projections import PackSiblings
 from .rotary import FoldRotary
-from .siblings import PackSiblings
+from .split_transposes import SplitBatchTransposes
 
 __all__ = ["RemoveProvenance", "optimize"]
 

@@ -1,0 +1,1 @@
+"""What an export starts from: files that other people wrote, found, checked and read."""

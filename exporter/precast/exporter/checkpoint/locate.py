@@ -1,0 +1,110 @@
+"""MODEL as it is typed: a checkpoint's directory, a .gguf file, or a name on the Hub. Found without torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from precast.runtime.artifact import is_artifact
+from precast.runtime.errors import CheckpointError, UsageError
+from precast.runtime.terminal import quoted
+
+from .files import check_files
+from .gguf import check_whole
+from .peft_adapters import check_no_adapter
+
+__all__ = ["Local", "check_is_checkpoint", "find_local", "is_compiled", "not_given"]
+
+
+@dataclass(frozen=True)
+class Local:
+    """A checkpoint on this machine.
+
+    Attributes:
+        name: the base name of the directory or file.
+        directory: where its files lie, absolute.
+        gguf_file: the file's name within `directory` for a GGUF checkpoint.
+    """
+
+    name: str
+    directory: Path
+    gguf_file: str | None = None
+
+
+def find_local(model: str, revision: str | None = None) -> Local | None:
+    """The directory or `.gguf` file of that name; None for a name that the Hub may know.
+
+    Raises CheckpointError for what is neither, UsageError where a revision is asked for of what is here.
+    """
+    found = _find(model)
+    if found is not None and revision is not None:
+        raise UsageError(
+            f"--revision is for a checkpoint on the Hub, and {model} is one on this machine; leave it out."
+        )
+    return found
+
+
+def _find(model: str) -> Local | None:
+    path = Path(model).expanduser()
+    try:
+        if path.is_file():
+            return _from_file(path)
+        if path.is_dir():
+            check_is_checkpoint(path, model)
+            return Local(path.resolve().name, path.resolve())
+    except OSError as error:
+        raise CheckpointError(f"{model} cannot be read: {error.strerror}.") from error
+    if path.exists():
+        raise CheckpointError(f"{model} is not a regular file or directory.")
+    if _looks_like_path(model):
+        raise CheckpointError(f"There is no file or directory {model}.")
+    return None
+
+
+def not_given(model: str, reason: str) -> CheckpointError:
+    """The error for a name under which neither this machine nor the Hub has a checkpoint."""
+    return CheckpointError(
+        f"{model} is neither a local path nor a checkpoint that the Hub would give: {reason.rstrip('.')}."
+    )
+
+
+def is_compiled(model: str) -> CheckpointError:
+    """The error for an artifact where a checkpoint is meant."""
+    return CheckpointError(
+        f"{model} is an artifact, compiled already, and this takes the checkpoint that it came from. What it is and "
+        f"whether it runs here: precast inspect {quoted(model)}"
+    )
+
+
+def check_is_checkpoint(path: Path, given: str) -> None:
+    """Raise CheckpointError for a directory that is no checkpoint: an artifact, which has a command of its own, one
+    without a configuration, with files from elsewhere, or with an adapter."""
+    # Asked first: a pipe would be waited for.
+    is_there = (path / "config.json").is_file()
+    if is_there and is_artifact(path):
+        raise is_compiled(given)
+    check_no_adapter(path.resolve(), given)
+    if not is_there:
+        ggufs = sorted(found.name for found in path.glob("*.gguf"))
+        hint = f" To export a GGUF file, name it: precast export {quoted(path / ggufs[0])} -o OUT" if ggufs else ""
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.{hint}")
+    check_files(path.resolve(), path.resolve().name)
+
+
+def _looks_like_path(model: str) -> bool:
+    return (
+        model.startswith((".", "/", "~")) or model.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    )
+
+
+def _from_file(path: Path) -> Local:
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path} is a file; MODEL is a Hub id, a checkpoint directory, or a .gguf file.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
+    check_whole(path)
+    path = path.resolve()
+    check_no_adapter(path.parent, str(path.parent))
+    return Local(path.stem, path.parent, path.name)

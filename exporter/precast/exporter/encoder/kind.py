@@ -1,9 +1,0 @@
-"""What `precast.exporter.kinds` asks of this package."""
-
-from __future__ import annotations
-
-from .plan import plan
-from .questions import answer, questions
-from .trace import trace
-
-__all__ = ["answer", "plan", "questions", "trace"]

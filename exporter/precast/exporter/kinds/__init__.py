@@ -1,0 +1,22 @@
+"""The kinds of models: how each is planned, traced, and questioned. One package and one row each."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from precast.runtime.artifact.tasks import Task
+
+__all__ = ["KINDS", "kind_of"]
+
+KINDS = {
+    "encoder": "precast.exporter.kinds.encoder.kind",
+    "decoder": "precast.exporter.kinds.decoder.kind",
+    "seq2seq": "precast.exporter.kinds.seq2seq.kind",
+}
+
+
+def kind_of(task: Task) -> Any:
+    """The module that does `task`. It has `plan`, `trace`, `questions` and `answer`, and `scored` where less than
+    fp32 can be asked for."""
+    return import_module(KINDS[task.kind])

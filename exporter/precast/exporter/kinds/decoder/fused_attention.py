@@ -1,0 +1,83 @@
+"""A decoder as one step: tokens and caches in, logits at the asked positions and updated caches out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precast.runtime.errors import ExportError
+
+from ...architectures import attention_interface
+from ...quantize.kv_cache import Scales
+from .cache_names import cache_argument
+
+__all__ = ["OperatorDecoder", "logits_at", "takes_positions"]
+
+
+class OperatorDecoder(nn.Module):
+    """The model as one step, its attention in one operator per layer. `scales` are those of caches in int8."""
+
+    def __init__(self, model: nn.Module, layers: int, scales: Scales | None) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+        self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
+        self.takes_positions, self.cache_argument = takes_positions(model), cache_argument(model)
+
+    def forward(
+        self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        flat = list(self.scales)
+        scales = list(zip(flat[0::2], flat[1::2], strict=True)) or None
+        caches = attention_interface.Caches(
+            list(zip(past[0::2], past[1::2], strict=True)), past_lengths, new_lengths, scales
+        )
+        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True, "return_dict": True}
+        if self.takes_positions:
+            arguments["position_ids"] = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
+        with attention_interface.tracing(caches) as cache, logits_at(self.model, logit_positions) as at:
+            logits = at(self.model(**arguments, **{self.cache_argument: cache}).logits)
+        self._check(caches)
+        return logits, *(tensor for index in range(self.layers) for tensor in caches.present[index])
+
+    def _check(self, caches: attention_interface.Caches) -> None:
+        if len(caches.present) != self.layers:
+            raise ExportError(
+                f"{type(self.model).__name__} has {self.layers} cached layers but {len(caches.present)} of them call "
+                f"attention through transformers' AttentionInterface. This architecture needs an adapter: see "
+                f"CONTRIBUTING.md, 'Add an architecture'."
+            )
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the model, or the text model within that it hands unknown arguments to, is told positions."""
+    own = inspect.signature(model.forward).parameters
+    if "position_ids" in own or all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in own.values()):
+        return "position_ids" in own
+    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+
+
+@contextmanager
+def logits_at(model: nn.Module, positions: Tensor) -> Iterator[Any]:
+    """Compute logits for `positions` [B, K] only, by picking hidden states before the output embedding.
+
+    Yields what maps the model's logits to [B, K, V]: nothing where the hook picked already, else the picking.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        yield lambda logits: _pick(logits, positions)
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (_pick(args[0], positions), *args[1:]))
+    try:
+        yield lambda logits: logits
+    finally:
+        handle.remove()
+
+
+def _pick(states: Tensor, positions: Tensor) -> Tensor:
+    """[B, S, X] at [B, K] -> [B, K, X]."""
+    return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[-1]))

@@ -1,0 +1,111 @@
+"""What a decoder is asked before it is published, and what the eager model says to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from precast.runtime.artifact.schema import Dim, Graph
+
+from ...validation.reference import Answer
+from ..samples import Question, repeat
+from .cache_names import cache_argument, cache_in
+from .fused_attention import logits_at
+
+__all__ = ["answer", "questions", "scored"]
+
+GREEDY_PROMPTS = 8
+GREEDY_TOKENS = 24
+POSITIONS = 16
+HELD_OUT_LENGTH = 128
+
+
+def questions(graphs: list[Graph], texts: list[list[int]]) -> list[Question]:
+    """Logits at the edges of the shapes, and greedy tokens."""
+    return [*_logit_questions(graphs, texts), *_greedy_questions(graphs[0], texts)]
+
+
+def scored(graphs: list[Graph], texts: list[list[int]]) -> list[Question]:
+    """Each text in a row that fits the graphs, to be scored token by token."""
+    length = min(HELD_OUT_LENGTH, graphs[0].capacity)
+    return [
+        Question(f"held-out text {index + 1}", "score", [row], positions=[list(range(len(row)))])
+        for index, row in enumerate(text[:length] for text in texts)
+    ]
+
+
+def _logit_questions(graphs: list[Graph], texts: list[list[int]]) -> list[Question]:
+    graph, is_free = graphs[0], isinstance(graphs[0].length, Dim)
+    batch, capacity = graph.batch, graph.capacity
+    rows = [text[: min(64, capacity)] for text in (texts * (batch // len(texts) + 1))[:batch]]
+    cases = {
+        "texts": rows,
+        "one token": [texts[0][:1]],
+        f"all {capacity} tokens": [repeat(texts, capacity)],
+        "a short batch": rows[: max(1, batch - 1)],
+    }
+    return [
+        Question(name, "logits", rows, positions=[_positions(len(row), POSITIONS if is_free else 2) for row in rows])
+        for name, rows in cases.items()
+    ]
+
+
+def _greedy_questions(graph: Graph, texts: list[list[int]]) -> list[Question]:
+    """Prompts of different lengths: alone in a batch, and several together, padded on either side."""
+    count = min(GREEDY_TOKENS, max(1, graph.capacity // 2))
+    prompts = [text[: max(1, min(4 + 3 * index, graph.capacity - count))] for index, text in enumerate(texts)]
+    prompts = prompts[:GREEDY_PROMPTS]
+    if graph.batch == 1:
+        return [Question(f"greedy {index}", "greedy", [row], count=count) for index, row in enumerate(prompts)]
+    groups = [prompts[start : start + graph.batch] for start in range(0, len(prompts), graph.batch)]
+    return [
+        Question(f"greedy {index}", "greedy", rows, side=("left", "right")[index % 2], count=count)
+        for index, rows in enumerate(groups)
+    ]
+
+
+def _positions(length: int, count: int) -> list[int]:
+    """Up to `count` positions spread over a row, its last among them."""
+    step = max(1, -(-length // count))
+    return list(range((length - 1) % step, length, step))
+
+
+def answer(model: nn.Module, question: Question, outputs: tuple[str, ...]) -> list[Answer]:
+    """The eager answers, one row at a time and without padding."""
+    if question.kind in ("logits", "score"):
+        pairs = zip(question.rows, question.positions, strict=True)
+        return [_logits(model, row, positions) for row, positions in pairs]
+    return [_greedy(model, row, question.count) for row in question.rows]
+
+
+def _logits(model: nn.Module, row: list[int], positions: list[int]) -> Answer:
+    with logits_at(model, torch.tensor([positions])) as at:
+        logits = at(model(input_ids=torch.tensor([row]), use_cache=False, return_dict=True).logits)
+    return Answer({"logits": logits[0].float().numpy()})
+
+
+def _greedy(model: nn.Module, row: list[int], count: int) -> Answer:
+    tokens, margins, cache, ids = [], [], None, torch.tensor([row])
+    name = cache_argument(model)
+    for step in range(count):
+        told = _positions_told(model, len(row), step)
+        result = model(input_ids=ids, use_cache=True, return_dict=True, **{name: cache}, **told)
+        best = result.logits[0, -1].float().topk(2)
+        tokens.append(int(best.indices[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+        cache, ids = cache_in(result), best.indices[:1][None]
+    return Answer({"tokens": np.array(tokens)}, np.array(margins))
+
+
+COUNT_FROM_ZERO = frozenset({"bamba"})
+"""Model types that count positions from the first token of every call, unless they are told, as generate() does."""
+
+
+def _positions_told(model: Any, length: int, step: int) -> dict[str, Tensor]:
+    if model.config.model_type not in COUNT_FROM_ZERO:
+        return {}
+    positions = torch.arange(length + step)[None]
+    return {"position_ids": positions[:, -1:] if step else positions}

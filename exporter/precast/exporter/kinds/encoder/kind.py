@@ -1,0 +1,9 @@
+"""What `precast.exporter.kinds` asks of this package."""
+
+from __future__ import annotations
+
+from .plan import plan
+from .samples import answer, questions
+from .trace import trace
+
+__all__ = ["answer", "plan", "questions", "trace"]

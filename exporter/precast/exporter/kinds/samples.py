@@ -1,0 +1,110 @@
+"""What a compiled model is asked before it is published: real inputs, and the edges of its shapes.
+
+Questions are plain data. The reference answers them one row at a time without any padding; the artifact must give the
+same answers in batches, padded on either side.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from precast.runtime.artifact.schema import Graph
+from precast.runtime.artifact.tasks import Task
+from precast.runtime.errors import CheckpointError
+
+from ..checkpoint.resolve import first_line
+from . import kind_of
+
+__all__ = ["Question", "make_questions", "make_scored", "repeat", "token_ids", "write_questions"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """`kind`: "outputs" of an encoder, "logits" at `positions` of a decoder, `count` "greedy" tokens of one, or
+    "score": logits after every token of a held-out text.
+
+    A decoder's rows are token ids. An encoder's are tensors by name, without the dimension of the batch."""
+
+    name: str
+    kind: str
+    rows: list[list[int]] = field(default_factory=list)
+    side: str = "right"
+    positions: list[list[int]] = field(default_factory=list)
+    count: int = 0
+    tensors: list[dict[str, Array]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """How many rows it has."""
+        return len(self.rows or self.tensors)
+
+    def ending_in(self, token: int) -> Question:
+        """An encoder's question whose rows of tokens all end in this one."""
+        ended = [{**row, "input_ids": np.append(row["input_ids"][:-1], token)} for row in self.tensors]
+        return replace(self, tensors=ended)
+
+
+def write_questions(questions: Sequence[Question], path: Path) -> None:
+    """Write questions for the probe: `path` as JSON, and beside it, ending in .npz, their tensors, each named
+    `<question>/<row>/<input>`."""
+    plain = [{name: value for name, value in asdict(each).items() if name != "tensors"} for each in questions]
+    path.write_text(json.dumps(plain))
+    tensors: dict[str, Any] = {
+        f"{index}/{row}/{name}": tensor
+        for index, question in enumerate(questions)
+        for row, named in enumerate(question.tensors)
+        for name, tensor in named.items()
+    }
+    np.savez(path.with_suffix(".npz"), **tensors)
+
+
+def make_questions(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:
+    """The questions for an artifact with these graphs; without a `tokenizer`, or with one that cannot read plain text,
+    they are random ids (always the same)."""
+    found: list[Question] = kind_of(task).questions(graphs, _texts("texts.txt", tokenizer, vocabulary))
+    return found
+
+
+def make_scored(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:
+    """Text that no calibration has seen, in rows that fit the graphs, to be scored token by token."""
+    found: list[Question] = kind_of(task).scored(graphs, _texts("heldout.txt", tokenizer, vocabulary))
+    return found
+
+
+def repeat(texts: list[list[int]], length: int) -> list[int]:
+    """Tokens of all texts, from the first again when they run out: [length]."""
+    joined: list[int] = []
+    while len(joined) < length:
+        joined += [token for text in texts for token in text]
+    return joined[:length]
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a plain text. Raises CheckpointError where the tokenizer cannot read one: those of documents take
+    words and boxes, and those of a CTC head may know letters alone."""
+    try:
+        found: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:
+        # Any type: each tokenizer has code of its own.
+        raise CheckpointError(f"{type(tokenizer).__name__} cannot read plain text: {first_line(error)}") from error
+    return found
+
+
+def _texts(name: str, tokenizer: Any | None, vocabulary: int) -> list[list[int]]:
+    lines = resources.files(__package__).joinpath(name).read_text("utf-8").splitlines()
+    if tokenizer is not None:
+        with suppress(CheckpointError):
+            return [token_ids(tokenizer, line) for line in lines]
+    numbers = random.Random(0)  # noqa: S311  (to repeat, not to be secret)
+    return [[numbers.randrange(vocabulary) for _ in range(numbers.randint(5, 40))] for _ in range(20)]

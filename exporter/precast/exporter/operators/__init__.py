@@ -1,0 +1,1 @@
+"""Operators of our own, that programs are traced with and that each backend lowers."""

@@ -1,0 +1,1 @@
+"""More than one compilation: backends beside each other, the fastest of them, exports kept for the next call."""

@@ -1,0 +1,96 @@
+"""`--also BACKEND`: the model compiled by further backends, too, for hosts that lack the first's device.
+
+    export each into a folder beside the target -> lay the further ones into the first -> publish
+
+Every variant was validated by itself. The first lies at the top, each further one in a folder named after it; weights
+that are the same in both, byte by byte, lie there once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from precast.runtime.artifact import Artifact, read_artifact
+from precast.runtime.artifact.integrity import vouch
+from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
+from precast.runtime.artifact.schema import Contract, Variant
+
+from ..card import render_card
+from ..checkpoint.resolve import resolve
+from ..kinds.plan import Plan
+from ..options import ExportOptions
+from ..pipeline import Report, export
+
+__all__ = ["export_with_others"]
+
+_SHARED = ".safetensors"
+"""Weights that engines find wherever the contract says; a graph of ONNX names its own, which lie beside it."""
+
+
+def export_with_others(
+    model: str, target: Path, options: ExportOptions, *, report: Report, announce: Callable[[Plan], None]
+) -> Artifact:
+    """Export with `options.backend` and with all of `options.also`, and publish one artifact, all or nothing.
+
+    Raises PrecastError: what the first export raised that failed; `target` is then as it was.
+    """
+    options.check()
+    check_target(target, force=options.force)
+    with staging(target) as folder:
+        alone = replace(options, force=False)
+        first = export(model, folder / "first", alone.for_backend(options.backend), report=report, announce=announce)
+        for backend in options.also:
+            made = folder / backend
+            other = export(model, made, alone.for_backend(backend), report=_prefixed(report, backend))
+            first = _joined(first, other)
+            shutil.rmtree(made)
+        with report("publish"):
+            (first.path / "README.md").write_text(render_card(first, resolve(model, options)), "utf-8")
+            publish(first.path, target, force=options.force)
+            vouch(first.contract.digest)
+    return read_artifact(target)
+
+
+def _joined(first: Artifact, other: Artifact) -> Artifact:
+    """Lay the files of the other's variant into the first artifact, and add it to the contract."""
+    (variant,) = other.contract.variants
+    names = {name: _place(name, variant, first.contract, other.contract) for name in _own_files(variant)}
+    for name, place in names.items():
+        if place not in first.contract.files:
+            (first.path / place).parent.mkdir(parents=True, exist_ok=True)
+            (other.path / name).rename(first.path / place)
+    moved = msgspec.structs.replace(
+        variant,
+        weights=[names[name] for name in variant.weights],
+        graphs=[msgspec.structs.replace(graph, file=names[graph.file]) for graph in variant.graphs],
+    )
+    variants = [*first.contract.variants, moved]
+    contract = msgspec.structs.replace(first.contract, variants=variants, files=hash_files(first.path))
+    return write_config(first.path, first.config, contract)
+
+
+def _own_files(variant: Variant) -> list[str]:
+    return list(dict.fromkeys([*variant.weights, *(graph.file for graph in variant.graphs)]))
+
+
+def _place(name: str, variant: Variant, first: Contract, other: Contract) -> str:
+    """Where a file of the further variant lies: where the very same weights are already, or in the variant's folder."""
+    if name.endswith(_SHARED):
+        for held, file in first.files.items():
+            if file == other.files[name] and held.endswith(_SHARED):
+                return held
+    return str(PurePosixPath(variant.name) / name)
+
+
+def _prefixed(report: Report, name: str) -> Report:
+    def step(what: str) -> AbstractContextManager[Any]:
+        return report(f"{name}: {what}")
+
+    return step

@@ -1,0 +1,99 @@
+"""Exports that are kept: one per content of the checkpoint, options, versions and machine.
+
+A model that is open is never replaced: whoever asks for the same gets the same, and anything else has another name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from precast.runtime.artifact import read_artifact
+from precast.runtime.artifact.backends import BACKENDS, get_backend
+from precast.runtime.artifact.integrity import sha256_of
+from precast.runtime.errors import ArtifactError, PublishError
+from precast.runtime.hosts.machine import cpu_flags, installed_version
+
+from ..checkpoint.files import read_files
+from ..checkpoint.resolve import Checkpoint, resolve
+from ..options import AUTO, ExportOptions
+from ..pipeline import export
+
+__all__ = ["export_once"]
+
+_NAME = re.compile(r"[\w.-]+")
+_WITHOUT_EFFECT = ("token", "force", "revision")
+"""Options that say how to get the files, whose content counts, or where to put them."""
+
+
+def export_once(model: str, folder: Path, options: ExportOptions) -> Path:
+    """The artifact in `folder` that `export` makes of this checkpoint with these options, made if it is not there.
+
+    Args:
+        model: a Hub id, a checkpoint directory, or a .gguf file.
+        folder: where such artifacts are kept, each in a directory that is named after all that it depends on.
+
+    Raises:
+        PrecastError: as `export` does.
+    """
+    options.check()
+    checkpoint = resolve(model, options)
+    # What was looked at is what is exported, whatever is published meanwhile.
+    options = replace(options, revision=checkpoint.revision, force=False)
+    target = folder / f"{checkpoint.name.rpartition('/')[2]}-{_key(checkpoint, options)}"
+    if _is_whole(target):
+        return target
+    try:
+        # Only what is damaged is there.
+        export(model, target, replace(options, force=target.exists()))
+    except PublishError:
+        # Another process may have made it meanwhile.
+        if not _is_whole(target):
+            raise
+    return target
+
+
+def _is_whole(target: Path) -> bool:
+    try:
+        read_artifact(target).contents.verify()
+    except ArtifactError:
+        return False
+    return True
+
+
+def _key(checkpoint: Checkpoint, options: ExportOptions) -> str:
+    files = [(path.name, path.parent.name, sha256_of(path)) for path in read_files(checkpoint.directory)]
+    facts = {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "weights": checkpoint.weights_sha256(),
+        "files": files,
+        "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_EFFECT},
+        "calibration": sha256_of(options.calibration) if options.calibration else None,
+        "versions": dict(_versions(options)),
+        "machine": [platform.machine(), sorted(cpu_flags()), *_device(options)],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _versions(options: ExportOptions) -> Iterator[tuple[str, str | None]]:
+    """Of precast, of all that it is made with, and of what brings the backends that are not its own."""
+    asked = BACKENDS if AUTO in (options.backend, *options.also) else (options.backend, *options.also)
+    packages = {get_backend(name).compiler.partition(":")[0].partition(".")[0] for name in asked} - {"precast"}
+    found = metadata.packages_distributions() if packages else {}
+    needed = [_NAME.match(each) for each in metadata.requires("precast") or () if "extra == 'dev'" not in each]
+    names = {name[0] for name in needed if name} | {each for package in packages for each in found.get(package, ())}
+    return ((name, installed_version(name)) for name in ("precast", *sorted(names)))
+
+
+def _device(options: ExportOptions) -> list[str]:
+    """What code is compiled for besides the CPU."""
+    return [torch.cuda.get_device_name()] if options.device == "cuda" and torch.cuda.is_available() else []

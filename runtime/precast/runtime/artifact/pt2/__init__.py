@@ -1,0 +1,1 @@
+"""The files of torch.export, read without torch."""

@@ -1,0 +1,41 @@
+"""Graphs over inputs of nothing but padding: to open them, and to time them for themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..artifact.schema import Dim, Graph
+from ..inputs.tensors import allocate, storage
+from . import Engine, Step
+
+__all__ = ["bind_blank"]
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def bind_blank(engine: Engine, graph: Graph, caches: Arrays) -> Step:
+    """A graph at its largest sizes; of a decoder one step, over empty caches. What of these is not yet in `caches` is
+    put there, for other graphs of the model."""
+    is_decoder = graph.role != "encode"
+    places = {layer.key_out: layer.key_in for layer in graph.cache}
+    places |= {layer.value_out: layer.value_in for layer in graph.cache}
+    inputs = {
+        spec.name: np.full(_sizes(spec.shape, is_decoder), spec.pad, storage(spec.dtype))
+        for spec in graph.inputs
+        if spec.name not in caches
+    }
+    caches.update({name: inputs[name] for name in places.values() if name in inputs})
+    inputs |= {name: caches[name] for name in places.values()}
+    outputs = {
+        spec.name: inputs[places[spec.name]]
+        if spec.name in places
+        else allocate(_sizes(spec.shape, is_decoder), spec.dtype)
+        for spec in graph.outputs
+    }
+    return engine.bind(graph.name, inputs, outputs)
+
+
+def _sizes(shape: list[int | Dim], is_decoder: bool) -> list[int]:
+    return [size if isinstance(size, int) else size.min if is_decoder else size.max for size in shape]

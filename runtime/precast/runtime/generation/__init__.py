@@ -1,0 +1,1 @@
+"""Tokens one after the other: settings, sampling, beams, and the session that holds the caches."""

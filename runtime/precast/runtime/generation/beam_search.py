@@ -1,0 +1,105 @@
+"""Beam search over one prompt, as transformers' vectorised `_beam_search` does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .config import GenerationConfig
+from .sampling import Processors, check_choice, check_logits, log_softmax
+from .sequence import Ends
+
+__all__ = ["Beams"]
+
+Array = np.ndarray[Any, Any]
+
+_NEVER = np.float32(-1e9)
+"""The score of a row that must not be chosen; transformers' number, which decides ties among such rows."""
+
+
+class Beams:
+    """The rows of one prompt on their way through a search: `width` that run, and the best `width` that ended.
+
+    A row's score is the sum of its tokens' log-probabilities, float32. A row that ends is held to that sum divided by
+    the number of its new tokens to the power of `length_penalty`. Rows have `count` new tokens at most, and are guessed
+    to become as long as `full`, which the settings say.
+    """
+
+    def __init__(
+        self, prompt: Array, count: int, config: GenerationConfig, process: Processors, ends: Ends, *, full: int
+    ) -> None:
+        self.prompt, self.width, self.is_done = prompt, config.beams, False
+        self._process, self._ends, self._count, self._full = process, ends, count, full
+        self._penalty = 1.0 if config.length_penalty is None else config.length_penalty
+        self._early = config.early_stopping or False
+        self._tokens = np.repeat(prompt[None], self.width, 0)
+        # All rows are alike at first, so only the first counts.
+        self._scores = np.full(self.width, _NEVER, np.float32)
+        self._scores[0] = 0
+        self._ended: list[tuple[np.float32, list[int]]] = [(_NEVER, [])] * self.width
+        # As many as could end, and as many again to go on with.
+        self._candidates = max(2, 1 + len(config.eos_ids)) * self.width
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """The newest token of each row, to be fed next."""
+        found: list[int] = self._tokens[:, -1].tolist()
+        return found
+
+    def best(self, count: int) -> list[tuple[float, list[int]]]:
+        """The best `count` rows that ended: score and new tokens."""
+        return [(float(score), tokens) for score, tokens in self._ended[:count]]
+
+    def advance(self, logits: Array) -> list[int]:
+        """Take the next tokens from logits [width, vocabulary]; returns which row each row now goes on from."""
+        scores, parents, chosen = self._likeliest(logits)
+        tokens = np.concatenate([self._tokens[parents], chosen[:, None]], 1)
+        new = tokens.shape[1] - len(self.prompt)
+        ends = self._hits(tokens, logits, parents) | (new == self._count)
+        self._keep_ended(scores, tokens, ends)
+        running = np.where(ends, scores + _NEVER, scores)
+        order = _descending(running)[: self.width]
+        self._tokens, self._scores = tokens[order], running[order]
+        self.is_done = bool(ends.all()) or not self._may_improve(new)
+        kept: list[int] = parents[order].tolist()
+        return kept
+
+    def _likeliest(self, logits: Array) -> tuple[Array, Array, Array]:
+        """The candidates, best first: their scores, the rows that they continue, their new tokens."""
+        likelihoods = log_softmax(logits)
+        check_logits(likelihoods, self._tokens.shape[1] - len(self.prompt) + 1)
+        totals = [
+            self._process(row, values) + score
+            for row, values, score in zip(self._tokens, likelihoods, self._scores, strict=True)
+        ]
+        flat = np.concatenate(totals)
+        count = min(self._candidates, len(flat))
+        top = np.argpartition(flat, -count)[-count:]
+        top = top[_descending(flat[top])]
+        check_choice(flat[top[0]])
+        return flat[top], top // logits.shape[1], top % logits.shape[1]
+
+    def _hits(self, tokens: Array, logits: Array, parents: Array) -> Array:
+        return np.array([self._ends(row, logits[parent]) for row, parent in zip(tokens, parents, strict=True)])
+
+    def _keep_ended(self, scores: Array, tokens: Array, ends: Array) -> None:
+        """Of the first `width` candidates those that end compete; the others are there to go on with."""
+        start = len(self.prompt)
+        held = scores / np.float32((tokens.shape[1] - start) ** self._penalty)
+        self._ended += [(held[i], tokens[i, start:].tolist()) for i in range(self.width) if ends[i]]
+        self._ended.sort(key=lambda pair: -pair[0])
+        del self._ended[self.width :]
+
+    def _may_improve(self, new: int) -> bool:
+        if not all(tokens for _, tokens in self._ended):
+            return True
+        if self._early is True:
+            return False
+        # Transformers' guess of how long the best running row may become.
+        length = self._full if self._early == "never" and self._penalty > 0 else new
+        return bool(self._scores[0] / np.float32(length**self._penalty) > self._ended[-1][0])
+
+
+def _descending(values: Array) -> Array:
+    return np.argsort(-values, kind="stable")

@@ -1,0 +1,309 @@
+"""What `generate()` can be told, by transformers' names, with transformers' precedence and defaults."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from itertools import chain
+from typing import Annotated, Any, get_type_hints
+
+import msgspec
+
+from ..errors import InputError
+from ..inputs.tensors import plain
+from .unsupported import HARMLESS, SPEECH, UNSUPPORTED, refusals
+
+__all__ = ["GenerationConfig"]
+
+_BESIDES = UNSUPPORTED | SPEECH.keys()
+"""Settings that a configuration carries without having them."""
+
+# As wide as the arrays that hold them.
+Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Word = Annotated[list[Id], msgspec.Meta(min_length=1)]
+Stop = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+@dataclass
+class GenerationConfig:
+    """How to continue a prompt. Names and meaning are transformers'; `seed` is ours.
+
+    Attributes may be set, as in transformers; one that there is not, or a value of another type, is an InputError.
+
+    Attributes:
+        max_new_tokens: at most so many; max_length counts the prompt too, with its padding. With neither, 20, as in
+            transformers.
+        min_new_tokens, min_length: no end-of-sequence token before; counted alike.
+        do_sample: draw tokens at random; otherwise take the likeliest.
+        temperature, top_k, top_p, min_p: shape the distribution that is drawn from; top_k 0 is all.
+        repetition_penalty: above 1 makes tokens less likely that occurred before (Keskar et al. 2019).
+        no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 is off.
+        encoder_no_repeat_ngram_size: of encoder-decoders: nor one that occurs in the source; 0 is off.
+        bos_token_id: what an answer to no prompt at all begins with.
+        eos_token_id: one id or several, any of which ends a row; an empty list is none.
+        pad_token_id: fills rows that ended before others; the first eos id if None.
+        prompt_lookup_num_tokens: guess up to so many next tokens from what followed the last ones where they occurred
+            before, and check them in one step: quicker where an answer quotes its prompt, and the same answer. 0 is
+            off. A quantized model's kernels round one token otherwise than several, so there the answer may differ.
+        max_matching_ngram_size: to guess, look for the last so many tokens, then for fewer; 2 if None.
+        stop_strings: texts that end a row when a token completes them; special tokens count, and what precedes it.
+        num_beams: follow so many continuations of each prompt at once and return the likeliest as a whole; 1 is off.
+        num_return_sequences: rows to return per prompt: the best beams, or so many draws.
+        length_penalty: with beams, a row's score is its log-probability divided by its length to this power; 1 if None.
+        early_stopping: with beams, True ends a prompt when `num_beams` rows have ended, False when no running row is
+            likely to beat them, "never" when none can.
+        decoder_start_token_id: what an encoder-decoder's answer begins with; the first bos id if None.
+        forced_bos_token_id, forced_eos_token_id: the token after the first, and the last one if a row gets that long.
+        suppress_tokens, begin_suppress_tokens: ids that never come, or not first.
+        bad_words_ids: sequences of ids that never come.
+        output_scores: with beams, return their scores too, where `return_dict_in_generate` is set.
+        return_dict_in_generate: return `.sequences`, and with beams `.sequences_scores`, instead of an array.
+        renormalize_logits: with beams, scores are log-probabilities again after everything that changes logits.
+        seed: makes sampling repeatable. If None it is drawn from torch's default generator where torch is imported and
+            was seeded, otherwise from numpy's.
+        unsupported: settings of transformers that this runtime does not have, by name. A call that they would change
+            is refused; others go on. Among them are those of Whisper alone, which reads them: language, task, …
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int | None = None
+    min_length: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    encoder_no_repeat_ngram_size: int | None = None
+    bos_token_id: Id | None = None
+    eos_token_id: Id | list[Id] | None = None
+    pad_token_id: Id | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
+    stop_strings: Stop | list[Stop] | None = None
+    num_beams: int | None = None
+    num_return_sequences: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    decoder_start_token_id: Id | None = None
+    forced_bos_token_id: Id | None = None
+    forced_eos_token_id: Id | list[Id] | None = None
+    suppress_tokens: list[Id] | None = None
+    begin_suppress_tokens: list[Id] | None = None
+    bad_words_ids: list[Word] | None = None
+    output_scores: bool | None = None
+    return_dict_in_generate: bool | None = None
+    renormalize_logits: bool | None = None
+    seed: int | None = None
+    unsupported: dict[str, Any] = field(default_factory=dict)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Numpy's and torch's numbers become Python's. Raises InputError for an unknown name, or a value of another
+        type."""
+        if name in _BESIDES:
+            self.unsupported[name] = plain(value)
+            return
+        if name in self.settings():
+            value = _typed(name, value)
+        elif name != "unsupported":
+            _refuse_unknown(name, "A GenerationConfig is given")
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """What transformers' configuration has besides: None where nothing is set."""
+        if name in HARMLESS or name in _BESIDES:
+            return self.unsupported.get(name)
+        raise AttributeError(f"A GenerationConfig has no {name!r}. It has: {', '.join(self.settings())}.")
+
+    @classmethod
+    def of(cls, given: Any, origin: str) -> GenerationConfig:
+        """From a GenerationConfig, ours or transformers', or a dict. `origin` names it in errors.
+
+        Raises InputError for a name that a dict gives a value and that is none of transformers', and for a value of
+        another type. Transformers' own configurations may hold whatever a file said, as `published` reads it.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, dict) and not hasattr(given, "to_diff_dict"):
+            raise InputError(f"{origin} must be a GenerationConfig or a dict, not {given!r:.80}.")
+        raw = given if isinstance(given, dict) else given.to_diff_dict()
+        if isinstance(given, dict):
+            for name, value in raw.items():
+                if value is not None:
+                    _refuse_unknown(name, f"{origin} has")
+        return cls.published(raw, origin)
+
+    @classmethod
+    def published(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
+        """From what a generation_config.json says, as transformers reads it: what it does not know is passed over.
+        Raises InputError for a value of another type."""
+        known = cls.settings()
+        others = {name: plain(value) for name, value in raw.items() if name in _BESIDES}
+        try:
+            return cls(**{name: value for name, value in raw.items() if name in known}, unsupported=others)
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from None
+
+    @classmethod
+    @cache
+    def settings(cls) -> tuple[str, ...]:
+        """The names of all settings that this runtime has."""
+        return tuple(each.name for each in fields(cls) if each.name != "unsupported")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """All settings that are understood, those that change nothing or are refused included."""
+        return [*cls.settings(), *sorted(HARMLESS | UNSUPPORTED)]
+
+    def over(self, base: GenerationConfig) -> GenerationConfig:
+        """This configuration, with what it leaves open taken from `base`."""
+        given = self.to_diff_dict()
+        # A length that the call gives is not to be undone by the other way of saying it in a file.
+        if given.keys() & {"max_new_tokens", "max_length"}:
+            base = replace(base, max_new_tokens=None, max_length=None)
+        if given.keys() & {"min_new_tokens", "min_length"}:
+            base = replace(base, min_new_tokens=None, min_length=None)
+        return replace(base, **given, unsupported={**base.unsupported, **self.unsupported})
+
+    def without(self, names: Iterable[str]) -> GenerationConfig:
+        """With these settings off, which is what None means in a call, and as if no file said anything of them."""
+        off: dict[str, Any] = {name: 0 if name == "top_k" else None for name in names if name in self.settings()}
+        return replace(
+            self, **off, unsupported={name: self.unsupported[name] for name in {*self.unsupported} - {*names}}
+        )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is set, as transformers' configuration of this name says it."""
+        return {name: value for name in self.settings() if (value := getattr(self, name)) is not None}
+
+    def check(self) -> None:
+        """Raise one InputError that lists every value out of range."""
+        if holes := list(self._holes()):
+            raise InputError(" ".join(holes))
+
+    def new_tokens(self, prompt_length: int) -> int:
+        """How many tokens to generate after a prompt of this (padded) length."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is None:
+            return 20
+        if self.max_length <= prompt_length:
+            raise InputError(
+                f"max_length is {self.max_length}, the prompt alone has {prompt_length} tokens. Give max_new_tokens "
+                f"instead."
+            )
+        return self.max_length - prompt_length
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """All end-of-sequence ids, as a list."""
+        return _as_list(self.eos_token_id)
+
+    @property
+    def last_ids(self) -> list[int]:
+        """The ids of which one is forced to be the last, as a list."""
+        return _as_list(self.forced_eos_token_id)
+
+    def ids_of(self, name: str) -> list[int]:
+        """All ids that the setting of this name holds, as a list."""
+        held = getattr(self, name)
+        return [*chain.from_iterable(held)] if name == "bad_words_ids" and held else _as_list(held)
+
+    @property
+    def beams(self) -> int:
+        """Rows per prompt that are followed at once."""
+        return self.num_beams or 1
+
+    @property
+    def stops(self) -> list[str]:
+        """All stop strings, as a list."""
+        stops = self.stop_strings
+        return [] if stops is None else [stops] if isinstance(stops, str) else list(stops)
+
+    def _holes(self) -> Iterator[str]:
+        yield from self._too_small(_AT_LEAST)
+        yield from self._not_above_zero("repetition_penalty")
+        if self.do_sample:
+            yield from self._sampling_holes()
+        yield from self._beam_holes() if self.beams > 1 else self._rows_holes()
+        yield from refusals(self.unsupported, self)
+
+    def _too_small(self, limits: Mapping[str, int]) -> Iterator[str]:
+        for name, low in limits.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                yield f"{name} must be a whole number of at least {low}, not {value!r}."
+
+    def _not_above_zero(self, name: str, hint: str = "") -> Iterator[str]:
+        if (value := getattr(self, name)) is not None and not value >= _SMALLEST:
+            limit = "above 0" if not value > 0 else f"at least {_SMALLEST}"
+            yield f"{name} must be {limit}, not {value!r}.{hint}"
+
+    def _sampling_holes(self) -> Iterator[str]:
+        """What cannot be drawn with; without drawing these settings mean nothing."""
+        yield from self._not_above_zero("temperature", " For the likeliest token each time, use do_sample=False.")
+        for name in ("top_p", "min_p"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                yield f"{name} must lie between 0 and 1, not {value!r}."
+        if self.top_k is not None and self.top_k < 0:
+            yield f"top_k must be a whole number of at least 0, not {self.top_k}. To draw from all tokens, use top_k=0."
+
+    def _beam_holes(self) -> Iterator[str]:
+        """What does not go together with beams, as far as the runtime does it."""
+        asked = f"num_beams={self.num_beams}"
+        if (power := self.length_penalty) is not None and not abs(power) <= _STEEPEST:
+            yield f"length_penalty must lie between -{_STEEPEST} and {_STEEPEST}, not {power!r}."
+        if self.early_stopping not in (None, True, False, "never"):
+            yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
+        if self.do_sample:
+            yield f"{asked} with do_sample=True, sampling beams, is not done here; pass do_sample=False or num_beams=1."
+        if self.prompt_lookup_num_tokens:
+            yield f"{asked} leaves no room for prompt_lookup_num_tokens={self.prompt_lookup_num_tokens}; pass one only."
+        if (count := self.num_return_sequences or 1) > self.beams:
+            yield f"num_return_sequences={count} is more than {asked}, and each returned row is a beam."
+
+    def _rows_holes(self) -> Iterator[str]:
+        if (self.num_return_sequences or 1) > 1 and not self.do_sample:
+            yield (
+                f"num_return_sequences={self.num_return_sequences} would return equal rows: the likeliest token each "
+                f"time is always the same. Pass do_sample=True, or num_beams={self.num_return_sequences}."
+            )
+        if self.output_scores and self.return_dict_in_generate:
+            yield "output_scores=True is done with num_beams above 1 only; pass output_scores=False to go without."
+
+
+_AT_LEAST = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0,
+             "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1, "seed": 0, "num_beams": 1,
+             "num_return_sequences": 1, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
+_SMALLEST = 1e-30
+"""What logits are divided by: less would make them infinite in float32."""
+_STEEPEST = 20
+"""The power of a length; a higher one is infinite in float32."""
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(GenerationConfig, include_extras=True)
+
+
+def _typed(name: str, value: Any) -> Any:
+    given = plain(value)
+    try:
+        return msgspec.convert(given, _types()[name])
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
+        raise InputError(f"{name}={given!r:.80} is of the wrong type or size: {error}.") from None
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _refuse_unknown(name: str, has: str) -> None:
+    """Raise InputError for a name that is no setting of transformers or ours."""
+    if name not in HARMLESS | UNSUPPORTED | {*GenerationConfig.settings()}:
+        choices = GenerationConfig.settings()
+        hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, choices, n=1))
+        raise InputError(f"{has} {name!r}, which generate() does not know.{hint} It takes: {', '.join(choices)}.")

@@ -1,0 +1,99 @@
+"""Settings of transformers' GenerationConfig that this runtime does not have: which of them would change an answer.
+
+Published files carry whatever the library that wrote them had, so a value counts only where transformers would heed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import GenerationConfig
+
+__all__ = ["HARMLESS", "OUTPUTS", "SPEECH", "UNSUPPORTED", "refusals"]
+
+HARMLESS = frozenset(
+    [
+        "_attn_implementation",
+        "_from_model_config",
+        "assistant_confidence_threshold",
+        "assistant_ensemble_weight",
+        "assistant_lookbehind",
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "continuous_batching_config",
+        "disable_compile",
+        "is_assistant",
+        "low_memory",
+        "max_cache_len",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "prefill_chunk_size",
+        # What it would hide, logits that are no numbers, is an error here.
+        "remove_invalid_values",
+        "return_legacy_cache",
+        "speculation_type",
+        "target_lookbehind",
+        "tokenizer",
+        "transformers_version",
+        # The compiled cache is always used, and the answer is the one without.
+        "use_cache",
+    ]
+)
+"""How transformers computes, not what: any value gives the same tokens."""
+
+_OFF: tuple[Any, ...] = (None, False)
+_ALWAYS: dict[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (None,),
+    "constraints": (None,),
+    "dola_layers": (None,),
+    "encoder_repetition_penalty": (None, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None,),
+    "guidance_scale": (None, 1.0),
+    "max_time": (None,),
+    "sequence_bias": (None,),
+    "synced_gpus": _OFF,
+    "token_healing": _OFF,
+    "use_mtp": _OFF,
+    "watermarking_config": (None,),
+}
+_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+}
+_BEAMS: dict[str, tuple[Any, ...]] = {"diversity_penalty": (None, 0.0), "num_beam_groups": (None, 1)}
+_GREEDY: dict[str, tuple[Any, ...]] = {"penalty_alpha": (None, 0.0)}
+OUTPUTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ["output_attentions", "output_hidden_states", "output_logits"], _OFF
+)
+"""What is returned besides, where an output rather than an array is asked for."""
+
+SPEECH: dict[str, Any] = {
+    **dict.fromkeys(["lang_to_id", "task_to_id"], dict[str, int]),
+    "language": str | list[str],
+    "task": str,
+    **dict.fromkeys(["is_multilingual", "return_timestamps"], bool),
+    "forced_decoder_ids": list[tuple[int, int | None]],
+    "no_timestamps_token_id": int,
+}
+"""What Whisper reads of its configuration besides, and of which type; to other models it says nothing."""
+
+UNSUPPORTED = frozenset([*_ALWAYS, *_SAMPLING, *_BEAMS, *_GREEDY, *OUTPUTS])
+
+
+def refusals(given: Mapping[str, Any], config: GenerationConfig) -> Iterator[str]:
+    """A sentence for each of the settings `given` that would change what `config` answers."""
+    greedy = config.beams == 1 and not config.do_sample
+    heeded = dict(_ALWAYS)
+    heeded |= _SAMPLING if config.do_sample else {}
+    heeded |= _BEAMS if config.beams > 1 else {}
+    heeded |= _GREEDY if greedy else {}
+    heeded |= OUTPUTS if config.return_dict_in_generate else {}
+    for name, value in given.items():
+        if name in heeded and value not in heeded[name]:
+            yield f"{name}={value!r:.80} is not done by this runtime. Pass {name}={heeded[name][-1]!r} to go without."

@@ -1,0 +1,1 @@
+"""What this machine is, and which variant of an artifact runs on it."""

@@ -1,0 +1,1 @@
+"""What the caller gives, as arrays of the compiled sizes."""

@@ -1,0 +1,1 @@
+"""The classes that users load: one per kind of model, over the same engines."""

@@ -1,0 +1,321 @@
+"""`CompiledModel`: an artifact, opened and ready to answer."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..advice import larger
+from ..arguments import only_known, refuse_unknown
+from ..artifact import Artifact, read_artifact, vocabulary_of
+from ..artifact.integrity import identity, require_trust
+from ..artifact.publish import copy_artifact
+from ..artifact.schema import Variant
+from ..artifact.tasks import get_task, kind_of_roles
+from ..engines import Engine, Settings, open_engine, replicas_of
+from ..engines.providers import check_place, default_device
+from ..engines.warmup import bind_blank
+from ..errors import ArtifactError, InputError, UsageError
+from ..hosts.neuron_cores import read_cores
+from ..hosts.select import choose_variant, this_machine
+from ..inputs.companions import companions_of
+from ..inputs.tokenizer import Tokenizer
+from ..progress import progress
+from ..storage import hub
+from .transformers_compat import Config, ForTransformers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CompiledModel"]
+
+Array = np.ndarray[Any, Any]
+
+
+class CompiledModel(ForTransformers):
+    """A compiled model. `CompiledModel.from_pretrained` picks the class that fits the artifact's task.
+
+    Calls from several threads are served one after the other; `new_session()` gives a thread its own buffers over the
+    same weights.
+    """
+
+    task: str | None = None
+
+    def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
+        self.artifact, self.variant, self._engine = artifact, variant, engine
+        self.config = Config(artifact.config)
+        self._lock = threading.RLock()
+        self._tokenizer: Tokenizer | None = None
+
+    def __repr__(self) -> str:
+        contract = self.artifact.contract
+        sizes = {name: getattr(contract.shapes, name) for name in ("batch_size", "sequence_length", "prefill_lengths")}
+        facts = {"task": contract.task, **sizes, "backend": self.variant.backend, "device": self.variant.host.device}
+        told = [f"{name}={value!r}" for name, value in facts.items() if value != []]
+        return f"{type(self).__name__}({', '.join([repr(str(self.artifact.path)), *told])})"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        device: str | None = None,
+        provider: str | None = None,
+        threads: int = 0,
+        prepack: bool = True,
+        variant: str | None = None,
+        verify: bool = False,
+        sha256: str | None = None,
+        trust_native_code: bool = False,
+        cores: str | Sequence[int] | None = None,
+        export: bool = False,
+        **export_options: Any,
+    ) -> Self:
+        """Open an artifact: a local directory, or a Hub repository, which is downloaded first.
+
+        Args:
+            model: the directory or `user/repo`.
+            revision, token, cache_dir, local_files_only, force_download: of a Hub download, as in huggingface_hub.
+            subfolder: where in the directory or repository the artifact lies.
+            device: where to run: "cpu", "cuda", and what else a provider serves ("gpu", "npu", "coreml"). By default
+                where the variant was compiled to run, or the provider's own.
+            provider: what runs an `onnx` artifact: "cpu", "cuda", "tensorrt", "openvino" or "coreml", by default the
+                first that serves the device. What this build of ONNX Runtime lacks is refused, with what it has and
+                how to get the other. Accuracy was checked on the CPU. Tensors stay in the host's memory and are
+                copied at every step: an encoder gains by a GPU, a decoder's caches cost it.
+            threads: how many; 0 is one per usable core.
+            prepack: when the model is first opened, save its weights as this machine's kernels want them (up to twice
+                their size; of graphs that share nothing, no further one once they take 2.5 times that); later it opens
+                in half the time, and all processes share that memory. The environment can say no for all models,
+                PRECAST_PREPACK=0, and how much may be kept, PRECAST_PREPACK_GB=20. `precast cache` shows and clears it.
+            variant: the name of the compiled form to use; by default the first that runs here.
+            verify: hash every file anew, whatever was verified before.
+            sha256: the artifact's digest as you know it; anything else is refused.
+            trust_native_code: open native code from elsewhere.
+            cores: Neuron: the NeuronCores to use, as "0-3", counted among those that the process sees; by default the
+                first that the model needs. With more of them the model is opened several times: slices of a batch run
+                side by side, and `new_session()` goes to the next.
+            export: `model` is a checkpoint; export it first, with `export_options` as for
+                `precast.exporter.export` (needs `pip install 'precast[export]'`). What was made of the same files with
+                the same options and versions before is opened as it is.
+
+        Raises:
+            ArtifactError: its subclasses say what is wrong with the artifact, the host, or the download.
+            UsageError: the task does not fit this class, or an argument is unknown.
+        """
+        if not export:
+            hint = " Those of an export go with export=True." if export_options else ""
+            refuse_unknown("from_pretrained()", export_options, _OPENING, hint)
+        _check_arguments(
+            model, threads, revision=revision, subfolder=subfolder, device=device, provider=provider, variant=variant,
+            sha256=sha256,
+        )  # fmt: skip
+        if export:
+            # An `onnx` artifact is told where to run when it is opened; others are compiled for that.
+            if device is not None and export_options.get("backend", "onnx") != "onnx":
+                export_options["device"] = device
+            model = _export(model, revision=revision, token=token, **export_options)
+        path = hub.locate(
+            model, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only, force_download=force_download,
+        )  # fmt: skip
+        while True:
+            before = identity(path / "config.json")
+            try:
+                settings = Settings(threads, prepack, verify, provider=provider, cores=read_cores(cores))
+                opened = cls._open(path, settings, device, variant, sha256, trust_native_code)
+            except ArtifactError:
+                if identity(path / "config.json") == before:
+                    raise
+            else:
+                if identity(path / "config.json") == before:
+                    return opened
+            # An export has just replaced the artifact, so what was read may be half of each: once more.
+
+    @classmethod
+    def _open(
+        cls,
+        path: Path,
+        settings: Settings,
+        device: str | None,
+        variant: str | None,
+        sha256: str | None,
+        trust_native_code: bool,
+    ) -> Self:
+        artifact = read_artifact(path)
+        check_place(device, settings.provider, [each.host.device for each in artifact.contract.variants])
+        chosen = choose_variant(
+            artifact.contract, this_machine(artifact.contract), variant, device=device, provider=settings.provider,
+            root=artifact.path,
+        )  # fmt: skip
+        home = default_device(settings.provider) if settings.provider else chosen.host.device
+        settings = replace(settings, device=device or home)
+        _check_cores(settings.cores, chosen)
+        target = cls._class_for(artifact)
+        verify_artifact(artifact, chosen, force=settings.verify)
+        _check_trust(artifact, chosen, sha256, trust_native_code)
+        return target(artifact, chosen, open_engine(artifact, chosen, settings))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer, opened when first used. Raises ArtifactError where it has none."""
+        if self._tokenizer is None:
+            # What generates is given ids and their mask, whatever else its tokenizer could make.
+            names = ("input_ids", "attention_mask") if self.can_generate() else None
+            self._tokenizer = Tokenizer(self.artifact.path, companions_of(self.artifact), names=names)
+        return self._tokenizer
+
+    @property
+    def batch_size(self) -> int:
+        """The compiled batch size."""
+        return self.artifact.contract.shapes.batch_size
+
+    @only_known
+    def new_session(self) -> Self:
+        """The same model with its own buffers and lock, for another thread. Weights are shared."""
+        return type(self)(self.artifact, self.variant, self._engine)
+
+    @only_known
+    def warm_up(self) -> float:
+        """Run every graph once, over nothing but padding, and return the seconds it took: graphs are opened when they
+        are first used, and on some devices loaded only then, so the first request is no slower afterwards."""
+        started = time.perf_counter()
+        with self._lock:
+            caches: list[dict[str, Array]] = [{} for _ in range(replicas_of(self._engine))]
+            for graph in self.variant.graphs:
+                # An engine gives each call in turn, and all that have the same caches, to one replica.
+                for held in caches:
+                    bind_blank(self._engine, graph, held)()
+        return time.perf_counter() - started
+
+    @only_known
+    def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:
+        """Copy the artifact to a directory, all or nothing. Raises PublishError."""
+        copy_artifact(self.artifact, Path(save_directory), force=force)
+        hub.say_left_out(self.artifact)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the artifact as one commit and return the commit's address; options as for `hub.push`.
+
+        Raises HubError, and UsageError for an option that there is not.
+        """
+        refuse_unknown("push_to_hub()", options, _PUSHING)
+        return hub.push(self.artifact, repo_id, **options)
+
+    def _slices(self, count: int) -> list[slice]:
+        """How a batch of `count` rows is run. Raises InputError where it is larger than compiled for."""
+        size, shapes = self.batch_size, self.artifact.contract.shapes
+        if count > size and not shapes.dynamic_batch_size:
+            raise InputError(
+                f"The batch has {count} rows; the model was compiled for {size}. Split it, or compile with "
+                f"--batch-size {count}, or with --dynamic-batch-size, which runs larger batches in slices of {size}."
+            )
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _vocabulary(self) -> int | None:
+        return vocabulary_of(self.config)
+
+    def _larger(self, length: int, more: str = "") -> str:
+        """What to do for sequences of this length, and whatever else is to be larger."""
+        flags = f"--batch-size {self.batch_size} --sequence-length {length}{more}"
+        return larger(self.artifact, flags, length)
+
+    @classmethod
+    def _class_for(cls, artifact: Artifact) -> type[Self]:
+        roles = [graph.role for graph in artifact.contract.variants[0].graphs]
+        task = get_task(artifact.contract.task, kind_of_roles(roles))
+        module, _, name = task.model_class.partition(":")
+        found: type[CompiledModel] = getattr(import_module(module), name)
+        if not issubclass(found, cls):
+            raise UsageError(
+                f"{artifact.path} was compiled for {task.name}, which {cls.__name__} does not do. Open it with "
+                f"{name}.from_pretrained or CompiledModel.from_pretrained."
+            )
+        return found
+
+
+def _named_only(function: Any) -> list[str]:
+    return [each.name for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
+
+
+_OPENING, _PUSHING = _named_only(CompiledModel.from_pretrained), _named_only(hub.push)
+_MOST_THREADS = 1024
+
+
+def _check_arguments(model: Any, threads: Any, **texts: Any) -> None:
+    """Raise UsageError for an argument of from_pretrained() that is of another type, or out of range."""
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(f"model must be a directory or a Hub repository, not {model!r:.80}.")
+    if not isinstance(threads, int) or not 0 <= threads <= _MOST_THREADS:
+        raise UsageError(
+            f"threads must be a whole number from 0, which is one per core, to {_MOST_THREADS}, not {threads!r:.80}."
+        )
+    for name, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise UsageError(f"{name} must be a str, not {text!r:.80}.")
+
+
+def verify_artifact(artifact: Artifact, variant: Variant, *, force: bool = False) -> None:
+    """Check size and hash of every file that `variant` needs, with a progress bar, and keep the small ones that say how
+    to prepare inputs and how to answer. Raises IntegrityError."""
+    files = artifact.variant_files(variant)
+    with progress("Verifying", sum(file.size for file in files.values())) as advance:
+        artifact.contents.verify(files, force=force, advance=advance)
+    artifact.contents.keep(name for name in artifact.companions() if name in files)
+
+
+def _check_cores(cores: Sequence[int], variant: Variant) -> None:
+    if cores and variant.host.device != "neuron":
+        raise UsageError(
+            f"cores={','.join(map(str, cores))} are NeuronCores, and the variant {variant.name} runs on "
+            f"{variant.host.device}. Leave it out; threads= says how much of a CPU to use."
+        )
+
+
+def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust_native_code: bool) -> None:
+    digest = artifact.contract.digest
+    if sha256 is not None and sha256 != digest:
+        raise ArtifactError(f"The digest of {artifact.path} is {digest}, not {sha256} as pinned by sha256=.")
+    # The tier is the backend's, whatever the file claims for itself.
+    from ..artifact.backends import get_backend
+
+    if "native" in (variant.trust, get_backend(variant.backend).trust):
+        require_trust(str(artifact.path), digest, sha256=sha256, trust_native_code=trust_native_code)
+
+
+def _export(model: str | Path, **options: Any) -> Path:
+    """The artifact in the store, made if it is not there. The exporter is looked up by name: the runtime does not
+    depend on it."""
+    from ..artifact.store import home
+
+    try:
+        exporter = import_module("precast.exporter")
+        # Only now torch and its company are imported.
+        export_once, settings = exporter.export_once, exporter.ExportOptions
+    except ImportError as error:
+        raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
+    for name in ("sequence_length", "prefill_lengths", "audio_sequence_length", "image_size"):
+        if isinstance(options.get(name), int):
+            options[name] = (options[name],)
+    if isinstance(options.get("also"), str):
+        options["also"] = (options["also"],)
+    refuse_unknown(
+        "from_pretrained(export=True)", options, [each.name for each in fields(settings) if each.name != "force"]
+    )
+    made: Path = export_once(str(model), home() / "exports", settings(**options))
+    return made

@@ -1,0 +1,215 @@
+"""Text generation with a compiled decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arguments import only_known
+from ..errors import InputError
+from ..generation.config import GenerationConfig
+from ..generation.prompt import Prompt
+from ..generation.sampling import Processor
+from ..inputs.padding import as_array, as_ids, as_mask, real_rows
+from ..inputs.tensors import ModelOutput, like, to_numpy
+from .call_options import check_positions
+from .generative import Generation, GenerativeModel, check_streamer
+from .training_loss import with_labels
+
+__all__ = ["CompiledModelForCausalLM"]
+
+Array = np.ndarray[Any, Any]
+
+
+class CompiledModelForCausalLM(GenerativeModel):
+    """A decoder with its key/value cache of fixed capacity."""
+
+    task = "text-generation"
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that fit, prompt and answer together."""
+        return self._session.capacity
+
+    @with_labels
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None) -> ModelOutput:
+        """Logits for every token of every row.
+
+        Args:
+            input_ids: int64 [batch, length], numpy or torch.
+            attention_mask: [batch, length] of 0 and 1; padding may be on either side.
+            position_ids: [batch, length], only those that attention_mask gives, by which the model counts anyway.
+
+        Returns:
+            `.logits` [batch, length, vocabulary]: each row's as without its padding, zeros where there is padding.
+
+        Raises:
+            InputError: the tensors do not fit each other or the compiled sizes.
+        """
+        ids, mask = self._inputs(self._main_input("input_ids", input_ids), attention_mask)
+        check_positions(position_ids, mask)
+        rows = real_rows(ids, mask)
+        self._check_room(rows, 0)
+        found = self.logits_at(rows, [range(len(row)) for row in rows])
+        logits = np.zeros((*ids.shape, found[0].shape[-1]), found[0].dtype)
+        for target, keep, values in zip(logits, mask, found, strict=True):
+            target[keep] = values
+        return ModelOutput(logits=like(input_ids, logits))
+
+    @only_known
+    def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
+        """Logits after some tokens of each row: for scores, perplexity, comparison.
+
+        Args:
+            rows: per row its tokens, int64 [length].
+            positions: per row the indices of tokens, ascending.
+
+        Returns:
+            Per row [len(positions), vocabulary].
+
+        Raises:
+            InputError: the tokens are none or do not fit, or there is none at a position.
+        """
+        rows = [as_ids(to_numpy(row), self._vocabulary(), f"rows[{at}]", ("length",)) for at, row in enumerate(rows)]
+        if not rows or len(positions) != len(rows):
+            raise InputError(f"There are {len(rows)} rows and {len(positions)} lists of positions; each row has one.")
+        positions = [
+            _as_positions(asked, len(row), at) for at, (asked, row) in enumerate(zip(positions, rows, strict=True))
+        ]
+        self._check_room(rows, 0)
+        found: list[Array] = []
+        with self._lock:
+            self._owner += 1
+            for part in self._slices(len(rows)):
+                found += self._session.logits_at(rows[part], positions[part])
+        return found
+
+    def generate(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: Any = None,
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        streamer: Any = None,
+        *,
+        inputs: Any = None,
+        position_ids: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Continue each row, as `transformers.GenerationMixin.generate` does.
+
+        What the caches hold from the call before is used again: at batch 1 whatever a prompt begins with, as in the
+        next turn of a chat; with more rows only where each lacks its last token. The answer is the one from scratch,
+        but a quantized model's kernels round one token otherwise than several, so there it may differ; `reset()` first
+        makes it repeatable.
+
+        Args:
+            input_ids, inputs: int64 [batch, length], numpy or torch, by either name; without any, bos_token_id.
+            attention_mask: [batch, length] of 0 and 1; padding may be anywhere, the answer is that of the row without.
+                None takes pad_token_id for padding, as transformers does, unless it is among eos_token_id.
+            generation_config: a GenerationConfig, ours or transformers', or a dict. `options` take precedence over it,
+                it over the artifact's generation_config.json, and that over the defaults.
+            logits_processor: each called with one row's tokens [1, length], padding included, and logits
+                [1, vocabulary]; returns logits. Tensors of torch, where input_ids are or where it is of a class of
+                transformers, otherwise numpy's arrays.
+            stopping_criteria: each called with the same; true ends the row. Classes of transformers get no logits.
+            streamer: told the prompt, then each step's tokens by `put`, and the end by `end`.
+            position_ids: [batch, length], only those that attention_mask gives.
+            options: fields of GenerationConfig, such as max_new_tokens=64.
+
+        Returns:
+            int64 [batch * num_return_sequences, length + new]: the input followed by what was generated; rows that
+            ended early are filled with pad_token_id. Without eos_token_id nothing fills a row that a stopping criterion
+            ended: it goes on until all rows that run with it have ended, as in transformers. With
+            return_dict_in_generate an output with `.sequences` and, of beams with output_scores, `.sequences_scores`
+            float32 [batch * num_return_sequences].
+
+        Raises:
+            InputError: an argument is wrong, or the request is longer than compiled for.
+        """
+        config = self._config(generation_config, options)
+        input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
+        ids, mask = self._inputs(input_ids, attention_mask, config)
+        check_positions(position_ids, mask)
+        rows = real_rows(ids, mask)
+        room = self.capacity - max(map(len, rows))
+        full, count = self._lengths(
+            lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options, stopping_criteria
+        )
+        self._check_room(rows, count)
+        self._check_lookup(config)
+        check_streamer(streamer, len(rows), config)
+        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer, full=full)
+        if asked.streamer is not None:
+            asked.streamer.put(ids)
+        prompts = list(map(Prompt, rows, ids))
+        return self._answer(input_ids, prompts, [None] * len(rows), asked, ids)
+
+    def stream(
+        self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
+    ) -> Iterator[int]:
+        """The tokens of one row as they are generated; arguments as for `generate`.
+
+        The stream may be left at any time. A later call on the same model takes over the caches, and the stream then
+        ends with a PrecastError; `new_session()` gives it caches of its own.
+        """
+        config = self._config(generation_config, {"return_dict_in_generate": False, **options})
+        ids, mask = self._inputs(input_ids, attention_mask, config)
+        if len(ids) != 1:
+            raise InputError(f"stream() continues one row; this batch has {len(ids)}. Use generate().")
+        rows = real_rows(ids, mask)
+        room = self.capacity - max(map(len, rows))
+        full, count = self._lengths(lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options)
+        self._check_room(rows, count)
+        self._check_lookup(config)
+        return self._stream(Prompt(rows[0], ids[0]), None, config, count, full)
+
+    def _inputs(
+        self, input_ids: Any, attention_mask: Any, config: GenerationConfig | None = None
+    ) -> tuple[Array, Array]:
+        ids = as_ids(to_numpy(input_ids), self._vocabulary())
+        if attention_mask is None and config is not None:
+            return ids, _mask_by_padding(ids, config)
+        return ids, as_mask(to_numpy(attention_mask), ids)
+
+    def _check_room(self, rows: list[Array], new: int) -> None:
+        longest = max(map(len, rows))
+        if longest + new <= self.capacity:
+            return
+        need = longest + new
+        what = f"{longest} tokens" if not new else f"{longest} prompt tokens and {new} new ones, {need} together,"
+        fewer = f" Ask for max_new_tokens={self.capacity - longest} at most." if new and longest < self.capacity else ""
+        raise InputError(
+            f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer} {self._larger(need)}"
+        )
+
+
+def _mask_by_padding(ids: Array, config: GenerationConfig) -> Array:
+    """Which of the prompts' tokens are no padding, as transformers' generate() has it where nobody says: those that are
+    not pad_token_id, unless that may also end a row. Raises InputError for a row of nothing else."""
+    pad = config.pad_token_id
+    if pad is None or pad in config.eos_ids:
+        return np.ones(ids.shape, bool)
+    mask: Array = ids != pad
+    if not mask.any(1).all():
+        raise InputError(
+            f"Row {int(np.argmin(mask.any(1)))} of input_ids holds nothing but pad_token_id={pad}. If that is what it "
+            f"says, pass attention_mask."
+        )
+    return mask
+
+
+def _as_positions(asked: Sequence[int], length: int, row: int) -> list[int]:
+    """The positions that are asked for in a row of so many tokens. Raises InputError where it has none there."""
+    found = as_array(asked, f"positions[{row}]")
+    is_good = found.ndim == 1 and found.size and found.dtype.kind in "iu"
+    if not is_good or found[0] < 0 or found[-1] >= length or np.any(found[1:] <= found[:-1]):
+        raise InputError(
+            f"positions[{row}] must be whole numbers, ascending, from 0 to {length - 1}, the last token of that row; "
+            f"these are {asked!r:.80}."
+        )
+    positions: list[int] = found.tolist()
+    return positions

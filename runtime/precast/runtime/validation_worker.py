@@ -1,0 +1,162 @@
+"""Answer validation samples: `python -m precast.runtime.validation_worker ARTIFACT SAMPLES ANSWERS VARIANT [SHA256]`.
+
+Validation runs this in a fresh process, so that what it judges is what a user will run: the artifact as it lies on
+disk, opened by the runtime, without the exporter's libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact.schema import Output
+from .errors import PrecastError
+from .generation.config import GenerationConfig
+from .inputs.encoder_inputs import RUNNING, axes_of
+from .models.base import CompiledModel
+from .models.causal_lm import CompiledModelForCausalLM
+from .models.seq2seq import EncoderDecoder
+
+__all__ = ["main"]
+
+
+def main(artifact: str, questions: str, answers: str, variant: str, sha256: str | None = None) -> None:
+    """Read questions (JSON, and tensors beside it), write answers (npz). Arrays are named `<question>/<row>/<name>`.
+
+    `variant` is the compiled form that answers. `sha256` pins the artifact's digest: whoever just built it can vouch
+    for its native code that way.
+    """
+    model = CompiledModel.from_pretrained(artifact, variant=variant, sha256=sha256)
+    found: dict[str, Any] = {}
+    for index, question in enumerate(_read(Path(questions))):
+        for row, outputs in enumerate(_ask(model, question)):
+            found.update({f"{index}/{row}/{name}": array for name, array in outputs.items()})
+    np.savez(answers, **found)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The questions, each with its rows of `tensors` by name."""
+    questions: list[dict[str, Any]] = json.loads(path.read_text())
+    for question in questions:
+        question["tensors"] = []
+    with np.load(path.with_suffix(".npz")) as archive:
+        for key in archive.files:
+            index, row, name = key.split("/")
+            rows = questions[int(index)]["tensors"]
+            if int(row) == len(rows):
+                rows.append({})
+            rows[int(row)][name] = archive[key]
+    return questions
+
+
+def _ask(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
+    if isinstance(model, CompiledModelForCausalLM):
+        return _ask_decoder(model, question)
+    return _ask_seq2seq(model, question) if isinstance(model, EncoderDecoder) else _ask_encoder(model, question)
+
+
+def _ask_decoder(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [np.array(row, np.int64) for row in question["rows"]]
+    if question["kind"] in ("logits", "score"):
+        return [{"logits": each} for each in model.logits_at(rows, question["positions"])]
+    ids, mask = _padded(rows, question["side"])
+    # The checkpoint's own generation settings play no part.
+    model.generation_config = GenerationConfig(eos_token_id=[])
+    whole = model.generate(ids, mask, max_new_tokens=question["count"])
+    model.generation_config = None
+    return [{"tokens": row[ids.shape[1] :]} for row in whole]
+
+
+def _ask_seq2seq(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
+    given, count = _sources(question), question["count"]
+    if question["kind"] == "logits":
+        rows = [np.array(row, np.int64) for row in question["rows"]]
+        logits = model(**given, decoder_input_ids=_padded(rows, "right")[0]).logits
+        return [{"logits": each[: len(row)]} for each, row in zip(logits, rows, strict=True)]
+    start = model.start_token(model.generation_config)
+    # The checkpoint's own generation settings play no part.
+    model.generation_config = GenerationConfig(eos_token_id=[])
+    asked = {"decoder_input_ids": np.full((len(question["tensors"]), 1), start), "max_new_tokens": count}
+    if question["kind"] == "greedy":
+        found = [{"tokens": row[-count:]} for row in model.generate(**given, **asked)]
+    else:
+        search = model.generate(**given, **asked, num_beams=3, output_scores=True, return_dict_in_generate=True)
+        found = [{"score": score[None]} for score in search.sequences_scores]
+    model.generation_config = None
+    return found
+
+
+def _sources(question: dict[str, Any]) -> dict[str, Any]:
+    rows = question["tensors"]
+    if "input_ids" not in rows[0]:
+        return {"input_features": np.stack([row["input_features"] for row in rows])}
+    ids, mask = _padded([row["input_ids"] for row in rows], question["side"])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _ask_encoder(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows in one call, padded on one side; each gets its own part of the outputs back."""
+    rows = question["tensors"]
+    specs = [spec for spec in model.variant.graphs[0].inputs if spec.name in rows[0]]
+    inputs: dict[str, Any] = {}
+    for spec in specs:
+        running = next((index - 1 for index, axis in enumerate(axes_of(spec)) if axis in RUNNING), None)
+        inputs[spec.name], mask = _stacked([row[spec.name] for row in rows], running, question["side"])
+        if spec is specs[0] and mask is not None:
+            inputs["attention_mask"] = mask.astype(np.int64)
+    outputs = model(**inputs)
+    real = inputs.get("attention_mask", np.ones((len(rows), 1), np.int64))
+    return [
+        {spec.name: _own(model, spec, outputs[spec.name], row, real[row]) for spec in model.variant.graphs[0].outputs}
+        for row in range(len(rows))
+    ]
+
+
+def _stacked(rows: list[Any], running: int | None, side: str) -> tuple[Any, Any]:
+    """Rows [...] of different sizes along one dimension as one array [rows, ...] with zeros on one side of each, and
+    which positions [rows, ..., running] are real."""
+    if running is None:
+        return np.stack(rows), None
+    width = max(row.shape[running] for row in rows)
+    result = np.zeros((len(rows), *rows[0].shape[:running], width, *rows[0].shape[running + 1 :]), rows[0].dtype)
+    real = np.zeros(result.shape[: running + 2], bool)
+    for index, row in enumerate(rows):
+        start = width - row.shape[running] if side == "left" else 0
+        place: Any = (index, *[slice(None)] * running, slice(start, start + row.shape[running]))
+        result[place], real[place] = row, True
+    return result, real
+
+
+def _own(model: Any, spec: Output, output: Any, row: int, real: Any) -> Any:
+    """One row's part of an output: where it has tokens, as many frames as it has, its own text of several."""
+    mine = output[row]
+    for index, axis in enumerate(spec.slice[1:]):
+        before = (slice(None),) * index
+        if axis == "length":
+            mine = mine[(*before, real == 1)]
+        elif axis == "frames":
+            mine = mine[(*before, slice(model.frames(int(real.sum()))))]
+        elif axis == "texts":
+            mine = mine[(*before, slice(row, row + 1))]
+    return mine
+
+
+def _padded(rows: list[Any], side: str) -> tuple[Any, Any]:
+    width = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    for index, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[index, start : start + len(row)] = row
+        mask[index, start : start + len(row)] = 1
+    return ids, mask
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except PrecastError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
