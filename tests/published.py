@@ -84,8 +84,8 @@ def attempt(name: str) -> dict[str, Any]:
 def _compare(row: dict[str, Any], scratch: Path) -> None:
     """Raise where this folder's answers are not those of transformers."""
     from precast.exporter import ExportOptions, export
+    from precast.exporter.checkpoint.early import check_supported
     from precast.exporter.checkpoint.resolve import resolve
-    from precast.exporter.support import check_supported
     from precast.runtime.errors import ExportError
 
     source = _laid_out(row, scratch / row["checkpoint"])

@@ -48,7 +48,7 @@ def main(model: str, target: str, length: str, threads: str) -> None:
             batch_size=1, sequence_length=(int(length),), validate=request["validate"], force=True
         )
         steps = Steps()
-        exporter.export(model, target, options, report=steps)
+        exporter.export(model, target, options, on_step=steps)
         steps.lap("between")
         return {"base_bytes": base, "steps": steps.found}
 

@@ -16,7 +16,7 @@ import pytest
 from precast.cli import main
 from precast.cli.output import progress_in_words
 from precast.exporter import ExportOptions
-from precast.exporter.options.early import check_comparison
+from precast.exporter.checkpoint.early import check_comparison
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.tasks import TASKS
 from precast.runtime.errors import AccuracyError, CheckpointError, ExportError
@@ -409,7 +409,7 @@ def test_a_dry_run_refuses_what_an_export_would(run, place):
 
 def test_the_wrong_checkpoint_is_asked_about(decoder, checkpoint):
     from precast.exporter.checkpoint.resolve import resolve
-    from precast.exporter.validation import _check_source
+    from precast.exporter.validation.revalidate import _check_source
 
     artifact, options = read_artifact(decoder), ExportOptions()
     with pytest.raises(CheckpointError, match=r"of type 'llama', and .* of type 'bert': is it the right checkpoint\?"):
@@ -423,7 +423,7 @@ def test_the_wrong_checkpoint_is_asked_about(decoder, checkpoint):
 
 @pytest.mark.parametrize("difference", [1.24e-4, 9.99e-4, 1e-3, 0.009])
 def test_the_tolerance_that_is_proposed_is_enough(difference):
-    from precast.exporter.validation import _atol_advice
+    from precast.exporter.validation.rules import _atol_advice
 
     assert float(_atol_advice(difference).split("--atol ")[1].split()[0]) >= difference
     assert "fault of the graph" in _atol_advice(difference * 100)
@@ -440,17 +440,17 @@ def test_a_step_says_how_far_it_is_and_how_long_it_will_take():
 
 
 def test_the_reference_says_at_which_question_it_is(monkeypatch):
-    from precast.exporter import validation
     from precast.exporter.kinds.samples import Question
-    from precast.exporter.progress import heard_by
+    from precast.exporter.progress import progress_to
+    from precast.exporter.validation import reference
 
     questions = [Question("short", "logits"), Question("long", "logits")]
-    monkeypatch.setattr(validation, "make_questions", lambda *_: questions)
-    monkeypatch.setattr(validation, "answer", lambda *_: [])
+    monkeypatch.setattr(reference, "make_questions", lambda *_: questions)
+    monkeypatch.setattr(reference, "answer", lambda *_: [])
     told, anyone = [], SimpleNamespace(tokenizer=None, vocabulary=9)
-    with heard_by(lambda *said: told.append(said)):
-        validation.make_reference(None, anyone, None, [], is_scored=False)
-    validation.make_reference(None, anyone, None, [], is_scored=False)
+    with progress_to(lambda *said: told.append(said)):
+        reference.make_reference(None, anyone, None, [], is_scored=False)
+    reference.make_reference(None, anyone, None, [], is_scored=False)
     assert told == [(0, 2, "short"), (1, 2, "long")]
 
 

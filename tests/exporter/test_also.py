@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from precast.cli import cli
 from precast.exporter import ExportOptions, export, validate_again
 from precast.exporter.several.fallback import _joined
-from precast.exporter.validation import record
+from precast.exporter.validation.record import record
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import copy_artifact

@@ -70,7 +70,7 @@ def clock(**milliseconds):
 
 def fastest(source, target, ask, options=OPTIONS, **choice):
     return export_fastest(
-        str(source), target, options, report=lambda step: nullcontext(), announce=lambda plan: None, ask=ask, **choice
+        str(source), target, options, lambda step: nullcontext(), lambda plan: None, ask=ask, **choice
     )
 
 

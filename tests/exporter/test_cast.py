@@ -15,12 +15,13 @@ from zoo import seq2seq as zoo
 from precast.exporter import ExportOptions, export
 from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.kinds.plan import make_plan
-from precast.exporter.kinds.samples import Question
+from precast.exporter.kinds.samples import Answer, Question
 from precast.exporter.kinds.trace import Program, trace
 from precast.exporter.precision import Cast, cast, cast_of
-from precast.exporter.validation import Reference, judge_cast, validate_again
 from precast.exporter.validation.metrics import Floor, floor_for
-from precast.exporter.validation.reference import Answer
+from precast.exporter.validation.reference import Reference
+from precast.exporter.validation.revalidate import validate_again
+from precast.exporter.validation.rules import judge_cast
 from precast.runtime.errors import AccuracyError
 
 aten: Any = torch.ops.aten

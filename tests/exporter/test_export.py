@@ -10,9 +10,9 @@ import pytest
 import transformers
 
 from precast.exporter import ExportOptions, export, preview, validate_again
-from precast.exporter.kinds.samples import Question
-from precast.exporter.validation import Reference, judge
-from precast.exporter.validation.reference import Answer
+from precast.exporter.kinds.samples import Answer, Question
+from precast.exporter.validation.reference import Reference
+from precast.exporter.validation.rules import judge
 from precast.runtime import CompiledModel
 from precast.runtime.artifact import read_artifact
 from precast.runtime.errors import AccuracyError, CheckpointError, UsageError

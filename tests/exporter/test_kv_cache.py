@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 
-from precast.exporter.kinds.decoder.cache_names import cache_in
+from precast.exporter.architectures.cache_names import cache_in
 from precast.exporter.operators.attention import cached_attention
 from precast.exporter.quantize.kv_cache import cache_scales
 from precast.runtime import CompiledModelForCausalLM

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.exporter import ExportOptions
-from precast.exporter.kinds.samples import Question
-from precast.exporter.validation import Reference, judge_loss
+from precast.exporter.kinds.samples import Answer, Question
 from precast.exporter.validation.metrics import Floor, Scores, check, floor_for, log_softmax, score
-from precast.exporter.validation.reference import Answer
+from precast.exporter.validation.reference import Reference
+from precast.exporter.validation.rules import judge_loss
 from precast.runtime.errors import AccuracyError
 
 VOCABULARY = 40

@@ -17,9 +17,9 @@ from PIL import Image
 
 from precast.exporter import ExportOptions, pipeline
 from precast.exporter.checkpoint import files
+from precast.exporter.checkpoint.early import read_config
 from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.kinds.encoder import inputs
-from precast.exporter.support import read_config
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import ArtifactError, CheckpointError, UsageError

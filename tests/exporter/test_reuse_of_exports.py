@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from precast.exporter import ExportOptions
+from precast.exporter import ExportOptions, reuse
 from precast.exporter.checkpoint.resolve import resolve
-from precast.exporter.several import reuse
-from precast.exporter.several.reuse import _key
+from precast.exporter.reuse import _key
 from precast.runtime import CompiledModel
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import copy_artifact

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from precast.exporter import support
-from precast.exporter.support import Support, check_supported, read_config, supported_tasks, supported_types, task_in
+from precast.exporter.checkpoint.early import check_supported, read_config
+from precast.exporter.support import Support, supported_tasks, supported_types, task_in
 from precast.runtime.errors import CheckpointError, UsageError
 
 TABLE = (

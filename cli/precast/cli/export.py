@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .exporting import check_installed, load_exporter
-from .options import (  # fmt: skip
+from .options import (
     LENGTHS,
     Sections,
     cast_options,
@@ -94,7 +94,7 @@ def command(
     check_installed()
     # Nothing of this imports torch, so a mistake is answered at once.
     from precast.exporter import ExportOptions
-    from precast.exporter.options.early import check_request
+    from precast.exporter.checkpoint.early import check_request
 
     settings = ExportOptions(validate=not no_validate, **options)
     check_request(model, target, settings)
@@ -104,14 +104,14 @@ def command(
     if dry_run:
         _show_plans(exporter, model, settings, as_json)
         return
-    report = step_reporter(quiet)
-    announce = (lambda plan: None) if quiet else (lambda plan: note(_in_words(plan)))
-    artifact = exporter.export(model, target, settings, report=report, announce=announce)
+    on_step = step_reporter(quiet)
+    on_plan = (lambda plan: None) if quiet else (lambda plan: note(_in_words(plan)))
+    artifact = exporter.export(model, target, settings, on_step=on_step, on_plan=on_plan)
     url = None
     if push_to_hub:
         from precast.runtime.storage.hub import push
 
-        with report("push"):
+        with on_step("push"):
             url = push(artifact, push_to_hub, private=private or None, token=options["token"])
     _show_result(artifact, url, _comparison(artifact, settings), as_json)
 

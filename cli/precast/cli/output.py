@@ -22,10 +22,10 @@ import click
 from precast.runtime.terminal import escaped_json, printable
 
 __all__ = [
-    "Tell", "echo", "echo_answer", "json_text", "note", "print_json", "progress_in_words", "run", "step_reporter",
+    "Progress", "echo", "echo_answer", "json_text", "note", "print_json", "progress_in_words", "run", "step_reporter",
 ]  # fmt: skip
 
-Tell = Callable[..., None]
+Progress = Callable[..., None]
 """Told how many parts of a step are done, of how many, and what is done now."""
 
 
@@ -169,31 +169,31 @@ def note(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
-def step_reporter(quiet: bool) -> Callable[[str], AbstractContextManager[Tell]]:
+def step_reporter(quiet: bool) -> Callable[[str], AbstractContextManager[Progress]]:
     """Shows each step with its time: a bar on a terminal, a line when done; nothing if `quiet`. A step is given a
     function to tell it how much is done, and of how much."""
 
     @contextmanager
-    def step(name: str) -> Iterator[Tell]:
+    def step(name: str) -> Iterator[Progress]:
         if quiet:
-            yield _tell_nobody
+            yield _no_progress
             return
         started = time.perf_counter()
-        with _bar(name) as tell:
-            yield tell
+        with _bar(name) as progress:
+            yield progress
         note(f"  {name:<10} {time.perf_counter() - started:6.1f} s")
 
     return step
 
 
-def _tell_nobody(done: int, total: int, what: str = "") -> None:
+def _no_progress(done: int, total: int, what: str = "") -> None:
     pass
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Tell]:
+def _bar(name: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
-        yield _tell_nobody
+        yield _no_progress
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -202,11 +202,11 @@ def _bar(name: str) -> Iterator[Tell]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task, started = bar.add_task(name, total=None), time.perf_counter()
 
-        def tell(done: int, total: int, what: str = "") -> None:
+        def progress(done: int, total: int, what: str = "") -> None:
             said = progress_in_words(name, done, total, what, time.perf_counter() - started)
             bar.update(task, description=said, completed=done, total=total)
 
-        yield tell
+        yield progress
 
 
 def progress_in_words(name: str, done: int, total: int, what: str, seconds: float) -> str:

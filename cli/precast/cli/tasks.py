@@ -34,7 +34,8 @@ def command(model: str | None, task: str | None, revision: str | None, token: st
 
 
 def _lines_of(model: str, tasks: list[str], revision: str | None, token: str | None) -> list[dict[str, Any]]:
-    from precast.exporter.support import read_config, supported_tasks, task_in
+    from precast.exporter.checkpoint.early import read_config
+    from precast.exporter.support import supported_tasks, task_in
     from precast.runtime.errors import CheckpointError
 
     known = supported_tasks(model)

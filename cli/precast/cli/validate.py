@@ -41,16 +41,16 @@ def command(
     check_installed()
     # Nothing of this imports torch, so a mistake is answered at once.
     from precast.exporter import ExportOptions
-    from precast.exporter.options.early import check_comparison
+    from precast.exporter.checkpoint.early import check_comparison
 
     options = ExportOptions(atol=atol, trust_remote_code=trust_remote_code, revision=revision, token=token)
     check_comparison(directory, reference, options)
     if not quiet:
         note(f"Comparing {directory} with {reference} …")
     exporter = load_exporter()
-    from precast.exporter.progress import heard_by
+    from precast.exporter.progress import progress_to
 
-    with step_reporter(quiet)("validate") as listener, heard_by(listener):
+    with step_reporter(quiet)("validate") as listener, progress_to(listener):
         accuracy = exporter.validate_again(directory, reference, options, keep=record, sha256=sha256, variant=variant)
     if as_json:
         print_json({"status": accuracy.status, "reason": accuracy.reason, "figures": accuracy.figures})

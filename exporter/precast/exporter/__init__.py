@@ -1,8 +1,8 @@
 """Checkpoint in, artifact out.
 
-from precast.exporter import ExportOptions, export
+from precast.exporter import export
 
-export("user/model", "out", ExportOptions(batch_size=1, sequence_length=(512,)))
+export("user/model", "out", batch_size=1, sequence_length=(512,))
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from precast.runtime import errors as _  # noqa: F401
 _EXPORTS = {
     "ExportOptions": "options",
     "choose_backends": "several.fastest",
-    "export": "pipeline",
-    "export_once": "several.reuse",
-    "preview": "pipeline",
+    "export": "export",
+    "export_once": "reuse",
+    "preview": "export",
     "quiet_libraries": "quiet",
     "supported_tasks": "support",
-    "validate_again": "validation",
+    "validate_again": "validation.revalidate",
 }
 
 __all__ = list(_EXPORTS)

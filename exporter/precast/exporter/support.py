@@ -7,29 +7,18 @@ anything is downloaded in full or imported.
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from precast.runtime.artifact import KEY, strict_json
-from precast.runtime.artifact.integrity import read_regular
-from precast.runtime.artifact.tasks import Task, get_task
-from precast.runtime.errors import CheckpointError
-from precast.runtime.storage.reach import hub_or_cache
-
-from .checkpoint.locate import is_compiled, not_given
+from precast.runtime.artifact.tasks import Task
 
 __all__ = [
     "Support",
-    "check_supported",
     "meant",
-    "read_config",
     "supported_tasks",
     "supported_types",
     "table",
@@ -113,38 +102,6 @@ def supported_types(task: str) -> list[str]:
     return [line.model_type for line in table() if line.task == task and line.passes]
 
 
-def check_supported(
-    model: str,
-    task: str | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any] | None:
-    """Raise CheckpointError for a checkpoint that is known not to work, with the reason and what works instead.
-
-    Reads its configuration only, and says nothing about one that cannot be read or was never tried. Returns that
-    configuration; None where nothing can be concluded from it.
-    """
-    config = read_config(model, revision=revision, token=token)
-    if config is None or (trust_remote_code and "auto_map" in config):
-        return None
-    if KEY in config:
-        raise is_compiled(model)
-    model_type = str(config.get("model_type"))
-    known = supported_tasks(model_type)
-    task = get_task(task).name if task else task_in(config)
-    found = known.get(task) if task else None
-    if found is None and known and not any(line.passes for line in known.values()):
-        found = next(iter(known.values()))
-    if found is not None and not found.passes:
-        raise CheckpointError(
-            f"{model} cannot be exported for {found.task}: models of type {model_type!r} are refused because "
-            f"{found.reason}. {_instead(found, known)}"
-        )
-    return config
-
-
 def task_in(config: Mapping[str, Any]) -> str | None:
     """The task of the class that a configuration names, where the name says it."""
     known = supported_tasks(str(config.get("model_type")))
@@ -169,64 +126,3 @@ def meant(rows: Sequence[Task], config: Mapping[str, Any]) -> Task:
 def _is_causal(config: Mapping[str, Any]) -> bool:
     """XLM's one head predicts the next token in checkpoints that say so, and masked ones in others."""
     return config.get("causal") is True
-
-
-def read_config(model: str, *, revision: str | None = None, token: str | None = None) -> dict[str, Any] | None:
-    """The checkpoint's config.json, alone, or as much of one as the head of a GGUF file says; None where there is none.
-
-    Raises CheckpointError for a name that is neither here nor on the Hub.
-    """
-    path: Path | None = Path(model).expanduser() / "config.json"
-    if model.endswith(".gguf"):
-        return _gguf_config(Path(model).expanduser())
-    if not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
-        path = _from_hub(model, revision, token)
-    try:
-        config = json.loads(read_regular(path, strict_json.MAX_BYTES)) if path else None
-    except (OSError, ValueError):
-        # Whoever opens it next says what is wrong with it.
-        return None
-    return config if isinstance(config, dict) else None
-
-
-def _gguf_config(path: Path) -> dict[str, Any] | None:
-    """What the first entry of a GGUF file says: `general.architecture`, in most cases transformers' model type."""
-    try:
-        head = read_regular(path, 256)
-    except OSError:
-        return None
-    # Magic, version, number of tensors and of entries; then key, type and value, strings with their length before.
-    found = re.match(rb"GGUF.{20}\x14.{7}general\.architecture\x08.{3}(.).{7}([a-z0-9_-]+)", head, re.DOTALL)
-    if found is None:
-        return None
-    return {"model_type": found[2][: found[1][0]].decode(), "architectures": ["ForCausalLM"]}
-
-
-def _from_hub(model: str, revision: str | None, token: str | None) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
-    )
-
-    with hub_or_cache() as problem:
-        is_cached = problem is not None
-        try:
-            return Path(
-                hf_hub_download(model, "config.json", revision=revision, token=token, local_files_only=is_cached)
-            )
-        except RemoteEntryNotFoundError:
-            return None
-        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            raise not_given(model, problem or str(error).splitlines()[0]) from error
-
-
-def _instead(found: Support, known: Mapping[str, Support]) -> str:
-    others = [line.task for line in known.values() if line.passes]
-    if others:
-        return f"It can be exported for: {', '.join(others)}."
-    close = difflib.get_close_matches(found.model_type, supported_types(found.task), n=3, cutoff=0.5)
-    nearest = f"The nearest types that work: {', '.join(close)}. " if close else ""
-    return f"{nearest}All that work: precast tasks --task {found.task}."

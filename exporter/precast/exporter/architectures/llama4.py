@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextAttention, Llama4TextRotaryEmbedding
 
-from ..kinds.decoder.cache_names import cache_in
 from .attention_interface import Mask, attend, positions
+from .cache_names import cache_in
 from .patching import replaced
 from .standard import through_interface
 

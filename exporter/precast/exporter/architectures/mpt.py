@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.mpt.modeling_mpt import MptAttention
 
-from ..kinds.decoder.cache_names import cache_in
 from .attention_interface import attend
+from .cache_names import cache_in
 from .patching import replaced
 
 __all__ = ["adapted"]

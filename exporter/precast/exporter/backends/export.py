@@ -19,7 +19,7 @@ from precast.runtime.errors import ExportError, FormatError
 
 from ..kinds.trace import Program
 from ..options import ExportOptions
-from ..progress import tell
+from ..progress import progress
 from . import Compiled
 from .aten.lowering import Forms, Lowered, lower
 from .aten.safetensors import save_weights
@@ -40,7 +40,7 @@ class ExportCompiler:
             lowered = [lower(program, Forms()) for program in programs]
         graphs = []
         for done, each in enumerate(lowered):
-            tell(done, len(lowered), each.graph.name)
+            progress(done, len(lowered), each.graph.name)
             graph = replace(each.graph, file=f"{each.graph.name}.pt2")
             (stage / graph.file).write_bytes(_file(each))
             graphs.append(graph)

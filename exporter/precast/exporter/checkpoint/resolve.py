@@ -22,7 +22,7 @@ from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.published_json import parse_object
 from precast.runtime.artifact.tasks import ROWS, TASKS, Task, get_task, tasks_named
 from precast.runtime.errors import CheckpointError, FormatError
-from precast.runtime.storage.reach import hub_or_cache
+from precast.runtime.hosts.reach import hub_or_cache
 
 from ..options import ExportOptions
 from ..support import meant, supported_tasks, task_in

@@ -20,8 +20,9 @@ from precast.runtime.errors import ExportError, UsageError
 from precast.runtime.hosts.machine import memory_bytes
 
 from ..architectures.scaled_rotary import short_limit
+from ..checkpoint import early
 from ..checkpoint.resolve import Checkpoint
-from ..options import ExportOptions, early
+from ..options import ExportOptions
 from . import kind_of
 
 __all__ = [
@@ -75,7 +76,8 @@ class GraphPlan:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What every export has. `dtype` is what is traced in, and what results are; `weight_dtype` what is asked for, and
-    `weight_bytes` the size of the parameters in it, tied ones counted once."""
+    `weight_bytes` the size of the parameters in it, tied ones counted once. `prefill_lengths` are those of prompts for
+    which graphs of fixed lengths are compiled."""
 
     task: Task
     model_type: str
@@ -90,6 +92,12 @@ class Plan:
     quantize: str
     pad_token_id: int
     has_tokenizer: bool
+    prefill_lengths: tuple[int, ...] = ()
+
+    @property
+    def cache_widths(self) -> list[int]:
+        """The head size that the cache of each layer is compiled with; none where there are no caches."""
+        return []
 
     @property
     def reads_text(self) -> bool:

@@ -24,7 +24,7 @@ from precast.runtime.errors import CheckpointError
 from ..checkpoint.resolve import first_line
 from . import kind_of
 
-__all__ = ["Question", "make_questions", "make_scored", "repeat", "token_ids", "write_questions"]
+__all__ = ["Answer", "Question", "make_questions", "make_scored", "repeat", "token_ids", "write_questions"]
 
 Array = np.ndarray[Any, Any]
 
@@ -53,6 +53,14 @@ class Question:
         """An encoder's question whose rows of tokens all end in this one."""
         ended = [{**row, "input_ids": np.append(row["input_ids"][:-1], token)} for row in self.tensors]
         return replace(self, tensors=ended)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row's outputs by name. For greedy tokens `margins` says by how much each led the second likeliest."""
+
+    outputs: dict[str, Array]
+    margins: Array | None = None
 
 
 def write_questions(questions: Sequence[Question], path: Path) -> None:

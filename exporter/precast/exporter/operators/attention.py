@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MASKS", "cached_attention", "cross_attention"]
+__all__ = ["MASKS", "Scales", "cached_attention", "cross_attention"]
 
 MASKS = ("causal", "window", "chunk")
+Scales = list[Tensor]
+"""Of int8 caches: per layer two tensors in turn, of keys and of values, each float32 [Hkv, D]."""
 
 
 @torch.library.custom_op("precast::cached_attention", mutates_args=())

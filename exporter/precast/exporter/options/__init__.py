@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+from precast.runtime.arguments import refuse_unknown
 from precast.runtime.artifact.backends import BACKENDS, Backend, get_backend
 from precast.runtime.artifact.schema import Dtype
 from precast.runtime.artifact.tasks import Task
@@ -52,6 +54,7 @@ SIZES = {
     "seq2seq": ("batch_size", "sequence_length", "decoder_sequence_length"),
 }  # fmt: skip
 """The sizes that models of each kind can be compiled for; which of them one model has, its inputs decide."""
+_LISTS = ("sequence_length", "prefill_lengths", "audio_sequence_length", "image_size", "skip", "compiler_args", "also")
 _OWN_AXES = ("num_choices", "text_batch_size")
 """Those that single tasks have."""
 
@@ -153,6 +156,16 @@ class ExportOptions:
     also: tuple[str, ...] = ()
     layout: str = "precast"
     force: bool = False
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any], asked_by: str = "export()") -> ExportOptions:
+        """The options that are given by name, where a single number or word may stand for a list of one.
+
+        Raises UsageError for a name that there is not, with the nearest.
+        """
+        refuse_unknown(asked_by, keywords, [each.name for each in fields(cls)])
+        lists = (name for name in _LISTS if isinstance(keywords.get(name), int | str))
+        return cls(**{**keywords, **{name: (keywords[name],) for name in lists}})
 
     def for_backend(self, backend: str) -> ExportOptions:
         """The same request of one backend alone: what others take and it does not is as by default."""

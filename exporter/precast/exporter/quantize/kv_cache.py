@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kinds.decoder.cache_names import cache_in
+from ..architectures.cache_names import cache_in
+from ..operators.attention import Scales
 
-__all__ = ["Scales", "cache_scales"]
-
-Scales = list[Tensor]
-"""Per layer two tensors in turn, of keys and of values, each float32 [Hkv, D]."""
+__all__ = ["cache_scales"]
 
 LARGEST = 127
 

@@ -9,24 +9,19 @@ that are the same in both, byte by byte, lie there once.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import msgspec
 
 from precast.runtime.artifact import Artifact, read_artifact
-from precast.runtime.artifact.integrity import vouch
-from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
+from precast.runtime.artifact.publish import check_target, hash_files, staging, write_config
 from precast.runtime.artifact.schema import Contract, Variant
 
-from ..card import render_card
 from ..checkpoint.resolve import resolve
-from ..kinds.plan import Plan
 from ..options import ExportOptions
-from ..pipeline import Report, export
+from ..pipeline import OnPlan, export_variant, publish_with_card
+from ..progress import OnStep, prefixed
 
 __all__ = ["export_with_others"]
 
@@ -34,9 +29,7 @@ _SHARED = ".safetensors"
 """Weights that engines find wherever the contract says; a graph of ONNX names its own, which lie beside it."""
 
 
-def export_with_others(
-    model: str, target: Path, options: ExportOptions, *, report: Report, announce: Callable[[Plan], None]
-) -> Artifact:
+def export_with_others(model: str, target: Path, options: ExportOptions, on_step: OnStep, on_plan: OnPlan) -> Artifact:
     """Export with `options.backend` and with all of `options.also`, and publish one artifact, all or nothing.
 
     Raises PrecastError: what the first export raised that failed; `target` is then as it was.
@@ -45,16 +38,13 @@ def export_with_others(
     check_target(target, force=options.force)
     with staging(target) as folder:
         alone = replace(options, force=False)
-        first = export(model, folder / "first", alone.for_backend(options.backend), report=report, announce=announce)
+        first = export_variant(model, folder / "first", alone.for_backend(options.backend), on_step, on_plan)
         for backend in options.also:
-            made = folder / backend
-            other = export(model, made, alone.for_backend(backend), report=_prefixed(report, backend))
+            made, told = folder / backend, prefixed(on_step, backend)
+            other = export_variant(model, made, alone.for_backend(backend), told, lambda plan: None)
             first = _joined(first, other)
             shutil.rmtree(made)
-        with report("publish"):
-            (first.path / "README.md").write_text(render_card(first, resolve(model, options)), "utf-8")
-            publish(first.path, target, force=options.force)
-            vouch(first.contract.digest)
+        publish_with_card(first, resolve(model, options), target, options, on_step)
     return read_artifact(target)
 
 
@@ -87,10 +77,3 @@ def _place(name: str, variant: Variant, first: Contract, other: Contract) -> str
             if file == other.files[name] and held.endswith(_SHARED):
                 return held
     return str(PurePosixPath(variant.name) / name)
-
-
-def _prefixed(report: Report, name: str) -> Report:
-    def step(what: str) -> AbstractContextManager[Any]:
-        return report(f"{name}: {what}")
-
-    return step

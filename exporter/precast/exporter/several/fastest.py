@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.backends import BACKENDS
@@ -23,9 +21,10 @@ from precast.runtime.bench.compare import Ask, Request, Subject, ask_child, benc
 from precast.runtime.errors import PrecastError, UsageError
 from precast.runtime.hosts.machine import usable_cores
 
-from ..kinds.plan import Plan
+from ..backends import compiler_of
 from ..options import ExportOptions
-from ..pipeline import Report, compiler_of, export
+from ..pipeline import OnPlan, export_variant
+from ..progress import OnStep, prefixed
 
 __all__ = ["ROUNDS", "Choice", "choose_backends", "export_fastest"]
 
@@ -34,8 +33,6 @@ ROUNDS = 3
 
 _FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/'\"]+/)+")
 """Of absolute paths, the part before the last name; nothing of addresses."""
-
-Announce: TypeAlias = Callable[[Plan], None]
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,9 @@ class _Found:
     made: dict[str, Artifact] = field(default_factory=dict)
     errors: list[Exception] = field(default_factory=list)
 
-    def lose(self, name: str, error: Exception) -> None:
+    def reject_candidate(self, name: str, error: Exception) -> None:
         """Leave a candidate out, with what it raised."""
-        self.left_out[name] = _in_words(error)
+        self.left_out[name] = _describe_error(error)
         self.errors.append(error)
 
 
@@ -82,7 +79,7 @@ def choose_backends(options: ExportOptions) -> Choice:
             replace(options, backend=name).check()
             compiler_of(name)
         except UsageError as error:
-            left_out[name] = _in_words(error)
+            left_out[name] = _describe_error(error)
             refused.append(error)
         except ImportError as error:
             left_out[name] = f"{error.name} is not installed"
@@ -97,9 +94,9 @@ def export_fastest(
     model: str,
     target: Path,
     options: ExportOptions,
+    on_step: OnStep,
+    on_plan: OnPlan,
     *,
-    report: Report,
-    announce: Announce,
     choice: Choice | None = None,
     ask: Ask = ask_child,
 ) -> Artifact:
@@ -111,7 +108,7 @@ def export_fastest(
         left_out, per backend why it is none.
 
     Args:
-        model, target, options, report, announce: as for `export`.
+        model, target, options, on_step, on_plan: as for `export`.
         choice: the candidates; None is `choose_backends(options)`.
         ask: times once, instead of a child process.
 
@@ -122,12 +119,12 @@ def export_fastest(
     check_target(target, force=options.force)
     found = _Found(dict(choice.left_out))
     with staging(target) as folder:
-        _compile(model, folder, options, choice.names, found, report, announce)
-        result = _compare(found, report, ask)
+        _compile(model, folder, options, choice.names, found, on_step, on_plan)
+        result = _compare(found, on_step, ask)
         best = found.made[result["backend"]].path
         text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"
         (best / "bench.json").write_text(text, "utf-8")
-        with report("publish"):
+        with on_step("publish"):
             publish(best, target, force=options.force)
     return read_artifact(target)
 
@@ -138,39 +135,39 @@ def _compile(
     options: ExportOptions,
     names: list[str],
     found: _Found,
-    report: Report,
-    announce: Announce,
+    on_step: OnStep,
+    on_plan: OnPlan,
 ) -> None:
     """Export with each backend into the folder of its name. Raises what the first raised, if all did."""
     for name in names:
         try:
-            found.made[name] = export(
+            found.made[name] = export_variant(
                 model, folder / name, replace(options, backend=name, force=False),
-                report=_prefixed(report, name), announce=announce if name == names[0] else lambda plan: None,
+                prefixed(on_step, name), on_plan if name == names[0] else lambda plan: None,
             )  # fmt: skip
         except Exception as error:
             # Whatever a compiler raises is a reason to do without it.
-            found.lose(name, error)
+            found.reject_candidate(name, error)
     if not found.made:
         raise found.errors[0]
 
 
-def _compare(found: _Found, report: Report, ask: Ask) -> dict[str, Any]:
+def _compare(found: _Found, on_step: OnStep, ask: Ask) -> dict[str, Any]:
     """Time what was made; what fails is left out, and the others are timed anew. Returns what `bench.json` holds."""
     while found.made:
         subjects = [Subject(name, artifact, artifact.contract.variants[0], {}) for name, artifact in found.made.items()]
         try:
-            return _result(subjects, found, report, _naming(ask))
+            return _result(subjects, found, on_step, _naming(ask))
         except _LostError as lost:
             del found.made[lost.name]
             found.left_out[lost.name] = lost.reason
     raise PrecastError(f"No backend's artifact could be timed. {_listed(found.left_out)}")
 
 
-def _result(subjects: list[Subject], found: _Found, report: Report, ask: Ask) -> dict[str, Any]:
+def _result(subjects: list[Subject], found: _Found, on_step: OnStep, ask: Ask) -> dict[str, Any]:
     requests = _requests(subjects)
     ids = [token_ids(subject) if requests[0].prompt_length else [] for subject in subjects]
-    rounds = [bench(subjects, request, ids, ROUNDS, report, ask) for request in requests]
+    rounds = [bench(subjects, request, ids, ROUNDS, on_step, ask) for request in requests]
     entries: dict[str, dict[str, Any]] = {
         subject.name: {
             "milliseconds": [
@@ -232,19 +229,12 @@ def _naming(ask: Ask) -> Ask:
         try:
             return ask(subject, job)
         except PrecastError as error:
-            raise _LostError(subject.name, _in_words(error)) from error
+            raise _LostError(subject.name, _describe_error(error)) from error
 
     return asked
 
 
-def _prefixed(report: Report, name: str) -> Report:
-    def step(what: str) -> AbstractContextManager[Any]:
-        return report(f"{name}: {what}")
-
-    return step
-
-
-def _in_words(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """A message written for the user, or the exception, in a line that goes into the artifact: where files lie here is
     nobody else's business."""
     text = _FOLDERS.sub("", " ".join(str(error).split()))

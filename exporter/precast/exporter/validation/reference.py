@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from precast.runtime.artifact.locks import Scratch
+from precast.runtime.artifact.schema import Graph
 from precast.runtime.artifact.tasks import Task
 
+from ..architectures.last_eos_pooling import pools_last_end
+from ..checkpoint.resolve import Checkpoint
 from ..kinds import kind_of
-from ..kinds.samples import Question
+from ..kinds.samples import Answer, Question, make_questions, make_scored
+from ..progress import progress
 
-__all__ = ["Answer", "answer"]
-
-Array = np.ndarray[Any, Any]
+__all__ = ["Reference", "answer", "make_reference"]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One row's outputs by name. For greedy tokens `margins` says by how much each led the second likeliest."""
+class Reference:
+    """Questions and the eager model's answers. Those to score, a vocabulary per token, are on disk, and go
+    with this object."""
 
-    outputs: dict[str, Array]
-    margins: Array | None = None
+    questions: list[Question]
+    answers: list[list[Answer]]
+
+
+def make_reference(
+    model: nn.Module, checkpoint: Checkpoint, task: Task, graphs: list[Graph], *, is_scored: bool
+) -> Reference:
+    """Ask the eager model everything that an artifact with these graphs will be asked."""
+    asked = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
+    questions = make_questions(*asked)
+    if pools_last_end(model):
+        questions = [each.ending_in(model.config.eos_token_id) for each in questions]  # type: ignore[union-attr, arg-type]
+    folder = None
+    if is_scored:
+        questions += make_scored(*asked)
+        folder = Scratch()
+    answers = []
+    for index, question in enumerate(questions):
+        progress(index, len(questions), question.name)
+        found = answer(model, question, task)
+        if question.kind == "score" and folder:
+            found = [_on_disk(found[0], folder.path / f"{index}.npy")]
+        answers.append(found)
+    reference = Reference(questions, answers)
+    if folder:
+        weakref.finalize(reference, folder.close)
+    return reference
+
+
+def _on_disk(found: Answer, path: Path) -> Answer:
+    np.save(path, found.outputs["logits"])
+    return Answer({"logits": np.load(path, mmap_mode="r")})
 
 
 def answer(model: nn.Module, question: Question, task: Task) -> list[Answer]:

@@ -230,7 +230,12 @@ class GenerationConfig:
         if self.do_sample:
             yield from self._sampling_holes()
         yield from self._beam_holes() if self.beams > 1 else self._rows_holes()
-        yield from refusals(self.unsupported, self)
+        yield from refusals(
+            self.unsupported,
+            beams=self.beams,
+            samples=bool(self.do_sample),
+            returns_outputs=bool(self.return_dict_in_generate),
+        )
 
     def _too_small(self, limits: Mapping[str, int]) -> Iterator[str]:
         for name, low in limits.items():

@@ -6,10 +6,7 @@ Published files carry whatever the library that wrote them had, so a value count
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .config import GenerationConfig
+from typing import Any
 
 __all__ = ["HARMLESS", "OUTPUTS", "SPEECH", "UNSUPPORTED", "refusals"]
 
@@ -86,14 +83,14 @@ SPEECH: dict[str, Any] = {
 UNSUPPORTED = frozenset([*_ALWAYS, *_SAMPLING, *_BEAMS, *_GREEDY, *OUTPUTS])
 
 
-def refusals(given: Mapping[str, Any], config: GenerationConfig) -> Iterator[str]:
-    """A sentence for each of the settings `given` that would change what `config` answers."""
-    greedy = config.beams == 1 and not config.do_sample
+def refusals(given: Mapping[str, Any], *, beams: int, samples: bool, returns_outputs: bool) -> Iterator[str]:
+    """A sentence for each of the settings `given` that would change what is answered: with so many beams, with sampling
+    or without, with outputs besides the tokens or without."""
     heeded = dict(_ALWAYS)
-    heeded |= _SAMPLING if config.do_sample else {}
-    heeded |= _BEAMS if config.beams > 1 else {}
-    heeded |= _GREEDY if greedy else {}
-    heeded |= OUTPUTS if config.return_dict_in_generate else {}
+    heeded |= _SAMPLING if samples else {}
+    heeded |= _BEAMS if beams > 1 else {}
+    heeded |= _GREEDY if beams == 1 and not samples else {}
+    heeded |= OUTPUTS if returns_outputs else {}
     for name, value in given.items():
         if name in heeded and value not in heeded[name]:
             yield f"{name}={value!r:.80} is not done by this runtime. Pass {name}={heeded[name][-1]!r} to go without."

@@ -309,13 +309,8 @@ def _export(model: str | Path, **options: Any) -> Path:
         export_once, settings = exporter.export_once, exporter.ExportOptions
     except ImportError as error:
         raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
-    for name in ("sequence_length", "prefill_lengths", "audio_sequence_length", "image_size"):
-        if isinstance(options.get(name), int):
-            options[name] = (options[name],)
-    if isinstance(options.get("also"), str):
-        options["also"] = (options["also"],)
     refuse_unknown(
         "from_pretrained(export=True)", options, [each.name for each in fields(settings) if each.name != "force"]
     )
-    made: Path = export_once(str(model), home() / "exports", settings(**options))
+    made: Path = export_once(str(model), home() / "exports", settings.of(options))
     return made

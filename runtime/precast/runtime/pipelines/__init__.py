@@ -32,7 +32,7 @@ _SEQ2SEQ = ("text2text-generation", "summarization", "translation")
 
 # Task -> where its pipeline is, and the tasks whose artifacts it runs.
 PIPELINES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "feature-extraction": ("text:FeatureExtractionPipeline", ("feature-extraction",)),
+    "feature-extraction": ("features:FeatureExtractionPipeline", ("feature-extraction",)),
     "fill-mask": ("text:FillMaskPipeline", ("fill-mask",)),
     "text-classification": ("text:TextClassificationPipeline", ("text-classification",)),
     "token-classification": ("tokens:TokenClassificationPipeline", ("token-classification",)),

@@ -14,7 +14,7 @@ from ..errors import ArtifactError
 from .base import Batch, Pipeline
 from .generation import GeneratingPipeline
 from .processors import SoundProcessor
-from .text import classify
+from .scores import classify
 
 __all__ = [
     "AudioClassificationPipeline",

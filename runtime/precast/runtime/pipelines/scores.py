@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-__all__ = ["best", "label", "labels", "sigmoid", "softmax"]
+from ..errors import UsageError
+
+__all__ = ["best", "classify", "label", "labels", "sigmoid", "softmax"]
 
 Array = np.ndarray[Any, Any]
 
@@ -39,3 +42,25 @@ def labels(config: dict[str, Any]) -> dict[int, str]:
 def best(scores: Array, count: int | None) -> list[int]:
     """The indices of the `count` highest scores, or all, from the highest down."""
     return [int(index) for index in np.argsort(-scores, kind="stable")[:count]]
+
+
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "none": lambda logits: logits,
+}
+
+
+def classify(config: dict[str, Any], logits: Array, function: str | None = None) -> list[dict[str, Any]]:
+    """All labels with their scores, the highest first. Raises UsageError for an unknown function."""
+    if function is not None and function not in _FUNCTIONS:
+        raise UsageError(f"function_to_apply={function!r} is not known; choose one of: {', '.join(_FUNCTIONS)}.")
+    scores = _FUNCTIONS[function or _function_of(config, len(logits))](logits)
+    return [{"label": label(config, index), "score": float(scores[index])} for index in best(scores, None)]
+
+
+def _function_of(config: dict[str, Any], labels: int) -> str:
+    problem = config.get("problem_type")
+    if problem == "regression":
+        return "none"
+    return "sigmoid" if problem == "multi_label_classification" or labels == 1 else "softmax"

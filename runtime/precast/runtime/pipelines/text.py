@@ -1,103 +1,22 @@
-"""Texts in; vectors, labels, or the tokens behind a mask out."""
+"""Texts in; labels, or the tokens behind a mask, out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from ..errors import InputError, UsageError
+from ..errors import InputError
 from .base import (
     Array,
     Batch,
-    Count,
-    Padding,
-    Pipeline,
     PlainTextPipeline,
-    TextPipeline,
-    TokenizerOptions,
-    Truncation,
-    text_and_pair,
 )
-from .scores import best, label, sigmoid, softmax
+from .scores import best, classify, label, softmax
 
-__all__ = ["FeatureExtractionPipeline", "FillMaskPipeline", "TextClassificationPipeline", "classify"]
-
-_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "softmax": softmax,
-    "sigmoid": sigmoid,
-    "none": lambda logits: logits,
-}
-
-
-class FeatureExtractionPipeline(TextPipeline):
-    """Vectors of texts; of images and sounds where the model takes these."""
-
-    takes_pairs = True
-
-    @classmethod
-    def of(cls, model: Any) -> type[Pipeline]:
-        """The class for what the model takes."""
-        from .audio import AudioFeatureExtractionPipeline
-        from .vision import ImageFeatureExtractionPipeline
-
-        kinds = {"input_ids": cls, "pixel_values": ImageFeatureExtractionPipeline}
-        return kinds.get(model.main_input_name, AudioFeatureExtractionPipeline)
-
-    def preprocess(
-        self,
-        inputs: Any,
-        *,
-        truncation: Truncation = None,
-        max_length: Count | None = None,
-        padding: Padding = False,
-        add_special_tokens: bool = True,
-        tokenizer_kwargs: TokenizerOptions | None = None,
-        tokenize_kwargs: TokenizerOptions | None = None,
-        prompt: str | None = None,
-    ) -> Batch:
-        """Texts as token ids.
-
-        Args:
-            inputs: a text; or a pair of texts, (…, …) or {"text": …, "text_pair": …}; or a list of these. A model of
-                sentence-transformers cuts them to its max_seq_length, as that library does.
-            truncation, max_length, padding, add_special_tokens: as TokenizerOptions says.
-            tokenizer_kwargs: a dict of these, which goes before them; tokenize_kwargs is the same, as transformers
-                calls it here.
-            prompt: stands before each text; by default the default prompt of a model of sentence-transformers.
-        """
-        given, is_one = self._listed(inputs)
-        told = {"truncation": truncation, "max_length": max_length, "padding": padding,
-                "add_special_tokens": add_special_tokens}  # fmt: skip
-        how = TokenizerOptions.of(told, tokenizer_kwargs, tokenize_kwargs).cut(self._longest())
-        rules = self.model.sentence_rules
-        encodings = [rules.encoding(self.tokenizer, *text_and_pair(each), prompt=prompt, **how) for each in given]
-        return Batch(self._arrays(encodings), given, is_one, encodings=encodings)
-
-    def postprocess(self, outputs: Batch, *, pooling: str | None = None) -> Any:
-        """Nested lists of numbers for each text.
-
-        Args:
-            outputs: of `forward`.
-            pooling: "none" gives every token's vector, [1, tokens, hidden]; "mean" their mean, [hidden]; "cls" the
-                first one, [hidden]. By default the sentence embedding [hidden] of a model that was compiled with one,
-                and otherwise "none", as transformers' pipeline gives them.
-        """
-        if pooling is None and "sentence_embedding" in outputs:
-            return outputs.answer(outputs["sentence_embedding"].tolist())
-        pool = _POOLING.get(pooling or "none")
-        if pool is None:
-            raise UsageError(f"pooling={pooling!r} is not known; choose one of: {', '.join(_POOLING)}.")
-        return outputs.answer([pool(states).tolist() for states in self._own(outputs, "last_hidden_state")])
-
-
-_POOLING: dict[str, Callable[[Array], Array]] = {
-    "none": lambda states: states[None],
-    "mean": lambda states: np.asarray(states.mean(0)),
-    "cls": lambda states: np.asarray(states[0]),
-}
+__all__ = ["FillMaskPipeline", "TextClassificationPipeline"]
 
 
 class TextClassificationPipeline(PlainTextPipeline):
@@ -148,23 +67,8 @@ class TextClassificationPipeline(PlainTextPipeline):
         return answers if is_text else outputs.answer(answers)
 
 
-def classify(config: dict[str, Any], logits: Array, function: str | None = None) -> list[dict[str, Any]]:
-    """All labels with their scores, the highest first. Raises UsageError for an unknown function."""
-    if function is not None and function not in _FUNCTIONS:
-        raise UsageError(f"function_to_apply={function!r} is not known; choose one of: {', '.join(_FUNCTIONS)}.")
-    scores = _FUNCTIONS[function or _function_of(config, len(logits))](logits)
-    return [{"label": label(config, index), "score": float(scores[index])} for index in best(scores, None)]
-
-
 def _is_old_pair(given: Any) -> bool:
     return isinstance(given, list) and len(given) == 1 and isinstance(given[0], list) and len(given[0]) == 2
-
-
-def _function_of(config: dict[str, Any], labels: int) -> str:
-    problem = config.get("problem_type")
-    if problem == "regression":
-        return "none"
-    return "sigmoid" if problem == "multi_label_classification" or labels == 1 else "softmax"
 
 
 class FillMaskPipeline(PlainTextPipeline):

@@ -13,8 +13,7 @@ from ..errors import InputError
 from .base import Array, Batch, Pipeline
 from .choices import LabelledPipeline, hypothesis, labels_of
 from .processors import ImageProcessor, opened_image, resized
-from .scores import best, label, sigmoid, softmax
-from .text import classify
+from .scores import best, classify, label, sigmoid, softmax
 
 __all__ = [
     "ImageClassificationPipeline",

@@ -19,8 +19,8 @@ from ..artifact.integrity import check_hash
 from ..artifact.publish import left_out, publish, recover, staging, unlisted
 from ..artifact.store import home
 from ..errors import ArtifactError, HubError, IntegrityError, PublishError
+from ..hosts.reach import hub_or_cache
 from ..progress import progress, say, wanted
-from .reach import hub_or_cache
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -17,7 +17,7 @@ from precast.runtime.errors import PrecastWarning
 
 from ...kinds.trace import Program
 from ...options import ExportOptions
-from ...progress import tell
+from ...progress import progress
 from .. import Compiled
 from ..aten.lowering import Forms, Lowered, lower
 from ..aten.safetensors import save_weights
@@ -93,7 +93,7 @@ def _libraries(lowered: list[Lowered], stage: Path, options: ExportOptions, more
     """Compile the programs one by one, each of which is let go of afterwards."""
     total = len(lowered)
     while lowered:
-        tell(total - len(lowered), total, f"{lowered[0].graph.name} as native code")
+        progress(total - len(lowered), total, f"{lowered[0].graph.name} as native code")
         each = lowered.pop(0)
         exported = each.exported if options.device == "cpu" else moved(each.exported, options.device)
         file = f"{each.graph.name}.so"

@@ -17,12 +17,13 @@ from precast.runtime.errors import UsageError
 from ...kinds.trace import Program
 from ...options import ExportOptions
 from ...options.neuron import chosen_strategy
-from ...progress import tell
+from ...progress import progress
 from .. import Compiled
 from ..aten.lowering import Lowered, lower
 from ..aten.safetensors import save_tensors
 from .compile_job import compile_job, sdk_versions
 from .flags import flags_of
+from .optimum_layout import OptimumLayout
 from .strategies import STRATEGIES, Item, Job
 from .xla_program import NEURON_FORMS, body_of
 
@@ -31,7 +32,7 @@ __all__ = ["NeuronCompiler"]
 WEIGHTS = "model.safetensors"
 
 
-class NeuronCompiler:
+class NeuronCompiler(OptimumLayout):
     """Programs lowered to ATen, traced and compiled by the Neuron SDK in child processes."""
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class NeuronCompiler:
             save_tensors(strategy.weights(bodies, options.tensor_parallel), stage / WEIGHTS)
         files = strategy.files([each.graph for each in lowered.values()])
         for done, (file, graphs) in enumerate(files.items()):
-            tell(done, len(files), ", ".join(graph.name for graph in graphs))
+            progress(done, len(files), ", ".join(graph.name for graph in graphs))
             _compile([lowered[graph.name] for graph in graphs], stage / file, options)
         return Compiled(
             graphs=[replace(graph, file=file) for file, graphs in files.items() for graph in graphs],

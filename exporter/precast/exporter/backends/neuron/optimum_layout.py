@@ -7,6 +7,7 @@ it knows nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from msgspec.structs import replace as replaced
 
 from precast.runtime.artifact.optimum_neuron import FILE, SECTION, TASKS, text_inputs
-from precast.runtime.artifact.schema import Axis, Contract, Graph
+from precast.runtime.artifact.schema import Axis, Graph
+from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import ExportError
 
 from ...checkpoint.resolve import Checkpoint
@@ -22,7 +24,7 @@ from ...options import ExportOptions
 from ...options.layout import OPTIMUM_NEURON
 from .. import Compiled
 
-__all__ = ["check_layout", "in_layout", "lay_out"]
+__all__ = ["OptimumLayout"]
 
 _AXES: dict[Axis, str] = {
     "batch": "static_batch_size",
@@ -33,44 +35,45 @@ _AXES: dict[Axis, str] = {
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def in_layout(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
-    """The checkpoint as this layout can hold it: its second output is taken for a pooler's, never for an embedding."""
-    return replace(checkpoint, embeds_sentences=False) if options.layout == OPTIMUM_NEURON else checkpoint
+class OptimumLayout:
+    """See HasLayouts: the layout "optimum-neuron"."""
 
+    def prepare(self, checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
+        """Its second output is taken for a pooler's, never for an embedding."""
+        return replace(checkpoint, embeds_sentences=False) if options.layout == OPTIMUM_NEURON else checkpoint
 
-def check_layout(contract: Contract, checkpoint: Checkpoint, options: ExportOptions) -> None:
-    """Raise ExportError, before anything is compiled, for a graph that optimum-neuron would feed otherwise."""
-    if options.layout != OPTIMUM_NEURON:
-        return
-    graphs, flag = contract.variants[0].graphs, f"--layout {OPTIMUM_NEURON}"
-    if len(graphs) != 1 or graphs[0].role != "encode" or contract.task not in TASKS:
-        raise ExportError(
-            f"{flag} holds one graph of an encoder, for: {', '.join(TASKS)}. {checkpoint.name} is exported for "
-            f"{contract.task} as {', '.join(graph.name for graph in graphs)}: decoders of optimum-neuron are bundles "
-            f"that sample on the device, which this is not. Leave --layout out."
+    def check_graphs(self, graphs: Sequence[Graph], task: Task, checkpoint: Checkpoint, options: ExportOptions) -> None:
+        """Raise ExportError for graphs that it has no place for, or would feed otherwise."""
+        if options.layout != OPTIMUM_NEURON:
+            return
+        flag = f"--layout {OPTIMUM_NEURON}"
+        if len(graphs) != 1 or graphs[0].role != "encode" or task.name not in TASKS:
+            raise ExportError(
+                f"{flag} holds one graph of an encoder, for: {', '.join(TASKS)}. {checkpoint.name} is exported for "
+                f"{task.name} as {', '.join(graph.name for graph in graphs)}: decoders of optimum-neuron are bundles "
+                f"that sample on the device, which this is not. Leave --layout out."
+            )
+        mine = [spec.name for spec in graphs[0].inputs]
+        theirs = (
+            text_inputs(checkpoint.config.model_type, checkpoint.written_config) if mine[0] == "input_ids" else mine[:1]
         )
-    mine = [spec.name for spec in graphs[0].inputs]
-    theirs = (
-        text_inputs(checkpoint.config.model_type, checkpoint.written_config) if mine[0] == "input_ids" else mine[:1]
-    )
-    if mine != theirs:
-        known = "which it has not" if theirs is None else f"whose inputs it takes to be {', '.join(theirs)}"
-        raise ExportError(
-            f"{flag}: optimum-neuron would not feed this graph, whose inputs are {', '.join(mine)}: it goes by the "
-            f"model type, {checkpoint.config.model_type}, {known}. Leave --layout out."
-        )
+        if mine != theirs:
+            known = "which it has not" if theirs is None else f"whose inputs it takes to be {', '.join(theirs)}"
+            raise ExportError(
+                f"{flag}: optimum-neuron would not feed this graph, whose inputs are {', '.join(mine)}: it goes by the "
+                f"model type, {checkpoint.config.model_type}, {known}. Leave --layout out."
+            )
 
-
-def lay_out(
-    compiled: Compiled, contract: Contract, config: dict[str, Any], options: ExportOptions, stage: Path
-) -> Compiled:
-    """Name the compiled file as optimum-neuron does, and write its section into `config`."""
-    if options.layout != OPTIMUM_NEURON:
-        return compiled
-    (graph,) = compiled.graphs
-    (stage / graph.file).rename(stage / FILE)
-    config[SECTION] = _section(compiled, graph, contract.task, config["model_type"], options)
-    return replace(compiled, graphs=[replaced(graph, file=FILE)])
+    def lay_out(
+        self, compiled: Compiled, task: Task, config: dict[str, Any], options: ExportOptions, stage: Path
+    ) -> Compiled:
+        """Name the compiled file as optimum-neuron does, and write its section into `config`."""
+        if options.layout != OPTIMUM_NEURON:
+            return compiled
+        (graph,) = compiled.graphs
+        (stage / graph.file).rename(stage / FILE)
+        config[SECTION] = _section(compiled, graph, task.name, config["model_type"], options)
+        return replace(compiled, graphs=[replaced(graph, file=FILE)])
 
 
 def _section(compiled: Compiled, graph: Graph, task: str, model_type: str, options: ExportOptions) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Strategy(Protocol):
         """What lies beside the files, by the names that the runtime gives them back under."""
         ...
 
-    def build(self, job: Job, bodies: Sequence[Body], tell: Callable[[str], None]) -> None:
+    def build(self, job: Job, bodies: Sequence[Body], on_graph: Callable[[str], None]) -> None:
         """Write `job.file`; `tell` is called with each graph's name before it. What the SDK raises goes through."""
         ...
 
@@ -93,10 +93,10 @@ class Trace:
         # Under each graph's name, which says what it takes; what several share is stored once all the same.
         return {f"{body.graph.name}:{name}": each for body in bodies for name, each in OneGraph(body).kept()}
 
-    def build(self, job: Job, bodies: Sequence[Body], tell: Callable[[str], None]) -> None:
+    def build(self, job: Job, bodies: Sequence[Body], on_graph: Callable[[str], None]) -> None:
         neuronx = import_module("torch_neuronx")
         for body in bodies:
-            tell(body.graph.name)
+            on_graph(body.graph.name)
             module = OneGraph(body).eval()
             traced = neuronx.trace(
                 module,
@@ -130,14 +130,14 @@ class ModelBuilder:
     def weights(self, bodies: Sequence[Body], cores: int) -> dict[str, Tensor]:
         return SharedGraphs(bodies, cores).kept()
 
-    def build(self, job: Job, bodies: Sequence[Body], tell: Callable[[str], None]) -> None:
+    def build(self, job: Job, bodies: Sequence[Body], on_graph: Callable[[str], None]) -> None:
         nxd: Any = import_module("neuronx_distributed")
         with nxd.NxDParallelState(world_size=job.cores, tensor_model_parallel_size=job.cores):
             builder = nxd.ModelBuilder(SharedGraphs(bodies, job.cores, _gather()).eval())
             for body in bodies:
-                tell(body.graph.name)
+                on_graph(body.graph.name)
                 builder.trace(args=example_of(given_of(body.graph)), tag=body.graph.name)
-            tell(", ".join(body.graph.name for body in bodies))
+            on_graph(", ".join(body.graph.name for body in bodies))
             built = builder.compile(compiler_workdir=job.workdir, compiler_args=" ".join(job.arguments))
         built.save(job.file)
 

@@ -13,7 +13,7 @@ from precast.runtime.artifact.schema import Compiler, Graph, Host
 
 from ...kinds.trace import Program
 from ...options import ExportOptions
-from ...progress import tell
+from ...progress import progress
 from .. import Compiled
 from .lowering import lower, quiet
 from .passes import optimize
@@ -29,14 +29,14 @@ class OnnxCompiler:
         """See ProgramCompiler."""
         graphs, models, programs = [], [], list(programs)
         for done, program in enumerate(programs):
-            tell(2 * done, 2 * len(programs) + 1, f"{program.graph.name} in ONNX's operators")
+            progress(2 * done, 2 * len(programs) + 1, f"{program.graph.name} in ONNX's operators")
             model = lower(program)
-            tell(2 * done + 1, 2 * len(programs) + 1, f"{program.graph.name} in ONNX Runtime's own")
+            progress(2 * done + 1, 2 * len(programs) + 1, f"{program.graph.name} in ONNX Runtime's own")
             with quiet():
                 optimize(model, program.graph)
             models.append(model)
             graphs.append(msgspec.structs.replace(program.graph, file=f"{program.graph.name}.onnx"))
-        tell(2 * len(programs), 2 * len(programs) + 1, "weights")
+        progress(2 * len(programs), 2 * len(programs) + 1, "weights")
         weights = save(models, [stage / graph.file for graph in graphs], stage / "model.onnx.data")
         return Compiled(
             graphs=graphs,

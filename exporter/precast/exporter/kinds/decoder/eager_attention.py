@@ -27,8 +27,8 @@ from precast.runtime.errors import CheckpointError, PrecastError
 
 from ...architectures import adapted, traceable
 from ...architectures.attention_interface import after
+from ...architectures.cache_names import cache_argument, cache_in
 from ..plan import run_skeleton, without_values
-from .cache_names import cache_argument, cache_in
 from .fused_attention import OperatorDecoder, logits_at, takes_positions
 from .recurrent_states import Carried, StateLayer, carried
 

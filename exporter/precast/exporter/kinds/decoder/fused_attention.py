@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from precast.runtime.errors import ExportError
 
 from ...architectures import attention_interface
-from ...quantize.kv_cache import Scales
-from .cache_names import cache_argument
+from ...architectures.cache_names import cache_argument
+from ...operators.attention import Scales
 
 __all__ = ["OperatorDecoder", "logits_at", "takes_positions"]
 

@@ -42,11 +42,14 @@ class DecoderPlan(Plan):
 
     cache: tuple[CachePlan, ...]
     cache_dtype: Dtype
-    prefill_lengths: tuple[int, ...]
     ordinary: Layout | None
     """How the model itself caches, where its attention stays in its own, ordinary operators."""
     misfit: str
     """Why it stays there; empty where it is one operator."""
+
+    @property
+    def cache_widths(self) -> list[int]:
+        return [layer.head_dim for layer in self.cache]
 
     @property
     def capacity(self) -> int:

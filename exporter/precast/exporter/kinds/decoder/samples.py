@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from precast.runtime.artifact.schema import Dim, Graph
 
-from ...validation.reference import Answer
-from ..samples import Question, repeat
-from .cache_names import cache_argument, cache_in
+from ...architectures.cache_names import cache_argument, cache_in
+from ..samples import Answer, Question, repeat
 from .fused_attention import logits_at
 
 __all__ = ["answer", "questions", "scored"]

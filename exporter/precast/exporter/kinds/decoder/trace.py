@@ -11,7 +11,7 @@ from torch import nn
 from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Output, State
 
 from ...architectures import adapted, traceable
-from ...quantize.kv_cache import Scales
+from ...operators.attention import Scales
 from ..plan import GraphPlan
 from ..trace import Program, export_program
 from .eager_attention import OrdinaryDecoder

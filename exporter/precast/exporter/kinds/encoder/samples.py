@@ -12,8 +12,7 @@ from torch import nn
 from precast.runtime.artifact.schema import Graph, Input
 
 from ...checkpoint.sentence_transformers import output_names
-from ...validation.reference import Answer
-from ..samples import Question, repeat
+from ..samples import Answer, Question, repeat
 from .inputs import RUNNING
 
 __all__ = ["answer", "questions"]

@@ -19,9 +19,9 @@ from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
 
+from ...architectures.cache_names import cache_in
 from ...checkpoint.resolve import Checkpoint
 from ...options import ExportOptions
-from ..decoder.cache_names import cache_in
 from ..decoder.plan import HEAD_MULTIPLE, CachePlan
 from ..plan import GraphPlan, Plan, TensorPlan, check_blocks, check_length, common, run_skeleton, single_batch
 

@@ -15,9 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from precast.runtime.artifact.schema import Graph
 
-from ...validation.reference import Answer
-from ..decoder.cache_names import cache_argument, cache_in
-from ..samples import Question, repeat
+from ...architectures.cache_names import cache_argument, cache_in
+from ..samples import Answer, Question, repeat
 
 __all__ = ["answer", "questions"]
 

@@ -15,7 +15,7 @@ from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Outpu
 from precast.runtime.errors import ExportError
 
 from ...architectures import adapted, attention_interface
-from ..decoder.cache_names import cache_argument
+from ...architectures.cache_names import cache_argument
 from ..decoder.fused_attention import logits_at
 from ..plan import GraphPlan
 from ..trace import Program, export_program

@@ -22,10 +22,10 @@ from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.errors import ArtifactError, PublishError
 from precast.runtime.hosts.machine import cpu_flags, installed_version
 
-from ..checkpoint.files import read_files
-from ..checkpoint.resolve import Checkpoint, resolve
-from ..options import AUTO, ExportOptions
-from ..pipeline import export
+from .checkpoint.files import read_files
+from .checkpoint.resolve import Checkpoint, resolve
+from .export import export
+from .options import AUTO, ExportOptions
 
 __all__ = ["export_once"]
 

@@ -1,0 +1,65 @@
+"""`export()`: a checkpoint compiled into an artifact, by one backend or by several."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from precast.runtime.artifact import Artifact
+from precast.runtime.errors import UsageError
+
+from .options import AUTO, ExportOptions
+from .kinds.plan import Plan
+from .pipeline import OnPlan, export_variant, plan_variant
+from .progress import OnStep
+from .several.fallback import export_with_others
+from .several.fastest import export_fastest
+
+__all__ = ["export", "preview"]
+
+
+def export(
+    model: str,
+    target: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    on_step: OnStep = lambda step: nullcontext(),
+    on_plan: OnPlan = lambda plan: None,
+    **keywords: Any,
+) -> Artifact:
+    """Compile a checkpoint into an artifact at `target`, all or nothing.
+
+    Args:
+        model: a Hub id, a checkpoint directory, or a .gguf file.
+        target: the directory to make.
+        options: see ExportOptions; or its fields as `keywords`, as in `export(model, "out", batch_size=1)`.
+        on_step: called with the name of each step; what it returns is entered for as long as the step takes. If that
+            gives a function, long steps call it with how many of how many parts are done, and what comes now.
+        on_plan: called with the plan before the long work begins.
+
+    Raises:
+        UsageError: an option that there is not, or one that is out of place.
+        PrecastError: its subclasses say which step failed; `target` is then as it was.
+    """
+    options = _options(options, keywords)
+    if options.also:
+        return export_with_others(model, Path(target), options, on_step, on_plan)
+    several = export_fastest if options.backend == AUTO else export_variant
+    return several(model, Path(target), options, on_step, on_plan)
+
+
+def preview(model: str, options: ExportOptions | None = None, **keywords: Any) -> Plan:
+    """What `export` would compile, without reading weights. Raises PrecastError as `export` does."""
+    return plan_variant(model, _options(options, keywords))
+
+
+def _options(options: ExportOptions | None, keywords: dict[str, Any]) -> ExportOptions:
+    if options is None:
+        return ExportOptions.of(keywords)
+    if keywords:
+        raise UsageError(
+            f"export() was given options and {', '.join(f'{name}=' for name in keywords)} beside them; put all into "
+            f"one ExportOptions, or give all by name."
+        )
+    return options

@@ -1,0 +1,96 @@
+"""An artifact that exists already, compared with a checkpoint: `precast validate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from precast.runtime.artifact import Artifact, read_artifact
+from precast.runtime.artifact.integrity import vouch
+from precast.runtime.artifact.locks import Scratch
+from precast.runtime.artifact.schema import Accuracy, Variant
+from precast.runtime.artifact.store import write_atomically
+from precast.runtime.artifact.tasks import get_task, kind_of_roles
+from precast.runtime.errors import AccuracyError, ExportError, UsageError
+from precast.runtime.hosts.select import choose_variant, this_machine
+
+from ..checkpoint.resolve import Checkpoint, resolve
+from ..checkpoint.sentence_transformers import OUTPUT as SENTENCES
+from ..options import ExportOptions
+from . import compare
+from .metrics import Floor
+from .record import describe_loss, record
+from .reference import make_reference
+
+__all__ = ["validate_again"]
+
+
+def validate_again(
+    path: Path,
+    model: str,
+    options: ExportOptions,
+    *,
+    keep: bool,
+    sha256: str | None = None,
+    variant: str | None = None,
+) -> Accuracy:
+    """Compare a variant of an existing artifact, by default the first that runs here, with a checkpoint; with `keep`
+    the verdict goes into its `config.json`.
+
+    Native code runs only with proof, as in `from_pretrained`; `sha256` is one. The variant is held to the floor that it
+    was made with, and a loss that was accepted then is accepted again.
+
+    Raises UsageError for a bound that is not of this variant, AccuracyError where the answers differ, ArtifactError and
+    CheckpointError where either cannot be opened.
+    """
+    artifact = read_artifact(path)
+    checkpoint = resolve(model, options)
+    chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant, root=path)
+    task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in chosen.graphs))
+    words, options = describe_loss(chosen), _as_compiled(options, chosen)
+    if words is not None and options.atol != ExportOptions.atol:
+        raise UsageError(
+            f"--atol {options.atol:g} bounds the difference of a model that computes in float32; the variant "
+            f"{chosen.name} is {words}, and what that costs is measured on answers as a whole. Leave --atol out."
+        )
+    made = {spec.name for graph in chosen.graphs for spec in graph.outputs}
+    checkpoint = replace(checkpoint, embeds_sentences=SENTENCES in made)
+    loaded = checkpoint.load(task, "float32")
+    is_scored = words is not None and task.kind == "decoder"
+    reference = make_reference(loaded, checkpoint, task, chosen.graphs, is_scored=is_scored)
+    del loaded
+    try:
+        accuracy = compare(path, chosen.name, reference, options, words, sha256)
+    except ExportError as error:
+        _check_source(artifact, checkpoint, error)
+        raise
+    if keep:
+        _rewrite(artifact, chosen.name, accuracy)
+    return accuracy
+
+
+def _check_source(artifact: Artifact, checkpoint: Checkpoint, error: ExportError) -> None:
+    """Raise AccuracyError instead of `error` where the checkpoint has other weights than the artifact was made from."""
+    source, found = artifact.contract.source, checkpoint.weights_sha256()
+    if found != source.weights_sha256:
+        raise AccuracyError(
+            f"{artifact.path} does not give the answers of {checkpoint.given}. It was compiled from {source.model} "
+            f"with weights of sha256 {source.weights_sha256[:8]}…, these have {found[:8]}…: is it the right checkpoint?"
+        ) from error
+
+
+def _as_compiled(options: ExportOptions, variant: Variant) -> ExportOptions:
+    """The options, cast as the variant is, with the floor that it was held to and whether its loss was accepted."""
+    told = {name: variant.compiler.options[name] for name in ("auto_cast", "auto_cast_type")
+            if name in variant.compiler.options}  # fmt: skip
+    floor = {name: value for name, value in asdict(Floor.within(variant.accuracy.reason)).items() if value is not None}
+    accepts = variant.accuracy.status == "accepted"
+    return replace(options, dtype=variant.dtype, accept_loss=accepts, **told, **floor)  # type: ignore[arg-type]
+
+
+def _rewrite(artifact: Artifact, variant: str, accuracy: Accuracy) -> None:
+    """Replace config.json in one step, and vouch for the new digest."""
+    with Scratch() as folder:
+        renewed = record(Artifact(folder, artifact.config, artifact.contract), variant, accuracy)
+        write_atomically(artifact.path / "config.json", (folder / "config.json").read_bytes(), 0o644)
+    vouch(renewed.contract.digest)
