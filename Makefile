@@ -39,7 +39,7 @@ test-newest: models
 # Test suites of other projects, with ours in the place of what they test. They are cloned into $(FOREIGN); whoever has
 # them elsewhere names that folder. Some of them only: make foreign SUITES="generation processors".
 foreign: $(BIN)/.dev
-	PYTHONPATH=tests $(BIN)/python -m foreign.run $(FOREIGN) $(SUITES)
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m foreign.run $(FOREIGN) $(SUITES)
 
 # constraints.txt anew: the newest release of everything that the tests need beside the torch that it names already.
 constraints:
@@ -54,7 +54,7 @@ constraints:
 
 # Files that other people write, changed at random, until none is read wrongly: each kind for ten minutes.
 fuzz: $(BIN)/.dev
-	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 check: $(BIN)/.dev
 	$(BIN)/ruff format --check .

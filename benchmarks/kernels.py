@@ -72,7 +72,7 @@ def _random(dtype: torch.dtype) -> Tensor:
 def _product(forms: Forms, x: Tensor, weight: Tensor) -> Tensor:
     if forms.kernels:
         return linear.side_by_side([linear.Layer(x, weight, None)], forms.kernels.rows)[0]
-    return linear.linear(x, weight, None, forms.settle)
+    return linear.linear(x, weight, None, forms.materialize)
 
 
 def _codes_product(sizes: tuple[int, ...], forms: Forms) -> Compute:
@@ -80,7 +80,7 @@ def _codes_product(sizes: tuple[int, ...], forms: Forms) -> Compute:
         weight = linear.Codes(codes, scales, zeros, *sizes)
         if forms.kernels:
             return linear.side_by_side([linear.Layer(x, weight, None)], forms.kernels.rows)[0]
-        return linear.quantized_linear(x, weight, None, forms.settle, forms.product, None, True)
+        return linear.quantized_linear(x, weight, None, forms.materialize, forms.product, None, True)
 
     return compute
 
@@ -104,7 +104,7 @@ def _attention(
     forms: Forms, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, past: Tensor,
     new: Tensor, *scales: Tensor,
 ) -> Tensor:  # fmt: skip
-    step = Step(rows, forms.settle, False, forms.kernels, forms.product)
+    step = Step(rows, forms.materialize, False, forms.kernels, forms.product)
     return cached_attention(
         step, q, k, v, keys, values, past, new, 0.1, "causal", 0, 0.0, None, None, *(scales or (None, None))
     )

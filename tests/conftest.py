@@ -86,7 +86,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-backend\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[precast.backends]\ntoy = toy_backend:ROW\n")
     monkeypatch.syspath_prepend(str(metadata.parent))
-    folders = [str(metadata.parent), str(Path(__file__).parent)]
+    folders = [str(metadata.parent), str(Path(__file__).parent / "helpers")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
 
 

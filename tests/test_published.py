@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-import published
+import published_page
 import pytest
 from corpus import needs_corpus
 from transformers import AutoConfig
 from zoo.published import narrow
 
-TEXT = published.PAGE.read_text("utf-8") if published.PAGE.is_file() else ""
-ROWS = published.kept_rows(TEXT)
+TEXT = published_page.PAGE.read_text("utf-8") if published_page.PAGE.is_file() else ""
+ROWS = published_page.kept_rows(TEXT)
 
-on_the_page = pytest.mark.skipif(not TEXT, reason="python tests/published.py makes docs/published.md")
+on_the_page = pytest.mark.skipif(not TEXT, reason="python tools/published_page.py makes docs/published.md")
 
 
 def test_the_page_keeps_the_rows_of_what_is_not_tried_again():
     rows = [
-        {"checkpoint": "a", "type": "bert", "task": "fill-mask", "verdict": published.SAME, "why": ""},
-        {"checkpoint": "b", "type": "–", "task": "", "verdict": published.REFUSED, "why": "x / y, `z`; and why"},
+        {"checkpoint": "a", "type": "bert", "task": "fill-mask", "verdict": published_page.SAME, "why": ""},
+        {"checkpoint": "b", "type": "–", "task": "", "verdict": published_page.REFUSED, "why": "x / y, `z`; and why"},
     ]
-    text = published.page(rows)
-    assert list(published.kept_rows(text).values()) == rows
+    text = published_page.page(rows)
+    assert list(published_page.kept_rows(text).values()) == rows
     assert "Of the 1 whose type and task [SUPPORT.md](SUPPORT.md) lists, 1 are the same (100.0%)." in text
 
 
 @on_the_page
 def test_the_page_is_what_its_program_writes_of_its_rows():
-    assert published.page(ROWS.values()) == TEXT
+    assert published_page.page(ROWS.values()) == TEXT
 
 
 @on_the_page
 def test_every_row_that_is_not_the_same_says_why():
-    assert all(row["why"] for row in ROWS.values() if row["verdict"] != published.SAME)
+    assert all(row["why"] for row in ROWS.values() if row["verdict"] != published_page.SAME)
 
 
 @on_the_page
 def test_as_much_is_the_same_as_was_promised():
-    listed = [row for row in ROWS.values() if published.is_listed(row)]
-    assert sum(row["verdict"] == published.SAME for row in listed) >= 0.95 * len(listed) > 100
-    assert not [row["checkpoint"] for row in ROWS.values() if row["verdict"] == published.FAILS]
+    listed = [row for row in ROWS.values() if published_page.is_listed(row)]
+    assert sum(row["verdict"] == published_page.SAME for row in listed) >= 0.95 * len(listed) > 100
+    assert not [row["checkpoint"] for row in ROWS.values() if row["verdict"] == published_page.FAILS]
 
 
 @on_the_page
 @needs_corpus
 def test_no_folder_leaves_the_count():
-    assert sorted(ROWS) == published.names()
+    assert sorted(ROWS) == published_page.names()
 
 
 def test_a_narrow_configuration_keeps_what_is_neither_width_nor_depth():

@@ -7,7 +7,7 @@ from collections import Counter
 from importlib.metadata import version
 
 import pytest
-import support
+import support_table
 from corpus import needs_corpus
 from test_pins import PINS
 from zoo.configurations import published_for
@@ -15,13 +15,13 @@ from zoo.configurations import published_for
 from precast.exporter.support import table
 from precast.runtime.artifact.tasks import TASKS, get_task
 
-RAW = json.loads(support.TABLE.read_text("utf-8"))
-PAIRS = [pair for zoo in support.ZOOS for pair in support.pairs(zoo)]
+RAW = json.loads(support_table.TABLE.read_text("utf-8"))
+PAIRS = [pair for zoo in support_table.ZOOS for pair in support_table.pairs(zoo)]
 FAMILIES = {"t5", "bart", "marian", "pegasus", "whisper"}
 
 
 def test_the_table_is_of_the_pinned_transformers():
-    """If not: python tests/support.py."""
+    """If not: python tools/support_table.py."""
     assert RAW["transformers"] == PINS["transformers"]
 
 
@@ -32,12 +32,12 @@ def test_the_table_has_every_pair():
 
 
 def test_the_page_is_the_table():
-    assert support.PAGE.read_text("utf-8") == support.page(RAW)
+    assert support_table.PAGE.read_text("utf-8") == support_table.page(RAW)
 
 
 def test_the_page_names_the_configuration_of_every_line():
     lines = [line for line in RAW["lines"] if "configuration" in line]
-    page = support.PAGE.read_text("utf-8")
+    page = support_table.PAGE.read_text("utf-8")
     passed = sum(line.passes for line in table())
     assert f"Of the {passed} lines that pass, {len(lines)} are measured on a published configuration" in page
     for line in lines:
@@ -48,7 +48,7 @@ def test_the_page_names_the_configuration_of_every_line():
 def test_a_line_is_measured_on_what_is_published_of_its_type():
     by_pair = {pair[1:]: pair for pair in PAIRS}
     for line in table():
-        folder = support.configuration(by_pair[line.model_type, line.task]) if line.passes else None
+        folder = support_table.configuration(by_pair[line.model_type, line.task]) if line.passes else None
         assert line.configuration == (folder.name if folder else ""), (line.model_type, line.task)
         if folder:
             assert json.loads((folder / "config.json").read_bytes())["model_type"] == line.model_type
@@ -85,18 +85,18 @@ def test_a_line_is_not_made_of_defaults_where_it_was_of_a_published_configuratio
     pair = ("decoders", "llama", "text-generation")
     found = {"way": "operator", "difference": 1e-6, "kl_int8": None}
     kept = {"model_type": "llama", "task": "text-generation", "configuration": "a-llama", "way": "operator"}
-    monkeypatch.setattr(support, "PUBLISHED", tmp_path / "nowhere")
-    assert support.made_of(pair, found, kept) == kept
-    assert "configuration" not in support.made_of(pair, found, {})
-    monkeypatch.setattr(support, "PUBLISHED", tmp_path)
-    assert "configuration" not in support.made_of(pair, found, kept)
-    assert support.made_of(pair, {"configuration": "b-llama", **found}, kept)["configuration"] == "b-llama"
+    monkeypatch.setattr(support_table, "PUBLISHED", tmp_path / "nowhere")
+    assert support_table.made_of(pair, found, kept) == kept
+    assert "configuration" not in support_table.made_of(pair, found, {})
+    monkeypatch.setattr(support_table, "PUBLISHED", tmp_path)
+    assert "configuration" not in support_table.made_of(pair, found, kept)
+    assert support_table.made_of(pair, {"configuration": "b-llama", **found}, kept)["configuration"] == "b-llama"
 
 
 def test_refusals_are_those_of_the_zoo():
     by_pair = {pair[1:]: pair for pair in PAIRS}
     for line in table():
-        assert line.reason == (support.expected_reason(by_pair[line.model_type, line.task]) or "")
+        assert line.reason == (support_table.expected_reason(by_pair[line.model_type, line.task]) or "")
 
 
 def test_what_passes_is_within_the_bound():
@@ -116,4 +116,4 @@ def test_as_much_passes_as_was_promised():
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(pair[1:]))
 def test_every_line_of_the_table_is_so(pair):
     """Made anew, each pair passes or is refused as the zoo says."""
-    assert support.surprise(pair, support.attempt(pair)) is None
+    assert support_table.surprise(pair, support_table.attempt(pair)) is None

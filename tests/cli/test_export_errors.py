@@ -440,12 +440,12 @@ def test_a_step_says_how_far_it_is_and_how_long_it_will_take():
 
 
 def test_the_reference_says_at_which_question_it_is(monkeypatch):
-    from precast.exporter.kinds.samples import Question
+    from precast.exporter.kinds.samples import ValidationSample
     from precast.exporter.progress import progress_to
     from precast.exporter.validation import reference
 
-    questions = [Question("short", "logits"), Question("long", "logits")]
-    monkeypatch.setattr(reference, "make_questions", lambda *_: questions)
+    samples = [ValidationSample("short", "logits"), ValidationSample("long", "logits")]
+    monkeypatch.setattr(reference, "make_samples", lambda *_: samples)
     monkeypatch.setattr(reference, "answer", lambda *_: [])
     told, anyone = [], SimpleNamespace(tokenizer=None, vocabulary=9)
     with progress_to(lambda *said: told.append(said)):

@@ -127,12 +127,12 @@ def test_if_one_fails_nothing_is_written(checkpoint, tmp_path, toy, monkeypatch)
     assert list((tmp_path / "sub").iterdir()) == []
 
 
-def _asked_here(path, variant, questions, sha256):
+def _asked_here(path, variant, samples, sha256):
     """What the probe does, in this process, where the backend is patched."""
     from precast.runtime import validation_worker
 
     model = CompiledModel.from_pretrained(path, variant=variant, sha256=sha256)
-    return [list(validation_worker._ask(model, vars(question))) for question in questions]
+    return [list(validation_worker._ask(model, vars(sample))) for sample in samples]
 
 
 def test_without_its_device_validation_is_skipped_and_said(checkpoint, tmp_path, toy, monkeypatch):

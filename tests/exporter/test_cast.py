@@ -15,7 +15,7 @@ from zoo import seq2seq as zoo
 from precast.exporter import ExportOptions, export
 from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.kinds.plan import make_plan
-from precast.exporter.kinds.samples import Answer, Question
+from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.kinds.trace import Program, trace
 from precast.exporter.precision import Cast, cast, cast_of
 from precast.exporter.validation.metrics import Floor, floor_for
@@ -226,8 +226,8 @@ def verdict(change: Any, **options: Any) -> Any:
     """Four random rows, and the answers that `change` makes of them."""
     random = np.random.default_rng(0)
     rows = [random.normal(size=(9, 16)).astype(np.float32) for _ in range(4)]
-    question = Question("rows", "outputs", tensors=[{} for _ in rows])
-    reference = Reference([question], [[Answer({"states": row}) for row in rows]])
+    sample = ValidationSample("rows", "outputs", tensors=[{} for _ in rows])
+    reference = Reference([sample], [[Answer({"states": row}) for row in rows]])
     asked = ExportOptions(**{"auto_cast": "matmul", **options})
     return judge_cast(reference, [[{"states": change(row, random)} for row in rows]], asked, "with casts to bf16")
 
@@ -278,8 +278,8 @@ def test_a_short_row_is_measured_by_the_others():
     """A score near zero has no direction that could be kept."""
     random = np.random.default_rng(0)
     rows = [np.array([3.0, -2.0]), np.array([0.01, 0.01]), np.array([-4.0, 1.0])]
-    question = Question("rows", "outputs", tensors=[{} for _ in rows])
-    reference = Reference([question], [[Answer({"logits": row}) for row in rows]])
+    sample = ValidationSample("rows", "outputs", tensors=[{} for _ in rows])
+    reference = Reference([sample], [[Answer({"logits": row}) for row in rows]])
     found = [[{"logits": row + 0.02 * random.normal(size=2)} for row in rows]]
     assert judge_cast(reference, found, ExportOptions(dtype="bfloat16"), "in bf16").status == "passed"
 
@@ -301,7 +301,7 @@ def test_a_lost_mask_is_seen(checkpoint, programs):
         ids[index, : row.shape[1]], mask[index, : row.shape[1]] = row[0], 1
     with torch.no_grad():
         expected = [Answer({"states": model(row).last_hidden_state[0].numpy()}) for row in rows]
-    reference = Reference([Question("rows", "outputs", tensors=[{}, {}])], [expected])
+    reference = Reference([ValidationSample("rows", "outputs", tensors=[{}, {}])], [expected])
     for given, is_right in ((mask, True), (torch.ones_like(mask), False)):
         states = run(less, [ids, given, torch.zeros_like(ids)])[0]
         found = [[{"states": states[index, : row.shape[1]].numpy()} for index, row in enumerate(rows)]]

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from precast.exporter import ExportOptions, export, preview, validate_again
-from precast.exporter.kinds.samples import Answer, Question
+from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.validation.reference import Reference
 from precast.exporter.validation.rules import judge
 from precast.runtime import CompiledModel
@@ -103,14 +103,14 @@ def test_validate_again_finds_another_checkpoint_out(checkpoint, artifact, tmp_p
 def _judged(expected, found, *, margins=None, atol=1e-4):
     kind = "logits" if margins is None else "greedy"
     name = "logits" if margins is None else "tokens"
-    question = Question("q", kind, [[1]])
+    sample = ValidationSample("q", kind, [[1]])
     answers = Answer({name: np.asarray(expected)}, None if margins is None else np.asarray(margins))
     steady = (
-        Question("l", "logits", [[1]]),
+        ValidationSample("l", "logits", [[1]]),
         [Answer({"logits": np.array([[1.0, 0.0]])})],
         [{"logits": np.array([[1.0, 5e-5]])}],
     )
-    reference = Reference([steady[0], question], [steady[1], [answers]])
+    reference = Reference([steady[0], sample], [steady[1], [answers]])
     return judge(reference, [steady[2], [{name: np.asarray(found)}]], atol)
 
 
@@ -124,12 +124,12 @@ def test_the_rule_is_relative_to_the_largest_value():
 
 def test_nan_fails_wherever_it_stands():
     """A comparison with NaN is always false, so a careless maximum forgets it."""
-    questions = [Question(name, "logits", [[1]]) for name in "abc"]
-    answers = [[Answer({"logits": np.array([[1.0, 0.0]])})] for _ in questions]
+    samples = [ValidationSample(name, "logits", [[1]]) for name in "abc"]
+    answers = [[Answer({"logits": np.array([[1.0, 0.0]])})] for _ in samples]
     for place in range(3):
         found = [[{"logits": np.array([[1.0, np.nan if index == place else 0.0]])}] for index in range(3)]
         with pytest.raises(AccuracyError, match=f"'{'abc'[place]}, logits' holds NaN"):
-            judge(Reference(questions, answers), found, 1e-4)
+            judge(Reference(samples, answers), found, 1e-4)
 
 
 def test_a_token_may_differ_only_where_the_reference_was_in_two_minds():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.exporter import ExportOptions
-from precast.exporter.kinds.samples import Answer, Question
+from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.validation.metrics import Floor, Scores, check, floor_for, log_softmax, score
 from precast.exporter.validation.reference import Reference
 from precast.exporter.validation.rules import judge_loss
@@ -130,13 +130,13 @@ def test_two_numbers_that_differ_look_different(kl, agreement, words):
 
 def reference(noise: float, at_edges: float):
     """A held-out text and one at the edge of shapes, with answers that are off by so much."""
-    questions, mine, theirs = [], [], []
+    samples, mine, theirs = [], [], []
     for kind, amount, seed in (("score", noise, 1), ("logits", at_edges, 2)):
         ids, logits, other = next(made(seed, [60], amount))
-        questions.append(Question(kind, kind, [ids], positions=[list(range(60))]))
+        samples.append(ValidationSample(kind, kind, [ids], positions=[list(range(60))]))
         mine.append([Answer({"logits": logits})])
         theirs.append([{"logits": other}])
-    return Reference(questions, mine), theirs
+    return Reference(samples, mine), theirs
 
 
 def test_what_is_within_the_floors_passes():

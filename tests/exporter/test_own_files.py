@@ -15,10 +15,11 @@ import tiny
 import transformers
 from PIL import Image
 
-from precast.exporter import ExportOptions, pipeline
+from precast.exporter import ExportOptions
 from precast.exporter.checkpoint import files
 from precast.exporter.checkpoint.early import read_config
 from precast.exporter.checkpoint.resolve import resolve
+from precast.exporter.companions.files import _without_paths, config_of, write_companions
 from precast.exporter.kinds.encoder import inputs
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.tasks import get_task
@@ -269,8 +270,8 @@ def test_no_file_of_an_artifact_tells_where_anything_lay(copy, tmp_path):
     checkpoint, stage = resolve(str(copy), ExportOptions()), tmp_path / "stage"
     stage.mkdir()
     model = checkpoint.load(GENERATION, "float32")
-    pipeline._write_companions(stage, checkpoint.tokenizer, model, checkpoint.processor_files)
-    (stage / "config.json").write_text(json.dumps(pipeline._config(checkpoint, model)))
+    write_companions(stage, checkpoint.tokenizer, checkpoint, model)
+    (stage / "config.json").write_text(json.dumps(config_of(checkpoint, model)))
     for path in stage.iterdir():
         assert "alice" not in path.read_text(), path.name
         assert str(tmp_path) not in path.read_text(), path.name
@@ -285,7 +286,7 @@ def test_what_is_said_of_images_goes_with_the_artifact_in_the_file_that_says_it(
     (path / "processor_config.json").write_text(f'{{"processor_class": "AProcessor", "image_processor": {rules}}}')
     checkpoint, stage = resolve(str(path), ExportOptions()), tmp_path / "stage"
     stage.mkdir()
-    pipeline._write_rules(stage, checkpoint.processor_files)
+    write_companions(stage, None, checkpoint, None)
     assert [each.name for each in stage.iterdir()] == ["processor_config.json"]
     assert ImageProcessor(stage)([Image.new("RGB", (9, 9))])["pixel_values"].shape == (1, 3, 40, 48)
     assert inputs._size(checkpoint) == (40, 48)
@@ -300,7 +301,7 @@ def test_what_is_said_of_images_goes_with_the_artifact_in_the_file_that_says_it(
 
 def test_a_label_is_no_place():
     labels = {"label2id": {"name_or_path": 3}}
-    assert pipeline._without_places(labels) == labels
+    assert _without_paths(labels) == labels
 
 
 # ---------------------------------------------------------------- code

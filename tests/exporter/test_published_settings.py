@@ -13,14 +13,15 @@ from corpus import PUBLISHED, needs_corpus
 
 from precast.exporter import ExportOptions
 from precast.exporter.checkpoint.resolve import Checkpoint, resolve
-from precast.exporter.pipeline import _write_companions
+from precast.exporter.companions.files import write_companions
 from precast.runtime import GenerationConfig
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError, InputError
 
 
 def written(generation, path):
-    _write_companions(path, None, types.SimpleNamespace(generation_config=generation), {})
+    plain = types.SimpleNamespace(processor_files={})
+    write_companions(path, None, plain, types.SimpleNamespace(generation_config=generation))
     return json.loads((path / "generation_config.json").read_text())
 
 

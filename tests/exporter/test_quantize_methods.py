@@ -188,8 +188,8 @@ def test_a_stretched_layer_and_the_table_it_shares():
     """What is rounded stretched is multiplied and looked up as if it had never been."""
     weight, x = random_weight(7), inputs(8)
     grid = awq(weight, Scheme(8, 80, "whole"), hessian(x * torch.logspace(-2, 1, 80)))
-    assert grid.stretch is not None
-    assert grid.stretch.std() > 0.1
+    assert grid.channel_scales is not None
+    assert grid.channel_scales.std() > 0.1
     packed, ids = Packed(grid), torch.tensor([[4, 0], [2, 2]])
     torch.testing.assert_close(QuantizedLinear(packed, None)(x), x @ grid.dequantize().T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(QuantizedEmbedding(packed)(ids), grid.dequantize()[ids])

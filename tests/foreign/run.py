@@ -1,6 +1,6 @@
 """Runs test suites of other projects against precast, and prints how many of their tests hold.
 
-    PYTHONPATH=tests python -m foreign.run FOLDER [SUITE ...]
+    PYTHONPATH=tests:tests/helpers python -m foreign.run FOLDER [SUITE ...]
 
 FOLDER is where the suites are, or are to be: what is missing is fetched from its public repository, at a revision that
 is named here; transformers' is the tag of the installed release. What they import and we do not is installed into
@@ -112,7 +112,7 @@ def run(name: str, folder: Path) -> list[dict[str, Any]]:
     command += ["--tb=short", "--show-capture=no"]
     command += ["-p", "no:cacheprovider", "-p", "foreign.tally", "-p", f"foreign.{suite.adapter}", "-W", "ignore"]
     command += ["--tally", str(target), *suite.files]
-    path = os.pathsep.join(map(str, (TESTS, root, folder / "packages")))
+    path = os.pathsep.join(map(str, (TESTS, TESTS / "helpers", root, folder / "packages")))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     with (folder / f"{name}.log").open("w") as log, suppress(subprocess.TimeoutExpired):
         subprocess.run(

@@ -84,7 +84,9 @@ def _with_a_fence() -> None:
         return
     library = Path(tempfile.mkdtemp(prefix="precast-fence-")) / "fence.so"
     subprocess.run([compiler, "-O2", "-fPIC", "-shared", "-o", library, HERE / "fence.c"], check=True)
-    paths = os.pathsep.join([os.fspath(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [os.fspath(HERE.parent), os.fspath(HERE.parent / "helpers"), os.environ.get("PYTHONPATH", "")]
+    )
     own = {"PRECAST_FENCE": "1", "LD_PRELOAD": os.fspath(library), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1",
            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
            "PRECAST_HOME": os.fspath(library.parent / "home")}  # fmt: skip

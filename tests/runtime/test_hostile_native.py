@@ -31,6 +31,7 @@ from precast.runtime.errors import ArtifactError, FormatError, HostError
 from precast.runtime.hosts.select import Machine, choose_variant
 
 WEIGHTS = native_programs.WEIGHTS
+_HELPERS = (Path(__file__).parents[1], Path(native_programs.__file__).parent)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,7 @@ GRAPHS = {
             "torch.ops.aten.rand.default", "torch.ops.aten.data_ptr.default", "torch.ops.aten.to_sparse.default",
             "torch.ops.aten._embedding_bag.default", "torch.ops.aten._sparse_csr_tensor_unsafe.default",
             "torch.ops.prims.device_put.default", "torch.ops.load_library", "torch.ops.higher_order.cond",
-            "torch.ops.higher_order.triton_kernel_wrapper_functional", "torch.ops.precast.settled.default",
+            "torch.ops.higher_order.triton_kernel_wrapper_functional", "torch.ops.precast.materialized.default",
             "torch.load", "torch.hub.load", "torch._C._pickle_load_obj", "torch.classes.load_library", "os.system",
             "builtins.eval", "_operator.attrgetter", "_operator.methodcaller", "_operator.setitem", "_operator.call",
             "math.__loader__", "math.factorial", "#evil:op", "", "torch.ops.aten.add.Tensor\n",
@@ -586,7 +587,7 @@ print(found)
 
 
 def test_no_load_starts_connects_unpickles_or_compiles_anything(tmp_path):
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([*map(str, _HELPERS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", AUDIT, str(tmp_path / "made")],
         check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
@@ -613,7 +614,7 @@ except ArtifactError as error:
 
 def opened(folder):
     """What opening its library says, from a process that it may take down."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([*map(str, _HELPERS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LIBRARY, str(folder)],
         check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},

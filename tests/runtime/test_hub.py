@@ -1,6 +1,6 @@
 """Artifacts on the Hub: what is pushed comes back to the byte and gives the same answers; what goes wrong says so.
 
-The Hub is tests/fakehub.py. Users are child processes with caches of their own, since huggingface_hub reads its
+The Hub is tests/helpers/fakehub.py. Users are child processes with caches of their own, since huggingface_hub reads its
 environment when it is imported.
 """
 

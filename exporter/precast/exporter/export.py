@@ -9,8 +9,8 @@ from typing import Any
 from precast.runtime.artifact import Artifact
 from precast.runtime.errors import UsageError
 
-from .options import AUTO, ExportOptions
 from .kinds.plan import Plan
+from .options import AUTO, ExportOptions
 from .pipeline import OnPlan, export_variant, plan_variant
 from .progress import OnStep
 from .several.fallback import export_with_others

@@ -24,64 +24,64 @@ from .models.seq2seq import EncoderDecoder
 __all__ = ["main"]
 
 
-def main(artifact: str, questions: str, answers: str, variant: str, sha256: str | None = None) -> None:
-    """Read questions (JSON, and tensors beside it), write answers (npz). Arrays are named `<question>/<row>/<name>`.
+def main(artifact: str, samples: str, answers: str, variant: str, sha256: str | None = None) -> None:
+    """Read samples (JSON, and tensors beside it), write answers (npz). Arrays are named `<sample>/<row>/<name>`.
 
     `variant` is the compiled form that answers. `sha256` pins the artifact's digest: whoever just built it can vouch
     for its native code that way.
     """
     model = CompiledModel.from_pretrained(artifact, variant=variant, sha256=sha256)
     found: dict[str, Any] = {}
-    for index, question in enumerate(_read(Path(questions))):
-        for row, outputs in enumerate(_ask(model, question)):
+    for index, sample in enumerate(_read(Path(samples))):
+        for row, outputs in enumerate(_ask(model, sample)):
             found.update({f"{index}/{row}/{name}": array for name, array in outputs.items()})
     np.savez(answers, **found)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The questions, each with its rows of `tensors` by name."""
-    questions: list[dict[str, Any]] = json.loads(path.read_text())
-    for question in questions:
-        question["tensors"] = []
+    """The samples, each with its rows of `tensors` by name."""
+    samples: list[dict[str, Any]] = json.loads(path.read_text())
+    for sample in samples:
+        sample["tensors"] = []
     with np.load(path.with_suffix(".npz")) as archive:
         for key in archive.files:
             index, row, name = key.split("/")
-            rows = questions[int(index)]["tensors"]
+            rows = samples[int(index)]["tensors"]
             if int(row) == len(rows):
                 rows.append({})
             rows[int(row)][name] = archive[key]
-    return questions
+    return samples
 
 
-def _ask(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
+def _ask(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(model, CompiledModelForCausalLM):
-        return _ask_decoder(model, question)
-    return _ask_seq2seq(model, question) if isinstance(model, EncoderDecoder) else _ask_encoder(model, question)
+        return _ask_decoder(model, sample)
+    return _ask_seq2seq(model, sample) if isinstance(model, EncoderDecoder) else _ask_encoder(model, sample)
 
 
-def _ask_decoder(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = [np.array(row, np.int64) for row in question["rows"]]
-    if question["kind"] in ("logits", "score"):
-        return [{"logits": each} for each in model.logits_at(rows, question["positions"])]
-    ids, mask = _padded(rows, question["side"])
+def _ask_decoder(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [np.array(row, np.int64) for row in sample["rows"]]
+    if sample["kind"] in ("logits", "score"):
+        return [{"logits": each} for each in model.logits_at(rows, sample["positions"])]
+    ids, mask = _padded(rows, sample["side"])
     # The checkpoint's own generation settings play no part.
     model.generation_config = GenerationConfig(eos_token_id=[])
-    whole = model.generate(ids, mask, max_new_tokens=question["count"])
+    whole = model.generate(ids, mask, max_new_tokens=sample["count"])
     model.generation_config = None
     return [{"tokens": row[ids.shape[1] :]} for row in whole]
 
 
-def _ask_seq2seq(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
-    given, count = _sources(question), question["count"]
-    if question["kind"] == "logits":
-        rows = [np.array(row, np.int64) for row in question["rows"]]
+def _ask_seq2seq(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
+    given, count = _sources(sample), sample["count"]
+    if sample["kind"] == "logits":
+        rows = [np.array(row, np.int64) for row in sample["rows"]]
         logits = model(**given, decoder_input_ids=_padded(rows, "right")[0]).logits
         return [{"logits": each[: len(row)]} for each, row in zip(logits, rows, strict=True)]
     start = model.start_token(model.generation_config)
     # The checkpoint's own generation settings play no part.
     model.generation_config = GenerationConfig(eos_token_id=[])
-    asked = {"decoder_input_ids": np.full((len(question["tensors"]), 1), start), "max_new_tokens": count}
-    if question["kind"] == "greedy":
+    asked = {"decoder_input_ids": np.full((len(sample["tensors"]), 1), start), "max_new_tokens": count}
+    if sample["kind"] == "greedy":
         found = [{"tokens": row[-count:]} for row in model.generate(**given, **asked)]
     else:
         search = model.generate(**given, **asked, num_beams=3, output_scores=True, return_dict_in_generate=True)
@@ -90,22 +90,22 @@ def _ask_seq2seq(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _sources(question: dict[str, Any]) -> dict[str, Any]:
-    rows = question["tensors"]
+def _sources(sample: dict[str, Any]) -> dict[str, Any]:
+    rows = sample["tensors"]
     if "input_ids" not in rows[0]:
         return {"input_features": np.stack([row["input_features"] for row in rows])}
-    ids, mask = _padded([row["input_ids"] for row in rows], question["side"])
+    ids, mask = _padded([row["input_ids"] for row in rows], sample["side"])
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _ask_encoder(model: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
+def _ask_encoder(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
     """All rows in one call, padded on one side; each gets its own part of the outputs back."""
-    rows = question["tensors"]
+    rows = sample["tensors"]
     specs = [spec for spec in model.variant.graphs[0].inputs if spec.name in rows[0]]
     inputs: dict[str, Any] = {}
     for spec in specs:
         running = next((index - 1 for index, axis in enumerate(axes_of(spec)) if axis in RUNNING), None)
-        inputs[spec.name], mask = _stacked([row[spec.name] for row in rows], running, question["side"])
+        inputs[spec.name], mask = _stacked([row[spec.name] for row in rows], running, sample["side"])
         if spec is specs[0] and mask is not None:
             inputs["attention_mask"] = mask.astype(np.int64)
     outputs = model(**inputs)

@@ -2,7 +2,7 @@
 tokenizer.json.
 
 Such a tokenizer takes the pieces from sentencepiece and their ids from a vocabulary of its own. transformers builds a
-tokenizer of the model's file; here its pieces get the ids of that vocabulary. Whatever that does not settle is asked of
+tokenizer of the model's file; here its pieces get the ids of that vocabulary. Whatever that does not decide is asked of
 the Python tokenizer itself, and the result is used only if it gives that tokenizer's own answers on many texts.
 """
 

@@ -1,6 +1,6 @@
 """What a compiled model is asked before it is published: real inputs, and the edges of its shapes.
 
-Questions are plain data. The reference answers them one row at a time without any padding; the artifact must give the
+Samples are plain data. The reference answers them one row at a time without any padding; the artifact must give the
 same answers in batches, padded on either side.
 """
 
@@ -24,13 +24,21 @@ from precast.runtime.errors import CheckpointError
 from ..checkpoint.resolve import first_line
 from . import kind_of
 
-__all__ = ["Answer", "Question", "make_questions", "make_scored", "repeat", "token_ids", "write_questions"]
+__all__ = [
+    "Answer",
+    "ValidationSample",
+    "make_samples",
+    "make_held_out_samples",
+    "repeat",
+    "token_ids",
+    "write_samples",
+]
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Question:
+class ValidationSample:
     """`kind`: "outputs" of an encoder, "logits" at `positions` of a decoder, `count` "greedy" tokens of one, or
     "score": logits after every token of a held-out text.
 
@@ -49,8 +57,8 @@ class Question:
         """How many rows it has."""
         return len(self.rows or self.tensors)
 
-    def ending_in(self, token: int) -> Question:
-        """An encoder's question whose rows of tokens all end in this one."""
+    def ending_in(self, token: int) -> ValidationSample:
+        """An encoder's sample whose rows of tokens all end in this one."""
         ended = [{**row, "input_ids": np.append(row["input_ids"][:-1], token)} for row in self.tensors]
         return replace(self, tensors=ended)
 
@@ -63,30 +71,32 @@ class Answer:
     margins: Array | None = None
 
 
-def write_questions(questions: Sequence[Question], path: Path) -> None:
-    """Write questions for the probe: `path` as JSON, and beside it, ending in .npz, their tensors, each named
-    `<question>/<row>/<input>`."""
-    plain = [{name: value for name, value in asdict(each).items() if name != "tensors"} for each in questions]
+def write_samples(samples: Sequence[ValidationSample], path: Path) -> None:
+    """Write samples for the probe: `path` as JSON, and beside it, ending in .npz, their tensors, each named
+    `<sample>/<row>/<input>`."""
+    plain = [{name: value for name, value in asdict(each).items() if name != "tensors"} for each in samples]
     path.write_text(json.dumps(plain))
     tensors: dict[str, Any] = {
         f"{index}/{row}/{name}": tensor
-        for index, question in enumerate(questions)
-        for row, named in enumerate(question.tensors)
+        for index, sample in enumerate(samples)
+        for row, named in enumerate(sample.tensors)
         for name, tensor in named.items()
     }
     np.savez(path.with_suffix(".npz"), **tensors)
 
 
-def make_questions(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:
-    """The questions for an artifact with these graphs; without a `tokenizer`, or with one that cannot read plain text,
+def make_samples(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[ValidationSample]:
+    """The samples for an artifact with these graphs; without a `tokenizer`, or with one that cannot read plain text,
     they are random ids (always the same)."""
-    found: list[Question] = kind_of(task).questions(graphs, _texts("texts.txt", tokenizer, vocabulary))
+    found: list[ValidationSample] = kind_of(task).validation_samples(graphs, _texts("texts.txt", tokenizer, vocabulary))
     return found
 
 
-def make_scored(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[Question]:
+def make_held_out_samples(
+    task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int
+) -> list[ValidationSample]:
     """Text that no calibration has seen, in rows that fit the graphs, to be scored token by token."""
-    found: list[Question] = kind_of(task).scored(graphs, _texts("heldout.txt", tokenizer, vocabulary))
+    found: list[ValidationSample] = kind_of(task).held_out_samples(graphs, _texts("heldout.txt", tokenizer, vocabulary))
     return found
 
 

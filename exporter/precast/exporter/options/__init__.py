@@ -14,8 +14,8 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
 from precast.runtime.terminal import quoted
 
-from .layout import LAYOUTS, layout_holes
-from .neuron import NEURON_FLAGS, neuron_holes
+from .layout import LAYOUTS, layout_problems
+from .neuron import NEURON_FLAGS, neuron_problems
 
 __all__ = [
     "AUTO", "AUTO_CAST", "AUTO_CAST_TYPES", "DEVICES", "DTYPES", "GROUP_SIZES", "ISAS", "KV_CACHES", "QUANTIZE",
@@ -222,9 +222,9 @@ class ExportOptions:
         """Raise one UsageError that lists everything wrong with these options; with the backend "auto" what is wrong
         with the first that it stands for, where none takes them."""
         backends = list(BACKENDS) if self.backend == AUTO and not self.also else [self.backend]
-        holes = [list(replace(self, backend=name)._holes()) for name in backends]
-        if all(holes):
-            raise UsageError(" ".join(holes[0]))
+        problems = [list(replace(self, backend=name)._problems()) for name in backends]
+        if all(problems):
+            raise UsageError(" ".join(problems[0]))
 
     def check_task(self, task: Task) -> None:
         """Raise UsageError for what these options ask of a task that has no place for it."""
@@ -267,7 +267,7 @@ class ExportOptions:
             f"precast export {quoted(model)}{given} {example} -o OUT"
         )
 
-    def _holes(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         for flag, values in self._sizes().items():
             for value in values:
                 if value < 1:
@@ -277,15 +277,15 @@ class ExportOptions:
                 yield f"--{flag} names a {what} twice: {','.join(map(str, values))}."
         if len(self.image_size) > 2:
             yield f"--image-size is HEIGHT,WIDTH or one number for both, not {','.join(map(str, self.image_size))}."
-        yield from self._choice_holes()
-        yield from self._cast_holes()
+        yield from self._choice_problems()
+        yield from self._cast_problems()
         if AUTO in (self.backend, *self.also):
             yield f"--backend {AUTO} keeps one backend's files, and --also adds another's: name both of them."
             return
-        yield from self._backend_holes()
-        yield from self._also_holes()
-        yield from layout_holes(self)
-        yield from self._quantization_holes()
+        yield from self._backend_problems()
+        yield from self._also_problems()
+        yield from layout_problems(self)
+        yield from self._quantization_problems()
         if not self.atol > 0:
             yield f"--atol must be above 0, not {self.atol}."
 
@@ -302,13 +302,13 @@ class ExportOptions:
             "image-size": self.image_size,
         }
 
-    def _choice_holes(self) -> Iterator[str]:
+    def _choice_problems(self) -> Iterator[str]:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed and value is not None:
                 known = ", ".join(map(str, allowed))
                 yield f"--{name.replace('_', '-')} {value!r} is not supported; the choices are: {known}."
 
-    def _cast_holes(self) -> Iterator[str]:
+    def _cast_problems(self) -> Iterator[str]:
         if self.auto_cast_type is not None and self.auto_cast == "none":
             yield f"--auto-cast-type {self.auto_cast_type} says what --auto-cast casts to; give it matmul or all, too."
         if self.dtype != "float32" and self.auto_cast != "none":
@@ -321,7 +321,7 @@ class ExportOptions:
             rounded = f"--quantize {self.quantize}" if self.quantize != "none" else f"--kv-cache {self.kv_cache}"
             yield f"{given} cannot be combined with {rounded}, whose operators compute in float32; give one of them."
 
-    def _backend_holes(self) -> Iterator[str]:
+    def _backend_problems(self) -> Iterator[str]:
         row = self._backend_row()
         taken = row.takes.union(*(get_backend(name).takes for name in self.also))
         for name in ("dtype", "auto_cast", "isa", "device", *NEURON_FLAGS):
@@ -337,7 +337,7 @@ class ExportOptions:
                 f"hold. Backends that take it: {others}; int8 is for all."
             )
         if row.name == "neuron":
-            yield from neuron_holes(self)
+            yield from neuron_problems(self)
         elif self.auto_cast_type == "tf32":
             yield f"--auto-cast-type tf32 is for --backend neuron; with --backend {row.name} it is bf16 or fp16."
 
@@ -347,15 +347,15 @@ class ExportOptions:
         except UsageError as error:
             raise UsageError(f"{str(error).removesuffix('.')}, or {AUTO}, which keeps the fastest here.") from None
 
-    def _also_holes(self) -> Iterator[str]:
+    def _also_problems(self) -> Iterator[str]:
         names = [self.backend, *self.also]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
             yield f"--also {name} would compile for {name} a second time: give each backend once."
         for name in dict.fromkeys(self.also):
             if get_backend(name).name != self.backend:
-                yield from self.for_backend(name)._backend_holes()
+                yield from self.for_backend(name)._backend_problems()
 
-    def _quantization_holes(self) -> Iterator[str]:
+    def _quantization_problems(self) -> Iterator[str]:
         if self.quantize_method not in (None, *QUANTIZE_METHODS):
             known = ", ".join(QUANTIZE_METHODS)
             yield f"--method {self.quantize_method!r} is not supported; the choices are: {known}."

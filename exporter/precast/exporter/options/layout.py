@@ -10,12 +10,12 @@ from precast.runtime.artifact.optimum_neuron import LAYOUT as OPTIMUM_NEURON
 if TYPE_CHECKING:
     from . import ExportOptions
 
-__all__ = ["LAYOUTS", "OPTIMUM_NEURON", "layout_holes"]
+__all__ = ["LAYOUTS", "OPTIMUM_NEURON", "layout_problems"]
 
 LAYOUTS = ("precast", OPTIMUM_NEURON)
 
 
-def layout_holes(options: ExportOptions) -> Iterator[str]:
+def layout_problems(options: ExportOptions) -> Iterator[str]:
     """Everything in these options that the layout has no place for, in words."""
     if options.layout != OPTIMUM_NEURON:
         return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import ExportOptions
 
-__all__ = ["INSTANCE_TYPES", "NEURON_FLAGS", "STRATEGIES", "chosen_strategy", "neuron_holes"]
+__all__ = ["INSTANCE_TYPES", "NEURON_FLAGS", "STRATEGIES", "chosen_strategy", "neuron_problems"]
 
 INSTANCE_TYPES = ("inf1", "inf2", "trn1", "trn1n", "trn2")
 STRATEGIES = ("trace", "model-builder")
@@ -56,16 +56,16 @@ def chosen_strategy(options: ExportOptions) -> str:
     return options.strategy or ("model-builder" if options.tensor_parallel > 1 else "trace")
 
 
-def neuron_holes(options: ExportOptions) -> Iterator[str]:
+def neuron_problems(options: ExportOptions) -> Iterator[str]:
     """Everything wrong with what an export for Neuron is asked for, in words."""
-    yield from _target_holes(options.instance_type)
-    yield from _strategy_holes(options)
+    yield from _target_problems(options.instance_type)
+    yield from _strategy_problems(options)
     if options.optlevel not in (None, 1, 2, 3):
         yield f"-O{options.optlevel} is no level of neuronx-cc; the choices are: -O1, -O2, -O3."
-    yield from _argument_holes(options.compiler_args)
+    yield from _argument_problems(options.compiler_args)
 
 
-def _target_holes(instance_type: str | None) -> Iterator[str]:
+def _target_problems(instance_type: str | None) -> Iterator[str]:
     known = ", ".join(INSTANCE_TYPES[1:])
     if instance_type is None:
         yield f"--backend neuron compiles for one kind of machine: give --instance-type; the choices are: {known}."
@@ -78,7 +78,7 @@ def _target_holes(instance_type: str | None) -> Iterator[str]:
         yield f"--instance-type {instance_type!r} is not supported; the choices are: {known}."
 
 
-def _strategy_holes(options: ExportOptions) -> Iterator[str]:
+def _strategy_problems(options: ExportOptions) -> Iterator[str]:
     known, cores = ", ".join(STRATEGIES), options.tensor_parallel
     if options.strategy in _REFUSED:
         yield f"--strategy {options.strategy} is not possible: {_REFUSED[options.strategy]}. The choices are: {known}."
@@ -95,7 +95,7 @@ def _strategy_holes(options: ExportOptions) -> Iterator[str]:
         yield "--inline-weights puts weights into each graph; model-builder has one set for all. Give --strategy trace."
 
 
-def _argument_holes(arguments: tuple[str, ...]) -> Iterator[str]:
+def _argument_problems(arguments: tuple[str, ...]) -> Iterator[str]:
     for argument in arguments:
         name = argument.partition("=")[0].split()[0] if argument.strip() else ""
         if not name.startswith("-"):

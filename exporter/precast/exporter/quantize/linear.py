@@ -146,7 +146,7 @@ class Packed(nn.Module):
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.register_buffer("balance", None if grid.stretch is None else 1 / grid.stretch)
+        self.register_buffer("balance", None if grid.channel_scales is None else 1 / grid.channel_scales)
         self.bits, self.group, self.columns, self.extra = grid.bits, grid.group, grid.columns, 0
         if grid.offsets is not None:
             self.extra, grid = grid.offsets.shape[1], _with_offsets(grid)

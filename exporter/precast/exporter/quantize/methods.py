@@ -54,9 +54,9 @@ class Method:
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
-    """Stretch each group's grid from its smallest to its largest weight."""
+    """Spread each group's codes from its smallest to its largest weight."""
     groups = grouped(weight, scheme.group)
-    return encode(groups, *_stretch(groups, scheme), scheme.bits, weight.shape[1])
+    return encode(groups, *_fit_range(groups, scheme), scheme.bits, weight.shape[1])
 
 
 def search(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
@@ -89,17 +89,17 @@ def gptq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
 
 
 def awq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
-    """Stretch the columns that matter before they are rounded, and shrink their inputs by as much (Lin et al. 2023,
+    """Scale up the columns that matter before they are rounded, and scale down their inputs by as much (Lin et al. 2023,
     AWQ: Activation-aware Weight Quantization).
 
-    Of several ways to stretch, the one whose error E [N, K] reaches the outputs least: the trace of E `hessian` Eᵀ. A
+    Of several scales, those whose error E [N, K] reaches the outputs least: the trace of E `hessian` Eᵀ. A
     layer that no calibration token reached is rounded to nearest.
     """
     if hessian is None or not hessian.any():
         return round_to_nearest(weight, scheme)
     sample = weight[:: -(-weight.numel() // SAMPLED)].float()
-    candidates = _stretches(sample, hessian)
-    best = min(candidates, key=lambda stretch: _lost(sample, _rounded(sample, stretch, scheme), hessian))
+    candidates = _channel_scales(sample, hessian)
+    best = min(candidates, key=lambda scales: _lost(sample, _rounded(sample, scales, scheme), hessian))
     return _rounded(weight, best, scheme)
 
 
@@ -124,7 +124,7 @@ def get_method(name: str) -> Method:
 # ---------------------------------------------------------------- ranges
 
 
-def _stretch(groups: Tensor, scheme: Scheme, factor: float = 1.0) -> Ends:
+def _fit_range(groups: Tensor, scheme: Scheme, factor: float = 1.0) -> Ends:
     """The grid over `factor` of each group's range."""
     top = 2**scheme.bits - 1
     if scheme.zero == "middle":
@@ -144,9 +144,9 @@ FACTORS = tuple(0.7 + 0.05 * step for step in range(8))
 
 def _search(groups: Tensor, scheme: Scheme) -> Ends:
     importance = groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()
-    best, least = _stretch(groups, scheme), torch.full(groups.shape[:-1], torch.inf)
+    best, least = _fit_range(groups, scheme), torch.full(groups.shape[:-1], torch.inf)
     for factor in FACTORS:
-        found = _refit(groups, importance, _stretch(groups, scheme, factor), scheme)
+        found = _refit(groups, importance, _fit_range(groups, scheme, factor), scheme)
         error = _error(groups, importance, found, scheme)
         best, least = choose(error < least, found, best), torch.minimum(error, least)
     return best
@@ -218,27 +218,27 @@ def _joined(parts: list[Grid], bits: int, columns: int) -> Grid:
 # ---------------------------------------------------------------- awq
 
 STRENGTHS = (0.0, 0.15, 0.3, 0.45, 0.6)
-"""How much a column's inputs, and how much its largest weight, say about its stretch."""
+"""How much a column's inputs, and how much its largest weight, say about its scale."""
 SAMPLED = 2**17
-"""Weights that a stretch is chosen by."""
+"""Weights by which scales are chosen."""
 LEAST = 1e-4
 """Of the largest column, what the smallest counts for."""
 
 
-def _stretches(weight: Tensor, hessian: Tensor) -> Iterator[Tensor]:
+def _channel_scales(weight: Tensor, hessian: Tensor) -> Iterator[Tensor]:
     """[K] each: wide where inputs are large, narrow where weights are, with a geometric mean of 1."""
     inputs, weights = _bounded(hessian.diagonal().sqrt()), _bounded(weight.abs().amax(0))
     for one, other in product(STRENGTHS, STRENGTHS):
-        stretch = inputs**one / weights**other
-        yield stretch / stretch.log().mean().exp()
+        scales = inputs**one / weights**other
+        yield scales / scales.log().mean().exp()
 
 
 def _bounded(sizes: Tensor) -> Tensor:
     return sizes.clamp(min=max(float(sizes.max()) * LEAST, torch.finfo(torch.float32).tiny))
 
 
-def _rounded(weight: Tensor, stretch: Tensor, scheme: Scheme) -> Grid:
-    return replace(round_to_nearest(weight * stretch, scheme), stretch=stretch)
+def _rounded(weight: Tensor, scales: Tensor, scheme: Scheme) -> Grid:
+    return replace(round_to_nearest(weight * scales, scheme), channel_scales=scales)
 
 
 def _lost(weight: Tensor, grid: Grid, hessian: Tensor) -> float:

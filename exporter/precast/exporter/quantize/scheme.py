@@ -34,7 +34,7 @@ class Grid:
         zeros: uint8 [N, G].
         offsets: float32 [N, G], or None for zero everywhere.
         columns: K; codes beyond it are padding.
-        stretch: float32 [K], what each column was multiplied by before it was put on the grid, or None for 1.
+        channel_scales: float32 [K], what each column was multiplied by before it was put on the grid, or None for 1.
     """
 
     bits: int
@@ -43,7 +43,7 @@ class Grid:
     zeros: Tensor
     offsets: Tensor | None
     columns: int
-    stretch: Tensor | None = None
+    channel_scales: Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -60,7 +60,7 @@ class Grid:
         if self.offsets is not None:
             values = values + self.offsets[..., None]
         weight = values.flatten(1)[:, : self.columns]
-        return weight if self.stretch is None else weight / self.stretch
+        return weight if self.channel_scales is None else weight / self.channel_scales
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:
@@ -90,7 +90,7 @@ def stacked(parts: Sequence[Grid]) -> Grid:
         torch.cat([part.zeros for part in parts]),
         torch.cat(offsets) if has_offsets else None,
         first.columns,
-        first.stretch,
+        first.channel_scales,
     )
 
 

@@ -28,9 +28,9 @@ def compare(
     `loss` says in words how it is less than float32; `sha256` is the artifact's digest where the caller built it and
     so trusts the code in it.
     """
-    answers = ask(artifact, variant, reference.questions, sha256)
+    answers = ask(artifact, variant, reference.samples, sha256)
     if loss is None:
         return judge(reference, answers, options.atol)
-    if any(question.kind == "score" for question in reference.questions):
+    if any(sample.kind == "score" for sample in reference.samples):
         return judge_loss(reference, answers, options, loss)
     return judge_cast(reference, answers, options, loss)

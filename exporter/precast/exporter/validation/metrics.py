@@ -131,17 +131,17 @@ CAST_ADVICE = (
 
 def check(scores: Scores, floor: Floor, what: str, advice: str = QUANTIZED_ADVICE) -> None:
     """Raise AccuracyError, with the figures and `advice`, if `scores` of a model that is `what` are below `floor`."""
-    holes = []
+    problems = []
     if floor.max_kl is not None and not scores.kl_divergence <= floor.max_kl:
         found = _beyond(scores.kl_divergence, floor.max_kl)
-        holes.append(f"a KL divergence of {found} where --max-kl allows {floor.max_kl}")
+        problems.append(f"a KL divergence of {found} where --max-kl allows {floor.max_kl}")
     if floor.min_agreement is not None and not scores.top1_agreement >= floor.min_agreement:
         found = _beyond(scores.top1_agreement, floor.min_agreement)
-        holes.append(f"a top-1 agreement of {found} where --min-agreement asks for {floor.min_agreement}")
-    if holes:
+        problems.append(f"a top-1 agreement of {found} where --min-agreement asks for {floor.min_agreement}")
+    if problems:
         raise AccuracyError(
             f"{what[0].upper()}{what[1:]}, the model loses too much on {scores.tokens} tokens of held-out text: "
-            f"{' and '.join(holes)} (perplexity {scores.perplexity:.4g}, in fp32 {scores.reference_perplexity:.4g}). "
+            f"{' and '.join(problems)} (perplexity {scores.perplexity:.4g}, in fp32 {scores.reference_perplexity:.4g}). "
             f"Nothing was written. {advice}"
         )
 

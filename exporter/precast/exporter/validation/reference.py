@@ -17,7 +17,7 @@ from precast.runtime.artifact.tasks import Task
 from ..architectures.last_eos_pooling import pools_last_end
 from ..checkpoint.resolve import Checkpoint
 from ..kinds import kind_of
-from ..kinds.samples import Answer, Question, make_questions, make_scored
+from ..kinds.samples import Answer, ValidationSample, make_held_out_samples, make_samples
 from ..progress import progress
 
 __all__ = ["Reference", "answer", "make_reference"]
@@ -25,10 +25,10 @@ __all__ = ["Reference", "answer", "make_reference"]
 
 @dataclass(frozen=True)
 class Reference:
-    """Questions and the eager model's answers. Those to score, a vocabulary per token, are on disk, and go
+    """Samples and the eager model's answers. Those to score, a vocabulary per token, are on disk, and go
     with this object."""
 
-    questions: list[Question]
+    samples: list[ValidationSample]
     answers: list[list[Answer]]
 
 
@@ -37,21 +37,21 @@ def make_reference(
 ) -> Reference:
     """Ask the eager model everything that an artifact with these graphs will be asked."""
     asked = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
-    questions = make_questions(*asked)
+    samples = make_samples(*asked)
     if pools_last_end(model):
-        questions = [each.ending_in(model.config.eos_token_id) for each in questions]  # type: ignore[union-attr, arg-type]
+        samples = [each.ending_in(model.config.eos_token_id) for each in samples]  # type: ignore[union-attr, arg-type]
     folder = None
     if is_scored:
-        questions += make_scored(*asked)
+        samples += make_held_out_samples(*asked)
         folder = Scratch()
     answers = []
-    for index, question in enumerate(questions):
-        progress(index, len(questions), question.name)
-        found = answer(model, question, task)
-        if question.kind == "score" and folder:
+    for index, sample in enumerate(samples):
+        progress(index, len(samples), sample.name)
+        found = answer(model, sample, task)
+        if sample.kind == "score" and folder:
             found = [_on_disk(found[0], folder.path / f"{index}.npy")]
         answers.append(found)
-    reference = Reference(questions, answers)
+    reference = Reference(samples, answers)
     if folder:
         weakref.finalize(reference, folder.close)
     return reference
@@ -62,8 +62,8 @@ def _on_disk(found: Answer, path: Path) -> Answer:
     return Answer({"logits": np.load(path, mmap_mode="r")})
 
 
-def answer(model: nn.Module, question: Question, task: Task) -> list[Answer]:
+def answer(model: nn.Module, sample: ValidationSample, task: Task) -> list[Answer]:
     """What the eager `model` says, one row at a time and without padding."""
     with torch.inference_mode():
-        answers: list[Answer] = kind_of(task).answer(model, question, task.outputs)
+        answers: list[Answer] = kind_of(task).answer(model, sample, task.outputs)
         return answers

@@ -10,7 +10,7 @@ import numpy as np
 from precast.runtime.artifact.schema import Accuracy
 from precast.runtime.errors import AccuracyError
 
-from ..kinds.samples import Answer, Question
+from ..kinds.samples import Answer, ValidationSample
 from ..options import ExportOptions
 from .metrics import CAST_ADVICE, QUANTIZED_ADVICE, check, divergence, floor_for, log_softmax, score
 from .reference import Reference
@@ -18,7 +18,7 @@ from .reference import Reference
 __all__ = ["judge", "judge_cast", "judge_loss"]
 
 Array = np.ndarray[Any, Any]
-Pair: TypeAlias = tuple[Question, Answer, dict[str, Array]]
+Pair: TypeAlias = tuple[ValidationSample, Answer, dict[str, Array]]
 
 
 def judge_loss(
@@ -32,8 +32,8 @@ def judge_loss(
     pairs = list(_pairs(reference, answers))
     measured = [pair for pair in pairs if pair[0].kind != "greedy"]
     worst, _ = max(_differences(measured))
-    scores = score((question.rows[0], mine.outputs["logits"], theirs["logits"])
-                   for question, mine, theirs in pairs if question.kind == "score")  # fmt: skip
+    scores = score((sample.rows[0], mine.outputs["logits"], theirs["logits"])
+                   for sample, mine, theirs in pairs if sample.kind == "score")  # fmt: skip
     edges = _agreement(measured)["kl_divergence"]
     figures: dict[str, int | float] = {
         **scores.as_figures(),
@@ -76,7 +76,7 @@ def judge_cast(
         "max_relative_difference": _two_digits(difference),
         "max_row_error": _two_digits(row_error),
         "min_cosine": round(min(_cosines(measured)), 5),
-        "questions": len(reference.questions),
+        "questions": len(reference.samples),
         **_agreement(measured),
         **(_count_greedy(greedy) if greedy else {}),
     }
@@ -124,11 +124,11 @@ TINY = 1e-30
 
 
 def _rows_of_outputs(measured: list[Pair]) -> Iterator[tuple[str, list[Array], list[Array]]]:
-    """Per question and output: its rows, of the reference and of the other."""
+    """Per sample and output: its rows, of the reference and of the other."""
     grouped: dict[str, tuple[list[Array], list[Array]]] = {}
-    for question, mine, theirs in measured:
+    for sample, mine, theirs in measured:
         for name, expected in mine.outputs.items():
-            rows, others = grouped.setdefault(f"{question.name}, {name}", ([], []))
+            rows, others = grouped.setdefault(f"{sample.name}, {name}", ([], []))
             rows.append(expected.astype(np.float64))
             others.append(theirs[name].astype(np.float64))
     return ((where, *rows) for where, rows in grouped.items())
@@ -176,7 +176,7 @@ def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: flo
     figures: dict[str, int | float] = {
         "max_abs_difference": _two_digits(worst),
         "max_abs_reference": _two_digits(scale),
-        "questions": len(reference.questions),
+        "questions": len(reference.samples),
         **_agreement(measured),
         **_judge_greedy([pair for pair in pairs if pair[0].kind == "greedy"], worst),
     }
@@ -194,16 +194,16 @@ def _atol_advice(difference: float) -> str:
 
 
 def _pairs(reference: Reference, answers: list[list[dict[str, Array]]]) -> Iterator[Pair]:
-    for question, mine, theirs in zip(reference.questions, reference.answers, answers, strict=True):
+    for sample, mine, theirs in zip(reference.samples, reference.answers, answers, strict=True):
         for one, other in zip(mine, theirs, strict=True):
-            yield question, one, other
+            yield sample, one, other
 
 
 def _differences(measured: list[Pair]) -> Iterator[tuple[float, str]]:
     """The largest difference of every output, and where. Raises AccuracyError where one is no number at all."""
-    for question, mine, theirs in measured:
+    for sample, mine, theirs in measured:
         for name, expected in mine.outputs.items():
-            found, where = theirs[name], f"{question.name}, {name}"
+            found, where = theirs[name], f"{sample.name}, {name}"
             if found.shape != expected.shape:
                 shapes = f"{list(found.shape)} where the reference has {list(expected.shape)}"
                 raise AccuracyError(f"The compiled model's answer to {where!r} has the shape {shapes}.")
@@ -217,7 +217,7 @@ def _differences(measured: list[Pair]) -> Iterator[tuple[float, str]]:
 def _agreement(measured: list[Pair]) -> dict[str, float]:
     """For decoders: how often the likeliest token is the same, and the mean KL divergence from the reference."""
     logits = [
-        (mine.outputs["logits"], theirs["logits"]) for question, mine, theirs in measured if question.kind == "logits"
+        (mine.outputs["logits"], theirs["logits"]) for sample, mine, theirs in measured if sample.kind == "logits"
     ]
     if not logits:
         return {}
@@ -231,14 +231,14 @@ def _agreement(measured: list[Pair]) -> dict[str, float]:
 
 def _judge_greedy(pairs: list[Pair], difference: float) -> dict[str, int | float]:
     equal = total = 0
-    for question, mine, theirs in pairs:
+    for sample, mine, theirs in pairs:
         expected, found, margins = mine.outputs["tokens"], theirs["tokens"], mine.margins
         assert margins is not None, "greedy answers carry margins"
         first = _first_difference(expected, found)
         equal, total = equal + first, total + len(expected)
         if first < len(expected) and margins[first] >= 2 * difference:
             raise AccuracyError(
-                f"The compiled model generates other tokens than the reference: at {question.name!r}, token "
+                f"The compiled model generates other tokens than the reference: at {sample.name!r}, token "
                 f"{first + 1} is {found[first]} instead of {expected[first]}, where the reference leads by "
                 f"{margins[first]:.2g} and logits differ by {difference:.2g} at most. Nothing was written."
             )

@@ -182,8 +182,8 @@ class GenerationConfig:
 
     def check(self) -> None:
         """Raise one InputError that lists every value out of range."""
-        if holes := list(self._holes()):
-            raise InputError(" ".join(holes))
+        if problems := list(self._problems()):
+            raise InputError(" ".join(problems))
 
     def new_tokens(self, prompt_length: int) -> int:
         """How many tokens to generate after a prompt of this (padded) length."""
@@ -224,12 +224,12 @@ class GenerationConfig:
         stops = self.stop_strings
         return [] if stops is None else [stops] if isinstance(stops, str) else list(stops)
 
-    def _holes(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         yield from self._too_small(_AT_LEAST)
         yield from self._not_above_zero("repetition_penalty")
         if self.do_sample:
-            yield from self._sampling_holes()
-        yield from self._beam_holes() if self.beams > 1 else self._rows_holes()
+            yield from self._sampling_problems()
+        yield from self._beam_problems() if self.beams > 1 else self._rows_problems()
         yield from refusals(
             self.unsupported,
             beams=self.beams,
@@ -247,7 +247,7 @@ class GenerationConfig:
             limit = "above 0" if not value > 0 else f"at least {_SMALLEST}"
             yield f"{name} must be {limit}, not {value!r}.{hint}"
 
-    def _sampling_holes(self) -> Iterator[str]:
+    def _sampling_problems(self) -> Iterator[str]:
         """What cannot be drawn with; without drawing these settings mean nothing."""
         yield from self._not_above_zero("temperature", " For the likeliest token each time, use do_sample=False.")
         for name in ("top_p", "min_p"):
@@ -256,7 +256,7 @@ class GenerationConfig:
         if self.top_k is not None and self.top_k < 0:
             yield f"top_k must be a whole number of at least 0, not {self.top_k}. To draw from all tokens, use top_k=0."
 
-    def _beam_holes(self) -> Iterator[str]:
+    def _beam_problems(self) -> Iterator[str]:
         """What does not go together with beams, as far as the runtime does it."""
         asked = f"num_beams={self.num_beams}"
         if (power := self.length_penalty) is not None and not abs(power) <= _STEEPEST:
@@ -270,7 +270,7 @@ class GenerationConfig:
         if (count := self.num_return_sequences or 1) > self.beams:
             yield f"num_return_sequences={count} is more than {asked}, and each returned row is a beam."
 
-    def _rows_holes(self) -> Iterator[str]:
+    def _rows_problems(self) -> Iterator[str]:
         if (self.num_return_sequences or 1) > 1 and not self.do_sample:
             yield (
                 f"num_return_sequences={self.num_return_sequences} would return equal rows: the likeliest token each "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-__all__ = ["CudaHost", "cuda_host", "gpu_hindrances"]
+__all__ = ["CudaHost", "cuda_host", "gpu_blockers"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def cuda_host() -> CudaHost:
     return CudaHost(release, _capability(torch)) if is_there else CudaHost(release, "", _unseen(torch, told))
 
 
-def gpu_hindrances(options: Mapping[str, object], host: CudaHost) -> Iterator[str]:
+def gpu_blockers(options: Mapping[str, object], host: CudaHost) -> Iterator[str]:
     """Why code compiled with `options` (those of the variant's `compiler`) does not run on `host`: every reason, each
     in words.
 

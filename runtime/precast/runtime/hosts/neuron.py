@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .neff import NeffHeader
 
-__all__ = ["ARCHITECTURES", "NEFF_MAJORS", "ROOT_VARIABLE", "NeuronHost", "hindrances", "neuron_host"]
+__all__ = ["ARCHITECTURES", "NEFF_MAJORS", "ROOT_VARIABLE", "NeuronHost", "blockers", "neuron_host"]
 
 ARCHITECTURES = {"inf1": "NCv1", "inf2": "NCv2", "trn1": "NCv2", "trn1n": "NCv2", "trn2": "NCv3"}
 """Instance types whose cores are alike run each other's graphs."""
@@ -54,7 +54,7 @@ def neuron_host(environment: Mapping[str, str] = os.environ) -> NeuronHost | Non
     return NeuronHost(instance, _visible(physical // lnc_size, environment), lnc_size)
 
 
-def hindrances(options: Mapping[str, object], headers: Sequence[NeffHeader], host: NeuronHost) -> Iterator[str]:
+def blockers(options: Mapping[str, object], headers: Sequence[NeffHeader], host: NeuronHost) -> Iterator[str]:
     """Why graphs compiled with `options` (those of the variant's `compiler`), whose files hold `headers`, do not run on
     `host`: every reason, each in words."""
     target = str(options.get("instance_type", ""))

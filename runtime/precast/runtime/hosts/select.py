@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..artifact.schema import Contract, Variant
 from ..errors import HostError
-from .cuda import CudaHost, cuda_host, gpu_hindrances
+from .cuda import CudaHost, cuda_host, gpu_blockers
 from .machine import cpu_flags, installed_version
 from .neff import NeffHeader, find_headers
-from .neuron import NeuronHost, hindrances, neuron_host
+from .neuron import NeuronHost, blockers, neuron_host
 from .neuron_sdk import INDEX
 
 __all__ = [
@@ -68,18 +68,18 @@ def missing_device(variant: Variant, machine: Machine) -> str | None:
             f"it needs the device {host.device}; here are {', '.join(sorted(machine.devices))}{_hint(variant, machine)}"
         )
     if host.device == "neuron" and machine.neuron is not None:
-        return next(hindrances(variant.compiler.options, [], machine.neuron), None)
+        return next(blockers(variant.compiler.options, [], machine.neuron), None)
     return None
 
 
 def _reasons(variant: Variant, machine: Machine, headers: Sequence[NeffHeader]) -> Iterator[str]:
     host = variant.host
     if host.device == "neuron" and machine.neuron is not None:
-        yield from hindrances(variant.compiler.options, headers, machine.neuron)
+        yield from blockers(variant.compiler.options, headers, machine.neuron)
     elif missing := missing_device(variant, machine):
         yield missing
     elif host.device == "cuda" and machine.cuda is not None:
-        yield from gpu_hindrances(variant.compiler.options, machine.cuda)
+        yield from gpu_blockers(variant.compiler.options, machine.cuda)
     if flags := sorted(set(host.isa) - machine.isa):
         yield f"this CPU lacks {', '.join(flags)}"
     for name, minimum in sorted(host.min_versions.items()):

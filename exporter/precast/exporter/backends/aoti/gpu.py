@@ -42,7 +42,7 @@ def check_gpu() -> None:
 
 
 def facts() -> dict[str, str | int | float | bool]:
-    """What is checked before a library is opened: see `precast.runtime.hosts.cuda.gpu_hindrances`."""
+    """What is checked before a library is opened: see `precast.runtime.hosts.cuda.gpu_blockers`."""
     host = cuda_host()
     return {"compute_capability": host.capability, "cuda": host.release}
 

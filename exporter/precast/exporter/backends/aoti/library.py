@@ -27,7 +27,7 @@ from precast.runtime.errors import ExportError
 
 from ..aten.kernel_set import Kernels
 from ..aten.lowering import Forms
-from ..aten.materialize import settled
+from ..aten.materialize import materialized
 from .attention import attend, attend_prompt
 from .dequantize import matrix
 from .gemv import rows
@@ -37,7 +37,7 @@ from .isa import options_of, products_of
 
 __all__ = ["build", "check_compiler", "forms_of", "names_of", "workspace"]
 
-_SUMS = Forms(settle=settled, sums=True, product=torch.bfloat16, functional=False)
+_SUMS = Forms(materialize=materialized, sums=True, product=torch.bfloat16, functional=False)
 _OWN = Kernels(rows, matrix, attend, attend_prompt)
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 

@@ -30,14 +30,14 @@ class Step:
 
     Attributes:
         rows: int64 [n], 0, 1, …
-        settle: marks what a compiler is to compute once and not inside every loop that reads it.
+        materialize: marks what a compiler is to compute once and not inside every loop that reads it.
         multiplies: products of matrices for one token per row, too, rather than products and sums.
         kernels: the compiler's own, if it has any.
         product: the dtype of these kernels' products for prompts.
     """
 
     rows: Tensor
-    settle: Callable[[Tensor], Tensor]
+    materialize: Callable[[Tensor], Tensor]
     multiplies: bool = False
     kernels: Kernels | None = None
     product: torch.dtype = torch.float32
@@ -51,7 +51,7 @@ class Step:
         tensor for all layers of a kind."""
         key = (mask, window if mask != "causal" else 0)
         if key not in self._hidden:
-            self._hidden[key] = self.settle(torch.where(self.visible(past, 1, mask, window), 0.0, LOWEST))
+            self._hidden[key] = self.materialize(torch.where(self.visible(past, 1, mask, window), 0.0, LOWEST))
         return self._hidden[key]
 
     def visible(self, past: Tensor, length: int, mask: str, window: int) -> Tensor:
@@ -99,8 +99,8 @@ def cached_attention(
     """See `precast.exporter.operators.attention.cached_attention`; the caches [B, Hkv, C + 1, D] are changed, and the
     output [B, H, S, D] alone is returned."""
     length, count = q.shape[2], step.rows.shape[0]
-    q = step.settle(q)
-    _write(k_cache, step.settle(_rounded(k, k_scales)), past, new)
+    q = step.materialize(q)
+    _write(k_cache, step.materialize(_rounded(k, k_scales)), past, new)
     _write(v_cache, _rounded(v, v_scales), past, new)
     added = _added(step, past, length, slopes, bias)
     is_one = isinstance(length, int) and length == 1
@@ -119,7 +119,7 @@ def cached_attention(
     seen = step.visible(past, length, mask, window)
     keys, values = _restored(k_cache[:, :, :count], k_scales), _restored(v_cache[:, :, :count], v_scales)
     if is_one and not step.multiplies:
-        return _one_query(q, keys, values, seen, scale, softcap, added, sinks, step.settle)
+        return _one_query(q, keys, values, seen, scale, softcap, added, sinks, step.materialize)
     if softcap or sinks is not None:
         return _written_out(q, keys, values, seen, scale, softcap, added, sinks)
     return _at_once(q, keys, values, seen, scale, added)
@@ -162,7 +162,7 @@ def _added(step: Step, past: Tensor, length: int, slopes: Tensor | None, bias: T
 
 def _one_query(
     q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, softcap: float,
-    added: Tensor | None, sinks: Tensor | None, settle: Callable[[Tensor], Tensor],
+    added: Tensor | None, sinks: Tensor | None, materialize: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
     """One new token per row: products and sums that read each cache row once for all heads that share it."""
     batch, heads, _, width = q.shape
@@ -173,7 +173,7 @@ def _one_query(
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     scores = scores if added is None else scores + added[:, :, 0]
     shares, total = _shares(scores.masked_fill(~seen, LOWEST), sinks)
-    shares = settle(shares).view(batch, shared, group, -1, 1)
+    shares = materialize(shares).view(batch, shared, group, -1, 1)
     output = _each(group, lambda g: (shares[:, :, g] * values.float()).sum(-2)) / total.view(batch, shared, group, 1)
     return output.to(q.dtype).view(batch, heads, 1, values.shape[-1])
 

@@ -26,15 +26,15 @@ FEW = 8
 """So many rows are summed side by side from one reading of the weights; more are a product of matrices."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, settle: Callable[[Tensor], Tensor]) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, materialize: Callable[[Tensor], Tensor]) -> Tensor:
     """`x @ weightᵀ + bias`, [..., K] -> [..., N], for few rows; `weight` may be of a narrower dtype than x."""
-    return _biased(_fused(x, lambda rows: (rows * weight[:, None].to(rows.dtype)).sum(-1), settle), bias)
+    return _biased(_fused(x, lambda rows: (rows * weight[:, None].to(rows.dtype)).sum(-1), materialize), bias)
 
 
-def _fused(x: Tensor, times: Callable[[Tensor], Tensor], settle: Callable[[Tensor], Tensor]) -> Tensor:
+def _fused(x: Tensor, times: Callable[[Tensor], Tensor], materialize: Callable[[Tensor], Tensor]) -> Tensor:
     """Rows [R, K] of x [..., K] `times` a weight -> [N, R], as one tensor [..., N]. A known number of rows is written
     out one by one, and all share a reading of the weight."""
-    rows = settle(x.float()).reshape(-1, x.shape[-1])
+    rows = materialize(x.float()).reshape(-1, x.shape[-1])
     if is_few(x):
         found = torch.stack([times(row)[:, 0] for row in rows.split(1)])
     else:
@@ -110,14 +110,14 @@ def quantized_linear(
     x: Tensor,
     weight: Codes,
     bias: Tensor | None,
-    settle: Callable[[Tensor], Tensor],
+    materialize: Callable[[Tensor], Tensor],
     product: torch.dtype,
     kernels: Kernels | None,
     few: bool,
 ) -> Tensor:
     """float [..., K] -> [..., N], as sums for few rows; products of matrices are of dtype `product`."""
     if few:
-        return _biased(_fused(weight.widened(x), weight.times, settle), bias)
+        return _biased(_fused(weight.widened(x), weight.times, materialize), bias)
     matrix, scales = weight.matrix(product, kernels)
     y = (weight.widened(x).to(product) @ matrix.T).to(x.dtype)
     return _biased(y if scales is None else y * scales, bias)

@@ -42,7 +42,7 @@ class Forms:
     """How a backend wants things written.
 
     Attributes:
-        settle: marks what is to be computed once and not inside every loop that reads it.
+        materialize: marks what is to be computed once and not inside every loop that reads it.
         sums: linear layers of few rows as products and sums rather than as products of matrices.
         kernels: what computes these sums, and attention, where that is more than operators of ATen.
         product: the dtype of products of matrices with codes.
@@ -53,7 +53,7 @@ class Forms:
             matrices for one token as well: for hardware that wants every dimension fixed.
     """
 
-    settle: Callable[[Tensor], Tensor] = lambda x: x
+    materialize: Callable[[Tensor], Tensor] = lambda x: x
     sums: bool = False
     kernels: Kernels | None = None
     product: torch.dtype = torch.float32
@@ -174,7 +174,7 @@ class _Replayed(nn.Module):
 
     def _step(self, rows: Tensor) -> Step:
         forms = self.forms
-        return Step(rows, forms.settle, forms.whole, forms.kernels, _product(self.traced[0].graph, forms))
+        return Step(rows, forms.materialize, forms.whole, forms.kernels, _product(self.traced[0].graph, forms))
 
     def get_parameter_or_buffer(self, name: str) -> Tensor:
         path, _, last = name.rpartition(".")
@@ -276,7 +276,7 @@ def _cross_attention(run: _Replacing, *args: Any) -> Tensor:
 
 def _linear(run: _Replacing, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if run.forms.sums and linear.is_few(x):
-        return linear.linear(x, weight, bias, run.forms.settle)
+        return linear.linear(x, weight, bias, run.forms.materialize)
     product: Tensor = run.multiply(torch.ops.aten.linear.default, x, weight, bias)
     return product
 
@@ -288,7 +288,7 @@ def _quantized_linear(
         return grids.multiply(x, codes, scales, zeros, bias, *rest)
     weight = linear.Codes(codes, scales, zeros, *rest)
     forms = run.forms
-    return linear.quantized_linear(x, weight, bias, forms.settle, forms.product, forms.kernels, run._is_few(x))
+    return linear.quantized_linear(x, weight, bias, forms.materialize, forms.product, forms.kernels, run._is_few(x))
 
 
 def _is_last(run: _Replacing, x: Tensor) -> bool:
@@ -307,7 +307,7 @@ def _view(run: _Replacing, x: Tensor, shape: Any) -> Tensor:
 
 def _once(compute: Callable[[Tensor], Tensor]) -> Callable[[_Replacing, Tensor], Tensor]:
     """What takes long and is the same for all layers: a position's sines and cosines."""
-    return lambda run, x: run.forms.settle(compute(x))
+    return lambda run, x: run.forms.materialize(compute(x))
 
 
 _WRITTEN: dict[Any, Callable[..., Any]] = {

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 from torch._inductor.lowering import register_lowering
 
-__all__ = ["settled"]
+__all__ = ["materialized"]
 
 
-@torch.library.custom_op("precast::settled", mutates_args=())
-def settled(x: Tensor) -> Tensor:
+@torch.library.custom_op("precast::materialized", mutates_args=())
+def materialized(x: Tensor) -> Tensor:
     """x itself, of any shape and dtype."""
     return x.clone()
 
 
-@settled.register_fake
+@materialized.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@register_lowering(torch.ops.precast.settled.default, type_promotion_kind=None)
-def _settle(x: Any) -> Any:
+@register_lowering(torch.ops.precast.materialized.default, type_promotion_kind=None)
+def _materialize(x: Any) -> Any:
     x.realize()
     return x

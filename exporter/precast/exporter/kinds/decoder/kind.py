@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .plan import plan
-from .samples import answer, questions, scored
+from .samples import answer, held_out_samples, validation_samples
 from .trace import trace
 
-__all__ = ["answer", "plan", "questions", "scored", "trace"]
+__all__ = ["answer", "plan", "validation_samples", "held_out_samples", "trace"]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from precast.runtime.artifact.schema import Dim, Graph
 
 from ...architectures.cache_names import cache_argument, cache_in
-from ..samples import Answer, Question, repeat
+from ..samples import Answer, ValidationSample, repeat
 from .fused_attention import logits_at
 
-__all__ = ["answer", "questions", "scored"]
+__all__ = ["answer", "validation_samples", "held_out_samples"]
 
 GREEDY_PROMPTS = 8
 GREEDY_TOKENS = 24
@@ -22,21 +22,21 @@ POSITIONS = 16
 HELD_OUT_LENGTH = 128
 
 
-def questions(graphs: list[Graph], texts: list[list[int]]) -> list[Question]:
+def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
     """Logits at the edges of the shapes, and greedy tokens."""
-    return [*_logit_questions(graphs, texts), *_greedy_questions(graphs[0], texts)]
+    return [*_logit_samples(graphs, texts), *_greedy_samples(graphs[0], texts)]
 
 
-def scored(graphs: list[Graph], texts: list[list[int]]) -> list[Question]:
+def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
     """Each text in a row that fits the graphs, to be scored token by token."""
     length = min(HELD_OUT_LENGTH, graphs[0].capacity)
     return [
-        Question(f"held-out text {index + 1}", "score", [row], positions=[list(range(len(row)))])
+        ValidationSample(f"held-out text {index + 1}", "score", [row], positions=[list(range(len(row)))])
         for index, row in enumerate(text[:length] for text in texts)
     ]
 
 
-def _logit_questions(graphs: list[Graph], texts: list[list[int]]) -> list[Question]:
+def _logit_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
     graph, is_free = graphs[0], isinstance(graphs[0].length, Dim)
     batch, capacity = graph.batch, graph.capacity
     rows = [text[: min(64, capacity)] for text in (texts * (batch // len(texts) + 1))[:batch]]
@@ -47,21 +47,23 @@ def _logit_questions(graphs: list[Graph], texts: list[list[int]]) -> list[Questi
         "a short batch": rows[: max(1, batch - 1)],
     }
     return [
-        Question(name, "logits", rows, positions=[_positions(len(row), POSITIONS if is_free else 2) for row in rows])
+        ValidationSample(
+            name, "logits", rows, positions=[_positions(len(row), POSITIONS if is_free else 2) for row in rows]
+        )
         for name, rows in cases.items()
     ]
 
 
-def _greedy_questions(graph: Graph, texts: list[list[int]]) -> list[Question]:
+def _greedy_samples(graph: Graph, texts: list[list[int]]) -> list[ValidationSample]:
     """Prompts of different lengths: alone in a batch, and several together, padded on either side."""
     count = min(GREEDY_TOKENS, max(1, graph.capacity // 2))
     prompts = [text[: max(1, min(4 + 3 * index, graph.capacity - count))] for index, text in enumerate(texts)]
     prompts = prompts[:GREEDY_PROMPTS]
     if graph.batch == 1:
-        return [Question(f"greedy {index}", "greedy", [row], count=count) for index, row in enumerate(prompts)]
+        return [ValidationSample(f"greedy {index}", "greedy", [row], count=count) for index, row in enumerate(prompts)]
     groups = [prompts[start : start + graph.batch] for start in range(0, len(prompts), graph.batch)]
     return [
-        Question(f"greedy {index}", "greedy", rows, side=("left", "right")[index % 2], count=count)
+        ValidationSample(f"greedy {index}", "greedy", rows, side=("left", "right")[index % 2], count=count)
         for index, rows in enumerate(groups)
     ]
 
@@ -72,12 +74,12 @@ def _positions(length: int, count: int) -> list[int]:
     return list(range((length - 1) % step, length, step))
 
 
-def answer(model: nn.Module, question: Question, outputs: tuple[str, ...]) -> list[Answer]:
+def answer(model: nn.Module, sample: ValidationSample, outputs: tuple[str, ...]) -> list[Answer]:
     """The eager answers, one row at a time and without padding."""
-    if question.kind in ("logits", "score"):
-        pairs = zip(question.rows, question.positions, strict=True)
+    if sample.kind in ("logits", "score"):
+        pairs = zip(sample.rows, sample.positions, strict=True)
         return [_logits(model, row, positions) for row, positions in pairs]
-    return [_greedy(model, row, question.count) for row in question.rows]
+    return [_greedy(model, row, sample.count) for row in sample.rows]
 
 
 def _logits(model: nn.Module, row: list[int], positions: list[int]) -> Answer:

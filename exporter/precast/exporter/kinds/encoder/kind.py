@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .plan import plan
-from .samples import answer, questions
+from .samples import answer, validation_samples
 from .trace import trace
 
-__all__ = ["answer", "plan", "questions", "trace"]
+__all__ = ["answer", "plan", "validation_samples", "trace"]

@@ -12,35 +12,35 @@ from torch import nn
 from precast.runtime.artifact.schema import Graph, Input
 
 from ...checkpoint.sentence_transformers import output_names
-from ..samples import Answer, Question, repeat
+from ..samples import Answer, ValidationSample, repeat
 from .inputs import RUNNING
 
-__all__ = ["answer", "questions"]
+__all__ = ["answer", "validation_samples"]
 
 Array = np.ndarray[Any, Any]
 ROWS = ("batch", "texts")
 
 
-def questions(graphs: list[Graph], texts: list[list[int]]) -> list[Question]:
+def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
     """Each graph is asked about ordinary rows, padded on either side, and about the edges of its shapes."""
-    return [question for graph in graphs for question in _questions(graph, texts)]
+    return [sample for graph in graphs for sample in _samples(graph, texts)]
 
 
-def _questions(graph: Graph, texts: list[list[int]]) -> Iterator[Question]:
-    """Sizes run over the batch, so that rows of one question differ."""
+def _samples(graph: Graph, texts: list[list[int]]) -> Iterator[ValidationSample]:
+    """Sizes run over the batch, so that rows of one sample differ."""
     shortest, longest = _shortest(graph), int(graph.length)  # type: ignore[arg-type]
     sizes = [_between(shortest, longest, len(text)) for text in texts]
     rows = [_row(graph, texts, index, sizes[index % len(sizes)]) for index in range(_most(graph))]
     name = f"{graph.name}: "
-    yield Question(name + "rows of all sizes, padded right", "outputs", tensors=rows)
-    yield Question(name + "a short batch", "outputs", tensors=rows[: max(1, len(rows) - 1)])
+    yield ValidationSample(name + "rows of all sizes, padded right", "outputs", tensors=rows)
+    yield ValidationSample(name + "a short batch", "outputs", tensors=rows[: max(1, len(rows) - 1)])
     if _is_padded(graph):
-        yield Question(name + "rows of all sizes, padded left", "outputs", tensors=rows, side="left")
-        yield Question(name + "the shortest row", "outputs", tensors=[_row(graph, texts, 0, shortest)])
-        yield Question(name + f"all of {longest}", "outputs", tensors=[_row(graph, texts, 1, longest)])
+        yield ValidationSample(name + "rows of all sizes, padded left", "outputs", tensors=rows, side="left")
+        yield ValidationSample(name + "the shortest row", "outputs", tensors=[_row(graph, texts, 0, shortest)])
+        yield ValidationSample(name + f"all of {longest}", "outputs", tensors=[_row(graph, texts, 1, longest)])
     if _choices(graph) > 1:
         fewer = {name: each[:1] if _has(graph, name, "choices") else each for name, each in rows[0].items()}
-        yield Question(name + "one choice", "outputs", tensors=[fewer])
+        yield ValidationSample(name + "one choice", "outputs", tensors=[fewer])
 
 
 def _most(graph: Graph) -> int:
@@ -107,9 +107,9 @@ def _signal(shape: list[int], numbers: np.random.Generator) -> Array:
     return (waves + 0.3 * numbers.standard_normal(shape)).astype(np.float32)
 
 
-def answer(model: nn.Module, question: Question, outputs: tuple[str, ...]) -> list[Answer]:
+def answer(model: nn.Module, sample: ValidationSample, outputs: tuple[str, ...]) -> list[Answer]:
     """The eager answers, one row at a time and without padding."""
-    return [_encode(model, row, outputs) for row in question.tensors]
+    return [_encode(model, row, outputs) for row in sample.tensors]
 
 
 def _encode(model: nn.Module, row: dict[str, Array], outputs: tuple[str, ...]) -> Answer:

@@ -1,6 +1,6 @@
 """What an encoder-decoder is asked before it is published, and what the eager model says to it.
 
-A row of a question is a source, in its tensors, and along with it, for logits, the tokens of an answer.
+A row of a sample is a source, in its tensors, and along with it, for logits, the tokens of an answer.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from precast.runtime.artifact.schema import Graph
 
 from ...architectures.cache_names import cache_argument, cache_in
-from ..samples import Answer, Question, repeat
+from ..samples import Answer, ValidationSample, repeat
 
-__all__ = ["answer", "questions"]
+__all__ = ["answer", "validation_samples"]
 
 Array = np.ndarray[Any, Any]
 GREEDY_SOURCES = 4
@@ -27,16 +27,16 @@ BEAMS = 3
 """As in precast.runtime.validation_worker, which searches with as many."""
 
 
-def questions(graphs: list[Graph], texts: list[list[int]]) -> list[Question]:
+def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
     """Logits along given answers, for sources at the edges of each encoder's length; greedy tokens; and a search."""
     encoders, decoder = [graph for graph in graphs if graph.role == "encode"], graphs[-1]
     return [
-        *(question for graph in encoders for question in _logit_questions(graph, decoder, texts)),
-        *_free_questions(encoders[-1], decoder, texts),
+        *(sample for graph in encoders for sample in _logit_samples(graph, decoder, texts)),
+        *_free_samples(encoders[-1], decoder, texts),
     ]
 
 
-def _logit_questions(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[Question]:
+def _logit_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[ValidationSample]:
     length, batch = int(graph.length), decoder.batch  # type: ignore[arg-type]
     sources = [_source(graph, (texts * (batch // len(texts) + 1))[index], index) for index in range(batch)]
     cases = {"sources, padded right": (sources, "right"), "a short batch": (sources[: max(1, batch - 1)], "right")}
@@ -47,7 +47,9 @@ def _logit_questions(graph: Graph, decoder: Graph, texts: list[list[int]]) -> li
             f"all {length} tokens": ([_source(graph, repeat(texts, length), 0)], "right"),
         }
     return [
-        Question(f"{graph.name}: {name}", "logits", _answers(len(rows), decoder, texts), side=side, tensors=rows)
+        ValidationSample(
+            f"{graph.name}: {name}", "logits", _answers(len(rows), decoder, texts), side=side, tensors=rows
+        )
         for name, (rows, side) in cases.items()
     ]
 
@@ -67,27 +69,27 @@ def _answers(count: int, decoder: Graph, texts: list[list[int]]) -> list[list[in
     return [repeat(texts[index % len(texts) :], min(length, decoder.capacity)) for index, length in enumerate(lengths)]
 
 
-def _free_questions(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[Question]:
+def _free_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[ValidationSample]:
     """Answers that the model finds itself: to batches of sources padded on either side, and by beam search."""
     count = min(GREEDY_TOKENS, decoder.capacity - 1)
     sources = [_source(graph, text, index) for index, text in enumerate(texts[:GREEDY_SOURCES])]
     groups = [sources[start : start + decoder.batch] for start in range(0, len(sources), decoder.batch)]
     found = [
-        Question(f"greedy {index}", "greedy", side=("left", "right")[index % 2], count=count, tensors=group)
+        ValidationSample(f"greedy {index}", "greedy", side=("left", "right")[index % 2], count=count, tensors=group)
         for index, group in enumerate(groups)
     ]
     if decoder.batch >= BEAMS:
-        found.append(Question(f"{BEAMS} beams", "beams", count=count, tensors=sources[:1]))
+        found.append(ValidationSample(f"{BEAMS} beams", "beams", count=count, tensors=sources[:1]))
     return found if count else []
 
 
-def answer(model: nn.Module, question: Question, outputs: tuple[str, ...]) -> list[Answer]:
+def answer(model: nn.Module, sample: ValidationSample, outputs: tuple[str, ...]) -> list[Answer]:
     """The eager answers, one row at a time and without padding."""
-    sources = [_given(source) for source in question.tensors]
-    if question.kind == "logits":
-        return [_logits(model, source, row) for source, row in zip(sources, question.rows, strict=True)]
-    found = _beams if question.kind == "beams" else _greedy
-    return [found(model, source, question.count) for source in sources]
+    sources = [_given(source) for source in sample.tensors]
+    if sample.kind == "logits":
+        return [_logits(model, source, row) for source, row in zip(sources, sample.rows, strict=True)]
+    found = _beams if sample.kind == "beams" else _greedy
+    return [found(model, source, sample.count) for source in sources]
 
 
 def _given(source: dict[str, Array]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Makes `docs/published.md`: what becomes of checkpoints as people publish them.
 
-    PRECAST_CORPUS=FOLDER python tests/published.py [--jobs 2] [NAME ...]
+    PRECAST_CORPUS=FOLDER python tools/published_page.py [--jobs 2] [NAME ...]
 
 `FOLDER/configs` holds a folder of small files for each checkpoint: configuration, tokenizer, processor, generation
 settings, no weights. Each is given random weights, by its configuration with fewer and narrower layers, and a small
@@ -443,7 +443,7 @@ def page(rows: Iterable[dict[str, str]]) -> str:
     parts = [
         "# Checkpoints as they are published",
         "",
-        f"Made by `python tests/published.py` of the small files of {len(ordered)} checkpoints: configuration, "
+        f"Made by `python tools/published_page.py` of the small files of {len(ordered)} checkpoints: configuration, "
         "tokenizer, processor, generation settings. Each was given random weights by its own configuration, with fewer "
         "and narrower layers and all else as published, and a small vocabulary; it was exported to `onnx` and compared "
         "with transformers: logits or states, greedy tokens by its generation settings, token ids, texts of chats, "
@@ -506,5 +506,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "tests")]
     sys.exit(main())

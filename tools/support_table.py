@@ -1,6 +1,6 @@
 """Makes the support table, `exporter/precast/exporter/support.json` and `docs/SUPPORT.md`, by trying everything.
 
-    PRECAST_CORPUS=FOLDER python tests/support.py [--jobs 2] [TYPE ...]
+    PRECAST_CORPUS=FOLDER python tools/support_table.py [--jobs 2] [TYPE ...]
 
 Every pair of a model type and a task in `tests/zoo` is made into a tiny random checkpoint and exported with validation,
 decoders also with `--quantize int8`. Where `FOLDER/configs` holds a published configuration for a pair, its line is
@@ -205,7 +205,7 @@ def page(table: dict[str, Any]) -> str:
     parts = [
         "# What is supported",
         "",
-        f"Made by `python tests/support.py`, which exports a tiny random checkpoint of every model type (transformers "
+        f"Made by `python tools/support_table.py`, which exports a tiny random checkpoint of every model type (transformers "
         f"{table['transformers']}, backend `onnx`) and compares it with the eager model: padded on either side, at the "
         f"edges of its shapes, and for decoders token by token. The difference is the largest one, relative to "
         f"max(1, max|reference|); at most 1e-4 passes. `int8` is the KL divergence that `--quantize int8` costs with "
@@ -278,5 +278,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "tests")]
     sys.exit(main())
