@@ -41,10 +41,12 @@ def _imported(name: str, tree: ast.AST) -> Iterator[str]:
             base = resolve_name("." * node.level + (node.module or ""), package)
             found = [f"{base}.{each.name}" for each in node.names]
         for one in found:
-            while one and one not in MODULES:
-                one = one.rpartition(".")[0]
-            if one and one != name:
-                yield one
+            parts = one.split(".")
+            longest = next(
+                (each for end in range(len(parts), 0, -1) if (each := ".".join(parts[:end])) in MODULES), name
+            )
+            if longest != name:
+                yield longest
 
 
 ARROWS = {name: set(_imported(name, tree)) for name, tree in TREES.items()}

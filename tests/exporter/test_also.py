@@ -120,7 +120,7 @@ def test_if_one_fails_nothing_is_written(checkpoint, tmp_path, toy, monkeypatch)
         run = step(self, graph, inputs, outputs)
         return lambda: (run(), outputs["logits"].fill(1))
 
-    monkeypatch.setattr("precast.exporter.validation._ask", _asked_here)
+    monkeypatch.setattr("precast.exporter.validation.ask", _asked_here)
     monkeypatch.setattr(toy_backend.ToyEngine, "bind", wrong)
     with pytest.raises(AccuracyError):
         export(str(checkpoint("llama")), tmp_path / "sub/out", ExportOptions(also=("toy",), **SIZES))

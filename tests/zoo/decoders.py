@@ -139,7 +139,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Changes to the machine-made tiny configuration, by model type."""
 
 REPRESENTATIVES = ["bart", "bloom", "falcon", "gemma3n_text", "gpt_oss", "llama4_text"]
-"""One type of each way into the operator that tests/helpers/tiny.py lacks: positions counted by the model, ALiBi, written-out
+"""One type of each way into the operator that helpers/tiny.py lacks: positions counted by the model, ALiBi, written-out
 attention, shared keys, sinks and experts, chunks. RoBERTa's kind is not among them: what transformers' own generate()
 tells it as positions is not what it counts itself."""
 

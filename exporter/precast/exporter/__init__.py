@@ -16,9 +16,9 @@ from precast.runtime import errors as _  # noqa: F401
 _EXPORTS = {
     "ExportOptions": "options",
     "choose_backends": "several.fastest",
-    "export": "export",
+    "export": "dispatch",
     "export_once": "reuse",
-    "preview": "export",
+    "preview": "dispatch",
     "quiet_libraries": "quiet",
     "supported_tasks": "support",
     "validate_again": "validation.revalidate",

@@ -24,7 +24,7 @@ from precast.runtime.hosts.machine import cpu_flags, installed_version
 
 from .checkpoint.files import read_files
 from .checkpoint.resolve import Checkpoint, resolve
-from .export import export
+from .dispatch import export
 from .options import AUTO, ExportOptions
 
 __all__ = ["export_once"]

@@ -1,6 +1,6 @@
 """What is known to work, and what is not and why: a table that ships with precast.
 
-The tests make it (`tools/support_table.py`): every model type of transformers is exported from a tiny random checkpoint and
+`tools/support_table.py` makes it: every model type of transformers is exported from a tiny random checkpoint and
 compared with the eager model. It is read without torch, so that a model that cannot be exported is refused before
 anything is downloaded in full or imported.
 """

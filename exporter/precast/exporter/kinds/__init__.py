@@ -17,6 +17,6 @@ KINDS = {
 
 
 def kind_of(task: Task) -> Any:
-    """The module that does `task`. It has `plan`, `trace`, `validation_samples` and `answer`, and `held_out_samples` where less than
-    fp32 can be asked for."""
+    """The module that does `task`: `plan`, `trace`, `validation_samples`, `answer`, and `held_out_samples` where less
+    than fp32 can be asked for."""
     return import_module(KINDS[task.kind])

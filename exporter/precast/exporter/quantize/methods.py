@@ -89,8 +89,8 @@ def gptq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
 
 
 def awq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Grid:
-    """Scale up the columns that matter before they are rounded, and scale down their inputs by as much (Lin et al. 2023,
-    AWQ: Activation-aware Weight Quantization).
+    """Scale up the columns that matter before they are rounded, and scale down their inputs by as much (Lin et al.
+    2023, AWQ: Activation-aware Weight Quantization).
 
     Of several scales, those whose error E [N, K] reaches the outputs least: the trace of E `hessian` Eᵀ. A
     layer that no calibration token reached is rounded to nearest.

@@ -141,8 +141,8 @@ def check(scores: Scores, floor: Floor, what: str, advice: str = QUANTIZED_ADVIC
     if problems:
         raise AccuracyError(
             f"{what[0].upper()}{what[1:]}, the model loses too much on {scores.tokens} tokens of held-out text: "
-            f"{' and '.join(problems)} (perplexity {scores.perplexity:.4g}, in fp32 {scores.reference_perplexity:.4g}). "
-            f"Nothing was written. {advice}"
+            f"{' and '.join(problems)} (perplexity {scores.perplexity:.4g}, in fp32 {scores.reference_perplexity:.4g})"
+            f". Nothing was written. {advice}"
         )
 
 
