@@ -165,7 +165,7 @@ import torch
 from precast.exporter.architectures.bloom import BloomAttention, _get_alibi_slopes, attend, dropout_add, replaced
 from precast.runtime.artifact.backends import Backend
 from precast.runtime.artifact.tasks import Task
-from precast.runtime.forward import Encoder
+from precast.runtime.models.encoder_base import Encoder
 """
 
 

@@ -207,8 +207,8 @@ def page(table: dict[str, Any]) -> str:
         "",
         f"Made by `python tools/support_table.py`, which exports a tiny random checkpoint of every model type "
         f"(transformers {table['transformers']}, backend `onnx`) and compares it with the eager model: padded on "
-        f"either side, at the edges of its shapes, and for decoders token by token. The difference is the largest one, relative to "
-        f"max(1, max|reference|); at most 1e-4 passes. `int8` is the KL divergence that `--quantize int8` costs with "
+        f"either side, at the edges of its shapes, and for decoders token by token. The difference is the largest one, "
+        f"relative to max(1, max|reference|); at most 1e-4 passes. `int8` is the KL divergence that `--quantize int8` costs with "
         f"random weights and the default configuration: it says that the model can be quantized, not how well a "
         f"trained one bears it.",
         "",

@@ -297,7 +297,7 @@ import json, sys
 from precast.cli import main
 from precast.cli.output import progress_in_words
 from precast.exporter import ExportOptions
-from precast.exporter.early import check_comparison
+from precast.exporter.checkpoint.early import check_comparison
 from precast.runtime.artifact import read_artifact
 
 for words in json.loads(sys.argv[1]):

@@ -41,12 +41,12 @@ def two(toy, monkeypatch):
 def made_before(two, artifact, monkeypatch):
     """Exports that were made once, and are copied."""
 
-    def copy(model, target, options, **_):
+    def copy(model, target, options, *_):
         asked = {name: getattr(options, name) for name in ("backend", "batch_size", "sequence_length")}
         copy_artifact(read_artifact(artifact(Path(model), **asked)), target, force=options.force)
         return read_artifact(target)
 
-    monkeypatch.setattr("precast.exporter.several.fastest.export", copy)
+    monkeypatch.setattr("precast.exporter.several.fastest.export_variant", copy)
 
 
 def clock(**milliseconds):
