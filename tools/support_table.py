@@ -207,10 +207,10 @@ def page(table: dict[str, Any]) -> str:
         "",
         f"Made by `python tools/support_table.py`, which exports a tiny random checkpoint of every model type "
         f"(transformers {table['transformers']}, backend `onnx`) and compares it with the eager model: padded on "
-        f"either side, at the edges of its shapes, and for decoders token by token. The difference is the largest one, "
-        f"relative to max(1, max|reference|); at most 1e-4 passes. `int8` is the KL divergence that `--quantize int8` costs with "
-        f"random weights and the default configuration: it says that the model can be quantized, not how well a "
-        f"trained one bears it.",
+        f"either side, at the edges of its shapes, and for decoders token by token. The difference is the largest "
+        f"one, relative to max(1, max|reference|); at most 1e-4 passes. `int8` is the KL divergence that "
+        f"`--quantize int8` costs with random weights and the default configuration: it says that the model can be "
+        f"quantized, not how well a trained one bears it.",
         "",
         f"Of the {len(passed)} lines that pass, {published} are measured on a published configuration, with fewer and "
         f"narrower layers and all else as published: the line names the checkpoint it is of, and the type's default "
