@@ -105,13 +105,15 @@ def test_few_modules_lie_loose(part):
     assert len(loose) <= 10
 
 
+def _length(function: ast.FunctionDef) -> int:
+    """Lines of a function without its docstring, which is as long as there are arguments to explain."""
+    text = function.body[0] if ast.get_docstring(function) else None
+    return function.end_lineno - function.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
+
+
 def test_functions_are_small():
-    lines = sorted(
-        node.end_lineno - node.lineno + 1
-        for tree in TREES.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-    )
+    functions = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    lines = sorted(map(_length, functions))
     assert statistics.median(lines) <= 8
     assert lines[int(0.9 * len(lines))] <= 26
     assert lines[-1] <= 60
