@@ -26,13 +26,15 @@ def main(version: str) -> None:
 
     small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     with tempfile.TemporaryDirectory() as folder:
-        llama = tiny.config_for("llama", **small, num_key_value_heads=1, head_dim=8)
+        llama = tiny.config_for("llama", **small, num_key_value_heads=1, head_dim=16)
         bert = tiny.config_for("bert", **small)
         decoder = tiny.save_checkpoint(Path(folder) / "llama", llama)
         encoder = tiny.save_checkpoint(Path(folder) / "bert", bert, transformers.AutoModel)
         export(str(decoder), HERE / version / "decoder", ExportOptions(sequence_length=(32,)))
         export(str(encoder), HERE / version / "encoder", ExportOptions(batch_size=2, sequence_length=(16,)))
-    for kind in ("decoder", "encoder"):
+        native = ExportOptions(batch_size=2, sequence_length=(32,), prefill_lengths=(8,), backend="export")
+        export(str(decoder), HERE / version / "native", native)
+    for kind in ("decoder", "encoder", "native"):
         answer = ask(HERE / version / kind)
         (HERE / version / f"{kind}.json").write_text(json.dumps(answer, indent=1) + "\n")
 

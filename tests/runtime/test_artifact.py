@@ -167,9 +167,9 @@ def test_hashes_are_hashes(place, digest):
 
 
 def test_a_newer_format_says_to_upgrade(place):
-    message = _refused(place, {**_raw(), "format_version": 3, "whatever": "the future brings"})
-    assert "has artifact format 3" in message
-    assert "formats up to 2" in message
+    message = _refused(place, {**_raw(), "format_version": 4, "whatever": "the future brings"})
+    assert "has artifact format 4" in message
+    assert "formats up to 3" in message
     assert "pip install -U precast" in message
 
 

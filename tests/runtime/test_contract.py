@@ -112,6 +112,13 @@ def test_an_encoder_may_have_several_batches(changed, encoder):
     assert read_artifact(changed(encoder, one_row)).contract.shapes.batch_size == 3
 
 
+def test_a_free_batch_is_said_and_not_run(changed, decoder):
+    """Format 3 has a place for it."""
+    free = changed(decoder, lambda config, contract, graph: graph.update(batch={"min": 1, "max": 4}))
+    with pytest.raises(FormatError, match="has a free batch, of 1 to 4, which this precast does not run"):
+        read_artifact(free)
+
+
 def test_what_fits_has_no_problem(decoder, encoder):
     for path in (decoder, encoder):
         graphs = read_artifact(path).contract.variants[0].graphs

@@ -199,7 +199,7 @@ def _requests(subjects: list[Subject]) -> list[Request]:
         return [Request("graphs", first.batch_size, 0, None, 0)]
     if whole.kind == "decoder":
         return [whole]
-    sizes = sorted((graph.batch, _length(graph.length)) for graph in first.variant.graphs)
+    sizes = sorted((graph.slots, _length(graph.length)) for graph in first.variant.graphs)
     return [plan(subjects, batch, length) for batch, length in dict.fromkeys((sizes[0], sizes[-1]))]
 
 

@@ -14,14 +14,14 @@ import msgspec
 from ..errors import ArtifactError, FormatError
 from ..terminal import quoted
 from . import optimum_neuron, strict_json
-from .graphs import DECODER_INPUTS, OF_TEXT, ROWS, graph_problem, variant_problem
+from .graphs import CACHE_POSITIONS, DECODER_INPUTS, OF_TEXT, graph_problem, is_cache_positions, variant_problem
 from .integrity import Contents, read_regular
 from .schema import FORMAT_VERSION, Contract, File, Graph, Input, Variant
 from .tasks import kind_of_roles, tasks_named
 
 __all__ = [
-    "DECODER_INPUTS", "ROWS", "UNLISTED", "Artifact", "contract_digest", "is_artifact", "parse_artifact",
-    "read_artifact", "render_config", "vocabulary_of",
+    "CACHE_POSITIONS", "DECODER_INPUTS", "UNLISTED", "Artifact", "contract_digest", "is_artifact",
+    "is_cache_positions", "parse_artifact", "read_artifact", "render_config", "vocabulary_of",
 ]  # fmt: skip
 
 KEY = "precast"
@@ -217,10 +217,11 @@ def _unfed(graph: Graph, variant: Variant) -> list[str]:
     """Inputs of a decoder that are neither its own nor made by an encoder that fits."""
     if graph.role == "encode":
         return []
-    own = {*DECODER_INPUTS, ENCODER_MASK, ROWS, *(state.name_in for state in graph.states)}
+    own = {*DECODER_INPUTS, ENCODER_MASK, *(state.name_in for state in graph.states)}
     own |= {name for layer in graph.cache for name in (layer.key_in, layer.value_in)}
     encoders = [each for each in variant.graphs if each.role == "encode"]
-    return [spec.name for spec in graph.inputs if spec.name not in own and not _is_made(spec, encoders)]
+    others = [spec for spec in graph.inputs if spec.name not in own and not is_cache_positions(spec)]
+    return [spec.name for spec in others if not _is_made(spec, encoders)]
 
 
 def _is_made(wanted: Input, encoders: list[Graph]) -> bool:

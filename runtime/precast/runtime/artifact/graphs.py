@@ -7,13 +7,15 @@ from math import prod
 
 from .schema import Axis, Dim, Graph, Input, Output, State, Variant
 
-__all__ = ["DECODER_INPUTS", "OF_TEXT", "ROWS", "graph_problem", "variant_problem"]
+__all__ = ["DECODER_INPUTS", "CACHE_POSITIONS", "OF_TEXT", "graph_problem", "is_cache_positions", "variant_problem"]
 
 DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
 """The first inputs of every decoder graph; its caches follow."""
 
-ROWS = "rows"
-"""A decoder's input, int64 [rows], 0, 1, …: the rows of its caches that attention looks at."""
+CACHE_POSITIONS = "cache_positions"
+"""A decoder's input, int64 [n], 0, 1, …: the positions of its caches that attention looks at."""
+_OLD_CACHE_POSITIONS = "rows"
+"""Its name in formats 1 and 2."""
 OF_TEXT: tuple[Axis | None, ...] = ("batch", "length")
 """The dimensions of an input that names none: format 1 had no names, as all were of text."""
 _MOST_NUMBERS = 2**40
@@ -21,6 +23,11 @@ _MOST_NUMBERS = 2**40
 _MOST_ROWS = 2**16
 _RUNNING: frozenset[Axis | None] = frozenset({"length", "samples", "frames"})
 _RANGES = {"int64": 2**63, "int32": 2**31, "int8": 2**7, "uint8": 2**8, "bool": 2}
+
+
+def is_cache_positions(spec: Input) -> bool:
+    """Whether this is the input that says at which positions of the caches attention looks."""
+    return spec.name in (CACHE_POSITIONS, _OLD_CACHE_POSITIONS)
 
 
 def graph_problem(graph: Graph, vocabulary: int | None) -> str | None:
@@ -43,7 +50,8 @@ def variant_problem(variant: Variant) -> str | None:
 
 def _held(graph: Graph) -> str:
     """What all decoders of a variant share: whichever runs, it goes on from what another left."""
-    kept = [(spec.name, spec.dtype, spec.shape) for spec in graph.inputs[len(DECODER_INPUTS) :] if spec.name != ROWS]
+    others = graph.inputs[len(DECODER_INPUTS) :]
+    kept = [(spec.name, spec.dtype, spec.shape) for spec in others if not is_cache_positions(spec)]
     return repr((graph.capacity, graph.outputs[:1] and graph.outputs[0].shape[-1:], sorted(kept, key=repr)))
 
 
@@ -54,7 +62,9 @@ def _asked(graph: Graph) -> str:
 
 
 def _problems(graph: Graph, vocabulary: int | None) -> Iterator[str]:
-    if not 1 <= graph.batch <= _MOST_ROWS:
+    if isinstance(graph.batch, Dim):
+        yield f"has a free batch, of {graph.batch.min} to {graph.batch.max}, which this precast does not run"
+    elif not 1 <= graph.batch <= _MOST_ROWS:
         yield f"has a batch of {graph.batch}, not of 1 to {_MOST_ROWS}"
     tensors: list[Input | Output] = [*graph.inputs, *graph.outputs]
     for spec in tensors:
@@ -141,14 +151,14 @@ def _decoder(graph: Graph) -> Iterator[str]:
     for state in graph.states:
         if state.name_in not in given or state.name_out not in made:
             yield f"lacks {state.name_in}"
-        elif not _is_state(state, given[state.name_in], made[state.name_out], graph.batch):
+        elif not _is_state(state, given[state.name_in], made[state.name_out], graph.slots):
             yield f"has the state {state.name_in} in other shapes than {state.shape}, batch first"
 
 
 def _is_cache(given: Input, made: Output, graph: Graph) -> bool:
     """Keys or values of every position; some backends write those of resting rows behind the last."""
     sizes = [size for size in given.shape if isinstance(size, int)]
-    fits = len(sizes) == len(given.shape) == 4 and sizes[0] == graph.batch and sizes[2] >= graph.capacity
+    fits = len(sizes) == len(given.shape) == 4 and sizes[0] == graph.slots and sizes[2] >= graph.capacity
     return fits and _is_same(given, made)
 
 

@@ -93,7 +93,7 @@ def imported(config: Mapping[str, Any], path: Path) -> Contract | None:
         task=found.task,
         source=Source(model=found.source, revision=None, weights_sha256=files[name].sha256),
         shapes=Shapes(
-            batch_size=graph.batch,
+            batch_size=graph.slots,
             sequence_length=[found.size("sequence_length")] if "input_ids" in _names(graph) else [],
             prefill_lengths=[],
             dynamic_batch_size=section.get("dynamic_batch_size") is True,

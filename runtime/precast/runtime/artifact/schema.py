@@ -1,8 +1,8 @@
 """The artifact contract: what `config.json["precast"]` may hold, as closed, frozen types.
 
 A field that is not here is an error, so is a value of another type or beyond its bound. Adding a field raises
-`FORMAT_VERSION`; it gets a default that says what older artifacts meant, and is left out where it is that, since their
-digests were made without it.
+`FORMAT_VERSION`, once per release; it gets a default that says what older artifacts meant, and is left out where it is
+that, since their digests were made without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "Variant",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Size = Annotated[int, Meta(ge=0, le=2**31)]
 Bytes = Annotated[int, Meta(ge=0, le=2**50)]
@@ -116,13 +116,14 @@ class Frames(_Closed, frozen=True, kw_only=True):
 
 
 class Graph(_Closed, frozen=True, kw_only=True, omit_defaults=True):
-    """One compiled graph. `length` is its query (or sequence) length, in tokens or samples, `capacity` that of its
-    cache (0: no cache). `frames` says how many frames its outputs have of so many samples."""
+    """One compiled graph. `batch` is its number of rows, free within bounds since format 3; `length` its query (or
+    sequence) length, in tokens or samples, `capacity` that of its cache (0: no cache). `frames` says how many frames
+    its outputs have of so many samples."""
 
     name: Name
     role: Role
     file: Path
-    batch: Size
+    batch: Size | Dim
     length: Size | Dim
     capacity: Size
     inputs: list[Input]
@@ -130,6 +131,11 @@ class Graph(_Closed, frozen=True, kw_only=True, omit_defaults=True):
     cache: list[CacheLayer]
     frames: Frames | None = None
     states: list[State] = []
+
+    @property
+    def slots(self) -> int:
+        """The rows that the graph has at most, each with a cache row and a length of its own."""
+        return self.batch.max if isinstance(self.batch, Dim) else self.batch
 
 
 class Host(_Closed, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..artifact import DECODER_INPUTS, ROWS
+from ..artifact import DECODER_INPUTS, is_cache_positions
 from ..artifact.schema import Graph
 from . import Arrays, Step
 from .fork import Process
@@ -147,5 +147,5 @@ def _context_names(graph: Graph) -> set[str]:
     """The inputs that stay from step to step and are the session's to change: what an encoder made of its input."""
     if graph.role == "encode":
         return set()
-    others = {spec.name for spec in graph.inputs[len(DECODER_INPUTS) :]} - {ROWS}
+    others = {spec.name for spec in graph.inputs[len(DECODER_INPUTS) :] if not is_cache_positions(spec)}
     return others - _cache_names(graph) - {state.name_in for state in graph.states}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import DECODER_INPUTS, ROWS
+from ..artifact import DECODER_INPUTS, is_cache_positions
 from ..artifact.schema import Dim, Graph, Input
 from ..engines import Engine, KeepsCaches, Step, move_rows
 from ..inputs.tensors import allocate, zeros
@@ -45,7 +45,7 @@ class Session:
     def __init__(self, engine: Engine, graphs: Sequence[Graph]) -> None:
         self._engine = engine
         first = graphs[0]
-        self.batch, self.capacity = first.batch, first.capacity
+        self.batch, self.capacity = first.slots, first.capacity
         self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
         self._step_graph = next((graph for graph in graphs if graph.role == "decode"), first)
         self._prefill_graphs = {
@@ -282,7 +282,7 @@ class _Call:
     def __init__(
         self, engine: Engine, graph: Graph, length: int, positions: int, held: dict[str, Array], states: _States
     ) -> None:
-        batch, output = graph.batch, graph.outputs[0]
+        batch, output = graph.slots, graph.outputs[0]
         self.ids = np.zeros((batch, length), np.int64)
         self.past, self.new = np.zeros(batch, np.int32), np.ones(batch, np.int32)
         self.positions = np.zeros((batch, positions), np.int64)
@@ -294,12 +294,12 @@ class _Call:
             zip((spec.name for spec in graph.inputs), (self.ids, self.past, self.new, self.positions), strict=False)
         )
         held = held | states.before
-        inputs |= {spec.name: held[spec.name] for spec in graph.inputs[len(inputs) :] if spec.name != ROWS}
+        inputs |= {spec.name: held[spec.name] for spec in graph.inputs[len(inputs) :] if not is_cache_positions(spec)}
         outputs = {output.name: self.logits, **states.after}
         for layer in graph.cache:
             for name_in, name_out in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out)):
                 outputs[name_out] = held[name_in]
-        if graph.inputs[-1].name == ROWS:
+        if is_cache_positions(graph.inputs[-1]):
             self.run: Step = _Looking(engine, graph, inputs, outputs, length)
         else:
             self.run = engine.bind(graph.name, inputs, outputs)
@@ -319,8 +319,8 @@ class _Looking:
         needed = int(self._past.max()) + self._length
         count = min(self._graph.capacity, -(-needed // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
         if count not in self._steps:
-            rows = {ROWS: np.arange(count)}
-            self._steps[count] = self._engine.bind(self._graph.name, self._inputs | rows, self._outputs)
+            positions = {self._graph.inputs[-1].name: np.arange(count)}
+            self._steps[count] = self._engine.bind(self._graph.name, self._inputs | positions, self._outputs)
         self._steps[count]()
 
 
@@ -359,7 +359,7 @@ def _sizes(spec: Input) -> list[int]:
 def _context(graph: Graph, caches: dict[str, Array]) -> dict[str, Array]:
     """The inputs that are neither a step's own nor caches, by name."""
     others = [spec for spec in graph.inputs[len(DECODER_INPUTS) :] if spec.name not in caches]
-    return {spec.name: allocate(_sizes(spec), spec.dtype) for spec in others if spec.name != ROWS}
+    return {spec.name: allocate(_sizes(spec), spec.dtype) for spec in others if not is_cache_positions(spec)}
 
 
 def _shared(held: list[int], row: Array) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from precast.runtime.artifact import ROWS
+from precast.runtime.artifact import CACHE_POSITIONS
 from precast.runtime.artifact.schema import Dim, Graph, Input
 
 from ...kinds.trace import Program, export_program, functional
@@ -98,7 +98,7 @@ def _with_rows(graph: Graph) -> Graph:
     """The graph with an input that says how many cache rows to look at, and caches with a row to spare: a part of them
     is then never the whole, which would be laid out otherwise and so need another program."""
     caches = {name for layer in graph.cache for name in (layer.key_in, layer.value_in, layer.key_out, layer.value_out)}
-    rows = Input(name=ROWS, dtype="int64", shape=[Dim(min=2, max=graph.capacity)], pad=0)
+    rows = Input(name=CACHE_POSITIONS, dtype="int64", shape=[Dim(min=2, max=graph.capacity)], pad=0)
     return replace(
         graph,
         inputs=[*(_longer(spec, caches) for spec in graph.inputs), rows],
@@ -115,7 +115,7 @@ def _longer(spec: Any, caches: set[str]) -> Any:
 
 
 _LINEAR = (torch.ops.aten.linear.default, torch.ops.precast.quantized_linear.default)
-_TYPICAL = {"input_ids": 8, "logit_positions": 3, ROWS: 512}
+_TYPICAL = {"input_ids": 8, "logit_positions": 3, CACHE_POSITIONS: 512}
 """Sizes of free dimensions to trace with, no two alike. They are also what a compiler takes for usual."""
 
 
@@ -126,7 +126,7 @@ def _example(graph: Graph) -> tuple[Tensor, ...]:
 def _tensor(spec: Input) -> Tensor:
     typical = _TYPICAL.get(spec.name, 5)
     shape = [min(size.max, typical) if isinstance(size, Dim) else size for size in spec.shape]
-    if spec.name == ROWS:
+    if spec.name == CACHE_POSITIONS:
         return torch.arange(shape[0])
     return torch.ones(shape, dtype=getattr(torch, spec.dtype))
 
@@ -161,7 +161,7 @@ class _Replayed(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip((spec.name for spec in self.graph.inputs), inputs, strict=True))
-        rows = torch.arange(self.graph.capacity) if self.forms.whole else given.pop(ROWS, None)
+        rows = torch.arange(self.graph.capacity) if self.forms.whole else given.pop(CACHE_POSITIONS, None)
         step = None if rows is None else self._step(rows)
         weights = [self.get_parameter_or_buffer(name) for name, _ in self.lifted]
         positions = given["logit_positions"].shape[1] if "logit_positions" in given else None

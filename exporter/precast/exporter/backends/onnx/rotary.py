@@ -78,7 +78,7 @@ class _Angles:
     def at(self, past: int, length: int, elsewhere: int = 0) -> Array:
         """cos and sin of the first row's tokens when it has `past` of them and the others `elsewhere`:
         [2, length, D / 2]."""
-        lengths = np.array([past] + [elsewhere] * (self._graph.batch - 1), np.int32)
+        lengths = np.array([past] + [elsewhere] * (self._graph.slots - 1), np.int32)
         given = {self._names[0]: np.zeros((len(lengths), length), np.int64), self._names[1]: lengths}
         wanted = {spec.name for spec in self._session.get_inputs()}
         found = self._session.run(None, {name: array for name, array in given.items() if name in wanted})

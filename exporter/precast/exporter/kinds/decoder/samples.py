@@ -38,7 +38,7 @@ def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[Valida
 
 def _logit_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
     graph, is_free = graphs[0], isinstance(graphs[0].length, Dim)
-    batch, capacity = graph.batch, graph.capacity
+    batch, capacity = graph.slots, graph.capacity
     rows = [text[: min(64, capacity)] for text in (texts * (batch // len(texts) + 1))[:batch]]
     cases = {
         "texts": rows,
@@ -59,9 +59,9 @@ def _greedy_samples(graph: Graph, texts: list[list[int]]) -> list[ValidationSamp
     count = min(GREEDY_TOKENS, max(1, graph.capacity // 2))
     prompts = [text[: max(1, min(4 + 3 * index, graph.capacity - count))] for index, text in enumerate(texts)]
     prompts = prompts[:GREEDY_PROMPTS]
-    if graph.batch == 1:
+    if graph.slots == 1:
         return [ValidationSample(f"greedy {index}", "greedy", [row], count=count) for index, row in enumerate(prompts)]
-    groups = [prompts[start : start + graph.batch] for start in range(0, len(prompts), graph.batch)]
+    groups = [prompts[start : start + graph.slots] for start in range(0, len(prompts), graph.slots)]
     return [
         ValidationSample(f"greedy {index}", "greedy", rows, side=("left", "right")[index % 2], count=count)
         for index, rows in enumerate(groups)

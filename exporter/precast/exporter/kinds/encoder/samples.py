@@ -46,7 +46,7 @@ def _samples(graph: Graph, texts: list[list[int]]) -> Iterator[ValidationSample]
 def _most(graph: Graph) -> int:
     """How many rows one call holds: where there are texts besides images, a row is one of each."""
     sizes = [size for spec in graph.inputs for axis, size in zip(spec.axes, spec.shape, strict=False) if axis in ROWS]
-    return min(int(size) for size in sizes or [graph.batch])  # type: ignore[arg-type]
+    return min(int(size) for size in sizes or [graph.slots])  # type: ignore[arg-type]
 
 
 def _is_padded(graph: Graph) -> bool:

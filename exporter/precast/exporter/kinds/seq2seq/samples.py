@@ -37,7 +37,7 @@ def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[Vali
 
 
 def _logit_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[ValidationSample]:
-    length, batch = int(graph.length), decoder.batch  # type: ignore[arg-type]
+    length, batch = int(graph.length), decoder.slots  # type: ignore[arg-type]
     sources = [_source(graph, (texts * (batch // len(texts) + 1))[index], index) for index in range(batch)]
     cases = {"sources, padded right": (sources, "right"), "a short batch": (sources[: max(1, batch - 1)], "right")}
     if graph.inputs[0].name == "input_ids":
@@ -73,12 +73,12 @@ def _free_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[
     """Answers that the model finds itself: to batches of sources padded on either side, and by beam search."""
     count = min(GREEDY_TOKENS, decoder.capacity - 1)
     sources = [_source(graph, text, index) for index, text in enumerate(texts[:GREEDY_SOURCES])]
-    groups = [sources[start : start + decoder.batch] for start in range(0, len(sources), decoder.batch)]
+    groups = [sources[start : start + decoder.slots] for start in range(0, len(sources), decoder.slots)]
     found = [
         ValidationSample(f"greedy {index}", "greedy", side=("left", "right")[index % 2], count=count, tensors=group)
         for index, group in enumerate(groups)
     ]
-    if decoder.batch >= BEAMS:
+    if decoder.slots >= BEAMS:
         found.append(ValidationSample(f"{BEAMS} beams", "beams", count=count, tensors=sources[:1]))
     return found if count else []
 
