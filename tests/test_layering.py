@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("exporter", "runtime", "cli")
-FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
+FILES = [path for part in PARTS for path in sorted((ROOT / part / "precast").rglob("*.py"))]
 HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
 
 _ENGINES = ("aoti", "device", "export", "gpu", "neuron", "operator_checks", "operator_sizes", "safetensors_map")

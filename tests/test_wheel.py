@@ -96,17 +96,18 @@ def test_it_holds_three_parts_and_the_module_that_calls_one(wheel):
     parts = {name.split("/")[1] for name in names if name.startswith("precast/")}
     assert parts == {"exporter", "runtime", "cli", "__main__.py"}, "and no precast/__init__.py"
     info = f"precast-{version}.dist-info/"
-    assert {name for name in names if not name.startswith(("precast/", info))} == set()
+    others = {name for name in names if not name.startswith(("precast/", info))}
+    assert others == {"optimum/commands/register/register_precast.py", "optimum/exporters/precast.py"}
     assert names >= {f"precast/{part}/py.typed" for part in parts - {"__main__.py"}}
     assert f"{info}licenses/LICENSE" in names
     on_disk = {
         path.relative_to(ROOT / part).as_posix()
         for part in parts
-        for path in (ROOT / part).rglob("*")
+        for path in (ROOT / part / "precast").rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
     assert {name for name in names if name.startswith("precast/")} == on_disk
-    assert on_disk >= {"precast/exporter/texts.txt", "precast/exporter/card.md.jinja"}
+    assert on_disk >= {"precast/exporter/kinds/texts.txt", "precast/exporter/companions/card.md.jinja"}
 
 
 def test_the_base_environment_lacks_what_only_the_exporter_needs(run):
@@ -114,7 +115,8 @@ def test_the_base_environment_lacks_what_only_the_exporter_needs(run):
 import importlib.util as util, json, sys
 import precast.runtime, precast.cli
 names = ["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "optimum", "requests", "safetensors", "gguf"]
-print(json.dumps([[name for name in names if util.find_spec(name)], precast.runtime.__file__, list(precast.__path__)]))
+found = [name for name in names if (spec := util.find_spec(name)) and spec.origin]
+print(json.dumps([found, precast.runtime.__file__, list(precast.__path__)]))
 """
     done = run("python", "-c", code)
     assert done.returncode == 0, done.stderr
