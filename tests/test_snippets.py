@@ -162,7 +162,7 @@ def test_all_snippets_of_a_document(reader, document, tmp_path, monkeypatch):
 # What its snippets are pieces of.
 CONTRIBUTING = """
 import torch
-from precast.exporter.architectures.bloom import BloomAttention, _get_alibi_slopes, attend, dropout_add, replaced
+from precast.exporter.architectures.bloom import BloomAttention, _get_alibi_slopes, attend, dropout_add, replace_method
 from precast.runtime.artifact.backends import Backend
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.models.encoder_base import Encoder
@@ -175,7 +175,7 @@ def test_contributing_shows_the_code_that_is_there():
     bloom = ROOT / "exporter/precast/exporter/architectures/bloom.py"
     there = _definitions(ast.parse(bloom.read_text("utf-8")))
     assert {name: there.get(name) for name in shown if name in there} == {
-        name: shown[name] for name in ("adapted", "_attention")
+        name: shown[name] for name in ("use_cached_attention", "_make_attention")
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from precast.exporter.architectures import attention_interface
+from precast.exporter.architectures import ADAPTERS, TRACEABLE, attention_interface
 from precast.exporter.backends.onnx.lowering import lower
 from precast.exporter.kinds.trace import Program
 from precast.exporter.operators.attention import cached_attention
@@ -88,11 +89,18 @@ def test_ragged_rows_attend_to_what_they_have(seed, past, length, mask, window, 
                 assert torch.allclose(output[row, head, place], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "function"), [(ADAPTERS, "use_cached_attention"), (TRACEABLE, "make_traceable")])
+def test_every_row_of_the_architectures_names_a_function_that_is_there(rows, function):
+    assert [module for module in set(rows.values()) if not hasattr(importlib.import_module(module), function)] == []
+
+
 def test_masks_are_recognised_by_what_they_are_made_of():
-    assert attention_interface._mask(mask_function=causal_mask_function).kind == "causal"
-    window = attention_interface._mask(mask_function=sliding_window_causal_mask_function(5), local_size=5)
+    assert attention_interface._mask_function(mask_function=causal_mask_function).kind == "causal"
+    window = attention_interface._mask_function(mask_function=sliding_window_causal_mask_function(5), local_size=5)
     assert (window.kind, window.window) == ("window", 5)
-    chunk = attention_interface._mask(mask_function=chunked_causal_mask_function(7, torch.zeros(1)), local_size=7)
+    chunk = attention_interface._mask_function(
+        mask_function=chunked_causal_mask_function(7, torch.zeros(1)), local_size=7
+    )
     assert (chunk.kind, chunk.window) == ("chunk", 7)
 
 
@@ -101,13 +109,13 @@ def test_an_unknown_mask_is_refused_by_name():
         return k > q
 
     with pytest.raises(ExportError, match="around_images"):
-        attention_interface._mask(mask_function=or_masks(causal_mask_function, around_images))
+        attention_interface._mask_function(mask_function=or_masks(causal_mask_function, around_images))
 
 
 def test_keys_changed_after_the_cache_are_refused():
     past = [(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))]
     lengths = torch.zeros(1, dtype=torch.int32)
-    with attention_interface.tracing(attention_interface.Caches(past, lengths, lengths)) as cache:
+    with attention_interface.use_caches(attention_interface.Caches(past, lengths, lengths)) as cache:
         key, value = cache.update(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8), 0)
         with pytest.raises(ExportError, match="between the cache and attention"):
             attention_interface.attend(key, key * 2, value, scale=1.0)
@@ -116,7 +124,7 @@ def test_keys_changed_after_the_cache_are_refused():
 def test_an_argument_that_would_change_the_result_is_refused():
     x = torch.zeros(1, 1, 1, 8)
     with pytest.raises(ExportError, match="alibi_bias"):
-        attention_interface._attention(torch.nn.Identity(), x, x, x, None, alibi_bias=x)
+        attention_interface._attention_function(torch.nn.Identity(), x, x, x, None, alibi_bias=x)
 
 
 def test_layers_may_share_the_keys_of_another():
@@ -126,12 +134,12 @@ def test_layers_may_share_the_keys_of_another():
     lengths, new = torch.tensor([3], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
     caches = attention_interface.Caches(past, lengths, new)
     queries = torch.randn(2, 1, 1, 2, 8)
-    with attention_interface.tracing(caches) as cache:
+    with attention_interface.use_caches(caches) as cache:
         key, value = cache.update(torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 8), 0)
         first = attention_interface.attend(queries[0], key, value, scale=1.0)
         shared = attention_interface.attend(queries[1], key, value, scale=1.0)
         alone = attention_interface.Caches(past, lengths, new)
-    with attention_interface.tracing(alone) as cache:
+    with attention_interface.use_caches(alone) as cache:
         again = attention_interface.attend(queries[1], *cache.update(key, value, 0), scale=1.0)
     assert not torch.equal(first, shared)
     assert torch.equal(shared, again)

@@ -21,7 +21,7 @@ from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, preview
 from precast.exporter.architectures import attention_interface
-from precast.exporter.architectures.patching import replaced
+from precast.exporter.architectures.patching import replace_method
 from precast.exporter.pipeline import _explained
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
@@ -164,7 +164,7 @@ def test_an_architecture_past_the_interface_keeps_its_own_operators(checkpoint, 
 def test_a_warning_is_no_reason_to_leave_the_operator(checkpoint, monkeypatch):
     """What is deprecated still fits: where warnings are errors, one is not taken for a model that does not."""
     monkeypatch.setattr(
-        attention_interface, "_owner", lambda *_: warnings.warn("`past_key_values` is deprecated", FutureWarning, 2)
+        attention_interface, "_find_layer", lambda *_: warnings.warn("a name is deprecated", FutureWarning, 2)
     )
     with pytest.raises(FutureWarning, match="is deprecated"):
         preview(str(checkpoint("llama")), ExportOptions(sequence_length=(16,)))
@@ -174,7 +174,7 @@ def test_a_method_that_transformers_has_no_more_is_not_replaced_in_vain(checkpoi
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     with (
         pytest.raises(ExportError, match=r"has no LlamaAttention\._attn"),
-        replaced(model, LlamaAttention, "_attn", id),
+        replace_method(model, LlamaAttention, "_attn", id),
     ):
         pass
 

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 
-from precast.exporter.architectures.cache_names import cache_in
+from precast.exporter.architectures.cache_names import find_cache
 from precast.exporter.operators.attention import cached_attention
 from precast.exporter.quantize.kv_cache import cache_scales
 from precast.runtime import CompiledModelForCausalLM
@@ -65,7 +65,7 @@ def test_scales_just_fit_what_is_cached(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), attn_implementation="eager").eval()
     row = torch.tensor(ROWS[0])
     with torch.no_grad():
-        layer = cache_in(model(input_ids=row[None], use_cache=True)).layers[0]
+        layer = find_cache(model(input_ids=row[None], use_cache=True)).layers[0]
     keys, values = cache_scales(model, [row], [layer.keys.shape[-1] + 8] * 2)[:2]
     torch.testing.assert_close(127 * keys[:, :-8], layer.keys[0].abs().amax(1))
     torch.testing.assert_close(127 * values[:, :-8], layer.values[0].abs().amax(1))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, preview
-from precast.exporter.architectures import traceable
+from precast.exporter.architectures import make_traceable
 from precast.exporter.backends.onnx import passes
 from precast.exporter.backends.onnx.lowering import lower
 from precast.exporter.backends.onnx.rotary import FoldRotary
@@ -257,5 +257,5 @@ def test_phimoe_scales_as_for_short_sequences(rope_type):
     ids = torch.arange(3, 15)[None]
     with torch.inference_mode():
         expected = model(ids).logits
-        with traceable(model):
+        with make_traceable(model):
             assert torch.allclose(model(ids).logits, expected, atol=1e-5)

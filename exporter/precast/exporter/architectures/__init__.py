@@ -1,8 +1,8 @@
 """Adapters for architectures whose attention does not go through transformers' AttentionInterface, or whose other
-modules look at values where a graph cannot.
+modules compute what depends on the inputs' values, which one graph cannot.
 
-Most need none. One that does gets a file here, named after its `model_type`, with a function
-`adapted(model) -> context manager` and one row in `ADAPTERS`, or `traceable(model)` and one row in `TRACEABLE`.
+Most need none. One that does gets a file here, named after its `model_type`, with a context manager
+`use_cached_attention(model)` and one row in `ADAPTERS`, or `make_traceable(model)` and one row in `TRACEABLE`.
 """
 
 from __future__ import annotations
@@ -14,67 +14,67 @@ from typing import Any
 
 from torch import nn
 
-from .last_eos_pooling import pooled_at_last_end
-from .scaled_rotary import short_rotations
-from .standard import through_interface
+from .attention_interface import use_attention_interface
+from .last_eos_pooling import pool_last_eos
+from .scaled_rotary import use_short_angles
 
-__all__ = ["ADAPTERS", "TRACEABLE", "adapted", "traceable"]
+__all__ = ["ADAPTERS", "TRACEABLE", "make_traceable", "use_cached_attention"]
 
-_HERE = "precast.exporter.architectures"
-_COUNTING = [
+_COUNTS_POSITIONS = [
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
     *("trocr", "whisper", "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"),
     "xlm-roberta-xl",
 ]
 ADAPTERS = {
-    "bloom": f"{_HERE}.bloom",
-    "codegen": f"{_HERE}.gptj",
-    "falcon": f"{_HERE}.falcon",
-    "gpt_neo": f"{_HERE}.gptj",
-    "gptj": f"{_HERE}.gptj",
-    "llama4_text": f"{_HERE}.llama4",
-    "mpt": f"{_HERE}.mpt",
-    "xglm": f"{_HERE}.xglm",
+    "bloom": f"{__name__}.bloom",
+    "codegen": f"{__name__}.gptj",
+    "falcon": f"{__name__}.falcon",
+    "gpt_neo": f"{__name__}.gptj",
+    "gptj": f"{__name__}.gptj",
+    "llama4_text": f"{__name__}.llama4",
+    "mpt": f"{__name__}.mpt",
+    "xglm": f"{__name__}.xglm",
 }
-"""The module that puts the operator into a model type."""
+"""The module with `use_cached_attention`, by model type."""
 
 TRACEABLE = {
-    **dict.fromkeys(_COUNTING, f"{_HERE}.positions"),
-    "dbrx": f"{_HERE}.dbrx",
-    "deepseek_v2": f"{_HERE}.deepseek_v2",
-    "gemma3n_text": f"{_HERE}.gemma3n",
-    "gemma4_text": f"{_HERE}.gemma4",
-    "jetmoe": f"{_HERE}.jetmoe",
-    "longcat_flash": f"{_HERE}.longcat_flash",
-    "phimoe": f"{_HERE}.phimoe",
-    "xmod": f"{_HERE}.xmod",
+    **dict.fromkeys(_COUNTS_POSITIONS, f"{__name__}.learned_positions"),
+    "dbrx": f"{__name__}.dbrx",
+    "deepseek_v2": f"{__name__}.deepseek_v2",
+    "gemma3n_text": f"{__name__}.gemma3n",
+    "gemma4_text": f"{__name__}.gemma4",
+    "jetmoe": f"{__name__}.jetmoe",
+    "longcat_flash": f"{__name__}.longcat_flash",
+    "phimoe": f"{__name__}.phimoe",
+    "xmod": f"{__name__}.xmod",
 }
-"""The module that makes the rest of a model type traceable, with the operator or without."""
+"""The module with `make_traceable`, by model type; it is used with the operator and without."""
 
 
 @contextmanager
-def adapted(model: nn.Module) -> Iterator[None]:
-    """Within this block the attention of `model` is `cached_attention`, and it is `traceable`."""
+def use_cached_attention(model: nn.Module) -> Iterator[None]:
+    """Within this block `model` attends by the `cached_attention` operator, and can be traced."""
     config: Any = model.config
     module = ADAPTERS.get(config.model_type)
-    attention = import_module(module).adapted(model) if module else through_interface(model)
-    with traceable(model), attention:
+    attention = import_module(module).use_cached_attention(model) if module else use_attention_interface(model)
+    with make_traceable(model), attention:
         yield
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """Within this block `model` computes the same, without looking at values to decide what (which experts, say)."""
+def make_traceable(model: nn.Module) -> Iterator[None]:
+    """Within this block `model` computes the same answers without control flow that depends on values (which experts
+    were hit, say)."""
     config: Any = model.config
     module = TRACEABLE.get(config.model_type)
-    own = import_module(module).traceable(model) if module else nullcontext()
-    with own, _batched_experts(model), short_rotations(model), pooled_at_last_end(model):
+    own = import_module(module).make_traceable(model) if module else nullcontext()
+    with own, _batch_experts(model), use_short_angles(model), pool_last_eos(model):
         yield
 
 
 @contextmanager
-def _batched_experts(model: Any) -> Iterator[None]:
-    """Every token is given the weights of its experts."""
+def _batch_experts(model: Any) -> Iterator[None]:
+    """Within this block experts are computed by transformers' "batched_mm", which gathers weights per token."""
     if not model._can_set_experts_implementation():
         yield
         return

@@ -1,8 +1,8 @@
-"""How the operator gets into Hugging Face's own modelling code, which is not touched.
+"""Put the `cached_attention` operator into Hugging Face's modelling code, which itself stays as it is.
 
 transformers looks up attention and mask functions by name (`AttentionInterface`, `AttentionMaskInterface`); ours are
-called "precast". The cache layer hands new keys and values back as they came, the mask function describes the mask
-instead of building it, and the attention function puts all three together into one `cached_attention`.
+called "precast". The cache layer returns new keys and values unchanged, the mask function names the mask instead of
+building it, and the attention function combines them into one `cached_attention`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,25 @@ from precast.runtime.errors import ExportError
 
 from ..operators.attention import MASKS, cached_attention, cross_attention
 
-__all__ = ["IMPLEMENTATION", "Caches", "Mask", "after", "attend", "capacity", "positions", "tracing"]
+__all__ = [
+    "Caches",
+    "Mask",
+    "attend",
+    "cache_capacity",
+    "new_positions",
+    "use_attention_interface",
+    "use_caches",
+    "use_past_lengths",
+]
 
-IMPLEMENTATION = "precast"
+_IMPLEMENTATION = "precast"
 
 _CAUSAL = frozenset({"causal_mask_function"})
 _BIDIRECTIONAL = frozenset({"bidirectional_mask_function"})
-# Tokens of an image see each other; a compiled decoder is given text, where there are none.
+# Lets the tokens of an image attend to each other; a compiled decoder is given text only.
 _IMAGES = frozenset({"blockwise_overlay.<locals>.inner_mask", "or_masks"})
 _OVERLAYS = {"sliding_window_overlay.<locals>.inner_mask": "window", "chunked_overlay.<locals>.inner_mask": "chunk"}
-# What transformers passes along that does not change the result of a decoder's attention.
+# Arguments that transformers passes along and that do not change the result of a decoder's attention.
 _NEUTRAL = frozenset(
     [
         "dropout",
@@ -55,7 +64,8 @@ _NEUTRAL = frozenset(
 
 @dataclass(frozen=True)
 class Mask:
-    """What the mask builder would have drawn; it travels through the model as `attention_mask`."""
+    """The kind of an attention mask and the size of its window or chunk; passed through the model as `attention_mask`
+    in the place of the mask itself."""
 
     kind: str
     window: int
@@ -66,19 +76,28 @@ class Mask:
 
 @dataclass
 class Caches:
-    """The caches of one traced call: per layer `(keys, values)`, the lengths, the scales of caches in int8, and what
-    the layers returned. With an encoder, what its layers look at there, and how many of them did."""
+    """The caches of one traced call.
+
+    Attributes:
+        past: keys and values that come in, per layer, [B, heads, C, D] each.
+        past_lengths, new_lengths: tokens in the cache and new ones of each row, int32 [B].
+        scales: of caches in int8, per layer.
+        present: keys and values that go out, by layer.
+        new: the new keys and values of each layer so far.
+        encoded: the encoder's keys and values, per layer that attends to it.
+        encoded_mask: which of the encoder's positions are real; None means all.
+        cross_calls: how many layers attended to the encoder so far.
+    """
 
     past: list[tuple[Tensor, Tensor]]
     past_lengths: Tensor
     new_lengths: Tensor
     scales: list[tuple[Tensor, Tensor]] | None = None
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """The new keys and values of each layer so far."""
+    new: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     encoded: list[tuple[Tensor, Tensor]] | None = None
     encoded_mask: Tensor | None = None
-    looked: int = 0
+    cross_calls: int = 0
 
     def as_cache(self) -> Cache:
         return Cache(layers=[_Layer(self, index) for index in range(len(self.past))])
@@ -89,31 +108,42 @@ _PAST: ContextVar[Tensor | None] = ContextVar("precast_past_lengths", default=No
 
 
 @contextmanager
-def tracing(caches: Caches) -> Iterator[Cache]:
-    """Within this block the attention function works on `caches`; yields what goes in as the model's cache."""
+def use_attention_interface(model: Any) -> Iterator[None]:
+    """Within this block `model` calls our attention and mask functions: all that most architectures need."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def use_caches(caches: Caches) -> Iterator[Cache]:
+    """Within this block attention reads and writes `caches`; yields the cache to hand to the model."""
     token = _CURRENT.set(caches)
     try:
-        with after(caches.past_lengths):
+        with use_past_lengths(caches.past_lengths):
             yield caches.as_cache()
     finally:
         _CURRENT.reset(token)
 
 
-def capacity() -> int:
-    """How many rows the caches of the call being traced have."""
+def cache_capacity() -> int:
+    """The capacity, in positions, of the caches of the call being traced."""
     return int(_CURRENT.get().past[0][0].shape[2])
 
 
-def positions(length: Any) -> Tensor | None:
-    """int64 [B, length]: where the new tokens of the call being traced stand, each row after its own past; None where
-    no call is being traced."""
+def new_positions(length: Any) -> Tensor | None:
+    """Positions of the new tokens of the call being traced, int64 [B, length]: each row's begin at its own past length.
+    None where no call is being traced."""
     past = _PAST.get()
     return None if past is None else past[:, None].long() + torch.arange(length, device=past.device)[None]
 
 
 @contextmanager
-def after(past_lengths: Tensor) -> Iterator[None]:
-    """Within this block new tokens stand after `past_lengths` [B]."""
+def use_past_lengths(past_lengths: Tensor) -> Iterator[None]:
+    """Within this block `new_positions` counts from `past_lengths` [B]."""
     token = _PAST.set(past_lengths)
     try:
         yield
@@ -122,7 +152,7 @@ def after(past_lengths: Tensor) -> Iterator[None]:
 
 
 class _Layer(CacheLayerMixin):
-    """A cache layer that remembers the new keys and values and returns the very same objects."""
+    """A cache layer that notes the new keys and values and returns the same objects, by which `attend` knows them."""
 
     def __init__(self, caches: Caches, index: int) -> None:
         super().__init__()
@@ -132,7 +162,7 @@ class _Layer(CacheLayerMixin):
         pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.caches.given[self.index] = (key_states, value_states)
+        self.caches.new[self.index] = (key_states, value_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -157,23 +187,23 @@ def attend(
     slopes: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Emit the operator for the layer whose cache was just updated. Tensors are [B, heads, S, D].
+    """Emit `cached_attention` for the layer whose cache was just updated. Tensors are [B, heads, S, D].
 
-    Raises ExportError where the model changed keys or values after the cache saw them, since the cache would then
+    Raises ExportError where the model changed keys or values after they went into the cache, since the cache would then
     not hold what attention reads.
     """
     mask = mask or Mask("causal", 0)
     if mask.kind not in MASKS:
         raise ExportError(f"This architecture attends with a {mask.kind} mask, which is no decoder's.")
     caches = _CURRENT.get()
-    index = _owner(caches, key, value)
-    # A layer that shares keys sees them in the cache already, and writing them again changes nothing.
+    index = _find_layer(caches, key, value)
+    # A layer that shares another's keys finds them in the cache already; writing them again changes nothing.
     k_cache, v_cache = caches.present.get(index, caches.past[index])
     k_scales, v_scales = caches.scales[index] if caches.scales else (None, None)
     value_width = value.shape[-1]
     output: Tensor
     output, k_cache, v_cache = cached_attention(
-        _widen(query, k_cache), _widen(key, k_cache), _widen(value, v_cache), k_cache, v_cache,
+        _pad_width(query, k_cache), _pad_width(key, k_cache), _pad_width(value, v_cache), k_cache, v_cache,
         caches.past_lengths, caches.new_lengths, float(scale), mask.kind, mask.window, float(softcap or 0.0),
         sinks, slopes, k_scales, v_scales, bias,
     )  # fmt: skip
@@ -181,10 +211,10 @@ def attend(
     return output[..., :value_width] if value_width < output.shape[-1] else output
 
 
-def _owner(caches: Caches, key: Tensor, value: Tensor) -> int:
-    """The layer that gave these very keys and values to its cache; later layers may share them (Gemma 3n)."""
-    for index, given in reversed(caches.given.items()):
-        if given[0] is key and given[1] is value:
+def _find_layer(caches: Caches, key: Tensor, value: Tensor) -> int:
+    """The layer that put these very keys and values into its cache; later layers may share them (Gemma 3n)."""
+    for index, (new_key, new_value) in reversed(caches.new.items()):
+        if new_key is key and new_value is value:
             return index
     raise ExportError(
         "This architecture changes keys or values between the cache and attention, so its cache cannot be "
@@ -192,12 +222,12 @@ def _owner(caches: Caches, key: Tensor, value: Tensor) -> int:
     )
 
 
-def _widen(x: Tensor, cache: Tensor) -> Tensor:
-    """Zeros behind the head dimension leave every dot product as it is."""
+def _pad_width(x: Tensor, cache: Tensor) -> Tensor:
+    """Pad the head dimension with zeros to the cache's, which leaves every dot product as it is."""
     return torch.nn.functional.pad(x, (0, cache.shape[-1] - x.shape[-1])) if x.shape[-1] < cache.shape[-1] else x
 
 
-def _attention(
+def _attention_function(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -215,7 +245,7 @@ def _attention(
         raise ExportError(f"{type(module).__name__} passes {', '.join(unknown)} to attention, which precast lacks.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if any(key is keys for keys, _ in _CURRENT.get().encoded or ()):
-        return _look(query, key, value, scale, softcap).transpose(1, 2).contiguous(), None
+        return _attend_to_encoder(query, key, value, scale, softcap).transpose(1, 2).contiguous(), None
     mask = attention_mask
     if mask is None:
         mask = Mask("window", sliding_window) if sliding_window else Mask("causal", 0)
@@ -223,10 +253,11 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _look(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Attention to what an encoder made: [B, heads, S, D] and keys [B, kv_heads, L, D]. Raises ExportError."""
+def _attend_to_encoder(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Cross-attention: queries [B, heads, S, D], the encoder's keys and values [B, kv_heads, L, D]. Raises ExportError
+    for a model that caps its scores."""
     caches = _CURRENT.get()
-    caches.looked += 1
+    caches.cross_calls += 1
     if softcap:
         raise ExportError(
             f"This architecture caps scores of attention to its encoder at {softcap}, which precast lacks."
@@ -237,9 +268,9 @@ def _look(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: floa
     return output
 
 
-def _mask(*, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> Mask:
-    """transformers' mask function: names the mask it is asked to build. Raises ExportError for one it cannot name."""
-    parts = _parts(mask_function)
+def _mask_function(*, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> Mask:
+    """transformers' mask function: name the mask instead of building it. Raises ExportError for an unknown one."""
+    parts = _mask_parts(mask_function)
     if parts >= _IMAGES:
         parts -= _IMAGES
     if parts == _CAUSAL:
@@ -248,20 +279,20 @@ def _mask(*, mask_function: Callable[..., Any], local_size: int | None = None, *
         if parts == _CAUSAL | {overlay} and local_size:
             return Mask(kind, local_size)
     if parts == _BIDIRECTIONAL:
-        # Decoders of encoder-decoders ask for it whether or not they have an encoder to look at.
+        # Decoders of encoder-decoders ask for it with an encoder and without.
         return Mask("bidirectional", 0)
     raise ExportError(f"This architecture masks attention by {', '.join(sorted(parts))}, which precast lacks.")
 
 
-def _parts(function: Callable[..., Any]) -> frozenset[str]:
+def _mask_parts(function: Callable[..., Any]) -> frozenset[str]:
     """The names of the mask functions that `function` combines; a union of masks counts as a part of its own."""
     name = function.__qualname__
     if name not in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
         return frozenset({name})
     combined = [cell.cell_contents for cell in function.__closure__ or ()]
-    parts = frozenset[str]().union(*(_parts(part) for group in combined for part in group))
+    parts = frozenset[str]().union(*(_mask_parts(part) for group in combined for part in group))
     return parts if name.startswith("and_masks") else parts | {"or_masks"}
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+AttentionInterface.register(_IMPLEMENTATION, _attention_function)
+AttentionMaskInterface.register(_IMPLEMENTATION, _mask_function)

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes, dropout_add
 
 from .attention_interface import attend
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["adapted"]
+__all__ = ["use_cached_attention"]
 
 
-def adapted(model: nn.Module) -> AbstractContextManager[Any]:
+def use_cached_attention(model: nn.Module) -> AbstractContextManager[Any]:
     """Replace the attention of every layer."""
-    return replaced(model, BloomAttention, "forward", _attention)
+    return replace_method(model, BloomAttention, "forward", _make_attention)
 
 
-def _attention(layer: Any) -> Any:
+def _make_attention(layer: Any) -> Any:
     slopes = _get_alibi_slopes(layer.num_heads, torch.device("cpu"))
 
     def attention(

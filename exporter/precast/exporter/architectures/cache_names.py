@@ -1,5 +1,5 @@
-"""What models call their cache: `cache` since transformers 5.24, `past_key_values` or `cache_params` before that and in
-code that comes with a checkpoint."""
+"""Names that models have for their cache: `cache` since transformers 5.24; before that, and in code that comes with a
+checkpoint, `past_key_values` or `cache_params`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["cache_argument", "cache_in"]
+__all__ = ["cache_argument", "find_cache"]
 
 _NAMES = ("cache", "cache_params", "past_key_values")
 
@@ -24,8 +24,8 @@ def cache_argument(model: nn.Module) -> str:
     return "past_key_values"
 
 
-def cache_in(given: Mapping[str, Any]) -> Any:
-    """The cache among a model's outputs, or among arguments; None where there is none."""
+def find_cache(given: Mapping[str, Any]) -> Any:
+    """Find the cache among a model's outputs, or among arguments; None where there is none."""
     # By its own keys: transformers' outputs answer to the old names, too, and warn.
     found = [given[name] for name in list(given) if name in _NAMES]
     return next((each for each in found if each is not None), None)

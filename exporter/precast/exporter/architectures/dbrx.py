@@ -1,4 +1,4 @@
-"""DBRX asks which experts were hit; here every token is given the weights of its experts."""
+"""DBRX loops over the experts that were hit; here the weights of its experts are gathered for every token."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["traceable"]
+__all__ = ["make_traceable"]
 
 
-def traceable(model: nn.Module) -> AbstractContextManager[Any]:
+def make_traceable(model: nn.Module) -> AbstractContextManager[Any]:
     """Replace the experts."""
-    return replaced(model, DbrxExperts, "forward", _experts)
+    return replace_method(model, DbrxExperts, "forward", _make_experts)
 
 
-def _experts(module: DbrxExperts) -> Any:
+def _make_experts(module: DbrxExperts) -> Any:
     def forward(states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """[B, S, D], and per token K experts and their weights [B * S, K]."""
         chosen, count, layers = experts.flatten(), experts.shape[1], module.mlp

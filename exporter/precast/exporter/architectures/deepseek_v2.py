@@ -1,4 +1,4 @@
-"""DeepSeek-V2 rotates by products of complex numbers, which ONNX lacks; here a rotation is a cosine and a sine."""
+"""DeepSeek-V2 rotates by complex products, which ONNX lacks; here they are written with cosines and sines."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as modeling
 
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["traceable"]
+__all__ = ["make_traceable"]
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """Replace the rotary embedding and what applies it, which is a function of transformers' module."""
+def make_traceable(model: nn.Module) -> Iterator[None]:
+    """Replace the rotary embedding, and the function of transformers' module that applies it."""
     before = modeling.apply_rotary_emb
-    modeling.apply_rotary_emb = _apply
+    modeling.apply_rotary_emb = _apply_rotary
     try:
-        with replaced(model, modeling.DeepseekV2RotaryEmbedding, "forward", _angles):
+        with replace_method(model, modeling.DeepseekV2RotaryEmbedding, "forward", _make_angles):
             yield
     finally:
         modeling.apply_rotary_emb = before
 
 
-def _angles(module: modeling.DeepseekV2RotaryEmbedding) -> Any:
+def _make_angles(module: modeling.DeepseekV2RotaryEmbedding) -> Any:
     def forward(states: Tensor, position_ids: Tensor) -> Tensor:
         """[B, S, D / 2, 2]: cosine and sine of each angle."""
         angles = position_ids[..., None].float() * module.inv_freq.float()
@@ -37,12 +37,12 @@ def _angles(module: modeling.DeepseekV2RotaryEmbedding) -> Any:
     return forward
 
 
-def _apply(queries: Tensor, keys: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-    return _rotated(queries, angles), _rotated(keys, angles)
+def _apply_rotary(queries: Tensor, keys: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotate(queries, angles), _rotate(keys, angles)
 
 
-def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """Neighbours of `x` [B, heads, S, D] are one complex number."""
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate `x` [B, heads, S, D], whose neighbours are real and imaginary parts."""
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles[:, None].unbind(-1)
     turned: Tensor = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1).flatten(3)

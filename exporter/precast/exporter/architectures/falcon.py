@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb, build_alibi_tensor
 
-from .attention_interface import attend, capacity
-from .patching import replaced
+from .attention_interface import attend, cache_capacity
+from .patching import replace_method
 
-__all__ = ["adapted"]
+__all__ = ["use_cached_attention"]
 
 
-def adapted(model: nn.Module) -> AbstractContextManager[Any]:
+def use_cached_attention(model: nn.Module) -> AbstractContextManager[Any]:
     """Replace the attention of every layer."""
-    return replaced(model, FalconAttention, "forward", _attention)
+    return replace_method(model, FalconAttention, "forward", _make_attention)
 
 
-def _attention(layer: Any) -> Any:
+def _make_attention(layer: Any) -> Any:
     def attention(
         hidden_states: Tensor,
         *,
@@ -42,8 +42,8 @@ def _attention(layer: Any) -> Any:
 
 
 def _bias(layer: Any, length: Any) -> Tensor:
-    """[1, H, S, C], over all of the cache. No slope times a distance: transformers counts from the first key, in
-    bfloat16, which cannot tell neighbours apart from position 256 on."""
-    counted = torch.ones(1, capacity(), dtype=torch.int64)
+    """ALiBi over the whole cache, [1, H, S, C]. Not slopes times distances: transformers multiplies positions from the
+    first key in bfloat16, which cannot tell neighbours apart from position 256 on."""
+    counted = torch.ones(1, cache_capacity(), dtype=torch.int64)
     alibi: Tensor = build_alibi_tensor(counted, layer.num_heads, torch.float32) * layer.inv_norm_factor
     return alibi[None].expand(-1, -1, length, -1)

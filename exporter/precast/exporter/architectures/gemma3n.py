@@ -1,4 +1,4 @@
-"""Gemma 3n computes the quantile of a normal distribution in the graph; it is a constant."""
+"""Gemma 3n computes a quantile of the normal distribution in its forward pass; here it is a constant of the graph."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["traceable"]
-
-
-def traceable(model: nn.Module) -> AbstractContextManager[Any]:
-    """Replace what keeps only the largest activations of sparse layers."""
-    return replaced(model, Gemma3nTextMLP, "_gaussian_topk", _largest)
+__all__ = ["make_traceable"]
 
 
-def _largest(layer: Gemma3nTextMLP) -> Any:
+def make_traceable(model: nn.Module) -> AbstractContextManager[Any]:
+    """Replace the method that keeps only the largest activations of sparse layers."""
+    return replace_method(model, Gemma3nTextMLP, "_gaussian_topk", _make_largest)
+
+
+def _make_largest(layer: Gemma3nTextMLP) -> Any:
     deviations = NormalDist().inv_cdf(layer.activation_sparsity) if layer.activation_sparsity else 0.0
 
     def largest(inputs: Tensor) -> Tensor:

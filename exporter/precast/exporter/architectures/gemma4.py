@@ -1,4 +1,4 @@
-"""Gemma 4 skips what it need not compute of a prompt in layers that share keys, and asks for the length to do so."""
+"""Gemma 4 skips positions of a prompt in layers that share keys, by its length; here all positions are computed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["traceable"]
+__all__ = ["make_traceable"]
 
 
-def traceable(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compute every position; which of them are wanted is known to the output layer."""
-    return replaced(model, Gemma4TextModel, "_maybe_slice_kv_shared_inputs", lambda _: _all_positions)
+def make_traceable(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compute every position in every layer; the output layer picks those whose logits are asked for."""
+    return replace_method(model, Gemma4TextModel, "_maybe_slice_kv_shared_inputs", lambda _: _all_positions)
 
 
 def _all_positions(states: Any, per_layer: Any, angles: Any, masks: Any, *_: Any, **__: Any) -> tuple[Any, ...]:

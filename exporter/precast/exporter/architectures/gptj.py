@@ -13,25 +13,24 @@ from transformers.models.codegen.modeling_codegen import CodeGenAttention
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from .attention_interface import Mask, attend
-from .patching import replaced
-from .standard import through_interface
+from .attention_interface import Mask, attend, use_attention_interface
+from .patching import replace_method
 
-__all__ = ["adapted"]
+__all__ = ["use_cached_attention"]
 
 
-def adapted(model: nn.Module) -> AbstractContextManager[Any]:
+def use_cached_attention(model: nn.Module) -> AbstractContextManager[Any]:
     """Replace `_attn` of every layer, where layers have one."""
     written_out = [cls for cls in (GPTJAttention, CodeGenAttention, GPTNeoSelfAttention) if hasattr(cls, "_attn")]
     if not any(isinstance(module, tuple(written_out)) for module in model.modules()):
-        return through_interface(model)
+        return use_attention_interface(model)
     stack = ExitStack()
     for cls in written_out:
-        stack.enter_context(replaced(model, cls, "_attn", _attention))
+        stack.enter_context(replace_method(model, cls, "_attn", _make_attention))
     return stack
 
 
-def _attention(layer: Any) -> Any:
+def _make_attention(layer: Any) -> Any:
     # GPT-Neo does not scale, and every other layer sees a window.
     scale = 1 / float(getattr(layer, "scale_attn", 1.0))
     is_local = getattr(layer, "attention_type", None) == "local"

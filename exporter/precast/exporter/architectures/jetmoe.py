@@ -1,4 +1,4 @@
-"""JetMoE sorts tokens by expert and splits them by counts; here every token is given the weights of its experts."""
+"""JetMoE sorts tokens by expert and splits them by counts; here expert weights are gathered for every token."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts, JetMoeTopKGating
 
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["traceable"]
+__all__ = ["make_traceable"]
 
 
-def traceable(model: nn.Module) -> AbstractContextManager[Any]:
+def make_traceable(model: nn.Module) -> AbstractContextManager[Any]:
     """Replace the router and the experts."""
     stack = ExitStack()
-    stack.enter_context(replaced(model, JetMoeTopKGating, "forward", _route))
-    stack.enter_context(replaced(model, JetMoeParallelExperts, "forward", _experts))
+    stack.enter_context(replace_method(model, JetMoeTopKGating, "forward", _make_router))
+    stack.enter_context(replace_method(model, JetMoeParallelExperts, "forward", _make_experts))
     return stack
 
 
-def _route(router: JetMoeTopKGating) -> Any:
-    """What the router returns, with tokens in the order they came, and experts in the place of counts."""
+def _make_router(router: JetMoeTopKGating) -> Any:
+    """A router that leaves tokens in their order, and returns experts in the place of counts."""
 
     def forward(states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         logits = router.layer(states).float()
@@ -35,7 +35,7 @@ def _route(router: JetMoeTopKGating) -> Any:
     return forward
 
 
-def _experts(module: JetMoeParallelExperts) -> Any:
+def _make_experts(module: JetMoeParallelExperts) -> Any:
     def forward(inputs: Tensor, experts: Tensor) -> Tensor:
         return torch.bmm(module.weight[experts], inputs[:, :, None])[:, :, 0]
 

@@ -1,8 +1,8 @@
-"""Classifiers that are encoder-decoders: BART's and T5's relatives answer by the decoder's state at the last
+"""Classifiers that are encoder-decoders: BART's and T5's relatives classify by the decoder's state at the last
 end-of-sequence token.
 
-transformers picks it by indexing with a mask, after comparing how many each row has, and refuses rows that differ. A
-compiled graph takes each row's own, of those that are not padding.
+transformers picks that state by a boolean mask, and refuses a batch whose rows hold different numbers of such tokens. A
+compiled graph takes the last one of each row that is not padding.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["pooled_at_last_end", "pools_last_end"]
+__all__ = ["pool_last_eos", "pools_last_eos"]
 
 
-def pools_last_end(model: nn.Module) -> bool:
-    """Whether `model` classifies by the state at the last end-of-sequence token: by its code, which has this once for
-    each type."""
+def pools_last_eos(model: nn.Module) -> bool:
+    """Whether `model` classifies by the state at the last end-of-sequence token, read off its code: transformers writes
+    this out for each type."""
     if not hasattr(model, "classification_head"):
         return False
     forward: Any = inspect.unwrap(type(model).forward)
@@ -31,17 +31,17 @@ def pools_last_end(model: nn.Module) -> bool:
 
 
 @contextmanager
-def pooled_at_last_end(model: nn.Module) -> Iterator[None]:
-    """Within this block such a `model` takes rows with any number of end-of-sequence tokens above 0."""
-    if not pools_last_end(model):
+def pool_last_eos(model: nn.Module) -> Iterator[None]:
+    """Within this block such a `model` takes rows with different numbers of end-of-sequence tokens, 1 or more each."""
+    if not pools_last_eos(model):
         yield
         return
-    with replaced(model, type(model), "forward", _classifier):
+    with replace_method(model, type(model), "forward", _make_forward):
         yield
 
 
-def _classifier(model: Any) -> Callable[..., SequenceClassifierOutput]:
-    # BART's relatives shift what the decoder reads by themselves.
+def _make_forward(model: Any) -> Callable[..., SequenceClassifierOutput]:
+    # BART's relatives shift the decoder's input by themselves.
     shift = getattr(model, "_shift_right", None)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **named: Any) -> SequenceClassifierOutput:

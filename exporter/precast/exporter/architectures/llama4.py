@@ -9,24 +9,23 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextAttention, Llama4TextRotaryEmbedding
 
-from .attention_interface import Mask, attend, positions
-from .cache_names import cache_in
-from .patching import replaced
-from .standard import through_interface
+from .attention_interface import Mask, attend, new_positions, use_attention_interface
+from .cache_names import find_cache
+from .patching import replace_method
 
-__all__ = ["adapted"]
+__all__ = ["use_cached_attention"]
 
 
-def adapted(model: nn.Module) -> AbstractContextManager[Any]:
+def use_cached_attention(model: nn.Module) -> AbstractContextManager[Any]:
     """Replace the rotary angles and the attention of every layer."""
     stack = ExitStack()
-    stack.enter_context(through_interface(model))
-    stack.enter_context(replaced(model, Llama4TextRotaryEmbedding, "forward", _angles))
-    stack.enter_context(replaced(model, Llama4TextAttention, "forward", _attention))
+    stack.enter_context(use_attention_interface(model))
+    stack.enter_context(replace_method(model, Llama4TextRotaryEmbedding, "forward", _make_angles))
+    stack.enter_context(replace_method(model, Llama4TextAttention, "forward", _make_attention))
     return stack
 
 
-def _angles(module: Llama4TextRotaryEmbedding) -> Any:
+def _make_angles(module: Llama4TextRotaryEmbedding) -> Any:
     def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, S, 1, D / 2]."""
         angles = (position_ids[..., None].float() * module.inv_freq.float())[:, :, None]
@@ -35,15 +34,15 @@ def _angles(module: Llama4TextRotaryEmbedding) -> Any:
     return forward
 
 
-def _rotated(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """[B, S, heads, D], whose neighbours are real and imaginary parts."""
+def _rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate `x` [B, S, heads, D], whose neighbours are real and imaginary parts."""
     cosines, sines = angles
     real, imaginary = x[..., 0::2], x[..., 1::2]
     turned = [real * cosines - imaginary * sines, real * sines + imaginary * cosines]
     return torch.stack(turned, -1).flatten(3)
 
 
-def _attention(layer: Llama4TextAttention) -> Any:
+def _make_attention(layer: Llama4TextAttention) -> Any:
     def forward(
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -55,12 +54,12 @@ def _attention(layer: Llama4TextAttention) -> Any:
             for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
         )
         if layer.use_rope:
-            query, key = _rotated(query, position_embeddings), _rotated(key, position_embeddings)
+            query, key = _rotate(query, position_embeddings), _rotate(key, position_embeddings)
         if hasattr(layer, "qk_norm"):
             query, key = layer.qk_norm(query), layer.qk_norm(key)
         if layer.attn_temperature_tuning and not layer.use_rope:
             query = query * _temperature(layer, hidden_states.shape[1])
-        key, value = cache_in(given).update(key.transpose(1, 2), value.transpose(1, 2), layer.layer_idx)
+        key, value = find_cache(given).update(key.transpose(1, 2), value.transpose(1, 2), layer.layer_idx)
         output = attend(query.transpose(1, 2), key, value, scale=layer.scaling, mask=attention_mask)
         return layer.o_proj(output.transpose(1, 2).flatten(2)), None
 
@@ -68,9 +67,9 @@ def _attention(layer: Llama4TextAttention) -> Any:
 
 
 def _temperature(layer: Llama4TextAttention, length: int) -> Tensor:
-    """[B, S, 1, 1], as in "Scalable-Softmax Is Superior for Attention" (Nakanishi 2025)."""
-    known = positions(length)
-    assert known is not None, "attention is replaced for tracing only"
+    """The scale of queries, [B, S, 1, 1], as in "Scalable-Softmax Is Superior for Attention" (Nakanishi 2025)."""
+    known = new_positions(length)
+    assert known is not None, "attention is replace_method for tracing only"
     places = torch.floor((known.float() + 1.0) / layer.floor_scale)
     factors: Tensor = torch.log1p(places) * layer.attn_scale + 1.0
     return factors[:, :, None, None]

@@ -1,4 +1,4 @@
-"""LongCat-Flash asks which experts were hit; here every token is given the weights of its experts."""
+"""LongCat-Flash loops over the experts that were hit; here the weights of its experts are gathered for every token."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["traceable"]
-
-
-def traceable(model: nn.Module) -> AbstractContextManager[Any]:
-    """Replace the experts, the last of which hand tokens back as they are."""
-    return replaced(model, LongcatFlashExperts, "forward", _experts)
+__all__ = ["make_traceable"]
 
 
-def _experts(module: LongcatFlashExperts) -> Any:
+def make_traceable(model: nn.Module) -> AbstractContextManager[Any]:
+    """Replace the experts, the last of which are identities."""
+    return replace_method(model, LongcatFlashExperts, "forward", _make_experts)
+
+
+def _make_experts(module: LongcatFlashExperts) -> Any:
     def forward(states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """[T, D], and per token K experts and their weights [T, K]."""
         chosen, count = experts.flatten(), experts.shape[1]

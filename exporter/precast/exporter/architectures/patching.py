@@ -1,4 +1,4 @@
-"""How adapters put code of their own in the place of a module's method."""
+"""Replace a method of modules for as long as a model is traced."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import nn
 
 from precast.runtime.errors import ExportError
 
-__all__ = ["replaced"]
+__all__ = ["replace_method"]
 
 
 @contextmanager
-def replaced(model: nn.Module, cls: type[nn.Module], method: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replace_method(model: nn.Module, cls: type[nn.Module], method: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Within this block every module of `model` that is a `cls` has `make(module)` for its `method`.
 
-    Raises ExportError where this version of transformers has no such method: what is put there would never be called.
+    Raises ExportError where this version of transformers has no such method, since the replacement would never be
+    called.
     """
     if not hasattr(cls, method):
         raise ExportError(

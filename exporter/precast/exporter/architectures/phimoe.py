@@ -1,4 +1,5 @@
-"""PhiMoE scales its rotary embedding by how long a sequence is; what is compiled is as long as it was trained for."""
+"""PhiMoE scales its rotary embedding by the length of the sequence; here it is that of short ones (see
+`scaled_rotary.longrope_limit`)."""
 
 from __future__ import annotations
 
@@ -9,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["traceable"]
+__all__ = ["make_traceable"]
 
 
-def traceable(model: nn.Module) -> AbstractContextManager[Any]:
+def make_traceable(model: nn.Module) -> AbstractContextManager[Any]:
     """Replace the rotary angles by those of short sequences."""
-    return replaced(model, PhimoeRotaryEmbedding, "forward", _angles)
+    return replace_method(model, PhimoeRotaryEmbedding, "forward", _make_angles)
 
 
-def _angles(module: PhimoeRotaryEmbedding) -> Any:
+def _make_angles(module: PhimoeRotaryEmbedding) -> Any:
     frequencies, scale = module.rope_init_fn(module.config)
     scale = module.config.rope_parameters.get("short_mscale", scale)
 

@@ -1,4 +1,4 @@
-"""X-MOD chooses an adapter per row by its language; a compiled model speaks the default one."""
+"""X-MOD chooses an adapter per row by its language; a compiled model uses that of the default language."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from transformers.models.xmod.modeling_xmod import XmodOutput
 
 from . import learned_positions
-from .patching import replaced
+from .patching import replace_method
 
-__all__ = ["traceable"]
+__all__ = ["make_traceable"]
 
 
-def traceable(model: nn.Module) -> AbstractContextManager[Any]:
-    """Replace the choice of adapters by that of `config.default_language`."""
+def make_traceable(model: nn.Module) -> AbstractContextManager[Any]:
+    """Always use the adapter of `config.default_language`."""
     language: Any = model.config.default_language  # type: ignore[union-attr]
     stack = ExitStack()
-    stack.enter_context(learned_positions.traceable(model))
-    stack.enter_context(replaced(model, XmodOutput, "lang_adapter", lambda layer: _adapter(layer, language)))
+    stack.enter_context(learned_positions.make_traceable(model))
+    stack.enter_context(replace_method(model, XmodOutput, "lang_adapter", lambda layer: _make_adapter(layer, language)))
     return stack
 
 
-def _adapter(layer: XmodOutput, language: str) -> Any:
+def _make_adapter(layer: XmodOutput, language: str) -> Any:
     def adapter(lang_ids: Tensor, states: Tensor) -> Tensor:
         normed = states
         if layer.adapter_layer_norm is not None:

@@ -19,7 +19,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import ExportError, UsageError
 from precast.runtime.hosts.machine import memory_bytes
 
-from ..architectures.scaled_rotary import short_limit
+from ..architectures.scaled_rotary import longrope_limit
 from ..checkpoint import early
 from ..checkpoint.resolve import Checkpoint
 from ..options import ExportOptions
@@ -200,7 +200,7 @@ def single_batch(options: ExportOptions) -> int:
 def check_length(checkpoint: Checkpoint, length: int) -> None:
     """Raise UsageError for more than the model was made for, or than its rotary angles are the same for."""
     early.check_length(checkpoint.name, checkpoint.max_length, length)
-    limit = short_limit(checkpoint.text_config)
+    limit = longrope_limit(checkpoint.text_config)
     if limit is not None and length > limit:
         raise UsageError(
             f"--sequence-length {length}: {checkpoint.name} rotates all positions otherwise in a sequence of more than "

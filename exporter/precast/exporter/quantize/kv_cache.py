@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.cache_names import cache_in
+from ..architectures.cache_names import find_cache
 from ..operators.attention import Scales
 
 __all__ = ["cache_scales"]
@@ -38,7 +38,7 @@ def _complete(model: nn.Module, row: Tensor) -> list[list[Tensor]]:
 def _cached(model: nn.Module, row: Tensor) -> list[Tensor]:
     """Keys and values of each layer in turn, [1, H, S, D]."""
     with torch.no_grad():
-        cache = cache_in(model(input_ids=row[None], use_cache=True, return_dict=True))
+        cache = find_cache(model(input_ids=row[None], use_cache=True, return_dict=True))
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 

@@ -14,7 +14,7 @@ from precast.runtime.artifact.locks import Scratch
 from precast.runtime.artifact.schema import Graph
 from precast.runtime.artifact.tasks import Task
 
-from ..architectures.last_eos_pooling import pools_last_end
+from ..architectures.last_eos_pooling import pools_last_eos
 from ..checkpoint.resolve import Checkpoint
 from ..kinds import kind_of
 from ..kinds.samples import Answer, ValidationSample, make_held_out_samples, make_samples
@@ -38,7 +38,7 @@ def make_reference(
     """Ask the eager model everything that an artifact with these graphs will be asked."""
     asked = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
     samples = make_samples(*asked)
-    if pools_last_end(model):
+    if pools_last_eos(model):
         samples = [each.ending_in(model.config.eos_token_id) for each in samples]  # type: ignore[union-attr, arg-type]
     folder = None
     if is_scored:

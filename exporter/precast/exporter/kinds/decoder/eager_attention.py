@@ -25,9 +25,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, PrecastError
 
-from ...architectures import adapted, traceable
-from ...architectures.attention_interface import after
-from ...architectures.cache_names import cache_argument, cache_in
+from ...architectures import make_traceable, use_cached_attention
+from ...architectures.attention_interface import use_past_lengths
+from ...architectures.cache_names import cache_argument, find_cache
 from ..plan import run_skeleton, without_values
 from .fused_attention import OperatorDecoder, logits_at, takes_positions
 from .recurrent_states import Carried, StateLayer, carried
@@ -90,7 +90,7 @@ class Layout:
 def layout(model: nn.Module, task: Task) -> Layout:
     """Find what a model without weights keeps, by two runs of different sizes. Raises CheckpointError where that is
     neither keys and values of four dimensions nor a state of a fixed size."""
-    with traceable(model):
+    with make_traceable(model):
         caches = [_cache(model, task, *sizes) for sizes in (_SMALL, _LARGE)]
     if caches[0] is None:
         raise CheckpointError(
@@ -121,7 +121,7 @@ def misfit(model: nn.Module, found: Layout, sizes: Sequence[tuple[int, int]]) ->
         past = [torch.empty(1, heads, 2, width) for heads, width in sizes for _ in range(2)]
         ids, lengths, positions = torch.ones(1, 2).long(), torch.ones(1).int(), torch.zeros(1, 1).long()
         try:
-            with adapted(model):
+            with use_cached_attention(model):
                 OperatorDecoder(model, len(sizes), None)(ids, lengths, lengths, positions, past)
         except _MISFITS as error:
             return _reason(error)
@@ -141,7 +141,7 @@ _SMALL, _LARGE = (2, 3), (3, 4)
 
 def _cache(model: nn.Module, task: Task, batch: int, length: int) -> Any:
     ids = torch.ones(batch, length, dtype=torch.int64, device="meta")
-    return cache_in(run_skeleton(model, task, {"input_ids": ids, "use_cache": True}))
+    return find_cache(run_skeleton(model, task, {"input_ids": ids, "use_cache": True}))
 
 
 def _is_tuples(cache: Any) -> bool:
@@ -202,10 +202,10 @@ class OrdinaryDecoder(nn.Module):
             arguments["attention_mask"] = rows.mask
         if self.takes_positions:
             arguments["position_ids"] = rows.positions
-        with logits_at(self.model, logit_positions) as at, _UnknownMask(), after(past_lengths):
+        with logits_at(self.model, logit_positions) as at, _UnknownMask(), use_past_lengths(past_lengths):
             result = self.model(**arguments)
             logits = at(result.logits)
-        layers = _layers(cache_in(result) if self.layout.is_tuples else given)
+        layers = _layers(find_cache(result) if self.layout.is_tuples else given)
         return logits, *self._present(rows, layers, past), *self._states(layers)
 
     def _as_tuples(self, rows: _Rows, past: list[Tensor]) -> Any:

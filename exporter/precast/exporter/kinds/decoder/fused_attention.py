@@ -39,7 +39,7 @@ class OperatorDecoder(nn.Module):
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True, "return_dict": True}
         if self.takes_positions:
             arguments["position_ids"] = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
-        with attention_interface.tracing(caches) as cache, logits_at(self.model, logit_positions) as at:
+        with attention_interface.use_caches(caches) as cache, logits_at(self.model, logit_positions) as at:
             logits = at(self.model(**arguments, **{self.cache_argument: cache}).logits)
         self._check(caches)
         return logits, *(tensor for index in range(self.layers) for tensor in caches.present[index])

@@ -12,7 +12,7 @@ from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
 
-from ...architectures.scaled_rotary import short_limit
+from ...architectures.scaled_rotary import longrope_limit
 from ...checkpoint.resolve import Checkpoint
 from ...options import ExportOptions
 from ..plan import GraphPlan, Plan, check_length, common, single_batch
@@ -140,7 +140,7 @@ def _default_capacity(checkpoint: Checkpoint) -> int:
             f"The config of {checkpoint.name} does not say how long its sequences may be; give --sequence-length N "
             f"(prompt and new tokens together)."
         )
-    return min(limit, short_limit(checkpoint.text_config) or limit)
+    return min(limit, longrope_limit(checkpoint.text_config) or limit)
 
 
 def _cache_plan(layer: tuple[Stored, ...]) -> CachePlan:

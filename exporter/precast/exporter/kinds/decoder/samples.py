@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from precast.runtime.artifact.schema import Dim, Graph
 
-from ...architectures.cache_names import cache_argument, cache_in
+from ...architectures.cache_names import cache_argument, find_cache
 from ..samples import Answer, ValidationSample, repeat
 from .fused_attention import logits_at
 
@@ -97,7 +97,7 @@ def _greedy(model: nn.Module, row: list[int], count: int) -> Answer:
         best = result.logits[0, -1].float().topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))
-        cache, ids = cache_in(result), best.indices[:1][None]
+        cache, ids = find_cache(result), best.indices[:1][None]
     return Answer({"tokens": np.array(tokens)}, np.array(margins))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Output, State
 
-from ...architectures import adapted, traceable
+from ...architectures import make_traceable, use_cached_attention
 from ...operators.attention import Scales
 from ..plan import GraphPlan
 from ..trace import Program, export_program
@@ -37,7 +37,7 @@ def _trace(model: nn.Module, plan: DecoderPlan, graph: GraphPlan, scales: Scales
         asked = torch.export.Dim("positions", min=1, max=plan.capacity)
         shapes = ({1: free}, None, None, {1: asked}, [None] * (2 * len(plan.cache)), *([[]] if plan.ordinary else []))
     example = _decoder_example(plan, graph.batch, length, positions)
-    with traceable(model) if plan.ordinary else adapted(model):
+    with make_traceable(model) if plan.ordinary else use_cached_attention(model):
         exported = export_program(program, example, shapes)
     windows: list[int | None] = [None] * len(plan.cache) if plan.ordinary else _windows(exported)
     return Program(_decoder_graph(plan, graph, windows, _vocabulary(exported)), exported)

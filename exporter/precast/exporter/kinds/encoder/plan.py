@@ -12,7 +12,7 @@ from precast.runtime.artifact.schema import Axis, Frames, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, ExportError
 
-from ...architectures import traceable
+from ...architectures import make_traceable
 from ...checkpoint.resolve import Checkpoint
 from ...checkpoint.sentence_transformers import output_names
 from ...options import ExportOptions
@@ -148,7 +148,7 @@ def _outputs(
 
 def _answer(options: ExportOptions, task: Task, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
     try:
-        with traceable(model), taking_rows(model):
+        with make_traceable(model), taking_rows(model):
             return run_skeleton(model, task, tensors)
     except ExportError as error:
         if not options.image_size:

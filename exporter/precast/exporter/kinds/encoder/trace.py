@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...architectures import traceable
+from ...architectures import make_traceable
 from ..plan import TensorPlan
 from ..trace import Program, export_program
 from .inner_padding import closed, is_causal, opened, places_of
@@ -47,6 +47,6 @@ class _Encoder(nn.Module):
 def _trace(model: nn.Module, plan: EncoderPlan, graph: EncoderGraph) -> Program:
     inputs = example(plan.inputs, graph.sizes)
     program = _Encoder(model, list(inputs), plan.outputs).eval()
-    with traceable(model):
+    with make_traceable(model):
         exported = export_program(program, tuple(inputs.values()), None)
     return Program(plan.describe(graph), exported)

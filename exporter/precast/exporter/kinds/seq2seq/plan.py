@@ -19,7 +19,7 @@ from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
 
-from ...architectures.cache_names import cache_in
+from ...architectures.cache_names import find_cache
 from ...checkpoint.resolve import Checkpoint
 from ...options import ExportOptions
 from ..decoder.plan import HEAD_MULTIPLE, CachePlan
@@ -194,7 +194,7 @@ def _own_cache(layer: Any) -> CachePlan:
 def _run(checkpoint: Checkpoint, task: Task, model: nn.Module, example: dict[str, Any]) -> tuple[Any, Any]:
     """The layers of the caches that the weightless model fills: its own, and those of the encoder."""
     example["decoder_input_ids"] = torch.ones(1, 2, dtype=torch.int64, device="meta")
-    cache = cache_in(run_skeleton(model, task, example | {"use_cache": True}))
+    cache = find_cache(run_skeleton(model, task, example | {"use_cache": True}))
     own = getattr(getattr(cache, "self_attention_cache", None), "layers", None)
     cross = getattr(getattr(cache, "cross_attention_cache", None), "layers", None)
     if not own or not cross or any(getattr(layer, "keys", None) is None for layer in (*own, *cross)):

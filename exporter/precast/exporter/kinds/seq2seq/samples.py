@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from precast.runtime.artifact.schema import Graph
 
-from ...architectures.cache_names import cache_argument, cache_in
+from ...architectures.cache_names import cache_argument, find_cache
 from ..samples import Answer, ValidationSample, repeat
 
 __all__ = ["answer", "validation_samples"]
@@ -112,7 +112,7 @@ def _greedy(model: Any, source: dict[str, Any], count: int) -> Answer:
         best = result.logits[0, -1].float().topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))
-        cache, ids = cache_in(result), best.indices[:1][None]
+        cache, ids = find_cache(result), best.indices[:1][None]
         states = BaseModelOutput(last_hidden_state=result.encoder_last_hidden_state)
         kept = {name: tensor for name, tensor in source.items() if name == "attention_mask"}
         source = {**kept, "encoder_outputs": states}

@@ -14,7 +14,7 @@ from precast.runtime.artifact import ENCODER_MASK
 from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Output
 from precast.runtime.errors import ExportError
 
-from ...architectures import adapted, attention_interface
+from ...architectures import attention_interface, use_cached_attention
 from ...architectures.cache_names import cache_argument
 from ..decoder.fused_attention import logits_at
 from ..plan import GraphPlan
@@ -79,7 +79,7 @@ class _Decoder(nn.Module):
         own_pairs = list(zip(past[0::2], past[1::2], strict=True))
         caches = attention_interface.Caches(own_pairs, past_lengths, new_lengths, encoded=pairs, encoded_mask=mask)
         with (
-            attention_interface.tracing(caches) as own,
+            attention_interface.use_caches(caches) as own,
             bias_over_caches(self.model, past_lengths, self.capacity),
             logits_at(self.model, logit_positions) as at,
         ):
@@ -139,7 +139,7 @@ def _trace_decoder(model: nn.Module, plan: Seq2SeqPlan, graph: GraphPlan) -> Pro
         free = torch.export.Dim("length", min=1, max=plan.capacity)
         asked = torch.export.Dim("positions", min=1, max=plan.capacity)
         shapes = ({1: free}, None, None, {1: asked}, [None] * len(context), [None] * own)
-    with adapted(model):
+    with use_cached_attention(model):
         exported = export_program(program, _decoder_example(plan, graph, context), shapes)
     output = next(node for node in exported.graph.nodes if node.op == "output")
     vocabulary = int(output.args[0][0].meta["val"].shape[-1])
