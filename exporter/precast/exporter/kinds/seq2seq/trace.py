@@ -107,7 +107,7 @@ class _Decoder(nn.Module):
 
     def _check(self, caches: attention_interface.Caches) -> None:
         wanted = len(caches.past), len(caches.encoded or ())
-        found = len(caches.present), caches.looked
+        found = len(caches.present), caches.cross_calls
         if found != wanted:
             raise ExportError(
                 f"{type(self.model).__name__} attends to its own tokens in {wanted[0]} layers and to the encoder in "
