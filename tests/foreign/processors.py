@@ -17,7 +17,7 @@ import transformers.generation as theirs
 from precast.runtime.generation.config import GenerationConfig
 from precast.runtime.generation.prompt import Prompt
 from precast.runtime.generation.sampling import Processors
-from precast.runtime.generation.sequence import Ends
+from precast.runtime.generation.sequence import StoppingCriteria
 
 from . import tally
 
@@ -114,7 +114,7 @@ class Criterion(_Ours):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
         tally.reached()
-        ends = Ends(self._config, self._prompt, [], None)
+        ends = StoppingCriteria(self._config, self._prompt, [], None)
         return torch.tensor([ends(tokens, np.zeros(0)) for tokens in input_ids.numpy()])
 
 

@@ -77,7 +77,7 @@ def test_success_guesses_more_and_failure_fewer():
     for is_right in (True, True, True, False, False, False, False, False, True):
         guessed = lookup.guess(99)
         sizes.append(len(guessed))
-        lookup.learn(len(guessed), len(guessed) if is_right else 0)
+        lookup.adapt_count(len(guessed), len(guessed) if is_right else 0)
     assert sizes == [4, 8, 10, 10, 4, 2, 1, 1, 1]
     assert len(lookup.guess(99)) == 2
     assert lookup.guess(0) == []

@@ -68,9 +68,9 @@ def test_ids_are_ids_as_scalars_of_tensors_too(wide, make):
 
 
 def test_none_draws_from_all_tokens_where_the_default_is_fifty(wide):
-    config = wide._config(GenerationConfig(top_k=7, temperature=0.5), {"top_k": None, "do_sample": True})
+    config = wide._merge_config(GenerationConfig(top_k=7, temperature=0.5), {"top_k": None, "do_sample": True})
     assert (config.top_k, config.temperature) == (0, 0.5)
-    assert wide._config(None, {"typical_p": None, "do_sample": True}).top_k is None
+    assert wide._merge_config(None, {"typical_p": None, "do_sample": True}).top_k is None
 
 
 @few

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from .config import GenerationConfig
-from .sampling import Processors, check_choice, check_logits, log_softmax
-from .sequence import Ends
+from .probabilities import log_softmax
+from .sampling import Processors, check_choice, check_logits
+from .sequence import StoppingCriteria
 
-__all__ = ["Beams"]
+__all__ = ["BeamSearch"]
 
 Array = np.ndarray[Any, Any]
 
@@ -18,16 +19,23 @@ _NEVER = np.float32(-1e9)
 """The score of a row that must not be chosen; transformers' number, which decides ties among such rows."""
 
 
-class Beams:
-    """The rows of one prompt on their way through a search: `width` that run, and the best `width` that ended.
+class BeamSearch:
+    """The beams of one prompt: `width` rows that run, and the best `width` that ended.
 
-    A row's score is the sum of its tokens' log-probabilities, float32. A row that ends is held to that sum divided by
-    the number of its new tokens to the power of `length_penalty`. Rows have `count` new tokens at most, and are guessed
-    to become as long as `full`, which the settings say.
+    A row's score is the sum of its tokens' log-probabilities, float32. A row that ends is scored by that sum divided by
+    the number of its new tokens to the power of `length_penalty`. Rows have `count` new tokens at most; `full`, the
+    number that the settings say, is how long early_stopping="never" assumes that they may become.
     """
 
     def __init__(
-        self, prompt: Array, count: int, config: GenerationConfig, process: Processors, ends: Ends, *, full: int
+        self,
+        prompt: Array,
+        count: int,
+        config: GenerationConfig,
+        process: Processors,
+        ends: StoppingCriteria,
+        *,
+        full: int,
     ) -> None:
         self.prompt, self.width, self.is_done = prompt, config.beams, False
         self._process, self._ends, self._count, self._full = process, ends, count, full
@@ -43,7 +51,7 @@ class Beams:
 
     @property
     def last_tokens(self) -> list[int]:
-        """The newest token of each row, to be fed next."""
+        """The newest token of each running row, which the next step feeds."""
         found: list[int] = self._tokens[:, -1].tolist()
         return found
 
@@ -52,21 +60,22 @@ class Beams:
         return [(float(score), tokens) for score, tokens in self._ended[:count]]
 
     def advance(self, logits: Array) -> list[int]:
-        """Take the next tokens from logits [width, vocabulary]; returns which row each row now goes on from."""
-        scores, parents, chosen = self._likeliest(logits)
+        """Choose the next tokens from logits [width, vocabulary]; returns the parent of each row: which row it
+        continues."""
+        scores, parents, chosen = self._top_candidates(logits)
         tokens = np.concatenate([self._tokens[parents], chosen[:, None]], 1)
         new = tokens.shape[1] - len(self.prompt)
-        ends = self._hits(tokens, logits, parents) | (new == self._count)
+        ends = self._find_ended(tokens, logits, parents) | (new == self._count)
         self._keep_ended(scores, tokens, ends)
         running = np.where(ends, scores + _NEVER, scores)
-        order = _descending(running)[: self.width]
+        order = _argsort_descending(running)[: self.width]
         self._tokens, self._scores = tokens[order], running[order]
         self.is_done = bool(ends.all()) or not self._may_improve(new)
         kept: list[int] = parents[order].tolist()
         return kept
 
-    def _likeliest(self, logits: Array) -> tuple[Array, Array, Array]:
-        """The candidates, best first: their scores, the rows that they continue, their new tokens."""
+    def _top_candidates(self, logits: Array) -> tuple[Array, Array, Array]:
+        """The best continuations of all rows, best first: their scores, the rows that they continue, their tokens."""
         likelihoods = log_softmax(logits)
         check_logits(likelihoods, self._tokens.shape[1] - len(self.prompt) + 1)
         totals = [
@@ -76,15 +85,16 @@ class Beams:
         flat = np.concatenate(totals)
         count = min(self._candidates, len(flat))
         top = np.argpartition(flat, -count)[-count:]
-        top = top[_descending(flat[top])]
+        top = top[_argsort_descending(flat[top])]
         check_choice(flat[top[0]])
         return flat[top], top // logits.shape[1], top % logits.shape[1]
 
-    def _hits(self, tokens: Array, logits: Array, parents: Array) -> Array:
+    def _find_ended(self, tokens: Array, logits: Array, parents: Array) -> Array:
+        """Which candidates a stopping criterion ends, bool [candidates]."""
         return np.array([self._ends(row, logits[parent]) for row, parent in zip(tokens, parents, strict=True)])
 
     def _keep_ended(self, scores: Array, tokens: Array, ends: Array) -> None:
-        """Of the first `width` candidates those that end compete; the others are there to go on with."""
+        """Rank the candidates that ended, of the first `width`: later ones only replace rows that end."""
         start = len(self.prompt)
         held = scores / np.float32((tokens.shape[1] - start) ** self._penalty)
         self._ended += [(held[i], tokens[i, start:].tolist()) for i in range(self.width) if ends[i]]
@@ -92,6 +102,7 @@ class Beams:
         del self._ended[self.width :]
 
     def _may_improve(self, new: int) -> bool:
+        """Whether a running row may still beat the worst of the best ended ones, by early_stopping."""
         if not all(tokens for _, tokens in self._ended):
             return True
         if self._early is True:
@@ -101,5 +112,5 @@ class Beams:
         return bool(self._scores[0] / np.float32(length**self._penalty) > self._ended[-1][0])
 
 
-def _descending(values: Array) -> Array:
+def _argsort_descending(values: Array) -> Array:
     return np.argsort(-values, kind="stable")

@@ -1,4 +1,4 @@
-"""The caller's own logits processors, stopping criteria and streamers, each given arrays of the kind that it takes.
+"""The caller's own logits processors, stopping criteria and streamers, each given the kind of arrays that it takes.
 
 That is torch's tensors where it is of a class of transformers, or where the call was made with tensors, else numpy's.
 """
@@ -13,11 +13,18 @@ import numpy as np
 from ..errors import InputError
 from ..inputs.tensors import as_tensor, is_tensor, to_numpy
 
-__all__ = ["Criterion", "Processing", "Streamer", "check_rows", "functions", "kind_of"]
+__all__ = [
+    "CallerCriterion",
+    "CallerProcessor",
+    "Streamer",
+    "check_rows",
+    "distinct_functions",
+    "transformers_class_of",
+]
 
 Array = np.ndarray[Any, Any]
 
-_OF_BATCHES = {
+_WHOLE_BATCH = {
     "ClassifierFreeGuidanceLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
     "EncoderRepetitionPenaltyLogitsProcessor",
@@ -25,24 +32,35 @@ _OF_BATCHES = {
     "SynthIDTextWatermarkLogitsProcessor",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
 }
-"""Transformers' processors that know the rows of a batch apart, or keep something of each."""
+"""Transformers' processors that treat each row of a batch in its own way, or keep state for each."""
 
 
-class Processing:
-    """A logits processor: one row's tokens [length] and logits [vocabulary] -> logits [vocabulary].
+class _CallerFunction:
+    """A function of the caller that takes batches of one row, tokens [1, length] and logits [1, vocabulary].
 
-    The caller's function takes batches, [1, length] and [1, vocabulary], as transformers' do. Raises InputError for an
-    answer that is no logits.
+    Attributes:
+        kind: the name of its class, where that is one of transformers.
+        name: what error messages call it.
     """
 
     def __init__(self, function: Any, given: Any) -> None:
-        self.kind, self.name = kind_of(function), _name(function)
+        self.kind, self.name = transformers_class_of(function), _function_name(function)
         self._function, self._takes_tensors = function, _takes_tensors(function, given)
 
+    def _as_batch(self, tokens: Array, logits: Array) -> tuple[Any, Any]:
+        """One row as the function takes it. Copies: it may work in place, and keep what it is given."""
+        rows, scores = tokens[None].copy(), logits[None].copy()
+        return (as_tensor(rows), as_tensor(scores)) if self._takes_tensors else (rows, scores)
+
+
+class CallerProcessor(_CallerFunction):
+    """A logits processor: one row's tokens [length] and logits [vocabulary] -> logits [vocabulary].
+
+    Raises InputError for an answer that is no logits.
+    """
+
     def __call__(self, tokens: Array, logits: Array) -> Array:
-        # Copies: it may work in place, and keep what it is given.
-        arrays = tokens[None].copy(), logits[None].copy()
-        found = self._function(*(map(as_tensor, arrays) if self._takes_tensors else arrays))
+        found = self._function(*self._as_batch(tokens, logits))
         answer, wanted = np.asarray(to_numpy(found)), [1, len(logits)]
         if list(answer.shape) != wanted or answer.dtype.kind not in "fiu":
             raise InputError(
@@ -55,21 +73,15 @@ class Processing:
         return row
 
 
-class Criterion:
+class CallerCriterion(_CallerFunction):
     """A stopping criterion: one row's tokens [length] and the logits [vocabulary] of its newest -> does it end?
 
-    The caller's function takes [1, length] and [1, vocabulary]; a class of transformers is given None for the logits,
-    as transformers does where no scores are asked for.
+    A class of transformers is given None for the logits, as transformers does where no scores are asked for.
     """
 
-    def __init__(self, function: Any, given: Any) -> None:
-        self.kind, self.name = kind_of(function), _name(function)
-        self._function, self._takes_tensors = function, _takes_tensors(function, given)
-
     def __call__(self, tokens: Array, logits: Array) -> bool:
-        arrays = tokens[None].copy(), logits[None].copy()
-        rows, scores = map(as_tensor, arrays) if self._takes_tensors else arrays
-        found = self._function(rows, None if _is_theirs(self._function) else scores)
+        rows, scores = self._as_batch(tokens, logits)
+        found = self._function(rows, None if _subclasses_transformers(self._function) else scores)
         if found is None:
             raise InputError(
                 f"The stopping_criteria's {self.name} has to return whether the row ends; it returned None."
@@ -92,8 +104,8 @@ class Streamer:
         self._streamer.end()
 
 
-def functions(name: str, given: Any) -> list[Any]:
-    """The list of functions that an argument of this name is, each once. Raises InputError for anything else."""
+def distinct_functions(name: str, given: Any) -> list[Any]:
+    """Check an argument that is a list of functions; returns them, each once. Raises InputError for anything else."""
     found = () if given is None else given
     if not isinstance(found, list | tuple) or not all(map(callable, found)):
         raise InputError(f"{name} must be a list of functions, not {given!r:.80}.")
@@ -101,34 +113,34 @@ def functions(name: str, given: Any) -> list[Any]:
     return list({id(each): each for each in found}.values())
 
 
-def kind_of(function: Any) -> str | None:
-    """The name of the class of transformers that a function is an object of, None for one of a class of its own."""
+def transformers_class_of(function: Any) -> str | None:
+    """The name of a function's class where that is one of transformers, else None."""
     kind = type(function)
-    return kind.__name__ if _is_of_transformers(kind) else None
+    return kind.__name__ if _is_transformers_class(kind) else None
 
 
 def check_rows(processors: Sequence[Any], rows: int) -> None:
     """Raise InputError for a processor that has to see all rows of a batch together, where there are several."""
     for each in processors:
-        names = {kind.__name__ for kind in type(each).__mro__ if _is_of_transformers(kind)}
-        if rows > 1 and names & _OF_BATCHES:
+        names = {kind.__name__ for kind in type(each).__mro__ if _is_transformers_class(kind)}
+        if rows > 1 and names & _WHOLE_BATCH:
             raise InputError(
-                f"{_name(each)} tells the rows of a batch apart, and here each of the {rows} is processed by "
+                f"{_function_name(each)} tells the rows of a batch apart, and here each of the {rows} is processed by "
                 f"itself. Call generate() for one row at a time, with num_beams=1."
             )
 
 
 def _takes_tensors(function: Any, given: Any) -> bool:
-    return is_tensor(given) or _is_theirs(function)
+    return is_tensor(given) or _subclasses_transformers(function)
 
 
-def _is_theirs(function: Any) -> bool:
-    return any(map(_is_of_transformers, type(function).__mro__))
+def _subclasses_transformers(function: Any) -> bool:
+    return any(map(_is_transformers_class, type(function).__mro__))
 
 
-def _is_of_transformers(kind: type) -> bool:
+def _is_transformers_class(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "transformers"
 
 
-def _name(function: Any) -> str:
+def _function_name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))

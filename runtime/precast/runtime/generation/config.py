@@ -1,4 +1,4 @@
-"""What `generate()` can be told, by transformers' names, with transformers' precedence and defaults."""
+"""The settings of `generate()`, with transformers' names, precedence and defaults."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import msgspec
 
 from ..errors import InputError
 from ..inputs.tensors import plain
-from .unsupported import HARMLESS, SPEECH, UNSUPPORTED, refusals
+from .unsupported import HARMLESS, SPEECH, UNSUPPORTED, find_unsupported
 
 __all__ = ["GenerationConfig"]
 
-_BESIDES = UNSUPPORTED | SPEECH.keys()
-"""Settings that a configuration carries without having them."""
+_KEPT_APART = UNSUPPORTED | SPEECH.keys()
+"""Settings that a configuration keeps in `unsupported`."""
 
 # As wide as the arrays that hold them.
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -104,24 +104,24 @@ class GenerationConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         """Numpy's and torch's numbers become Python's. Raises InputError for an unknown name, or a value of another
         type."""
-        if name in _BESIDES:
+        if name in _KEPT_APART:
             self.unsupported[name] = plain(value)
             return
         if name in self.settings():
-            value = _typed(name, value)
+            value = _convert_setting(name, value)
         elif name != "unsupported":
             _refuse_unknown(name, "A GenerationConfig is given")
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """What transformers' configuration has besides: None where nothing is set."""
-        if name in HARMLESS or name in _BESIDES:
+        """Settings that transformers' configuration has and this one lacks: as given, or None."""
+        if name in HARMLESS or name in _KEPT_APART:
             return self.unsupported.get(name)
         raise AttributeError(f"A GenerationConfig has no {name!r}. It has: {', '.join(self.settings())}.")
 
     @classmethod
     def of(cls, given: Any, origin: str) -> GenerationConfig:
-        """From a GenerationConfig, ours or transformers', or a dict. `origin` names it in errors.
+        """Make one of a GenerationConfig, ours or transformers', or of a dict. `origin` names it in errors.
 
         Raises InputError for a name that a dict gives a value and that is none of transformers', and for a value of
         another type. Transformers' own configurations may hold whatever a file said, as `published` reads it.
@@ -139,10 +139,10 @@ class GenerationConfig:
 
     @classmethod
     def published(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
-        """From what a generation_config.json says, as transformers reads it: what it does not know is passed over.
+        """Make one of the content of a generation_config.json, as transformers reads it: unknown names are ignored.
         Raises InputError for a value of another type."""
         known = cls.settings()
-        others = {name: plain(value) for name, value in raw.items() if name in _BESIDES}
+        others = {name: plain(value) for name, value in raw.items() if name in _KEPT_APART}
         try:
             return cls(**{name: value for name, value in raw.items() if name in known}, unsupported=others)
         except InputError as error:
@@ -170,19 +170,19 @@ class GenerationConfig:
         return replace(base, **given, unsupported={**base.unsupported, **self.unsupported})
 
     def without(self, names: Iterable[str]) -> GenerationConfig:
-        """With these settings off, which is what None means in a call, and as if no file said anything of them."""
+        """This configuration with the settings `names` off, which is what None means in a call."""
         off: dict[str, Any] = {name: 0 if name == "top_k" else None for name in names if name in self.settings()}
         return replace(
             self, **off, unsupported={name: self.unsupported[name] for name in {*self.unsupported} - {*names}}
         )
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is set, as transformers' configuration of this name says it."""
+        """The settings that are not None, by name; transformers' configurations have a method of this name."""
         return {name: value for name in self.settings() if (value := getattr(self, name)) is not None}
 
     def check(self) -> None:
         """Raise one InputError that lists every value out of range."""
-        if problems := list(self._problems()):
+        if problems := list(self._find_problems()):
             raise InputError(" ".join(problems))
 
     def new_tokens(self, prompt_length: int) -> int:
@@ -209,13 +209,13 @@ class GenerationConfig:
         return _as_list(self.forced_eos_token_id)
 
     def ids_of(self, name: str) -> list[int]:
-        """All ids that the setting of this name holds, as a list."""
+        """All token ids in the setting of this name, as a list."""
         held = getattr(self, name)
         return [*chain.from_iterable(held)] if name == "bad_words_ids" and held else _as_list(held)
 
     @property
     def beams(self) -> int:
-        """Rows per prompt that are followed at once."""
+        """The number of beams; 1 is no beam search."""
         return self.num_beams or 1
 
     @property
@@ -224,32 +224,32 @@ class GenerationConfig:
         stops = self.stop_strings
         return [] if stops is None else [stops] if isinstance(stops, str) else list(stops)
 
-    def _problems(self) -> Iterator[str]:
-        yield from self._too_small(_AT_LEAST)
-        yield from self._not_above_zero("repetition_penalty")
+    def _find_problems(self) -> Iterator[str]:
+        yield from self._minimum_problems(_MINIMUM)
+        yield from self._positive_problems("repetition_penalty")
         if self.do_sample:
             yield from self._sampling_problems()
-        yield from self._beam_problems() if self.beams > 1 else self._rows_problems()
-        yield from refusals(
+        yield from self._beam_problems() if self.beams > 1 else self._return_problems()
+        yield from find_unsupported(
             self.unsupported,
             beams=self.beams,
             samples=bool(self.do_sample),
             returns_outputs=bool(self.return_dict_in_generate),
         )
 
-    def _too_small(self, limits: Mapping[str, int]) -> Iterator[str]:
+    def _minimum_problems(self, limits: Mapping[str, int]) -> Iterator[str]:
         for name, low in limits.items():
             if (value := getattr(self, name)) is not None and value < low:
                 yield f"{name} must be a whole number of at least {low}, not {value!r}."
 
-    def _not_above_zero(self, name: str, hint: str = "") -> Iterator[str]:
-        if (value := getattr(self, name)) is not None and not value >= _SMALLEST:
-            limit = "above 0" if not value > 0 else f"at least {_SMALLEST}"
+    def _positive_problems(self, name: str, hint: str = "") -> Iterator[str]:
+        if (value := getattr(self, name)) is not None and not value >= _SMALLEST_DIVISOR:
+            limit = "above 0" if not value > 0 else f"at least {_SMALLEST_DIVISOR}"
             yield f"{name} must be {limit}, not {value!r}.{hint}"
 
     def _sampling_problems(self) -> Iterator[str]:
-        """What cannot be drawn with; without drawing these settings mean nothing."""
-        yield from self._not_above_zero("temperature", " For the likeliest token each time, use do_sample=False.")
+        """Check the settings that only sampling reads."""
+        yield from self._positive_problems("temperature", " For the likeliest token each time, use do_sample=False.")
         for name in ("top_p", "min_p"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 yield f"{name} must lie between 0 and 1, not {value!r}."
@@ -257,10 +257,10 @@ class GenerationConfig:
             yield f"top_k must be a whole number of at least 0, not {self.top_k}. To draw from all tokens, use top_k=0."
 
     def _beam_problems(self) -> Iterator[str]:
-        """What does not go together with beams, as far as the runtime does it."""
+        """Check the settings of beam search, and those that do not go together with it."""
         asked = f"num_beams={self.num_beams}"
-        if (power := self.length_penalty) is not None and not abs(power) <= _STEEPEST:
-            yield f"length_penalty must lie between -{_STEEPEST} and {_STEEPEST}, not {power!r}."
+        if (power := self.length_penalty) is not None and not abs(power) <= _MAX_LENGTH_PENALTY:
+            yield f"length_penalty must lie between -{_MAX_LENGTH_PENALTY} and {_MAX_LENGTH_PENALTY}, not {power!r}."
         if self.early_stopping not in (None, True, False, "never"):
             yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
         if self.do_sample:
@@ -270,7 +270,7 @@ class GenerationConfig:
         if (count := self.num_return_sequences or 1) > self.beams:
             yield f"num_return_sequences={count} is more than {asked}, and each returned row is a beam."
 
-    def _rows_problems(self) -> Iterator[str]:
+    def _return_problems(self) -> Iterator[str]:
         if (self.num_return_sequences or 1) > 1 and not self.do_sample:
             yield (
                 f"num_return_sequences={self.num_return_sequences} would return equal rows: the likeliest token each "
@@ -280,24 +280,25 @@ class GenerationConfig:
             yield "output_scores=True is done with num_beams above 1 only; pass output_scores=False to go without."
 
 
-_AT_LEAST = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0,
+_MINIMUM = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0,
              "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1, "seed": 0, "num_beams": 1,
              "num_return_sequences": 1, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
-_SMALLEST = 1e-30
-"""What logits are divided by: less would make them infinite in float32."""
-_STEEPEST = 20
-"""The power of a length; a higher one is infinite in float32."""
+_SMALLEST_DIVISOR = 1e-30
+"""Logits are divided by it: anything smaller would make them infinite in float32."""
+_MAX_LENGTH_PENALTY = 20
+"""The exponent of a row's length: a higher power is infinite in float32."""
 
 
 @cache
-def _types() -> dict[str, Any]:
+def _setting_types() -> dict[str, Any]:
     return get_type_hints(GenerationConfig, include_extras=True)
 
 
-def _typed(name: str, value: Any) -> Any:
+def _convert_setting(name: str, value: Any) -> Any:
+    """A setting's value as the type of its field. Raises InputError."""
     given = plain(value)
     try:
-        return msgspec.convert(given, _types()[name])
+        return msgspec.convert(given, _setting_types()[name])
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise InputError(f"{name}={given!r:.80} is of the wrong type or size: {error}.") from None
 

@@ -9,23 +9,24 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, PrecastError
-from .callbacks import Processing
+from .callbacks import CallerProcessor
 from .config import GenerationConfig
+from .probabilities import log_softmax, softmax
 from .prompt import Prompt
 
-__all__ = ["Processors", "Sampler", "check_choice", "check_logits", "drawn_seed"]
+__all__ = ["Processors", "Sampler", "check_choice", "check_logits", "draw_seed"]
 
 Array = np.ndarray[Any, Any]
 Processor = Callable[[Array, Array], Array]
 
 
 class Processors:
-    """What may be chosen next in a row: its tokens so far, int64 [length], and logits or log-probabilities
+    """All logits processors of one row: its tokens so far, int64 [length], and logits or log-probabilities
     [vocabulary] -> the same, changed.
 
     `count` new tokens continue the prompt by the settings, and the last may be forced; `source` are the tokens that an
-    encoder-decoder answers. Of transformers' classes among the caller's own processors, the first of a kind takes
-    the place of what the configuration says, as there; the others follow.
+    encoder-decoder answers. Of transformers' classes among the caller's own processors, the first of a kind replaces
+    the one that the configuration asks for, as there; the others follow.
     """
 
     def __init__(
@@ -33,16 +34,16 @@ class Processors:
         config: GenerationConfig,
         prompt: Prompt,
         count: int,
-        extra: Sequence[Processing] = (),
+        extra: Sequence[CallerProcessor] = (),
         source: Array | None = None,
     ) -> None:
-        own = [*_penalties(config, prompt, count, source)]
+        own = [*_configured_processors(config, prompt, count, source)]
         instead = {each.kind: each for each in reversed(extra) if each.kind in dict(own)}
         others = [each for each in extra if each not in instead.values()]
         steps = [(kind, instead.get(kind, step)) for kind, step in own] + [(None, each) for each in others]
-        self._steps = [_showing(step, prompt) if isinstance(step, Processing) else step for _, step in steps]
+        self._steps = [_see_padding(step, prompt) if isinstance(step, CallerProcessor) else step for _, step in steps]
         if config.do_sample:
-            self._steps += _warpers(config)
+            self._steps += _sampling_warpers(config)
         if config.renormalize_logits and config.beams > 1:
             # Alone, a row is chosen alike from logits and from their log-probabilities.
             self._steps.append(lambda _, logits: log_softmax(logits))
@@ -69,7 +70,7 @@ class Sampler:
         logits = self._process(tokens, logits)
         likeliest = int(logits.argmax())
         check_choice(logits[likeliest])
-        return likeliest if self._generator is None else _draw(self._generator, logits)
+        return likeliest if self._generator is None else _draw_token(self._generator, logits)
 
 
 def check_logits(logits: Array, step: int) -> None:
@@ -82,7 +83,7 @@ def check_logits(logits: Array, step: int) -> None:
 
 
 def check_choice(best: Any) -> None:
-    """Raise InputError where the best of logits or scores is none: every token is ruled out."""
+    """Raise InputError where the best of logits or scores is -inf: every token is ruled out."""
     if best == -np.inf:
         raise InputError(
             "No token may come next: suppress_tokens, bad_words_ids, no_repeat_ngram_size and logits_processor "
@@ -90,7 +91,7 @@ def check_choice(best: Any) -> None:
         )
 
 
-def drawn_seed() -> int:
+def draw_seed() -> int:
     """A seed from the framework's own generator, so that whoever seeds that makes runs repeatable: torch's, where it is
     imported and has been seeded (torch.manual_seed, transformers.set_seed), otherwise numpy's (np.random.seed)."""
     torch = sys.modules.get("torch")
@@ -103,22 +104,24 @@ def drawn_seed() -> int:
 _SEEDS = 2**63 - 1
 
 
-def _draw(generator: np.random.Generator, logits: Array) -> int:
+def _draw_token(generator: np.random.Generator, logits: Array) -> int:
+    """Sample a token from the softmax of its logits."""
     if logits.max() == np.inf:
-        # Certain is what is infinite.
+        # An infinite logit has all of the probability.
         logits = np.where(logits == np.inf, np.float32(0), np.float32(-np.inf))
     possible = np.flatnonzero(logits > -np.inf)
-    return int(generator.choice(possible, p=_softmax(logits[possible].astype(np.float64))))
+    return int(generator.choice(possible, p=softmax(logits[possible].astype(np.float64))))
 
 
-def _showing(process: Processing, prompt: Prompt) -> Processor:
+def _see_padding(process: CallerProcessor, prompt: Prompt) -> Processor:
+    """Hand the caller's processor the row with its padding, as the caller gave it."""
     return lambda tokens, logits: process(prompt.show(tokens), logits)
 
 
-def _penalties(
+def _configured_processors(
     config: GenerationConfig, prompt: Prompt, count: int, source: Array | None
 ) -> Iterator[tuple[str, Processor]]:
-    """What the configuration asks for, each with the name of transformers' class that does it."""
+    """The processors that the configuration asks for, each with the name of transformers' class that does it."""
     if (penalty := config.repetition_penalty) is not None and penalty != 1:
         yield "RepetitionPenaltyLogitsProcessor", lambda tokens, logits: repetition_penalty(tokens, logits, penalty)
     if size := config.no_repeat_ngram_size:
@@ -127,44 +130,45 @@ def _penalties(
         yield "EncoderNoRepeatNGramLogitsProcessor", lambda tokens, logits: no_ngram_of(source, tokens, logits, part)
     if words := [word for word in config.bad_words_ids or () if word not in [[end] for end in config.eos_ids]]:
         yield "NoBadWordsLogitsProcessor", lambda tokens, logits: no_bad_words(tokens, logits, words)
-    yield from _least(config, prompt)
-    yield from _forced(config, prompt, count)
+    yield from _length_minimums(config, prompt)
+    yield from _fixed_tokens(config, prompt, count)
 
 
-def _least(config: GenerationConfig, prompt: Prompt) -> Iterator[tuple[str, Processor]]:
-    """How long a row is at least; min_new_tokens goes before min_length."""
+def _length_minimums(config: GenerationConfig, prompt: Prompt) -> Iterator[tuple[str, Processor]]:
+    """Forbid the end of a row that is too short yet; min_new_tokens goes before min_length."""
     width, new, ends = len(prompt.shown), config.min_new_tokens, config.eos_ids
     least = (config.min_length or 0) if new is None else width + new
     if not ends or least <= width:
         return
 
     def step(tokens: Array, logits: Array) -> Array:
-        return without(logits, ends) if prompt.length_of(tokens) < least else logits
+        return forbid_tokens(logits, ends) if prompt.length_of(tokens) < least else logits
 
     yield "MinLengthLogitsProcessor", step
     if new is not None:
         yield "MinNewTokensLengthLogitsProcessor", step
 
 
-def _forced(config: GenerationConfig, prompt: Prompt, count: int) -> Iterator[tuple[str, Processor]]:
-    """What is fixed at a row's beginning and end, and what is never said."""
+def _fixed_tokens(config: GenerationConfig, prompt: Prompt, count: int) -> Iterator[tuple[str, Processor]]:
+    """Force the first and the last token of a row; forbid tokens everywhere, or at its beginning."""
     width = len(prompt.shown)
 
     def at(length: int, step: Callable[[Array], Array]) -> Processor:
         return lambda tokens, logits: step(logits) if prompt.length_of(tokens) == length else logits
 
     if (first := config.forced_bos_token_id) is not None:
-        yield "ForcedBOSTokenLogitsProcessor", at(1, lambda logits: only(logits, [first]))
+        yield "ForcedBOSTokenLogitsProcessor", at(1, lambda logits: allow_only(logits, [first]))
     if last := config.last_ids:
-        yield "ForcedEOSTokenLogitsProcessor", at(width + count - 1, lambda logits: only(logits, last))
+        yield "ForcedEOSTokenLogitsProcessor", at(width + count - 1, lambda logits: allow_only(logits, last))
     if never := config.suppress_tokens:
-        yield "SuppressTokensLogitsProcessor", lambda _, logits: without(logits, never)
+        yield "SuppressTokensLogitsProcessor", lambda _, logits: forbid_tokens(logits, never)
     if not_first := config.begin_suppress_tokens:
         start = width + (width == 1 and first is not None)
-        yield "SuppressTokensAtBeginLogitsProcessor", at(start, lambda logits: without(logits, not_first))
+        yield "SuppressTokensAtBeginLogitsProcessor", at(start, lambda logits: forbid_tokens(logits, not_first))
 
 
-def _warpers(config: GenerationConfig) -> list[Processor]:
+def _sampling_warpers(config: GenerationConfig) -> list[Processor]:
+    """What shapes the distribution that is drawn from: temperature, top_k, top_p, min_p."""
     found: list[Processor] = []
     if (temperature := config.temperature) is not None and temperature != 1:
         found.append(lambda _, logits: logits / np.float32(temperature))
@@ -187,28 +191,28 @@ def repetition_penalty(tokens: Array, logits: Array, penalty: float) -> Array:
 
 
 def no_ngram_of(history: Array, tokens: Array, logits: Array, size: int) -> Array:
-    """Forbid what would complete a sequence of `size` tokens that occurs in `history`."""
+    """Forbid tokens that would complete an n-gram of `size` tokens that occurs in `history`."""
     if len(history) < size or len(tokens) < size - 1:
         return logits
     windows = np.lib.stride_tricks.sliding_window_view(history, size)
     tail = tokens[len(tokens) - size + 1 :]
-    return without(logits, windows[(windows[:, :-1] == tail).all(1), -1].tolist())
+    return forbid_tokens(logits, windows[(windows[:, :-1] == tail).all(1), -1].tolist())
 
 
 def no_bad_words(tokens: Array, logits: Array, words: Sequence[Sequence[int]]) -> Array:
-    """Forbid what would complete one of these sequences of tokens."""
+    """Forbid tokens that would complete one of these sequences."""
     ends = [word[-1] for word in words if tokens[len(tokens) - len(word) + 1 :].tolist() == list(word[:-1])]
-    return without(logits, ends)
+    return forbid_tokens(logits, ends)
 
 
-def without(logits: Array, ids: Sequence[int]) -> Array:
+def forbid_tokens(logits: Array, ids: Sequence[int]) -> Array:
     """Forbid these tokens; ids outside the vocabulary never come anyway."""
     result: Array = logits.copy()
     result[[token for token in ids if 0 <= token < len(logits)]] = -np.inf
     return result
 
 
-def only(logits: Array, ids: Sequence[int]) -> Array:
+def allow_only(logits: Array, ids: Sequence[int]) -> Array:
     """Forbid all but these tokens, which become equally likely."""
     result: Array = np.full_like(logits, -np.inf)
     result[list(ids)] = 0
@@ -227,7 +231,7 @@ def top_p(logits: Array, mass: float) -> Array:
     """Keep the likeliest tokens that together reach `mass` (Holtzman et al. 2020), at least one."""
     possible = np.flatnonzero(logits > -np.inf)
     order = possible[np.argsort(logits[possible], kind="stable")]
-    dropped = np.cumsum(_softmax(logits[order])) <= 1 - mass
+    dropped = np.cumsum(softmax(logits[order])) <= 1 - mass
     dropped[-1] = False
     result: Array = logits.copy()
     result[order[dropped]] = -np.inf
@@ -236,18 +240,5 @@ def top_p(logits: Array, mass: float) -> Array:
 
 def min_p(logits: Array, share: float) -> Array:
     """Keep tokens at least `share` times as likely as the likeliest (Nguyen et al. 2024)."""
-    probabilities = _softmax(logits)
+    probabilities = softmax(logits)
     return np.where(probabilities < share * probabilities.max(), -np.inf, logits)
-
-
-def log_softmax(logits: Array) -> Array:
-    """Log-probabilities over the last axis, in float32."""
-    shifted = logits.astype(np.float32) - logits.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
-
-
-def _softmax(logits: Array) -> Array:
-    shifted = np.exp(logits - logits.max())
-    result: Array = shifted / shifted.sum()
-    return result

@@ -2,8 +2,8 @@
 
 Inside, rows are right-padded and each has its own length, so the padding that the caller used never reaches the model.
 
-What ONNX Runtime's GroupQueryAttention can do bounds what happens here: several new tokens after a past only at batch 1
-and without padding, since it writes padded rows into the cache once there is a past.
+ONNX Runtime's GroupQueryAttention sets the limits: several new tokens after a past only at batch 1 and without padding,
+since it writes the keys of padding into the cache once there is a past.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ __all__ = ["Session"]
 Array = np.ndarray[Any, Any]
 
 _TOKENS_PER_READ = 8
-"""A step reads all weights, and that takes about as long as computing so many tokens. Measured on two cores with
-SmolLM2-135M in float32; of one order of magnitude for all decoders, and nothing but speed depends on it."""
+"""Reading all weights once, as each step does, takes about as long as computing so many tokens. Measured on two cores
+with SmolLM2-135M in float32; of one order of magnitude for all decoders, and nothing but speed depends on it."""
 
 
-_ROWS_AT_ONCE = 64
-"""Attention looks at so many rows of the cache, or at twice as many, and so on: each number is bound once."""
+_POSITIONS_STEP = 64
+"""Attention reads a multiple of so many cache positions: each multiple is bound once."""
 
 
 class Session:
     """The caches of up to `batch` rows.
 
-    `context` holds the other inputs that stay from step to step, by name: what an encoder made of its input. Whoever
-    changes them calls `reset`.
+    `context` holds the other inputs that stay from step to step, by name: the outputs of an encoder. Whoever changes
+    them calls `reset`.
 
-    `tokens` holds, per row, the ids whose keys and values are in the cache. It grows only after a completed step, and
-    shrinks before one that overwrites, so whatever fails or is interrupted, it is true.
+    `tokens` holds, per row, the ids whose keys and values are in the cache. It grows only after a completed step and
+    shrinks before a step that overwrites, so it holds true whatever fails or is interrupted.
     """
 
     def __init__(self, engine: Engine, graphs: Sequence[Graph]) -> None:
@@ -49,23 +49,25 @@ class Session:
         self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
         self._step_graph = next((graph for graph in graphs if graph.role == "decode"), first)
         self._prefill_graphs = {
-            _longest(graph): graph for graph in graphs if graph is not self._step_graph or _is_free(graph)
+            _longest_length(graph): graph
+            for graph in graphs
+            if graph is not self._step_graph or _has_free_length(graph)
         }
-        self._caches = _allocate(first)
-        self._states = _States(first)
-        self.context = _context(first, self._caches | self._states.before)
+        self._caches = _allocate_caches(first)
+        self._states = _RecurrentStates(first)
+        self.context = _allocate_context(first, self._caches | self._states.before)
         self._bound: dict[tuple[str, int, int], _Call] = {}
         self._appending: dict[int, _Call] = {}
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are logits of."""
+        """The vocabulary's size: logits per token."""
         return int(self._step_graph.outputs[0].shape[-1])  # type: ignore[arg-type]
 
     @property
     def is_flexible(self) -> bool:
-        """Can `append` take several tokens?"""
-        return self.batch == 1 and any(map(_is_free, self._prefill_graphs.values()))
+        """Whether `append` takes several tokens at once."""
+        return self.batch == 1 and any(map(_has_free_length, self._prefill_graphs.values()))
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -75,12 +77,12 @@ class Session:
     def prefill(self, rows: Sequence[Array]) -> Array:
         """Take one prompt per row; returns the logits after each row's last token, [batch, vocabulary].
 
-        What the caches hold of a prompt is not computed again where that is quicker, and, with more rows than one,
-        where every row lacks its last token only. The array is overwritten by the next call.
+        Tokens of a prompt that the caches hold are not computed again where that is quicker; with several rows, only
+        where every row lacks no more than its last token. The array is overwritten by the next call.
         """
-        kept = [self._shared(held, row[:-1]) for held, row in zip(self.tokens, rows, strict=False)]
+        kept = [self._count_reusable(held, row[:-1]) for held, row in zip(self.tokens, rows, strict=False)]
         if self.batch == 1:
-            del self.tokens[0][self._worth_keeping(kept[0], len(rows[0])) :]
+            del self.tokens[0][self._count_worth_keeping(kept[0], len(rows[0])) :]
             return self._feed_row(rows[0][len(self.tokens[0]) :])
         if all(count == len(row) - 1 for count, row in zip(kept, rows, strict=True)):
             for held, count in zip(self.tokens, kept, strict=False):
@@ -90,17 +92,17 @@ class Session:
         return self._feed_rows(rows)
 
     def decode(self, tokens: Sequence[int | None]) -> Array:
-        """Append one token to each row that is given one; the others, and those beyond `tokens`, rest.
+        """Append one token to each row that is given one; the others, and those beyond `tokens`, are idle.
 
         Returns logits [batch, vocabulary], overwritten by the next call.
         """
-        call = self._call(self._step_graph, 1, 1)
+        call = self._bind_call(self._step_graph, 1, 1)
         pairs = list(zip_longest(self.tokens, tokens))
         for index, (held, token) in enumerate(pairs):
-            # A row that rests writes its last token once more: its neighbours do not see it, and nobody reads it.
+            # Steps are batched, so idle rows rewrite their last token at its own position. Nobody reads their logits.
             call.ids[index, 0] = token if token is not None else held[-1] if held else call.pad
-            call.past[index] = len(held) if token is not None else self._resting_place(held)
-        self._compute(call, [index for index, (_, token) in enumerate(pairs) if token is not None])
+            call.past[index] = len(held) if token is not None else self._idle_position(held)
+        self._run_call(call, [index for index, (_, token) in enumerate(pairs) if token is not None])
         for held, token in pairs:
             if token is not None:
                 held.append(token)
@@ -113,7 +115,7 @@ class Session:
         held = self.tokens[0]
         call.ids[0] = tokens
         call.past[0] = len(held)
-        self._compute(call, [0])
+        self._run_call(call, [0])
         held.extend(tokens)
         logits: Array = call.logits[0]
         return logits
@@ -124,7 +126,7 @@ class Session:
         del held[len(held) - count :]
 
     def reorder(self, parents: Sequence[int]) -> None:
-        """Let row `i` go on from what row `parents[i]` holds; rows beyond `parents` stay."""
+        """Copy the caches of row `parents[i]` into row `i`; rows beyond `parents` stay."""
         moved = {index: parent for index, parent in enumerate(parents) if index != parent}
         if not moved:
             return
@@ -143,17 +145,17 @@ class Session:
         """Logits after each of a row's `positions` (ascending), per row [len(positions), vocabulary], in new memory."""
         self.reset()
         longest = max(self._prefill_graphs, default=0)
-        if longest and _is_free(graph := self._prefill_graphs[longest]):
-            length = max(_shortest(graph), *map(len, rows))
-            call = self._call(graph, length, max(map(len, positions)), keep=False)
-            self._run(call, rows, positions)
+        if longest and _has_free_length(graph := self._prefill_graphs[longest]):
+            length = max(_shortest_length(graph), *map(len, rows))
+            call = self._bind_call(graph, length, max(map(len, positions)), keep=False)
+            self._append_rows(call, rows, positions)
             return [call.logits[index, : len(asked)].copy() for index, asked in enumerate(positions)]
         if self.context:
             return self._logits_in_place(rows, positions)
         return [self._logits_one_by_one(row, asked) for row, asked in zip(rows, positions, strict=True)]
 
     def _logits_in_place(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
-        """With static graphs: all rows together, token by token, each where its context is."""
+        """With static graphs and an encoder's context: all rows together, token by token, each in its context's row."""
         found: list[list[Array]] = [[] for _ in rows]
         for step in range(max(map(len, rows))):
             logits = self.decode([int(row[step]) if step < len(row) else None for row in rows])
@@ -163,7 +165,7 @@ class Session:
         return [np.stack(each) for each in found]
 
     def _logits_one_by_one(self, row: Array, positions: Sequence[int]) -> Array:
-        """With static graphs: feed up to the first asked position at once, then from one to the next."""
+        """With static graphs: feed the row up to its first position, then from one position to the next."""
         self.reset()
         found, done = [], 0
         for position in positions:
@@ -173,54 +175,56 @@ class Session:
             done = position + 1
         return np.stack(found)
 
-    def _worth_keeping(self, shared: int, length: int) -> int:
-        """How many of `shared` tokens to keep for a prompt of `length`. With static graphs it can be quicker to read
-        the whole prompt at once than what is new in it token by token."""
-        return min((shared, 0), key=lambda past: self._effort(past, length))
+    def _count_worth_keeping(self, shared: int, length: int) -> int:
+        """How many of the `shared` first tokens of a prompt to keep. With static graphs one call over the whole prompt
+        can be quicker than its new tokens one by one."""
+        return min((shared, 0), key=lambda past: self._estimate_cost(past, length))
 
-    def _effort(self, past: int, length: int) -> float:
+    def _estimate_cost(self, past: int, length: int) -> float:
         """The time to get from `past` to `length` tokens, in reads of the weights."""
-        return sum(1 + size / _TOKENS_PER_READ for _, size in self._chunks(past, length))
+        return sum(1 + size / _TOKENS_PER_READ for _, size in self._plan_chunks(past, length))
 
-    def _chunks(self, past: int, length: int) -> Iterator[tuple[Graph, int]]:
+    def _plan_chunks(self, past: int, length: int) -> Iterator[tuple[Graph, int]]:
         """The calls, by graph and compiled size, that take one row from `past` to `length` tokens."""
         while past < length:
-            graph, size = self._chunk(length - past) if past else self._first_chunk(length)
+            graph, size = self._next_chunk(length - past) if past else self._first_chunk(length)
             yield graph, size
             past += size
 
     def _first_chunk(self, wanted: int) -> tuple[Graph, int]:
-        """The smallest graph that holds `wanted` tokens, or the largest there is. Without a past it may be padded."""
-        if not self._prefill_graphs or (wanted == 1 and not _is_free(self._step_graph)):
+        """The smallest graph that holds `wanted` tokens, or the largest of all. Without a past it may be padded."""
+        if not self._prefill_graphs or (wanted == 1 and not _has_free_length(self._step_graph)):
             return self._step_graph, 1
         limit = min((size for size in self._prefill_graphs if size >= wanted), default=max(self._prefill_graphs))
         graph = self._prefill_graphs[limit]
-        return graph, min(wanted, limit) if _is_free(graph) else limit
+        return graph, min(wanted, limit) if _has_free_length(graph) else limit
 
-    def _chunk(self, left: int) -> tuple[Graph, int]:
-        """The largest unpadded step towards `left` tokens."""
-        sizes = {min(size, left) if _is_free(graph) else size: graph for size, graph in self._prefill_graphs.items()}
-        size = max((size for size, graph in sizes.items() if _shortest(graph) <= size <= left), default=0)
+    def _next_chunk(self, left: int) -> tuple[Graph, int]:
+        """The largest graph that `left` tokens fill without padding."""
+        sizes = {
+            min(size, left) if _has_free_length(graph) else size: graph for size, graph in self._prefill_graphs.items()
+        }
+        size = max((size for size, graph in sizes.items() if _shortest_length(graph) <= size <= left), default=0)
         return (sizes[size], size) if size else (self._step_graph, 1)
 
     def _feed_row(self, row: Array) -> Array:
         """At batch 1: append tokens in as few calls as the graphs allow; returns the last one's logits."""
         past, done = len(self.tokens[0]), 0
-        for graph, size in self._chunks(past, past + len(row)):
-            call = self._call(graph, size, 1, keep=size == 1 or not _is_free(graph))
-            self._run(call, [row[done : done + size]])
+        for graph, size in self._plan_chunks(past, past + len(row)):
+            call = self._bind_call(graph, size, 1, keep=size == 1 or not _has_free_length(graph))
+            self._append_rows(call, [row[done : done + size]])
             done += size
         return call.logits[:, 0]
 
     def _feed_rows(self, rows: Sequence[Array]) -> Array:
-        """Append tokens to several rows: as much as one call takes where there is no past, then one token per row and
-        step. A row that is through keeps its last logits."""
+        """Append tokens to several rows: as many as one call takes where there is no past, then one token per row and
+        step. A row that has no more keeps its last logits."""
         last: Array | None = None
         done = 0
         if not any(self.tokens):
             graph, done = self._first_chunk(max(map(len, rows)))
-            call = self._call(graph, done, 1, keep=not _is_free(graph))
-            self._run(call, [row[:done] for row in rows])
+            call = self._bind_call(graph, done, 1, keep=not _has_free_length(graph))
+            self._append_rows(call, [row[:done] for row in rows])
             last = call.logits[:, 0].copy()
         for step in range(done, max(map(len, rows))):
             is_active = np.array([step < len(row) for row in rows] + [False] * (self.batch - len(rows)))
@@ -229,7 +233,9 @@ class Session:
         assert last is not None, "a prompt has at least one token"
         return last
 
-    def _run(self, call: _Call, rows: Sequence[Array], positions: Sequence[Sequence[int]] | None = None) -> None:
+    def _append_rows(
+        self, call: _Call, rows: Sequence[Array], positions: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """Append `rows`, right-padded, with logits at `positions` or at the last token of each. Rows that nobody uses
         hold one padding token."""
         call.ids[:], call.new[:], call.positions[:] = call.pad, 1, 0
@@ -239,24 +245,25 @@ class Session:
             call.new[index] = len(row)
             asked = [len(row) - 1] if positions is None else positions[index]
             call.positions[index, : len(asked)] = asked
-        self._compute(call, list(range(len(rows))))
+        self._run_call(call, list(range(len(rows))))
         for held, row in zip(self.tokens, rows, strict=False):
             held.extend(row.tolist())
 
-    def _compute(self, call: _Call, rows: list[int]) -> None:
+    def _run_call(self, call: _Call, rows: list[int]) -> None:
         """Run a call that brings new tokens to these rows."""
         self._states.begin([row for row in rows if not call.past[row]])
         call.run()
         self._states.keep(rows)
 
-    def _resting_place(self, held: list[int]) -> int:
-        """Where a row that rests writes its last token again. With states that gives other keys than the first time,
-        which go where there are none yet, or, where all are there, in the place of one that no further token reads."""
+    def _idle_position(self, held: list[int]) -> int:
+        """The cache position where an idle row rewrites its last token. Recurrent states have moved on, so the keys
+        would differ: they go to the first free position, or to the last of a full cache, which no further token
+        reads."""
         return min(len(held), self.capacity - 1) if self._states.before else max(len(held) - 1, 0)
 
-    def _shared(self, held: list[int], row: Array) -> int:
-        """How many of the tokens held can stay for a prompt that begins with `row`."""
-        count = _shared(held, row)
+    def _count_reusable(self, held: list[int], row: Array) -> int:
+        """How many of the tokens held can stay for a prompt that begins with `row`; states cannot be taken back."""
+        count = _count_common_prefix(held, row)
         return count if count == len(held) or not self._states.before else 0
 
     def _bind_appending(self, count: int) -> _Call:
@@ -266,7 +273,7 @@ class Session:
         self._appending[count] = call
         return call
 
-    def _call(self, graph: Graph, length: int, positions: int, *, keep: bool = True) -> _Call:
+    def _bind_call(self, graph: Graph, length: int, positions: int, *, keep: bool = True) -> _Call:
         key = (graph.name, length, positions)
         if key in self._bound:
             return self._bound[key]
@@ -277,10 +284,16 @@ class Session:
 
 
 class _Call:
-    """One graph bound to its input arrays, its logits and what the session holds."""
+    """One graph bound to its input arrays, its logits, and the session's caches, context and states."""
 
     def __init__(
-        self, engine: Engine, graph: Graph, length: int, positions: int, held: dict[str, Array], states: _States
+        self,
+        engine: Engine,
+        graph: Graph,
+        length: int,
+        positions: int,
+        held: dict[str, Array],
+        states: _RecurrentStates,
     ) -> None:
         batch, output = graph.slots, graph.outputs[0]
         self.ids = np.zeros((batch, length), np.int64)
@@ -300,13 +313,13 @@ class _Call:
             for name_in, name_out in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out)):
                 outputs[name_out] = held[name_in]
         if is_cache_positions(graph.inputs[-1]):
-            self.run: Step = _Looking(engine, graph, inputs, outputs, length)
+            self.run: Step = _PositionsCall(engine, graph, inputs, outputs, length)
         else:
             self.run = engine.bind(graph.name, inputs, outputs)
 
 
-class _Looking:
-    """A graph bound for the rows of the caches that a call needs, so that a call costs what there is to look at."""
+class _PositionsCall:
+    """A graph bound once per number of cache positions, so that attention costs no more than a call's tokens need."""
 
     def __init__(
         self, engine: Engine, graph: Graph, inputs: dict[str, Array], outputs: dict[str, Array], length: int
@@ -317,18 +330,18 @@ class _Looking:
 
     def __call__(self) -> None:
         needed = int(self._past.max()) + self._length
-        count = min(self._graph.capacity, -(-needed // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
+        count = min(self._graph.capacity, -(-needed // _POSITIONS_STEP) * _POSITIONS_STEP)
         if count not in self._steps:
             positions = {self._graph.inputs[-1].name: np.arange(count)}
             self._steps[count] = self._engine.bind(self._graph.name, self._inputs | positions, self._outputs)
         self._steps[count]()
 
 
-class _States:
-    """What rows carry from token to token, by the names of the graph's inputs and outputs.
+class _RecurrentStates:
+    """The recurrent states of all rows, by the names of the graph's inputs and outputs.
 
-    A step reads it in one place and writes it in another, so it is kept only of rows that brought a token, and only
-    once the step is through.
+    A step reads them in one array and writes them to another; they are copied back only for rows that were given a
+    token, and only once the step has completed.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -336,46 +349,46 @@ class _States:
         self.after = {state.name_out: allocate(state.shape, state.dtype) for state in graph.states}
 
     def begin(self, rows: list[int]) -> None:
-        """These rows have no past."""
+        """Clear the states of rows that have no past."""
         for state in self.before.values():
             state[rows] = 0
 
     def keep(self, rows: list[int]) -> None:
-        """These rows go on from what was computed."""
+        """Copy the computed states back for these rows."""
         for state, computed in zip(self.before.values(), self.after.values(), strict=True):
             state[rows] = computed[rows]
 
 
-def _allocate(graph: Graph) -> dict[str, Array]:
-    """The caches, by the names of the graph's inputs; all graphs of a variant use the same names."""
+def _allocate_caches(graph: Graph) -> dict[str, Array]:
+    """The caches, zeroed, by the names of the graph's inputs; all graphs of a variant use the same names."""
     names = {name for layer in graph.cache for name in (layer.key_in, layer.value_in)}
-    return zeros({spec.name: (_sizes(spec), spec.dtype) for spec in graph.inputs if spec.name in names})
+    return zeros({spec.name: (_static_sizes(spec), spec.dtype) for spec in graph.inputs if spec.name in names})
 
 
-def _sizes(spec: Input) -> list[int]:
+def _static_sizes(spec: Input) -> list[int]:
     return [size for size in spec.shape if isinstance(size, int)]
 
 
-def _context(graph: Graph, caches: dict[str, Array]) -> dict[str, Array]:
-    """The inputs that are neither a step's own nor caches, by name."""
+def _allocate_context(graph: Graph, caches: dict[str, Array]) -> dict[str, Array]:
+    """The inputs that are neither a step's own nor caches nor states, by name."""
     others = [spec for spec in graph.inputs[len(DECODER_INPUTS) :] if spec.name not in caches]
-    return {spec.name: allocate(_sizes(spec), spec.dtype) for spec in others if not is_cache_positions(spec)}
+    return {spec.name: allocate(_static_sizes(spec), spec.dtype) for spec in others if not is_cache_positions(spec)}
 
 
-def _shared(held: list[int], row: Array) -> int:
-    """How many tokens at their beginning are the same."""
+def _count_common_prefix(held: list[int], row: Array) -> int:
+    """How many tokens two rows begin with alike."""
     count = min(len(held), len(row))
     differ = np.flatnonzero(np.array(held[:count], np.int64) != row[:count])
     return int(differ[0]) if differ.size else count
 
 
-def _longest(graph: Graph) -> int:
+def _longest_length(graph: Graph) -> int:
     return graph.length.max if isinstance(graph.length, Dim) else graph.length
 
 
-def _shortest(graph: Graph) -> int:
+def _shortest_length(graph: Graph) -> int:
     return graph.length.min if isinstance(graph.length, Dim) else graph.length
 
 
-def _is_free(graph: Graph) -> bool:
+def _has_free_length(graph: Graph) -> bool:
     return isinstance(graph.length, Dim)

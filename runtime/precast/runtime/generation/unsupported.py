@@ -1,4 +1,4 @@
-"""Settings of transformers' GenerationConfig that this runtime does not have: which of them would change an answer.
+"""Settings of transformers' GenerationConfig that this runtime lacks, and which of them would change an answer.
 
 Published files carry whatever the library that wrote them had, so a value counts only where transformers would heed it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["HARMLESS", "OUTPUTS", "SPEECH", "UNSUPPORTED", "refusals"]
+__all__ = ["HARMLESS", "OUTPUTS", "SPEECH", "UNSUPPORTED", "find_unsupported"]
 
 HARMLESS = frozenset(
     [
@@ -68,7 +68,7 @@ _GREEDY: dict[str, tuple[Any, ...]] = {"penalty_alpha": (None, 0.0)}
 OUTPUTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
     ["output_attentions", "output_hidden_states", "output_logits"], _OFF
 )
-"""What is returned besides, where an output rather than an array is asked for."""
+"""Outputs besides the tokens, returned where return_dict_in_generate is set."""
 
 SPEECH: dict[str, Any] = {
     **dict.fromkeys(["lang_to_id", "task_to_id"], dict[str, int]),
@@ -78,14 +78,14 @@ SPEECH: dict[str, Any] = {
     "forced_decoder_ids": list[tuple[int, int | None]],
     "no_timestamps_token_id": int,
 }
-"""What Whisper reads of its configuration besides, and of which type; to other models it says nothing."""
+"""Settings that Whisper alone reads, with their types; other models ignore them."""
 
 UNSUPPORTED = frozenset([*_ALWAYS, *_SAMPLING, *_BEAMS, *_GREEDY, *OUTPUTS])
 
 
-def refusals(given: Mapping[str, Any], *, beams: int, samples: bool, returns_outputs: bool) -> Iterator[str]:
-    """A sentence for each of the settings `given` that would change what is answered: with so many beams, with sampling
-    or without, with outputs besides the tokens or without."""
+def find_unsupported(given: Mapping[str, Any], *, beams: int, samples: bool, returns_outputs: bool) -> Iterator[str]:
+    """Yield a sentence for each of the settings `given` that would change the answer: transformers heeds some only with
+    beams, with sampling or without, or where outputs besides the tokens are returned."""
     heeded = dict(_ALWAYS)
     heeded |= _SAMPLING if samples else {}
     heeded |= _BEAMS if beams > 1 else {}

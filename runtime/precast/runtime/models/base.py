@@ -120,7 +120,7 @@ class CompiledModel(ForTransformers):
         """
         if not export:
             hint = " Those of an export go with export=True." if export_options else ""
-            refuse_unknown("from_pretrained()", export_options, _OPENING, hint)
+            refuse_unknown("from_pretrained()", export_options, _OPEN_OPTIONS, hint)
         _check_arguments(
             model, threads, revision=revision, subfolder=subfolder, device=device, provider=provider, variant=variant,
             sha256=sha256,
@@ -129,7 +129,7 @@ class CompiledModel(ForTransformers):
             # An `onnx` artifact is told where to run when it is opened; others are compiled for that.
             if device is not None and export_options.get("backend", "onnx") != "onnx":
                 export_options["device"] = device
-            model = _export(model, revision=revision, token=token, **export_options)
+            model = _export_once(model, revision=revision, token=token, **export_options)
         path = hub.locate(
             model, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, force_download=force_download,
@@ -138,7 +138,7 @@ class CompiledModel(ForTransformers):
             before = identity(path / "config.json")
             try:
                 settings = Settings(threads, prepack, verify, provider=provider, cores=read_cores(cores))
-                opened = cls._open(path, settings, device, variant, sha256, trust_native_code)
+                opened = cls._open_artifact(path, settings, device, variant, sha256, trust_native_code)
             except ArtifactError:
                 if identity(path / "config.json") == before:
                     raise
@@ -148,7 +148,7 @@ class CompiledModel(ForTransformers):
             # An export has just replaced the artifact, so what was read may be half of each: once more.
 
     @classmethod
-    def _open(
+    def _open_artifact(
         cls,
         path: Path,
         settings: Settings,
@@ -198,7 +198,7 @@ class CompiledModel(ForTransformers):
         with self._lock:
             caches: list[dict[str, Array]] = [{} for _ in range(replicas_of(self._engine))]
             for graph in self.variant.graphs:
-                # An engine gives each call in turn, and all that have the same caches, to one replica.
+                # An engine with replicas gives calls to them in turn, those with the same caches to the same one.
                 for held in caches:
                     bind_blank(self._engine, graph, held)()
         return time.perf_counter() - started
@@ -214,11 +214,12 @@ class CompiledModel(ForTransformers):
 
         Raises HubError, and UsageError for an option that there is not.
         """
-        refuse_unknown("push_to_hub()", options, _PUSHING)
+        refuse_unknown("push_to_hub()", options, _PUSH_OPTIONS)
         return hub.push(self.artifact, repo_id, **options)
 
-    def _slices(self, count: int) -> list[slice]:
-        """How a batch of `count` rows is run. Raises InputError where it is larger than compiled for."""
+    def _batch_slices(self, count: int) -> list[slice]:
+        """Split a batch of `count` rows into slices that run one by one. Raises InputError where it is larger than
+        compiled for and dynamic_batch_size is off."""
         size, shapes = self.batch_size, self.artifact.contract.shapes
         if count > size and not shapes.dynamic_batch_size:
             raise InputError(
@@ -227,11 +228,11 @@ class CompiledModel(ForTransformers):
             )
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _vocabulary(self) -> int | None:
+    def _vocabulary_size(self) -> int | None:
         return vocabulary_of(self.config)
 
-    def _larger(self, length: int, more: str = "") -> str:
-        """What to do for sequences of this length, and whatever else is to be larger."""
+    def _suggest_larger(self, length: int, more: str = "") -> str:
+        """A sentence with the command that compiles the model for this length, and for `more`, further flags."""
         flags = f"--batch-size {self.batch_size} --sequence-length {length}{more}"
         return larger(self.artifact, flags, length)
 
@@ -249,11 +250,11 @@ class CompiledModel(ForTransformers):
         return found
 
 
-def _named_only(function: Any) -> list[str]:
+def _keyword_names(function: Any) -> list[str]:
     return [each.name for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
 
 
-_OPENING, _PUSHING = _named_only(CompiledModel.from_pretrained), _named_only(hub.push)
+_OPEN_OPTIONS, _PUSH_OPTIONS = _keyword_names(CompiledModel.from_pretrained), _keyword_names(hub.push)
 _MOST_THREADS = 1024
 
 
@@ -298,9 +299,9 @@ def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust
         require_trust(str(artifact.path), digest, sha256=sha256, trust_native_code=trust_native_code)
 
 
-def _export(model: str | Path, **options: Any) -> Path:
-    """The artifact in the store, made if it is not there. The exporter is looked up by name: the runtime does not
-    depend on it."""
+def _export_once(model: str | Path, **options: Any) -> Path:
+    """Export a checkpoint into the store, unless that has been done; returns the artifact's path. The exporter is
+    looked up by name: the runtime does not depend on it."""
     from ..artifact.store import home
 
     try:

@@ -1,4 +1,4 @@
-"""What every model of transformers can be asked besides its inputs, when it is called: taken, or refused by name."""
+"""The options that a call of any transformers model takes besides its inputs: accepted, or refused by name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _OFF = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 def without_switches(given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The arguments of a call that are the model's own, and whether its answer has names rather than be a tuple.
+    """Split a call's arguments into the model's own and whether the answer has names, rather than being a tuple.
 
-    What is None is as if it were not given. Raises InputError for what a compiled model no longer gives.
+    None is as good as not given. Raises InputError for an output that a compiled model no longer gives.
     """
     own = {name: value for name, value in given.items() if value is not None}
     is_named = own.pop("return_dict", True)

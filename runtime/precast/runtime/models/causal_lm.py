@@ -48,7 +48,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         Raises:
             InputError: the tensors do not fit each other or the compiled sizes.
         """
-        ids, mask = self._inputs(self._main_input("input_ids", input_ids), attention_mask)
+        ids, mask = self._check_inputs(self._main_input("input_ids", input_ids), attention_mask)
         check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         self._check_room(rows, 0)
@@ -72,17 +72,20 @@ class CompiledModelForCausalLM(GenerativeModel):
         Raises:
             InputError: the tokens are none or do not fit, or there is none at a position.
         """
-        rows = [as_ids(to_numpy(row), self._vocabulary(), f"rows[{at}]", ("length",)) for at, row in enumerate(rows)]
+        rows = [
+            as_ids(to_numpy(row), self._vocabulary_size(), f"rows[{at}]", ("length",)) for at, row in enumerate(rows)
+        ]
         if not rows or len(positions) != len(rows):
             raise InputError(f"There are {len(rows)} rows and {len(positions)} lists of positions; each row has one.")
         positions = [
-            _as_positions(asked, len(row), at) for at, (asked, row) in enumerate(zip(positions, rows, strict=True))
+            _check_row_positions(asked, len(row), at)
+            for at, (asked, row) in enumerate(zip(positions, rows, strict=True))
         ]
         self._check_room(rows, 0)
         found: list[Array] = []
         with self._lock:
             self._owner += 1
-            for part in self._slices(len(rows)):
+            for part in self._batch_slices(len(rows)):
                 found += self._session.logits_at(rows[part], positions[part])
         return found
 
@@ -130,13 +133,13 @@ class CompiledModelForCausalLM(GenerativeModel):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        config = self._config(generation_config, options)
+        config = self._merge_config(generation_config, options)
         input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
-        ids, mask = self._inputs(input_ids, attention_mask, config)
+        ids, mask = self._check_inputs(input_ids, attention_mask, config)
         check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
-        full, count = self._lengths(
+        full, count = self._answer_lengths(
             lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options, stopping_criteria
         )
         self._check_room(rows, count)
@@ -146,7 +149,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         if asked.streamer is not None:
             asked.streamer.put(ids)
         prompts = list(map(Prompt, rows, ids))
-        return self._answer(input_ids, prompts, [None] * len(rows), asked, ids)
+        return self._generate_all(input_ids, prompts, [None] * len(rows), asked, ids)
 
     def stream(
         self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
@@ -156,23 +159,25 @@ class CompiledModelForCausalLM(GenerativeModel):
         The stream may be left at any time. A later call on the same model takes over the caches, and the stream then
         ends with a PrecastError; `new_session()` gives it caches of its own.
         """
-        config = self._config(generation_config, {"return_dict_in_generate": False, **options})
-        ids, mask = self._inputs(input_ids, attention_mask, config)
+        config = self._merge_config(generation_config, {"return_dict_in_generate": False, **options})
+        ids, mask = self._check_inputs(input_ids, attention_mask, config)
         if len(ids) != 1:
             raise InputError(f"stream() continues one row; this batch has {len(ids)}. Use generate().")
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
-        full, count = self._lengths(lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options)
+        full, count = self._answer_lengths(
+            lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options
+        )
         self._check_room(rows, count)
         self._check_lookup(config)
-        return self._stream(Prompt(rows[0], ids[0]), None, config, count, full)
+        return self._stream_row(Prompt(rows[0], ids[0]), None, config, count, full)
 
-    def _inputs(
+    def _check_inputs(
         self, input_ids: Any, attention_mask: Any, config: GenerationConfig | None = None
     ) -> tuple[Array, Array]:
-        ids = as_ids(to_numpy(input_ids), self._vocabulary())
+        ids = as_ids(to_numpy(input_ids), self._vocabulary_size())
         if attention_mask is None and config is not None:
-            return ids, _mask_by_padding(ids, config)
+            return ids, _infer_mask(ids, config)
         return ids, as_mask(to_numpy(attention_mask), ids)
 
     def _check_room(self, rows: list[Array], new: int) -> None:
@@ -183,13 +188,13 @@ class CompiledModelForCausalLM(GenerativeModel):
         what = f"{longest} tokens" if not new else f"{longest} prompt tokens and {new} new ones, {need} together,"
         fewer = f" Ask for max_new_tokens={self.capacity - longest} at most." if new and longest < self.capacity else ""
         raise InputError(
-            f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer} {self._larger(need)}"
+            f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer} {self._suggest_larger(need)}"
         )
 
 
-def _mask_by_padding(ids: Array, config: GenerationConfig) -> Array:
-    """Which of the prompts' tokens are no padding, as transformers' generate() has it where nobody says: those that are
-    not pad_token_id, unless that may also end a row. Raises InputError for a row of nothing else."""
+def _infer_mask(ids: Array, config: GenerationConfig) -> Array:
+    """The attention mask of prompts given without one, as transformers' generate() infers it: padding is pad_token_id,
+    unless that is an end-of-sequence token too. Raises InputError for a row of padding only."""
     pad = config.pad_token_id
     if pad is None or pad in config.eos_ids:
         return np.ones(ids.shape, bool)
@@ -202,8 +207,8 @@ def _mask_by_padding(ids: Array, config: GenerationConfig) -> Array:
     return mask
 
 
-def _as_positions(asked: Sequence[int], length: int, row: int) -> list[int]:
-    """The positions that are asked for in a row of so many tokens. Raises InputError where it has none there."""
+def _check_row_positions(asked: Sequence[int], length: int, row: int) -> list[int]:
+    """Check the positions that are asked for in a row of `length` tokens. Raises InputError."""
     found = as_array(asked, f"positions[{row}]")
     is_good = found.ndim == 1 and found.size and found.dtype.kind in "iu"
     if not is_good or found[0] < 0 or found[-1] >= length or np.any(found[1:] <= found[:-1]):

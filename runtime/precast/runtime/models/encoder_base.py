@@ -35,7 +35,7 @@ _UNITS = {"texts": "texts", "choices": "choices", "length": "tokens", "samples":
 
 
 class Encoder(CompiledModel):
-    """A model that reads all of its input at once."""
+    """A model that computes its answer in one forward pass."""
 
     @with_labels
     def __call__(self, *tensors: Any, **named: Any) -> ModelOutput:
@@ -61,16 +61,18 @@ class Encoder(CompiledModel):
         specs = self.variant.graphs[0].inputs
         given = named_inputs(specs, tensors, named)
         _check_segments(self.config.get("model_type"), self.inputs, {**named, **given})
-        limits = {"input_ids": self._vocabulary(), "token_type_ids": self._segments()}
+        limits = {"input_ids": self._vocabulary_size(), "token_type_ids": self._segment_count()}
         frames = self.variant.graphs[0].frames
         rows = read_rows(specs, {name: to_numpy(value) for name, value in given.items()}, limits, frames)
         self._check_rows(rows)
-        parts = [rows.part(specs, part) for part in self._slices(rows.sizes["batch"])]
+        parts = [rows.part(specs, part) for part in self._batch_slices(rows.sizes["batch"])]
         sizes = self._output_sizes(rows)
         with self._lock:
             answers = self._run_all(parts, sizes)
         outputs = {
-            spec.name: like(next(iter(given.values())), self._joined([each[spec.name] for each in answers], spec, rows))
+            spec.name: like(
+                next(iter(given.values())), self._join_parts([each[spec.name] for each in answers], spec, rows)
+            )
             for spec in self.variant.graphs[0].outputs
         }
         return ModelOutput(outputs)
@@ -78,7 +80,7 @@ class Encoder(CompiledModel):
     def _check_rows(self, rows: Rows) -> None:
         """Raise InputError for rows that this model has no answer to."""
 
-    def _segments(self) -> int | None:
+    def _segment_count(self) -> int | None:
         found = self.config.get("type_vocab_size")
         return found if type(found) is int and found > 0 else None
 
@@ -98,7 +100,7 @@ class Encoder(CompiledModel):
         return samples if chain is None else chain.count(samples)
 
     def _output_sizes(self, rows: Rows) -> dict[Axis, int]:
-        """What the outputs are cut to: text to the caller's width, sound to the frames of its longest row."""
+        """The sizes that outputs are cut to: text to the caller's width, sound to the frames of its longest row."""
         sizes: dict[Axis, int] = {**rows.sizes, "length": rows.width}
         if rows.ends.size:
             sizes["frames"] = self.frames(int(rows.ends.max()))
@@ -108,13 +110,13 @@ class Encoder(CompiledModel):
         """Every part's answer; as many at a time as the engine has replicas."""
         width = min(replicas_of(self._engine), len(parts))
         if width < 2:
-            return [self._run(part, sizes) for part in parts]
+            return [self._run_part(part, sizes) for part in parts]
         with ThreadPoolExecutor(width) as pool:
-            return list(pool.map(lambda part: self._run(part, sizes), parts))
+            return list(pool.map(lambda part: self._run_part(part, sizes), parts))
 
-    def _run(self, rows: Rows, sizes: Mapping[Axis, int]) -> dict[str, Array]:
-        """Pad, run, and cut what was added. The results own their memory."""
-        graph = self._fitting(rows)
+    def _run_part(self, rows: Rows, sizes: Mapping[Axis, int]) -> dict[str, Array]:
+        """Pad the rows to a graph's sizes, run it, and cut the padding off. The results own their memory."""
+        graph = self._smallest_graph(rows)
         inputs = {spec.name: allocate(spec.shape, spec.dtype) for spec in graph.inputs}  # type: ignore[arg-type]
         for spec in graph.inputs:
             axes = axes_of(spec)
@@ -127,32 +129,34 @@ class Encoder(CompiledModel):
         outputs = {spec.name: allocate(spec.shape, spec.dtype) for spec in graph.outputs}  # type: ignore[arg-type]
         self._engine.bind(graph.name, inputs, outputs)()
         sizes = {**sizes, "batch": rows.sizes["batch"]}
-        return {spec.name: _resized(outputs[spec.name], spec, sizes) for spec in graph.outputs}
+        return {spec.name: _resize(outputs[spec.name], spec, sizes) for spec in graph.outputs}
 
-    def _fitting(self, rows: Rows) -> Graph:
-        """The smallest graph that holds these rows. Raises InputError, which says what none of them has."""
-        graphs = [graph for graph in self.variant.graphs if _in_full(graph, rows)]
+    def _smallest_graph(self, rows: Rows) -> Graph:
+        """The smallest graph that holds these rows. Raises InputError, which names the size that no graph has."""
+        graphs = [graph for graph in self.variant.graphs if _fits_fixed_sizes(graph, rows)]
         if not graphs:
-            raise InputError(self._not_in_full(rows))
+            raise InputError(self._describe_misfit(rows))
         for axis, size in rows.sizes.items():
-            held = [graph for graph in graphs if _compiled(graph)[axis] >= size]
+            held = [graph for graph in graphs if _compiled_sizes(graph)[axis] >= size]
             if not held:
-                raise InputError(self._too_large(axis, size, max(_compiled(graph)[axis] for graph in graphs)))
+                raise InputError(
+                    self._describe_too_large(axis, size, max(_compiled_sizes(graph)[axis] for graph in graphs))
+                )
             graphs = held
-        return min(graphs, key=lambda graph: prod(_compiled(graph).values()))
+        return min(graphs, key=lambda graph: prod(_compiled_sizes(graph).values()))
 
-    def _too_large(self, axis: Axis, size: int, largest: int) -> str:
+    def _describe_too_large(self, axis: Axis, size: int, largest: int) -> str:
         what = f"There are {size} texts" if axis == "texts" else f"A row has {size} {_UNITS[axis]}"
         shorter = "" if axis in ("texts", "choices") else " Shorten it."
-        return f"{what}; the model was compiled for {largest}.{shorter} {self._more(axis, size)}"
+        return f"{what}; the model was compiled for {largest}.{shorter} {self._suggest_larger_axis(axis, size)}"
 
-    def _not_in_full(self, rows: Rows) -> str:
+    def _describe_misfit(self, rows: Rows) -> str:
         """Which input has another size than compiled along a dimension that is not padded."""
         for spec in self.variant.graphs[0].inputs:
-            choices = [_fixed(each.shape, axes_of(spec)) for graph in self.variant.graphs
+            choices = [_fixed_sizes(each.shape, axes_of(spec)) for graph in self.variant.graphs
                        for each in graph.inputs if each.name == spec.name]  # fmt: skip
             if spec.name in rows.tensors:
-                given = _fixed(rows.tensors[spec.name].shape, axes_of(spec))
+                given = _fixed_sizes(rows.tensors[spec.name].shape, axes_of(spec))
                 if given not in choices:
                     known = " or ".join(dict.fromkeys("x".join(map(str, each)) for each in choices))
                     return (
@@ -162,8 +166,9 @@ class Encoder(CompiledModel):
                     )
         return "The inputs have sizes that were not compiled together."
 
-    def _joined(self, pieces: list[Array], spec: Output, rows: Rows) -> Array:
-        """The whole batch; rows of text where their padding had them, frames behind a row's end 0."""
+    def _join_parts(self, pieces: list[Array], spec: Output, rows: Rows) -> Array:
+        """Join the parts of a batch; move rows of text back to where the caller's padding had them, and set frames
+        behind a row's end to 0."""
         whole = np.concatenate(pieces) if spec.slice[0] == "batch" else pieces[0]
         if "length" in spec.slice:
             whole = unalign(whole, rows.shifts)
@@ -171,11 +176,11 @@ class Encoder(CompiledModel):
             whole = cut(whole, np.array([self.frames(int(end)) for end in rows.ends]), 0)
         return np.ascontiguousarray(whole)
 
-    def _more(self, axis: Axis, size: int) -> str:
-        """What to do for more along one axis."""
+    def _suggest_larger_axis(self, axis: Axis, size: int) -> str:
+        """A sentence with the command that compiles the model for `size` along one axis."""
         sizes: dict[Axis, list[int]] = {}
         for graph in self.variant.graphs:
-            for name, found in _compiled(graph).items():
+            for name, found in _compiled_sizes(graph).items():
                 sizes[name] = sorted({*sizes.get(name, []), found})
         sizes[axis] = [size]
         flags = " ".join(f"--{_FLAGS[name]} {','.join(map(str, found))}" for name, found in sizes.items())
@@ -204,7 +209,7 @@ def _check_segments(kind: Any, inputs: Sequence[str], given: Mapping[str, Any]) 
     )
 
 
-def _compiled(graph: Graph) -> dict[Axis, int]:
+def _compiled_sizes(graph: Graph) -> dict[Axis, int]:
     """The size of each axis of a graph's inputs."""
     return {
         axis: size
@@ -214,21 +219,21 @@ def _compiled(graph: Graph) -> dict[Axis, int]:
     }
 
 
-def _in_full(graph: Graph, rows: Rows) -> bool:
-    """Whether what is not padded has the very sizes of this graph."""
+def _fits_fixed_sizes(graph: Graph, rows: Rows) -> bool:
+    """Whether the dimensions that are never padded have this graph's sizes."""
     return all(
-        _fixed(spec.shape, axes_of(spec)) == _fixed(rows.tensors[spec.name].shape, axes_of(spec))
+        _fixed_sizes(spec.shape, axes_of(spec)) == _fixed_sizes(rows.tensors[spec.name].shape, axes_of(spec))
         for spec in graph.inputs
         if spec.name in rows.tensors
     )
 
 
-def _fixed(shape: Sequence[Any], axes: Sequence[Axis | None]) -> list[int]:
+def _fixed_sizes(shape: Sequence[Any], axes: Sequence[Axis | None]) -> list[int]:
     return [int(size) for size, axis in zip(shape, axes, strict=True) if axis is None]
 
 
-def _resized(array: Array, spec: Output, sizes: Mapping[Axis, int]) -> Array:
-    """Cut, or lengthened with zeros, along every axis that has a name."""
+def _resize(array: Array, spec: Output, sizes: Mapping[Axis, int]) -> Array:
+    """Cut or zero-pad an output along every axis that has a name."""
     shape = [sizes[axis] if axis else size for axis, size in zip(spec.slice, array.shape, strict=True)]
     corner = tuple(slice(min(size, have)) for size, have in zip(shape, array.shape, strict=True))
     if all(size <= have for size, have in zip(shape, array.shape, strict=True)):

@@ -1,4 +1,4 @@
-"""Encoder-decoders: text to text, speech to text."""
+"""Encoder-decoders: the base of all, and those of text."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Source = TypeVar("Source")
 
 
 class EncoderDecoder(GenerativeModel, Generic[Source]):
-    """A decoder that looks at what an encoder made of a source.
+    """An encoder, and a decoder whose layers attend to its outputs.
 
-    Each source is encoded by itself and without padding but that up to the compiled length; what the decoder's layers
-    look at then lies in the session, in the rows of that source.
+    Each source is encoded by itself, padded only up to the compiled length; its cross-attention keys and values then
+    lie in the session, in the rows of that source.
     """
 
     def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
         super().__init__(artifact, variant, engine)
         graphs = [graph for graph in variant.graphs if graph.role == "encode"]
         self._encoders = {int(graph.length): EncoderCall(engine, graph) for graph in graphs}  # type: ignore[arg-type]
-        # What the session looks at: sources, and how many rows each has.
+        # The sources whose encoder outputs the session holds, and how many rows each has.
         self._held: tuple[Sequence[Source], int] = [], 0
 
     @property
@@ -46,35 +46,35 @@ class EncoderDecoder(GenerativeModel, Generic[Source]):
         """Tokens per answer that fit, those that it begins with included."""
         return self._session.capacity
 
-    def _encode(self, source: Source) -> tuple[EncoderCall, int]:
+    def _run_encoder(self, source: Source) -> tuple[EncoderCall, int]:
         """Run the encoder; returns the call that holds its outputs, and how many positions are no padding."""
         raise NotImplementedError
 
-    def _attend(self, contexts: Sequence[Source], width: int) -> None:
+    def _load_contexts(self, contexts: Sequence[Source], width: int) -> None:
         session = self._session
         session.reset()
-        if self._is_held(contexts, width):
+        if self._is_loaded(contexts, width):
             return
         self._held = [], width
         for index, source in enumerate(contexts):
-            call, size = self._encode(source)
+            call, size = self._run_encoder(source)
             call.copy_to(session, slice(index * width, (index + 1) * width), size)
         self._held = contexts, width
 
-    def _is_held(self, contexts: Sequence[Source], width: int) -> bool:
-        """Are these very objects what the session looks at already?"""
+    def _is_loaded(self, contexts: Sequence[Source], width: int) -> bool:
+        """Whether the session holds the encoder outputs of these very objects already."""
         held, rows = self._held
         return rows == width and len(held) == len(contexts) and all(map(operator.is_, held, contexts))
 
-    def _logits(self, sources: Sequence[Source], ids: Array, mask: Array) -> Array:
+    def _score_rows(self, sources: Sequence[Source], ids: Array, mask: Array) -> Array:
         """Logits for every token of the decoder's rows, zeros where there is padding."""
         self._check_rows(len(ids), len(sources))
         self._check_room(int(mask.sum(1).max()), 0)
         rows, found = real_rows(ids, mask), []
         with self._lock:
             self._owner += 1
-            for part in self._slices(len(rows)):
-                self._attend(sources[part], 1)
+            for part in self._batch_slices(len(rows)):
+                self._load_contexts(sources[part], 1)
                 found += self._session.logits_at(rows[part], [range(len(row)) for row in rows[part]])
         logits = np.zeros((*ids.shape, found[0].shape[-1]), found[0].dtype)
         for target, keep, values in zip(logits, mask, found, strict=True):
@@ -83,7 +83,7 @@ class EncoderDecoder(GenerativeModel, Generic[Source]):
 
     def start_token(self, config: GenerationConfig) -> int:
         """The token that an answer begins with."""
-        found = _known_start(config)
+        found = _configured_start(config)
         if found is None:
             raise InputError(
                 "Neither the call nor the artifact's generation_config.json says what an answer begins with. Pass "
@@ -104,12 +104,12 @@ class EncoderDecoder(GenerativeModel, Generic[Source]):
         what = f"{first} tokens and {new} new ones" if new else f"{first} tokens"
         raise InputError(
             f"An answer of {what} does not fit into the compiled {self.capacity}.{fewer} "
-            f"{self._larger(max(self._encoders), f' --decoder-sequence-length {need}')}"
+            f"{self._suggest_larger(max(self._encoders), f' --decoder-sequence-length {need}')}"
         )
 
 
 class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
-    """Translation, summarization, and whatever else makes text of text."""
+    """Text to text: translation, summarization and others."""
 
     task = "text2text-generation"
 
@@ -137,9 +137,9 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         """
         if decoder_input_ids is None:
             raise InputError("Logits are those of the decoder's rows: pass decoder_input_ids, or use generate().")
-        sources = self._sources(self._main_input("input_ids", input_ids), attention_mask)
-        ids, mask = self._first(decoder_input_ids, decoder_attention_mask)
-        return ModelOutput(logits=like(input_ids, self._logits(sources, ids, mask)))
+        sources = self._check_sources(self._main_input("input_ids", input_ids), attention_mask)
+        ids, mask = self._check_decoder_inputs(decoder_input_ids, decoder_attention_mask)
+        return ModelOutput(logits=like(input_ids, self._score_rows(sources, ids, mask)))
 
     def generate(
         self,
@@ -177,16 +177,18 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        config = self._config(generation_config, options)
+        config = self._merge_config(generation_config, options)
         input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
-        sources = self._sources(input_ids, attention_mask)
+        sources = self._check_sources(input_ids, attention_mask)
         if decoder_input_ids is None:
             decoder_input_ids = [[self.start_token(config)]] * len(sources)
-        front, mask = self._begun(*self._first(decoder_input_ids, decoder_attention_mask), config)
+        front, mask = self._prepend_start(
+            *self._check_decoder_inputs(decoder_input_ids, decoder_attention_mask), config
+        )
         self._check_rows(len(front), len(sources))
         prompts = real_rows(front, mask)
         first = max(map(len, prompts))
-        full, count = self._lengths(
+        full, count = self._answer_lengths(
             lambda by: by.new_tokens(front.shape[1]), config, self.capacity - first, generation_config, options,
             stopping_criteria,
         )  # fmt: skip
@@ -196,7 +198,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer, full=full)
         if asked.streamer is not None:
             asked.streamer.put(front)
-        return self._answer(input_ids, list(map(Prompt, prompts, front)), sources, asked, front)
+        return self._generate_all(input_ids, list(map(Prompt, prompts, front)), sources, asked, front)
 
     def stream(
         self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
@@ -205,43 +207,45 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
 
         The stream may be left at any time; a later call on the same model takes over the caches.
         """
-        sources = self._sources(input_ids, attention_mask)
+        sources = self._check_sources(input_ids, attention_mask)
         if len(sources) != 1:
             raise InputError(f"stream() answers one row; this batch has {len(sources)}. Use generate().")
-        config = self._config(generation_config, {"return_dict_in_generate": False, **options})
-        full, count = self._lengths(lambda by: by.new_tokens(1), config, self.capacity - 1, generation_config, options)
+        config = self._merge_config(generation_config, {"return_dict_in_generate": False, **options})
+        full, count = self._answer_lengths(
+            lambda by: by.new_tokens(1), config, self.capacity - 1, generation_config, options
+        )
         self._check_room(1, count)
         self._check_lookup(config)
         start = np.array([self.start_token(config)], np.int64)
-        return self._stream(Prompt(start, start), sources[0], config, count, full)
+        return self._stream_row(Prompt(start, start), sources[0], config, count, full)
 
-    def _first(self, given: Any, mask: Any) -> tuple[Array, Array]:
+    def _check_decoder_inputs(self, given: Any, mask: Any) -> tuple[Array, Array]:
         """decoder_input_ids and decoder_attention_mask, checked."""
-        ids = as_ids(to_numpy(given), self._vocabulary(), "decoder_input_ids")
+        ids = as_ids(to_numpy(given), self._vocabulary_size(), "decoder_input_ids")
         return ids, as_mask(to_numpy(mask), ids)
 
-    def _begun(self, ids: Array, mask: Array, config: GenerationConfig) -> tuple[Array, Array]:
-        """With the start token before all rows, where none of them begins with it; as in transformers."""
-        start = _known_start(config)
+    def _prepend_start(self, ids: Array, mask: Array, config: GenerationConfig) -> tuple[Array, Array]:
+        """Put the start token before all rows where none of them begins with it, as transformers does."""
+        start = _configured_start(config)
         if start is None or (ids[:, 0] == start).any():
             return ids, mask
         before = ((0, 0), (1, 0))
         return np.pad(ids, before, constant_values=start), np.pad(mask, before, constant_values=True)
 
-    def _sources(self, input_ids: Any, attention_mask: Any) -> list[Array]:
-        ids = as_ids(to_numpy(input_ids), self._vocabulary())
+    def _check_sources(self, input_ids: Any, attention_mask: Any) -> list[Array]:
+        ids = as_ids(to_numpy(input_ids), self._vocabulary_size())
         rows = real_rows(ids, as_mask(to_numpy(attention_mask), ids))
         longest, limit = max(map(len, rows)), max(self._encoders)
         if longest > limit:
             raise InputError(
-                f"A source has {longest} tokens; the model was compiled for {limit}. {self._larger(longest)}"
+                f"A source has {longest} tokens; the model was compiled for {limit}. {self._suggest_larger(longest)}"
             )
         return rows
 
-    def _source(self, context: Array) -> Array:
+    def _source_tokens(self, context: Array) -> Array:
         return context
 
-    def _encode(self, source: Array) -> tuple[EncoderCall, int]:
+    def _run_encoder(self, source: Array) -> tuple[EncoderCall, int]:
         call = self._encoders[min(length for length in self._encoders if length >= len(source))]
         call.inputs["input_ids"][:] = call.pads["input_ids"]
         call.inputs["input_ids"][0, : len(source)] = source
@@ -256,21 +260,21 @@ class EncoderCall:
 
     def __init__(self, engine: Engine, graph: Graph) -> None:
         self.pads = {spec.name: spec.pad for spec in graph.inputs}
-        self.inputs = {spec.name: allocate(_sizes(spec.shape), spec.dtype) for spec in graph.inputs}
-        self._outputs = {spec.name: allocate(_sizes(spec.shape), spec.dtype) for spec in graph.outputs}
+        self.inputs = {spec.name: allocate(_static_sizes(spec.shape), spec.dtype) for spec in graph.inputs}
+        self._outputs = {spec.name: allocate(_static_sizes(spec.shape), spec.dtype) for spec in graph.outputs}
         self.run = engine.bind(graph.name, self.inputs, self._outputs)
 
     def copy_to(self, session: Session, rows: slice, size: int) -> None:
-        """Let these rows of the session look at `size` positions of the outputs."""
+        """Copy the outputs into these rows of the session, which attend to their first `size` positions."""
         for name, array in self._outputs.items():
             session.context[name][rows, :, : array.shape[2]] = array
         if ENCODER_MASK in session.context:
             session.context[ENCODER_MASK][rows] = np.arange(session.context[ENCODER_MASK].shape[1]) < size
 
 
-def _known_start(config: GenerationConfig) -> int | None:
+def _configured_start(config: GenerationConfig) -> int | None:
     return config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
 
 
-def _sizes(shape: Sequence[Any]) -> list[int]:
+def _static_sizes(shape: Sequence[Any]) -> list[int]:
     return [size for size in shape if isinstance(size, int)]

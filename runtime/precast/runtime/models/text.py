@@ -35,7 +35,7 @@ class CompiledModelForFeatureExtraction(Encoder):
 
     @cached_property
     def sentence_rules(self) -> SentenceRules:
-        """What sentence-transformers does to texts; nothing for a model that is none of its. Raises FormatError."""
+        """What sentence-transformers does to texts before encoding; nothing for other models. Raises FormatError."""
         return sentence_rules(companions_of(self.artifact), self.artifact.path)
 
     @only_known

@@ -1,7 +1,7 @@
-"""What labels cost: the losses that transformers computes when a model is given `labels`.
+"""The losses that transformers computes when a model is given `labels`.
 
 Sources: transformers' loss/loss_utils.py for language models and token classification, its modelling files for
-the rest. Everything is the mean over what is labelled; a label of -100 is none.
+the rest. A loss is the mean over all labelled positions; a label of -100 is none.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import numpy as np
 
 from ..arguments import refuse_unknown
 from ..errors import InputError
+from ..generation.probabilities import log_softmax
 from ..inputs.padding import as_array
 from ..inputs.tensors import ModelOutput, like, to_numpy
 from .call_options import without_switches
 
-__all__ = ["NOT_LABELLED", "causal", "classes", "sequence", "span", "with_labels"]
+__all__ = ["NOT_LABELLED", "next_token_loss", "class_loss", "sequence_loss", "span_loss", "with_labels"]
 
 Array = np.ndarray[Any, Any]
 NOT_LABELLED = -100
 
 
-def classes(logits: Array, labels: Array) -> np.float32:
+def class_loss(logits: Array, labels: Array) -> np.float32:
     """Cross entropy of logits [..., classes] and labels int [...]: masked tokens, tokens, images, choices; an
     encoder-decoder's tokens.
 
@@ -42,20 +43,18 @@ def classes(logits: Array, labels: Array) -> np.float32:
     if chosen.min() < 0 or chosen.max() >= rows.shape[1]:
         wrong = int(chosen.min()) if chosen.min() < 0 else int(chosen.max())
         raise InputError(f"labels hold {wrong}; the classes are 0..{rows.shape[1] - 1}, and {NOT_LABELLED} for none.")
-    top = rows.max(-1)
-    total = top + np.log(np.exp(rows - top[:, None]).sum(-1))
-    return np.float32((total - np.take_along_axis(rows, chosen[:, None], 1)[:, 0]).mean())
+    return np.float32(-np.take_along_axis(log_softmax(rows), chosen[:, None], 1).mean())
 
 
-def causal(logits: Array, labels: Array) -> np.float32:
+def next_token_loss(logits: Array, labels: Array) -> np.float32:
     """`classes` of logits [batch, length, vocabulary], each against the label [batch, length] of the next position."""
     if labels.shape != logits.shape[:-1]:
         raise InputError(f"labels has the shape {list(labels.shape)}, input_ids {list(logits.shape[:-1])}.")
-    return classes(logits[:, :-1], labels[:, 1:])
+    return class_loss(logits[:, :-1], labels[:, 1:])
 
 
-def sequence(logits: Array, labels: Array, problem_type: str | None) -> np.float32:
-    """Of whole sequences or images, logits [batch, classes].
+def sequence_loss(logits: Array, labels: Array, problem_type: str | None) -> np.float32:
+    """The loss of whole sequences or images, logits [batch, classes].
 
     By `problem_type`: "regression" is the mean squared error; "single_label_classification" is cross entropy with
     labels int [batch]; "multi_label_classification" is binary cross entropy with labels float [batch, classes]. Where
@@ -64,7 +63,7 @@ def sequence(logits: Array, labels: Array, problem_type: str | None) -> np.float
     if problem_type is None and logits.shape[-1] > 1:
         problem_type = "single_label_classification" if labels.dtype.kind in "iu" else "multi_label_classification"
     if problem_type == "single_label_classification":
-        return classes(logits, labels.reshape(-1))
+        return class_loss(logits, labels.reshape(-1))
     if labels.size != logits.size:
         raise InputError(f"labels has the shape {list(labels.shape)}; this model's are {list(logits.shape)}.")
     labels = labels.reshape(logits.shape).astype(np.float32)
@@ -73,19 +72,19 @@ def sequence(logits: Array, labels: Array, problem_type: str | None) -> np.float
     return np.float32(((logits - labels) ** 2).mean())
 
 
-def span(start_logits: Array, end_logits: Array, starts: Array, ends: Array, mask: Array) -> np.float32:
+def span_loss(start_logits: Array, end_logits: Array, starts: Array, ends: Array, mask: Array) -> np.float32:
     """Mean of the cross entropies of where answers start and end, logits [batch, length], positions int [batch].
 
     Padding, where mask [batch, length] is 0, takes no part; a position at or after the end is not counted, as in
     transformers, which says so for answers that were cut off.
     """
-    return np.float32((_place(start_logits, starts, mask) + _place(end_logits, ends, mask)) / 2)
+    return np.float32((_position_loss(start_logits, starts, mask) + _position_loss(end_logits, ends, mask)) / 2)
 
 
 def with_labels(call: Callable[..., ModelOutput]) -> Callable[..., Any]:
     """Let a model's call take `labels` — for question answering `start_positions` and `end_positions` — and answer with
-    `.loss` as its first output, a number of the labels' kind: numpy or torch; and what else can be asked of any model
-    of transformers (`without_switches`)."""
+    `.loss` as its first output, a number of the labels' kind: numpy or torch. It then takes the switches of
+    transformers' models, too (`without_switches`)."""
 
     own = inspect.signature(call).parameters.values()
     takes_any = any(each.kind is each.VAR_KEYWORD for each in own)
@@ -103,14 +102,14 @@ def with_labels(call: Callable[..., ModelOutput]) -> Callable[..., Any]:
         labels = {name: named.pop(name) for name in _NAMES if name in named}
         given = {name: _as_labels(value, name) for name, value in labels.items() if value is not None}
         if "labels" in given and hasattr(self, "start_token") and named.get("decoder_input_ids") is None:
-            named["decoder_input_ids"] = _shifted(self, given["labels"])
+            named["decoder_input_ids"] = _shift_right(self, given["labels"])
         outputs = call(self, *tensors, **named)
         if not given:
             return outputs
         arrays = {name: to_numpy(value) for name, value in outputs.items()} | given
         arrays["mask"] = to_numpy(named.get("attention_mask", tensors[1] if len(tensors) > 1 else None))
         task = "text2text-generation" if hasattr(self, "start_token") else self.artifact.contract.task
-        loss = np.asarray(_loss(task, self.config, arrays, set(given)))
+        loss = np.asarray(_task_loss(task, self.config, arrays, set(given)))
         return ModelOutput(loss=like(labels[next(iter(given))], loss), **outputs)
 
     return labelled
@@ -124,8 +123,8 @@ def _as_labels(value: Any, name: str) -> Array:
     return labels
 
 
-def _shifted(model: Any, labels: Array) -> Array:
-    """What an encoder-decoder is to continue by `labels`: these, one place on, padding where there is none."""
+def _shift_right(model: Any, labels: Array) -> Array:
+    """The decoder_input_ids that belong to `labels`: these shifted right by one, padding where there is none."""
     pad = model.config.get("pad_token_id") or 0
     known = np.where(labels == NOT_LABELLED, pad, labels)
     if model.config.get("model_type") == "mbart":
@@ -143,7 +142,7 @@ _BY_SEQUENCE = ("text-classification", "image-classification")
 _TASKS = (*_BY_SEQUENCE, "question-answering", "text-generation", *_BY_CLASS)
 
 
-def _loss(task: str, config: Mapping[str, Any], arrays: Mapping[str, Any], given: set[str]) -> np.float32:
+def _task_loss(task: str, config: Mapping[str, Any], arrays: Mapping[str, Any], given: set[str]) -> np.float32:
     if task not in _TASKS:
         raise InputError(f"The loss of {task} is not computed here; it is for: {', '.join(_TASKS)}.")
     wanted = set(_NAMES[1:]) if task == "question-answering" else {"labels"}
@@ -152,14 +151,14 @@ def _loss(task: str, config: Mapping[str, Any], arrays: Mapping[str, Any], given
     if task == "question-answering":
         logits = arrays["start_logits"]
         mask = np.ones(logits.shape) if arrays["mask"] is None else arrays["mask"]
-        return span(logits, arrays["end_logits"], arrays["start_positions"], arrays["end_positions"], mask)
+        return span_loss(logits, arrays["end_logits"], arrays["start_positions"], arrays["end_positions"], mask)
     logits, labels = arrays["logits"], np.asarray(arrays["labels"])
     if task in _BY_SEQUENCE:
-        return sequence(logits, labels, config.get("problem_type"))
-    return causal(logits, labels) if task == "text-generation" else classes(logits, labels)
+        return sequence_loss(logits, labels, config.get("problem_type"))
+    return next_token_loss(logits, labels) if task == "text-generation" else class_loss(logits, labels)
 
 
-def _place(logits: Array, positions: Array, mask: Array) -> float:
+def _position_loss(logits: Array, positions: Array, mask: Array) -> float:
     positions = np.clip(np.asarray(positions).reshape(-1), 0, logits.shape[1])
     labels = np.where(positions == logits.shape[1], NOT_LABELLED, positions)
-    return float(classes(np.where(mask.astype(bool), logits, -np.inf), labels))
+    return float(class_loss(np.where(mask.astype(bool), logits, -np.inf), labels))

@@ -1,4 +1,4 @@
-"""What `transformers.pipeline(task, model=compiled, tokenizer=…)` asks of a model that is not transformers' own.
+"""The attributes of a transformers model, for `transformers.pipeline(task, model=compiled, tokenizer=…)`.
 
 torch and transformers are looked up only where the caller has imported them already.
 """
@@ -28,13 +28,13 @@ class Config(dict[str, Any]):
             raise AttributeError(
                 f"config.{name}: while transformers is not imported, the configuration is a dict; say config[{name!r}]."
             )
-        return getattr(self._theirs, name)
+        return getattr(self._transformers_config, name)
 
     @cached_property
-    def _theirs(self) -> Any:
+    def _transformers_config(self) -> Any:
         transformers = sys.modules["transformers"]
         kind, known = self.get("model_type"), transformers.CONFIG_MAPPING
-        # It is filled as it is asked, so `in` and [] know more than `get`.
+        # The mapping imports its classes on demand, so `in` and [] know more than `get`.
         found = known[kind] if kind in known else transformers.PreTrainedConfig  # noqa: SIM401
         return found.from_dict(dict(self))
 
@@ -51,15 +51,16 @@ class ForTransformers:
 
     @property
     def device(self) -> Any:
-        """Where the model runs: a torch.device where torch is imported, else "cpu"."""
-        # Every pipeline asks for the device, and then whether it has heard of the class.
-        _introduce()
+        """Where the model takes its inputs from and leaves its answers, whatever runs its graphs: the CPU's memory, as
+        a torch.device where torch is imported, else "cpu"."""
+        # Every pipeline reads the device before it checks the model's class, and reads nothing else before that.
+        _register_class_names()
         torch = sys.modules.get("torch")
         return "cpu" if torch is None else torch.device("cpu")
 
     @property
     def dtype(self) -> Any:
-        """What it computes with: a torch.dtype where torch is imported, else its name."""
+        """The dtype of its floating-point inputs and answers: a torch.dtype where torch is imported, else its name."""
         torch = sys.modules.get("torch")
         return "float32" if torch is None else torch.float32
 
@@ -74,7 +75,7 @@ class ForTransformers:
         return str(self.artifact.path)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The model itself: it stays where it was compiled for, and takes tensors from any device."""
+        """The model itself: it runs where it was compiled for, and takes tensors from any device."""
         return self
 
     def eval(self) -> Any:
@@ -90,8 +91,8 @@ class ForTransformers:
         return self(*args, **kwargs)  # type: ignore[operator]
 
 
-# Of which lists of model classes in transformers ours would be members.
-_LISTS = {
+# transformers' tables of model classes -> our class that belongs there.
+_CLASS_LISTS = {
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "CompiledModelForSequenceClassification",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "CompiledModelForTokenClassification",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "CompiledModelForMaskedLM",
@@ -107,12 +108,12 @@ _LISTS = {
 }
 
 
-def _introduce() -> None:
-    """Add our classes to the lists of names that transformers' pipelines check a model's class against.
+def _register_class_names() -> None:
+    """Add our classes to the tables of names that transformers' pipelines check a model's class against.
 
-    `AutoModel….register` does not reach them: they are lists by model type, of which ours is "precast".
+    `AutoModel….register` does not reach them: they are tables by model type, for which ours is "precast".
     """
     known = sys.modules.get("transformers.models.auto.modeling_auto")
-    for name, ours in _LISTS.items():
+    for name, ours in _CLASS_LISTS.items():
         if known is not None and hasattr(known, name):
             getattr(known, name).setdefault("precast", ours)

@@ -27,7 +27,7 @@ __all__ = ["CompiledModelForSpeechSeq2Seq"]
 Array = np.ndarray[Any, Any]
 
 _FRAMES_PER_TIME = 2
-"""A time is a multiple of 0.02 s, two frames of a spectrogram."""
+"""A timestamp token is a multiple of 0.02 s, two frames of a spectrogram."""
 
 
 class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
@@ -36,12 +36,12 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
     task = "automatic-speech-recognition"
 
     @cached_property
-    def _whispers(self) -> dict[str, Any]:
-        """What generation_config.json says besides. Raises FormatError for a wrong type."""
+    def _file_settings(self) -> dict[str, Any]:
+        """Whisper's own settings in generation_config.json. Raises FormatError for a wrong type."""
         return select(self._generation_file, SPEECH, str(self.artifact.path / "generation_config.json"))
 
-    def _said(self, config: GenerationConfig) -> dict[str, Any]:
-        """The same by a call's configuration, which may say other things than the file. Raises InputError for a wrong
+    def _speech_settings(self, config: GenerationConfig) -> dict[str, Any]:
+        """Whisper's own settings of a call: its configuration goes before the file. Raises InputError for a wrong
         type."""
         said = {name: config.unsupported.get(name) for name in SPEECH}
         other = {name: value for name, value in said.items() if value != plain(self._generation_file.get(name))}
@@ -49,7 +49,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             changed = select(other, SPEECH, "The generation_config")
         except FormatError as error:
             raise InputError(str(error)) from None
-        return {**{name: value for name, value in self._whispers.items() if name not in other}, **changed}
+        return {**{name: value for name, value in self._file_settings.items() if name not in other}, **changed}
 
     @with_labels
     def __call__(
@@ -72,9 +72,9 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         """
         if decoder_input_ids is None:
             raise InputError("Logits are those of the decoder's rows: pass decoder_input_ids, or use generate().")
-        sources = self._sources(self._main_input("input_features", input_features))
-        ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary(), "decoder_input_ids")
-        return ModelOutput(logits=like(input_features, self._logits(sources, ids, as_mask(None, ids))))
+        sources = self._check_sources(self._main_input("input_features", input_features))
+        ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary_size(), "decoder_input_ids")
+        return ModelOutput(logits=like(input_features, self._score_rows(sources, ids, as_mask(None, ids))))
 
     def generate(
         self,
@@ -119,9 +119,9 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
                 say where it would listen on.
         """
         input_features = self._main_input("input_features", input_features, inputs)
-        sources = self._sources(input_features)
-        config = self._config(generation_config, options)
-        said = self._said(config)
+        sources = self._check_sources(input_features)
+        config = self._merge_config(generation_config, options)
+        said = self._speech_settings(config)
         if return_timestamps or (return_timestamps is None and said.get("return_timestamps")):
             raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
         if not (said.get("is_multilingual", True) if is_multilingual is None else is_multilingual) and (
@@ -129,14 +129,14 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         ):
             raise InputError("This model knows English only; leave language and task out.")
         if decoder_input_ids is None:
-            prompts = self._prompts(sources, config, {**said, **_given(language=language, task=task)})
+            prompts = self._make_prompts(sources, config, {**said, **_not_none(language=language, task=task)})
         else:
-            ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary(), "decoder_input_ids")
+            ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary_size(), "decoder_input_ids")
             self._check_rows(len(ids), len(sources))
             prompts = real_rows(ids, as_mask(None, ids))
         first = max(map(len, prompts))
-        full, count = self._lengths(
-            lambda by: self._count(by, first), config, self.capacity - first, generation_config, options,
+        full, count = self._answer_lengths(
+            lambda by: self._new_token_count(by, first), config, self.capacity - first, generation_config, options,
             stopping_criteria,
         )  # fmt: skip
         self._check_room(first, count)
@@ -144,19 +144,21 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         check_streamer(streamer, len(sources), config)
         asked = Generation(input_features, config, count, logits_processor, stopping_criteria, streamer, full=full)
         rows = list(map(Prompt, prompts, prompts))
-        return self._answer(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64))
+        return self._generate_all(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64))
 
-    def _larger(self, length: int, more: str = "") -> str:
-        # The source's length is the model's own.
+    def _suggest_larger(self, length: int, more: str = "") -> str:
+        # The length of a source is fixed by the model, so no flag is given for it.
         return larger(self.artifact, f"--batch-size {self.batch_size}{more}")
 
-    def _finished(self, tokens: list[int], config: GenerationConfig) -> list[int]:
-        return self._heard(tokens[:-1] if tokens[-1] in config.eos_ids else tokens, self._said(config))
+    def _finish_answer(self, tokens: list[int], config: GenerationConfig) -> list[int]:
+        return self._cut_at_last_segment(
+            tokens[:-1] if tokens[-1] in config.eos_ids else tokens, self._speech_settings(config)
+        )
 
-    def _heard(self, tokens: list[int], said: Mapping[str, Any]) -> list[int]:
-        """An answer up to the last two times in a row, which end a segment: what follows would be heard once more. All
-        of it, where it has one segment or closes with one time (transformers' `_retrieve_segment`). Raises InputError
-        where the sound goes on there."""
+    def _cut_at_last_segment(self, tokens: list[int], said: Mapping[str, Any]) -> list[int]:
+        """Cut an answer at its last two timestamps in a row, which end a segment: transformers hears the sound after
+        them in a second pass. An answer of one segment, or one that closes with a single timestamp, is kept whole
+        (transformers' `_retrieve_segment`). Raises InputError where the sound goes on after the cut."""
         silent = said.get("no_timestamps_token_id")
         is_time = [silent is not None and token > silent for token in tokens]
         ends = [at for at in range(len(tokens) - 1) if is_time[at] and is_time[at + 1]]
@@ -171,7 +173,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             )
         return tokens[: ends[-1] + 2]
 
-    def _sources(self, input_features: Any) -> list[Array]:
+    def _check_sources(self, input_features: Any) -> list[Array]:
         features = np.asarray(to_numpy(input_features))
         (frames,) = self._encoders
         wanted = self._encoders[frames].inputs["input_features"].shape[1:]
@@ -183,13 +185,13 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             )
         return list(features.astype(np.float32, copy=False))
 
-    def _encode(self, source: Array) -> tuple[EncoderCall, int]:
+    def _run_encoder(self, source: Array) -> tuple[EncoderCall, int]:
         (call,) = self._encoders.values()
         call.inputs["input_features"][0] = source
         call.run()
         return call, 0
 
-    def _count(self, config: GenerationConfig, first: int) -> int:
+    def _new_token_count(self, config: GenerationConfig, first: int) -> int:
         """New tokens: as transformers counts them here, `max_length` does not count the first ones."""
         count = config.max_new_tokens
         if count is None:
@@ -197,20 +199,22 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             count = min(20 if config.max_length is None else config.max_length, most)
         return count
 
-    def _prompts(self, sources: list[Array], config: GenerationConfig, said: Mapping[str, Any]) -> list[Array]:
-        """What each answer begins with: start, language, task, and that there are no timestamps."""
+    def _make_prompts(self, sources: list[Array], config: GenerationConfig, said: Mapping[str, Any]) -> list[Array]:
+        """The tokens that each answer begins with: start, language, task, no timestamps."""
         is_old = said.get("language") is None and said.get("task") is None
-        first = [self.start_token(config), *(self._legacy(said) if is_old else [])]
-        rows = [_completed(first, code, said) for code in self._languages(sources, first, said, config)]
-        return [as_ids(row, self._vocabulary(), "What generation_config.json begins with", ("length",)) for row in rows]
+        first = [self.start_token(config), *(self._forced_prefix(said) if is_old else [])]
+        rows = [_complete_prefix(first, code, said) for code in self._find_languages(sources, first, said, config)]
+        return [
+            as_ids(row, self._vocabulary_size(), "What generation_config.json begins with", ("length",)) for row in rows
+        ]
 
-    def _legacy(self, said: Mapping[str, Any]) -> list[int | None]:
-        """What older checkpoints force after the start, position by position; None stands for the language."""
+    def _forced_prefix(self, said: Mapping[str, Any]) -> list[int | None]:
+        """The tokens that older checkpoints force after the start, by position; None stands for the language."""
         older = select(self.config, {"forced_decoder_ids": SPEECH["forced_decoder_ids"]}, "config.json")
         found = said.get("forced_decoder_ids") or older.get("forced_decoder_ids") or []
         return [token for _, token in found]
 
-    def _languages(
+    def _find_languages(
         self, sources: list[Array], first: list[int | None], said: Mapping[str, Any], config: GenerationConfig
     ) -> list[int | None]:
         """The language's token for each source, None where the model has none or it is set already."""
@@ -223,7 +227,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
                 raise InputError(f"language names {len(given)} languages; there are {len(sources)} rows.")
             return [self._language_id(name, known or {}) for name in given]
         if known and (len(first) == 1 or first[1] is None):
-            return [*self._detect(sources, self.start_token(config), list(known.values()))]
+            return [*self._detect_languages(sources, self.start_token(config), list(known.values()))]
         return [None] * len(sources)
 
     def _language_id(self, name: str, known: dict[str, int]) -> int:
@@ -233,20 +237,20 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         codes = ", ".join(token.strip("<|>") for token in known)
         raise InputError(f"language={name!r} is none that this model knows: {codes or 'it names none'}.")
 
-    def _detect(self, sources: list[Array], start: int, languages: list[int]) -> list[int]:
-        """The likeliest language of each source, after nothing but the start."""
+    def _detect_languages(self, sources: list[Array], start: int, languages: list[int]) -> list[int]:
+        """The likeliest language of each source, by the logits after the start token."""
         ids = np.full((len(sources), 1), start)
-        logits = self._logits(sources, ids, as_mask(None, ids))[:, 0]
+        logits = self._score_rows(sources, ids, as_mask(None, ids))[:, 0]
         return [languages[int(values[languages].argmax())] for values in logits]
 
 
-def _given(**named: Any) -> dict[str, Any]:
-    """Those that are not None."""
+def _not_none(**named: Any) -> dict[str, Any]:
+    """The arguments that are not None."""
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _completed(first: list[int | None], code: int | None, said: Mapping[str, Any]) -> list[int]:
-    """`first` with the language's `code`, the task, and the word that no timestamps follow."""
+def _complete_prefix(first: list[int | None], code: int | None, said: Mapping[str, Any]) -> list[int]:
+    """`first` with the tokens of the language, `code`, of the task, and of no timestamps."""
     row, tasks, task = list(first), said.get("task_to_id", {}), said.get("task")
     if code is not None:
         row[1:2] = [code]

@@ -11,8 +11,8 @@ import numpy as np
 import tokenizers
 
 from ..errors import InputError, UsageError
+from ..generation.probabilities import softmax
 from .base import Array, Batch, TextPipeline
-from .scores import softmax
 
 __all__ = ["QuestionAnsweringPipeline"]
 

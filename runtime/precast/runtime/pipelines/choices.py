@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, PrecastWarning
+from ..generation.probabilities import softmax
 from .base import Array, Batch, Pipeline, TextPipeline
-from .scores import best, labels, softmax
+from .scores import best, labels
 
 __all__ = ["LabelledPipeline", "MultipleChoicePipeline", "ZeroShotClassificationPipeline", "hypothesis", "labels_of"]
 

@@ -1,4 +1,4 @@
-"""Logits -> probabilities, indices -> labels."""
+"""Scores -> labels: classes by the checkpoint's names, with the probabilities of their logits."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from ..generation.probabilities import sigmoid, softmax
 
-__all__ = ["best", "classify", "label", "labels", "sigmoid", "softmax"]
+__all__ = ["best", "classify", "label", "labels"]
 
 Array = np.ndarray[Any, Any]
-
-
-def softmax(logits: Array) -> Array:
-    """Probabilities along the last dimension."""
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    result: Array = shifted / shifted.sum(-1, keepdims=True)
-    return result
-
-
-def sigmoid(logits: Array) -> Array:
-    """Independent probabilities; never overflows."""
-    result: Array = 0.5 * (1 + np.tanh(0.5 * logits))
-    return result
 
 
 def label(config: dict[str, Any], index: int) -> str:

@@ -9,12 +9,13 @@ import numpy as np
 import tokenizers
 
 from ..errors import InputError
+from ..generation.probabilities import softmax
 from .base import (
     Array,
     Batch,
     PlainTextPipeline,
 )
-from .scores import best, classify, label, softmax
+from .scores import best, classify, label
 
 __all__ = ["FillMaskPipeline", "TextClassificationPipeline"]
 

@@ -13,8 +13,9 @@ import numpy as np
 import tokenizers
 
 from ..errors import UsageError
+from ..generation.probabilities import softmax
 from .base import Array, Batch, TextPipeline
-from .scores import label, softmax
+from .scores import label
 
 __all__ = ["TokenClassificationPipeline"]
 

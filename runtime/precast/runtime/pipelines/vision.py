@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..generation.probabilities import sigmoid, softmax
 from .base import Array, Batch, Pipeline
 from .choices import LabelledPipeline, hypothesis, labels_of
 from .processors import ImageProcessor, opened_image, resized
-from .scores import best, classify, label, sigmoid, softmax
+from .scores import best, classify, label
 
 __all__ = [
     "ImageClassificationPipeline",
