@@ -282,7 +282,7 @@ def test_an_answer_that_transformers_goes_on_from_is_refused(whisper, monkeypatc
     source, model = whisper
     eager = oracle.eager(source, "WhisperForConditionalGeneration")
     monkeypatch.setattr(eager.generation_config, "no_timestamps_token_id", 240)
-    monkeypatch.setattr(model, "_whispers", {**model._whispers, "no_timestamps_token_id": 240})
+    monkeypatch.setattr(model, "_file_settings", {**model._file_settings, "no_timestamps_token_id": 240})
     after = dict(zip([240, *written], [*written, 2], strict=True))
 
     def dictate(ids, scores):

@@ -22,7 +22,7 @@ from precast.runtime.engines import onnx as engine
 from precast.runtime.errors import ArtifactError, FormatError, IntegrityError
 from precast.runtime.inputs.companions import companions_of, laid_out
 from precast.runtime.inputs.tokenizer import Tokenizer
-from precast.runtime.storage.hub import _additions, say_left_out
+from precast.runtime.storage.hub import _files_to_upload, say_left_out
 
 SHORT, LONG = np.arange(30).reshape(3, 10) + 5, np.arange(90).reshape(3, 30) + 5
 IDS = np.array([[5, 6, 7, 8]])
@@ -83,7 +83,7 @@ def test_a_folder_that_takes_the_artifacts_place_for_a_moment_is_not_opened(copi
     """Nothing of the artifact's own files changes, not even a time."""
     other = artifact(checkpoint("bert", "AutoModel", num_hidden_layers=1), batch_size=3, sequence_length=(16,))
 
-    def exchanging(path, options, *rest, start=engine._start):
+    def exchanging(path, options, *rest, start=engine._start_session):
         copied.rename(copied.parent / "aside")
         shutil.copytree(other, copied)
         (copied / "model.onnx").rename(copied / path.name)
@@ -94,20 +94,20 @@ def test_a_folder_that_takes_the_artifacts_place_for_a_moment_is_not_opened(copi
             (copied.parent / "aside").rename(copied)
 
     model = CompiledModel.from_pretrained(copied, prepack=False)
-    monkeypatch.setattr(engine, "_start", exchanging)
+    monkeypatch.setattr(engine, "_start_session", exchanging)
     found = model(SHORT).last_hidden_state
     monkeypatch.undo()
     assert np.array_equal(found, CompiledModel.from_pretrained(encoder, prepack=False)(SHORT).last_hidden_state)
 
 
 def test_a_file_that_changes_while_it_is_opened_is_refused(copied, monkeypatch):
-    def changing(path, options, *rest, start=engine._start):
+    def changing(path, options, *rest, start=engine._start_session):
         session = start(path, options, *rest)
         _rewritten(copied / WEIGHTS, bytes((copied / WEIGHTS).stat().st_size))
         return session
 
     model = CompiledModel.from_pretrained(copied, prepack=False)
-    monkeypatch.setattr(engine, "_start", changing)
+    monkeypatch.setattr(engine, "_start_session", changing)
     with pytest.raises(IntegrityError, match=rf"{WEIGHTS} was replaced"):
         model(SHORT)
 
@@ -275,7 +275,7 @@ def test_a_contract_that_is_no_file_is_not_waited_for(tmp_path, make):
 
 def _sent(artifact) -> dict[str, bytes]:
     found = {}
-    for each in _additions(artifact):
+    for each in _files_to_upload(artifact):
         with each.as_file() as file:
             found[each.path_in_repo] = file.read()
     return found

@@ -61,8 +61,8 @@ class Pretended:
             found = compute()
             if not kept:
                 kept.extend(found)
-            for place, value in zip(kept, found, strict=True):
-                place.copy_(value)
+            for backend, value in zip(kept, found, strict=True):
+                backend.copy_(value)
             return kept
 
         return replay
@@ -119,7 +119,7 @@ def check_greedy(model, source, rows, count):
 
 
 def place_of(model):
-    return model._engine._device.place
+    return model._engine._device.backend
 
 
 def test_greedy_tokens_are_transformers_own_before_and_after_recording(model, source):
@@ -182,14 +182,14 @@ def test_caches_are_on_the_device_alone_and_go_with_their_session(model, source)
     session, device = model._session, model._engine._device
     for name, cache in session._caches.items():
         assert not cache.any(), name
-        assert device._twins[cache.ctypes.data].any(), name
-    held = len(device._twins)
+        assert device._device_copies[cache.ctypes.data].any(), name
+    held = len(device._device_copies)
     other = model.new_session()
     check_greedy(other, source, ROWS, 4)
-    assert len(device._twins) > held
+    assert len(device._device_copies) > held
     del other
     gc.collect()
-    assert len(device._twins) == held
+    assert len(device._device_copies) == held
 
 
 def test_weights_are_copied_once_for_all_graphs(model, source):

@@ -11,8 +11,8 @@ from fuzz import operators
 from fuzz.targets import SEEDS
 
 from precast.runtime.artifact.pt2.format import Graph, Node, Ref
-from precast.runtime.engines.export import _constant, _Interpreter
-from precast.runtime.engines.operator_checks import guarded
+from precast.runtime.engines.export import _as_torch_argument, _Interpreter
+from precast.runtime.engines.operator_checks import guard_operator
 from precast.runtime.engines.operator_sizes import SIZES
 from precast.runtime.errors import ArtifactError
 from precast.runtime.hosts.machine import memory_bytes
@@ -189,12 +189,12 @@ def test_no_result_is_larger_than_was_thought():
 def _real(value, weights):
     if isinstance(value, list):
         return [_real(each, weights) for each in value]
-    return weights[value.name] if isinstance(value, Ref) else _constant(value)
+    return weights[value.name] if isinstance(value, Ref) else _as_torch_argument(value)
 
 
 def test_a_median_of_rows_that_overlap_is_the_right_one():
     x = torch.arange(4.0).expand(1000, 4)
-    found = guarded("median", torch.ops.aten.median.dim, 1)(x, 0)
+    found = guard_operator("median", torch.ops.aten.median.dim, 1)(x, 0)
     np.testing.assert_array_equal(found[0], [0, 1, 2, 3])
 
 
@@ -204,7 +204,7 @@ def test_fourier_transforms_along_several_dimensions_are_what_numpy_gives(kind, 
     """torch's own, with MKL, damage the heap for some lengths."""
     x = torch.randn(4, 6, 5, dtype=torch.float64 if kind == "rfft" else torch.complex64)
     for many in ("2", "n"):
-        found = guarded(f"fft_{kind}{many}", None, 1)(x, *args)
+        found = guard_operator(f"fft_{kind}{many}", None, 1)(x, *args)
         expected = getattr(np.fft, f"{kind}{many}")(x.numpy(), *args)
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
 

@@ -247,7 +247,7 @@ def test_files_are_copied_where_they_cannot_be_linked(encoder, monkeypatch):
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    path = runtime_hub._store(read_artifact(encoder))
+    path = runtime_hub._link_into_store(read_artifact(encoder))
     assert files_of(path) == files_of(encoder)
     assert not any((path / name).samefile(encoder / name) for name in files_of(encoder))
 
@@ -261,7 +261,7 @@ def test_another_process_may_be_faster(encoder, monkeypatch, tmp_path):
         publish(stage, target, force=force)
 
     monkeypatch.setattr(runtime_hub, "publish", late)
-    path = runtime_hub._store(read_artifact(encoder))
+    path = runtime_hub._link_into_store(read_artifact(encoder))
     assert files_of(path) == files_of(encoder)
     assert list(path.parent.iterdir()) == [path]
 

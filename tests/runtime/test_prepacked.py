@@ -228,11 +228,11 @@ def test_graphs_opened_together_are_published_in_turn(encoder, monkeypatch):
     """Else none would find the others, and each keep its own copy."""
     held = []
 
-    def looking(data, holders=onnx_prepack._holders):
+    def looking(data, holders=onnx_prepack._entries_with):
         held.append(onnx_prepack._one_at_a_time.locked())
         return holders(data)
 
-    monkeypatch.setattr(onnx_prepack, "_holders", looking)
+    monkeypatch.setattr(onnx_prepack, "_entries_with", looking)
     answer(encoder)
     assert held == [True]
 
@@ -284,14 +284,14 @@ def test_the_key_holds_all_that_the_form_depends_on(encoder, monkeypatch, tmp_pa
         keys.add(_key(changed))
     monkeypatch.setattr(onnx_prepack, "FORMAT", 99)
     keys.add(_key(encoder))
-    monkeypatch.setattr(onnx_prepack, "_cpu", lambda: ["model name: another"])
+    monkeypatch.setattr(onnx_prepack, "_cpu_features", lambda: ["model name: another"])
     keys.add(_key(encoder))
     assert len(keys) == 5
 
 
 def test_the_cpu_is_known_by_what_does_not_change():
-    facts = onnx_prepack._cpu()
-    assert facts == onnx_prepack._cpu()
+    facts = onnx_prepack._cpu_features()
+    assert facts == onnx_prepack._cpu_features()
     assert facts
     assert not any("MHz" in fact for fact in facts)
 
@@ -350,7 +350,7 @@ def _sealed(entry: Path, **changes: object) -> None:
     """Change the manifest and sign it anew, as only this user can."""
     manifest = json.loads((entry / MANIFEST).read_bytes())["manifest"] | changes
     signed = onnx_prepack._Signed(manifest=onnx_prepack.msgspec.convert(manifest, onnx_prepack._Manifest), signature="")
-    onnx_prepack._write(entry, signed.manifest)
+    onnx_prepack._write_manifest(entry, signed.manifest)
 
 
 @pytest.mark.parametrize("claim", ["0" * 64, "", "é", "\ud800"])
@@ -394,7 +394,7 @@ def test_an_entry_under_another_key_is_foreign(encoder, packed, expected, checkp
 def test_what_onnx_runtime_cannot_open_is_made_anew(encoder, packed, expected, opened, caplog):
     (packed / GRAPH).write_bytes(b"signed, but no graph")
     (packed / DATA).unlink()
-    _sealed(packed, files={GRAPH: onnx_prepack.msgspec.to_builtins(onnx_prepack._file(packed / GRAPH))})
+    _sealed(packed, files={GRAPH: onnx_prepack.msgspec.to_builtins(onnx_prepack._describe_file(packed / GRAPH))})
     opened.clear()
     assert answer(encoder) == expected
     assert [path.parent for path in opened] == [packed, encoder]
@@ -654,7 +654,7 @@ def test_of_two_that_pack_one_is_kept(encoder, home, expected, monkeypatch):
     assert answer(encoder) == expected
     assert len(entries(home)) == 2, "no stage in use is swept"
     for packing in waiting:
-        packing._keep()
+        packing._publish_in_turn()
     [entry] = entries(home)
     assert not entry.name.startswith(".")
     assert answer(encoder) == expected
@@ -663,7 +663,7 @@ def test_of_two_that_pack_one_is_kept(encoder, home, expected, monkeypatch):
 DEATHS = {
     "while ONNX Runtime writes": "onnx._start = lambda *w, start=onnx._start: (start(*w), die())",
     "before anything is hashed": "prepacked.verify_files = die",
-    "before the manifest": "prepacked._write = die",
+    "before the manifest": "prepacked._write_manifest = die",
     "before it is on disk": "cache.fsync = die",
     "before the rename": "cache.os.rename = die",
     "before the stamps": "prepacked.remember = die",

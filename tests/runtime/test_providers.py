@@ -15,7 +15,7 @@ from precast.cli import main
 from precast.runtime import CompiledModel
 from precast.runtime.artifact.schema import Host
 from precast.runtime.engines import providers
-from precast.runtime.engines.providers import DEVICES, PROVIDERS, Place, check_place, choose_place
+from precast.runtime.engines.providers import DEVICES, PROVIDERS, ProviderChoice, check_provider, choose_provider
 from precast.runtime.errors import ArtifactError, HostError, UsageError
 from precast.runtime.hosts.machine import installed_version
 from precast.runtime.hosts.select import Machine, choose_variant
@@ -75,7 +75,7 @@ def elsewhere(monkeypatch):
     ],
 )
 def test_the_first_that_serves_the_device_and_is_there(device, provider, available, expected):
-    assert choose_place(device, provider, available, "1.31.1") == Place(PROVIDERS[expected], device)
+    assert choose_provider(device, provider, available, "1.31.1") == ProviderChoice(PROVIDERS[expected], device)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_first_that_serves_the_device_and_is_there(device, provider, availab
 )
 def test_what_this_build_lacks_is_refused_with_what_it_has(device, provider, words):
     with pytest.raises(HostError) as refused:
-        choose_place(device, provider, ["AzureExecutionProvider", "CPUExecutionProvider"], "1.31.1")
+        choose_provider(device, provider, ["AzureExecutionProvider", "CPUExecutionProvider"], "1.31.1")
     for word in [*words, "1.31.1", "AzureExecutionProvider, CPUExecutionProvider", "pip install"]:
         assert word in str(refused.value)
 
@@ -104,11 +104,11 @@ def test_what_this_build_lacks_is_refused_with_what_it_has(device, provider, wor
 )
 def test_names_that_there_are_not(device, provider, message):
     with pytest.raises(UsageError, match=message):
-        check_place(device, provider)
+        check_provider(device, provider)
 
 
 def test_a_device_that_a_variant_was_compiled_for_is_known():
-    check_place("neuron", None, ["neuron"])
+    check_provider("neuron", None, ["neuron"])
 
 
 def test_every_name_of_the_table_is_one_that_onnxruntime_knows():
@@ -242,7 +242,7 @@ def test_an_export_is_told_the_device_where_it_is_compiled_for_one(decoder, monk
     asked = []
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr(
-        "precast.runtime.models.base._export", lambda model, **options: asked.append(options) or decoder
+        "precast.runtime.models.base._export_once", lambda model, **options: asked.append(options) or decoder
     )
     with pytest.raises(HostError):
         CompiledModel.from_pretrained("user/model", export=True, device="cuda", provider="cuda", **backend)

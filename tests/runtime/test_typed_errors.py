@@ -306,17 +306,17 @@ def test_ids_that_are_no_numbers_are_said(model, given):
 
 def test_what_onnx_runtime_cannot_run_is_an_artifacts_error(decoder, monkeypatch):
     fresh = CompiledModel.from_pretrained(decoder, prepack=False, threads=1)
-    monkeypatch.setattr(type(fresh), "_vocabulary", lambda self: 10**9)
+    monkeypatch.setattr(type(fresh), "_vocabulary_size", lambda self: 10**9)
     with pytest.raises(PrecastError, match=r"ONNX Runtime [\d.]+ cannot run the graph: .*out of data bounds"):
         fresh.generate([[5, 10**8]], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(("said", "message"), [("no memory\nat 0x0", "no memory$"), ("", "no reason given$")])
 def test_what_a_library_raises_is_an_artifacts_error(said, message):
-    from precast.runtime.engines.aoti import _checked
+    from precast.runtime.engines.aoti import _report_failures
 
     def fail(inputs):
         raise RuntimeError(said)
 
     with pytest.raises(ArtifactError, match=f"The graph decode failed: {message}"):
-        _checked(fail, "decode")([])
+        _report_failures(fail, "decode")([])

@@ -1,4 +1,4 @@
-"""Which lengths to compile for, so that little is padded."""
+"""Choose the lengths to compile for that pad the least."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def plan_buckets(lengths: Sequence[int], count: int, *, multiple: int = 8, longe
     Raises:
         UsageError: there is no length, or a number is out of range.
     """
-    _check(lengths, count, multiple, longest)
+    _check_arguments(lengths, count, multiple, longest)
     most = longest // multiple * multiple if longest else None
     fitting = np.array([length for length in lengths if most is None or length <= most])
     if not len(fitting):
         raise UsageError(f"No text fits into {most} tokens; the shortest has {min(lengths)}. Raise --max.")
     ends, rows = np.unique(-(-fitting // multiple) * multiple, return_counts=True)
-    chosen = _cheapest(ends, rows, min(count, len(ends)))
+    chosen = _choose_ends(ends, rows, min(count, len(ends)))
     return Plan(
         lengths=chosen,
         padding=waste(fitting, chosen),
@@ -68,13 +68,13 @@ def waste(lengths: Sequence[int] | np.ndarray, buckets: Sequence[int]) -> float:
     return float(1 - np.sum(lengths) / padded)
 
 
-def _cheapest(ends: np.ndarray, rows: np.ndarray, count: int) -> list[int]:
-    """The `count` of `ends` (ascending, the last always) with the least sum over rows of the end that holds them."""
+def _choose_ends(ends: np.ndarray, rows: np.ndarray, count: int) -> list[int]:
+    """The `count` of `ends` (ascending, the last always) with the least padded tokens in all."""
     below = np.concatenate([[0], np.cumsum(rows)])
     costs = ends * below[1:]
     previous = []
     for _ in range(count - 1):
-        # [end, end before]: what lies up to the one before, and what lies between the two padded to `end`.
+        # [end, end before]: the cost up to the end before, and that of the rows between the two, padded to `end`.
         table = costs[None] + ends[:, None] * (below[1:, None] - below[None, 1:])
         table[np.triu_indices(len(ends))] = np.iinfo(np.int64).max
         table = np.column_stack([table, costs])
@@ -87,7 +87,7 @@ def _cheapest(ends: np.ndarray, rows: np.ndarray, count: int) -> list[int]:
     return [int(ends[index]) for index in chosen]
 
 
-def _check(lengths: Sequence[int], count: int, multiple: int, longest: int | None) -> None:
+def _check_arguments(lengths: Sequence[int], count: int, multiple: int, longest: int | None) -> None:
     if not len(lengths):
         raise UsageError("There is no text and no length to plan for.")
     if min(lengths) < 1:

@@ -1,4 +1,4 @@
-"""How fast are artifacts, and what memory do they take? Every repetition in a process of its own, artifacts in turns.
+"""Measure the speed and memory of artifacts: every repetition in a process of its own, artifacts in turns.
 
 A machine's speed drifts by tens of percent within minutes, and everything on it drifts together: so artifacts that are
 compared take turns, and what counts is the median over the rounds of the ratio within a round.
@@ -55,7 +55,7 @@ mended, the letter still unopened on the shelf beside the barometer.
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: an artifact under the user's name for it, the variant that runs here, and the options of
+    """One artifact to measure: the user's name for it, the variant that runs here, and the options of
     `from_pretrained` with which it is opened."""
 
     name: str
@@ -76,7 +76,7 @@ class Subject:
     @property
     def capacity(self) -> int:
         """How many tokens fit in a row; for decoders prompt and answer together."""
-        return max(graph.capacity or _most(graph.length) for graph in self.variant.graphs)
+        return max(graph.capacity or _max_length(graph.length) for graph in self.variant.graphs)
 
     @property
     def size_mb(self) -> float:
@@ -86,9 +86,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Request:
-    """What every repetition does: `batch_size` prompts of `prompt_length` tokens, and for decoders `new_tokens` more
-    for each, guessing up to `prompt_lookup` at once. `kind` is that of the subjects, or "graphs": then
-    their graphs are run for themselves, over blank inputs, as models of every kind have them."""
+    """The work of every repetition: `batch_size` prompts of `prompt_length` tokens, and for decoders `new_tokens` more
+    for each, guessing up to `prompt_lookup` at once. `kind` is that of the subjects, or "graphs": then their graphs are
+    run on their own, over blank inputs, which works for models of every kind."""
 
     kind: str
     batch_size: int
@@ -118,7 +118,7 @@ def plan(
         )
     room = min(subject.capacity for subject in subjects)
     batch = batch_size or min(subject.batch_size for subject in subjects)
-    prompt, new = _lengths(kind, room, prompt_length, new_tokens)
+    prompt, new = _choose_lengths(kind, room, prompt_length, new_tokens)
     for subject in subjects:
         _check_batch(subject, batch)
         _check_length(subject, prompt, new)
@@ -145,7 +145,7 @@ def token_ids(subject: Subject, text: str | None = None) -> list[int]:
                 f"--prompt-file needs a tokenizer, and {subject.name} has none. Leave it out: prompts are then made of "
                 f"token ids."
             )
-        vocabulary = _vocabulary(subject.artifact.config)
+        vocabulary = _vocabulary_size(subject.artifact.config)
         return [index * 7919 % vocabulary for index in range(1, 4096)]
     ids = Tokenizer(subject.artifact.path, companions_of(subject.artifact)).encode(TEXT if text is None else text)
     if not ids:
@@ -177,25 +177,25 @@ def bench(
         PrecastError: what a child raised, or how it ended.
     """
     ask = ask or ask_child
-    jobs = [_job(request, each) for each in ids]
+    jobs = [_make_job(request, each) for each in ids]
     for subject, job in zip(subjects, jobs, strict=True):
         with report(f"open {subject.name}"):
             ask(subject, {**job, "rows": [], "options": subject.options})
     found: list[list[dict[str, float | None]]] = [[] for _ in subjects]
     for turn in range(repeat):
-        for index in _rotated(len(subjects), turn):
+        for index in _rotate_order(len(subjects), turn):
             subject = subjects[index]
             with report(f"{turn + 1}/{repeat} {subject.name}"):
                 # Verified when it was opened first: hashing is not loading.
                 options = {**subject.options, "verify": False}
                 found[index].append(ask(subject, {**jobs[index], "options": options}))
-    return [_entry(subject, rounds, found[0]) for subject, rounds in zip(subjects, found, strict=True)]
+    return [_summarize_subject(subject, rounds, found[0]) for subject, rounds in zip(subjects, found, strict=True)]
 
 
 def describe_machine() -> dict[str, Any]:
     """What the figures were measured on: CPU, cores, memory in 10^9 bytes, system, versions."""
     return {
-        "cpu": _cpu(),
+        "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "memory_gb": round(memory_bytes() / 1e9, 1),
@@ -217,7 +217,7 @@ def _common_kind(subjects: Sequence[Subject]) -> str:
     return first.kind
 
 
-def _lengths(kind: str, room: int, prompt: int | None, new: int | None) -> tuple[int, int]:
+def _choose_lengths(kind: str, room: int, prompt: int | None, new: int | None) -> tuple[int, int]:
     """Prompt length and new tokens; what is not given is 128, or what is left of the room."""
     if kind == "encoder":
         return prompt or min(DEFAULT_LENGTH, room), 0
@@ -230,7 +230,7 @@ def _check_batch(subject: Subject, batch: int) -> None:
     if batch > subject.batch_size and not subject.artifact.contract.shapes.dynamic_batch_size:
         raise InputError(
             f"--batch-size {batch} is more than the {subject.batch_size} that {subject.name} was compiled for. Ask "
-            f"for --batch-size {subject.batch_size}. {_larger(subject, batch=batch)}"
+            f"for --batch-size {subject.batch_size}. {_suggest_larger(subject, batch=batch)}"
         )
 
 
@@ -242,28 +242,28 @@ def _check_length(subject: Subject, prompt: int, new: int) -> None:
     fix = f"--new-tokens {room - prompt} at most" if new and prompt < room else f"--prompt-length {max(1, room - new)}"
     raise InputError(
         f"{what} do not fit into the {room} that {subject.name} was compiled for. Ask for {fix}. "
-        f"{_larger(subject, length=need)}"
+        f"{_suggest_larger(subject, length=need)}"
     )
 
 
-def _larger(subject: Subject, *, batch: int | None = None, length: int | None = None) -> str:
+def _suggest_larger(subject: Subject, *, batch: int | None = None, length: int | None = None) -> str:
     length = length or subject.capacity
     flags = f"--batch-size {batch or subject.batch_size} --sequence-length {length}"
     return larger(subject.artifact, flags, length)
 
 
-def _most(length: int | Dim) -> int:
+def _max_length(length: int | Dim) -> int:
     return length.max if isinstance(length, Dim) else length
 
 
-def _vocabulary(config: dict[str, Any]) -> int:
+def _vocabulary_size(config: dict[str, Any]) -> int:
     text = config.get("text_config")
     found = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
-    # Token 0 there always is.
+    # Every vocabulary has a token 0.
     return found if isinstance(found, int) and found > 0 else 1
 
 
-def _job(request: Request, ids: list[int]) -> dict[str, Any]:
+def _make_job(request: Request, ids: list[int]) -> dict[str, Any]:
     rows = [
         list(islice(cycle(ids), start, start + request.prompt_length))
         for start in range(0, 2 * request.batch_size * STRIDE, STRIDE)
@@ -277,7 +277,7 @@ def _job(request: Request, ids: list[int]) -> dict[str, Any]:
     }
 
 
-def _rotated(count: int, turn: int) -> list[int]:
+def _rotate_order(count: int, turn: int) -> list[int]:
     return [(turn + index) % count for index in range(count)]
 
 
@@ -285,10 +285,10 @@ def ask_child(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
     """Run one repetition in a fresh interpreter. Raises what it raised, PrecastError where it ended otherwise."""
     done = child.run("precast.runtime.bench.worker", given=json.dumps({**job, "model": str(subject.artifact.path)}))
     if done.returncode == -signal.SIGINT:
-        # Whoever interrupted the child meant all of it.
+        # Ctrl-C reaches the child first; it was meant for the whole command.
         raise KeyboardInterrupt
     if done.returncode:
-        raise PrecastError(f"{subject.name} could not be measured: {_ending(done)}")
+        raise PrecastError(f"{subject.name} could not be measured: {_describe_exit(done)}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
         name, message = answer["error"]
@@ -297,7 +297,7 @@ def ask_child(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
     return figures
 
 
-def _ending(done: CompletedProcess[str]) -> str:
+def _describe_exit(done: CompletedProcess[str]) -> str:
     if done.returncode > 0:
         return (done.stderr.strip() or f"the child process ended with exit status {done.returncode}").splitlines()[-1]
     name = signal.Signals(-done.returncode).name
@@ -305,7 +305,7 @@ def _ending(done: CompletedProcess[str]) -> str:
     return f"the child process was ended by {name}.{hint}"
 
 
-def _entry(
+def _summarize_subject(
     subject: Subject, rounds: list[dict[str, float | None]], first: list[dict[str, float | None]]
 ) -> dict[str, Any]:
     contract = subject.artifact.contract
@@ -316,12 +316,14 @@ def _entry(
         "variant": subject.variant.name,
         "quantization": subject.variant.quantization,
         "size_mb": round(subject.size_mb, 3),
-        "figures": {name: _summary([each[name] for each in rounds]) for name in rounds[0]},
-        "ratios": {name: _ratio([each[name] for each in rounds], [each[name] for each in first]) for name in rounds[0]},
+        "figures": {name: _summarize_rounds([each[name] for each in rounds]) for name in rounds[0]},
+        "ratios": {
+            name: _median_ratio([each[name] for each in rounds], [each[name] for each in first]) for name in rounds[0]
+        },
     }
 
 
-def _summary(values: Sequence[float | None]) -> dict[str, Any] | None:
+def _summarize_rounds(values: Sequence[float | None]) -> dict[str, Any] | None:
     """Median, extremes and the single values in the order of the rounds, to four digits; None where one is."""
     known = [_four_digits(value) for value in values if value is not None]
     if len(known) < len(values):
@@ -329,8 +331,8 @@ def _summary(values: Sequence[float | None]) -> dict[str, Any] | None:
     return {"median": _four_digits(statistics.median(known)), "min": min(known), "max": max(known), "rounds": known}
 
 
-def _ratio(values: Sequence[float | None], first: Sequence[float | None]) -> float | None:
-    """The median over the rounds of value over the first subject's; None where that says nothing."""
+def _median_ratio(values: Sequence[float | None], first: Sequence[float | None]) -> float | None:
+    """The median over the rounds of value / the first subject's value; None where one is missing or 0."""
     ratios = [mine / other for mine, other in zip(values, first, strict=True) if mine is not None and other]
     return _four_digits(statistics.median(ratios)) if len(ratios) == len(values) else None
 
@@ -339,8 +341,8 @@ def _four_digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _cpu() -> str:
-    """Kernels on ARM give no name."""
+def _cpu_name() -> str:
+    """The processor's name; Linux on ARM gives none, so there the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

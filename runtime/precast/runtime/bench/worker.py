@@ -69,11 +69,13 @@ def measure(job: dict[str, Any], clock: Clock = time.perf_counter) -> Figures:
     started = clock()
     model = CompiledModel.from_pretrained(job["model"], **job["options"])
     load = clock() - started
-    first, figures = _way(model, job)(model, job, clock)
-    return {"load_seconds": load, "cold_start_seconds": load + first, **figures, **_memory()}
+    first, figures = _choose_measurement(model, job)(model, job, clock)
+    return {"load_seconds": load, "cold_start_seconds": load + first, **figures, **_measure_memory()}
 
 
-def _way(model: Any, job: dict[str, Any]) -> Callable[[Any, dict[str, Any], Clock], tuple[float, Figures]]:
+def _choose_measurement(
+    model: Any, job: dict[str, Any]
+) -> Callable[[Any, dict[str, Any], Clock], tuple[float, Figures]]:
     if job.get("is_bare"):
         return _measure_graphs
     return _measure_decoder if isinstance(model, CompiledModelForCausalLM) else _measure_encoder
@@ -81,10 +83,10 @@ def _way(model: Any, job: dict[str, Any]) -> Callable[[Any, dict[str, Any], Cloc
 
 def _measure_decoder(model: Any, job: dict[str, Any], clock: Clock) -> tuple[float, Figures]:
     """Seconds to the first token of the warm-up, and the figures of the timed request."""
-    first = float(_generate(model, job["warm_up"], job, clock)[-1][0])
+    first = float(_time_generate(model, job["warm_up"], job, clock)[-1][0])
     if not job["rows"]:
         return first, {}
-    slices, rows = _generate(model, job["rows"], job, clock), len(job["rows"])
+    slices, rows = _time_generate(model, job["rows"], job, clock), len(job["rows"])
     gaps = np.concatenate([np.diff(each) for each in slices])
     # Every row has as many tokens after its first as its slice has gaps.
     speed = rows * (len(slices[0]) - 1) / float(gaps.sum()) if len(gaps) else None
@@ -92,19 +94,20 @@ def _measure_decoder(model: Any, job: dict[str, Any], clock: Clock) -> tuple[flo
         "first_token_ms": 1e3 * float(slices[-1][0]),
         "tokens_per_second": speed,
         "tokens_per_second_per_row": None if speed is None else speed / rows,
-        **_percentiles("inter_token", gaps),
+        **_time_percentiles("inter_token", gaps),
     }
 
 
-def _generate(model: Any, rows: list[list[int]], job: dict[str, Any], clock: Clock) -> list[Array]:
-    """Per slice of rows that run together, when each step's tokens were there: seconds since the request."""
+def _time_generate(model: Any, rows: list[list[int]], job: dict[str, Any], clock: Clock) -> list[Array]:
+    """Per slice of rows that run together, the time at which each step's tokens were chosen, in seconds since the
+    request."""
     stamps: list[float] = []
 
     def stamp(tokens: Any, logits: Any) -> bool:
         stamps.append(clock())
         return False
 
-    # What an earlier request left in the caches would be used again, and the first token come too soon.
+    # Otherwise tokens of an earlier request would be reused, and the first token come too soon.
     model.reset()
     started = clock()
     # Spelled out, so that the checkpoint's own generation settings play no part.
@@ -113,12 +116,12 @@ def _generate(model: Any, rows: list[list[int]], job: dict[str, Any], clock: Clo
         repetition_penalty=1.0, no_repeat_ngram_size=0, prompt_lookup_num_tokens=job["prompt_lookup"],
         stopping_criteria=[stamp],
     )  # fmt: skip
-    return _slices(np.array(stamps) - started, len(rows), model.batch_size)
+    return _split_stamps(np.array(stamps) - started, len(rows), model.batch_size)
 
 
-def _slices(stamps: Array, rows: int, size: int) -> list[Array]:
-    """`stamps`, of all tokens in the order in which they came, as one array [steps] per slice of at most `size` rows: a
-    step is done when its last row is."""
+def _split_stamps(stamps: Array, rows: int, size: int) -> list[Array]:
+    """Split the times of all tokens, in their order, into one array [steps] per slice of at most `size` rows: a step is
+    done when its last row is."""
     sizes = [min(size, rows - start) for start in range(0, rows, size)]
     steps = len(stamps) // rows
     parts = np.split(stamps, np.cumsum(sizes)[:-1] * steps)
@@ -127,14 +130,14 @@ def _slices(stamps: Array, rows: int, size: int) -> list[Array]:
 
 def _measure_encoder(model: Any, job: dict[str, Any], clock: Clock) -> tuple[float, Figures]:
     """Seconds of the first call, and the figures of the timed ones."""
-    first, rows = _call(model, job["warm_up"], clock), job["rows"]
+    first, rows = _time_call(model, job["warm_up"], clock), job["rows"]
     if not rows:
         return first, {}
-    seconds = [_call(model, rows, clock) for _ in range(CALLS)]
-    return first, {**_percentiles("call", seconds), "sequences_per_second": len(rows) * CALLS / sum(seconds)}
+    seconds = [_time_call(model, rows, clock) for _ in range(CALLS)]
+    return first, {**_time_percentiles("call", seconds), "sequences_per_second": len(rows) * CALLS / sum(seconds)}
 
 
-def _call(model: Any, rows: list[list[int]], clock: Clock) -> float:
+def _time_call(model: Any, rows: list[list[int]], clock: Clock) -> float:
     ids = np.array(rows, np.int64)
     started = clock()
     model(ids)
@@ -149,7 +152,7 @@ def _measure_graphs(model: Any, job: dict[str, Any], clock: Clock) -> tuple[floa
         step()
     first = clock() - started
     seconds = [_run_all(steps, clock) for _ in range(CALLS)] if job["rows"] else []
-    return first, _percentiles("call", seconds) if seconds else {}
+    return first, _time_percentiles("call", seconds) if seconds else {}
 
 
 def _run_all(steps: list[tuple[Step, Graph]], clock: Clock) -> float:
@@ -160,7 +163,7 @@ def _run_all(steps: list[tuple[Step, Graph]], clock: Clock) -> float:
     return clock() - started
 
 
-def _percentiles(name: str, seconds: Any) -> Figures:
+def _time_percentiles(name: str, seconds: Any) -> Figures:
     values = np.percentile(seconds, (50, 90, 99)) if len(seconds) else (None,) * 3
     return {
         f"{name}_p{percent}_ms": None if value is None else 1e3 * float(value)
@@ -168,16 +171,16 @@ def _percentiles(name: str, seconds: Any) -> Figures:
     }
 
 
-def _memory() -> Figures:
+def _measure_memory() -> Figures:
     return {
-        "peak_rss_mb": _megabytes("status", "VmHWM"),
-        "pss_mb": _megabytes("smaps_rollup", "Pss"),
-        "private_mb": _megabytes("smaps_rollup", "Private_Clean|Private_Dirty"),
+        "peak_rss_mb": _read_megabytes("status", "VmHWM"),
+        "pss_mb": _read_megabytes("smaps_rollup", "Pss"),
+        "private_mb": _read_megabytes("smaps_rollup", "Private_Clean|Private_Dirty"),
     }
 
 
-def _megabytes(file: str, names: str) -> float | None:
-    """What the kernel counts of this process, in 10^6 bytes; None where it does not tell."""
+def _read_megabytes(file: str, names: str) -> float | None:
+    """The sum of these counters of /proc/self, in 10^6 bytes; None where the system has none."""
     try:
         text = Path("/proc/self", file).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a backend is to the runtime: something that runs graphs over memory that we own."""
+"""Engines, the runtime's half of a backend: they run graphs over arrays that the session owns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..artifact import Artifact
 from ..artifact.backends import get_backend
 from ..artifact.schema import Variant
 
-__all__ = ["Arrays", "Engine", "KeepsCaches", "Settings", "Step", "move_rows", "open_engine", "replicas_of"]
+__all__ = ["Arrays", "Engine", "OwnsCaches", "Settings", "Step", "move_rows", "open_engine", "replicas_of"]
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Step = Callable[[], None]
@@ -49,7 +49,7 @@ class Engine(Protocol):
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None: ...
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
-        """Tie a graph to arrays, by its own input and output names, and return what runs it once.
+        """Bind a graph to arrays, by its input and output names; the Step that is returned runs it once.
 
         A step reads `inputs` and writes `outputs` in place. A cache is one array given under both of its names. The
         arrays' shapes are those of the contract, with any free dimension at the size of this binding. Raises
@@ -59,17 +59,17 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class KeepsCaches(Protocol):
-    """An engine that keeps caches elsewhere than in the arrays that it was given."""
+class OwnsCaches(Protocol):
+    """An engine that keeps caches in memory of its own, not in the arrays that graphs are bound to."""
 
     def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
-        """In every cache [B, H, C, D] let row `to[i]` hold what row `parents[i]` held, as far as the position `live`.
-        `caches` are the arrays that graphs were bound to, by any names."""
+        """In every cache [B, H, C, D] copy row `parents[i]` into row `to[i]`, positions 0 to `live`. `caches` are the
+        arrays that graphs were bound to, by any names."""
         ...
 
 
 def move_rows(caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
-    """See KeepsCaches: for caches that lie in their arrays."""
+    """Copy rows as OwnsCaches says, for caches that are in their arrays."""
     for cache in caches.values():
         cache[list(to), :, :live] = cache[list(parents), :, :live]
 

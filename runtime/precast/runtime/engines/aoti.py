@@ -1,8 +1,8 @@
-"""Native code of AOTInductor: a library per graph, opened as it lies there, and one mapping of the weights for all.
+"""Native code of AOTInductor: a shared library per graph, opened in place, and one mapping of the weights for all.
 
-No compiler, no archive, no temporary copy: PyTorch's own runner takes the path of a library, and is told where in
-memory the weights are. Compiled code checks none of its inputs, so that is done here, when they are bound. Code for a
-GPU is given the GPU's copies of weights and inputs.
+No compiler, no archive, no temporary copy: PyTorch's own runner takes the path of a library and the addresses of the
+weights. Compiled code checks none of its inputs, so that is done here, when they are bound. Code for a GPU is given the
+GPU's copies of weights and inputs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .device import Device
 from .elf import check_library
 from .gpu import Gpu
 from .safetensors_map import weight_of
-from .torch_views import bound_tensors, threads_of
-from .verified_files import Files
+from .torch_views import bind_tensors, guard_threads
+from .verified_files import VerifiedFiles
 
 __all__ = ["AotiEngine"]
 
@@ -36,7 +36,7 @@ class AotiEngine:
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        self._files, self._has_weights = Files(artifact, variant), bool(variant.weights)
+        self._files, self._has_weights = VerifiedFiles(artifact, variant), bool(variant.weights)
         self._lock = threading.Lock()
         self._opened: dict[str, Any] = {}
         self._weights: Mapping[str, torch.Tensor] | None = None
@@ -45,50 +45,50 @@ class AotiEngine:
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
-        run, described = _checked(self._runner(graph).run, graph), self._graphs[graph]
+        run, described = _report_failures(self._get_runner(graph).run, graph), self._graphs[graph]
         if self._device is not None:
             return self._device.bind(run, described, inputs, outputs)
         return _Bound(run, described, inputs, outputs, self._threads)
 
     def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
-        """See KeepsCaches."""
+        """See OwnsCaches."""
         move = move_rows if self._device is None else self._device.move_rows
         move(caches, to, parents, live)
 
-    def _runner(self, name: str) -> Any:
+    def _get_runner(self, name: str) -> Any:
         with self._lock:
             if name not in self._opened:
-                self._opened[name] = self._open(name)
+                self._opened[name] = self._open_library(name)
             return self._opened[name]
 
-    def _open(self, name: str) -> Any:
+    def _open_library(self, name: str) -> Any:
         path = self._files.path(name)
         if self._weights is None:
             self._weights = self._files.weights()
-        with self._files.library(name) as library:
+        with self._files.library_path(name) as library_path:
             if self._device is None:
-                runner = _load(path, library, _on_cpu)
+                runner = _load_library(path, library_path, _open_on_cpu)
             else:
                 with self._device.turn():
-                    runner = _load(path, library, self._device.place.open)
+                    runner = _load_library(path, library_path, self._device.backend.open)
         if self._has_weights:
-            copied = self._device.weight if self._device else None
+            copied = self._device.copy_weight if self._device else None
             _give_weights(runner, self._weights, name, path, copied)
         return runner
 
 
-def _on_cpu(library: str) -> Any:
-    return torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
+def _open_on_cpu(library_path: str) -> Any:
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(library_path, 1)
 
 
-def _load(path: Path, library: str, opened: Callable[[str], Any]) -> Any:
+def _load_library(path: Path, library_path: str, opened: Callable[[str], Any]) -> Any:
     """The runner of the library at `path`, opened as `library`. Raises ArtifactError where it is none, or one for
     another PyTorch."""
-    check_library(path, library)
+    check_library(path, library_path)
     try:
-        return opened(library)
+        return opened(library_path)
     except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0].replace(library, str(path))
+        reason = str(error).strip().splitlines()[0].replace(library_path, str(path))
         raise ArtifactError(
             f"PyTorch {torch.__version__} cannot open {path}: {reason} It may have been compiled for another release: "
             f"export the model again with this one."
@@ -102,7 +102,7 @@ def _give_weights(
     path: Path,
     copied: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> None:
-    """Tell the library where its weights are, or where they were `copied` to; it copies none."""
+    """Hand the library the addresses of its weights, or of those that `copied` returns; it copies none."""
     names: dict[str, str] = runner.get_constant_names_to_original_fqns()
     dtypes: dict[str, int] = runner.get_constant_names_to_dtypes()
     found = {}
@@ -117,10 +117,10 @@ def _give_weights(
     if found:
         runner.update_constant_buffer(found, False, True, True)
         # PyTorch never lets go of tensors that it was given so, and they of the file's mapping.
-        weakref.finalize(runner, _empty, list(found.values())).atexit = False
+        weakref.finalize(runner, _empty_tensors, list(found.values())).atexit = False
 
 
-def _empty(tensors: Sequence[torch.Tensor]) -> None:
+def _empty_tensors(tensors: Sequence[torch.Tensor]) -> None:
     for each in tensors:
         each.set_()  # type: ignore[call-overload]
 
@@ -138,8 +138,8 @@ _NUMBERS = {
 _Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
-def _checked(run: _Run, graph: str) -> _Run:
-    """Let what a library raises, memory that there is not among it, be an ArtifactError."""
+def _report_failures(run: _Run, graph: str) -> _Run:
+    """Turn what a library raises, for lack of memory too, into an ArtifactError."""
 
     def call(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         try:
@@ -152,11 +152,11 @@ def _checked(run: _Run, graph: str) -> _Run:
 
 
 class _Bound:
-    """A graph tied to arrays: what a step reads and writes is their memory, but for outputs, which are copied there."""
+    """A graph bound to arrays: a step reads them in place, and copies its outputs there."""
 
     def __init__(self, run: _Run, graph: Graph, inputs: Arrays, outputs: Arrays, threads: int) -> None:
-        self._run, self._threads, self._process = run, threads, threads_of(threads)
-        self._inputs, self._outputs = bound_tensors(graph, inputs, outputs)
+        self._run, self._threads, self._process = run, threads, guard_threads(threads)
+        self._inputs, self._outputs = bind_tensors(graph, inputs, outputs)
 
     def __call__(self) -> None:
         self._process.check()

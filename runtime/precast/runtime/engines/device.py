@@ -1,7 +1,7 @@
 """Graphs on a device with memory of its own, over arrays that lie in the host's.
 
-Every input has a twin on the device. What a step brings is copied there before it, its outputs back after it. Caches,
-which graphs change in place, are on the device only: the host's arrays say whose they are, and hold nothing.
+Every input has a copy on the device. A step's own inputs are copied there before it, its outputs back after it. Caches,
+which graphs change in place, are on the device only: the host's arrays identify them, and hold nothing.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor
 from ..artifact import DECODER_INPUTS, is_cache_positions
 from ..artifact.schema import Graph
 from . import Arrays, Step
-from .fork import Process
-from .torch_views import bound_tensors
+from .fork import ForkGuard
+from .torch_views import bind_tensors
 
-__all__ = ["Compute", "Device", "Place"]
+__all__ = ["Compute", "Device", "DeviceBackend"]
 
 Array = np.ndarray[Any, Any]
 Compute: TypeAlias = Callable[[], list[Tensor]]
-"""Runs a graph over inputs that stay where they are, and returns its outputs, which the next run may overwrite."""
+"""Runs a graph over inputs at fixed addresses and returns its outputs, which the next run may overwrite."""
 
 _PAST = DECODER_INPUTS[1]
 _WARM_UPS = 2
 """Runs before one is recorded: the first load kernels and make workspaces, which cannot be recorded."""
 
 
-class Place(Protocol):
-    """What differs from device to device."""
+class DeviceBackend(Protocol):
+    """The operations that differ from device to device."""
 
     device: torch.device
 
@@ -43,69 +43,69 @@ class Place(Protocol):
         ...
 
     def stream(self) -> AbstractContextManager[Any]:
-        """Within it, what is asked of the device is done in order."""
+        """A context in which operations on the device run in order."""
         ...
 
     def record(self, compute: Compute) -> Compute:
-        """`compute`, or what does the same over the same memory for less."""
+        """`compute` recorded as one launch over the same memory, or `compute` itself."""
         ...
 
 
 class Device:
-    """One place, the weights and caches in it, and whose turn it is: graphs run one at a time."""
+    """One device, the weights and caches on it, and the lock by which graphs run one at a time."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self._process = Process(f"its connection to {place.device}")
+    def __init__(self, backend: DeviceBackend) -> None:
+        self.backend = backend
+        self._process = ForkGuard(f"its connection to {backend.device}")
         self._lock = threading.RLock()
-        self._twins: dict[int, Tensor] = {}
+        self._device_copies: dict[int, Tensor] = {}
         self._weights: dict[Any, Tensor] = {}
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Whatever touches the device is done within its turn. Raises UsageError in a fork."""
+        """Hold the device: everything that touches it happens within. Raises UsageError in a forked child."""
         self._process.check()
-        with self._lock, self.place.stream():
+        with self._lock, self.backend.stream():
             yield
 
-    def weight(self, tensor: Tensor) -> Tensor:
-        """The copy of a weight. What is the same memory is copied once; a copy lies as evenly as kernels expect, which
-        a place in a file need not."""
+    def copy_weight(self, tensor: Tensor) -> Tensor:
+        """Copy a weight to the device, tensors over the same memory once. The copy is aligned as kernels expect, which
+        an offset in a file need not be."""
         key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         with self.turn():
             if key not in self._weights:
-                self._weights[key] = tensor.to(self.place.device, copy=True)
+                self._weights[key] = tensor.to(self.backend.device, copy=True)
             return self._weights[key]
 
     def bind(self, run: Callable[[list[Tensor]], list[Tensor]], graph: Graph, inputs: Arrays, outputs: Arrays) -> Step:
-        """A graph tied to arrays; `run` is its library's. Raises ArtifactError as `bound_tensors` does."""
-        given, targets = bound_tensors(graph, inputs, outputs)
+        """Bind a graph to arrays; `run` is its library's. Raises ArtifactError as `bound_tensors` does."""
+        given, targets = bind_tensors(graph, inputs, outputs)
         names = [spec.name for spec in graph.inputs]
         with self.turn():
-            twins = [self._twin(inputs[name], host) for name, host in zip(names, given, strict=True)]
-        pairs = dict(zip(names, zip(twins, given, strict=True), strict=True))
-        return _Bound(self, graph, pairs, targets, lambda: run(twins))
+            copies = [self._device_copy(inputs[name], host) for name, host in zip(names, given, strict=True)]
+        pairs = dict(zip(names, zip(copies, given, strict=True), strict=True))
+        return _Bound(self, graph, pairs, targets, lambda: run(copies))
 
     def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
-        """See KeepsCaches."""
+        """See OwnsCaches."""
         with self.turn():
             for cache in caches.values():
-                twin = self._twins.get(cache.ctypes.data)
+                copy = self._device_copies.get(cache.ctypes.data)
                 # Without one no graph has written anything yet.
-                if twin is not None:
-                    twin[list(to), :, :live] = twin[list(parents), :, :live]
+                if copy is not None:
+                    copy[list(to), :, :live] = copy[list(parents), :, :live]
 
-    def _twin(self, array: Array, host: Tensor) -> Tensor:
-        """The copy of an array, the same one for all graphs that are bound to it; it goes with the array."""
+    def _device_copy(self, array: Array, host: Tensor) -> Tensor:
+        """The device's copy of an array, shared by all graphs that are bound to it; it is freed with the array."""
         at = array.ctypes.data
-        if at not in self._twins:
-            self._twins[at] = host.to(self.place.device, copy=True)
-            weakref.finalize(array, self._twins.pop, at, None).atexit = False
-        return self._twins[at]
+        if at not in self._device_copies:
+            self._device_copies[at] = host.to(self.backend.device, copy=True)
+            weakref.finalize(array, self._device_copies.pop, at, None).atexit = False
+        return self._device_copies[at]
 
 
 class _Bound:
-    """A graph tied to arrays."""
+    """A graph bound to arrays."""
 
     def __init__(
         self, device: Device, graph: Graph, pairs: dict[str, tuple[Tensor, Tensor]], targets: list[Tensor],
@@ -121,21 +121,22 @@ class _Bound:
 
     def __call__(self) -> None:
         with self._device.turn():
-            for twin, host in self._changed():
+            for copy, host in self._inputs_to_copy():
                 # From memory like this a copy returns once the host's may change again.
-                twin.copy_(host, non_blocking=True)
-            for target, found in zip(self._targets, self._results(), strict=True):
+                copy.copy_(host, non_blocking=True)
+            for target, found in zip(self._targets, self._run_compute(), strict=True):
                 target.copy_(found)
 
-    def _changed(self) -> list[tuple[Tensor, Tensor]]:
-        """Whoever changes the context of a session makes it forget all tokens, so that the next step has no past."""
+    def _inputs_to_copy(self) -> list[tuple[Tensor, Tensor]]:
+        """The step's own inputs, and the context where it may have changed: a session whose context changes is reset,
+        so its next step has no past."""
         is_new = self._past is not None and not self._past.any()
         return [*self._brought, *self._context] if is_new else self._brought
 
-    def _results(self) -> list[Tensor]:
+    def _run_compute(self) -> list[Tensor]:
         self._runs += 1
         if self._runs == _WARM_UPS + 1:
-            self._compute = self._device.place.record(self._compute)
+            self._compute = self._device.backend.record(self._compute)
         return self._compute()
 
 
@@ -144,7 +145,7 @@ def _cache_names(graph: Graph) -> set[str]:
 
 
 def _context_names(graph: Graph) -> set[str]:
-    """The inputs that stay from step to step and are the session's to change: what an encoder made of its input."""
+    """The inputs that stay from step to step until the session changes them: the outputs of an encoder."""
     if graph.role == "encode":
         return set()
     others = {spec.name for spec in graph.inputs[len(DECODER_INPUTS) :] if not is_cache_positions(spec)}

@@ -1,4 +1,4 @@
-"""Is a file a whole shared library for this processor? Looked at before it is opened.
+"""Check that a file is a complete shared library for this processor, before it is opened.
 
 The dynamic linker maps what a library's header promises. Where the file is shorter, touching that memory kills the
 process, which no error handling survives.
@@ -22,7 +22,7 @@ _MACHINES = {"x86_64": 62, "AMD64": 62, "aarch64": 183, "arm64": 183}
 
 
 def check_library(path: Path, source: str | None = None) -> None:
-    """Look at the library at `path`, read from `source` if that is given.
+    """Check the header of the library at `path`, read from `source` if that is given.
 
     Raises FormatError where it is no 64-bit ELF library or is cut off, HostError where it is for another processor, and
     OSError where it cannot be read.

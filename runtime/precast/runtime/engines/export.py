@@ -1,4 +1,4 @@
-"""Graphs of torch.export, run operator by operator.
+"""Run graphs of torch.export operator by operator.
 
 A graph is run from its parsed nodes, each bound to an operator out of a fixed list. Nothing in a file becomes code:
 torch's own way, which makes Python out of the names in the file and executes it, is not taken.
@@ -24,10 +24,10 @@ from ..artifact.schema import Input, Output, Variant
 from ..errors import ArtifactError, FormatError
 from ..hosts.machine import usable_cores
 from . import Arrays, Settings, Step
-from .operator_checks import arithmetic, guarded
+from .operator_checks import bound_arithmetic, guard_operator
 from .safetensors_map import weight_of
-from .torch_views import bound_tensors, threads_of
-from .verified_files import Files
+from .torch_views import bind_tensors, guard_threads
+from .verified_files import VerifiedFiles
 
 __all__ = ["ExportEngine"]
 
@@ -39,7 +39,7 @@ class ExportEngine:
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        self._files = Files(artifact, variant)
+        self._files = VerifiedFiles(artifact, variant)
         self._lock = threading.Lock()
         self._opened: dict[str, _Interpreter] = {}
         self._weights: _Weights | None = None
@@ -47,27 +47,27 @@ class ExportEngine:
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
-        return _Bound(self._interpreter(graph), self._graphs[graph], inputs, outputs, self._threads)
+        return _Bound(self._get_interpreter(graph), self._graphs[graph], inputs, outputs, self._threads)
 
-    def _interpreter(self, name: str) -> _Interpreter:
+    def _get_interpreter(self, name: str) -> _Interpreter:
         with self._lock:
             if name not in self._opened:
-                self._opened[name] = self._open(name)
+                self._opened[name] = self._open_graph(name)
             return self._opened[name]
 
-    def _open(self, name: str) -> _Interpreter:
+    def _open_graph(self, name: str) -> _Interpreter:
         path = self._files.path(name)
         if self._weights is None:
             self._weights = self._files.weights()
         graph = parse_program(unpack(self._files.read(name), str(path)), str(path))
         _check_contract(graph, self._graphs[name], path)
-        graph = _without_repeats(graph)
-        return _Interpreter(graph, _values(graph, self._weights, name, path), path)
+        graph = _remove_repeats(graph)
+        return _Interpreter(graph, _select_weights(graph, self._weights, name, path), path)
 
 
-def _values(graph: Graph, weights: _Weights, name: str, path: Path) -> dict[str, torch.Tensor]:
+def _select_weights(graph: Graph, weights: _Weights, name: str, path: Path) -> dict[str, torch.Tensor]:
     """The weights that the graph uses, by the names of its values, each as the graph describes it."""
-    used = {ref.name for node in graph.nodes for ref in _refs([node.args, node.kwargs])}
+    used = {ref.name for node in graph.nodes for ref in _find_refs([node.args, node.kwargs])}
     used |= {ref.name for ref in graph.outputs}
     found = {}
     for value, full in graph.weights.items():
@@ -80,19 +80,20 @@ def _values(graph: Graph, weights: _Weights, name: str, path: Path) -> dict[str,
                 0 in meta.shape and given[:2] == (meta.dtype, meta.shape)
             ):
                 raise FormatError(
-                    f"{path} needs the weight {full} as {meta.dtype} {_words(meta.shape)} with strides "
-                    f"{_words(meta.strides)}; the weight file has {given[0]} {list(given[1])} with {list(given[2])}."
+                    f"{path} needs the weight {full} as {meta.dtype} {_show_sizes(meta.shape)} with strides "
+                    f"{_show_sizes(meta.strides)}; the weight file has {given[0]} {list(given[1])} with "
+                    f"{list(given[2])}."
                 )
             found[value] = tensor
     return found
 
 
-def _words(sizes: tuple[int | Symbolic, ...]) -> list[int | str]:
+def _show_sizes(sizes: tuple[int | Symbolic, ...]) -> list[int | str]:
     return [size if isinstance(size, int) else "free" for size in sizes]
 
 
 def _check_contract(graph: Graph, contract: Contract, path: Path) -> None:
-    """The file's inputs and outputs are those that config.json promises."""
+    """Raise FormatError where the file's inputs, outputs or caches are not those of config.json."""
     cached = {name for layer in contract.cache for name in (layer.key_out, layer.value_out)}
     outputs = [output for output in contract.outputs if output.name not in cached]
     pairs: list[tuple[str, Sequence[Input | Output], list[str]]] = [
@@ -120,19 +121,19 @@ def _check_meta(spec: Input | Output, meta: Meta, path: Path) -> None:
     ):
         shape = [size if isinstance(size, int) else f"{size.min}–{size.max}" for size in spec.shape]
         raise FormatError(
-            f"{path} has {meta.dtype} {_words(meta.shape)} for {spec.name}, where config.json says {spec.dtype} "
+            f"{path} has {meta.dtype} {_show_sizes(meta.shape)} for {spec.name}, where config.json says {spec.dtype} "
             f"{shape}."
         )
 
 
 class _Bound:
-    """A graph tied to arrays: what a step reads and writes is their memory."""
+    """A graph bound to arrays, which a step reads and writes in place."""
 
     def __init__(
         self, program: _Interpreter, contract: Contract, inputs: Arrays, outputs: Arrays, threads: int
     ) -> None:
-        self._program, self._threads, self._process = program, threads, threads_of(threads)
-        self._inputs, self._outputs = bound_tensors(contract, inputs, outputs)
+        self._program, self._threads, self._process = program, threads, guard_threads(threads)
+        self._inputs, self._outputs = bind_tensors(contract, inputs, outputs)
 
     def __call__(self) -> None:
         self._process.check()
@@ -145,8 +146,8 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of `function` with the contents of registers; afterwards the `spent` ones are emptied, which nobody
-    reads any more."""
+    """One call of `function` on the contents of registers. Afterwards the `spent` ones, which no later call reads, are
+    emptied."""
 
     target: str
     function: Callable[..., Any]
@@ -167,15 +168,15 @@ class _Interpreter:
         self._registers: list[Any] = []
         self._numbers: dict[str, int] = {}
         for name, tensor in weights.items():
-            self._number(name, tensor)
-        self._inputs = [self._number(name) for name in graph.inputs]
-        self._in_place = _updated_in_place(graph)
+            self._add_register(name, tensor)
+        self._inputs = [self._add_register(name) for name in graph.inputs]
+        self._in_place = _find_in_place(graph)
         self._sizes: set[str] = set()
         """Names of values that are numbers."""
-        calls = [call for node in graph.nodes for call in self._bind(node)]
+        calls = [call for node in graph.nodes for call in self._compile_node(node)]
         self._outputs = [self._numbers[ref.name] for ref in graph.outputs]
         self._updates = [(self._numbers[name], self._numbers[value]) for name, value in graph.updates.items()]
-        self._calls = self._freeing(calls)
+        self._calls = self._free_registers(calls)
 
     def run(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """Compute `outputs` from `inputs`, of which those that the graph updates are changed. Raises ArtifactError."""
@@ -188,79 +189,79 @@ class _Interpreter:
                 target = call.target
                 keywords = {name: registers[number] for name, number in call.keywords}
                 result = call.function(*[registers[number] for number in call.args], **keywords)
-                _store(registers, call.results, result)
+                _store_results(registers, call.results, result)
                 for number in call.spent:
                     registers[number] = None
             target = "its outputs"
             for number, tensor in zip(self._outputs, outputs, strict=True):
-                _copy(registers[number], tensor)
+                _copy_exactly(registers[number], tensor)
             for into, value in self._updates:
-                _copy(registers[value], registers[into])
+                _copy_exactly(registers[value], registers[into])
         except Exception as error:
             # What torch's operators raise has no common base.
             reason = str(error).strip().splitlines()[0] if str(error) else "no reason given"
             raise ArtifactError(f"{self._path} failed at {target}: {type(error).__name__}: {reason}") from error
 
-    def _bind(self, node: Node) -> list[_Call]:
-        """The calls that a node takes: one for each list of values among its arguments, and its own."""
+    def _compile_node(self, node: Node) -> list[_Call]:
+        """Compile a node to calls: one for each list of values among its arguments, and its own."""
         before: list[_Call] = []
-        args = tuple(self._place(value, before) for value in node.args)
-        keywords = tuple((name, self._place(value, before)) for name, value in node.kwargs.items())
-        results = tuple(self._result(name) for name in node.outputs)
-        if node.target in _CHECKED_ALREADY:
+        args = tuple(self._argument_register(value, before) for value in node.args)
+        keywords = tuple((name, self._argument_register(value, before)) for name, value in node.kwargs.items())
+        results = tuple(self._result_registers(name) for name in node.outputs)
+        if node.target in _SKIPPED:
             return []
         is_in_place = any(name in self._in_place for name in node.outputs if isinstance(name, str))
-        function = _IN_PLACE[node.target] if is_in_place else _function(node, self._sizes, self._path)
-        if node.target in PYTHON or _name(node)[0] in _GIVES_NUMBERS:
-            self._sizes.update(_names(node.outputs))
+        function = _IN_PLACE[node.target] if is_in_place else _resolve_operator(node, self._sizes, self._path)
+        if node.target in PYTHON or _split_target(node)[0] in _GIVES_NUMBERS:
+            self._sizes.update(_result_names(node.outputs))
         return [*before, _Call(node.target, function, args, keywords, results[0] if len(results) == 1 else results)]
 
-    def _result(self, name: str | list[str] | None) -> Any:
+    def _result_registers(self, name: str | list[str] | None) -> Any:
         if isinstance(name, list):
-            return tuple(self._number(each) for each in name)
-        return None if name is None else self._number(name)
+            return tuple(self._add_register(each) for each in name)
+        return None if name is None else self._add_register(name)
 
-    def _place(self, value: Any, before: list[_Call]) -> int:
-        """The register in which an argument is found when its call comes."""
+    def _argument_register(self, value: Any, before: list[_Call]) -> int:
+        """The register that holds an argument when its call runs."""
         if isinstance(value, Ref):
             return self._numbers[value.name]
-        if not any(True for _ in _refs(value)):
-            return self._number(None, _constant(value))
-        args, number = tuple(self._place(each, before) for each in value), self._number(None)
+        if not any(True for _ in _find_refs(value)):
+            return self._add_register(None, _as_torch_argument(value))
+        args, number = tuple(self._argument_register(each, before) for each in value), self._add_register(None)
         before.append(_Call("a list of its own values", _as_list, args, (), number))
         return number
 
-    def _number(self, name: str | None, value: Any = None) -> int:
+    def _add_register(self, name: str | None, value: Any = None) -> int:
         self._registers.append(value)
         if name is not None:
             self._numbers[name] = len(self._registers) - 1
         return len(self._registers) - 1
 
-    def _freeing(self, calls: list[_Call]) -> list[_Call]:
+    def _free_registers(self, calls: list[_Call]) -> list[_Call]:
         """Let each call empty the registers that it is the last to read."""
         kept = {number for number, value in enumerate(self._registers) if value is not None}
         kept |= {*self._outputs, *(number for pair in self._updates for number in pair)}
         done = []
         for call in reversed(calls):
-            touched = {*call.args, *(number for _, number in call.keywords), *_flat(call.results)}
+            touched = {*call.args, *(number for _, number in call.keywords), *_flatten(call.results)}
             done.append(replace(call, spent=tuple(sorted(touched - kept))))
             kept |= touched
         return done[::-1]
 
 
-def _without_repeats(graph: Graph) -> Graph:
-    """Each thing computed once: layers compute positions and masks anew, every one of them."""
+def _remove_repeats(graph: Graph) -> Graph:
+    """Eliminate common subexpressions: every layer computes positions and masks anew."""
     same: dict[str, str] = {}
     made: dict[str, Node] = {}
     nodes = []
     for node in graph.nodes:
-        renamed = replace(node, args=_renamed(node.args, same), kwargs=_renamed(node.kwargs, same))
+        renamed = replace(node, args=_rename_refs(node.args, same), kwargs=_rename_refs(node.kwargs, same))
         results = [len(each) if isinstance(each, list) else each is None for each in node.outputs]
         first = made.setdefault(repr((node.target, renamed.args, renamed.kwargs, results)), renamed)
         if first is renamed:
             nodes.append(renamed)
-        same.update(zip(_names(node.outputs), _names(first.outputs), strict=True))
-    outputs: list[Ref] = _renamed(graph.outputs, same)
+        same.update(zip(_result_names(node.outputs), _result_names(first.outputs), strict=True))
+    outputs: list[Ref] = _rename_refs(graph.outputs, same)
     return replace(
         graph,
         nodes=nodes,
@@ -269,32 +270,32 @@ def _without_repeats(graph: Graph) -> Graph:
     )
 
 
-def _renamed(value: Any, same: Mapping[str, str]) -> Any:
+def _rename_refs(value: Any, same: Mapping[str, str]) -> Any:
     if isinstance(value, Ref):
         return Ref(same.get(value.name, value.name))
     if isinstance(value, dict):
-        return {key: _renamed(each, same) for key, each in value.items()}
-    return [_renamed(each, same) for each in value] if isinstance(value, list) else value
+        return {key: _rename_refs(each, same) for key, each in value.items()}
+    return [_rename_refs(each, same) for each in value] if isinstance(value, list) else value
 
 
-def _names(outputs: Any) -> list[str]:
-    """Of all results of a call, in order."""
-    return [outputs] if isinstance(outputs, str) else [name for each in outputs or () for name in _names(each)]
+def _result_names(outputs: Any) -> list[str]:
+    """The names of all results of a call, in order."""
+    return [outputs] if isinstance(outputs, str) else [name for each in outputs or () for name in _result_names(each)]
 
 
-def _refs(value: Any) -> Iterator[Ref]:
+def _find_refs(value: Any) -> Iterator[Ref]:
     """The values of the graph within an argument."""
     if isinstance(value, Ref):
         yield value
     elif isinstance(value, list | dict):
         for each in value if isinstance(value, list) else value.values():
-            yield from _refs(each)
+            yield from _find_refs(each)
 
 
-def _flat(results: Any) -> Iterator[int]:
+def _flatten(results: Any) -> Iterator[int]:
     if isinstance(results, tuple):
         for each in results:
-            yield from _flat(each)
+            yield from _flatten(each)
     elif results is not None:
         yield results
 
@@ -303,17 +304,17 @@ def _as_list(*values: Any) -> list[Any]:
     return list(values)
 
 
-def _store(registers: list[Any], places: Any, result: Any) -> None:
-    """Put the results of a call where they belong."""
+def _store_results(registers: list[Any], places: Any, result: Any) -> None:
+    """Store the results of a call in its registers."""
     if type(places) is int:
         registers[places] = result
     elif places:
         for place, each in zip(places, result, strict=True):
-            _store(registers, place, each)
+            _store_results(registers, place, each)
 
 
-def _copy(value: Any, into: torch.Tensor) -> None:
-    """Unlike `copy_` alone, nothing is broadcast and no dtype converted."""
+def _copy_exactly(value: Any, into: torch.Tensor) -> None:
+    """Copy a tensor of the same shape and dtype; `copy_` alone would broadcast and convert."""
     if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (into.shape, into.dtype):
         found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{found} where {into.dtype} {list(into.shape)} was promised")
@@ -321,10 +322,10 @@ def _copy(value: Any, into: torch.Tensor) -> None:
         into.copy_(value)
 
 
-def _constant(value: Any) -> Any:
-    """An argument as torch takes it."""
+def _as_torch_argument(value: Any) -> Any:
+    """A constant argument as torch takes it."""
     if isinstance(value, list):
-        return [_constant(each) for each in value]
+        return [_as_torch_argument(each) for each in value]
     if not isinstance(value, Coded):
         return value
     if value.kind == "device":
@@ -344,32 +345,33 @@ _CODES: dict[str, dict[Any, Any]] = {
 }
 
 
-def _name(node: Node) -> tuple[str, str]:
-    """An operator and its overload."""
+def _split_target(node: Node) -> tuple[str, str]:
+    """The names of an operator and its overload."""
     name, _, overload = node.target.removeprefix("torch.ops.aten.").partition(".")
     return name, overload
 
 
-def _function(node: Node, sizes: Set[str], path: Path) -> Callable[..., Any]:
-    """What runs a call, where the values called `sizes` are numbers; its name was checked when the file was parsed."""
+def _resolve_operator(node: Node, sizes: Set[str], path: Path) -> Callable[..., Any]:
+    """The function of a node's operator, behind its checks; `sizes` names the values that are numbers. Operators were
+    checked against the allowed ones when the file was parsed."""
     if node.target in PYTHON:
         module, _, name = PYTHON[node.target].partition(":")
-        return arithmetic(getattr(import_module(module), name))
-    name, overload = _name(node)
+        return bound_arithmetic(getattr(import_module(module), name))
+    name, overload = _split_target(node)
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or overload not in packet.overloads():
         raise ArtifactError(
             f"{path} calls {node.target}, which torch {torch.__version__} lacks (pip install -U torch)."
         )
     chosen = getattr(packet, overload)
-    if problem := _problem(name, chosen._schema, node, sizes):
+    if problem := _find_problem(name, chosen._schema, node, sizes):
         raise FormatError(f"{path} is refused: it calls {node.target}, {problem}.")
-    function = guarded(name, chosen, sum(1 for _ in _refs([node.args, node.kwargs])))
-    return _zeroed(function) if name in _UNFILLED else function
+    function = guard_operator(name, chosen, sum(1 for _ in _find_refs([node.args, node.kwargs])))
+    return _fill_with_zeros(function) if name in _UNFILLED else function
 
 
-def _problem(name: str, schema: torch.FunctionSchema, node: Node, sizes: Set[str]) -> str | None:
-    """Why this overload may not be called, or not so."""
+def _find_problem(name: str, schema: torch.FunctionSchema, node: Node, sizes: Set[str]) -> str | None:
+    """Why this overload may not be called, or not with these arguments; None if it may."""
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
         return "which changes its arguments"
     if name not in _GIVES_NUMBERS and any(str(each.type) not in _TENSORS for each in schema.returns):
@@ -377,18 +379,18 @@ def _problem(name: str, schema: torch.FunctionSchema, node: Node, sizes: Set[str
     given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
     for argument in schema.arguments:
         value, type_ = given.get(argument.name), str(argument.real_type)
-        # torch takes nothing for a tensor, and operators read it all the same.
+        # torch accepts None for a tensor, and operators read it all the same.
         if (
             argument.name in given
             and type_ in _TENSORS
             and (value is None or (isinstance(value, list) and None in value))
         ):
             return f"whose {argument.name} is to be a tensor, with nothing"
-        # It takes a tensor of one element for a number, too, which no check of numbers sees.
-        if "Tensor" not in type_ and any(ref.name not in sizes for ref in _refs(value)):
+        # It accepts a tensor of one element for a number, too, which no check of numbers sees.
+        if "Tensor" not in type_ and any(ref.name not in sizes for ref in _find_refs(value)):
             return f"whose {argument.name} is no tensor, with one"
         kind = next((_KINDS[each] for each in _KINDS if each in type_), None)
-        # torch takes any number for one of its codes, and ends the process on one that is none.
+        # torch accepts any number for one of its codes, and aborts the process on an invalid one.
         if kind and value is not None and not (isinstance(value, Coded) and value.kind == kind):
             return f"whose {argument.name} is a {kind}, with something else"
     return None
@@ -399,14 +401,14 @@ _TENSORS = ("Tensor", "List[Tensor]")
 _KINDS = {"ScalarType": "dtype", "Layout": "layout", "Device": "device", "MemoryFormat": "memory_format"}
 
 
-def _zeroed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Memory that is not filled would show what was in it before."""
+def _fill_with_zeros(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Zero the result of an operator that leaves memory unfilled, which would show its earlier contents."""
     return lambda *args, **keywords: function(*args, **keywords).zero_()
 
 
 _UNFILLED = frozenset({"empty", "empty_like", "new_empty"})
-_CHECKED_ALREADY = frozenset({"torch.ops.aten._assert_tensor_metadata.default"})
-"""The exporter's notes on dtypes, which are those of the operators before."""
+_SKIPPED = frozenset({"torch.ops.aten._assert_tensor_metadata.default"})
+"""Assertions that torch.export inserts about the dtypes of earlier operators."""
 
 
 def _slice_scatter(
@@ -421,12 +423,13 @@ _IN_PLACE: dict[str, Callable[..., Any]] = {
     "torch.ops.aten.index_copy.default": torch.ops.aten.index_copy_.default,
     "torch.ops.aten.slice_scatter.default": _slice_scatter,
 }
-"""Operators that give a changed copy -> what changes the tensor itself."""
+"""Operators that return a changed copy -> the operator that changes the tensor itself."""
 
 
-def _updated_in_place(graph: Graph) -> set[str]:
-    """The values that may be made by changing the input that is to hold them, as nobody else reads what it held."""
-    readers = Counter(ref.name for node in graph.nodes for ref in _refs([node.args, node.kwargs]))
+def _find_in_place(graph: Graph) -> set[str]:
+    """The values that may be computed in place in the input that they update, since nothing else reads its old
+    content."""
+    readers = Counter(ref.name for node in graph.nodes for ref in _find_refs([node.args, node.kwargs]))
     readers.update([*(ref.name for ref in graph.outputs), *graph.updates.values()])
     changed = {
         node.outputs[0]: node.args[0].name

@@ -1,4 +1,4 @@
-"""Threads, and connections to devices, do not survive a fork: a child that would wait for them is told so instead."""
+"""Refuse models in forked children, where their threads and connections to devices are gone and a call would hang."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import os
 
 from ..errors import UsageError
 
-__all__ = ["Process"]
+__all__ = ["ForkGuard"]
 
 
-class Process:
-    """The process in which something is that engines need.
+class ForkGuard:
+    """Remembers the process that opened a model, and refuses calls in its forks.
 
     Args:
-        pid: the process.
-        held: what is there, as in "the 2 threads"; nothing if all of it survives a fork.
+        held: what a fork loses, as errors call it: "the 2 threads"; empty if nothing.
+        pid: the process; by default the current one.
     """
 
     def __init__(self, held: str, pid: int | None = None) -> None:
         self._held, self._pid = held, pid or os.getpid()
 
     @classmethod
-    def of_threads(cls, count: int, pid: int | None = None) -> Process:
-        """Of these threads, the caller's being one of them."""
+    def of_threads(cls, count: int, pid: int | None = None) -> ForkGuard:
+        """A guard of `count` threads, the caller's among them."""
         return cls(f"the {count} threads that run this model" if count > 1 else "", pid)
 
     def check(self) -> None:

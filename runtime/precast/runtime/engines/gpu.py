@@ -1,4 +1,4 @@
-"""A GPU as a place where native code runs: PyTorch's runner for it, a stream of its own, and CUDA graphs."""
+"""A GPU as the backend of a Device: PyTorch's runner for native code, a stream of its own, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Gpu:
         self._is_refused = False
 
     def open(self, path: str) -> Any:
-        """See Place."""
+        """See DeviceBackend."""
         # The last argument is `run_single_threaded`: otherwise the library asks events of its own whether the last run
         # is through, which must not be asked of a recorded one. Those who run it here take turns anyway.
         runner: Any = torch._C._aoti.AOTIModelContainerRunnerCuda
         return runner(path, 1, str(self.device), "", True)
 
     def stream(self) -> AbstractContextManager[Any]:
-        """See Place."""
+        """See DeviceBackend."""
         return torch.cuda.stream(self._stream)
 
     def record(self, compute: Compute) -> Compute:
-        """See Place. A RuntimeWarning says, once, where that cannot be done."""
+        """See DeviceBackend. A RuntimeWarning says, once, where that cannot be done."""
         if self._is_refused:
             return compute
         graph = torch.cuda.CUDAGraph()
@@ -46,7 +46,7 @@ class Gpu:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 found = compute()
         except RuntimeError as error:
-            self._refuse(error)
+            self._warn_once(error)
             return compute
 
         def replay() -> list[torch.Tensor]:
@@ -55,7 +55,7 @@ class Gpu:
 
         return replay
 
-    def _refuse(self, error: RuntimeError) -> None:
+    def _warn_once(self, error: RuntimeError) -> None:
         self._is_refused = True
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(

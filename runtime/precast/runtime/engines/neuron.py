@@ -32,9 +32,9 @@ from ..hosts.neuron import neuron_host
 from ..hosts.neuron_sdk import without_sdk
 from ..terminal import quoted
 from . import Arrays, Settings, Step, move_rows
-from .fork import Process
-from .torch_views import bound_tensor, bound_tensors
-from .verified_files import Files
+from .fork import ForkGuard
+from .torch_views import bind_tensor, bind_tensors
+from .verified_files import VerifiedFiles
 
 __all__ = ["NeuronEngine"]
 
@@ -44,19 +44,19 @@ class NeuronEngine:
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        groups = _groups(settings.cores, _width(variant))
+        groups = _group_cores(settings.cores, _cores_per_graph(variant))
         files = _Files(artifact, variant)
-        kind = _Built if variant.compiler.options.get("strategy") == "model-builder" else _Traced
-        if kind is _Built and groups != [tuple(range(_width(variant)))]:
+        kind = _NxdReplica if variant.compiler.options.get("strategy") == "model-builder" else _TracedReplica
+        if kind is _NxdReplica and groups != [tuple(range(_cores_per_graph(variant)))]:
             raise UsageError(
                 f"cores={','.join(map(str, settings.cores))}: a model of --strategy model-builder takes the first "
-                f"{_width(variant)} cores that its process sees. Leave cores out, and choose them by the environment "
-                f"variable NEURON_RT_VISIBLE_CORES, for example NEURON_RT_VISIBLE_CORES=2-3."
+                f"{_cores_per_graph(variant)} cores that its process sees. Leave cores out, and choose them by the "
+                f"environment variable NEURON_RT_VISIBLE_CORES, for example NEURON_RT_VISIBLE_CORES=2-3."
             )
         self._replicas = [kind(files, group) for group in groups]
         self._turns = itertools.cycle(self._replicas)
-        self._process = Process("its connection to the Neuron device")
-        self._held: dict[int, _Held] = {}
+        self._process = ForkGuard("its connection to the Neuron device")
+        self._held: dict[int, _SessionCaches] = {}
         self._lock = threading.Lock()
 
     @property
@@ -67,43 +67,45 @@ class NeuronEngine:
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
         described = self._graphs[graph]
-        given, targets = bound_tensors(described, inputs, outputs)
+        given, targets = bind_tensors(described, inputs, outputs)
         names = _cache_names(described)
         named = dict(zip((spec.name for spec in described.inputs), given, strict=True))
         with self._lock:
-            held = self._hold(described, inputs) if names else None
+            held = self._track_caches(described, inputs) if names else None
             replica = held.replica if held else next(self._turns)
         opened = replica.open(described)
         rest = [named[name] for name in named if name not in names]
         return _Bound(opened, replica.lock, rest, targets, named, held, self._process)
 
     def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
-        """See KeepsCaches. It is done on the host; from there the next step brings them back."""
+        """See OwnsCaches. It is done on the host; from there the next step brings them back."""
         with self._lock:
-            held = self._held.get(_address(next(iter(caches.values()))))
+            held = self._held.get(_address_of(next(iter(caches.values()))))
         if held is not None:
             with held.replica.lock:
                 held.fetch()
         move_rows(caches, to, parents, live)
 
-    def _hold(self, graph: Graph, inputs: Arrays) -> _Held:
-        """What is known of these caches; their owner is known by where they lie."""
+    def _track_caches(self, graph: Graph, inputs: Arrays) -> _SessionCaches:
+        """The record of these caches, by the address of the session's first array; made at their first use."""
         specs = {spec.name: spec for spec in graph.inputs}
         arrays = {name: inputs[name] for name in _cache_names(graph)}
         first = next(iter(arrays.values()))
-        if _address(first) not in self._held:
+        if _address_of(first) not in self._held:
             replica = next(self._turns)
-            self._held[_address(first)] = _Held([(specs[name], each) for name, each in arrays.items()], replica)
-            weakref.finalize(first, self._held.pop, _address(first), None)
-        return self._held[_address(first)]
+            self._held[_address_of(first)] = _SessionCaches(
+                [(specs[name], each) for name, each in arrays.items()], replica
+            )
+            weakref.finalize(first, self._held.pop, _address_of(first), None)
+        return self._held[_address_of(first)]
 
 
-def _width(variant: Variant) -> int:
-    """How many cores a graph runs on."""
+def _cores_per_graph(variant: Variant) -> int:
+    """How many NeuronCores a graph runs on."""
     return int(variant.compiler.options.get("cores", 1))
 
 
-def _groups(cores: Sequence[int], width: int) -> list[tuple[int, ...]]:
+def _group_cores(cores: Sequence[int], width: int) -> list[tuple[int, ...]]:
     """The cores of each replica, by default of one. Raises UsageError, HostError."""
     cores = tuple(cores) or tuple(range(width))
     if len(cores) % width:
@@ -121,19 +123,19 @@ def _cache_names(graph: Graph) -> list[str]:
     return [name for layer in graph.cache for name in (layer.key_in, layer.value_in)]
 
 
-def _address(array: np.ndarray[Any, Any]) -> int:
+def _address_of(array: np.ndarray[Any, Any]) -> int:
     return int(array.ctypes.data)
 
 
-class _Files(Files):
-    """With what the graphs say of their weights."""
+class _Files(VerifiedFiles):
+    """A variant's files, and whether the weights are inlined in the graphs."""
 
     def __init__(self, artifact: Artifact, variant: Variant) -> None:
         super().__init__(artifact, variant)
         self.inlined = bool(variant.compiler.options.get("inline_weights", False))
 
 
-def _sdk(module: str) -> Any:
+def _import_sdk(module: str) -> Any:
     """A module of the SDK. Raises HostError where it cannot be imported."""
     try:
         return import_module(module)
@@ -141,21 +143,21 @@ def _sdk(module: str) -> Any:
         raise HostError(without_sdk(module, str(error))) from error
 
 
-class _Place(Protocol):
-    """Caches on the device. `holder` is whose they are now."""
+class _DeviceCaches(Protocol):
+    """Caches on the device; `holder` is the session whose values they hold."""
 
-    holder: _Held | None
+    holder: _SessionCaches | None
 
     def read(self) -> Sequence[Tensor]: ...
 
     def write(self, values: Sequence[Tensor]) -> None: ...
 
 
-class _Opened(Protocol):
-    """A graph that can be run, and where its caches are, if it has any."""
+class _OpenGraph(Protocol):
+    """A loaded graph, and its caches on the device, if it has any."""
 
     graph: Graph
-    place: _Place | None
+    place: _DeviceCaches | None
 
     def run(self, given: Sequence[Tensor]) -> Any: ...
 
@@ -165,10 +167,10 @@ class _Replica(Protocol):
 
     lock: threading.Lock
 
-    def open(self, graph: Graph) -> _Opened: ...
+    def open(self, graph: Graph) -> _OpenGraph: ...
 
 
-class _Traced:
+class _TracedReplica:
     """A file per graph, each with weights and caches of its own on the device."""
 
     def __init__(self, files: _Files, cores: Sequence[int]) -> None:
@@ -176,37 +178,37 @@ class _Traced:
         self._files, self._core = files, cores[0]
         self._opened: dict[str, _Module] = {}
 
-    def open(self, graph: Graph) -> _Opened:
+    def open(self, graph: Graph) -> _OpenGraph:
         with self.lock:
             if graph.name not in self._opened:
-                self._opened[graph.name] = self._load(graph)
+                self._opened[graph.name] = self._load_file(graph)
             return self._opened[graph.name]
 
-    def _load(self, graph: Graph) -> _Module:
-        sdk, path = _sdk("torch_neuronx"), self._files.path(graph.name)
+    def _load_file(self, graph: Graph) -> _Module:
+        sdk, path = _import_sdk("torch_neuronx"), self._files.path(graph.name)
         try:
             cores = sdk.neuron_cores_context(start_nc=self._core, nc_count=1)
-            with self._files.by_path(graph.name) as file, _loading(), cores:
+            with self._files.by_path(graph.name) as file, _exclusive_loading(), cores:
                 module = torch.jit.load(str(file))
-            own = {name.partition(":")[2]: each for name, each in self._own(graph.name)}
+            own = {name.partition(":")[2]: each for name, each in self._own_weights(graph.name)}
             if own:
                 sdk.replace_weights(module, own)
             if not self._files.inlined:
                 sdk.move_trace_to_device(module, self._core)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise _unopened(path, error) from error
+            raise _cannot_open(path, error) from error
         return _Module(graph, module, path)
 
-    def _own(self, graph: str) -> Iterator[tuple[str, Tensor]]:
+    def _own_weights(self, graph: str) -> Iterator[tuple[str, Tensor]]:
         return (item for item in self._files.weights().items() if item[0].startswith(f"{graph}:"))
 
 
 _PLACING = threading.Lock()
-"""Where a file is loaded is a setting of the process, not of the thread."""
+"""The core on which a file is loaded is a setting of the process, not of the thread."""
 
 
 @contextmanager
-def _loading() -> Iterator[None]:
+def _exclusive_loading() -> Iterator[None]:
     with _PLACING, warnings.catch_warnings():
         # PyTorch gives TorchScript up, which is what the SDK writes; from 2.14 on it says so by a FutureWarning.
         for category in (DeprecationWarning, FutureWarning):
@@ -215,11 +217,11 @@ def _loading() -> Iterator[None]:
 
 
 class _Module:
-    """What torch_neuronx.trace made of a graph, loaded; its caches are parameters, in the order of the layers."""
+    """A loaded graph of torch_neuronx.trace; its caches are the module's parameters, in the order of the layers."""
 
     def __init__(self, graph: Graph, module: Any, path: Path) -> None:
         self.graph, self.run_module, self.holder = graph, module, None
-        self.place: _Place | None = self if graph.cache else None
+        self.place: _DeviceCaches | None = self if graph.cache else None
         shapes = {spec.name: spec.shape for spec in graph.inputs}
         wanted = [shapes[name] for name in _cache_names(graph)]
         self._caches = [each for name, each in module.named_parameters() if not name.startswith("weights.")]
@@ -227,7 +229,7 @@ class _Module:
             found = [list(each.shape) for each in self._caches[:2]]
             raise FormatError(f"{path} holds other caches than the artifact says: {len(self._caches)} of {found}.")
 
-    holder: _Held | None
+    holder: _SessionCaches | None
 
     def run(self, given: Sequence[Tensor]) -> Any:
         return self.run_module(*given)
@@ -241,36 +243,36 @@ class _Module:
                 cache.copy_(value)
 
 
-class _Built:
-    """One file for all graphs, over one set of weights and caches, spread over the first cores."""
+class _NxdReplica:
+    """One NxDModel with all graphs, over one set of weights and caches, sharded over the first cores."""
 
     def __init__(self, files: _Files, cores: Sequence[int]) -> None:
         self.lock = threading.Lock()
         self._files, self._cores = files, cores
         self._place: _Buffers | None = None
 
-    def open(self, graph: Graph) -> _Opened:
+    def open(self, graph: Graph) -> _OpenGraph:
         with self.lock:
             if self._place is None:
-                self._place = _Buffers(self._load(graph), graph, len(self._cores))
-            return _Routed(graph, self._place)
+                self._place = _Buffers(self._load_file(graph), graph, len(self._cores))
+            return _NxdGraph(graph, self._place)
 
-    def _load(self, graph: Graph) -> Any:
-        _sdk("torch_neuronx")
+    def _load_file(self, graph: Graph) -> Any:
+        _import_sdk("torch_neuronx")
         path = self._files.path(graph.name)
         weights = self._files.weights()
         try:
-            with self._files.by_path(graph.name) as file, _loading():
-                model = _sdk("neuronx_distributed").NxDModel.load(str(file))
-            model.set_weights([_share_of(weights, rank, len(self._cores)) for rank in range(len(self._cores))])
+            with self._files.by_path(graph.name) as file, _exclusive_loading():
+                model = _import_sdk("neuronx_distributed").NxDModel.load(str(file))
+            model.set_weights([_shard_of(weights, rank, len(self._cores)) for rank in range(len(self._cores))])
             model.to_neuron()
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-            raise _unopened(path, error) from error
+            raise _cannot_open(path, error) from error
         return model
 
 
-def _share_of(weights: Mapping[str, Tensor], rank: int, cores: int) -> dict[str, Tensor]:
-    """The weights of one core: what is spread is so by rows."""
+def _shard_of(weights: Mapping[str, Tensor], rank: int, cores: int) -> dict[str, Tensor]:
+    """The weights of one core: sharded ones are split by rows."""
     return {name: each.chunk(cores)[rank] if name.startswith("sharded.") else each for name, each in weights.items()}
 
 
@@ -281,7 +283,7 @@ class _Buffers:
         self.model, self.holder, self._cores = model, None, cores
         self._names = [f"cache_{index}" for index in range(len(_cache_names(graph)))]
 
-    holder: _Held | None
+    holder: _SessionCaches | None
 
     def read(self) -> Sequence[Tensor]:
         return [self.model.read_from_neuron_buffer(name, 0) for name in self._names]
@@ -292,28 +294,28 @@ class _Buffers:
                 self.model.write_to_neuron_buffer(value, name, rank)
 
 
-class _Routed:
-    """One graph of an NxDModel, which picks it by the shapes that it is given."""
+class _NxdGraph:
+    """One graph of an NxDModel, which picks it by the shapes of its inputs."""
 
     def __init__(self, graph: Graph, buffers: _Buffers) -> None:
         self.graph, self._buffers = graph, buffers
-        self.place: _Place | None = buffers if graph.cache else None
+        self.place: _DeviceCaches | None = buffers if graph.cache else None
 
     def run(self, given: Sequence[Tensor]) -> Any:
         return self._buffers.model(*given)
 
 
-class _Held:
-    """A session's caches: arrays on the host, and where on the device their newest values are, if anywhere."""
+class _SessionCaches:
+    """A session's caches: its arrays on the host, and the device caches that hold their newest values, if any do."""
 
     def __init__(self, arrays: Sequence[tuple[Input, np.ndarray[Any, Any]]], replica: _Replica) -> None:
-        # Not to keep alive what the session has let go of.
+        # Weak references: the caches end with their session.
         self._arrays = [(spec, weakref.ref(array)) for spec, array in arrays]
         self.replica = replica
-        self._place: _Place | None = None
+        self._place: _DeviceCaches | None = None
 
-    def bring(self, place: _Place, *, is_needed: bool) -> None:
-        """Have the caches at `place`; what they hold comes along if it is needed."""
+    def bring(self, place: _DeviceCaches, *, is_needed: bool) -> None:
+        """Move the caches to `place`, with their values if these are needed."""
         if place is self._place:
             return
         if place.holder is not None:
@@ -325,7 +327,7 @@ class _Held:
         self._place, place.holder = place, self
 
     def fetch(self) -> None:
-        """Have the caches on the host, where their owner is still there."""
+        """Copy the caches back to the host's arrays, if their session still exists."""
         place, self._place = self._place, None
         if place is None:
             return
@@ -335,23 +337,23 @@ class _Held:
                 target.copy_(value)
 
     def _on_host(self) -> list[Tensor]:
-        """The arrays; none where their owner is gone."""
+        """The host's arrays as tensors; none where their session is gone."""
         found = [(spec, array) for spec, reference in self._arrays if (array := reference()) is not None]
-        return [bound_tensor(spec, array) for spec, array in found] if len(found) == len(self._arrays) else []
+        return [bind_tensor(spec, array) for spec, array in found] if len(found) == len(self._arrays) else []
 
 
 class _Bound:
-    """A graph tied to arrays."""
+    """A graph bound to arrays."""
 
     def __init__(
         self,
-        opened: _Opened,
+        opened: _OpenGraph,
         lock: threading.Lock,
         given: list[Tensor],
         targets: list[Tensor],
         named: Mapping[str, Tensor],
-        held: _Held | None,
-        process: Process,
+        held: _SessionCaches | None,
+        process: ForkGuard,
     ) -> None:
         self._process = process
         self._opened, self._lock, self._given, self._targets, self._held = opened, lock, given, targets, held
@@ -361,13 +363,13 @@ class _Bound:
         self._process.check()
         with self._lock:
             if self._held is not None and self._opened.place is not None:
-                # Without a past nothing that the caches hold is looked at.
+                # Without a past attention reads nothing from the caches.
                 has_past = self._past is None or bool(self._past.any())
                 self._held.bring(self._opened.place, is_needed=has_past)
-            for target, value in zip(self._targets, self._results(), strict=True):
+            for target, value in zip(self._targets, self._run_graph(), strict=True):
                 target.copy_(value)
 
-    def _results(self) -> list[Tensor]:
+    def _run_graph(self) -> list[Tensor]:
         graph = self._opened.graph
         try:
             found = self._opened.run(self._given)
@@ -381,7 +383,7 @@ class _Bound:
         return values
 
 
-def _unopened(path: Path, error: Exception) -> ArtifactError:
+def _cannot_open(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
         f"{path} cannot be opened on a Neuron device: {_last_line(error)} `precast inspect "
         f"{quoted(path.parent)}` says what it was compiled for and what is here."
@@ -389,6 +391,6 @@ def _unopened(path: Path, error: Exception) -> ArtifactError:
 
 
 def _last_line(error: Exception) -> str:
-    """Of what the runtime says, which ends with the reason."""
+    """The last line of a runtime's message, which is where its reason is."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[-1].rstrip('.')}." if lines else f"{type(error).__name__}."

@@ -25,9 +25,9 @@ from ..artifact.schema import Graph, Variant
 from ..errors import ArtifactError, FormatError, HostError
 from ..hosts.machine import usable_cores
 from . import Arrays, Settings, Step
-from .fork import Process
+from .fork import ForkGuard
 from .onnx_prepack import DATA, GRAPH, Entry, is_wanted
-from .providers import Place, choose_place
+from .providers import ProviderChoice, choose_provider
 
 __all__ = ["OnnxEngine"]
 
@@ -42,56 +42,58 @@ class OnnxEngine:
     """One session per graph, opened when first bound and shared by all who bind it.
 
     On the CPU, the first to open a graph on a machine saves its packed weights, which those after it map
-    (`..prepacked`). Raises HostError where this build of ONNX Runtime lacks the provider that is asked for.
+    (`.onnx_prepack`). Raises HostError where this build of ONNX Runtime lacks the provider that is asked for.
     """
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
         self._artifact, self._variant, self._settings = artifact, variant, settings
         self._threads = settings.threads or usable_cores()
-        self._place = choose_place(
+        self._choice = choose_provider(
             settings.device, settings.provider, onnxruntime.get_available_providers(), onnxruntime.__version__
         )
         self._graphs = {graph.name: graph for graph in variant.graphs}
         self._lock = threading.Lock()
-        _load_libraries(self._place)
+        _load_libraries(self._choice)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        is_home = self._place.is_home
-        self._process = Process.of_threads(self._threads) if is_home else Process(f"its connection to {self._place}")
+        is_cpu_provider = self._choice.is_cpu_provider
+        self._process = (
+            ForkGuard.of_threads(self._threads) if is_cpu_provider else ForkGuard(f"its connection to {self._choice}")
+        )
         _engines.add(self)
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
-        session = self._session(graph)
-        if self._place.is_home:
-            return _BoundGraph(session, inputs, outputs, self._place, self._process)
-        return _CopyingGraph(session, inputs, outputs, self._place, self._process)
+        session = self._get_session(graph)
+        if self._choice.is_cpu_provider:
+            return _BoundGraph(session, inputs, outputs, self._choice, self._process)
+        return _CopyingGraph(session, inputs, outputs, self._choice, self._process)
 
     def keep(self) -> None:
         """Never close the sessions: that would wait for their threads to end."""
         for session in self._sessions.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
-    def _session(self, graph: str) -> onnxruntime.InferenceSession:
+    def _get_session(self, graph: str) -> onnxruntime.InferenceSession:
         with self._lock:
             if graph not in self._sessions:
-                self._sessions[graph] = self._open(self._graphs[graph])
+                self._sessions[graph] = self._open_graph(self._graphs[graph])
             return self._sessions[graph]
 
-    def _open(self, graph: Graph) -> onnxruntime.InferenceSession:
-        external = self._external(graph)
+    def _open_graph(self, graph: Graph) -> onnxruntime.InferenceSession:
+        external = self._external_files(graph)
         # Saved and opened again, packed MatMulNBits weights gave NaN or zeros with ONNX Runtime 1.31, in some graphs
         # and without an error. Quantized weights are small and packed quickly; they do without.
-        wanted = self._settings.prepack and is_wanted() and self._place.is_home
+        wanted = self._settings.prepack and is_wanted() and self._choice.is_cpu_provider
         if self._variant.quantization is not None or not wanted:
-            return self._open_verified(graph, external, self._options())
+            return self._open_verified(graph, external, self._session_options())
         entry = Entry(self._artifact, self._variant, graph, _BUILD)
         return (
             self._open_packed(entry)
-            or self._pack(entry, graph, external)
-            or self._open_verified(graph, external, self._options())
+            or self._pack_weights(entry, graph, external)
+            or self._open_verified(graph, external, self._session_options())
         )
 
-    def _external(self, graph: Graph) -> list[str]:
+    def _external_files(self, graph: Graph) -> list[str]:
         """The files with weights that the graph opens. Raises FormatError where one is not among those of its variant:
         nobody would have verified it."""
         path, folder = self._artifact.path / graph.file, PurePosixPath(graph.file).parent
@@ -109,22 +111,22 @@ class OnnxEngine:
         path = entry.find(force=self._settings.verify)
         if path is None:
             return None
-        options = self._options()
+        options = self._session_options()
         # The saved graph is the optimized one: as it is, it computes what it computed when it was saved.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = _start(path, options, self._place, self._threads)
+            session = _start_session(path, options, self._choice, self._threads)
         except ArtifactError as error:
             entry.drop(str(error))
             return None
         return session if entry.find() else None
 
-    def _pack(self, entry: Entry, graph: Graph, external: list[str]) -> onnxruntime.InferenceSession | None:
+    def _pack_weights(self, entry: Entry, graph: Graph, external: list[str]) -> onnxruntime.InferenceSession | None:
         packing = entry.pack()
         if packing is None:
             return None
         try:
-            session = self._open_verified(graph, external, _saving(self._options(), packing.path))
+            session = self._open_verified(graph, external, _with_saving(self._session_options(), packing.path))
         except ArtifactError as error:
             # A full disk, or there is something wrong with the artifact, which the caller then finds out.
             packing.discard()
@@ -140,10 +142,10 @@ class OnnxEngine:
         self, graph: Graph, external: list[str], options: onnxruntime.SessionOptions
     ) -> onnxruntime.InferenceSession:
         # Other providers name what they cache by where the graph lies.
-        with self._artifact.contents.path(graph.file, *external, is_pinned=self._place.is_home) as path:
-            return _start(self._artifact.path / graph.file, options, self._place, self._threads, path)
+        with self._artifact.contents.path(graph.file, *external, is_pinned=self._choice.is_cpu_provider) as path:
+            return _start_session(self._artifact.path / graph.file, options, self._choice, self._threads, path)
 
-    def _options(self) -> onnxruntime.SessionOptions:
+    def _session_options(self) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
         # Whatever a file is called: its other format is not what was looked through for external data.
         options.add_session_config_entry("session.load_model_format", "ONNX")
@@ -164,8 +166,8 @@ def _keep_all() -> None:
 os.register_at_fork(after_in_child=_keep_all)
 
 
-def _saving(options: onnxruntime.SessionOptions, folder: Path) -> onnxruntime.SessionOptions:
-    """Let a session save what it has made of its graph and weights."""
+def _with_saving(options: onnxruntime.SessionOptions, folder: Path) -> onnxruntime.SessionOptions:
+    """Make a session save its optimized graph and packed weights in `folder`."""
     options.optimized_model_filepath = os.fspath(folder / GRAPH)
     for key, value in {
         "optimized_model_external_initializers_file_name": DATA,
@@ -176,110 +178,120 @@ def _saving(options: onnxruntime.SessionOptions, folder: Path) -> onnxruntime.Se
     return options
 
 
-def _load_libraries(place: Place) -> None:
-    """CUDA and cuDNN as pip installs them, which lie where the system's loader does not look."""
-    if place.device == "cuda":
-        # It prints what it does not find, and standard output is the caller's.
+def _load_libraries(choice: ProviderChoice) -> None:
+    """Load CUDA and cuDNN as pip installs them, which lie where the system's loader does not look."""
+    if choice.device == "cuda":
+        # It prints which libraries it does not find, and standard output is the caller's.
         with redirect_stdout(sys.stderr):
             onnxruntime.preload_dlls()
 
 
-def _start(
-    path: Path, options: onnxruntime.SessionOptions, place: Place, threads: int, source: Path | None = None
+def _start_session(
+    path: Path, options: onnxruntime.SessionOptions, choice: ProviderChoice, threads: int, source: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """The session of the graph at `path`; `source` is another path that leads there."""
+    """Open the graph at `path`; `source` is another path to the same file. Raises ArtifactError, HostError."""
     source = source or path
     try:
         # Its fallback would open the graph on the CPU, and say so on standard output only.
         session = onnxruntime.InferenceSession(
-            os.fspath(source), options, providers=place.arguments(threads), enable_fallback=0
+            os.fspath(source), options, providers=choice.arguments(threads), enable_fallback=0
         )
     except Exception as error:
         # ONNX Runtime raises a dozen types of its own without a common base.
-        reason = _said(error).replace(os.fspath(source.parent), os.fspath(path.parent))
-        raise ArtifactError(_cannot(f"open {path}", place, reason)) from error
-    _check_taken(session, place)
+        reason = _message_of(error).replace(os.fspath(source.parent), os.fspath(path.parent))
+        raise ArtifactError(_describe_failure(f"open {path}", choice, reason)) from error
+    _check_taken(session, choice)
     return session
 
 
-def _check_taken(session: onnxruntime.InferenceSession, place: Place) -> None:
-    """A provider that finds no driver is left out, with a line on standard error. Raises HostError."""
+def _check_taken(session: onnxruntime.InferenceSession, choice: ProviderChoice) -> None:
+    """Raise HostError where ONNX Runtime left the provider out, as it does where its driver is missing."""
     taken = session.get_providers()
-    if taken[0] != place.provider.full_name:
+    if taken[0] != choice.provider.full_name:
         raise HostError(
-            f"ONNX Runtime {onnxruntime.__version__} has {place.provider.full_name} and could not start it on "
-            f"{place.device}; it would have run on {taken[0]} instead. It needs {place.provider.needs}: standard error "
-            f"says what was missing. Leave device and provider out to run on the CPU."
+            f"ONNX Runtime {onnxruntime.__version__} has {choice.provider.full_name} and could not start it on "
+            f"{choice.device}; it would have run on {taken[0]} instead. It needs {choice.provider.needs}: standard "
+            f"error says what was missing. Leave device and provider out to run on the CPU."
         )
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def _cannot(what: str, place: Place, said: str) -> str:
+def _describe_failure(what: str, choice: ProviderChoice, said: str) -> str:
     cause = f"ONNX Runtime {onnxruntime.__version__} cannot {what}"
-    if place.is_home:
+    if choice.is_cpu_provider:
         return f"{cause}: {said.splitlines()[0]}"
     reason = " ".join(said.split())
-    return f"{cause} with {place}: {reason}. Leave device and provider out to run it on the CPU."
+    return f"{cause} with {choice}: {reason}. Leave device and provider out to run it on the CPU."
 
 
 class _Graph:
-    """A graph's session, whose process and failures are looked after at each call."""
+    """Base of graphs that run: failures become ArtifactErrors, use in a forked child is refused."""
 
-    def __init__(self, place: Place, process: Process) -> None:
-        self._place, self._process = place, process
+    def __init__(self, choice: ProviderChoice, process: ForkGuard) -> None:
+        self._choice, self._process = choice, process
 
-    def _call(self, what: str, function: Any, *arguments: Any) -> Any:
+    def _run_checked(self, what: str, function: Any, *arguments: Any) -> Any:
         try:
             return function(*arguments)
         except Exception as error:
             # ONNX Runtime raises a dozen types of its own without a common base; some providers compile, and fail, only
             # when they run.
-            raise ArtifactError(_cannot(what, self._place, _said(error))) from error
+            raise ArtifactError(_describe_failure(what, self._choice, _message_of(error))) from error
 
 
 class _BoundGraph(_Graph):
-    """A session with a binding to arrays that it keeps alive."""
+    """A graph bound to arrays, which it reads and writes in place and keeps alive."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays, place: Place, process: Process
+        self,
+        session: onnxruntime.InferenceSession,
+        inputs: Arrays,
+        outputs: Arrays,
+        choice: ProviderChoice,
+        process: ForkGuard,
     ) -> None:
-        super().__init__(place, process)
+        super().__init__(choice, process)
         self._binding, self._run = session.io_binding(), session.run_with_iobinding
         self._kept = [
-            *(self._bind(self._binding.bind_ortvalue_input, name, array) for name, array in inputs.items()),
-            *(self._bind(self._binding.bind_ortvalue_output, name, array) for name, array in outputs.items()),
+            *(self._bind_array(self._binding.bind_ortvalue_input, name, array) for name, array in inputs.items()),
+            *(self._bind_array(self._binding.bind_ortvalue_output, name, array) for name, array in outputs.items()),
         ]
 
     def __call__(self) -> None:
         self._process.check()
-        self._call("run the graph", self._run, self._binding)
+        self._run_checked("run the graph", self._run, self._binding)
 
-    def _bind(self, bind: Any, name: str, array: Any) -> Any:
-        """An OrtValue made from an array shares its memory but does not keep it."""
+    def _bind_array(self, bind: Any, name: str, array: Any) -> Any:
+        """Bind an array. Its OrtValue shares the memory but does not keep the array alive, so both are returned."""
         value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         assert value.data_ptr() == array.ctypes.data, f"{name} was copied instead of shared"
-        self._call(f"bind {name}", bind, name, value)
+        self._run_checked(f"bind {name}", bind, name, value)
         return array, value
 
 
 class _CopyingGraph(_Graph):
-    """A session on a device, or with a provider, that has memory of its own.
+    """A graph on a device, or with a provider, that has memory of its own: inputs and outputs are copied.
 
     Nothing is bound: a device's copy of an input is made when that is bound and not again, and a provider that knows
     nothing of caches which are both input and output may read what it has just overwritten.
     """
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, inputs: Arrays, outputs: Arrays, place: Place, process: Process
+        self,
+        session: onnxruntime.InferenceSession,
+        inputs: Arrays,
+        outputs: Arrays,
+        choice: ProviderChoice,
+        process: ForkGuard,
     ) -> None:
-        super().__init__(place, process)
-        self._session, self._inputs, self._outputs = session, dict(inputs), dict(outputs)
+        super().__init__(choice, process)
+        self._get_session, self._inputs, self._outputs = session, dict(inputs), dict(outputs)
 
     def __call__(self) -> None:
         self._process.check()
-        found = self._call("run the graph", self._session.run, list(self._outputs), self._inputs)
+        found = self._run_checked("run the graph", self._get_session.run, list(self._outputs), self._inputs)
         for array, result in zip(self._outputs.values(), found, strict=True):
             np.copyto(array, result, casting="no")

@@ -1,4 +1,4 @@
-"""Weights as this machine's kernels want them, saved once and memory-mapped by everyone after.
+"""Weights in the layout of this machine's kernels, saved once and memory-mapped by all later processes.
 
 ONNX Runtime copies most weights into a layout of its own whenever it opens a graph: seconds of work, and private memory
 of about their size in every process. It can save graph and layout, and open that instead. It does not check what it
@@ -42,9 +42,9 @@ FORMAT = 3
 MIN_BYTES = 16 * 2**20
 """Graphs with less are opened in no time anyway."""
 MOST = 2.5
-"""Once the graphs of an artifact have saved more than so many times its weights, no further one is saved. Where all
-pack the same, as those of a decoder, that is kept once and never reached; the buckets of an encoder differ in what was
-folded for their lengths, and each keeps its own."""
+"""Once the graphs of an artifact have saved more than so many times its weights, no further one is saved. The graphs of
+a decoder pack the same weights, which are kept once; the buckets of an encoder differ in the constants folded for their
+lengths, and each keeps its own."""
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 THREAD = "precast-prepacked"
 
@@ -54,12 +54,12 @@ _one_at_a_time = threading.Lock()
 
 
 def is_wanted() -> bool:
-    """False where the environment says `PRECAST_PREPACK=0`."""
+    """Whether packed weights are saved: not where the environment says `PRECAST_PREPACK=0`."""
     return os.environ.get("PRECAST_PREPACK") != "0"
 
 
 def limit() -> int:
-    """Bytes that all entries together may take: `PRECAST_PREPACK_GB`, 20 if not set. Raises UsageError."""
+    """The bytes that all entries together may take: `PRECAST_PREPACK_GB`, 20 if not set. Raises UsageError."""
     asked = os.environ.get("PRECAST_PREPACK_GB") or "20"
     try:
         return int(float(asked) * 1e9)
@@ -89,15 +89,15 @@ class Entry:
         self.artifact = artifact.contract.digest
         self.sources = {name: files[name] for name in (graph.file, *variant.weights)}
         hashes = {name: file.sha256 for name, file in self.sources.items()}
-        self.key = _key([self.artifact, graph.file, hashes], build)
+        self.key = _entry_key([self.artifact, graph.file, hashes], build)
         self.path = cache.place("prepacked") / self.key
 
     def find(self, *, force: bool = False) -> Path | None:
-        """The packed graph, verified; with `force` hashed anew. None where there is none that can be trusted."""
+        """The path of the packed graph, verified, with `force` hashed anew; None where none can be trusted."""
         if sign(b"") is None or not os.path.lexists(self.path):
             return None
         try:
-            manifest = _read(self.path)
+            manifest = _read_manifest(self.path)
             verify_files(self.path, manifest.files, force=force)
         except (OSError, IntegrityError) as error:
             self.drop(str(error))
@@ -112,24 +112,24 @@ class Entry:
         return sum(file.size for file in self.sources.values())
 
     def has_room(self) -> bool:
-        """Whether what other graphs of the artifact have saved leaves room for this one: see MOST."""
+        """Whether the other graphs of the artifact leave room for this one: see MOST."""
         others = [each for each in cache.kept("prepacked") if _artifact_of(each.path) == self.artifact]
         return cache.total_bytes(others) <= MOST * self.size
 
     def drop(self, reason: str) -> None:
-        """Remove what cannot be used, and say so."""
+        """Remove an entry that cannot be used, and log why."""
         _log.warning("The packed weights of %s are not used: %s", printable(self.model), reason)
         with suppress(OSError):
             cache.remove(self.path)
 
     def pack(self) -> Packing | None:
-        """A place to pack into; None where it is not worth it, or nothing can be kept."""
+        """Begin to pack; None where it is not worth it, or nothing can be kept."""
         size = self.size
-        # Both forms of the weights are saved: the kernels that are not among the packed ones read the first.
+        # Weights are saved in both layouts: kernels without a packed form read the plain one.
         if size < MIN_BYTES or 2 * size > limit() or sign(b"") is None or not self.has_room():
             return None
         try:
-            if shutil.disk_usage(_existing(self.path)).free < 3 * size:
+            if shutil.disk_usage(_nearest_existing(self.path)).free < 3 * size:
                 return None
             return Packing(self)
         except OSError as error:
@@ -152,27 +152,27 @@ class Packing:
     def keep(self) -> None:
         """Hash and publish in a thread, while the model already answers; a process that ends waits for it."""
         try:
-            threading.Thread(target=self._keep, name=THREAD).start()
+            threading.Thread(target=self._publish_in_turn, name=THREAD).start()
         except RuntimeError as error:
             # No more threads in this container, or the interpreter is about to end.
             _log.info("The packed weights of %s were not saved: %s", self._entry.model, error)
             self.discard()
 
-    def _keep(self) -> None:
+    def _publish_in_turn(self) -> None:
         with _one_at_a_time:
-            self._publish()
+            self._publish_entry()
 
-    def _publish(self) -> None:
+    def _publish_entry(self) -> None:
         entry = self._entry
         try:
             if not entry.has_room():
                 return
             # What was packed just now may no longer be what was verified when the artifact was opened.
             verify_files(entry.root, entry.sources)
-            files = {path.name: _file(path) for path in sorted(self.path.iterdir())}
-            self._share(files)
+            files = {path.name: _describe_file(path) for path in sorted(self.path.iterdir())}
+            self._link_shared(files)
             added = sum(found.st_size for found in map(Path.stat, self.path.iterdir()) if found.st_nlink == 1)
-            _write(self.path, _Manifest(
+            _write_manifest(self.path, _Manifest(
                 key=entry.key, artifact=entry.artifact, model=entry.model, graph=entry.graph, files=files
             ))  # fmt: skip
             self._stage.publish(entry.path)
@@ -188,9 +188,9 @@ class Packing:
         finally:
             self._stage.close()
 
-    def _share(self, files: dict[str, File]) -> None:
+    def _link_shared(self, files: dict[str, File]) -> None:
         """Graphs of one artifact pack the same weights to the same bytes: keep them once."""
-        holders = _holders(files[DATA]) if DATA in files else {}
+        holders = _entries_with(files[DATA]) if DATA in files else {}
         with suppress(OSError):
             # Where there are no hard links it stays a copy.
             for path in list(holders)[:1]:
@@ -201,12 +201,12 @@ class Packing:
                 remember(path, known)
 
 
-def _holders(data: File) -> dict[Path, dict[str, File]]:
-    """The files of the entries that hold this content, verified."""
+def _entries_with(data: File) -> dict[Path, dict[str, File]]:
+    """The verified files of the entries that hold the same weights."""
     found = {}
     for path in (each.path for each in cache.kept("prepacked")):
         with suppress(OSError, IntegrityError):
-            known = _read(path).files
+            known = _read_manifest(path).files
             if known.get(DATA) == data:
                 verify_files(path, known)
                 found[path] = known
@@ -216,13 +216,13 @@ def _holders(data: File) -> dict[Path, dict[str, File]]:
 def _artifact_of(path: Path) -> str | None:
     """The digest of the artifact that an entry belongs to; None where it is not one of ours."""
     try:
-        return _read(path).artifact
+        return _read_manifest(path).artifact
     except (OSError, IntegrityError):
         return None
 
 
-def _key(content: list[Any], build: str) -> str:
-    facts = [FORMAT, content, build, platform.machine(), _cpu()]
+def _entry_key(content: list[Any], build: str) -> str:
+    facts = [FORMAT, content, build, platform.machine(), _cpu_features()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -232,8 +232,8 @@ _CPU = {
 }  # fmt: skip
 
 
-def _cpu() -> list[str]:
-    """Model and features of the first core, as Linux lists them; elsewhere what Python knows."""
+def _cpu_features() -> list[str]:
+    """Model and features of the first core, as Linux lists them; elsewhere the processor's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             # Not all of it: the kernel asks every core for its frequency.
@@ -243,25 +243,25 @@ def _cpu() -> list[str]:
     return sorted(line for line in block.splitlines() if line.partition(":")[0].strip() in _CPU)
 
 
-def _read(path: Path) -> _Manifest:
-    """The manifest of the entry at `path`. Raises OSError, IntegrityError where it is not our own for this place."""
+def _read_manifest(path: Path) -> _Manifest:
+    """The manifest of the entry at `path`. Raises OSError, IntegrityError where this user did not sign it for it."""
     try:
         signed = msgspec.json.decode(read_regular(path / cache.MANIFEST, strict_json.MAX_BYTES), type=_Signed)
     except msgspec.MsgspecError as error:
         raise IntegrityError(f"{path / cache.MANIFEST} is damaged: {error}.") from None
-    if not hmac.compare_digest(signed.signature.encode(errors="replace"), _signature(signed.manifest).encode()):
+    if not hmac.compare_digest(signed.signature.encode(errors="replace"), _sign_manifest(signed.manifest).encode()):
         raise IntegrityError(f"{path / cache.MANIFEST} was not signed with this user's key.")
     if signed.manifest.key != path.name:
         raise IntegrityError(f"{path} holds the entry {signed.manifest.key[:12]}….")
     return signed.manifest
 
 
-def _write(path: Path, manifest: _Manifest) -> None:
-    data = msgspec.json.encode(_Signed(manifest=manifest, signature=_signature(manifest)))
+def _write_manifest(path: Path, manifest: _Manifest) -> None:
+    data = msgspec.json.encode(_Signed(manifest=manifest, signature=_sign_manifest(manifest)))
     (path / cache.MANIFEST).write_bytes(data)
 
 
-def _signature(manifest: _Manifest) -> str:
+def _sign_manifest(manifest: _Manifest) -> str:
     """Raises IntegrityError where there is no key to sign with."""
     signature = sign(b"prepacked " + msgspec.json.encode(manifest))
     if signature is None:
@@ -269,11 +269,11 @@ def _signature(manifest: _Manifest) -> str:
     return signature
 
 
-def _file(path: Path) -> File:
+def _describe_file(path: Path) -> File:
     return File(size=path.stat().st_size, sha256=sha256_of(path))
 
 
-def _existing(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path

@@ -1,8 +1,8 @@
-"""What torch's operators leave to their caller: checked before each call, as the graph that calls comes from others.
+"""Checks before each call of a torch operator, since graphs may come from strangers and torch trusts its caller.
 
-Three things are. Some operators read or write outside their arguments' memory where shapes disagree, or end the process
-on a value. Some make a result of any size from a few numbers. And Python's own arithmetic has no largest number. Every
-check raises ValueError with the reason.
+Three things are checked. Some operators read or write outside their arguments' memory where shapes disagree, or abort
+the process on a value. Some make a result of any size from a few numbers. And Python's integers have no largest number.
+Every check raises ValueError with the reason.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ import torch
 from torch import Tensor
 
 from ..hosts.machine import memory_bytes
-from .operator_sizes import SIZES, broadcast, columns_of
+from .operator_sizes import SIZES, broadcast_numel, count_columns
 
-__all__ = ["arithmetic", "guarded"]
+__all__ = ["bound_arithmetic", "guard_operator"]
 
 _Function = Callable[..., Any]
 
 _MOST_PIECES = 2**16
 """Tensors that one call may give."""
-_FEW = 2**16
-"""Elements that need no further thought."""
+_SMALL = 2**16
+"""Results of no more elements are never too large."""
 
 
-def guarded(name: str, function: _Function, tensors: int) -> _Function:
-    """`function`, which is called `name` and given so many tensors, behind its checks."""
-    condition, size = _CONDITIONS.get(name), SIZES.get(name, broadcast if tensors > 1 else None)
-    function = _REPLACED.get(name) or (_of_contiguous(function) if name in _CONTIGUOUS else function)
+def guard_operator(name: str, function: _Function, tensors: int) -> _Function:
+    """Wrap the operator `name`, which takes `tensors` tensors, in its checks."""
+    condition, size = _ARGUMENT_CHECKS.get(name), SIZES.get(name, broadcast_numel if tensors > 1 else None)
+    function = _REPLACED.get(name) or (_with_contiguous(function) if name in _CONTIGUOUS else function)
     if condition is None and size is None:
         return function
 
     def checked(*args: Any, **keywords: Any) -> Any:
         if condition is not None:
             condition(*args, **keywords)
-        if size is not None and (elements := size(*args, **keywords)) > _FEW:
+        if size is not None and (elements := size(*args, **keywords)) > _SMALL:
             _check_size(elements, args, keywords)
         return function(*args, **keywords)
 
     return checked
 
 
-def arithmetic(function: _Function) -> _Function:
-    """Arithmetic on sizes: numbers of 64 bits from numbers. A sum takes a list of them."""
+def bound_arithmetic(function: _Function) -> _Function:
+    """Limit arithmetic on sizes to numbers of 64 bits. A sum takes a list of them."""
 
     def bounded(*values: Any) -> Any:
         numbers = values[0] if function is torch.sym_sum else values
@@ -64,18 +64,20 @@ def arithmetic(function: _Function) -> _Function:
 
 
 @cache
-def _memory() -> int:
+def _memory_limit() -> int:
     return memory_bytes()
 
 
 def _check_size(elements: float, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     given = [each.dtype for each in args if isinstance(each, Tensor)]
     dtype = keywords.get("dtype") or next(iter(given), torch.float32)
-    if elements * dtype.itemsize > _memory():
-        raise ValueError(f"its result would have {elements:,.0f} elements of {dtype}, more than memory's {_memory():,}")
+    if elements * dtype.itemsize > _memory_limit():
+        raise ValueError(
+            f"its result would have {elements:,.0f} elements of {dtype}, more than memory's {_memory_limit():,}"
+        )
 
 
-def _of_contiguous(function: _Function) -> _Function:
+def _with_contiguous(function: _Function) -> _Function:
     def contiguous(value: Any) -> Any:
         return value.contiguous() if isinstance(value, Tensor) else value
 
@@ -86,7 +88,7 @@ _CONTIGUOUS = frozenset({"_weight_int4pack_mm_for_cpu", "median", "native_group_
 """Operators that rely on an argument's layout, and read beyond it where it has another."""
 
 
-def _by_dimension(one: str, last: str, default: list[int] | None, *, is_last_first: bool = False) -> _Function:
+def _fft_by_dimension(one: str, last: str, default: list[int] | None, *, is_last_first: bool = False) -> _Function:
     """Fourier transforms along several dimensions, as one after the other: all at once, MKL writes outside its memory
     for some lengths (1000 of them along the middle one, say)."""
 
@@ -97,14 +99,14 @@ def _by_dimension(one: str, last: str, default: list[int] | None, *, is_last_fir
         lengths = [None if length == -1 else length for length in s or [-1] * len(dims)]
         steps = [*zip([one] * (len(dims) - 1) + [last], lengths, dims, strict=True)]
         for name, length, at in reversed(steps) if is_last_first else steps:
-            self = guarded(name, getattr(torch.ops.aten, name).default, 1)(self, length, at, norm)
+            self = guard_operator(name, getattr(torch.ops.aten, name).default, 1)(self, length, at, norm)
         return self
 
     return transform
 
 
 _REPLACED: dict[str, _Function] = {
-    f"fft_{kind}{many}": _by_dimension(
+    f"fft_{kind}{many}": _fft_by_dimension(
         one, f"fft_{kind}", [-2, -1] if many == "2" else None, is_last_first=kind == "rfft"
     )
     for kind, one in (("fft", "fft_fft"), ("ifft", "fft_ifft"), ("rfft", "fft_fft"), ("irfft", "fft_ifft"))
@@ -112,10 +114,10 @@ _REPLACED: dict[str, _Function] = {
 }
 
 
-# What an operator takes for granted.
+# What each operator assumes of its arguments and does not check.
 
 
-def _batch_norm_inference(
+def _check_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, *_: Any
 ) -> None:
     if x.ndim < 2:
@@ -138,7 +140,7 @@ def _check_shape(tensor: Tensor | None, shape: tuple[int, ...], why: str) -> Non
         raise ValueError(f"{list(tensor.shape)} where {why} need {list(shape)}")
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0, *_: Any,
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0, *_: Any,
                **__: Any) -> None:  # fmt: skip
     if key.shape[:-1] != value.shape[:-1]:
         raise ValueError(f"keys {list(key.shape)} and values {list(value.shape)} do not belong together")
@@ -146,19 +148,19 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
         raise ValueError("it drops values at random")
 
 
-def _normalization(
+def _check_normalization(
     x: Tensor, weight: Any, bias: Any, mean: Tensor | None, var: Tensor | None, training: bool, *_: Any
 ) -> None:
     if training and (mean is not None or var is not None):
         raise ValueError("it changes the statistics that it is given")
 
 
-def _dropout(input: Tensor, p: float, train: bool) -> None:  # noqa: A002
+def _check_dropout(input: Tensor, p: float, train: bool) -> None:  # noqa: A002
     if train:
         raise ValueError("it drops values at random")
 
 
-def _int4_product(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> None:
+def _check_int4_product(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> None:
     if group < 1 or x.ndim != 2 or weight.ndim != 2 or scales.ndim != 3:
         raise ValueError(f"{list(x.shape)}, {list(weight.shape)} in groups of {group} are no int4 product")
     groups = -(-x.shape[1] // group)
@@ -166,7 +168,7 @@ def _int4_product(x: Tensor, weight: Tensor, group: int, scales: Tensor) -> None
         raise ValueError(f"scales {list(scales.shape)} do not fit {list(weight.shape)} in groups of {group}")
 
 
-def _division(self: Any, other: Any, *, rounding_mode: str | None = None) -> None:
+def _check_division(self: Any, other: Any, *, rounding_mode: str | None = None) -> None:
     """The smallest integer by -1 has no result, and truncating division ends the process."""
     if rounding_mode != "trunc" or not isinstance(self, Tensor) or self.is_floating_point() or self.is_complex():
         return
@@ -174,7 +176,7 @@ def _division(self: Any, other: Any, *, rounding_mode: str | None = None) -> Non
         raise ValueError(f"the smallest {self.dtype} is divided by -1")
 
 
-def _resampled(
+def _check_upsample(
     self: Tensor, output_size: Any, align_corners: bool = False, scales_h: Any = None, scales_w: Any = None, **_: Any
 ) -> None:
     """A scale that is given beside the size which it should lead to decides where is read."""
@@ -183,49 +185,49 @@ def _resampled(
             raise ValueError(f"{given} times {scale} is not {made}")
 
 
-def _from_columns(self: Tensor, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> None:
+def _check_col2im(self: Tensor, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> None:
     """torch counts columns in 32 bits, which a large padding goes beyond."""
-    columns = columns_of(output_size, kernel_size, dilation, padding, stride)
+    columns = count_columns(output_size, kernel_size, dilation, padding, stride)
     if not self.ndim or self.shape[-1] != columns:
         raise ValueError(f"{list(self.shape)} where {columns:,} columns make {output_size}")
 
 
-def _pieces(self: Tensor, count: int) -> None:
+def _check_pieces(self: Tensor, count: int) -> None:
     if count > _MOST_PIECES:
         raise ValueError(f"{list(self.shape)} in {count:,} pieces, of {_MOST_PIECES:,} at most")
 
 
-def _split(self: Tensor, split_size: Any, dim: int = 0) -> None:
+def _check_split(self: Tensor, split_size: Any, dim: int = 0) -> None:
     if isinstance(split_size, int) and split_size > 0 and self.ndim:
-        _pieces(self, -(-self.shape[dim] // split_size))
+        _check_pieces(self, -(-self.shape[dim] // split_size))
 
 
-def _unbind(self: Tensor, dim: int = 0) -> None:
-    _pieces(self, self.shape[dim])
+def _check_unbind(self: Tensor, dim: int = 0) -> None:
+    _check_pieces(self, self.shape[dim])
 
 
-def _chunk(self: Tensor, chunks: Any, dim: int = 0) -> None:
+def _check_chunk(self: Tensor, chunks: Any, dim: int = 0) -> None:
     if isinstance(chunks, int):
-        _pieces(self, chunks)
+        _check_pieces(self, chunks)
 
 
-_CONDITIONS: dict[str, _Function] = {
-    "_native_batch_norm_legit_no_training": _batch_norm_inference,
-    "_weight_int4pack_mm_for_cpu": _int4_product,
+_ARGUMENT_CHECKS: dict[str, _Function] = {
+    "_native_batch_norm_legit_no_training": _check_batch_norm,
+    "_weight_int4pack_mm_for_cpu": _check_int4_product,
     "_weight_norm": _weight_norm,
-    "batch_norm": _normalization,
-    "chunk": _chunk,
-    "col2im": _from_columns,
-    "div": _division,
-    "divide": _division,
-    "dropout": _dropout,
-    "instance_norm": _normalization,
-    "scaled_dot_product_attention": _attention,
-    "split": _split,
-    "tensor_split": _chunk,
-    "unbind": _unbind,
-    "unsafe_chunk": _chunk,
-    "unsafe_split": _split,
-    **dict.fromkeys(("_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa"), _resampled),
+    "batch_norm": _check_normalization,
+    "chunk": _check_chunk,
+    "col2im": _check_col2im,
+    "div": _check_division,
+    "divide": _check_division,
+    "dropout": _check_dropout,
+    "instance_norm": _check_normalization,
+    "scaled_dot_product_attention": _check_attention,
+    "split": _check_split,
+    "tensor_split": _check_chunk,
+    "unbind": _check_unbind,
+    "unsafe_chunk": _check_chunk,
+    "unsafe_split": _check_split,
+    **dict.fromkeys(("_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa"), _check_upsample),
 }
-"""Operator -> what raises ValueError unless its arguments go together."""
+"""Operator -> the check that raises ValueError unless its arguments fit each other."""

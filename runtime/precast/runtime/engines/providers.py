@@ -1,4 +1,4 @@
-"""Where ONNX Runtime runs a graph: its execution providers, the devices each of them serves, and how to get one.
+"""ONNX Runtime's execution providers: the devices that each serves, how to get it, and the choice of one.
 
 An `onnx` artifact is made for the CPU and checked there. Elsewhere the same graph runs, in float32 as far as a provider
 can be told to; what it has no kernel for ONNX Runtime computes on the CPU in between, such as our decoders' attention
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import HostError, UsageError
 
-__all__ = ["DEVICES", "PROVIDERS", "Place", "Provider", "check_place", "choose_place", "default_device"]
+__all__ = ["DEVICES", "PROVIDERS", "ProviderChoice", "Provider", "check_provider", "choose_provider", "default_device"]
 
 Arguments = list[str | tuple[str, dict[str, str]]]
 
@@ -81,33 +81,33 @@ DEVICES = tuple(dict.fromkeys(device for provider in PROVIDERS.values() for devi
 
 
 @dataclass(frozen=True)
-class Place:
+class ProviderChoice:
     """A provider on one of its devices."""
 
     provider: Provider
     device: str
 
     @property
-    def is_home(self) -> bool:
-        """Is it ONNX Runtime's own CPU code, which works on our memory and packs weights that can be kept?"""
+    def is_cpu_provider(self) -> bool:
+        """Whether it is ONNX Runtime's own CPU provider, which works in our arrays and can save packed weights."""
         return self.provider.name == "cpu"
 
     def arguments(self, threads: int) -> Arguments:
-        """The `providers` of an InferenceSession: this one, those that help it, and the CPU last."""
+        """The `providers` of an InferenceSession: this one, its helpers, and the CPU last."""
         options = dict(self.provider.devices[self.device])
         if self.device == "cpu" and self.provider.threads:
             options[self.provider.threads] = str(threads)
         helpers = [PROVIDERS[name] for name in self.provider.helpers]
         asked: Arguments = [(self.provider.full_name, options)]
         asked += [(each.full_name, dict(each.devices[self.device])) for each in helpers]
-        return ["CPUExecutionProvider"] if self.is_home else [*asked, "CPUExecutionProvider"]
+        return ["CPUExecutionProvider"] if self.is_cpu_provider else [*asked, "CPUExecutionProvider"]
 
     def __str__(self) -> str:
         return f"{self.provider.full_name} on {self.device}"
 
 
-def check_place(device: str | None, provider: str | None, further: Iterable[str] = ()) -> None:
-    """Refuse names that there are not, and pairs that do not go together. Raises UsageError with the choices.
+def check_provider(device: str | None, provider: str | None, further: Iterable[str] = ()) -> None:
+    """Raise UsageError for unknown providers or devices, or unsupported pairs; it lists the choices.
 
     `further` are devices besides ONNX Runtime's: those that variants were compiled for.
     """
@@ -116,7 +116,7 @@ def check_place(device: str | None, provider: str | None, further: Iterable[str]
         raise UsageError(f"There is no device {device!r}. The devices are: {', '.join(known)}.")
     if provider is None:
         return
-    row = _named(provider)
+    row = _get_provider(provider)
     if device is not None and device not in row.devices:
         raise UsageError(
             f"The provider {row.name!r} does not run on the device {device!r}, but on: {', '.join(row.devices)}. "
@@ -125,34 +125,34 @@ def check_place(device: str | None, provider: str | None, further: Iterable[str]
 
 
 def default_device(provider: str | None) -> str:
-    """Where a provider runs if nothing is said. Raises UsageError where there is none of this name."""
-    return next(iter(PROVIDERS["cpu" if provider is None else _named(provider).name].devices))
+    """The default device of a provider. Raises UsageError for an unknown one."""
+    return next(iter(PROVIDERS["cpu" if provider is None else _get_provider(provider).name].devices))
 
 
-def choose_place(device: str, provider: str | None, available: Sequence[str], version: str) -> Place:
+def choose_provider(device: str, provider: str | None, available: Sequence[str], version: str) -> ProviderChoice:
     """The provider that is asked for, or the first that serves the device and is among `available`, ONNX Runtime's
     names of those in this build.
 
-    Raises UsageError for names that there are not, HostError where this build lacks it: nothing else is taken instead.
+    Raises UsageError for unknown names, HostError where this build lacks the provider: nothing else is taken instead.
     """
-    check_place(device, provider)
-    fitting = [_named(provider)] if provider else [each for each in PROVIDERS.values() if device in each.devices]
+    check_provider(device, provider)
+    fitting = [_get_provider(provider)] if provider else [each for each in PROVIDERS.values() if device in each.devices]
     for each in fitting:
         if each.full_name in available:
-            return Place(each, device)
+            return ProviderChoice(each, device)
     ways = "; ".join(f"{each.name} with {each.install}, on {each.needs}" for each in fitting)
     raise HostError(
-        f"ONNX Runtime {version} here cannot run on {_asked(device, provider)}: it was built with "
+        f"ONNX Runtime {version} here cannot run on {_describe_request(device, provider)}: it was built with "
         f"{', '.join(available)}. After pip uninstall of that build, whose files the next would share, install {ways}. "
         f"Or leave device and provider out to run on the CPU."
     )
 
 
-def _asked(device: str, provider: str | None) -> str:
+def _describe_request(device: str, provider: str | None) -> str:
     return f"the device {device!r}" + (f" with the provider {provider!r}" if provider else "")
 
 
-def _named(provider: str) -> Provider:
+def _get_provider(provider: str) -> Provider:
     """A provider by our name for it or by ONNX Runtime's."""
     for each in PROVIDERS.values():
         if provider in (each.name, each.full_name):

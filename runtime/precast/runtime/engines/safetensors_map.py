@@ -40,8 +40,8 @@ _DTYPES = {
 
 
 def open_weights(paths: Sequence[Path], sources: Iterable[int | Path] | None = None) -> dict[str, torch.Tensor]:
-    """Every tensor of these files by name, without reading them. `sources` are the files themselves where they are open
-    already, as descriptors; the paths are what they are called.
+    """Map every tensor of these files, by name, without reading them. `sources` are the descriptors of files that are
+    open already; errors call them by the paths.
 
     The tensors are the files' memory: pages are read when they are first used, and shared with other processes. What
     writes into one changes a copy of its own. Raises FormatError where a file is not what safetensors allows, and
@@ -57,14 +57,14 @@ def open_weights(paths: Sequence[Path], sources: Iterable[int | Path] | None = N
 
 
 def _ask_for_large_pages(data: mmap.mmap) -> None:
-    """Each token reads every weight, and memory is read faster in pages of 2 MiB. Not every kernel can map a file so,
-    and only what it holds in large pieces: what it reads now, and what was written in large pieces."""
+    """Ask for pages of 2 MiB, from which weights are read faster. Not every kernel maps files so, and only the parts
+    that its page cache holds in large pieces."""
     with suppress(AttributeError, OSError):
         data.madvise(mmap.MADV_HUGEPAGE)
 
 
 def weight_of(weights: Mapping[str, torch.Tensor], graph: str, name: str) -> torch.Tensor | None:
-    """What the graph called `graph` knows as `name`: a tensor of its own or the one that all share."""
+    """The tensor that `graph` knows as `name`: its own, or the one that all graphs share."""
     own = weights.get(f"{graph}:{name}")
     return weights.get(name) if own is None else own
 
@@ -85,47 +85,49 @@ class _File:
         with open(source, "rb", closefd=not isinstance(source, int)) as file:
             size = file.seek(0, 2)
             if size < 8:
-                raise self._wrong(f"it has {size} bytes, fewer than a header takes")
+                raise self._format_error(f"it has {size} bytes, fewer than a header takes")
             # Private and writable: torch has no tensors that are only read. Nothing is reserved for copies.
             flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
             self._data = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         _ask_for_large_pages(self._data)
         length = int.from_bytes(self._data[:8], "little")
         if length > min(size - 8, strict_json.MAX_BYTES):
-            raise self._wrong(f"its header claims {length:,} bytes of {size:,}")
+            raise self._format_error(f"its header claims {length:,} bytes of {size:,}")
         self._header = strict_json.loads(self._data[8 : 8 + length], str(path))
         self._start = 8 + length
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name, views included. Raises FormatError."""
         metadata = self._header.pop("__metadata__", {})
-        entries = {name: self._entry(name, value) for name, value in self._header.items()}
+        entries = {name: self._parse_entry(name, value) for name, value in self._header.items()}
         self._check_layout(entries)
-        stored = {name: self._tensor(name, entry) for name, entry in entries.items()}
-        return stored | self._views(metadata, stored)
+        stored = {name: self._map_tensor(name, entry) for name, entry in entries.items()}
+        return stored | self._make_views(metadata, stored)
 
-    def _entry(self, name: str, value: Any) -> _Entry:
+    def _parse_entry(self, name: str, value: Any) -> _Entry:
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-            raise self._wrong(f"{name[:80]!r} is not described by its dtype, shape and data_offsets")
+            raise self._format_error(f"{name[:80]!r} is not described by its dtype, shape and data_offsets")
         if not isinstance(value["dtype"], str) or value["dtype"] not in _DTYPES:
-            raise self._wrong(f"{name[:80]!r} has the dtype {str(value['dtype'])[:20]!r}")
-        shape, offsets = self._shape(name, value["shape"]), self._numbers(name, value["data_offsets"])
+            raise self._format_error(f"{name[:80]!r} has the dtype {str(value['dtype'])[:20]!r}")
+        shape, offsets = self._parse_shape(name, value["shape"]), self._parse_numbers(name, value["data_offsets"])
         if len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise self._wrong(f"{name[:80]!r} lies between the offsets {offsets[:4]}")
+            raise self._format_error(f"{name[:80]!r} lies between the offsets {offsets[:4]}")
         return _Entry(_DTYPES[value["dtype"]], shape, *offsets)
 
-    def _numbers(self, name: str, values: Any) -> tuple[int, ...]:
+    def _parse_numbers(self, name: str, values: Any) -> tuple[int, ...]:
         is_good = isinstance(values, list) and len(values) <= 64
         if not is_good or not all(type(value) is int and 0 <= value < 2**48 for value in values):
-            raise self._wrong(f"{name[:80]!r} has sizes or offsets that are no sizes: {str(values)[:60]}")
+            raise self._format_error(f"{name[:80]!r} has sizes or offsets that are no sizes: {str(values)[:60]}")
         return tuple(values)
 
-    def _shape(self, name: str, values: Any) -> tuple[int, ...]:
+    def _parse_shape(self, name: str, values: Any) -> tuple[int, ...]:
         """A view may be of any size over a few bytes, and torch multiplies the sizes of a tensor of nothing, too."""
-        shape = self._numbers(name, values)
+        shape = self._parse_numbers(name, values)
         elements = math.prod(max(1, size) for size in shape)
         if elements > memory_bytes():
-            raise self._wrong(f"{name[:80]!r} has the shape {list(shape)[:8]}, more elements than there is memory")
+            raise self._format_error(
+                f"{name[:80]!r} has the shape {list(shape)[:8]}, more elements than there is memory"
+            )
         return shape
 
     def _check_layout(self, entries: dict[str, _Entry]) -> None:
@@ -133,52 +135,54 @@ class _File:
         reached = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
             if entry.begin != reached:
-                raise self._wrong(
+                raise self._format_error(
                     f"{name[:80]!r} begins at {entry.begin:,}, where the tensor before it ends at {reached:,}"
                 )
             if entry.end - entry.begin != math.prod(entry.shape) * entry.dtype.itemsize:
                 given = f"{entry.end - entry.begin:,} bytes"
-                raise self._wrong(f"{name[:80]!r} has {given} for the shape {list(entry.shape)[:8]} of {entry.dtype}")
+                raise self._format_error(
+                    f"{name[:80]!r} has {given} for the shape {list(entry.shape)[:8]} of {entry.dtype}"
+                )
             reached = entry.end
         if reached != len(self._data) - self._start:
-            raise self._wrong(f"its tensors take {reached:,} bytes of {len(self._data) - self._start:,}")
+            raise self._format_error(f"its tensors take {reached:,} bytes of {len(self._data) - self._start:,}")
 
-    def _tensor(self, name: str, entry: _Entry) -> torch.Tensor:
+    def _map_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
         if entry.begin == entry.end:
             return torch.zeros(entry.shape, dtype=entry.dtype)
         begin, end = self._start + entry.begin, self._start + entry.end
         # Other values are undefined behaviour of the code that reads them.
         if entry.dtype is torch.bool and max(self._data[begin:end]) > 1:
-            raise self._wrong(f"{name[:80]!r} has truth values that are neither 0 nor 1")
+            raise self._format_error(f"{name[:80]!r} has truth values that are neither 0 nor 1")
         is_aligned = begin % entry.dtype.itemsize == 0
         source, offset = (self._data, begin) if is_aligned else (bytearray(self._data[begin:end]), 0)
         flat = torch.frombuffer(source, dtype=entry.dtype, count=math.prod(entry.shape), offset=offset)
         return flat.view(entry.shape)
 
-    def _views(self, metadata: Any, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _make_views(self, metadata: Any, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         text = metadata.get(VIEWS, "{}") if isinstance(metadata, dict) else None
         if not isinstance(text, str):
-            raise self._wrong("its metadata are not names with texts")
+            raise self._format_error("its metadata are not names with texts")
         views = strict_json.loads(text.encode("utf-8", "replace"), f"{VIEWS} of {self._path}")
-        return {name: self._view(name, view, stored) for name, view in views.items()}
+        return {name: self._make_view(name, view, stored) for name, view in views.items()}
 
-    def _view(self, name: str, view: Any, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _make_view(self, name: str, view: Any, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         keys = {"of", "shape", "strides", "offset"}
         if not isinstance(view, dict) or set(view) != keys or not isinstance(view["of"], str):
-            raise self._wrong(f"the view {name[:80]!r} is not described by {', '.join(sorted(keys))}")
-        shape, strides = self._shape(name, view["shape"]), self._numbers(name, view["strides"])
-        (offset,) = self._numbers(name, [view["offset"]])
+            raise self._format_error(f"the view {name[:80]!r} is not described by {', '.join(sorted(keys))}")
+        shape, strides = self._parse_shape(name, view["shape"]), self._parse_numbers(name, view["strides"])
+        (offset,) = self._parse_numbers(name, [view["offset"]])
         if view["of"] not in stored or len(shape) != len(strides):
-            raise self._wrong(
+            raise self._format_error(
                 f"the view {name[:80]!r} is of {view['of'][:80]!r}, which is not there or of another rank"
             )
         base = stored[view["of"]].view(-1)
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if 0 in shape or last >= base.numel():
-            raise self._wrong(f"the view {name[:80]!r} reaches element {last:,} of {base.numel():,}")
+            raise self._format_error(f"the view {name[:80]!r} reaches element {last:,} of {base.numel():,}")
         return base.as_strided(shape, strides, base.storage_offset() + offset)
 
-    def _wrong(self, reason: str) -> FormatError:
+    def _format_error(self, reason: str) -> FormatError:
         return FormatError(
             f"{self._path} is not a safetensors file as precast reads it: {reason}. Export or download the artifact "
             f"again."

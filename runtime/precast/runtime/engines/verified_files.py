@@ -1,4 +1,4 @@
-"""The files of a native variant: opened only while they are what the contract says."""
+"""The files of a native variant, opened only while they are the ones that were verified."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..artifact import Artifact
 from ..artifact.schema import Variant
 from .safetensors_map import open_weights
 
-__all__ = ["Files"]
+__all__ = ["VerifiedFiles"]
 
 _opened = itertools.count(1)
 
 
-class Files:
-    """A file for each graph, and those of the weights, which may be none."""
+class VerifiedFiles:
+    """The files of a variant: one for each graph, and those of its weights, if it has any."""
 
     def __init__(self, artifact: Artifact, variant: Variant) -> None:
         self._contents, self._root = artifact.contents, artifact.path
@@ -28,7 +28,7 @@ class Files:
         self._weights = list(variant.weights)
 
     def path(self, graph: str) -> Path:
-        """Where the graph's file lies, to say so."""
+        """The path of the graph's file, for messages."""
         return self._root / self._names[graph]
 
     def read(self, graph: str) -> bytes:
@@ -37,15 +37,15 @@ class Files:
         return self._contents.read(self._names[graph])
 
     @contextmanager
-    def library(self, graph: str) -> Iterator[str]:
+    def library_path(self, graph: str) -> Iterator[str]:
         """A path for the dynamic linker: of the file that was verified, whatever takes its place in the directory.
 
         Raises IntegrityError where it, or one of weights, was replaced.
         """
         with self._contents.open(self._names[graph], *self._weights) as [descriptor, *_]:
             folder = "/proc/self/fd/"
-            # glibc takes a library that is still loaded for any that is asked for by the same path, and numbers of
-            # descriptors return: each path is spelled in its own way.
+            # glibc returns a loaded library for any later one of the same path, and descriptor numbers are reused: so
+            # each path is spelled differently.
             spelled = "".join("./" if bit == "1" else "/" for bit in f"{next(_opened):b}")
             yield f"{folder}{spelled}{descriptor}" if os.path.exists(folder) else str(self.path(graph))
 
@@ -61,6 +61,6 @@ class Files:
         self._contents.check(*self._weights)
 
     def weights(self) -> dict[str, Tensor]:
-        """What lies beside the graphs, mapped into memory. Raises IntegrityError where a file cannot be read."""
+        """The weights, mapped into memory, by name. Raises IntegrityError where a file cannot be read."""
         with self._contents.open(*self._weights) as descriptors:
             return open_weights([self._root / name for name in self._weights], descriptors)

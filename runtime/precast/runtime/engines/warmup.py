@@ -1,4 +1,4 @@
-"""Graphs over inputs of nothing but padding: to open them, and to time them for themselves."""
+"""Bind graphs to inputs of nothing but padding: to open them, and to time them on their own."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def bind_blank(engine: Engine, graph: Graph, caches: Arrays) -> Step:
-    """A graph at its largest sizes; of a decoder one step, over empty caches. What of these is not yet in `caches` is
-    put there, for other graphs of the model."""
+    """Bind a graph to padding at its largest sizes; for a decoder one step, over empty caches. `caches` holds those of
+    the model by name, and gets the ones that it lacks."""
     is_decoder = graph.role != "encode"
     places = {layer.key_out: layer.key_in for layer in graph.cache}
     places |= {layer.value_out: layer.value_in for layer in graph.cache}
     inputs = {
-        spec.name: np.full(_sizes(spec.shape, is_decoder), spec.pad, storage(spec.dtype))
+        spec.name: np.full(_binding_sizes(spec.shape, is_decoder), spec.pad, storage(spec.dtype))
         for spec in graph.inputs
         if spec.name not in caches
     }
@@ -31,11 +31,11 @@ def bind_blank(engine: Engine, graph: Graph, caches: Arrays) -> Step:
     outputs = {
         spec.name: inputs[places[spec.name]]
         if spec.name in places
-        else allocate(_sizes(spec.shape, is_decoder), spec.dtype)
+        else allocate(_binding_sizes(spec.shape, is_decoder), spec.dtype)
         for spec in graph.outputs
     }
     return engine.bind(graph.name, inputs, outputs)
 
 
-def _sizes(shape: list[int | Dim], is_decoder: bool) -> list[int]:
+def _binding_sizes(shape: list[int | Dim], is_decoder: bool) -> list[int]:
     return [size if isinstance(size, int) else size.min if is_decoder else size.max for size in shape]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..artifact import DECODER_INPUTS, is_cache_positions
 from ..artifact.schema import Dim, Graph, Input
-from ..engines import Engine, KeepsCaches, Step, move_rows
+from ..engines import Engine, OwnsCaches, Step, move_rows
 from ..inputs.tensors import allocate, zeros
 
 __all__ = ["Session"]
@@ -134,7 +134,7 @@ class Session:
         for index in moved:
             self.tokens[index] = []
         live = max(map(len, held))
-        move = self._engine.move_rows if isinstance(self._engine, KeepsCaches) else move_rows
+        move = self._engine.move_rows if isinstance(self._engine, OwnsCaches) else move_rows
         move(self._caches, list(moved), list(moved.values()), live)
         for state in self._states.before.values():
             state[list(moved)] = state[list(moved.values())]

@@ -1,4 +1,4 @@
-"""The GPU that this process would use, and what keeps code compiled for one from running on it.
+"""The GPU that this process would use, and why code compiled for another does not run on it.
 
 PyTorch is asked, and imported for that: only where a variant was compiled for a GPU.
 """
@@ -28,7 +28,7 @@ class CudaHost:
 
 
 def cuda_host() -> CudaHost:
-    """What this process has of GPUs: the first that CUDA_VISIBLE_DEVICES lets it see."""
+    """The GPU of this process: the first that CUDA_VISIBLE_DEVICES lets it see."""
     try:
         torch = import_module("torch")
     except ImportError:
@@ -42,7 +42,11 @@ def cuda_host() -> CudaHost:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         is_there = torch.cuda.is_available()
-    return CudaHost(release, _capability(torch)) if is_there else CudaHost(release, "", _unseen(torch, told))
+    return (
+        CudaHost(release, _compute_capability(torch))
+        if is_there
+        else CudaHost(release, "", _explain_no_gpu(torch, told))
+    )
 
 
 def gpu_blockers(options: Mapping[str, object], host: CudaHost) -> Iterator[str]:
@@ -59,20 +63,20 @@ def gpu_blockers(options: Mapping[str, object], host: CudaHost) -> Iterator[str]
             f"it was compiled for GPUs of compute capability {wanted}; the one here has {host.capability} (export it "
             f"here, or choose another GPU by CUDA_VISIBLE_DEVICES)"
         )
-    if release and _major(release) != _major(host.release):
+    if release and _major_of(release) != _major_of(host.release):
         yield f"it was compiled with CUDA {release}; PyTorch here is built for CUDA {host.release} (export it here)"
 
 
-def _major(release: str) -> str:
+def _major_of(release: str) -> str:
     return release.partition(".")[0]
 
 
-def _capability(torch: Any) -> str:
+def _compute_capability(torch: Any) -> str:
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"
 
 
-def _unseen(torch: Any, told: list[warnings.WarningMessage]) -> str:
+def _explain_no_gpu(torch: Any, told: list[warnings.WarningMessage]) -> str:
     said = f" ({' '.join(str(told[0].message).split())})" if told else ""
     return (
         f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU{said}: nvidia-smi says whether "

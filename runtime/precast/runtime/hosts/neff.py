@@ -1,4 +1,4 @@
-"""What the file of a Neuron graph says of itself, read without the SDK: the header of the NEFF within.
+"""The headers of the NEFFs in a Neuron graph's file, read without the SDK.
 
 A NEFF (Neuron Executable File Format) is 1024 bytes of header and a tarball. Its layout is AWS's `neff_header_t`
 ("Work with NEFF Files" in the Neuron documentation, neuron-runtime/explore/work-with-neff-files.rst); numbers are
@@ -59,13 +59,13 @@ class NeffHeader:
 
 
 def parse_header(data: bytes) -> NeffHeader | None:
-    """The header that the first 1024 bytes of `data` are; None where they are none."""
+    """Parse the first 1024 bytes of `data` as a header; None where they are none."""
     if len(data) < HEADER_BYTES:
         return None
     package, size, count, major, minor, build, cores, _, uuid, name, _, _, features, lnc = HEADER.unpack_from(data)
     if size != HEADER_BYTES or not count or max(package, major, minor, cores, lnc) >= _LARGEST_NUMBER:
         return None
-    return NeffHeader(major, minor, _text(build), cores, lnc, features, count, _text(name), uuid.hex())
+    return NeffHeader(major, minor, _decode_text(build), cores, lnc, features, count, _decode_text(name), uuid.hex())
 
 
 def find_headers(path: Path) -> list[NeffHeader]:
@@ -78,29 +78,29 @@ def find_headers(path: Path) -> list[NeffHeader]:
             if path.stat().st_size < HEADER_BYTES:
                 return []
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return list(_headers(content))
+                return list(_scan_headers(content))
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _headers(content: mmap.mmap) -> Iterator[NeffHeader]:
+def _scan_headers(content: mmap.mmap) -> Iterator[NeffHeader]:
     position = 0
     while (found := content.find(_SIZE, position + _SIZE_OFFSET)) >= 0:
         start = found - _SIZE_OFFSET
         header = parse_header(content[start : start + HEADER_BYTES])
-        if header is not None and _is_followed(content, start + HEADER_BYTES, header.data_bytes):
+        if header is not None and _is_tarball(content, start + HEADER_BYTES, header.data_bytes):
             yield header
             position = start + HEADER_BYTES + header.data_bytes
         else:
             position = start + 1
 
 
-def _is_followed(content: mmap.mmap, start: int, count: int) -> bool:
+def _is_tarball(content: mmap.mmap, start: int, count: int) -> bool:
     """Whether a tarball of so many bytes, compressed or not, lies at `start`."""
     mark = start + _TAR_OFFSET
     is_tar = content[start : start + 2] == _GZIP or content[mark : mark + len(_TAR)] == _TAR
     return start + count <= len(content) and is_tar
 
 
-def _text(field: bytes) -> str:
+def _decode_text(field: bytes) -> str:
     return field.split(b"\0", maxsplit=1)[0].decode("utf-8", "replace")

@@ -1,6 +1,6 @@
-"""The Neuron devices of this machine, read from the kernel's files, and what keeps a compiled graph from running there.
+"""The Neuron devices of this machine, read from the kernel's files, and why a compiled graph does not run there.
 
-Neither the SDK nor a device is needed to answer. Sources, in the Neuron documentation: the driver's files are those of
+Neither the SDK nor a device is needed. Sources, in the Neuron documentation: the driver's files are those of
 tools/neuron-sys-tools/neuron-sysfs-user-guide.rst; the variables that give a process its cores those of
 neuron-runtime/guides/configuration-guide.rst and about-neuron/arch/neuron-features/logical-neuroncore-config.rst; that
 compiler and runtime fit within a major version says compiler/neuronx-cc/faq.rst.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .neff import NeffHeader
 
-__all__ = ["ARCHITECTURES", "NEFF_MAJORS", "ROOT_VARIABLE", "NeuronHost", "blockers", "neuron_host"]
+__all__ = ["ARCHITECTURES", "NEFF_MAJORS", "ROOT_VARIABLE", "NeuronHost", "neuron_blockers", "neuron_host"]
 
 ARCHITECTURES = {"inf1": "NCv1", "inf2": "NCv2", "trn1": "NCv2", "trn1n": "NCv2", "trn2": "NCv3"}
 """Instance types whose cores are alike run each other's graphs."""
@@ -43,38 +43,38 @@ class NeuronHost:
 
 
 def neuron_host(environment: Mapping[str, str] = os.environ) -> NeuronHost | None:
-    """What this machine has of Neuron devices; None without any that this process can see."""
+    """The Neuron devices that this process can see; None without any."""
     root = Path(environment.get(ROOT_VARIABLE) or "/")
     devices = sorted(path.name for path in (root / "dev").glob("neuron*") if re.fullmatch(r"neuron\d+", path.name))
     if not devices:
         return None
-    instance = _instance(root, devices[0])
+    instance = _instance_family(root, devices[0])
     lnc_size = _lnc_size(instance, environment)
     physical = sum(_core_count(root / _DEVICES / name, instance) for name in devices)
-    return NeuronHost(instance, _visible(physical // lnc_size, environment), lnc_size)
+    return NeuronHost(instance, _visible_cores(physical // lnc_size, environment), lnc_size)
 
 
-def blockers(options: Mapping[str, object], headers: Sequence[NeffHeader], host: NeuronHost) -> Iterator[str]:
+def neuron_blockers(options: Mapping[str, object], headers: Sequence[NeffHeader], host: NeuronHost) -> Iterator[str]:
     """Why graphs compiled with `options` (those of the variant's `compiler`), whose files hold `headers`, do not run on
     `host`: every reason, each in words."""
     target = str(options.get("instance_type", ""))
-    if target and host.instance and _architecture(target) != _architecture(host.instance):
-        alike = [name for name in ARCHITECTURES if _architecture(name) == _architecture(target)]
+    if target and host.instance and _architecture_of(target) != _architecture_of(host.instance):
+        alike = [name for name in ARCHITECTURES if _architecture_of(name) == _architecture_of(target)]
         yield (
             f"it was compiled for {target}, so it runs on {', '.join(alike) or target}; this is {host.instance} "
             f"(compile it with --instance-type {host.instance})"
         )
-    needed = _cores(options, headers)
+    needed = _cores_needed(options, headers)
     if needed > host.cores:
         yield (
             f"it needs {needed} NeuronCores; this process may use {host.cores} (NEURON_RT_VISIBLE_CORES says which, "
             f"--tensor-parallel compiles it for fewer)"
         )
-    yield from _unreadable(headers, host)
+    yield from _header_blockers(headers, host)
 
 
-def _unreadable(headers: Sequence[NeffHeader], host: NeuronHost) -> Iterator[str]:
-    """What the headers say against it, each reason once."""
+def _header_blockers(headers: Sequence[NeffHeader], host: NeuronHost) -> Iterator[str]:
+    """Why these NEFFs do not run on `host`, each reason once."""
     first, last = NEFF_MAJORS
     for version in sorted({header.version for header in headers if not first <= header.major <= last}):
         yield (
@@ -88,37 +88,37 @@ def _unreadable(headers: Sequence[NeffHeader], host: NeuronHost) -> Iterator[str
         )
 
 
-def _architecture(instance: str) -> str:
+def _architecture_of(instance: str) -> str:
     return ARCHITECTURES.get(instance, instance)
 
 
-def _cores(options: Mapping[str, object], headers: Sequence[NeffHeader]) -> int:
+def _cores_needed(options: Mapping[str, object], headers: Sequence[NeffHeader]) -> int:
     asked = options.get("cores", 1)
     return max([asked if isinstance(asked, int) else 1, *(header.cores for header in headers)])
 
 
-def _instance(root: Path, device: str) -> str:
+def _instance_family(root: Path, device: str) -> str:
     """The family of the instance: from the driver, else from the firmware's name of the machine ("inf2.xlarge")."""
-    told = _read(root / _DEVICES / device / "info/architecture/instance_type")
-    named = told or _read(root / "sys/devices/virtual/dmi/id/product_name")
+    told = _read_text(root / _DEVICES / device / "info/architecture/instance_type")
+    named = told or _read_text(root / "sys/devices/virtual/dmi/id/product_name")
     return named.partition(".")[0].strip().lower()
 
 
 def _core_count(device: Path, instance: str) -> int:
     """Physical cores of a device: the driver's number, else that of its architecture."""
-    told = _read(device / "core_count")
-    return int(told) if told.isdigit() else {"NCv1": 4, "NCv3": 8}.get(_architecture(instance), 2)
+    told = _read_text(device / "core_count")
+    return int(told) if told.isdigit() else {"NCv1": 4, "NCv3": 8}.get(_architecture_of(instance), 2)
 
 
 def _lnc_size(instance: str, environment: Mapping[str, str]) -> int:
     given = environment.get("NEURON_LOGICAL_NC_CONFIG", "")
     if given in ("1", "2"):
         return int(given)
-    return 2 if _architecture(instance) == "NCv3" else 1
+    return 2 if _architecture_of(instance) == "NCv3" else 1
 
 
-def _visible(cores: int, environment: Mapping[str, str]) -> int:
-    """How many of the machine's cores the environment leaves this process; what it says wrongly the runtime refuses."""
+def _visible_cores(cores: int, environment: Mapping[str, str]) -> int:
+    """How many of the machine's cores the environment leaves this process; the runtime refuses malformed values."""
     ranges = [part.partition("-") for part in environment.get("NEURON_RT_VISIBLE_CORES", "").split(",") if part.strip()]
     if ranges and all(start.strip().isdigit() and (end or start).strip().isdigit() for start, _, end in ranges):
         return min(cores, sum(max(0, int(end or start) - int(start) + 1) for start, _, end in ranges))
@@ -126,7 +126,7 @@ def _visible(cores: int, environment: Mapping[str, str]) -> int:
     return min(cores, int(given)) if given.isdigit() and int(given) else cores
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The text of a small file; empty where there is none to read."""
     try:
         return path.read_text().strip()

@@ -1,4 +1,4 @@
-"""Which NeuronCores a model is to use, as users write it."""
+"""Parse which NeuronCores a model is to use."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["read_cores"]
 
 
 def read_cores(given: str | Sequence[int] | None) -> tuple[int, ...]:
-    """`"0-1,4"`, or the numbers themselves, as numbers; none for None. Cores are counted from 0, among those that the
-    process sees (NEURON_RT_VISIBLE_CORES). Raises UsageError."""
+    """Parse `"0-1,4"`, or check numbers; none for None. Cores are counted from 0, among those that the process sees
+    (NEURON_RT_VISIBLE_CORES). Raises UsageError."""
     if given is None:
         return ()
-    cores = _read(given) if isinstance(given, str) else tuple(given)
+    cores = _parse_cores(given) if isinstance(given, str) else tuple(given)
     if not cores or len(set(cores)) != len(cores) or min(cores) < 0:
         raise UsageError(f"cores={given!r} names no NeuronCores, or one twice. Write them as '0', '0-3' or '0,2'.")
     return cores
 
 
-def _read(given: str) -> tuple[int, ...]:
+def _parse_cores(given: str) -> tuple[int, ...]:
     cores: list[int] = []
     for part in given.split(","):
         found = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", part)

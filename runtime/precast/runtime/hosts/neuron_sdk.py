@@ -1,4 +1,4 @@
-"""AWS's Neuron SDK: what it consists of, and how to get it. Nothing of it is imported here."""
+"""How to install AWS's Neuron SDK. Nothing of it is imported here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INSTALL = f"pip install --extra-index-url {INDEX} 'torch-neuronx>=2.5' 'neuronx-
 
 
 def without_sdk(module: str, reason: str) -> str:
-    """What to say where `module` of the SDK cannot be imported, `reason` being what was raised."""
+    """The message where `module` of the SDK cannot be imported; `reason` is the error's text."""
     is_placeholder = "WRONG PACKAGE" in reason
     why = "what is installed is PyPI's placeholder, which cannot be used" if is_placeholder else reason
     more = " 'neuronx-distributed>=0.9'" if module == "neuronx_distributed" else ""

@@ -1,4 +1,4 @@
-"""Whether the Hub can be asked at all, found out once and at once: its client tries for half a minute, line by line."""
+"""Find out at once whether the Hub can be reached: its own client retries for half a minute."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def hub_or_cache() -> Iterator[str | None]:
     if constants.HF_HUB_OFFLINE:
         yield "HF_HUB_OFFLINE is set"
         return
-    problem = _problem(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)
+    problem = _ask_hub(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)
     yield problem
     if problem:
         warnings.warn(f"{problem}; what the Hub's cache holds was taken.", PrecastWarning, stacklevel=3)
 
 
-def _problem(endpoint: str, seconds: float) -> str | None:
-    """One request; any answer will do, also an error's."""
+def _ask_hub(endpoint: str, seconds: float) -> str | None:
+    """Send the Hub one request; returns why it cannot be reached, None for any answer, an error's too."""
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Which variant of an artifact runs here? A pure function of the artifact and of facts about the machine."""
+"""Choose the variant of an artifact that runs here: a pure function of the artifact and of facts about the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import HostError
 from .cuda import CudaHost, cuda_host, gpu_blockers
 from .machine import cpu_flags, installed_version
 from .neff import NeffHeader, find_headers
-from .neuron import NeuronHost, blockers, neuron_host
+from .neuron import NeuronHost, neuron_blockers, neuron_host
 from .neuron_sdk import INDEX
 
 __all__ = [
@@ -25,8 +25,8 @@ _NEURON_PACKAGES = ("libneuronxla", "neuronx-cc", "neuronx-distributed", "torch-
 
 @dataclass(frozen=True)
 class Machine:
-    """What a variant may ask for: `platform` like `linux-x86_64`, CPU flags, devices, installed versions, and what
-    there is of Neuron devices and GPUs."""
+    """The facts that a variant may depend on: `platform` like `linux-x86_64`, CPU flags, devices, installed versions,
+    Neuron devices and the GPU."""
 
     platform: str
     isa: frozenset[str] = frozenset()
@@ -52,11 +52,11 @@ class Rejected:
 
 
 def judge(variant: Variant, machine: Machine, headers: Sequence[NeffHeader] = ()) -> Accepted | Rejected:
-    """Can `variant`, whose files hold NEFFs with these `headers`, run on `machine`, and if not, why not."""
+    """Decide whether `variant`, whose files hold NEFFs with these `headers`, runs on `machine`, and if not, why."""
     host = variant.host
     if host.platforms and machine.platform not in host.platforms:
         return Rejected(variant, f"it was built for {', '.join(host.platforms)}; this is {machine.platform}")
-    reasons = list(_reasons(variant, machine, headers))
+    reasons = list(_find_reasons(variant, machine, headers))
     return Rejected(variant, "; also, ".join(reasons)) if reasons else Accepted(variant)
 
 
@@ -64,18 +64,17 @@ def missing_device(variant: Variant, machine: Machine) -> str | None:
     """Why nothing on `machine` could run the variant, whatever is installed: None where it has the device."""
     host = variant.host
     if host.device not in machine.devices:
-        return (
-            f"it needs the device {host.device}; here are {', '.join(sorted(machine.devices))}{_hint(variant, machine)}"
-        )
+        why = _explain_missing(variant, machine)
+        return f"it needs the device {host.device}; here are {', '.join(sorted(machine.devices))}{why}"
     if host.device == "neuron" and machine.neuron is not None:
-        return next(blockers(variant.compiler.options, [], machine.neuron), None)
+        return next(neuron_blockers(variant.compiler.options, [], machine.neuron), None)
     return None
 
 
-def _reasons(variant: Variant, machine: Machine, headers: Sequence[NeffHeader]) -> Iterator[str]:
+def _find_reasons(variant: Variant, machine: Machine, headers: Sequence[NeffHeader]) -> Iterator[str]:
     host = variant.host
     if host.device == "neuron" and machine.neuron is not None:
-        yield from blockers(variant.compiler.options, headers, machine.neuron)
+        yield from neuron_blockers(variant.compiler.options, headers, machine.neuron)
     elif missing := missing_device(variant, machine):
         yield missing
     elif host.device == "cuda" and machine.cuda is not None:
@@ -84,14 +83,14 @@ def _reasons(variant: Variant, machine: Machine, headers: Sequence[NeffHeader]) 
         yield f"this CPU lacks {', '.join(flags)}"
     for name, minimum in sorted(host.min_versions.items()):
         if name not in machine.versions:
-            yield f"{name} is not installed (pip install {_requirement(name, minimum)})"
-        elif _numbers(machine.versions[name]) < _numbers(minimum):
+            yield f"{name} is not installed (pip install {_pip_requirement(name, minimum)})"
+        elif _version_numbers(machine.versions[name]) < _version_numbers(minimum):
             have = machine.versions[name]
-            yield f"{name} is {have}, it needs {minimum} (pip install -U {_requirement(name, minimum)})"
+            yield f"{name} is {have}, it needs {minimum} (pip install -U {_pip_requirement(name, minimum)})"
 
 
-def _hint(variant: Variant, machine: Machine) -> str:
-    """Why the device is not here, as far as it is known."""
+def _explain_missing(variant: Variant, machine: Machine) -> str:
+    """Why the device is missing, in parentheses, where that is known."""
     known = {
         "neuron": "there is no /dev/neuron0, which the driver aws-neuronx-dkms makes",
         "cuda": machine.cuda.reason if machine.cuda else "",
@@ -100,7 +99,7 @@ def _hint(variant: Variant, machine: Machine) -> str:
     return f" ({hint})" if hint else ""
 
 
-def _requirement(name: str, minimum: str) -> str:
+def _pip_requirement(name: str, minimum: str) -> str:
     index = f" --extra-index-url {INDEX}" if name in _NEURON_PACKAGES else ""
     return f"'{name}>={minimum}'{index}"
 
@@ -126,7 +125,7 @@ def choose_variant(
         if name is not None and variant.name != name:
             continue
         headers = neff_headers(root, variant) if root else []
-        verdict = _misplaced(variant, device, provider) or judge(variant, machine, headers)
+        verdict = _reject_device(variant, device, provider) or judge(variant, machine, headers)
         if isinstance(verdict, Accepted):
             return variant
         rejected.append(verdict)
@@ -143,9 +142,9 @@ def neff_headers(root: Path, variant: Variant) -> list[NeffHeader]:
     return [header for path in paths if path.is_file() for header in find_headers(path)]
 
 
-def _misplaced(variant: Variant, device: str | None, provider: str | None) -> Rejected | None:
-    """Whether ONNX Runtime has what is asked for is known when it opens the graph; others run where they were
-    compiled to run."""
+def _reject_device(variant: Variant, device: str | None, provider: str | None) -> Rejected | None:
+    """Reject a variant that cannot run on `device` or with `provider`. ONNX Runtime decides that when it opens a graph;
+    other backends run where they were compiled to run."""
     if variant.backend == "onnx":
         return None
     if provider is not None:
@@ -168,7 +167,7 @@ def this_machine(contract: Contract) -> Machine:
     return Machine(f"{platform.system().lower()}-{platform.machine()}", cpu_flags(), devices, versions, neuron, cuda)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_numbers(version: str) -> tuple[int, ...]:
     """The release's numbers without zeros at the end: 1.31 is 1.31.0."""
     plain = re.sub(r"(\.0+)+$", "", version.split("+", maxsplit=1)[0])
     return tuple(int(part) for part in re.findall(r"\d+", plain)[:4])

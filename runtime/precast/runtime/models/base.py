@@ -22,7 +22,7 @@ from ..artifact.publish import copy_artifact
 from ..artifact.schema import Variant
 from ..artifact.tasks import get_task, kind_of_roles
 from ..engines import Engine, Settings, open_engine, replicas_of
-from ..engines.providers import check_place, default_device
+from ..engines.providers import check_provider, default_device
 from ..engines.warmup import bind_blank
 from ..errors import ArtifactError, InputError, UsageError
 from ..hosts.neuron_cores import read_cores
@@ -158,7 +158,7 @@ class CompiledModel(ForTransformers):
         trust_native_code: bool,
     ) -> Self:
         artifact = read_artifact(path)
-        check_place(device, settings.provider, [each.host.device for each in artifact.contract.variants])
+        check_provider(device, settings.provider, [each.host.device for each in artifact.contract.variants])
         chosen = choose_variant(
             artifact.contract, this_machine(artifact.contract), variant, device=device, provider=settings.provider,
             root=artifact.path,

@@ -1,1 +1,1 @@
-"""Artifacts elsewhere: on the Hub, and what is kept of them on this machine."""
+"""Artifacts on the Hub, and the caches on this machine."""

@@ -1,6 +1,6 @@
-"""What precast keeps below its home and could make or fetch again: seen, measured and removed here.
+"""The cache below precast's home, of directories that can be made or fetched again: list, measure and remove them.
 
-Removing is safe at any time: a directory leaves by a rename, so nobody finds half of it, and whoever has its files
+Removing is safe at any time: a directory is renamed first, so nobody finds half of it, and a process that has its files
 mapped keeps them.
 """
 
@@ -27,7 +27,8 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Kept:
-    """One directory. `files` has the bytes of each inode, since directories may share files; times are Unix seconds."""
+    """One cached directory. `files` has the bytes of each inode, since directories may share files; times are Unix
+    seconds."""
 
     kind: str
     name: str
@@ -46,7 +47,7 @@ class Kept:
 class _Kind:
     folder: str
     name: Callable[[Path], str]
-    """What to call the directory at a path. Raises ArtifactError, OSError, ValueError, KeyError, TypeError."""
+    """The name to show for the directory at a path. Raises ArtifactError, OSError, ValueError, KeyError, TypeError."""
     used: Callable[[dict[str, os.stat_result]], float]
     """When it was last used, by the status of its files. Looking at it here must not count."""
 
@@ -56,7 +57,7 @@ def _packed_name(path: Path) -> str:
     return f"{manifest['model']}, {manifest['graph']}"
 
 
-def _packed_used(files: dict[str, os.stat_result]) -> float:
+def _packed_last_use(files: dict[str, os.stat_result]) -> float:
     return files[MANIFEST].st_mtime if MANIFEST in files else 0.0
 
 
@@ -64,14 +65,14 @@ def _artifact_name(path: Path) -> str:
     return read_artifact(path).contract.source.model
 
 
-def _artifact_used(files: dict[str, os.stat_result]) -> float:
+def _artifact_last_use(files: dict[str, os.stat_result]) -> float:
     return max((found.st_atime for name, found in files.items() if name != "config.json"), default=0.0)
 
 
 KINDS = {
-    "prepacked": _Kind("prepacked", _packed_name, _packed_used),
-    "hub": _Kind("artifacts", _artifact_name, _artifact_used),
-    "exports": _Kind("exports", _artifact_name, _artifact_used),
+    "prepacked": _Kind("prepacked", _packed_name, _packed_last_use),
+    "hub": _Kind("artifacts", _artifact_name, _artifact_last_use),
+    "exports": _Kind("exports", _artifact_name, _artifact_last_use),
 }
 """Weights in the form of this machine's kernels; artifacts pulled from the Hub; those that `export=True` made."""
 
@@ -82,25 +83,25 @@ def place(kind: str) -> Path:
 
 
 def kept(*kinds: str) -> list[Kept]:
-    """What is there of these kinds, by default of all, last used first."""
-    found = [_look(kind, path) for kind in kinds or KINDS for path in _directories(place(kind))]
+    """List the directories of these kinds, by default of all, last used first."""
+    found = [_inspect(kind, path) for kind in kinds or KINDS for path in _list_directories(place(kind))]
     return sorted((each for each in found if each), key=lambda each: each.used, reverse=True)
 
 
 def total_bytes(directories: Iterable[Kept]) -> int:
-    """Bytes on disk, with what several directories share counted once."""
+    """Bytes on disk, with files that several directories share counted once."""
     return sum({inode: size for each in directories for inode, size in each.files.items()}.values())
 
 
 def remove(path: Path) -> None:
-    """Take a directory out of sight in one step, then delete it. Raises OSError where the first is not allowed."""
+    """Rename a directory out of sight, then delete it. Raises OSError where the first is not allowed."""
     gone = path.with_name(f".gone-{secrets.token_hex(8)}")
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def clear(*kinds: str) -> list[Kept]:
-    """Remove everything of these kinds, and what killed processes left; what was removed.
+    """Remove everything of these kinds, and the leftovers of killed processes; returns what was removed.
 
     Raises PrecastError where something may not be removed.
     """
@@ -120,7 +121,7 @@ def clear(*kinds: str) -> list[Kept]:
 
 
 def trim(kind: str, limit: int, spared: Path) -> None:
-    """Remove what was not used for longest until all of a kind fits in `limit` bytes; never `spared`."""
+    """Remove the least recently used until all of a kind fits in `limit` bytes; never `spared`."""
     left = kept(kind)
     for oldest in reversed([each for each in left if each.path != spared]):
         if total_bytes(left) <= limit:
@@ -132,7 +133,7 @@ def trim(kind: str, limit: int, spared: Path) -> None:
 
 
 def sweep(kind: str) -> None:
-    """Delete what killed processes left half made or half removed."""
+    """Delete directories that killed processes left half made or half removed."""
     locks.sweep([*place(kind).glob(".gone-*"), *place(kind).glob(".stage-*")])
 
 
@@ -153,25 +154,25 @@ class Stage(locks.Held):
         fsync(target.parent)
 
 
-def _directories(folder: Path) -> list[Path]:
+def _list_directories(folder: Path) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     except OSError:
         return []
 
 
-def _look(kind: str, path: Path) -> Kept | None:
-    """None where it has been removed in this moment."""
+def _inspect(kind: str, path: Path) -> Kept | None:
+    """The facts about one directory; None where it has just been removed."""
     try:
         stats = {file.relative_to(path).as_posix(): file.stat() for file in path.rglob("*") if file.is_file()}
         created = path.stat().st_mtime
     except FileNotFoundError:
         return None
     files = {(found.st_dev, found.st_ino): found.st_size for found in stats.values()}
-    return Kept(kind, _name(kind, path), path, created, KINDS[kind].used(stats), files)
+    return Kept(kind, _name_of(kind, path), path, created, KINDS[kind].used(stats), files)
 
 
-def _name(kind: str, path: Path) -> str:
+def _name_of(kind: str, path: Path) -> str:
     try:
         return KINDS[kind].name(path)
     except (ArtifactError, OSError, ValueError, KeyError, TypeError):

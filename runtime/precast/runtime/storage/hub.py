@@ -43,7 +43,7 @@ def locate(
     force_download: bool = False,
 ) -> Path:
     """The local directory of an artifact, downloaded if need be. Raises ArtifactError, HubError."""
-    path = _local(model)
+    path = _as_path(model)
     recover(path)
     if path.exists():
         return path / (subfolder or "")
@@ -53,7 +53,7 @@ def locate(
         str(model), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
         force_download=force_download, allow_patterns=[f"{subfolder}/*"] if subfolder else None,
     )  # fmt: skip
-    return _store(read_artifact(snapshot / (subfolder or "")), again=force_download)
+    return _link_into_store(read_artifact(snapshot / (subfolder or "")), again=force_download)
 
 
 def locate_tokenizer(model: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -61,7 +61,7 @@ def locate_tokenizer(model: str | Path, *, revision: str | None = None, token: s
 
     Raises ArtifactError, HubError.
     """
-    path = _local(model)
+    path = _as_path(model)
     if path.exists():
         return path
     if str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
@@ -70,8 +70,8 @@ def locate_tokenizer(model: str | Path, *, revision: str | None = None, token: s
     return _download(str(model), revision=revision, token=token, allow_patterns=files)
 
 
-def _local(model: str | Path) -> Path:
-    """The path that a model's name would be. Raises ArtifactError for what can be none."""
+def _as_path(model: str | Path) -> Path:
+    """A model's name as a local path. Raises ArtifactError where it can be none."""
     try:
         path = Path(model).expanduser()
         path.exists()
@@ -99,7 +99,7 @@ def push(
     """
     from huggingface_hub import CommitOperationDelete, HfApi
 
-    api, added = HfApi(token=token), _additions(artifact)
+    api, added = HfApi(token=token), _files_to_upload(artifact)
     with _calling_the_hub(f"{artifact.path} was not pushed to {repo_id}"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         stale = set(api.list_repo_files(repo_id, revision=revision)) - {
@@ -118,14 +118,14 @@ def push(
 
 
 def say_left_out(artifact: Artifact) -> None:
-    """Name, on a terminal, the files of an artifact's directory that are none of the artifact's."""
+    """Say, on a terminal, which files of an artifact's directory do not belong to the artifact."""
     if names := left_out(artifact):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         say(f"Left out, as {artifact.path / 'config.json'} does not list it: {', '.join(names[:3])}{more}.")
 
 
-def _additions(artifact: Artifact) -> list[CommitOperationAdd]:
-    """What makes up an artifact, each file with the content that was verified. Raises IntegrityError."""
+def _files_to_upload(artifact: Artifact) -> list[CommitOperationAdd]:
+    """The uploads of an artifact's files, each with the content that was verified. Raises IntegrityError."""
     from huggingface_hub import CommitOperationAdd
 
     added = [CommitOperationAdd(name, data) for name, data in unlisted(artifact).items()]
@@ -154,7 +154,7 @@ def _download(repo_id: str, **options: Any) -> Path:
         try:
             return Path(snapshot_download(repo_id, **options, local_files_only=problem is not None))
         except LocalEntryNotFoundError as error:
-            if _answered(error) is not None:
+            if _find_response(error) is not None:
                 raise
             raise HubError(
                 f"{repo_id} is neither a local directory nor in the Hub cache, and the Hub was not asked: "
@@ -162,7 +162,7 @@ def _download(repo_id: str, **options: Any) -> Path:
             ) from error
 
 
-def _store(artifact: Artifact, *, again: bool = False) -> Path:
+def _link_into_store(artifact: Artifact, *, again: bool = False) -> Path:
     """Link a downloaded snapshot's files into the store, under the digest of its contract.
 
     Only what the contract says goes in: one broken download would otherwise stay until the contract changes.
@@ -174,8 +174,8 @@ def _store(artifact: Artifact, *, again: bool = False) -> Path:
     files = artifact.contract.files
     try:
         with staging(target) as stage:
-            for name in _names(artifact):
-                _link(artifact.path / name, stage / name)
+            for name in _file_names(artifact):
+                _link_file(artifact.path / name, stage / name)
             with progress("Checking", sum(file.size for file in files.values())) as advance:
                 for name, file in files.items():
                     check_hash(stage / name, artifact.path, name, file, advance)
@@ -187,7 +187,7 @@ def _store(artifact: Artifact, *, again: bool = False) -> Path:
     return target
 
 
-def _link(source: Path, target: Path) -> None:
+def _link_file(source: Path, target: Path) -> None:
     """A hard link to the file behind any symbolic links; a copy where the file system cannot."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -198,13 +198,13 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _names(artifact: Artifact) -> list[str]:
+def _file_names(artifact: Artifact) -> list[str]:
     return [*artifact.contract.files, *(name for name in sorted(UNLISTED) if (artifact.path / name).is_file())]
 
 
 @contextmanager
 def _calling_the_hub(failed: str) -> Iterator[None]:
-    """Whatever goes wrong within is a HubError: the HTTP, LFS and xet clients raise errors of no common base.
+    """Turn whatever is raised within into a HubError: the HTTP, LFS and xet clients' errors have no common base.
 
     huggingface_hub draws its bars only where ours are drawn, too.
     """
@@ -219,28 +219,28 @@ def _calling_the_hub(failed: str) -> Iterator[None]:
     except HubError:
         raise
     except Exception as error:
-        raise HubError(f"{failed}: {_reason(error)}") from error
+        raise HubError(f"{failed}: {_describe_error(error)}") from error
     finally:
         if hidden:
             enable_progress_bars()
 
 
-def _reason(error: BaseException) -> str:
-    answered = _answered(error)
+def _describe_error(error: BaseException) -> str:
+    answered = _find_response(error)
     if answered is None:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     status, said = answered.response.status_code, " ".join((getattr(answered, "server_message", None) or "").split())
-    return f"the Hub answered {status}{said and ': '}{said.rstrip('.')}.{_hint(status)}"
+    return f"the Hub answered {status}{said and ': '}{said.rstrip('.')}.{_status_hint(status)}"
 
 
-def _answered(error: BaseException | None) -> Any:
-    """The error, among those that led to this one, that holds the Hub's answer; None if it gave none."""
+def _find_response(error: BaseException | None) -> Any:
+    """The error in the chain of causes that holds the Hub's response; None if there was none."""
     while error is not None and getattr(error, "response", None) is None:
         error = error.__cause__
     return error
 
 
-def _hint(status: int) -> str:
+def _status_hint(status: int) -> str:
     if status in (401, 403):
         return " Log in with `hf auth login`, or pass --token."
     if status == 404:
