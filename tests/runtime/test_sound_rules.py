@@ -51,7 +51,8 @@ def same(path) -> bool:
         return False
     assert expected is not None
     assert expected.keys() - ours.keys() <= {"attention_mask"}
-    for name in expected.keys() & ours.keys():
+    # UnivNet's noise is drawn anew by every call.
+    for name in expected.keys() & ours.keys() - {"noise_sequence"}:
         assert ours[name].shape == expected[name].shape
         # transformers' spectrograms round to float32 on the way.
         assert np.allclose(np.asarray(ours[name], float), expected[name], rtol=1e-4, atol=2e-4, equal_nan=True), name
