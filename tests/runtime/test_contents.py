@@ -20,7 +20,7 @@ from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.artifact.onnx_graph import external_files
 from precast.runtime.engines import onnx as engine
 from precast.runtime.errors import ArtifactError, FormatError, IntegrityError
-from precast.runtime.inputs.companions import companions_of, laid_out
+from precast.runtime.inputs.companions import companions_of, write_processor_files
 from precast.runtime.inputs.tokenizer import Tokenizer
 from precast.runtime.storage.hub import _files_to_upload, say_left_out
 
@@ -222,7 +222,7 @@ def test_what_is_not_listed_is_not_read(decoder, tmp_path):
     for tools in (None, [{}]):
         with pytest.raises(ArtifactError.__base__, match="has no chat template"):
             _talk(model, tools=tools)
-    with laid_out(companions_of(model.artifact)) as folder:
+    with write_processor_files(companions_of(model.artifact)) as folder:
         assert [each.name for each in folder.iterdir()] == ["config.json"]
         assert "precast" not in json.loads((folder / "config.json").read_text())
 

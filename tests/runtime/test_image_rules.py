@@ -19,7 +19,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from precast.runtime.errors import FormatError, InputError, PrecastError, UsageError
 from precast.runtime.pipelines.image_processing import CLASSES, TYPES
-from precast.runtime.pipelines.processors import ImageProcessor, opened_image
+from precast.runtime.pipelines.processors import ImageProcessor, open_image
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 52, 3), np.uint8))
 EVERY = sorted({names["pil"].removesuffix("Pil") for names in IMAGE_PROCESSOR_MAPPING_NAMES.values() if "pil" in names})
@@ -208,17 +208,17 @@ COLOURS = np.random.default_rng(1).integers(0, 256, (9, 14, 3))
 )  # fmt: skip
 def test_arrays_are_what_transformers_takes_them_for(tmp_path, array):
     path = write(tmp_path, {"image_processor_type": "CLIPImageProcessor"})
-    found = ImageProcessor(path)([opened_image(array)])["pixel_values"]
+    found = ImageProcessor(path)([open_image(array)])["pixel_values"]
     assert np.abs(found - theirs(path, [array])["pixel_values"]).max() < 1e-5
 
 
 def test_a_file_says_where_arrays_have_their_channels(tmp_path):
     path = write(tmp_path, {"image_processor_type": "ViTImageProcessor", "input_data_format": "channels_last"})
     processor = ImageProcessor(path)
-    found = processor([opened_image(COLOURS[:3], processor.layout)])["pixel_values"]
+    found = processor([open_image(COLOURS[:3], processor.layout)])["pixel_values"]
     assert np.abs(found - theirs(path, [COLOURS[:3].astype(np.uint8)])["pixel_values"]).max() < 1e-5
     with pytest.raises(InputError, match=r"array of 3x9x14 .* channels_last as its file says"):
-        opened_image(COLOURS.transpose(2, 0, 1), processor.layout)
+        open_image(COLOURS.transpose(2, 0, 1), processor.layout)
 
 
 def test_pictures_lie_as_their_file_says(tmp_path):
@@ -229,10 +229,10 @@ def test_pictures_lie_as_their_file_says(tmp_path):
         PICTURE.save(tmp_path / "a.jpg", exif=exif)
         expected = transformers.image_utils.load_image(str(tmp_path / "a.jpg"))
         for given in (str(tmp_path / "a.jpg"), tmp_path / "a.jpg", Image.open(tmp_path / "a.jpg")):
-            assert np.array_equal(opened_image(given), expected)
+            assert np.array_equal(open_image(given), expected)
     for mode in ("L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"):
         image = PICTURE.convert("L").convert("I").convert(mode) if mode == "I;16" else PICTURE.convert(mode)
-        assert np.array_equal(opened_image(image), transformers.image_utils.load_image(image)), mode
+        assert np.array_equal(open_image(image), transformers.image_utils.load_image(image)), mode
 
 
 def test_pictures_come_as_base64_too(tmp_path):
@@ -240,15 +240,15 @@ def test_pictures_come_as_base64_too(tmp_path):
     PICTURE.save(file)
     plain = base64.b64encode(file.read_bytes()).decode()
     for given in (plain, f"data:image/png;base64,{plain}", base64.encodebytes(file.read_bytes()).decode()):
-        assert np.array_equal(opened_image(given), transformers.image_utils.load_image(given))
+        assert np.array_equal(open_image(given), transformers.image_utils.load_image(given))
     with pytest.raises(
         InputError, match=r"^data:image/png;base64,iVBOR\S{30,40}… cannot be read as an image: \S{0,90}"
     ):
-        opened_image(f"data:image/png;base64,{plain[:400]}")
+        open_image(f"data:image/png;base64,{plain[:400]}")
     with pytest.raises(InputError, match=r"nothing\.png cannot be read as an image: FileNotFoundError"):
-        opened_image(str(tmp_path / "nothing.png"))
+        open_image(str(tmp_path / "nothing.png"))
     with pytest.raises(InputError, match=r"https://a.b/c.png is an address, and .* Download it yourself"):
-        opened_image("https://a.b/c.png")
+        open_image("https://a.b/c.png")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_pictures_come_as_base64_too(tmp_path):
 )
 def test_what_is_no_image_is_refused(given, message):
     with pytest.raises(InputError, match=message):
-        opened_image(given)
+        open_image(given)
 
 
 def test_broken_pictures_are_refused_by_name(tmp_path, monkeypatch):
@@ -280,8 +280,8 @@ def test_broken_pictures_are_refused_by_name(tmp_path, monkeypatch):
     for damaged in (whole[: len(whole) // 2], whole[:40] + b"\0" * 200 + whole[240:], b"", b"GIF89a"):
         place.write_bytes(damaged)
         with pytest.raises(InputError, match=re.escape(f"{place} cannot be read as an image")):
-            opened_image(place)
+            open_image(place)
     place.write_bytes(whole)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(InputError, match=r"a.png cannot be read as an image: DecompressionBombError"):
-        opened_image(place)
+        open_image(place)

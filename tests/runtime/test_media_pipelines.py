@@ -24,7 +24,7 @@ from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_M
 from precast.runtime import CompiledModel, pipeline
 from precast.runtime.errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
 from precast.runtime.pipelines.audio import AudioClassificationPipeline
-from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, opened_image, resized
+from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, open_image, resized
 
 LABELS = {"id2label": {0: "猫", 1: "Hund", 2: "bird"}, "label2id": {"猫": 0, "Hund": 1, "bird": 2}}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -483,7 +483,7 @@ def test_sound_files(tmp_path, width, channels):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
         file.setnchannels(channels), file.setsampwidth(width), file.setframerate(16000)
         file.writeframes(raw)
-    found = SoundProcessor(tmp_path).opened(tmp_path / "sound.wav")
+    found = SoundProcessor(tmp_path).open_sound(tmp_path / "sound.wav")
     assert np.abs(found - wanted).max() < 2 ** (2 - 8 * min(width, 3))
 
 
@@ -551,11 +551,11 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match="does not say how images are prepared"):
         ImageProcessor(tmp_path)
     with pytest.raises(InputError, match="An image is a file, an array"):
-        opened_image(3)
+        open_image(3)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "OddImageProcessor"}')
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match=r"OddImageProcessor is prepared by transformers.*precast\[export\]"):
         ImageProcessor(tmp_path)([Image.new("RGB", (2, 2))])
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(UsageError, match=r"Images take Pillow: pip install 'precast\[vision\]'"):
-        opened_image("x.png")
+        open_image("x.png")

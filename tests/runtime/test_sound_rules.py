@@ -46,7 +46,7 @@ def same(path) -> bool:
         expected = None
     try:
         processor = SoundProcessor(path)
-        ours = processor([processor.opened({"raw": SOUND, "sampling_rate": processor.rate})])
+        ours = processor([processor.open_sound({"raw": SOUND, "sampling_rate": processor.rate})])
     except PrecastError:
         return False
     assert expected is not None

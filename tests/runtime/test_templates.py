@@ -17,8 +17,8 @@ from transformers.utils import get_json_schema
 
 from precast.runtime import Tokenizer
 from precast.runtime.errors import InputError, UsageError
-from precast.runtime.inputs.tool_schemas import describe
-from precast.runtime.pipelines.generation import _whole
+from precast.runtime.inputs.tool_schemas import describe_function
+from precast.runtime.pipelines.generation import _full_text
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -201,9 +201,9 @@ def test_published_templates_give_the_texts_of_transformers(pair):
 
 
 def test_a_function_has_the_schema_of_transformers():
-    assert describe(weather) == get_json_schema(weather)
+    assert describe_function(weather) == get_json_schema(weather)
     method = SimpleNamespace(f=Tools().weather).f
-    assert describe(method) == get_json_schema(method)
+    assert describe_function(method) == get_json_schema(method)
 
 
 def test_images_and_sounds_are_known_without_their_libraries_being_imported_here():
@@ -211,7 +211,7 @@ def test_images_and_sounds_are_known_without_their_libraries_being_imported_here
     import torch
 
     image_of.__annotations__.update(picture=PIL.Image.Image, sound=torch.Tensor)
-    assert describe(image_of) == get_json_schema(image_of)
+    assert describe_function(image_of) == get_json_schema(image_of)
 
 
 def _without_hint(a):
@@ -332,4 +332,4 @@ def test_options_that_are_not_for_the_template_do_not_reach_it(pair, options, me
 
 def test_a_pipeline_goes_on_with_the_last_text_of_a_message():
     talk = [*HELLO, {"role": "assistant", "content": [{"type": "text", "text": "It "}, {"type": "image"}]}]
-    assert _whole(talk, "is", None)[-1]["content"] == [{"type": "text", "text": "It is"}, {"type": "image"}]
+    assert _full_text(talk, "is", None)[-1]["content"] == [{"type": "text", "text": "It is"}, {"type": "image"}]

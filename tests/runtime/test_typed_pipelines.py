@@ -13,7 +13,7 @@ from precast.runtime.errors import FormatError, InputError, UsageError
 from precast.runtime.generation.unsupported import SPEECH
 from precast.runtime.pipelines import pipeline_class
 from precast.runtime.pipelines.audio import _SPELLING
-from precast.runtime.pipelines.choices import hypothesis, labels_of
+from precast.runtime.pipelines.choices import fill_template, labels_of
 from precast.runtime.pipelines.scores import label, labels
 
 
@@ -29,9 +29,9 @@ def test_names_of_classes_are_texts():
 
 @pytest.mark.parametrize("template", ["This is {", "{0.x}", "{name}", "{1}", "plain"])
 def test_a_template_that_takes_no_label_is_refused(template):
-    assert hypothesis("This is {}.", "a") == "This is a."
+    assert fill_template("This is {}.", "a") == "This is a."
     with pytest.raises(InputError, match="hypothesis_template="):
-        hypothesis(template, "a")
+        fill_template(template, "a")
 
 
 @pytest.mark.parametrize("given", ["", [], " , ", [5], [None, 5]])

@@ -78,7 +78,7 @@ class Device:
             return self._weights[key]
 
     def bind(self, run: Callable[[list[Tensor]], list[Tensor]], graph: Graph, inputs: Arrays, outputs: Arrays) -> Step:
-        """Bind a graph to arrays; `run` is its library's. Raises ArtifactError as `bound_tensors` does."""
+        """Bind a graph to arrays; `run` is its library's. Raises ArtifactError as `bind_tensors` does."""
         given, targets = bind_tensors(graph, inputs, outputs)
         names = [spec.name for spec in graph.inputs]
         with self.turn():

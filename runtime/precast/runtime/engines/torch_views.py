@@ -10,7 +10,7 @@ import torch
 
 from ..artifact.schema import Dim, Graph, Input, Output
 from ..errors import ArtifactError
-from ..inputs.tensors import storage
+from ..inputs.tensors import storage_dtype
 from . import Arrays
 from .fork import ForkGuard
 
@@ -43,7 +43,7 @@ def bind_tensors(graph: Graph, inputs: Arrays, outputs: Arrays) -> tuple[list[to
 
 def bind_tensor(spec: Input | Output, array: np.ndarray[Any, Any]) -> torch.Tensor:
     """The tensor over an array's memory. Raises ArtifactError where it is not what `spec` says."""
-    dtype = storage(spec.dtype)
+    dtype = storage_dtype(spec.dtype)
     is_good = str(array.dtype) == dtype and array.ndim == len(spec.shape) and array.flags.c_contiguous
     if not is_good or not all(map(_fits_size, array.shape, spec.shape)):
         raise ArtifactError(

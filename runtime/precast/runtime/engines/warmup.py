@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..artifact.schema import Dim, Graph
-from ..inputs.tensors import allocate, storage
+from ..inputs.tensors import allocate, storage_dtype
 from . import Engine, Step
 
 __all__ = ["bind_blank"]
@@ -22,7 +22,7 @@ def bind_blank(engine: Engine, graph: Graph, caches: Arrays) -> Step:
     places = {layer.key_out: layer.key_in for layer in graph.cache}
     places |= {layer.value_out: layer.value_in for layer in graph.cache}
     inputs = {
-        spec.name: np.full(_binding_sizes(spec.shape, is_decoder), spec.pad, storage(spec.dtype))
+        spec.name: np.full(_binding_sizes(spec.shape, is_decoder), spec.pad, storage_dtype(spec.dtype))
         for spec in graph.inputs
         if spec.name not in caches
     }

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import msgspec
 
 from ..errors import InputError
-from ..inputs.tensors import plain
+from ..inputs.tensors import to_python
 from .unsupported import HARMLESS, SPEECH, UNSUPPORTED, find_unsupported
 
 __all__ = ["GenerationConfig"]
@@ -105,7 +105,7 @@ class GenerationConfig:
         """Numpy's and torch's numbers become Python's. Raises InputError for an unknown name, or a value of another
         type."""
         if name in _KEPT_APART:
-            self.unsupported[name] = plain(value)
+            self.unsupported[name] = to_python(value)
             return
         if name in self.settings():
             value = _convert_setting(name, value)
@@ -142,7 +142,7 @@ class GenerationConfig:
         """Make one of the content of a generation_config.json, as transformers reads it: unknown names are ignored.
         Raises InputError for a value of another type."""
         known = cls.settings()
-        others = {name: plain(value) for name, value in raw.items() if name in _KEPT_APART}
+        others = {name: to_python(value) for name, value in raw.items() if name in _KEPT_APART}
         try:
             return cls(**{name: value for name, value in raw.items() if name in known}, unsupported=others)
         except InputError as error:
@@ -296,7 +296,7 @@ def _setting_types() -> dict[str, Any]:
 
 def _convert_setting(name: str, value: Any) -> Any:
     """A setting's value as the type of its field. Raises InputError."""
-    given = plain(value)
+    given = to_python(value)
     try:
         return msgspec.convert(given, _setting_types()[name])
     except (msgspec.ValidationError, UnicodeEncodeError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 from ..artifact import DECODER_INPUTS, is_cache_positions
 from ..artifact.schema import Dim, Graph, Input
 from ..engines import Engine, OwnsCaches, Step, move_rows
-from ..inputs.tensors import allocate, zeros
+from ..inputs.tensors import allocate, allocate_together
 
 __all__ = ["Session"]
 
@@ -362,7 +362,9 @@ class _RecurrentStates:
 def _allocate_caches(graph: Graph) -> dict[str, Array]:
     """The caches, zeroed, by the names of the graph's inputs; all graphs of a variant use the same names."""
     names = {name for layer in graph.cache for name in (layer.key_in, layer.value_in)}
-    return zeros({spec.name: (_static_sizes(spec), spec.dtype) for spec in graph.inputs if spec.name in names})
+    return allocate_together(
+        {spec.name: (_static_sizes(spec), spec.dtype) for spec in graph.inputs if spec.name in names}
+    )
 
 
 def _static_sizes(spec: Input) -> list[int]:

@@ -1,4 +1,4 @@
-"""Chat templates, rendered in the sandbox in which transformers renders them, rebuilt after its chat_template_utils."""
+"""Render chat templates in a sandbox like transformers' (rebuilt after its chat_template_utils)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, OutOfMemoryError
-from .tool_schemas import describe
+from .tool_schemas import describe_function
 
-__all__ = ["Talk", "is_batch", "render"]
+__all__ = ["Conversation", "is_batch", "render_chat"]
 
 Message = dict[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -26,8 +26,8 @@ _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 @dataclass(frozen=True)
-class Talk:
-    """A conversation and what a template is told beside it.
+class Conversation:
+    """A conversation and the other variables of its template.
 
     Attributes:
         messages: each a mapping, a dataclass or a pydantic model, or one object that has them as `.messages`.
@@ -52,33 +52,33 @@ def is_batch(conversation: Any) -> bool:
     return isinstance(first, list | tuple) or hasattr(first, "messages")
 
 
-def render(source: str, name: str, talk: Talk) -> str:
-    """The text that the template `source` makes of a conversation; `name` says in errors which one it is.
+def render_chat(source: str, name: str, talk: Conversation) -> str:
+    """Render the template `source` for a conversation; errors call the template `name`.
 
-    A template may take any time and memory: whoever renders those of strangers sets limits around the process.
+    A template may take any time and memory: set limits around the process to render those of strangers.
 
     Raises InputError for what is no conversation, and where the template refuses it or fails; OutOfMemoryError where
     its text is too large.
     """
     try:
-        given = {"tools": _schemas(talk.tools), "documents": _documents(talk.documents), **talk.variables}
-        variables = {key: _plain(value) for key, value in given.items()}
-        messages = _messages(talk.messages)
+        given = {"tools": _tool_schemas(talk.tools), "documents": _check_documents(talk.documents), **talk.variables}
+        variables = {key: _to_json_types(value) for key, value in given.items()}
+        messages = _check_messages(talk.messages)
     except RecursionError as error:
         raise InputError("The conversation, its tools or its documents hold themselves, or nest too deep.") from error
     variables |= {"messages": messages, "add_generation_prompt": talk.add_generation_prompt}
     if not talk.continue_final_message:
-        return _text(source, name, variables)
+        return _render_template(source, name, variables)
     key = "content" if talk.continue_final_message is True else talk.continue_final_message
-    last = _mark(messages, key, source, name)
-    return _up_to_the_mark(_text(source, name, variables), last, name)
+    last = _mark_last_message(messages, key, source, name)
+    return _cut_at_mark(_render_template(source, name, variables), last, name)
 
 
-def _text(source: str, name: str, variables: Mapping[str, Any]) -> str:
+def _render_template(source: str, name: str, variables: Mapping[str, Any]) -> str:
     from jinja2.exceptions import TemplateError
 
     try:
-        text: str = _compiled(source).render(variables)
+        text: str = _compile_template(source).render(variables)
         return text
     except TemplateError as error:
         raise InputError(f"{name} refused this conversation: {error}") from error
@@ -86,19 +86,19 @@ def _text(source: str, name: str, variables: Mapping[str, Any]) -> str:
         raise OutOfMemoryError(f"{name} makes a text of this conversation for which there is no memory.") from error
     except Exception as error:
         # A template may raise whatever Python does: 1/0, a macro that calls itself, a sum of a number and a text.
-        raise InputError(f"{name} failed{_place(error)}: {type(error).__name__}: {error}") from error
+        raise InputError(f"{name} failed{_line_of(error)}: {type(error).__name__}: {error}") from error
 
 
-def _place(error: Exception) -> str:
+def _line_of(error: Exception) -> str:
     """The line of the template, where it was running."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     return f" in line {lines[-1]}" if lines else ""
 
 
-# ---------------------------------------------------------------- what a template is given
+# ---------------------------------------------------------------- a template's variables
 
 
-def _messages(conversation: Any) -> list[Message]:
+def _check_messages(conversation: Any) -> list[Message]:
     """A conversation's messages without keys that hold None, which templates would write out."""
     messages = getattr(conversation, "messages", conversation)
     if not isinstance(messages, list | tuple):
@@ -108,7 +108,7 @@ def _messages(conversation: Any) -> list[Message]:
     if not messages:
         raise InputError("The conversation is empty; it takes at least one message.")
     found = []
-    for message in map(_plain, messages):
+    for message in map(_to_json_types, messages):
         if not isinstance(message, dict):
             raise InputError(f'A message is a mapping {{"role": …, "content": …}}; this is {message!r:.80}.')
         found.append(_with_reasoning({key: value for key, value in message.items() if value is not None}))
@@ -121,31 +121,31 @@ def _with_reasoning(message: Message) -> Message:
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _schemas(tools: Sequence[Any] | None) -> list[Any] | None:
-    return None if tools is None else [_schema(tool) for tool in _listed(tools, "tools")]
+def _tool_schemas(tools: Sequence[Any] | None) -> list[Any] | None:
+    return None if tools is None else [_tool_schema(tool) for tool in _check_list(tools, "tools")]
 
 
-def _schema(tool: Any) -> Mapping[str, Any]:
+def _tool_schema(tool: Any) -> Mapping[str, Any]:
     if isinstance(tool, Mapping):
         return tool
     if isfunction(tool) or ismethod(tool):
-        return describe(tool)
+        return describe_function(tool)
     raise InputError(
         f"A tool is a JSON schema, or a Python function with type hints and a docstring; this is {tool!r:.80}."
     )
 
 
-def _documents(documents: Sequence[Any] | None) -> list[Any] | None:
+def _check_documents(documents: Sequence[Any] | None) -> list[Any] | None:
     if documents is None:
         return None
-    found = _listed(documents, "documents")
+    found = _check_list(documents, "documents")
     for document in found:
         if not isinstance(document, Mapping):
             raise InputError(f'A document is a mapping {{"title": …, "text": …}}; this is {document!r:.80}.')
     return found
 
 
-def _listed(values: Any, name: str) -> list[Any]:
+def _check_list(values: Any, name: str) -> list[Any]:
     if not isinstance(values, list | tuple):
         raise InputError(f"{name} is a list; this is {values!r:.80}.")
     return list(values)
@@ -156,14 +156,14 @@ _BARE: dict[type, Callable[[Any], Any]] = {
     str: str.__str__,
     int: int.__int__,
     float: float.__float__,
-    list: lambda values: list(map(_plain, values)),
-    tuple: lambda values: tuple(map(_plain, values)),
-    np.generic: lambda value: _plain(value.item()),
+    list: lambda values: list(map(_to_json_types, values)),
+    tuple: lambda values: tuple(map(_to_json_types, values)),
+    np.generic: lambda value: _to_json_types(value.item()),
 }
 
 
-def _plain(value: Any) -> Any:
-    """A value rebuilt of what JSON has; anything else, such as an image, only as its type's name.
+def _to_json_types(value: Any) -> Any:
+    """Rebuild a value from JSON's types; anything else, such as an image, becomes its type's name.
 
     The sandbox does not know which methods of other objects are dangerous: some write files.
     """
@@ -173,19 +173,19 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return bare(value)
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_to_json_types(key): _to_json_types(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return {each.name: _to_json_types(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if callable(getattr(value, "model_dump", None)):
         # Models of pydantic, such as the messages that OpenAI's client answers.
-        return _plain(value.model_dump())
+        return _to_json_types(value.model_dump())
     return f"<{type(value).__name__}>"
 
 
-# ---------------------------------------------------------------- going on with the last message
+# ---------------------------------------------------------------- continuing the last message
 
 
-def _mark(messages: list[Message], key: str, source: str, name: str) -> str:
+def _mark_last_message(messages: list[Message], key: str, source: str, name: str) -> str:
     """Put a mark after the last message's text, wherever the template may read it; returns the text."""
     last = messages[-1].get(key)
     if last is None:
@@ -203,7 +203,7 @@ def _mark(messages: list[Message], key: str, source: str, name: str) -> str:
     return text
 
 
-def _up_to_the_mark(text: str, last: str, name: str) -> str:
+def _cut_at_mark(text: str, last: str, name: str) -> str:
     place = text.rfind(_MARK.strip())
     if place < 0 or last.strip() not in text:
         raise InputError(f"{name} changes the last message, so it cannot be continued.")
@@ -215,12 +215,12 @@ def _up_to_the_mark(text: str, last: str, name: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
-    return _environment().from_string(source)
+def _compile_template(source: str) -> Any:
+    return _make_environment().from_string(source)
 
 
 @cache
-def _environment() -> Any:
+def _make_environment() -> Any:
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -234,12 +234,12 @@ def _environment() -> Any:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _namespace()
+    environment.globals["namespace"] = _namespace_class()
     return environment
 
 
 def _generation_tag() -> Any:
-    """`{% generation %}…{% endgeneration %}`, around what the model answered: training reads it, a prompt does not."""
+    """`{% generation %}…{% endgeneration %}` around the model's answers: training needs it, a prompt ignores it."""
     from jinja2.ext import Extension
     from jinja2.nodes import CallBlock
 
@@ -258,7 +258,7 @@ def _generation_tag() -> Any:
 
 
 class _Dict:
-    """What templates know as `dict`: not the class, whose attributes lead out of the sandbox."""
+    """`dict` for templates: not the class itself, whose attributes lead out of the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -268,7 +268,7 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-def _namespace() -> Any:
+def _namespace_class() -> Any:
     """jinja's namespace(), which stores no names that begin with an underscore."""
     from jinja2.exceptions import SecurityError
     from jinja2.utils import Namespace

@@ -1,6 +1,6 @@
-"""The small files that say how to prepare inputs and how to answer: tokenizer, templates, settings.
+"""The small files beside a model that say how to prepare inputs and how to answer: tokenizer, templates, settings.
 
-Of an artifact they are what its contract lists, and read when it is opened; of any other directory what lies there.
+An artifact's are those that its contract lists, read when it is opened; those of any other directory are read there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..artifact.integrity import read_regular
 from ..artifact.locks import Scratch
 from ..errors import ArtifactError
 
-__all__ = ["Readable", "companions_at", "companions_of", "laid_out"]
+__all__ = ["Readable", "companions_at", "companions_of", "write_processor_files"]
 
 MAX_BYTES = 256 * 2**20
 _OF_PROCESSORS = ("config.json", "preprocessor_config.json", "processor_config.json")
@@ -35,18 +35,19 @@ class Readable(Protocol):
 
 
 def companions_of(artifact: Artifact) -> Readable:
-    """Those of an artifact, as they were when it was opened, and the checkpoint's own config.json."""
-    return _Listed(artifact)
+    """The companions of an artifact, as they were when it was opened, and the checkpoint's own config.json."""
+    return _ArtifactFiles(artifact)
 
 
 def companions_at(path: Path) -> Readable:
-    """Those of the artifact at `path`, or of a directory that is none. Raises ArtifactError."""
-    return _Listed(read_artifact(path)) if is_artifact(path) else _Folder(path)
+    """The companions of the artifact, or of any other directory, at `path`. Raises ArtifactError."""
+    return _ArtifactFiles(read_artifact(path)) if is_artifact(path) else _FolderFiles(path)
 
 
 @contextmanager
-def laid_out(files: Readable) -> Iterator[Path]:
-    """A directory with what transformers makes a processor of, and nothing else: it reads whatever it finds there."""
+def write_processor_files(files: Readable) -> Iterator[Path]:
+    """Write the files that transformers makes a processor of to a directory of their own: it reads whatever it finds
+    beside them."""
     with Scratch() as folder:
         for name in _OF_PROCESSORS:
             if (data := files.get(name)) is not None:
@@ -54,8 +55,8 @@ def laid_out(files: Readable) -> Iterator[Path]:
         yield folder
 
 
-class _Listed:
-    """An artifact's."""
+class _ArtifactFiles:
+    """The companions of an artifact."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
@@ -71,8 +72,8 @@ class _Listed:
         return self._artifact.contents.below(folder)
 
 
-class _Folder:
-    """Those of a directory without a contract, such as a checkpoint's."""
+class _FolderFiles:
+    """The companions in a directory without a contract, such as a checkpoint's."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""What a caller gives an encoder: checked against the contract, each row at position 0 and only padding behind it."""
+"""The inputs of an encoder: checked against the contract, rows aligned to position 0 with padding only behind them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ..artifact.schema import Axis, Frames, Input
 from ..errors import InputError
-from .padding import align, as_floats, as_ids, as_mask, cut, ends_of
+from .padding import align_rows, as_floats, as_ids, as_mask, pad_beyond, row_ends
 from .tensors import to_numpy
 
 __all__ = ["RUNNING", "Rows", "axes_of", "input_names", "named_inputs", "read_rows", "running_dimension"]
@@ -24,11 +24,13 @@ RUNNING: tuple[Axis, ...] = ("length", "samples", "frames")
 
 @dataclass(frozen=True)
 class Rows:
-    """Attributes:
-    tensors: by name, among them `attention_mask` where rows differ in size.
-    sizes: of each axis. Along the running one: how much the longest row needs.
-    width: the caller's size of the running axis; 0 if there is none.
-    shifts, ends: [batch] or [batch, choices] or [texts]: by how much each row was moved, and how long it is.
+    """A batch of aligned rows.
+
+    Attributes:
+        tensors: by name, among them `attention_mask` where rows differ in size.
+        sizes: of each axis; of the running one, that of the longest row.
+        width: the caller's size of the running axis; 0 if there is none.
+        shifts, ends: [batch] or [batch, choices] or [texts]: how far each row was moved left, and its length.
     """
 
     tensors: dict[str, Array]
@@ -37,8 +39,8 @@ class Rows:
     shifts: Array
     ends: Array
 
-    def part(self, specs: Sequence[Input], rows: slice) -> Rows:
-        """Some of the batch."""
+    def take_rows(self, specs: Sequence[Input], rows: slice) -> Rows:
+        """Some rows of the batch."""
         axes = {spec.name: axes_of(spec) for spec in specs}
         main, batch = axes_of(specs[0]), rows.stop - rows.start
         tensors = {
@@ -68,8 +70,8 @@ def input_names(specs: Sequence[Input]) -> list[str]:
 
 
 def named_inputs(specs: Sequence[Input], tensors: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given in its place or by name, the main input first. Raises InputError for unknown, doubled and missing
-    inputs; segments that are all 0 are what a model without segments means too."""
+    """The inputs given by position or name, the main one first. Raises InputError for unknown, doubled and missing
+    inputs; token_type_ids that are all 0 are ignored by a model without them."""
     names = input_names(specs)
     if len(tensors) > len(names):
         raise InputError(f"{len(tensors)} inputs were given; this model has {len(names)}: {', '.join(names)}.")
@@ -91,16 +93,16 @@ def read_rows(
 ) -> Rows:
     """Check tensors, and align their rows.
 
-    `limits` are how many ids there are, by input. Raises InputError for wrong dtypes, ids, ranks, and sizes that do not
-    fit each other; whether a graph holds them is another question.
+    `limits` are the numbers of ids, by input. Raises InputError for wrong dtypes, ids, ranks, and sizes that do not fit
+    each other; whether a graph is large enough is checked later.
     """
     kinds = {spec.name: spec for spec in specs}
     tensors = {
-        name: _checked(kinds[name], value, limits.get(name))
+        name: _check_tensor(kinds[name], value, limits.get(name))
         for name, value in given.items()
         if name != "attention_mask"
     }
-    sizes = _sizes(kinds, tensors)
+    sizes = _axis_sizes(kinds, tensors)
     dimension = running_dimension(specs)
     if dimension is None:
         none = np.zeros(0, np.int64)
@@ -110,24 +112,24 @@ def read_rows(
     plane = main.reshape(*main.shape[: dimension + 1], -1)[..., 0] if main.ndim > dimension + 1 else main
     mask = as_mask(given.get("attention_mask"), plane, specs[0].name)
     shifts = mask.argmax(-1)
-    mask = align(mask, shifts)
-    ends = ends_of(mask)
+    mask = align_rows(mask, shifts)
+    ends = row_ends(mask)
     axis = axes_of(specs[0])[dimension]
     _check_mask(axis, mask, ends, frames)
     for name, tensor in tensors.items():
         if axis is not None and axis in axes_of(kinds[name]):
-            tensors[name] = cut(align(tensor, shifts), ends, kinds[name].pad)
+            tensors[name] = pad_beyond(align_rows(tensor, shifts), ends, kinds[name].pad)
     return Rows({**tensors, "attention_mask": mask.astype(np.int64)}, sizes, mask.shape[-1], shifts, ends)
 
 
-def _checked(spec: Input, value: Any, limit: int | None) -> Array:
+def _check_tensor(spec: Input, value: Any, limit: int | None) -> Array:
     names = [str(axis or size) for axis, size in zip(axes_of(spec), spec.shape, strict=True)]
     if spec.dtype == "float32":
         return as_floats(value, spec.name, names)
     return as_ids(value, limit, spec.name, names)
 
 
-def _sizes(specs: Mapping[str, Input], tensors: Mapping[str, Array]) -> dict[Axis, int]:
+def _axis_sizes(specs: Mapping[str, Input], tensors: Mapping[str, Array]) -> dict[Axis, int]:
     """The size of each axis, by the inputs that have it. Raises InputError where two differ."""
     found: dict[Axis, tuple[int, str]] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""size -> padded_size and back: what the caller gives, aligned and padded to what was compiled."""
+"""Check the caller's tensors, align their rows, pad them to the compiled sizes, and undo that for outputs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import numpy as np
 
 from ..errors import InputError
 
-__all__ = ["align", "as_array", "as_floats", "as_ids", "as_mask", "cut", "ends_of", "fill", "real_rows", "unalign"]
+__all__ = [
+    "align_rows",
+    "as_array",
+    "as_floats",
+    "as_ids",
+    "as_mask",
+    "pad_beyond",
+    "row_ends",
+    "fill_padded",
+    "real_rows",
+    "unalign_rows",
+]
 
 Array = np.ndarray[Any, Any]
 _MOST_IDS = 2**31
 EMPTY_ROWS = ("batch", "choices", "texts")
-"""Axes whose padding repeats what comes first, which is as harmless as any real row, where a row of nothing but padding
-can make a softmax undefined."""
+"""Axes that are padded by repeating the first row: a row of nothing but padding can make a softmax undefined."""
 
 
 def as_ids(
@@ -92,17 +102,17 @@ def real_rows(ids: Array, mask: Array) -> list[Array]:
     return [row[keep] for row, keep in zip(ids, mask, strict=True)]
 
 
-def align(tensor: Array, shifts: Array) -> Array:
+def align_rows(tensor: Array, shifts: Array) -> Array:
     """Move each row [..., length, …] left by its shift [...], so that its first token stands at position 0."""
-    return _roll(tensor, shifts)
+    return _roll_rows(tensor, shifts)
 
 
-def unalign(tensor: Array, shifts: Array) -> Array:
+def unalign_rows(tensor: Array, shifts: Array) -> Array:
     """Move the rows of an output [..., length, …] back to where the caller had them."""
-    return _roll(tensor, -shifts)
+    return _roll_rows(tensor, -shifts)
 
 
-def _roll(tensor: Array, shifts: Array) -> Array:
+def _roll_rows(tensor: Array, shifts: Array) -> Array:
     if not shifts.any():
         return tensor
     axis = shifts.ndim
@@ -110,21 +120,21 @@ def _roll(tensor: Array, shifts: Array) -> Array:
     return np.take_along_axis(tensor, index.reshape(*index.shape, *[1] * (tensor.ndim - index.ndim)), axis)
 
 
-def ends_of(mask: Array) -> Array:
-    """How many positions each row of a mask [..., length] needs, up to its last token."""
+def row_ends(mask: Array) -> Array:
+    """The end of each row of a mask [..., length]: one past its last token."""
     found: Array = (mask * np.arange(1, mask.shape[-1] + 1)).max(-1)
     return found
 
 
-def cut(tensor: Array, ends: Array, pad: int | float) -> Array:
-    """The tensor [..., length, …] with `pad` from each row's end on, whatever the caller padded with."""
+def pad_beyond(tensor: Array, ends: Array, pad: int | float) -> Array:
+    """Overwrite a tensor [..., length, …] with `pad` from each row's end on, whatever the caller padded with."""
     axis = ends.ndim
     beyond = np.arange(tensor.shape[axis]) >= ends[..., None]
     return np.where(beyond.reshape(*beyond.shape, *[1] * (tensor.ndim - beyond.ndim)), tensor.dtype.type(pad), tensor)
 
 
-def fill(target: Array, source: Array, axes: Sequence[str | None], pad: int | float) -> None:
-    """Copy `source` into the corner of `target`; what is beside it becomes `pad`, or repeats the first row."""
+def fill_padded(target: Array, source: Array, axes: Sequence[str | None], pad: int | float) -> None:
+    """Copy `source` into the corner of `target` and fill the rest with `pad`, or with copies of the first row."""
     target.fill(pad)
     target[tuple(slice(size) for size in source.shape)] = source
     for index, (axis, size) in enumerate(zip(axes, source.shape, strict=True)):

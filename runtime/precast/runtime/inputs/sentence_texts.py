@@ -1,4 +1,4 @@
-"""How a model of sentence-transformers takes its texts: what stands before them, and where they are cut."""
+"""The rules by which sentence-transformers encodes texts: a prompt before them, and the length they are cut to."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ _TYPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SentenceRules:
-    """Attributes:
-    prompt: stands before each text, where the caller gives no other.
-    max_length: the tokens after which a text is cut; None where it is not.
+    """How a model's texts are encoded.
+
+    Attributes:
+        prompt: stands before each text, where the caller gives no other.
+        max_length: the most tokens of a text; None where it is not cut.
     """
 
     prompt: str = ""
     max_length: int | None = None
 
-    def encoding(
+    def encode_text(
         self,
         tokenizer: Tokenizer,
         text: str,
@@ -46,7 +48,7 @@ class SentenceRules:
         """The encoding of a text, or of a pair of texts, cut to `length` tokens where that is less; `how` goes on to
         `Tokenizer.encodings`. Raises InputError for what is no text."""
         before = self.prompt if prompt is None else prompt
-        # What is no text is the tokenizer's to refuse.
+        # The tokenizer refuses anything that is not text.
         whole = before + text if isinstance(text, str) else text
         found = tokenizer.encodings(whole, pair, **how)[0]
         limit = min((each for each in (self.max_length, length) if each is not None), default=None)
@@ -56,7 +58,7 @@ class SentenceRules:
 
 
 def sentence_rules(files: Readable, path: Path) -> SentenceRules:
-    """Those of an artifact, whose export wrote them down; none for other models. Raises FormatError."""
+    """The rules of an artifact, as its export wrote them; no-ops for other models. Raises FormatError."""
     found = {name: select(parse_object(files.get(name) or b"{}", str(path / name)), _TYPES[name], str(path / name))
              for name in _TYPES}  # fmt: skip
     prompts, default = found[_PROMPTS].get("prompts", {}), found[_PROMPTS].get("default_prompt_name")

@@ -1,4 +1,4 @@
-"""numpy in, numpy out; torch in, torch out. torch is only recognised, and imported where its tensors are asked for."""
+"""Convert between numpy and torch, and allocate arrays. torch is only imported where its tensors are asked for."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ __all__ = [
     "as_tensor",
     "as_tensors",
     "is_tensor",
-    "like",
-    "plain",
-    "storage",
+    "convert_like",
+    "to_python",
+    "storage_dtype",
     "to_numpy",
-    "zeros",
+    "allocate_together",
 ]
 
 
-def storage(dtype: str) -> str:
-    """The dtype of the arrays that hold tensors of `dtype`: numpy has no bfloat16, so these are held as their bits."""
+def storage_dtype(dtype: str) -> str:
+    """The dtype of the arrays that hold tensors of `dtype`: numpy has no bfloat16, so its bits are held as uint16."""
     return "uint16" if dtype == "bfloat16" else dtype
 
 
 def allocate(shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:
-    """Zeros of this shape and dtype, as `storage` says. Raises OutOfMemoryError."""
+    """Zeros of this shape, in the `storage_dtype` of a dtype. Raises OutOfMemoryError."""
     try:
-        return np.zeros(shape, storage(dtype))
+        return np.zeros(shape, storage_dtype(dtype))
     except MemoryError as error:
-        size = prod(shape) * np.dtype(storage(dtype)).itemsize / 2**30
+        size = prod(shape) * np.dtype(storage_dtype(dtype)).itemsize / 2**30
         raise OutOfMemoryError(
             f"There is no memory for a buffer of the model of {size:,.1f} GiB, {dtype} {list(shape)}. Compile it for a "
             f"smaller batch or a shorter sequence."
@@ -47,21 +47,21 @@ def allocate(shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:
 
 
 _LINE = 64
-"""Bytes: what is allocated together begins at cache lines."""
+"""Bytes of a cache line, to which arrays that are allocated together are aligned."""
 
 
-def zeros(wanted: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Arrays of these shapes and dtypes, as `storage` says, in one piece of memory.
+def allocate_together(wanted: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays of these shapes and dtypes, as `storage_dtype` says, in one piece of memory.
 
-    Only so is it large enough for NumPy to ask the system for huge pages, from which attention reads caches of two
-    thousand tokens more than twice as fast.
+    Only such a piece is large enough for NumPy to ask the system for huge pages, from which attention reads caches of
+    two thousand tokens more than twice as fast.
     """
-    sizes = [prod(shape) * np.dtype(storage(dtype)).itemsize for shape, dtype in wanted.values()]
+    sizes = [prod(shape) * np.dtype(storage_dtype(dtype)).itemsize for shape, dtype in wanted.values()]
     starts = list(accumulate((-(-size // _LINE) * _LINE for size in sizes), initial=0))
     memory = allocate([starts[-1] + _LINE], "uint8")
     lines = memory[-memory.ctypes.data % _LINE :]
     return {
-        name: lines[start : start + size].view(storage(dtype)).reshape(shape)
+        name: lines[start : start + size].view(storage_dtype(dtype)).reshape(shape)
         for (name, (shape, dtype)), start, size in zip(wanted.items(), starts, sizes, strict=False)
     }
 
@@ -71,15 +71,15 @@ def to_numpy(value: Any) -> Any:
     return value.detach().cpu().numpy() if is_tensor(value) else value
 
 
-def plain(value: Any) -> Any:
-    """With Python's own numbers and lists in place of numpy's and torch's."""
+def to_python(value: Any) -> Any:
+    """The value with Python's own numbers and lists in place of numpy's and torch's."""
     value = to_numpy(value)
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    return [plain(each) for each in value] if isinstance(value, list | tuple | set) else value
+    return [to_python(each) for each in value] if isinstance(value, list | tuple | set) else value
 
 
-def like(example: Any, array: np.ndarray[Any, Any]) -> Any:
+def convert_like(example: Any, array: np.ndarray[Any, Any]) -> Any:
     """`array` as a torch tensor where `example` is one. The memory is the array's own."""
     return as_tensor(array) if is_tensor(example) else array
 
@@ -109,7 +109,7 @@ def as_tensors(arrays: dict[str, np.ndarray[Any, Any]], kind: str | None) -> dic
 
 
 def is_tensor(value: Any) -> bool:
-    """Is it a tensor of torch?"""
+    """Whether it is a tensor of torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -121,7 +121,7 @@ class ModelOutput(OrderedDict[str, Any]):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ModelOutput:
-        return super().__new__(_also_theirs() if cls is ModelOutput else cls)
+        return super().__new__(_output_class() if cls is ModelOutput else cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Not transformers' own, which wants a dataclass.
@@ -142,11 +142,11 @@ class ModelOutput(OrderedDict[str, Any]):
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
 
 
-def _also_theirs() -> type[ModelOutput]:
+def _output_class() -> type[ModelOutput]:
     transformers = sys.modules.get("transformers.utils.generic")
-    return ModelOutput if transformers is None else _both(transformers.ModelOutput)
+    return ModelOutput if transformers is None else _combine_classes(transformers.ModelOutput)
 
 
 @cache
-def _both(theirs: type) -> type[ModelOutput]:
+def _combine_classes(theirs: type) -> type[ModelOutput]:
     return type("ModelOutput", (ModelOutput, theirs), {})

@@ -1,6 +1,6 @@
 """Text <-> token ids with the `tokenizers` library, chat templates with jinja2; no transformers.
 
-What a checkpoint's `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` say is what counts.
+Everything is read from the checkpoint's `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tokenizers
 from ..arguments import only_known
 from ..artifact.published_json import parse_object, select
 from ..errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError, UsageError
-from .chat_templates import Talk, is_batch, render
+from .chat_templates import Conversation, is_batch, render_chat
 from .companions import Readable, companions_at
 from .tensors import as_tensors
 
@@ -35,8 +35,8 @@ _LARGEST = 2**32 - 1
 
 
 class _OwnVocabulary(msgspec.Struct):
-    """Of a tokenizer whose pieces are sentencepiece's and whose ids are not: see _OwnIds. The `end` of a text is added
-    where it does not have one already."""
+    """The vocabulary of a tokenizer whose pieces are sentencepiece's and whose ids are not: see _OwnIds. The `end` of a
+    text is added where it has none yet."""
 
     size: int
     unknown: int
@@ -76,7 +76,7 @@ _TYPES: dict[str, Any] = {
     "own_vocabulary": _OwnVocabulary,
     **dict.fromkeys([f"{role}_token" for role in _ROLES], _Token),
 }
-"""What is used of tokenizer_config.json; what else it says is in tokenizer.json by the export's doing."""
+"""The keys that are read of tokenizer_config.json, with their types; the export put the others into tokenizer.json."""
 
 
 class Tokenizer:
@@ -108,13 +108,13 @@ class Tokenizer:
         self.padding_side = self._config.get("padding_side", "right")
         # Special tokens that texts spell out are text like any other.
         self._tokenizer.encode_special_tokens = self._config.get("split_special_tokens", False)
-        self._cutting = lru_cache(maxsize=4)(self._copy_that_cuts)
+        self._truncating = lru_cache(maxsize=4)(self._copy_with_truncation)
 
     @property
     def max_length(self) -> int | None:
         """The most tokens that the checkpoint's tokenizer_config.json allows; None where it names no limit."""
         found = self._config.get("model_max_length")
-        # Those that know no limit say 10**30.
+        # transformers writes 10**30 where there is no limit.
         return int(found) if found is not None and 0 < found < _LARGEST else None
 
     def token_id(self, name: str) -> int | None:
@@ -125,15 +125,15 @@ class Tokenizer:
     @only_known
     def encode(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text, or of a pair of texts."""
-        return list(self._encode(text, pair, add_special_tokens).ids)
+        return list(self._encode_text(text, pair, add_special_tokens).ids)
 
     @only_known
     def decode(self, ids: Sequence[int] | Array, *, skip_special_tokens: bool = True) -> str:
         """The text of a list of ids. Raises InputError for what is no id."""
         numbers = _as_ids(ids)
-        with self._calling("decode these ids"):
+        with self._library_errors("decode these ids"):
             text = str(self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens))
-        return _cleaned(text) if self._cleans_up else text
+        return _clean_spaces(text) if self._cleans_up else text
 
     @only_known
     def batch_decode(self, rows: Sequence[Sequence[int]] | Array, *, skip_special_tokens: bool = True) -> list[str]:
@@ -150,7 +150,7 @@ class Tokenizer:
     def vocabulary_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it."""
         own = self._config.get("own_vocabulary")
-        found: int | None = self._tokenizer.token_to_id(_checked(token))
+        found: int | None = self._tokenizer.token_to_id(_check_text(token))
         return found if found is not None or own is None else self._tokenizer.token_to_id(own.mark + token)
 
     @property
@@ -160,7 +160,7 @@ class Tokenizer:
 
     @property
     def marks_subwords(self) -> bool:
-        """Whether a token that goes on with a word is written differently from one that begins it, as in WordPiece."""
+        """Whether tokens inside a word are spelled differently from those that begin one, as in WordPiece."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
 
     def join(self, tokens: Sequence[str]) -> str:
@@ -168,11 +168,11 @@ class Tokenizer:
         decoder = self._tokenizer.decoder
         if decoder is None:
             return " ".join(tokens)
-        with self._calling("join these tokens"):
+        with self._library_errors("join these tokens"):
             return str(decoder.decode(list(tokens)))
 
     def piece(self, index: int) -> bytes | None:
-        """What a token adds to the text that stands before it, perhaps part of a character; None for an unknown id."""
+        """The bytes that a token adds to the text before it, perhaps part of a character; None for an unknown id."""
         token = self.token(index)
         if token is None:
             return None
@@ -181,7 +181,7 @@ class Tokenizer:
             return bytes(_BYTES[char] for char in token)
         if self._byte_tokens == "ByteFallback" and (found := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(found[1])
-        before, length = self._something
+        before, length = self._sample_tokens
         return self.join([*before, token])[length:].encode()
 
     def encodings(
@@ -202,13 +202,13 @@ class Tokenizer:
         Raises InputError where nothing is left to cut.
         """
         if length is None:
-            return [self._encode(text, pair, add_special_tokens)]
-        self._check_cut(length, stride, strategy, pair is not None)
+            return [self._encode_text(text, pair, add_special_tokens)]
+        self._check_truncation(length, stride, strategy, pair is not None)
         _check_pair(text, pair)
-        with self._calling(f"cut a text to {length} tokens with an overlap of {stride}"):
-            cutting = self._cutting(length, stride, strategy)
+        with self._library_errors(f"cut a text to {length} tokens with an overlap of {stride}"):
+            cutting = self._truncating(length, stride, strategy)
             whole = cutting.encode(
-                *self._unended(text, pair, add_special_tokens), add_special_tokens=add_special_tokens
+                *self._strip_ends(text, pair, add_special_tokens), add_special_tokens=add_special_tokens
             )
         return [self._with_own_ids(each) for each in (whole, *whole.overflowing)]
 
@@ -222,7 +222,7 @@ class Tokenizer:
             "attention_mask": ([[1] * len(each.ids) for each in encodings], 0),
         }
         named = {"input_ids", *self._config.get("model_input_names", rows)}.intersection(self._names or rows)
-        return {name: self._pad(values, fill) for name, (values, fill) in rows.items() if name in named}
+        return {name: self._pad_rows(values, fill) for name, (values, fill) in rows.items() if name in named}
 
     @only_known
     def __call__(
@@ -241,16 +241,18 @@ class Tokenizer:
         second = [None] * len(first) if pairs is None else listed_texts(pairs)
         if len(second) != len(first):
             raise InputError(f"There are {len(first)} texts and {len(second)} pairs; each text takes one.")
-        encodings = [self._encode(text, pair, add_special_tokens) for text, pair in zip(first, second, strict=True)]
+        encodings = [
+            self._encode_text(text, pair, add_special_tokens) for text, pair in zip(first, second, strict=True)
+        ]
         return as_tensors(self.pad(encodings), return_tensors)
 
     def offsets(self, text: str, pair: str | None = None) -> list[tuple[int, int]]:
-        """For every token of `encode`, where in its text it stands: (first character, one past the last)."""
-        return list(self._encode(text, pair, True).offsets)
+        """For every token of `encode`, its place in the text: (first character, one past the last)."""
+        return list(self._encode_text(text, pair, True).offsets)
 
     def sequence_ids(self, text: str, pair: str | None = None) -> list[int | None]:
         """For every token of `encode`, 0 or 1 for the text it belongs to, None for special tokens."""
-        return list(self._encode(text, pair, True).sequence_ids)
+        return list(self._encode_text(text, pair, True).sequence_ids)
 
     def apply_chat_template(
         self,
@@ -286,41 +288,42 @@ class Tokenizer:
         other, and for those of transformers that have no effect here.
         """
         _check_chat_options(variables, add_generation_prompt, continue_final_message)
-        source, name = self._template(chat_template, tools is not None)
+        source, name = self._choose_template(chat_template, tools is not None)
         talks = list(messages) if is_batch(messages) else [messages]
         prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         beside = {**self.special_tokens, **variables}
         texts = [
-            render(source, name, Talk(each, tools, documents, prompt, continue_final_message, beside)) for each in talks
+            render_chat(source, name, Conversation(each, tools, documents, prompt, continue_final_message, beside))
+            for each in talks
         ]
         if not (tokenize or return_tensors or return_dict) or tokenize is False:
             return texts if is_batch(messages) else texts[0]
         batch = self(texts, add_special_tokens=False, return_tensors=return_tensors)
         return batch["input_ids"] if return_dict is False else batch
 
-    def _encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
+    def _encode_text(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
         _check_pair(text, pair)
-        with self._calling(f"encode {text!r:.60}"):
-            texts = self._unended(text, pair, add_special_tokens)
+        with self._library_errors(f"encode {text!r:.60}"):
+            texts = self._strip_ends(text, pair, add_special_tokens)
             return self._with_own_ids(self._tokenizer.encode(*texts, add_special_tokens=add_special_tokens))
 
-    def _unended(self, text: str, pair: str | None, is_ended: bool) -> tuple[str, str | None]:
-        """Both without the end that they spell out, where the tokenizer is to add it."""
+    def _strip_ends(self, text: str, pair: str | None, is_ended: bool) -> tuple[str, str | None]:
+        """Both texts without the end token that they spell out, where the tokenizer adds it anyway."""
         own = self._config.get("own_vocabulary")
         if own is None or own.end is None or not is_ended:
             return text, pair
-        one, two = (_without_end(each, own.end) for each in (text, pair or ""))
+        one, two = (_strip_end(each, own.end) for each in (text, pair or ""))
         return one, None if pair is None else two
 
     def _with_own_ids(self, encoding: tokenizers.Encoding) -> tokenizers.Encoding:
         own = self._config.get("own_vocabulary")
         return encoding if own is None else cast(tokenizers.Encoding, _OwnIds(encoding, own, self._tokenizer))
 
-    def _calling(self, what: str) -> AbstractContextManager[None]:
+    def _library_errors(self, what: str) -> AbstractContextManager[None]:
         return _calling_the_library(f"The tokenizer of {self.path} cannot {what}", InputError)
 
-    def _check_cut(self, length: int, stride: int, strategy: str, is_pair: bool) -> None:
-        """Raise InputError for what the library answers with a panic, or not at all."""
+    def _check_truncation(self, length: int, stride: int, strategy: str, is_pair: bool) -> None:
+        """Raise InputError for arguments on which the library panics, or never returns."""
         if strategy not in _STRATEGIES:
             raise InputError(f"strategy={strategy!r} is not known; choose one of: {', '.join(_STRATEGIES)}.")
         room = operator.index(length) - self._tokenizer.num_special_tokens_to_add(is_pair)
@@ -332,9 +335,9 @@ class Tokenizer:
                 f"of the text, and each must get on."
             )
 
-    def _copy_that_cuts(self, length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
-        # Cutting is a state of the library's object, which other threads share. Made of the file once more: as text, a
-        # vocabulary takes memory for every id up to its largest.
+    def _copy_with_truncation(self, length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
+        # Truncation is state of the library's object, which other threads share. The copy is made from the file again:
+        # serialized to text, a vocabulary would take memory for every id up to its largest.
         copy = tokenizers.Tokenizer.from_buffer(self._data)
         copy.no_padding()
         copy.encode_special_tokens = self._tokenizer.encode_special_tokens
@@ -346,13 +349,13 @@ class Tokenizer:
     def _byte_tokens(self) -> str | None:
         """How tokens spell bytes, by the part of the decoder that reads them: "ByteFallback", "ByteLevel" or None."""
         decoder = self._tokenizer.decoder
-        kinds = _kinds(msgspec.json.decode(decoder.__getstate__())) if decoder is not None else set()
+        kinds = _decoder_types(msgspec.json.decode(decoder.__getstate__())) if decoder is not None else set()
         return next((kind for kind in ("ByteFallback", "ByteLevel") if kind in kinds), None)
 
     @cached_property
-    def _something(self) -> tuple[list[str], int]:
-        """Tokens of some text and its length: decoders treat what comes first otherwise than what follows."""
-        tokens = self._encode("abcdef", None, False).tokens
+    def _sample_tokens(self) -> tuple[list[str], int]:
+        """The tokens of a sample text and its length: decoders treat the first token differently from later ones."""
+        tokens = self._encode_text("abcdef", None, False).tokens
         return tokens, len(self.join(tokens))
 
     @cached_property
@@ -361,7 +364,7 @@ class Tokenizer:
         is_pairs = isinstance(self._tokenizer.model, tokenizers.models.BPE) and not self._config.get(_CLEANS_PAIRS)
         return bool(self._config.get("clean_up_tokenization_spaces")) and not is_pairs
 
-    def _pad(self, rows: list[list[int]], fill: int) -> Array:
+    def _pad_rows(self, rows: list[list[int]], fill: int) -> Array:
         width = max(map(len, rows))
         result = np.full((len(rows), width), fill, np.int64)
         for target, row in zip(result, rows, strict=True):
@@ -369,8 +372,8 @@ class Tokenizer:
             target[start : start + len(row)] = row
         return result
 
-    def _template(self, chosen: str | None, with_tools: bool) -> tuple[str, str]:
-        """The template, and what errors call it."""
+    def _choose_template(self, chosen: str | None, with_tools: bool) -> tuple[str, str]:
+        """The template, and its name in errors."""
         named = self._named_templates()
         name = chosen or ("tool_use" if with_tools and "tool_use" in named else "default")
         if name in named:
@@ -382,13 +385,13 @@ class Tokenizer:
         raise InputError(f"{self.path} has no chat template {name!r}; give chat_template one of: {', '.join(named)}.")
 
     def _named_templates(self) -> dict[str, str]:
-        """Where there are files of their own, these alone; else what tokenizer_config.json holds."""
+        """The templates by name: those in files of their own, or else those in tokenizer_config.json."""
         named = {}
         if (data := self._files.get("chat_template.jinja")) is not None:
-            named["default"] = _text(data, self.path / "chat_template.jinja")
+            named["default"] = _decode_utf8(data, self.path / "chat_template.jinja")
         for name, data in self._files.below(_MORE_TEMPLATES).items():
             if name.endswith(".jinja"):
-                named[name.removesuffix(".jinja")] = _text(data, self.path / _MORE_TEMPLATES / name)
+                named[name.removesuffix(".jinja")] = _decode_utf8(data, self.path / _MORE_TEMPLATES / name)
         held = self._config.get("chat_template")
         if named or held is None:
             return named
@@ -399,20 +402,20 @@ class Tokenizer:
         return {} if data is None else parse_object(data, str(self.path / name))
 
 
-def _without_end(text: str, end: str) -> str:
+def _strip_end(text: str, end: str) -> str:
     bare = text.rstrip()
     return bare.removesuffix(end).rstrip() if bare.endswith(end) else text
 
 
 class _OwnIds:
-    """An encoding with the ids of the checkpoint's own vocabulary: what it lacks of sentencepiece's pieces is unknown,
-    and text without a piece may be one of its tokens, which are marked where no piece is."""
+    """An encoding with the ids of the checkpoint's own vocabulary: pieces of sentencepiece that it lacks are unknown,
+    and tokens that are no piece carry a mark."""
 
     def __init__(self, encoding: tokenizers.Encoding, own: _OwnVocabulary, tokenizer: tokenizers.Tokenizer) -> None:
         self._encoding, self._own, self._tokenizer = encoding, own, tokenizer
-        self.ids = [self._id(*each) for each in zip(encoding.ids, encoding.tokens, strict=True)]
+        self.ids = [self._own_id(*each) for each in zip(encoding.ids, encoding.tokens, strict=True)]
 
-    def _id(self, index: int, token: str) -> int:
+    def _own_id(self, index: int, token: str) -> int:
         if index < self._own.size and index != self._own.unknown:
             return index
         found: int | None = self._tokenizer.token_to_id(self._own.mark + token)
@@ -424,29 +427,29 @@ class _OwnIds:
 
 @contextmanager
 def _calling_the_library(failed: str, kind: type[PrecastError]) -> Iterator[None]:
-    """Whatever the tokenizers library raises within is a `kind`: bare Exceptions, and where its Rust code panics a
-    BaseException, which no `except Exception` would catch."""
+    """Turn whatever the tokenizers library raises within into a `kind`: bare Exceptions, and for a panic of its Rust
+    code a BaseException, which no `except Exception` would catch."""
     try:
         yield
     except MemoryError as error:
         raise OutOfMemoryError(f"{failed}: there is not so much memory.") from error
     except Exception as error:
-        raise kind(f"{failed}: {_sentence(error)}") from error
+        raise kind(f"{failed}: {_as_sentence(error)}") from error
     except BaseException as error:
         # The class pyo3_runtime.PanicException can be imported from nowhere.
         if type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{failed}: {_sentence(error)}") from error
+        raise kind(f"{failed}: {_as_sentence(error)}") from error
 
 
-def _sentence(error: BaseException) -> str:
+def _as_sentence(error: BaseException) -> str:
     return f"{' '.join(str(error).split()).removesuffix('.')}."
 
 
 class TextStream:
-    """Token ids in, text out as soon as it can no longer change; never half a character.
+    """Decodes a stream of token ids; text comes out as soon as it can no longer change, never half a character.
 
-    A token's text depends on what stands before it, so each step decodes a short window: the tokens of the last piece
+    A token's text depends on the tokens before it, so each step decodes a short window: the tokens of the last piece
     and those since.
     """
 
@@ -456,25 +459,25 @@ class TextStream:
         self._start = self._shown = 0
 
     def put(self, token: int) -> str:
-        """Add a token; returns the text that is now certain, perhaps none."""
+        """Add a token; returns the text that is final now, perhaps none."""
         self._ids.append(token)
-        before, after = self._texts()
+        before, after = self._window_texts()
         if len(after) <= len(before) or after.endswith(_REPLACEMENT):
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return after[len(before) :]
 
     def end(self) -> str:
-        """What is left, an incomplete character as U+FFFD."""
-        before, after = self._texts()
+        """The remaining text, an incomplete character as U+FFFD."""
+        before, after = self._window_texts()
         return after[len(before) :]
 
-    def _texts(self) -> tuple[str, str]:
+    def _window_texts(self) -> tuple[str, str]:
         window = self._ids[self._start :]
         known = window[: self._shown - self._start]
-        return self._decode(known), self._decode(window)
+        return self._decode_ids(known), self._decode_ids(window)
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode_ids(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
 
@@ -502,7 +505,7 @@ def _as_ids(ids: Sequence[int] | Array) -> list[int]:
     return numbers
 
 
-def _text(data: bytes, path: Path) -> str:
+def _decode_utf8(data: bytes, path: Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -510,7 +513,7 @@ def _text(data: bytes, path: Path) -> str:
 
 
 def listed_texts(texts: str | Sequence[str]) -> list[str]:
-    """One text as a list, and a list as it is. Raises InputError for what is neither, and for an empty list."""
+    """A text, or a sequence of texts, as a list. Raises InputError for anything else, and for an empty one."""
     if isinstance(texts, str):
         return [texts]
     try:
@@ -523,13 +526,13 @@ def listed_texts(texts: str | Sequence[str]) -> list[str]:
 
 
 def _check_pair(text: str, pair: str | None) -> None:
-    _checked(text)
+    _check_text(text)
     if pair is not None:
-        _checked(pair)
+        _check_text(pair)
 
 
-def _checked(text: str) -> str:
-    """The text itself. Raises InputError for what is none."""
+def _check_text(text: str) -> str:
+    """Return a text. Raises InputError for anything else, and for halves of characters."""
     if not isinstance(text, str):
         raise InputError(f"A text is a str; this is {type(text).__name__}: {text!r:.80}.")
     try:
@@ -542,31 +545,31 @@ def _checked(text: str) -> str:
     return text
 
 
-def _kinds(part: Any) -> set[str]:
+def _decoder_types(part: Any) -> set[str]:
     """The "type" of all parts of a decoder."""
     if isinstance(part, list):
-        return set().union(*map(_kinds, part))
-    return {part["type"], *_kinds(part.get("decoders", []))}
+        return set().union(*map(_decoder_types, part))
+    return {part["type"], *_decoder_types(part.get("decoders", []))}
 
 
-def _characters_of_bytes() -> dict[str, int]:
-    """The characters that stand for bytes in byte-level vocabularies, as in GPT-2's: those that can be seen stand for
-    themselves, for the others those from U+0100 on."""
+def _byte_characters() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level vocabularies such as GPT-2's: visible ones for themselves,
+    those from U+0100 on for the others."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
 
 
-_BYTES = _characters_of_bytes()
+_BYTES = _byte_characters()
 _BYTE_TOKEN = re.compile("<0x([0-9a-fA-F]{2})>")
 
 
-# What transformers' clean_up_tokenization takes back of spaces that a tokenizer has put between tokens.
+# The spaces between tokens that transformers' clean_up_tokenization removes.
 _SPACES = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
            (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
 
 
-def _cleaned(text: str) -> str:
+def _clean_spaces(text: str) -> str:
     for spaced, close in _SPACES:
         text = text.replace(spaced, close)
     return text
@@ -580,7 +583,7 @@ def _special_tokens(config: dict[str, Any], path: Path) -> dict[str, str]:
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             try:
-                found[name] = _checked(text)
+                found[name] = _check_text(text)
             except InputError as error:
                 raise FormatError(f"{path} has a {name} that is no text. {error}") from None
     return found

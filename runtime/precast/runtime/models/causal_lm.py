@@ -13,7 +13,7 @@ from ..generation.config import GenerationConfig
 from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
 from ..inputs.padding import as_array, as_ids, as_mask, real_rows
-from ..inputs.tensors import ModelOutput, like, to_numpy
+from ..inputs.tensors import ModelOutput, convert_like, to_numpy
 from .call_options import check_positions
 from .generative import Generation, GenerativeModel, check_streamer
 from .training_loss import with_labels
@@ -56,7 +56,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         logits = np.zeros((*ids.shape, found[0].shape[-1]), found[0].dtype)
         for target, keep, values in zip(logits, mask, found, strict=True):
             target[keep] = values
-        return ModelOutput(logits=like(input_ids, logits))
+        return ModelOutput(logits=convert_like(input_ids, logits))
 
     @only_known
     def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:

@@ -14,8 +14,8 @@ from ..artifact.schema import Axis, Graph, Output
 from ..engines import replicas_of
 from ..errors import InputError
 from ..inputs.encoder_inputs import RUNNING, Rows, axes_of, input_names, named_inputs, read_rows
-from ..inputs.padding import cut, fill, unalign
-from ..inputs.tensors import ModelOutput, allocate, like, to_numpy
+from ..inputs.padding import fill_padded, pad_beyond, unalign_rows
+from ..inputs.tensors import ModelOutput, allocate, convert_like, to_numpy
 from .base import CompiledModel
 from .training_loss import with_labels
 
@@ -65,12 +65,12 @@ class Encoder(CompiledModel):
         frames = self.variant.graphs[0].frames
         rows = read_rows(specs, {name: to_numpy(value) for name, value in given.items()}, limits, frames)
         self._check_rows(rows)
-        parts = [rows.part(specs, part) for part in self._batch_slices(rows.sizes["batch"])]
+        parts = [rows.take_rows(specs, part) for part in self._batch_slices(rows.sizes["batch"])]
         sizes = self._output_sizes(rows)
         with self._lock:
             answers = self._run_all(parts, sizes)
         outputs = {
-            spec.name: like(
+            spec.name: convert_like(
                 next(iter(given.values())), self._join_parts([each[spec.name] for each in answers], spec, rows)
             )
             for spec in self.variant.graphs[0].outputs
@@ -123,7 +123,7 @@ class Encoder(CompiledModel):
             if spec.name in rows.tensors:
                 source = rows.tensors[spec.name]
                 wanted = tuple(slice(rows.sizes[axis]) if axis in RUNNING else slice(None) for axis in axes)
-                fill(inputs[spec.name], source[wanted], axes, spec.pad)
+                fill_padded(inputs[spec.name], source[wanted], axes, spec.pad)
             else:
                 inputs[spec.name].fill(spec.pad)
         outputs = {spec.name: allocate(spec.shape, spec.dtype) for spec in graph.outputs}  # type: ignore[arg-type]
@@ -171,9 +171,9 @@ class Encoder(CompiledModel):
         behind a row's end to 0."""
         whole = np.concatenate(pieces) if spec.slice[0] == "batch" else pieces[0]
         if "length" in spec.slice:
-            whole = unalign(whole, rows.shifts)
+            whole = unalign_rows(whole, rows.shifts)
         if "frames" in spec.slice:
-            whole = cut(whole, np.array([self.frames(int(end)) for end in rows.ends]), 0)
+            whole = pad_beyond(whole, np.array([self.frames(int(end)) for end in rows.ends]), 0)
         return np.ascontiguousarray(whole)
 
     def _suggest_larger_axis(self, axis: Axis, size: int) -> str:

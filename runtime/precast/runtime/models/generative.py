@@ -33,7 +33,7 @@ from ..generation.sampling import Processor, Processors, Sampler, draw_seed
 from ..generation.sequence import Request, StoppingCriteria
 from ..generation.session import Session
 from ..generation.stop_strings import StopStrings
-from ..inputs.tensors import ModelOutput, like
+from ..inputs.tensors import ModelOutput, convert_like
 from .base import CompiledModel
 from .languages import language_id
 
@@ -171,12 +171,12 @@ class GenerativeModel(CompiledModel):
             asked.streamer.end()
         count = asked.config.num_return_sequences or 1
         answers = [self._finish_answer(tokens, asked.config) for tokens in found]
-        sequences = like(given, _pad_answers(np.repeat(front, count, 0), answers, asked.config))
+        sequences = convert_like(given, _pad_answers(np.repeat(front, count, 0), answers, asked.config))
         if not asked.config.return_dict_in_generate:
             return sequences
         outputs = {"sequences": sequences}
         if asked.config.output_scores:
-            outputs["sequences_scores"] = like(given, np.array(scores, np.float32))
+            outputs["sequences_scores"] = convert_like(given, np.array(scores, np.float32))
         return ModelOutput(outputs)
 
     def _prompt_groups(self, count: int, width: int) -> list[slice]:

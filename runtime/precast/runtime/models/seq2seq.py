@@ -17,7 +17,7 @@ from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
 from ..generation.session import Session
 from ..inputs.padding import as_ids, as_mask, real_rows
-from ..inputs.tensors import ModelOutput, allocate, like, to_numpy
+from ..inputs.tensors import ModelOutput, allocate, convert_like, to_numpy
 from .generative import Generation, GenerativeModel, check_streamer
 from .training_loss import with_labels
 
@@ -139,7 +139,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
             raise InputError("Logits are those of the decoder's rows: pass decoder_input_ids, or use generate().")
         sources = self._check_sources(self._main_input("input_ids", input_ids), attention_mask)
         ids, mask = self._check_decoder_inputs(decoder_input_ids, decoder_attention_mask)
-        return ModelOutput(logits=like(input_ids, self._score_rows(sources, ids, mask)))
+        return ModelOutput(logits=convert_like(input_ids, self._score_rows(sources, ids, mask)))
 
     def generate(
         self,

@@ -50,7 +50,7 @@ class CompiledModelForFeatureExtraction(Encoder):
         Raises:
             InputError: a text is longer than compiled for.
         """
-        batch = self.tokenizer.pad([self.sentence_rules.encoding(self.tokenizer, text, prompt=prompt)
+        batch = self.tokenizer.pad([self.sentence_rules.encode_text(self.tokenizer, text, prompt=prompt)
                                     for text in listed_texts(texts)])  # fmt: skip
         outputs = self(**batch)
         if "sentence_embedding" in outputs:

@@ -17,7 +17,7 @@ from ..arguments import refuse_unknown
 from ..errors import InputError
 from ..generation.probabilities import log_softmax
 from ..inputs.padding import as_array
-from ..inputs.tensors import ModelOutput, like, to_numpy
+from ..inputs.tensors import ModelOutput, convert_like, to_numpy
 from .call_options import without_switches
 
 __all__ = ["NOT_LABELLED", "next_token_loss", "class_loss", "sequence_loss", "span_loss", "with_labels"]
@@ -110,7 +110,7 @@ def with_labels(call: Callable[..., ModelOutput]) -> Callable[..., Any]:
         arrays["mask"] = to_numpy(named.get("attention_mask", tensors[1] if len(tensors) > 1 else None))
         task = "text2text-generation" if hasattr(self, "start_token") else self.artifact.contract.task
         loss = np.asarray(_task_loss(task, self.config, arrays, set(given)))
-        return ModelOutput(loss=like(labels[next(iter(given))], loss), **outputs)
+        return ModelOutput(loss=convert_like(labels[next(iter(given))], loss), **outputs)
 
     return labelled
 

@@ -16,7 +16,7 @@ from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
 from ..generation.unsupported import SPEECH
 from ..inputs.padding import as_ids, as_mask, real_rows
-from ..inputs.tensors import ModelOutput, like, plain, to_numpy
+from ..inputs.tensors import ModelOutput, convert_like, to_numpy, to_python
 from .generative import Generation, check_streamer
 from .languages import CODES
 from .seq2seq import EncoderCall, EncoderDecoder
@@ -44,7 +44,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         """Whisper's own settings of a call: its configuration goes before the file. Raises InputError for a wrong
         type."""
         said = {name: config.unsupported.get(name) for name in SPEECH}
-        other = {name: value for name, value in said.items() if value != plain(self._generation_file.get(name))}
+        other = {name: value for name, value in said.items() if value != to_python(self._generation_file.get(name))}
         try:
             changed = select(other, SPEECH, "The generation_config")
         except FormatError as error:
@@ -74,7 +74,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             raise InputError("Logits are those of the decoder's rows: pass decoder_input_ids, or use generate().")
         sources = self._check_sources(self._main_input("input_features", input_features))
         ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary_size(), "decoder_input_ids")
-        return ModelOutput(logits=like(input_features, self._score_rows(sources, ids, as_mask(None, ids))))
+        return ModelOutput(logits=convert_like(input_features, self._score_rows(sources, ids, as_mask(None, ids))))
 
     def generate(
         self,

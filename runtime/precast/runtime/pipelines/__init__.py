@@ -1,4 +1,4 @@
-"""`pipeline(task, model)`: what the user has in, what the user wants out.
+"""`pipeline(task, model)`: texts, images and sounds in, labels and texts out.
 
 Text tasks take numpy and tokenizers, images Pillow too; what is prepared in less common ways takes transformers.
 """
@@ -56,7 +56,7 @@ PIPELINES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def pipeline(task: str | None = None, model: str | Path | CompiledModel | None = None, **options: Any) -> Pipeline:
-    """A compiled model that takes texts, images or sounds, and answers in words.
+    """Make a pipeline: a compiled model that takes texts, images or sounds, and answers with labels or texts.
 
     Args:
         task: by default what the model was compiled for. A model of text-classification also does
@@ -74,7 +74,7 @@ def pipeline(task: str | None = None, model: str | Path | CompiledModel | None =
         raise UsageError("Name the model: pipeline(model='out'), a directory, a Hub repository, or a model.")
     found = None if task is None else pipeline_class(task)
     if "device" in options:
-        options["device"] = _device(options["device"])
+        options["device"] = _device_name(options["device"])
     opened = model if isinstance(model, CompiledModel) else None
     if opened is None:
         # A part that is said to be the model's is the artifact's own.
@@ -86,7 +86,7 @@ def pipeline(task: str | None = None, model: str | Path | CompiledModel | None =
             f"device={device!r} comes too late: the model is open already. Say it to CompiledModel.from_pretrained()."
         )
     compiled_for = opened.artifact.contract.task
-    _check(task, opened, compiled_for)
+    _check_task(task, opened, compiled_for)
     chosen = (found or pipeline_class(compiled_for)).of(opened)
     if opened is not model:
         known = [*chosen.option_names(), *chosen.passed_on(opened), "batch_size", *PARTS, *_LOADING]
@@ -102,8 +102,8 @@ _LOADING = [
 ]
 
 
-def _device(given: Any) -> str | None:
-    """A device as transformers' pipelines take it, by the name that it has here."""
+def _device_name(given: Any) -> str | None:
+    """Translate a device of transformers' pipelines (-1, 0, "cuda:0") to its name here."""
     if isinstance(given, int):
         given = "cpu" if given < 0 else f"cuda:{given}"
     name = None if given is None else str(given)
@@ -112,7 +112,7 @@ def _device(given: Any) -> str | None:
 
 def pipeline_class(task: str) -> type[Pipeline]:
     """The class of a task's pipeline. Raises UsageError, which lists the tasks."""
-    name = _row(task)
+    name = _canonical_name(task)
     if name not in PIPELINES:
         close = difflib.get_close_matches(task, PIPELINES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -123,13 +123,13 @@ def pipeline_class(task: str) -> type[Pipeline]:
     return type(attribute, (found,), {"task": task}) if _PAIR.fullmatch(task) else found
 
 
-def _row(task: str) -> str:
-    """The name in PIPELINES of a task that may go by another."""
+def _canonical_name(task: str) -> str:
+    """The name in PIPELINES of a task, which may have others."""
     return "translation" if _PAIR.fullmatch(task) else _SAME.get(task, task)
 
 
-def _check(task: str | None, model: CompiledModel, compiled_for: str) -> None:
-    fits = PIPELINES[_row(task)][1] if task is not None else (compiled_for,)
+def _check_task(task: str | None, model: CompiledModel, compiled_for: str) -> None:
+    fits = PIPELINES[_canonical_name(task)][1] if task is not None else (compiled_for,)
     if compiled_for not in fits:
         others = [name for name, (_, runs) in PIPELINES.items() if compiled_for in runs]
         raise UsageError(

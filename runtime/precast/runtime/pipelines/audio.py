@@ -1,4 +1,4 @@
-"""Sounds in; labels and texts out."""
+"""Pipelines of sound: classification, features, speech recognition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ArtifactError
 from .base import Batch, Pipeline
 from .generation import GeneratingPipeline
 from .processors import SoundProcessor
-from .scores import classify
+from .scores import classify_row
 
 __all__ = [
     "AudioClassificationPipeline",
@@ -27,8 +27,8 @@ __all__ = [
 class _SoundPipeline(Pipeline):
     @cached_property
     def processor(self) -> SoundProcessor:
-        """What makes arrays of sounds, by the checkpoint's rules."""
-        return SoundProcessor(*self._files("feature_extractor"))
+        """The checkpoint's feature extractor."""
+        return SoundProcessor(*self._part_files("feature_extractor"))
 
     def preprocess(self, inputs: Any, *, truncation: bool = False) -> Batch:
         """Sounds as `input_values` float32 [sounds, samples], or as spectrograms where the model takes these, as
@@ -38,10 +38,10 @@ class _SoundPipeline(Pipeline):
             inputs: a .wav file, an array float [samples] or {"raw": array, "sampling_rate": n}; or a list of these.
             truncation: hear only the beginning of what is longer than the model hears, instead of refusing it.
         """
-        given, is_one = self._listed(inputs)
-        sounds = [self.processor.opened(each) for each in given]
+        given, is_one = self._as_list(inputs)
+        sounds = [self.processor.open_sound(each) for each in given]
         if truncation:
-            sounds = [sound[: self._longest()] for sound in sounds]
+            sounds = [sound[: self._max_length()] for sound in sounds]
         taken = [spec.name for spec in self.model.variant.graphs[0].inputs]
         made = self.processor(sounds)
         if taken[0] not in made:
@@ -53,8 +53,8 @@ class _SoundPipeline(Pipeline):
         arrays = {name: rows for name, rows in made.items() if name in taken}
         return Batch(arrays, given, is_one, samples=[len(sound) for sound in sounds])
 
-    def _longest(self) -> int | None:
-        """The samples that the model hears: its processor's, or those of the waves that it was compiled for."""
+    def _max_length(self) -> int | None:
+        """The most samples of a sound: the processor's limit, or the compiled length of waveforms."""
         shapes = [graph.inputs[0].shape for graph in self.model.variant.graphs]
         waves = [shape[1] for shape in shapes if len(shape) == 2]
         return self.processor.longest or max(waves, default=None)
@@ -66,7 +66,7 @@ class AudioClassificationPipeline(_SoundPipeline):
     def postprocess(self, outputs: Batch, *, top_k: int | None = 5, function_to_apply: str | None = None) -> Any:
         """[{"score", "label"}, …] for each sound, the likeliest first; options as for text-classification."""
         several = "softmax" if self.model.config.get("problem_type") is None else None
-        rows = [classify(self.model.config, row, function_to_apply or several)[:top_k] for row in outputs["logits"]]
+        rows = [classify_row(self.model.config, row, function_to_apply or several)[:top_k] for row in outputs["logits"]]
         return outputs.answer(rows)
 
 
@@ -81,14 +81,14 @@ class AudioFeatureExtractionPipeline(_SoundPipeline):
 
 
 class TranscriptionPipeline(_SoundPipeline, GeneratingPipeline):
-    """What is said in up to 30 seconds, written down by a decoder: Whisper."""
+    """Speech recognition with a decoder, Whisper: up to 30 seconds of sound."""
 
     task = "automatic-speech-recognition"
 
     def forward(self, batch: Batch, *, generate_kwargs: dict[str, Any] | None = None, **options: Any) -> Batch:
         """{"sequences": int64 [sounds, new]}; `options` are generate()'s, such as language="french", which can also be
         given as a dict, generate_kwargs."""
-        return self.generated(batch, {**options, **(generate_kwargs or {})})
+        return self.run_generate(batch, {**options, **(generate_kwargs or {})})
 
     def postprocess(self, outputs: Batch) -> Any:
         """{"text"} for each sound."""
@@ -108,10 +108,10 @@ class SpeechRecognitionPipeline(_SoundPipeline):
         """{"text"} for each sound."""
         frames = [self.model.frames(samples) for samples in outputs.notes["samples"]]
         rows = zip(outputs["logits"], frames, strict=True)
-        return outputs.answer([{"text": self._text(logits[:count].argmax(-1))} for logits, count in rows])
+        return outputs.answer([{"text": self._decode_characters(logits[:count].argmax(-1))} for logits, count in rows])
 
-    def _text(self, ids: np.ndarray[Any, Any]) -> str:
-        spelled = self._spelling
+    def _decode_characters(self, ids: np.ndarray[Any, Any]) -> str:
+        spelled = self._read_spelling
         kept = [
             spelled["tokens"].get(index, spelled["unknown"])
             for index, _ in groupby(ids.tolist())
@@ -121,7 +121,7 @@ class SpeechRecognitionPipeline(_SoundPipeline):
         return text.lower() if spelled["lower"] else text
 
     @cached_property
-    def _spelling(self) -> dict[str, Any]:
+    def _read_spelling(self) -> dict[str, Any]:
         artifact = self.model.artifact
         vocabulary = artifact.contents.get("vocab.json")
         if vocabulary is None:
@@ -135,7 +135,7 @@ class SpeechRecognitionPipeline(_SoundPipeline):
         words = select({"words": words}, {"words": dict[str, int]}, str(artifact.path / "vocab.json"))["words"]
         added = {index: token.content for index, token in config.get("added_tokens_decoder", {}).items()}
         tokens = {**added, **{index: token for token, index in words.items()}}
-        written = {name: _content(config.get(f"{name}_token", usual)) for name, usual in _USUAL.items()}
+        written = {name: _token_text(config.get(f"{name}_token", usual)) for name, usual in _USUAL.items()}
         return {"tokens": tokens, "blank": words.get(written["pad"]), "space": written["word_delimiter"],
                 "unknown": written["unk"], "lower": config.get("do_lower_case", False)}  # fmt: skip
 
@@ -157,5 +157,5 @@ _SPELLING: dict[str, Any] = {
 }
 
 
-def _content(token: str | _Added) -> str:
+def _token_text(token: str | _Added) -> str:
     return token if isinstance(token, str) else token.content

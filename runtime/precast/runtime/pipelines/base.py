@@ -1,4 +1,4 @@
-"""What all pipelines have in common: three steps, options, batches."""
+"""The base of all pipelines: three steps, options, batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tokenizers
 from ..arguments import refuse_unknown
 from ..errors import InputError, UsageError
 from ..inputs.companions import Readable
-from ..inputs.tensors import ModelOutput, plain
+from ..inputs.tensors import ModelOutput, to_python
 from ..inputs.tokenizer import Tokenizer
 from .parts import PARTS, files_of, is_own, tokenizer_of
 
@@ -41,17 +41,17 @@ class Batch(dict[str, Array]):
     """Arrays by name, one row of the model's input or output each along the first dimension.
 
     Attributes:
-        inputs: what the caller gave, one for each answer.
+        inputs: the caller's inputs, one for each answer.
         is_one: the caller gave one input and not a list, so gets one answer.
-        notes: what else an answer is made of, such as where tokens stand in their text.
+        notes: further data for postprocess, such as the encodings of texts.
     """
 
     def __init__(self, arrays: dict[str, Array], inputs: Sequence[Any], is_one: bool, **notes: Any) -> None:
         super().__init__(arrays)
         self.inputs, self.is_one, self.notes = inputs, is_one, notes
 
-    def holding(self, arrays: dict[str, Array]) -> Batch:
-        """Other arrays for the same inputs."""
+    def with_arrays(self, arrays: dict[str, Array]) -> Batch:
+        """The same inputs and notes with other arrays."""
         return Batch(arrays, self.inputs, self.is_one, **self.notes)
 
     def answer(self, answers: Sequence[Any]) -> Any:
@@ -60,7 +60,7 @@ class Batch(dict[str, Array]):
 
 
 class Pipeline:
-    """A compiled model with what comes before and after it.
+    """A compiled model with its preprocessing and postprocessing.
 
     Calling it is calling its three steps in turn, each of which can be called by itself:
 
@@ -89,9 +89,9 @@ class Pipeline:
         self._parts = {
             name: given for name, given in parts.items() if given is not None and not is_own(model.artifact, given)
         }
-        self._size = _checked_size(batch_size)
+        self._size = _check_size(batch_size)
         self.model, self.options = model, options
-        for stage, own in zip(_STAGES, self._split(options), strict=True):
+        for stage, own in zip(_STAGES, self._split_options(options), strict=True):
             if own:
                 setattr(self, stage, partial(getattr(self, stage), **own))
 
@@ -113,15 +113,15 @@ class Pipeline:
         """
         for name in self.names:
             inputs = options.pop(name, None) if inputs is None else inputs
-        size = _checked_size(batch_size) or self._size or self.model.batch_size
-        stages = self._split(options)
+        size = _check_size(batch_size) or self._size or self.model.batch_size
+        stages = self._split_options(options)
         if _is_stream(inputs):
-            return self._answers(inputs, size, stages)
+            return self._stream_answers(inputs, size, stages)
         if not self._is_list(inputs):
-            return self._run(inputs, *stages)
+            return self._run_steps(inputs, *stages)
         if not inputs:
             raise InputError("The list of inputs is empty.")
-        return list(self._answers(inputs, size, stages))
+        return list(self._stream_answers(inputs, size, stages))
 
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:
         """Copy the artifact to a directory, as `CompiledModel.save_pretrained`. Raises UsageError where the pipeline
@@ -135,13 +135,13 @@ class Pipeline:
         self.model.save_pretrained(save_directory, force=force)
 
     def preprocess(self, inputs: Any) -> Batch:
-        """What the caller gives, as arrays that the model takes."""
+        """The caller's inputs as arrays that the model takes."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Batch:
-        """The model's outputs, all rows'."""
-        outputs = [self.model(**rows) for rows in self._slices(batch)]
-        return batch.holding(_joined(outputs))
+        """The model's outputs for all rows."""
+        outputs = [self.model(**rows) for rows in self._batch_slices(batch)]
+        return batch.with_arrays(_join_outputs(outputs))
 
     def postprocess(self, outputs: Batch) -> Any:
         """The answer, or a list of answers where a list was given."""
@@ -155,7 +155,7 @@ class Pipeline:
     @classmethod
     def option_names(cls) -> list[str]:
         """The options that this pipeline's steps take."""
-        return sorted({name for stage in _STAGES for name in _options(cls, stage)})
+        return sorted({name for stage in _STAGES for name in _step_options(cls, stage)})
 
     @classmethod
     def passed_on(cls, model: Any) -> list[str]:
@@ -167,34 +167,36 @@ class Pipeline:
         """Whether what no step names is given to `forward`, as generate()'s options are."""
         return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(cls.forward).parameters.values())
 
-    def _answers(self, inputs: Any, size: int, stages: list[dict[str, Any]]) -> Iterator[Any]:
+    def _stream_answers(self, inputs: Any, size: int, stages: list[dict[str, Any]]) -> Iterator[Any]:
         items = iter(inputs) if isinstance(inputs, Iterable) else (inputs[index] for index in range(len(inputs)))
         while part := list(islice(items, size)):
-            yield from self._run(part, *stages)
+            yield from self._run_steps(part, *stages)
 
-    def _files(self, part: str) -> tuple[Path, Readable]:
-        """Where a part of PARTS is read."""
+    def _part_files(self, part: str) -> tuple[Path, Readable]:
+        """The path and files that a part of PARTS is read from."""
         return files_of(self.model.artifact, part, self._parts.get(part))
 
-    def _run(self, inputs: Any, *stages: dict[str, Any]) -> Any:
+    def _run_steps(self, inputs: Any, *stages: dict[str, Any]) -> Any:
         before, within, after = stages
         return self.postprocess(self.forward(self.preprocess(inputs, **before), **within), **after)
 
     def _is_list(self, inputs: Any) -> bool:
         return isinstance(inputs, list) or (isinstance(inputs, tuple) and not self.takes_pairs)
 
-    def _listed(self, inputs: Any) -> tuple[list[Any], bool]:
-        """The inputs as a list, and whether it was one that was no list."""
+    def _as_list(self, inputs: Any) -> tuple[list[Any], bool]:
+        """The inputs as a list, and whether the caller gave a single one."""
         return (list(inputs), False) if self._is_list(inputs) else ([inputs], True)
 
-    def _slices(self, batch: dict[str, Array]) -> Iterator[dict[str, Array]]:
+    def _batch_slices(self, batch: dict[str, Array]) -> Iterator[dict[str, Array]]:
         size = self.model.batch_size
         for start in range(0, len(next(iter(batch.values()))), size):
             yield {name: rows[start : start + size] for name, rows in batch.items()}
 
-    def _split(self, options: dict[str, Any]) -> list[dict[str, Any]]:
+    def _split_options(self, options: dict[str, Any]) -> list[dict[str, Any]]:
         """The options of each step. Raises UsageError for one that none takes."""
-        stages = [{name: options[name] for name in _options(type(self), stage) if name in options} for stage in _STAGES]
+        stages = [
+            {name: options[name] for name in _step_options(type(self), stage) if name in options} for stage in _STAGES
+        ]
         rest = {name: value for name, value in options.items() if not any(name in stage for stage in stages)}
         for stage, given in zip(_STAGES, stages, strict=True):
             for name, value in given.items():
@@ -211,7 +213,7 @@ Padding = bool | Literal["longest", "max_length", "do_not_pad"]
 
 
 class TokenizerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What transformers' pipelines pass on to their tokenizers.
+    """The options that transformers' pipelines pass on to their tokenizers.
 
     Attributes:
         truncation: cut what is longer than `max_length`, or, where that is not given, than the tokenizer says or was
@@ -228,7 +230,7 @@ class TokenizerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, *given: TokenizerOptions | dict[str, Any] | None) -> TokenizerOptions:
-        """What dicts say, the last first. Raises UsageError for a wrong name or type."""
+        """Merge options and dicts of them; later ones go first. Raises UsageError for a wrong name or type."""
         told = {name: value for each in given for name, value in (msgspec.to_builtins(each) or {}).items()}
         try:
             return msgspec.convert(told, cls)
@@ -247,19 +249,19 @@ class TokenizerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TextPipeline(Pipeline):
     """A pipeline that begins with the artifact's tokenizer."""
 
-    def _arrays(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
+    def _as_arrays(self, encodings: Sequence[tokenizers.Encoding]) -> dict[str, Array]:
         """A batch of encodings, of which the model takes its inputs; some tokenizers give more."""
         return {name: rows for name, rows in self.tokenizer.pad(encodings).items() if name in self.model.inputs}
 
     def _encoding(self, text: str, pair: str | None, **how: Any) -> tokenizers.Encoding:
         return self.tokenizer.encodings(text, pair, **how)[0]
 
-    def _longest(self) -> int:
+    def _max_length(self) -> int:
         """The tokens that the longest compiled row holds, or fewer where the checkpoint's tokenizer says so."""
         longest = int(max(self.model.artifact.contract.shapes.sequence_length))
         return min(longest, self.tokenizer.max_length or longest)
 
-    def _own(self, outputs: Batch, name: str) -> list[Array]:
+    def _own_values(self, outputs: Batch, name: str) -> list[Array]:
         """One output's values for each row's own tokens, without what was padded."""
         rows = zip(outputs[name], outputs.notes["encodings"], strict=True)
         if self.tokenizer.padding_side == "left":
@@ -268,7 +270,7 @@ class TextPipeline(Pipeline):
 
 
 class PlainTextPipeline(TextPipeline):
-    """A pipeline of texts as they are."""
+    """A pipeline of texts, or pairs of texts, without further preprocessing."""
 
     def preprocess(
         self,
@@ -287,16 +289,16 @@ class PlainTextPipeline(TextPipeline):
             truncation, max_length, padding, add_special_tokens: as TokenizerOptions says.
             tokenizer_kwargs: a dict of these, which goes before them.
         """
-        given, is_one = self._listed(inputs)
+        given, is_one = self._as_list(inputs)
         told = {"truncation": truncation, "max_length": max_length, "padding": padding,
                 "add_special_tokens": add_special_tokens}  # fmt: skip
-        how = TokenizerOptions.of(told, tokenizer_kwargs).cut(self._longest())
+        how = TokenizerOptions.of(told, tokenizer_kwargs).cut(self._max_length())
         encodings = [self._encoding(*text_and_pair(each), **how) for each in given]
-        return Batch(self._arrays(encodings), given, is_one, encodings=encodings)
+        return Batch(self._as_arrays(encodings), given, is_one, encodings=encodings)
 
 
 def text_and_pair(given: Any) -> tuple[str, str | None]:
-    """The texts of one input. Raises InputError for what is none."""
+    """The text of one input, and the second one of a pair. Raises InputError for anything else."""
     if isinstance(given, str):
         return given, None
     if isinstance(given, tuple) and len(given) == 2:
@@ -310,21 +312,21 @@ def text_and_pair(given: Any) -> tuple[str, str | None]:
 
 
 def _is_stream(given: Any) -> bool:
-    """Whether inputs come one by one: of what can be iterated, or of a dataset, which has a length and items."""
+    """Whether inputs come one by one: from an iterable, or a dataset, which has a length and items."""
     if isinstance(given, str | bytes | Mapping | list | tuple) or hasattr(given, "shape"):
         return False
     return isinstance(given, Iterable) or (hasattr(given, "__len__") and hasattr(given, "__getitem__"))
 
 
-def _checked_size(batch_size: Any) -> int | None:
+def _check_size(batch_size: Any) -> int | None:
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise UsageError(f"batch_size must be a whole number from 1, not {batch_size!r:.80}.")
     return batch_size
 
 
 def _check_option(cls: type[Pipeline], stage: str, name: str, value: Any) -> None:
-    """Raise UsageError for an option of another type than its step says, or for a count below 0."""
-    given, kind = plain(value), _kinds(getattr(cls, stage))[name]
+    """Raise UsageError for an option of another type than its step's signature says, or for a count below 0."""
+    given, kind = to_python(value), _option_types(getattr(cls, stage))[name]
     try:
         msgspec.convert(given, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
@@ -336,21 +338,21 @@ def _check_option(cls: type[Pipeline], stage: str, name: str, value: Any) -> Non
 
 
 @cache
-def _kinds(step: Callable[..., Any]) -> dict[str, Any]:
+def _option_types(step: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(step, include_extras=True)
 
 
-def _options(cls: type[Pipeline], stage: str) -> list[str]:
+def _step_options(cls: type[Pipeline], stage: str) -> list[str]:
     found = inspect.signature(getattr(cls, stage)).parameters.values()
     return [each.name for each in found if each.kind is each.KEYWORD_ONLY]
 
 
-def _joined(outputs: list[ModelOutput]) -> dict[str, Array]:
-    return {name: _stacked([each[name] for each in outputs]) for name in outputs[0]}
+def _join_outputs(outputs: list[ModelOutput]) -> dict[str, Array]:
+    return {name: _stack_parts([each[name] for each in outputs]) for name in outputs[0]}
 
 
-def _stacked(parts: list[Array]) -> Array:
-    """Parts below one another, with zeros behind what ends early: a part has the frames of its own longest sound."""
+def _stack_parts(parts: list[Array]) -> Array:
+    """Concatenate parts, zero-padded to a common shape: each has as many frames as its own longest sound."""
     shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     whole = np.zeros((sum(map(len, parts)), *shape), parts[0].dtype)
     start = 0

@@ -1,4 +1,4 @@
-"""Which of several labels or answers fits a text, with labels that are not known before."""
+"""Pipelines that choose among labels or answers given with the input."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from ..errors import InputError, PrecastWarning
 from ..generation.probabilities import softmax
 from .base import Array, Batch, Pipeline, TextPipeline
-from .scores import best, labels
+from .scores import labels, top_indices
 
-__all__ = ["LabelledPipeline", "MultipleChoicePipeline", "ZeroShotClassificationPipeline", "hypothesis", "labels_of"]
+__all__ = ["LabelledPipeline", "MultipleChoicePipeline", "ZeroShotClassificationPipeline", "fill_template", "labels_of"]
 
 
 class LabelledPipeline(Pipeline):
-    """A pipeline that is given its labels with the question."""
+    """A pipeline that takes its labels with each call."""
 
     def __call__(self, inputs: Any = None, candidate_labels: Any = ..., **options: Any) -> Any:
         """As `Pipeline.__call__`, with the labels by position or name."""
@@ -27,8 +27,8 @@ class LabelledPipeline(Pipeline):
 
 
 class ZeroShotClassificationPipeline(LabelledPipeline, TextPipeline):
-    """Labels that are named with the question: a model of natural language inference says of each whether it follows
-    from the text (Yin et al. 2019)."""
+    """Classification by labels given with the text: a model of natural language inference scores whether each follows
+    from it (Yin et al. 2019)."""
 
     names = ("sequences",)
 
@@ -48,15 +48,15 @@ class ZeroShotClassificationPipeline(LabelledPipeline, TextPipeline):
             hypothesis_template: the sentence that is to follow from the text, {} stands for the label.
             truncation: cut also texts that are longer than compiled for, instead of refusing them.
         """
-        texts, is_one = self._listed(inputs)
+        texts, is_one = self._as_list(inputs)
         if wrong := [each for each in texts if not isinstance(each, str) or not each]:
             raise InputError(f"An input is a text of one character at least; this is {wrong[0]!r:.80}.")
         names = labels_of(candidate_labels)
-        cut = {"length": self._longest() if truncation else self.tokenizer.max_length, "strategy": "only_first"}
+        cut = {"length": self._max_length() if truncation else self.tokenizer.max_length, "strategy": "only_first"}
         encodings = [
-            self._encoding(text, hypothesis(hypothesis_template, name), **cut) for text in texts for name in names
+            self._encoding(text, fill_template(hypothesis_template, name), **cut) for text in texts for name in names
         ]
-        return Batch(self._arrays(encodings), texts, is_one, labels=names)
+        return Batch(self._as_arrays(encodings), texts, is_one, labels=names)
 
     def postprocess(self, outputs: Batch, *, multi_label: bool = False) -> Any:
         """{"sequence", "labels", "scores"} for each text, the likeliest label first.
@@ -67,25 +67,25 @@ class ZeroShotClassificationPipeline(LabelledPipeline, TextPipeline):
                 contradiction. Otherwise the scores sum to 1.
         """
         names = outputs.notes["labels"]
-        scores = self._scores(outputs["logits"].reshape(len(outputs.inputs), len(names), -1), multi_label)
+        scores = self._label_scores(outputs["logits"].reshape(len(outputs.inputs), len(names), -1), multi_label)
         answers = []
         for text, row in zip(outputs.inputs, scores, strict=True):
-            order = best(row, None)
+            order = top_indices(row, None)
             answers.append(
                 {"sequence": text, "labels": [names[at] for at in order], "scores": [float(row[at]) for at in order]}
             )
         return outputs.answer(answers)
 
-    def _scores(self, logits: Array, multi_label: bool) -> Array:
+    def _label_scores(self, logits: Array, multi_label: bool) -> Array:
         """Probabilities [texts, labels] from logits [texts, labels, classes]."""
-        entailment = self._entailment(logits.shape[2])
+        entailment = self._entailment_class(logits.shape[2])
         if multi_label or logits.shape[1] == 1:
             contradiction = -1 if entailment == 0 else 0
             return softmax(logits[..., [contradiction, entailment]])[..., 1]
         return softmax(logits[..., entailment])
 
-    def _entailment(self, classes: int) -> int:
-        """The class that says that one text follows from another; the last one where no label is 'entailment', as in
+    def _entailment_class(self, classes: int) -> int:
+        """The index of the class 'entailment'; that of the last class where no label is called so, as in
         transformers."""
         names = labels(self.model.config)
         given = self.model.config.get("label2id")
@@ -103,7 +103,7 @@ class ZeroShotClassificationPipeline(LabelledPipeline, TextPipeline):
 
 
 class MultipleChoicePipeline(TextPipeline):
-    """Which of several continuations fits a text best."""
+    """Chooses the continuation that fits a text best."""
 
     def preprocess(self, inputs: Any, *, truncation: bool = False) -> Batch:
         """Each prompt with each of its choices, as token ids [inputs, choices, length].
@@ -112,17 +112,17 @@ class MultipleChoicePipeline(TextPipeline):
             inputs: {"prompt": text, "choices": [text, …]}, or a list of these, all with the same number of choices.
             truncation: cut what is longer than compiled for, instead of refusing it.
         """
-        given, is_one = self._listed(inputs)
+        given, is_one = self._as_list(inputs)
         counts = {len(choices) for _, choices in map(_prompt_and_choices, given)}
         if len(counts) > 1:
             raise InputError(f"All inputs of a list must have the same number of choices; these have {sorted(counts)}.")
-        length = self._longest() if truncation else None
+        length = self._max_length() if truncation else None
         encodings = [
             self._encoding(prompt, choice, length=length)
             for prompt, choices in map(_prompt_and_choices, given)
             for choice in choices
         ]
-        flat = self._arrays(encodings)
+        flat = self._as_arrays(encodings)
         arrays = {name: rows.reshape(len(given), *counts, -1) for name, rows in flat.items()}
         return Batch(arrays, given, is_one)
 
@@ -147,8 +147,8 @@ def labels_of(given: str | Sequence[str]) -> list[str]:
     return found
 
 
-def hypothesis(template: str, name: str) -> str:
-    """The sentence that a template makes of a label. Raises InputError where it has no place for it."""
+def fill_template(template: str, name: str) -> str:
+    """Put a label into a template. Raises InputError where it has no place for one."""
     try:
         sentence = template.format(name)
     except (ValueError, LookupError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Vectors of texts, images and sounds."""
+"""Feature extraction: vectors of texts, images and sounds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FeatureExtractionPipeline(TextPipeline):
 
     @classmethod
     def of(cls, model: Any) -> type[Pipeline]:
-        """The class for what the model takes."""
+        """The class for the kind of input that the model takes."""
         kinds = {"input_ids": cls, "pixel_values": ImageFeatureExtractionPipeline}
         return kinds.get(model.main_input_name, AudioFeatureExtractionPipeline)
 
@@ -48,13 +48,13 @@ class FeatureExtractionPipeline(TextPipeline):
                 calls it here.
             prompt: stands before each text; by default the default prompt of a model of sentence-transformers.
         """
-        given, is_one = self._listed(inputs)
+        given, is_one = self._as_list(inputs)
         told = {"truncation": truncation, "max_length": max_length, "padding": padding,
                 "add_special_tokens": add_special_tokens}  # fmt: skip
-        how = TokenizerOptions.of(told, tokenizer_kwargs, tokenize_kwargs).cut(self._longest())
+        how = TokenizerOptions.of(told, tokenizer_kwargs, tokenize_kwargs).cut(self._max_length())
         rules = self.model.sentence_rules
-        encodings = [rules.encoding(self.tokenizer, *text_and_pair(each), prompt=prompt, **how) for each in given]
-        return Batch(self._arrays(encodings), given, is_one, encodings=encodings)
+        encodings = [rules.encode_text(self.tokenizer, *text_and_pair(each), prompt=prompt, **how) for each in given]
+        return Batch(self._as_arrays(encodings), given, is_one, encodings=encodings)
 
     def postprocess(self, outputs: Batch, *, pooling: str | None = None) -> Any:
         """Nested lists of numbers for each text.
@@ -70,7 +70,7 @@ class FeatureExtractionPipeline(TextPipeline):
         pool = _POOLING.get(pooling or "none")
         if pool is None:
             raise UsageError(f"pooling={pooling!r} is not known; choose one of: {', '.join(_POOLING)}.")
-        return outputs.answer([pool(states).tolist() for states in self._own(outputs, "last_hidden_state")])
+        return outputs.answer([pool(states).tolist() for states in self._own_values(outputs, "last_hidden_state")])
 
 
 _POOLING: dict[str, Callable[[Array], Array]] = {

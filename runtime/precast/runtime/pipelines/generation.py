@@ -1,4 +1,4 @@
-"""Texts in, texts out."""
+"""Pipelines of text: generation, summarization, translation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "TranslationPipeline",
 ]
 
-_MOST_NEW_TOKENS = 256
+_DEFAULT_NEW_TOKENS = 256
 
 
 class GeneratingPipeline(Pipeline):
@@ -29,16 +29,15 @@ class GeneratingPipeline(Pipeline):
 
     task = "text-generation"
 
-    def generated(self, batch: Batch, options: dict[str, Any]) -> Batch:
-        """{"sequences": int64 [rows, longest]} of generate(), slice by slice; those that ended before others are
-        padded."""
-        parts = [self._answered(rows, options) for rows in self._slices(batch)]
+    def run_generate(self, batch: Batch, options: dict[str, Any]) -> Batch:
+        """Run generate() slice by slice: {"sequences": int64 [rows, longest]}, shorter rows padded."""
+        parts = [self._generate_slice(rows, options) for rows in self._batch_slices(batch)]
         width = max(part.shape[1] for part in parts)
         pad = self.tokenizer.token_id("pad") or self.tokenizer.token_id("eos") or 0
         rows = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=pad) for part in parts]
-        return batch.holding({"sequences": np.concatenate(rows)})
+        return batch.with_arrays({"sequences": np.concatenate(rows)})
 
-    def _answered(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
+    def _generate_slice(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
         """generate()'s answer to one slice, int64 [rows, new]."""
         found = self.model.generate(**rows, **{"return_dict_in_generate": False, **self._with_task(options)})
         answer: Array = found["sequences"] if isinstance(found, ModelOutput) else found
@@ -49,44 +48,44 @@ class GeneratingPipeline(Pipeline):
         """generate()'s options."""
         return [*inspect.signature(model.generate).parameters, *GenerationConfig.names()]
 
-    def _says_how_long(self, options: dict[str, Any]) -> bool:
+    def _limits_length(self, options: dict[str, Any]) -> bool:
         config = self._task_config().over(self.model.generation_config)
         own = config.max_new_tokens is not None or config.max_length is not None
         return own or bool(options.keys() & {"max_new_tokens", "max_length", "generation_config"})
 
-    def _of_task(self) -> dict[str, Any]:
-        """What config.json says of this task alone: T5's prefixes, BART's beams of summaries."""
+    def _task_settings(self) -> dict[str, Any]:
+        """The task_specific_params of config.json for this task: T5's prefixes, BART's beams of summaries."""
         tasks = self.model.config.get("task_specific_params")
         known = tasks.get(self.task) if isinstance(tasks, dict) else None
         return known if isinstance(known, dict) else {}
 
     def _task_config(self) -> GenerationConfig:
-        """How to generate for this task, as far as it fits."""
-        found = GenerationConfig.published(self._of_task(), "task_specific_params of config.json")
+        """The generation settings in task_specific_params; max_length is limited to the capacity."""
+        found = GenerationConfig.published(self._task_settings(), "task_specific_params of config.json")
         if found.max_length is not None:
             found.max_length = min(found.max_length, self.model.capacity)
         return found
 
     def _with_task(self, options: dict[str, Any]) -> dict[str, Any]:
-        """`options` over what the task's settings say, which go before the model's own, as in transformers 4."""
+        """`options` over the task's settings, which go before the model's own, as in transformers 4."""
         task, given = self._task_config(), options.get("generation_config")
         if task == GenerationConfig():
             return options
         config = task if given is None else GenerationConfig.of(given, "generation_config").over(task)
         return {**options, "generation_config": config}
 
-    def _batch(self, encodings: list[Any], given: list[Any], is_one: bool, **notes: Any) -> Batch:
+    def _make_batch(self, encodings: list[Any], given: list[Any], is_one: bool, **notes: Any) -> Batch:
         arrays = self.tokenizer.pad(encodings)
         return Batch({name: arrays[name] for name in ("input_ids", "attention_mask")}, given, is_one, **notes)
 
-    def _texts(self, outputs: Batch) -> list[list[str]]:
-        """For each input its texts, one or num_return_sequences of them."""
+    def _decode_texts(self, outputs: Batch) -> list[list[str]]:
+        """The texts of each input, one or num_return_sequences of them."""
         rows = outputs["sequences"].reshape(len(outputs.inputs), -1, outputs["sequences"].shape[1])
         return [[self.tokenizer.decode(row) for row in own] for own in rows]
 
 
 class TextGenerationPipeline(GeneratingPipeline):
-    """Prompts, or conversations, and how they go on."""
+    """Continues prompts or conversations."""
 
     names = ("text_inputs",)
 
@@ -113,7 +112,7 @@ class TextGenerationPipeline(GeneratingPipeline):
             truncation, padding, add_special_tokens: of prompts, as TokenizerOptions says; templates say all of a
                 conversation.
         """
-        given, is_one = self._listed(inputs)
+        given, is_one = self._as_list(inputs)
         told = TokenizerOptions(truncation=truncation, padding=padding, add_special_tokens=add_special_tokens)
         # One token is left for the answer.
         most = self.model.capacity - 1
@@ -122,14 +121,14 @@ class TextGenerationPipeline(GeneratingPipeline):
             self._encoding(prefix + each if isinstance(each, str) else each, tools, continue_final_message, **how)
             for each in given
         ]
-        return self._batch(encodings, given, is_one, continues=continue_final_message)
+        return self._make_batch(encodings, given, is_one, continues=continue_final_message)
 
     def forward(self, batch: Batch, *, stop_sequence: str | Sequence[str] | None = None, **options: Any) -> Batch:
         """{"sequences": int64 [batch, new]}; `options` are generate()'s, whose stop_strings is also called
         stop_sequence. Where neither they nor the model's generation_config.json say how long, as long as fits, up to
         256 new tokens."""
         stops = {} if stop_sequence is None else {"stop_strings": stop_sequence}
-        return self.generated(batch, {**stops, **options})
+        return self.run_generate(batch, {**stops, **options})
 
     def postprocess(self, outputs: Batch, *, return_full_text: bool = True) -> Any:
         """[{"generated_text"}] for each input.
@@ -140,21 +139,21 @@ class TextGenerationPipeline(GeneratingPipeline):
         """
         continues = outputs.notes["continues"]
         answers = []
-        for given, texts in zip(outputs.inputs, self._texts(outputs), strict=True):
-            whole = [_whole(given, text, continues) if return_full_text else text for text in texts]
+        for given, texts in zip(outputs.inputs, self._decode_texts(outputs), strict=True):
+            whole = [_full_text(given, text, continues) if return_full_text else text for text in texts]
             answers.append([{"generated_text": text} for text in whole])
         return outputs.answer(answers)
 
-    def _answered(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
-        # How long an answer may be depends on the prompts beside it, so those of other slices must not count.
-        rows = self._begun(_without_padding(rows), options)
-        if not self._says_how_long(options):
+    def _generate_slice(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
+        # The room for an answer depends on the width of its slice, so padding for longer prompts elsewhere goes first.
+        rows = self._begin_empty_prompts(_without_padding(rows), options)
+        if not self._limits_length(options):
             room = self.model.capacity - int(rows["attention_mask"].sum(1).max())
-            options = {**options, "max_new_tokens": max(1, min(room, _MOST_NEW_TOKENS))}
-        return super()._answered(rows, options)[:, rows["input_ids"].shape[1] :]
+            options = {**options, "max_new_tokens": max(1, min(room, _DEFAULT_NEW_TOKENS))}
+        return super()._generate_slice(rows, options)[:, rows["input_ids"].shape[1] :]
 
-    def _begun(self, rows: dict[str, Array], options: dict[str, Any]) -> dict[str, Array]:
-        """With bos_token_id where a prompt has no token, as generate() begins without any."""
+    def _begin_empty_prompts(self, rows: dict[str, Array], options: dict[str, Any]) -> dict[str, Array]:
+        """Begin prompts that have no token with bos_token_id, as generate() does without input_ids."""
         empty = np.asarray(rows["attention_mask"].sum(1) == 0)
         if not empty.any():
             return rows
@@ -173,13 +172,13 @@ class TextGenerationPipeline(GeneratingPipeline):
             return self.tokenizer.encodings(given, **how)[0]
         if not _is_conversation(given):
             raise InputError(f'An input is a text, or messages [{{"role": …, "content": …}}]; this is {given!r:.80}.')
-        goes_on = _continues(given, continues)
+        goes_on = _continues_last(given, continues)
         prompt = self.tokenizer.apply_chat_template(given, tools=tools, continue_final_message=goes_on)
         return self.tokenizer.encodings(prompt, add_special_tokens=False)[0]
 
 
 class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
-    """Texts and what an encoder-decoder makes of them."""
+    """Text to text with an encoder-decoder."""
 
     key = "generated_text"
     task = "text2text-generation"
@@ -192,47 +191,47 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
             truncation: cut what is longer than the tokenizer says, or than compiled for, instead of refusing it.
             prefix: what the model wants in front of each text; by default what its config.json says for the task.
         """
-        given, is_one = self._listed(inputs)
+        given, is_one = self._as_list(inputs)
         if wrong := [each for each in given if not isinstance(each, str)]:
             raise InputError(f"An input is a text; this is {wrong[0]!r:.80}.")
         prefix = self._own_prefix() if prefix is None else prefix
-        how = TokenizerOptions(truncation=truncation).cut(self._longest())
-        return self._batch([self._encoding(prefix + text, None, **how) for text in given], given, is_one)
+        how = TokenizerOptions(truncation=truncation).cut(self._max_length())
+        return self._make_batch([self._encoding(prefix + text, None, **how) for text in given], given, is_one)
 
     def forward(self, batch: Batch, **options: Any) -> Batch:
         """{"sequences": int64 [batch, new]}; `options` are generate()'s. Where neither they nor the model's
         generation_config.json say how long, as long as fits, up to 256 tokens."""
-        if not self._says_how_long(options):
-            options = {**options, "max_new_tokens": max(1, min(self.model.capacity - 1, _MOST_NEW_TOKENS))}
-        return self.generated(batch, options)
+        if not self._limits_length(options):
+            options = {**options, "max_new_tokens": max(1, min(self.model.capacity - 1, _DEFAULT_NEW_TOKENS))}
+        return self.run_generate(batch, options)
 
     def postprocess(self, outputs: Batch) -> Any:
         """[{"generated_text"}] for a text, and {"generated_text"} for each of a list, unless several are asked for;
         "summary_text" and "translation_text" from those pipelines."""
-        answers = [[{self.key: text} for text in texts] for texts in self._texts(outputs)]
+        answers = [[{self.key: text} for text in texts] for texts in self._decode_texts(outputs)]
         is_flat = not outputs.is_one and all(len(each) == 1 for each in answers)
         return [each[0] for each in answers] if is_flat else outputs.answer(answers)
 
     def _own_prefix(self) -> str:
-        return str(self._of_task().get("prefix") or self.model.config.get("prefix") or "")
+        return str(self._task_settings().get("prefix") or self.model.config.get("prefix") or "")
 
 
 class SummarizationPipeline(Text2TextGenerationPipeline):
-    """Texts and their summaries."""
+    """Summaries of texts."""
 
     key = "summary_text"
     task = "summarization"
 
 
 class TranslationPipeline(Text2TextGenerationPipeline):
-    """Texts in another language."""
+    """Translations of texts."""
 
     key = "translation_text"
     task = "translation"
 
 
 def _without_padding(rows: dict[str, Array]) -> dict[str, Array]:
-    """Without the columns in which no row has a token."""
+    """Drop the columns in which no row has a token."""
     used = rows["attention_mask"].any(0)
     return {name: values[:, used] for name, values in rows.items()}
 
@@ -241,20 +240,20 @@ def _is_conversation(given: Any) -> bool:
     return isinstance(given, list | tuple) and bool(given) and isinstance(given[0], dict) and "role" in given[0]
 
 
-def _continues(messages: Any, asked: bool | None) -> bool:
+def _continues_last(messages: Any, asked: bool | None) -> bool:
     return messages[-1]["role"] == "assistant" if asked is None else asked
 
 
-def _whole(given: Any, text: str, continues: bool | None) -> Any:
+def _full_text(given: Any, text: str, continues: bool | None) -> Any:
     if isinstance(given, str):
         return given + text
-    if not _continues(given, continues):
+    if not _continues_last(given, continues):
         return [*given, {"role": "assistant", "content": text}]
-    return [*given[:-1], {**given[-1], "content": _longer(given[-1]["content"], text)}]
+    return [*given[:-1], {**given[-1], "content": _append_text(given[-1]["content"], text)}]
 
 
-def _longer(content: Any, text: str) -> Any:
-    """A message's content with more text after its last one."""
+def _append_text(content: Any, text: str) -> Any:
+    """A message's content with `text` appended to its last text part."""
     if isinstance(content, str):
         return content + text
     last = max(index for index, part in enumerate(content) if "text" in part)

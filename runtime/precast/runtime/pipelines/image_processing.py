@@ -1,4 +1,4 @@
-"""What the plain image processors of transformers do: resize, crop, rescale, normalize, by their classes' defaults."""
+"""The plain image processors of transformers: resize, crop, rescale, normalize, by their classes' defaults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-__all__ = ["CLASSES", "TYPES", "ImageRules", "class_of", "rules_of"]
+__all__ = ["CLASSES", "TYPES", "ImageRules", "find_class", "read_rules"]
 
 Array = np.ndarray[Any, Any]
 
@@ -23,29 +23,29 @@ _BILINEAR, _BICUBIC = {"resample": 2}, {"resample": 3}
 _CROPPED = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
 
 
-def _square(side: int) -> dict[str, dict[str, int]]:
+def _square_size(side: int) -> dict[str, dict[str, int]]:
     return {"size": {"height": side, "width": side}}
 
 
 _CLIP = {**_OPENAI, **_BICUBIC, **_CROPPED, "size": {"shortest_edge": 224}, "default_to_square": False}
 
 CLASSES: dict[str, dict[str, Any]] = {
-    "Beit": {**_EVEN, **_BICUBIC, **_square(224), "crop_size": {"height": 224, "width": 224}},
+    "Beit": {**_EVEN, **_BICUBIC, **_square_size(224), "crop_size": {"height": 224, "width": 224}},
     "Bit": _CLIP,
-    "Blip": {**_OPENAI, **_BICUBIC, **_square(384)},
+    "Blip": {**_OPENAI, **_BICUBIC, **_square_size(384)},
     "CLIP": _CLIP,
     "ChineseCLIP": _CLIP,
     "ConvNext": {
         **_EVEN, **_BICUBIC, "size": {"shortest_edge": 384}, "default_to_square": False, "crop_pct": 224 / 256,
     },
-    "DeiT": {**_EVEN, **_BICUBIC, **_CROPPED, **_square(256)},
+    "DeiT": {**_EVEN, **_BICUBIC, **_CROPPED, **_square_size(256)},
     "MobileNetV1": {
         **_EVEN, **_BILINEAR, **_CROPPED, "size": {"shortest_edge": 256}, "default_to_square": False,
     },
-    "Pvt": {**_IMAGENET, **_BICUBIC, **_square(224)},
-    "Segformer": {**_IMAGENET, **_BILINEAR, **_square(512)},
-    "Siglip": {**_EVEN, **_BICUBIC, **_square(224), "default_to_square": False},
-    "ViT": {**_EVEN, **_BILINEAR, **_square(224)},
+    "Pvt": {**_IMAGENET, **_BICUBIC, **_square_size(224)},
+    "Segformer": {**_IMAGENET, **_BILINEAR, **_square_size(512)},
+    "Siglip": {**_EVEN, **_BICUBIC, **_square_size(224), "default_to_square": False},
+    "ViT": {**_EVEN, **_BILINEAR, **_square_size(224)},
 }  # fmt: skip
 """The defaults of the classes `…ImageProcessor` whose steps are these, where they differ from those of ImageRules."""
 
@@ -109,32 +109,32 @@ class ImageRules(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("a step that is not done here")
         if tuple(sorted(self.resized)) not in (("height", "width"), ("shortest_edge",)):
             raise ValueError(f"no rule for the size {self.size}")
-        if self.crop_size is not None and sorted(_edges(self.crop_size)) != ["height", "width"]:
+        if self.crop_size is not None and sorted(_edge_lengths(self.crop_size)) != ["height", "width"]:
             raise ValueError(f"no rule for the crop size {self.crop_size}")
         if self.do_center_crop and self.crop_size is None:
             raise ValueError("cropped to no size")
 
     @property
     def resized(self) -> dict[str, int]:
-        """What `size` says: height and width, or shortest_edge."""
+        """The target of resizing: height and width, or shortest_edge."""
         is_edge = isinstance(self.size, int) and not self.default_to_square
-        return _edges(self.size, ("shortest_edge",) if is_edge else ("height", "width"))
+        return _edge_lengths(self.size, ("shortest_edge",) if is_edge else ("height", "width"))
 
-    def _resize(self, image: Any) -> Array:
+    def _resize_image(self, image: Any) -> Array:
         """uint8 [height, width, 3]. ConvNeXT's are squares: small ones the middle of a larger image, others warped."""
         if self.crop_pct is None:
-            return np.asarray(image.resize(_target(image.size, self.resized), self.resample))
+            return np.asarray(image.resize(_target_size(image.size, self.resized), self.resample))
         side = self.resized["shortest_edge"]
         if side >= _WARPED:
             return np.asarray(image.resize((side, side), self.resample))
-        larger = _target(image.size, {"shortest_edge": int(side / self.crop_pct)})
-        return _cropped(np.asarray(image.resize(larger, self.resample)), _edges(side))
+        larger = _target_size(image.size, {"shortest_edge": int(side / self.crop_pct)})
+        return _crop_center(np.asarray(image.resize(larger, self.resample)), _edge_lengths(side))
 
     def pixels(self, image: Any) -> Array:
         """float32 [3, height, width] of a Pillow image in colours."""
-        pixels = self._resize(image) if self.do_resize else np.asarray(image)
+        pixels = self._resize_image(image) if self.do_resize else np.asarray(image)
         if self.do_center_crop and self.crop_size is not None:
-            pixels = _cropped(pixels, _edges(self.crop_size))
+            pixels = _crop_center(pixels, _edge_lengths(self.crop_size))
         values = pixels.transpose(2, 0, 1)
         if self.do_rescale:
             values = values.astype(np.float64) * self.rescale_factor
@@ -155,8 +155,8 @@ _UNCROPPED = ("Segformer",)
 _NAME = re.compile("(.*)(ImageProcessor(Pil)?|FeatureExtractor)(Fast)?")
 
 
-def rules_of(kind: str, settings: Mapping[str, Any]) -> ImageRules | None:
-    """How the class `kind` prepares images by a file's `settings`; None where it takes transformers to know."""
+def read_rules(kind: str, settings: Mapping[str, Any]) -> ImageRules | None:
+    """The rules of the class `kind` with a file's `settings`; None where only transformers knows them."""
     is_convnext = kind == "ConvNext"
     heeded = settings if is_convnext else {name: settings[name] for name in settings if name != "crop_pct"}
     try:
@@ -168,21 +168,21 @@ def rules_of(kind: str, settings: Mapping[str, Any]) -> ImageRules | None:
     return msgspec.structs.replace(rules, do_center_crop=False) if kind in _UNCROPPED else rules
 
 
-def class_of(named: Any, model_type: Any) -> str | None:
-    """Which of CLASSES the files name, or mean by the type of their model where `named` is None; None for others."""
+def find_class(named: Any, model_type: Any) -> str | None:
+    """The class of CLASSES that a file names, or that its model type implies where `named` is None; None for others."""
     if named is None:
         return _CLASS_OF_TYPE.get(model_type) if isinstance(model_type, str) else None
     found = _NAME.fullmatch(named) if isinstance(named, str) else None
     return found[1] if found and found[1] in CLASSES else None
 
 
-def _edges(size: Any, one: tuple[str, ...] = ("height", "width")) -> dict[str, int]:
+def _edge_lengths(size: Any, one: tuple[str, ...] = ("height", "width")) -> dict[str, int]:
     if isinstance(size, int):
         return dict.fromkeys(one, size)
     return size if isinstance(size, dict) else dict(zip(("height", "width"), size, strict=True))
 
 
-def _target(size: tuple[int, int], asked: dict[str, int]) -> tuple[int, int]:
+def _target_size(size: tuple[int, int], asked: dict[str, int]) -> tuple[int, int]:
     """(width, height) of the resized image."""
     if "shortest_edge" not in asked:
         return asked["width"], asked["height"]
@@ -192,8 +192,8 @@ def _target(size: tuple[int, int], asked: dict[str, int]) -> tuple[int, int]:
     return (edge, longer) if size[0] <= size[1] else (longer, edge)
 
 
-def _cropped(pixels: Array, asked: dict[str, int]) -> Array:
-    """The middle of an image [height, width, channels], with black around it where it is smaller."""
+def _crop_center(pixels: Array, asked: dict[str, int]) -> Array:
+    """Crop the middle of an image [height, width, channels], padded with black where it is smaller."""
     for axis, size in enumerate((asked["height"], asked["width"])):
         missing = max(0, size - pixels.shape[axis])
         before = -(-missing // 2)

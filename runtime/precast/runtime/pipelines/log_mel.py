@@ -20,7 +20,7 @@ _QUIETEST = 1e-10
 
 
 class LogMel(msgspec.Struct, frozen=True, dict=True):
-    """The settings of a WhisperFeatureExtractor, and what it makes of sounds.
+    """The settings of a WhisperFeatureExtractor; calling it computes the spectrograms of sounds.
 
     The formula is that of Whisper's `log_mel_spectrogram` (Radford et al. 2022, openai/whisper, whisper/audio.py) with
     the filters of librosa's `filters.mel`: a sound is padded to `chunk_length` seconds; frames of `n_fft` samples
@@ -50,14 +50,14 @@ class LogMel(msgspec.Struct, frozen=True, dict=True):
 
     @property
     def samples(self) -> int:
-        """How many samples are heard; a longer sound does not fit."""
+        """The most samples of a sound."""
         return self.chunk_length * self.sampling_rate
 
     def __call__(self, sounds: list[Array]) -> Array:
         """float32 [sounds, feature_size, frames] of sounds of at most `samples` samples each."""
-        return np.stack([self._spectrogram(self._padded(sound)) for sound in sounds])
+        return np.stack([self._log_mel_spectrogram(self._pad_sound(sound)) for sound in sounds])
 
-    def _padded(self, sound: Array) -> Array:
+    def _pad_sound(self, sound: Array) -> Array:
         missing = self.samples - len(sound)
         pads = (missing, 0) if self.padding_side == "left" else (0, missing)
         whole: Array = np.pad(sound.astype(np.float64), pads, constant_values=self.padding_value)
@@ -66,21 +66,21 @@ class LogMel(msgspec.Struct, frozen=True, dict=True):
             whole += self.dither * np.random.default_rng(0).standard_normal(len(whole))
         return whole
 
-    def _spectrogram(self, sound: Array) -> Array:
+    def _log_mel_spectrogram(self, sound: Array) -> Array:
         mirrored = np.pad(sound, self.n_fft // 2, mode="reflect")
         # As in Whisper, the last frame is left out.
         frames = np.lib.stride_tricks.sliding_window_view(mirrored, self.n_fft)[:: self.hop_length][:-1]
         window = np.hanning(self.n_fft + 1)[:-1]
         powers = np.abs(np.fft.rfft(frames * window)) ** 2
-        log = np.log10(np.maximum(powers @ self._filters, _QUIETEST)).T
+        log = np.log10(np.maximum(powers @ self._mel_filters, _QUIETEST)).T
         scaled: Array = (np.maximum(log, log.max() - 8) + 4) / 4
         return scaled.astype(np.float32)
 
     @cached_property
-    def _filters(self) -> Array:
+    def _mel_filters(self) -> Array:
         """[n_fft // 2 + 1, feature_size]: triangles from each centre to the next on either side."""
-        highest = _mels(_HIGHEST_FREQUENCY)
-        centres = _hertz(np.linspace(0, highest, self.feature_size + 2))
+        highest = _hertz_to_mels(_HIGHEST_FREQUENCY)
+        centres = _mels_to_hertz(np.linspace(0, highest, self.feature_size + 2))
         bins = np.linspace(0, self.sampling_rate // 2, 1 + self.n_fft // 2)[:, None]
         widths = np.diff(centres)
         rising, falling = (bins - centres[:-2]) / widths[:-1], (centres[2:] - bins) / widths[1:]
@@ -95,11 +95,11 @@ _BEND = 1000.0
 _STEP = np.log(6.4) / 27
 
 
-def _mels(hertz: float) -> float:
-    """Of a frequency above the bend."""
+def _hertz_to_mels(hertz: float) -> float:
+    """The mels of a frequency above the bend."""
     return float(_BEND * 3 / 200 + np.log(hertz / _BEND) / _STEP)
 
 
-def _hertz(mels: Array) -> Array:
+def _mels_to_hertz(mels: Array) -> Array:
     over = mels - _BEND * 3 / 200
     return np.where(over < 0, mels * 200 / 3, _BEND * np.exp(_STEP * np.maximum(over, 0)))

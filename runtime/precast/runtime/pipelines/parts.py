@@ -1,4 +1,4 @@
-"""What a pipeline prepares its inputs by, where the caller names it: `pipeline(…, tokenizer=…)`."""
+"""The tokenizer or processor of a pipeline, where the caller gives another: `pipeline(…, tokenizer=…)`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..inputs.tokenizer import Tokenizer
 __all__ = ["PARTS", "files_of", "is_own", "tokenizer_of"]
 
 PARTS = ("tokenizer", "feature_extractor", "image_processor")
-"""The arguments of transformers' pipeline() that name such a thing."""
+"""The arguments of transformers' pipeline() that name such a part."""
 
 
 def is_own(artifact: Artifact, given: Any) -> bool:
-    """Whether what was given is what the artifact carries: it names the artifact, or the checkpoint it was made of."""
+    """Whether `given` names the artifact itself, or the checkpoint that it was made of."""
     if isinstance(given, str) and given == artifact.contract.source.model:
         return True
     return isinstance(given, str | PathLike) and Path(given).resolve() == artifact.path.resolve()
 
 
 def files_of(artifact: Artifact, name: str, given: Any) -> tuple[Path, Readable]:
-    """Where the part `name` is read: the artifact's own, for None; or of a directory, or of an object of transformers.
+    """The path and files of the part `name`: the artifact's for None, else a directory's or a transformers object's.
 
     Raises UsageError for anything else.
     """
@@ -50,7 +50,7 @@ def tokenizer_of(artifact: Artifact, given: Any) -> Tokenizer:
 
 
 class _Held(dict[str, bytes]):
-    """Files that are gone, by their paths below what was their directory."""
+    """The contents of files whose directory is gone, by their paths below it."""
 
     @classmethod
     def of(cls, folder: Path) -> _Held:

@@ -25,23 +25,23 @@ import numpy as np
 
 from ..artifact.published_json import parse_object, select
 from ..errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
-from ..inputs.companions import Readable, companions_at, laid_out
-from .image_processing import class_of, rules_of
+from ..inputs.companions import Readable, companions_at, write_processor_files
+from .image_processing import find_class, read_rules
 from .log_mel import LogMel
 
-__all__ = ["ImageProcessor", "SoundProcessor", "opened_image", "resized"]
+__all__ = ["ImageProcessor", "SoundProcessor", "open_image", "interpolate"]
 
 Array = np.ndarray[Any, Any]
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
-_SOUND: dict[str, Any] = {
+_SOUND_TYPES: dict[str, Any] = {
     "feature_extractor_type": str,
     "sampling_rate": _Count,
     "max_length": _Count,
     "max_length_s": _Count,
     "do_normalize": bool,
 }
-"""What is used of a file about sounds."""
+"""The settings that are read of a file about sounds, with their types."""
 
 _USUAL = {
     "WhisperFeatureExtractor": ("whisper",),
@@ -50,28 +50,28 @@ _USUAL = {
         "wav2vec2", "wav2vec2-conformer", "hubert", "wavlm", "data2vec-audio", "sew", "unispeech", "unispeech-sat",
     ),
 }  # fmt: skip
-"""The classes of files that do not say theirs, and the kinds of models that they are for."""
+"""The classes of feature extractors, and the model types whose files may leave the class out."""
 
 
 class ImageProcessor:
-    """Images as the model was trained to see them. Raises ArtifactError where the artifact does not say how."""
+    """Prepares images by the checkpoint's preprocessor_config.json. Raises ArtifactError where there is none."""
 
     def __init__(self, path: Path, files: Readable | None = None) -> None:
         self._files = files or companions_at(path)
-        self.path, self.config = path, _settings(path, self._files, "images", "image_processor")
+        self.path, self.config = path, _read_settings(path, self._files, "images", "image_processor")
         model = _model_config(path, self._files)
         self.kind = _image_class(self.config, model)
-        known = class_of(self.kind, model.get("model_type"))
-        self._rules = rules_of(known, self.config) if known else None
+        known = find_class(self.kind, model.get("model_type"))
+        self._rules = read_rules(known, self.config) if known else None
 
     @property
     def layout(self) -> str | None:
-        """Where arrays have their channels, if the file says so: "channels_first" or "channels_last"."""
+        """The order of an array's dimensions, if the file says it: "channels_first" or "channels_last"."""
         found = self.config.get("input_data_format")
         return found if found in ("channels_first", "channels_last") else None
 
     @cached_property
-    def _theirs(self) -> Any:
+    def _transformers_processor(self) -> Any:
         return _from_transformers("AutoImageProcessor", self.kind, self._files)
 
     def __call__(self, images: list[Any], **rules: Any) -> dict[str, Array]:
@@ -81,13 +81,13 @@ class ImageProcessor:
         `rules` override those of the checkpoint. Raises InputError for images that come out in different sizes.
         """
         if self._rules is not None and not rules:
-            return {"pixel_values": _together([self._rules.pixels(image) for image in images])}
-        with _calling(f"transformers' {self.kind} does not prepare these images", InputError, str(self.kind)):
-            found = self._theirs(images=images, return_tensors="np", **rules)
+            return {"pixel_values": _stack_images([self._rules.pixels(image) for image in images])}
+        with _library_errors(f"transformers' {self.kind} does not prepare these images", InputError, str(self.kind)):
+            found = self._transformers_processor(images=images, return_tensors="np", **rules)
             return {name: np.asarray(value) for name, value in found.items() if name.startswith("pixel")}
 
 
-def _together(images: list[Array]) -> Array:
+def _stack_images(images: list[Array]) -> Array:
     sizes = {image.shape[1:] for image in images}
     if len(sizes) > 1:
         told = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
@@ -97,8 +97,8 @@ def _together(images: list[Array]) -> Array:
     return np.stack(images)
 
 
-def opened_image(given: Any, layout: str | None = None) -> Any:
-    """An image as Pillow has it, upright and in colours, of a file, base64 (data:image/png;base64,…), an array or a
+def open_image(given: Any, layout: str | None = None) -> Any:
+    """Open an image as an upright RGB image of Pillow, from a file, base64 (data:image/png;base64,…), an array or a
     Pillow image.
 
     An array is [height, width], or has one or three channels, last or first: `layout` says which where both could be,
@@ -110,26 +110,26 @@ def opened_image(given: Any, layout: str | None = None) -> Any:
     except ImportError as error:
         raise UsageError("Images take Pillow: pip install 'precast[vision]'") from error
     if isinstance(given, np.ndarray):
-        given = pillow.fromarray(_colours(given, layout))
+        given = pillow.fromarray(_to_rgb(given, layout))
     if isinstance(given, str | Path):
-        # What decodes images meets broken ones with errors of any type, some only when the pixels are asked for.
+        # Decoders raise errors of any type for broken images, some only when the pixels are read.
         said = f"{given:.60}… cannot" if len(str(given)) > _LONGEST_NAME else f"{given} cannot"
-        with _calling(f"{said} be read as an image", InputError), pillow.open(_source(given)) as image:
-            return _upright(image)
+        with _library_errors(f"{said} be read as an image", InputError), pillow.open(_open_source(given)) as image:
+            return _turn_upright(image)
     if not isinstance(given, pillow.Image):
         raise InputError(f"An image is a file, an array [height, width, 3] or a Pillow image; this is {given!r:.80}.")
     if not all(given.size):
         raise InputError(f"The image has {given.height}x{given.width} pixels, so there is nothing to see.")
-    with _calling("The image cannot be read", InputError):
-        return _upright(given)
+    with _library_errors("The image cannot be read", InputError):
+        return _turn_upright(given)
 
 
 _LONGEST_NAME = 300
 
 
-def _source(given: str | Path) -> str | Path | io.BytesIO:
-    """What Pillow opens: a file, or if there is none of this name what the base64 says, as in transformers. Raises
-    InputError for an address."""
+def _open_source(given: str | Path) -> str | Path | io.BytesIO:
+    """The source that Pillow opens: a file, or if there is none of this name the bytes of base64, as in transformers.
+    Raises InputError for an address."""
     if isinstance(given, Path) or os.path.isfile(given):
         return given
     if given.startswith(("http://", "https://")):
@@ -144,16 +144,17 @@ def _source(given: str | Path) -> str | Path | io.BytesIO:
         return given
 
 
-def _upright(image: Any) -> Any:
-    """As its file says that the camera was held, and in colours."""
+def _turn_upright(image: Any) -> Any:
+    """Rotate an image as its EXIF data says, and convert it to RGB."""
     return import_module("PIL.ImageOps").exif_transpose(image).convert("RGB")
 
 
 _CHANNELS: dict[str | None, tuple[int, ...]] = {None: (0, 2), "channels_first": (0,), "channels_last": (2,)}
 
 
-def _colours(given: Array, layout: str | None) -> Array:
-    """uint8 [height, width, 3]; what transformers' processors would take for other colours is refused."""
+def _to_rgb(given: Array, layout: str | None) -> Array:
+    """An array as uint8 [height, width, 3]. Raises InputError for values that transformers' processors would take for
+    other colours."""
     shape = "x".join(map(str, given.shape))
     if not given.size:
         raise InputError(f"The image is an array of {shape} values, so there is nothing to see.")
@@ -176,8 +177,8 @@ def _colours(given: Array, layout: str | None) -> Array:
     return np.repeat(colours, 3, -1) if colours.shape[-1] == 1 else np.ascontiguousarray(colours)
 
 
-def resized(values: Array, height: int, width: int) -> Array:
-    """[..., h, w] -> [..., height, width], bilinear as torch's interpolate without align_corners."""
+def interpolate(values: Array, height: int, width: int) -> Array:
+    """Resize [..., h, w] to [..., height, width], bilinear as torch's interpolate without align_corners."""
     for axis, size in ((-2, height), (-1, width)):
         old = values.shape[axis]
         place = np.maximum((np.arange(size) + 0.5) * old / size - 0.5, 0).astype(np.float32)
@@ -189,35 +190,35 @@ def resized(values: Array, height: int, width: int) -> Array:
 
 
 class SoundProcessor:
-    """Sounds as the model was trained to hear them. Raises ArtifactError where the artifact does not say how."""
+    """Prepares sounds by the checkpoint's preprocessor_config.json. Raises ArtifactError where there is none."""
 
     def __init__(self, path: Path, files: Readable | None = None) -> None:
         self._files = files or companions_at(path)
         self.path = path
-        self._settings = _settings(path, self._files, "sounds", "feature_extractor", "audio_processor")
-        self.config = select(self._settings, _SOUND, str(path / "preprocessor_config.json"))
+        self._settings = _read_settings(path, self._files, "sounds", "feature_extractor", "audio_processor")
+        self.config = select(self._settings, _SOUND_TYPES, str(path / "preprocessor_config.json"))
         self.kind = self.config.get("feature_extractor_type") or self._usual_kind()
 
     def _usual_kind(self) -> str | None:
-        """The class of a file that does not say it, by the kind of model."""
+        """The class of a file that does not say it, by the model type."""
         model = _model_config(self.path, self._files).get("model_type")
         return next((kind for kind, models in _USUAL.items() if model in models), None)
 
     @cached_property
     def rate(self) -> int:
-        """How many samples the model hears per second: by the file, or by its class."""
+        """The sampling rate that the model takes, in samples per second: the file's, or that of its class."""
         told = self.config.get("sampling_rate")
         if told is None and self.kind not in _USUAL:
-            told = getattr(self._theirs, "sampling_rate", None)
+            told = getattr(self._transformers_processor, "sampling_rate", None)
         return int(told or 16000)
 
     @cached_property
-    def _theirs(self) -> Any:
+    def _transformers_processor(self) -> Any:
         return _from_transformers("AutoFeatureExtractor", self.kind, self._files)
 
     @cached_property
     def longest(self) -> int | None:
-        """The samples that are heard of a sound, where there is a limit; transformers would leave out the rest."""
+        """The most samples that the model takes, where there is a limit; transformers would drop the rest."""
         if self.kind == "WhisperFeatureExtractor":
             return self._log_mel.samples
         if self.kind == "ASTFeatureExtractor":
@@ -245,10 +246,10 @@ class SoundProcessor:
         if self.kind == "WhisperFeatureExtractor":
             return {"input_features": self._log_mel(sounds)}
         if self.kind == "Wav2Vec2FeatureExtractor":
-            return self._waves(sounds)
-        with _calling(f"transformers' {self.kind} does not prepare these sounds", InputError, str(self.kind)):
-            whole = {"truncation": False} if _cuts(self._theirs) else {}
-            found = self._theirs(sounds, sampling_rate=self.rate, return_tensors="np", **whole)
+            return self._pad_sounds(sounds)
+        with _library_errors(f"transformers' {self.kind} does not prepare these sounds", InputError, str(self.kind)):
+            whole = {"truncation": False} if _truncates_by_default(self._transformers_processor) else {}
+            found = self._transformers_processor(sounds, sampling_rate=self.rate, return_tensors="np", **whole)
             return {name: np.asarray(value) for name, value in found.items()}
 
     @cached_property
@@ -258,17 +259,17 @@ class SoundProcessor:
         except msgspec.ValidationError as error:
             raise FormatError(f"{self.path / 'preprocessor_config.json'}: {error}.") from error
 
-    def _waves(self, sounds: list[Array]) -> dict[str, Array]:
+    def _pad_sounds(self, sounds: list[Array]) -> dict[str, Array]:
         width = max(map(len, sounds))
         values = np.zeros((len(sounds), width), np.float32)
         mask = np.zeros((len(sounds), width), np.int64)
         for index, sound in enumerate(sounds):
-            values[index, : len(sound)] = _leveled(sound) if self._settings.get("do_normalize", True) else sound
+            values[index, : len(sound)] = _normalize_sound(sound) if self._settings.get("do_normalize", True) else sound
             mask[index, : len(sound)] = 1
         return {"input_values": values, "attention_mask": mask}
 
-    def opened(self, given: Any) -> Array:
-        """A sound, float32 [samples]: of a .wav file, an array, or {"raw" or "array": array, "sampling_rate": n}.
+    def open_sound(self, given: Any) -> Array:
+        """Open a sound as float32 [samples]: a .wav file, an array, or {"raw" or "array": array, "sampling_rate": n}.
 
         Raises InputError for anything else, and for another sampling rate.
         """
@@ -281,7 +282,7 @@ class SoundProcessor:
         if isinstance(given, dict) and "sampling_rate" in given and given.keys() & {"raw", "array"}:
             given, rate = given.get("raw", given.get("array")), given["sampling_rate"]
         elif isinstance(given, str | Path):
-            given, rate = _wave(Path(given))
+            given, rate = _read_wave(Path(given))
         if not isinstance(given, np.ndarray) or given.ndim != 1 or not given.size:
             raise InputError(
                 f'A sound is a .wav file, an array [samples], or {{"raw": array, "sampling_rate": n}}; this is '
@@ -292,19 +293,19 @@ class SoundProcessor:
         return given.astype(np.float32)
 
 
-def _cuts(extractor: Any) -> bool:
-    """Whether an extractor of transformers leaves out the end of long sounds unless it is told not to."""
+def _truncates_by_default(extractor: Any) -> bool:
+    """Whether an extractor of transformers truncates long sounds by default."""
     told = inspect.signature(extractor.__call__).parameters.get("truncation")
     return told is not None and told.default is True
 
 
-def _leveled(sound: Array) -> Array:
-    """Mean 0 and variance 1, as wav2vec 2.0 was trained."""
+def _normalize_sound(sound: Array) -> Array:
+    """Scale a sound to mean 0 and variance 1, as wav2vec 2.0 was trained."""
     result: Array = (sound - sound.mean()) / np.sqrt(sound.var() + 1e-7)
     return result
 
 
-def _wave(path: Path) -> tuple[Array, int]:
+def _read_wave(path: Path) -> tuple[Array, int]:
     try:
         with wave.open(str(path)) as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
@@ -321,7 +322,7 @@ def _wave(path: Path) -> tuple[Array, int]:
     return values.reshape(-1, channels).mean(1), rate
 
 
-def _settings(path: Path, files: Readable, what: str, *parts: str) -> dict[str, Any]:
+def _read_settings(path: Path, files: Readable, what: str, *parts: str) -> dict[str, Any]:
     """What the files say of images or sounds: a part of processor_config.json, else preprocessor_config.json."""
     name = str(path / "processor_config.json")
     whole = parse_object(files.get("processor_config.json") or b"{}", name)
@@ -357,14 +358,14 @@ def _from_transformers(name: str, kind: Any, files: Readable) -> Any:
     """transformers' own processor. Raises UsageError where it is not installed, ArtifactError where it refuses."""
     kind = kind or "which names no class"
     what = f"transformers makes no processor of preprocessor_config.json, {kind}"
-    with _calling(what, ArtifactError, str(kind)), laid_out(files) as path:
+    with _library_errors(what, ArtifactError, str(kind)), write_processor_files(files) as path:
         return getattr(import_module("transformers"), name).from_pretrained(
             path, trust_remote_code=False, local_files_only=True
         )
 
 
 @contextmanager
-def _calling(what: str, kind: type[PrecastError], theirs: str | None = None) -> Iterator[None]:
+def _library_errors(what: str, kind: type[PrecastError], theirs: str | None = None) -> Iterator[None]:
     """Within, whatever a library raises is of our `kind`; for what is not installed, which transformers' processor
     `theirs` may notice at any time, a UsageError."""
     try:

@@ -1,4 +1,4 @@
-"""Texts in; labels, or the tokens behind a mask, out."""
+"""Pipelines that classify texts and fill masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import (
     Batch,
     PlainTextPipeline,
 )
-from .scores import best, classify, label
+from .scores import classify_row, label, top_indices
 
 __all__ = ["FillMaskPipeline", "TextClassificationPipeline"]
 
@@ -32,9 +32,9 @@ class TextClassificationPipeline(PlainTextPipeline):
         is_told_once = "top_k" in self.options and "top_k" not in options
         return [answer] if is_told_once and isinstance(options.get("inputs", inputs), str) else answer
 
-    def _listed(self, inputs: Any) -> tuple[list[Any], bool]:
-        """As `Pipeline._listed`; [[a, b]] is a pair, as transformers once had them and still takes them."""
-        given, is_one = super()._listed(inputs)
+    def _as_list(self, inputs: Any) -> tuple[list[Any], bool]:
+        """As `Pipeline._as_list`; [[a, b]] is a pair, as transformers once had them and still takes them."""
+        given, is_one = super()._as_list(inputs)
         return [tuple(each[0]) if _is_old_pair(each) else each for each in given], is_one
 
     def postprocess(
@@ -57,7 +57,7 @@ class TextClassificationPipeline(PlainTextPipeline):
                 transformers had it up to version 4. Does nothing where top_k is given.
         """
         config, is_text = self.model.config, outputs.is_one and isinstance(outputs.inputs[0], str)
-        rows = [classify(config, row, function_to_apply) for row in outputs["logits"]]
+        rows = [classify_row(config, row, function_to_apply) for row in outputs["logits"]]
         if top_k is not ...:
             return outputs.answer([row[:top_k] for row in rows])
         if return_all_scores:
@@ -73,7 +73,7 @@ def _is_old_pair(given: Any) -> bool:
 
 
 class FillMaskPipeline(PlainTextPipeline):
-    """What may stand where a text has the mask token."""
+    """The likeliest tokens in place of a text's mask token."""
 
     def __call__(self, inputs: Any = None, **options: Any) -> Any:
         """As `Pipeline.__call__`; as from transformers, a list of one text has the answer of that text."""
@@ -83,7 +83,7 @@ class FillMaskPipeline(PlainTextPipeline):
     def _encoding(self, text: str, pair: str | None, **how: Any) -> tokenizers.Encoding:
         """Raises InputError where a text has no mask token."""
         encoding = super()._encoding(text, pair, **how)
-        if self._mask() not in encoding.ids:
+        if self._mask_id() not in encoding.ids:
             raise InputError(f"{text!r:.80} has no {self.tokenizer.special_tokens['mask_token']}, the mask token.")
         return encoding
 
@@ -98,20 +98,20 @@ class FillMaskPipeline(PlainTextPipeline):
         """
         allowed = None if targets is None else self._token_ids([targets] if isinstance(targets, str) else targets)
         answers = []
-        for encoding, logits in zip(outputs.notes["encodings"], self._own(outputs, "logits"), strict=True):
+        for encoding, logits in zip(outputs.notes["encodings"], self._own_values(outputs, "logits"), strict=True):
             ids = np.array(encoding.ids)
-            places = np.flatnonzero(ids == self._mask())
-            filled = [self._fillings(ids, at, logits[at], top_k, allowed, len(places) == 1) for at in places.tolist()]
+            places = np.flatnonzero(ids == self._mask_id())
+            filled = [self._fill_mask(ids, at, logits[at], top_k, allowed, len(places) == 1) for at in places.tolist()]
             answers.append(filled[0] if len(places) == 1 else filled)
         return outputs.answer(answers)
 
-    def _fillings(
+    def _fill_mask(
         self, ids: Array, place: int, logits: Array, count: int, allowed: Array | None, is_only: bool
     ) -> list[dict[str, Any]]:
         scores = softmax(logits)
         candidates = np.arange(len(scores)) if allowed is None else allowed
         fillings = []
-        for token in candidates[best(scores[candidates], count)]:
+        for token in candidates[top_indices(scores[candidates], count)]:
             sequence = np.where(np.arange(len(ids)) == place, token, ids)
             fillings.append(
                 {
@@ -124,7 +124,7 @@ class FillMaskPipeline(PlainTextPipeline):
             )
         return fillings
 
-    def _mask(self) -> int:
+    def _mask_id(self) -> int:
         mask = self.tokenizer.token_id("mask")
         if mask is None:
             raise InputError(f"The tokenizer of {self.tokenizer.path} has no mask token.")

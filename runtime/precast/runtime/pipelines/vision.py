@@ -1,4 +1,4 @@
-"""Images in; labels, places and masks out."""
+"""Pipelines of images: classification, segmentation, object detection, features."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from ..errors import InputError
 from ..generation.probabilities import sigmoid, softmax
 from .base import Array, Batch, Pipeline
-from .choices import LabelledPipeline, hypothesis, labels_of
-from .processors import ImageProcessor, opened_image, resized
-from .scores import best, classify, label
+from .choices import LabelledPipeline, fill_template, labels_of
+from .processors import ImageProcessor, interpolate, open_image
+from .scores import classify_row, label, top_indices
 
 __all__ = [
     "ImageClassificationPipeline",
@@ -34,8 +34,8 @@ class _ImagePipeline(Pipeline):
 
     @cached_property
     def processor(self) -> ImageProcessor:
-        """What makes arrays of images, by the checkpoint's rules."""
-        return ImageProcessor(*self._files("image_processor"))
+        """The checkpoint's image processor."""
+        return ImageProcessor(*self._part_files("image_processor"))
 
     def preprocess(self, inputs: Any) -> Batch:
         """Images as `pixel_values` float32 [images, channels, height, width].
@@ -45,11 +45,11 @@ class _ImagePipeline(Pipeline):
                 255, [height, width, channels], [channels, height, width] or [height, width], with one or three
                 channels; or a list of these.
         """
-        given, is_one = self._listed(inputs)
-        images = [opened_image(each, self.processor.layout) for each in given]
-        return Batch(self._arrays(images), given, is_one, sizes=[(image.height, image.width) for image in images])
+        given, is_one = self._as_list(inputs)
+        images = [open_image(each, self.processor.layout) for each in given]
+        return Batch(self._as_arrays(images), given, is_one, sizes=[(image.height, image.width) for image in images])
 
-    def _arrays(self, images: list[Any]) -> dict[str, Array]:
+    def _as_arrays(self, images: list[Any]) -> dict[str, Array]:
         return {name: rows for name, rows in self.processor(images).items() if name in self.model.inputs}
 
 
@@ -58,7 +58,7 @@ class ImageClassificationPipeline(_ImagePipeline):
 
     def postprocess(self, outputs: Batch, *, top_k: int | None = 5, function_to_apply: str | None = None) -> Any:
         """[{"label", "score"}, …] for each image, the likeliest first; options as for text-classification."""
-        rows = [classify(self.model.config, row, function_to_apply)[:top_k] for row in outputs["logits"]]
+        rows = [classify_row(self.model.config, row, function_to_apply)[:top_k] for row in outputs["logits"]]
         return outputs.answer(rows)
 
 
@@ -71,14 +71,14 @@ class ImageFeatureExtractionPipeline(_ImagePipeline):
 
 
 class ImageSegmentationPipeline(_ImagePipeline):
-    """What each pixel of an image belongs to."""
+    """Segmentation: the label of each pixel."""
 
     def postprocess(self, outputs: Batch) -> Any:
         """[{"score": None, "label", "mask"}, …] for each image: a Pillow image of its size, 255 where the label is."""
         pillow = import_module("PIL.Image")
         answers = []
         for logits, size in zip(outputs["logits"], outputs.notes["sizes"], strict=True):
-            classes = resized(logits, *size).argmax(0)
+            classes = interpolate(logits, *size).argmax(0)
             masks = {
                 int(index): pillow.fromarray((classes == index).astype(np.uint8) * 255) for index in np.unique(classes)
             }
@@ -92,7 +92,7 @@ class ImageSegmentationPipeline(_ImagePipeline):
 
 
 class ObjectDetectionPipeline(_ImagePipeline):
-    """What is where in an image."""
+    """Object detection: labels with boxes."""
 
     def postprocess(self, outputs: Batch, *, threshold: float = 0.5) -> Any:
         """[{"score", "label", "box": {"xmin", "ymin", "xmax", "ymax"}}, …] for each image, in its own pixels.
@@ -103,8 +103,8 @@ class ObjectDetectionPipeline(_ImagePipeline):
         """
         answers = []
         for logits, boxes, size in zip(outputs["logits"], outputs["pred_boxes"], outputs.notes["sizes"], strict=True):
-            scores, labels, queries = self._scored(logits)
-            corners = _corners(boxes[queries], size)
+            scores, labels, queries = self._score_queries(logits)
+            corners = _pixel_boxes(boxes[queries], size)
             answers.append(
                 [
                     {"score": float(scores[at]), "label": label(self.model.config, int(labels[at])), "box": corners[at]}
@@ -114,13 +114,13 @@ class ObjectDetectionPipeline(_ImagePipeline):
             )
         return outputs.answer(answers)
 
-    def _arrays(self, images: list[Any]) -> dict[str, Array]:
-        """Resized to the compiled size, whatever their own: answers are shares of the image, so they hold."""
+    def _as_arrays(self, images: list[Any]) -> dict[str, Array]:
+        """Resize images to the compiled size, whatever their own: boxes are shares of the image, so they still hold."""
         height, width = self.model.variant.graphs[0].inputs[0].shape[-2:]
         found = self.processor(images, size={"height": height, "width": width})
         return {name: rows for name, rows in found.items() if name in self.model.inputs}
 
-    def _scored(self, logits: Array) -> tuple[Array, Array, Array]:
+    def _score_queries(self, logits: Array) -> tuple[Array, Array, Array]:
         """Scores, labels and the query of each candidate."""
         kind = self.model.config["model_type"]
         if kind in _WITH_NONE:
@@ -129,12 +129,12 @@ class ObjectDetectionPipeline(_ImagePipeline):
         if kind not in _INDEPENDENT:
             raise InputError(f"How {kind} scores objects is not known here; its logits are the model's own to read.")
         scores = sigmoid(logits).reshape(-1)
-        chosen = np.array(best(scores, 100 if "rt_detr" not in kind and kind != "d_fine" else len(logits)))
+        chosen = np.array(top_indices(scores, 100 if "rt_detr" not in kind and kind != "d_fine" else len(logits)))
         return scores[chosen], chosen % logits.shape[1], chosen // logits.shape[1]
 
 
 class ZeroShotImageClassificationPipeline(LabelledPipeline, _ImagePipeline):
-    """Which of several texts fits an image best."""
+    """Chooses the text that fits an image best."""
 
     def preprocess(
         self,
@@ -152,7 +152,7 @@ class ZeroShotImageClassificationPipeline(LabelledPipeline, _ImagePipeline):
         """
         labels = labels_of(candidate_labels)
         batch = super().preprocess(inputs)
-        texts = [self._encoding(hypothesis(hypothesis_template, name)) for name in labels]
+        texts = [self._encoding(fill_template(hypothesis_template, name)) for name in labels]
         arrays = {name: rows for name, rows in self.tokenizer.pad(texts).items() if name in self.model.inputs}
         return Batch({**batch, **arrays}, batch.inputs, batch.is_one, labels=labels, texts=list(arrays))
 
@@ -160,8 +160,8 @@ class ZeroShotImageClassificationPipeline(LabelledPipeline, _ImagePipeline):
         """{"logits": [images, labels]}."""
         texts = {name: batch[name] for name in batch.notes["texts"]}
         images = {name: rows for name, rows in batch.items() if name not in texts}
-        found = [self.model(**texts, **rows).logits_per_image for rows in self._slices(images)]
-        return batch.holding({"logits": np.concatenate(found)})
+        found = [self.model(**texts, **rows).logits_per_image for rows in self._batch_slices(images)]
+        return batch.with_arrays({"logits": np.concatenate(found)})
 
     def postprocess(self, outputs: Batch) -> Any:
         """[{"score", "label"}, …] for each image, the likeliest first: softmax over the labels, sigmoid for SigLIP."""
@@ -169,7 +169,7 @@ class ZeroShotImageClassificationPipeline(LabelledPipeline, _ImagePipeline):
         names = outputs.notes["labels"]
         rows = [score(row) for row in outputs["logits"]]
         return outputs.answer(
-            [[{"score": float(row[at]), "label": names[at]} for at in best(row, None)] for row in rows]
+            [[{"score": float(row[at]), "label": names[at]} for at in top_indices(row, None)] for row in rows]
         )
 
     @property
@@ -184,8 +184,8 @@ class ZeroShotImageClassificationPipeline(LabelledPipeline, _ImagePipeline):
         return found
 
 
-def _corners(boxes: Array, size: tuple[int, int]) -> list[dict[str, int]]:
-    """Centre and extent, as shares of the image, to its pixels."""
+def _pixel_boxes(boxes: Array, size: tuple[int, int]) -> list[dict[str, int]]:
+    """Convert boxes from centre and extent, as shares of the image, to corners in its pixels."""
     height, width = size
     middle, extent = boxes[:, :2], boxes[:, 2:]
     pixels = np.concatenate([middle - extent / 2, middle + extent / 2], 1) * np.array([width, height] * 2, np.float32)
