@@ -66,7 +66,7 @@ def family(request, source, artifact):
     checkpoint = source(request.param)
     with pytest.MonkeyPatch.context() as patch:
         if request.param in FORCED:
-            patch.setattr(plan, "misfit", lambda *_: "the test says so")
+            patch.setattr(plan, "fused_blocker", lambda *_: "the test says so")
         # The mask of chunks is built by looking at the length.
         fixed = (8, 20) if request.param == "llama4_text" else ()
         compiled = artifact(

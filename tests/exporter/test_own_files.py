@@ -289,11 +289,11 @@ def test_what_is_said_of_images_goes_with_the_artifact_in_the_file_that_says_it(
     write_companions(stage, None, checkpoint, None)
     assert [each.name for each in stage.iterdir()] == ["processor_config.json"]
     assert ImageProcessor(stage)([Image.new("RGB", (9, 9))])["pixel_values"].shape == (1, 3, 40, 48)
-    assert inputs._size(checkpoint) == (40, 48)
+    assert inputs._image_size(checkpoint) == (40, 48)
     for size in (40.5, "large", [], {"longest_edge": 9}, None):
         (path / "processor_config.json").write_text(json.dumps({"image_processor": {"size": size}}))
         with pytest.raises(UsageError, match="--image-size HEIGHT,WIDTH"):
-            inputs._size(resolve(str(path), ExportOptions()))
+            inputs._image_size(resolve(str(path), ExportOptions()))
     (path / "preprocessor_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"resnet/preprocessor_config.json holds \[\], not an object"):
         _ = resolve(str(path), ExportOptions()).processor_files

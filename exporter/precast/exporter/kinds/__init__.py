@@ -1,4 +1,4 @@
-"""The kinds of models: how each is planned, traced, and questioned. One package and one row each."""
+"""The kinds of models: how each is planned, traced and validated. One package and one row each."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ KINDS = {
 
 
 def kind_of(task: Task) -> Any:
-    """The module that does `task`: `plan`, `trace`, `validation_samples`, `answer`, and `held_out_samples` where less
-    than fp32 can be asked for."""
+    """The module for models of `task`. Its functions are `plan`, `trace`, `validation_samples`, `answer`, and for kinds
+    that may be less than float32 `held_out_samples`."""
     return import_module(KINDS[task.kind])

@@ -1,4 +1,4 @@
-"""Checkpoint + options -> what will be compiled: task, static shapes, graphs, sizes. Reads no weights."""
+"""Plan an export without reading weights: task, static shapes, graphs, sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -31,18 +30,18 @@ __all__ = [
     "TensorPlan",
     "check_blocks",
     "check_length",
-    "common",
+    "common_fields",
     "make_plan",
     "run_skeleton",
-    "single_batch",
-    "without_values",
+    "single_batch_size",
+    "shapes_only",
 ]
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor whose dimensions are sizes or the names of axes ("batch", "length"). Inputs are filled with `pad` along
-    named axes, except along those in `exact`, which callers must give in full, and outputs are cut along them."""
+    """A tensor whose dimensions are sizes or the names of axes ("batch", "length"). Along named axes inputs are filled
+    with `pad` and outputs cut, except along those in `exact`, which callers must give in full."""
 
     name: str
     dtype: Dtype
@@ -75,9 +74,15 @@ class GraphPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every export has. `dtype` is what is traced in, and what results are; `weight_dtype` what is asked for, and
-    `weight_bytes` the size of the parameters in it, tied ones counted once. `prefill_lengths` are those of prompts for
-    which graphs of fixed lengths are compiled."""
+    """What is compiled, for every kind of model.
+
+    Attributes:
+        dtype: of tracing and of results.
+        weight_dtype, weight_bytes: the precision that was asked for, and the size of the parameters in it, tied ones
+            counted once.
+        lengths: the compiled sequence lengths; a decoder's one capacity.
+        prefill_lengths: prompt lengths with a graph of fixed length each.
+    """
 
     task: Task
     model_type: str
@@ -110,7 +115,7 @@ class Plan:
 
     @property
     def notes(self) -> dict[str, str]:
-        """What the artifact records, and the user is told, of how the model is compiled."""
+        """Facts about how the model is compiled, for the artifact and for the user, by name."""
         return {}
 
     def outline(self) -> list[Graph]:
@@ -169,8 +174,8 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> dict[str, Any]:
-    """What every plan has, but for its shapes and graphs."""
+def common_fields(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> dict[str, Any]:
+    """The fields that every plan has, except shapes and graphs."""
     size = getattr(torch, options.dtype).itemsize
     return {
         "task": task,
@@ -186,8 +191,8 @@ def common(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn
     }
 
 
-def single_batch(options: ExportOptions) -> int:
-    """The batch size of a model that has one set of caches, 1 by default. Raises UsageError for several."""
+def single_batch_size(options: ExportOptions) -> int:
+    """The batch size of a model with one set of caches, 1 by default. Raises UsageError for several."""
     sizes = options.batch_sizes or (1,)
     if len(sizes) > 1:
         raise UsageError(
@@ -198,7 +203,7 @@ def single_batch(options: ExportOptions) -> int:
 
 
 def check_length(checkpoint: Checkpoint, length: int) -> None:
-    """Raise UsageError for more than the model was made for, or than its rotary angles are the same for."""
+    """Raise UsageError for a length beyond the model's positions, or beyond those with the same rotary angles."""
     early.check_length(checkpoint.name, checkpoint.max_length, length)
     limit = longrope_limit(checkpoint.text_config)
     if limit is not None and length > limit:
@@ -225,17 +230,23 @@ def check_blocks(checkpoint: Checkpoint, length: int) -> None:
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
-    """Run a model for its shapes alone. What transformers caches for a whole process (BEiT's table of relative
-    positions, by the size of the image alone) must not be made here: the model with its weights would compute with a
-    tensor that has no values."""
-    uncached = patch.object(pytorch_utils, "is_torchdynamo_compiling", lambda: True)
-    with torch.no_grad(), torch.device("meta"), uncached, _NoValues():  # type: ignore[no-untyped-call]
-        yield
+def shapes_only() -> Iterator[None]:
+    """Within this block models run on the meta device, for shapes alone.
+
+    transformers' caches of tensors for a whole process are off (BEiT's table of relative positions, by the size of the
+    image): a model with weights would otherwise compute with a tensor that has no values.
+    """
+    is_compiling = pytorch_utils.is_torchdynamo_compiling
+    pytorch_utils.is_torchdynamo_compiling = lambda: True
+    try:
+        with torch.no_grad(), torch.device("meta"), _ZeroScalars():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        pytorch_utils.is_torchdynamo_compiling = is_compiling
 
 
-class _NoValues(TorchDispatchMode):
-    """Answers 0 where code looks into an empty tensor (to warn about padding, say); only shapes matter here."""
+class _ZeroScalars(TorchDispatchMode):
+    """Answers 0 where code reads a number from a tensor without values (to warn about padding, say)."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -243,18 +254,18 @@ class _NoValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Numbers(TorchFunctionMode):
-    """Single numbers keep their values where everything else has none: DeBERTa computes sizes with them."""
+class _KeepNumbers(TorchFunctionMode):
+    """Keeps tensors of a single number on the CPU, with their values: DeBERTa computes sizes with them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        place = {"device": "cpu"} if func is torch.tensor and isinstance(args[0], (int, float)) else {}
-        return func(*args, **{**place, **(kwargs or {})})
+        device = {"device": "cpu"} if func is torch.tensor and isinstance(args[0], (int, float)) else {}
+        return func(*args, **{**device, **(kwargs or {})})
 
 
 def run_skeleton(model: nn.Module, task: Task, example: dict[str, Any]) -> Any:
-    """The answer of a model without weights, whose shapes are all that it has. Raises ExportError."""
+    """The outputs of a model without weights, of which only shapes have a meaning. Raises ExportError."""
     try:
-        with without_values(), _Numbers():
+        with shapes_only(), _KeepNumbers():
             return model(**example, return_dict=True)
     except Exception as error:
         raise ExportError(

@@ -1,4 +1,4 @@
-"""What a compiled model is asked before it is published: real inputs, and the edges of its shapes.
+"""Validation samples: real inputs, and the edges of the compiled shapes.
 
 Samples are plain data. The reference answers them one row at a time without any padding; the artifact must give the
 same answers in batches, padded on either side.
@@ -29,7 +29,7 @@ __all__ = [
     "ValidationSample",
     "make_samples",
     "make_held_out_samples",
-    "repeat",
+    "repeat_tokens",
     "token_ids",
     "write_samples",
 ]
@@ -39,10 +39,16 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class ValidationSample:
-    """`kind`: "outputs" of an encoder, "logits" at `positions` of a decoder, `count` "greedy" tokens of one, or
-    "score": logits after every token of a held-out text.
+    """One input on which the artifact is compared with the reference.
 
-    A decoder's rows are token ids. An encoder's are tensors by name, without the dimension of the batch."""
+    Attributes:
+        name: how errors and progress call it.
+        kind: "outputs" of an encoder; "logits" at `positions`, `count` tokens of "greedy" search, or the score of
+            "beams" of models that generate; "score" for logits after every token of a held-out text.
+        rows: token ids of a decoder, or of a given answer.
+        side: where rows are padded, "right" or "left".
+        tensors: an encoder's rows, by the inputs' names, without the batch dimension.
+    """
 
     name: str
     kind: str
@@ -65,15 +71,15 @@ class ValidationSample:
 
 @dataclass(frozen=True)
 class Answer:
-    """One row's outputs by name. For greedy tokens `margins` says by how much each led the second likeliest."""
+    """One row's outputs by name. `margins` says by how much each greedy token led the second likeliest one."""
 
     outputs: dict[str, Array]
     margins: Array | None = None
 
 
 def write_samples(samples: Sequence[ValidationSample], path: Path) -> None:
-    """Write samples for the probe: `path` as JSON, and beside it, ending in .npz, their tensors, each named
-    `<sample>/<row>/<input>`."""
+    """Write samples for `precast.runtime.validation_worker`: `path` as JSON, and beside it, ending in .npz, their
+    tensors, each named `<sample>/<row>/<input>`."""
     plain = [{name: value for name, value in asdict(each).items() if name != "tensors"} for each in samples]
     path.write_text(json.dumps(plain))
     tensors: dict[str, Any] = {
@@ -86,8 +92,8 @@ def write_samples(samples: Sequence[ValidationSample], path: Path) -> None:
 
 
 def make_samples(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int) -> list[ValidationSample]:
-    """The samples for an artifact with these graphs; without a `tokenizer`, or with one that cannot read plain text,
-    they are random ids (always the same)."""
+    """The samples for an artifact with these graphs. Without a `tokenizer`, or with one that cannot read plain text,
+    texts are random ids, always the same."""
     found: list[ValidationSample] = kind_of(task).validation_samples(graphs, _texts("texts.txt", tokenizer, vocabulary))
     return found
 
@@ -95,12 +101,12 @@ def make_samples(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabul
 def make_held_out_samples(
     task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int
 ) -> list[ValidationSample]:
-    """Text that no calibration has seen, in rows that fit the graphs, to be scored token by token."""
+    """Held-out texts, which no calibration uses, cut to fit the graphs, to be scored token by token."""
     found: list[ValidationSample] = kind_of(task).held_out_samples(graphs, _texts("heldout.txt", tokenizer, vocabulary))
     return found
 
 
-def repeat(texts: list[list[int]], length: int) -> list[int]:
+def repeat_tokens(texts: list[list[int]], length: int) -> list[int]:
     """Tokens of all texts, from the first again when they run out: [length]."""
     joined: list[int] = []
     while len(joined) < length:
@@ -109,12 +115,12 @@ def repeat(texts: list[list[int]], length: int) -> list[int]:
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a plain text. Raises CheckpointError where the tokenizer cannot read one: those of documents take
-    words and boxes, and those of a CTC head may know letters alone."""
+    """The tokens of a plain text. Raises CheckpointError where the tokenizer cannot read one: tokenizers of documents
+    take words and boxes, and that of a CTC head may know letters only."""
     try:
         found: list[int] = tokenizer(text, verbose=False)["input_ids"]
     except Exception as error:
-        # Any type: each tokenizer has code of its own.
+        # Each tokenizer has code of its own, which may raise anything.
         raise CheckpointError(f"{type(tokenizer).__name__} cannot read plain text: {first_line(error)}") from error
     return found
 
@@ -124,5 +130,5 @@ def _texts(name: str, tokenizer: Any | None, vocabulary: int) -> list[list[int]]
     if tokenizer is not None:
         with suppress(CheckpointError):
             return [token_ids(tokenizer, line) for line in lines]
-    numbers = random.Random(0)  # noqa: S311  (to repeat, not to be secret)
+    numbers = random.Random(0)  # noqa: S311  (repeatable, no secret)
     return [[numbers.randrange(vocabulary) for _ in range(numbers.randint(5, 40))] for _ in range(20)]

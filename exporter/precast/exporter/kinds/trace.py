@@ -1,7 +1,7 @@
-"""Checkpoint model -> traced programs.
+"""Trace a model into programs.
 
-A program is a `torch.export.ExportedProgram` with typed inputs and outputs, described in the words of the artifact
-contract; what remains for a backend is to turn it into a file.
+A program is a `torch.export.ExportedProgram` with typed inputs and outputs, described as in the artifact's contract. A
+backend turns it into a file.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ def export_program(program: nn.Module, example: tuple[Any, ...], shapes: Any) ->
     except PrecastError:
         raise
     except Exception as error:
-        # Modelling code, and what traces it, may raise anything.
+        # Modelling code and torch's tracer may raise anything.
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason given'}"
         hint = "" if shapes is None else " Fixed lengths may do where a free one does not: --prefill-lengths 64."
         raise ExportError(f"This model cannot be traced as one graph. {reason}{hint}") from error
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same program in functional operators: none writes to what it is given."""
+    """The same program in functional operators, none of which writes to its inputs."""
     with warnings.catch_warnings():
-        # torch copies what it warns of itself.
+        # torch warns of code that is its own.
         warnings.simplefilter("ignore", FutureWarning)
         found: torch.export.ExportedProgram = exported.run_decompositions({})
     return found
@@ -75,8 +75,8 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
 def _export(
     program: nn.Module, example: tuple[Any, ...], shapes: Any, *, is_oblivious: bool
 ) -> torch.export.ExportedProgram:
-    """`is_oblivious`: decide nothing by whether a free length is 1. With it torch traces some models that it gives up
-    on otherwise, and gives up on others, whose products of matrices run over such a length."""
+    """`is_oblivious` keeps torch from deciding by whether a free length is 1. Some models can only be traced with it;
+    others, whose matrix products run over such a length, only without."""
     settings: Any = torch.fx.experimental._config
     with torch.no_grad(), settings.patch(backed_size_oblivious=is_oblivious):
         return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)

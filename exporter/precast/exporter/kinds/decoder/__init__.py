@@ -1,4 +1,4 @@
-"""Decoders: tokens one after the other, with caches of what came before."""
+"""Decoders: models that generate token by token, with caches of keys, values and states."""
 
 from __future__ import annotations
 

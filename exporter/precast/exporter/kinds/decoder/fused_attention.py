@@ -1,4 +1,4 @@
-"""A decoder as one step: tokens and caches in, logits at the asked positions and updated caches out."""
+"""A decoder whose attention is one fused operator per layer, `cached_attention`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ...architectures import attention_interface
 from ...architectures.cache_names import cache_argument
 from ...operators.attention import Scales
 
-__all__ = ["OperatorDecoder", "logits_at", "takes_positions"]
+__all__ = ["FusedDecoder", "pick_logits", "takes_position_ids"]
 
 
-class OperatorDecoder(nn.Module):
-    """The model as one step, its attention in one operator per layer. `scales` are those of caches in int8."""
+class FusedDecoder(nn.Module):
+    """One step of the model: tokens and caches in, logits at `logit_positions` and updated caches out. `scales` are
+    those of caches in int8."""
 
     def __init__(self, model: nn.Module, layers: int, scales: Scales | None) -> None:
         super().__init__()
         self.model, self.layers = model, layers
         self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
-        self.takes_positions, self.cache_argument = takes_positions(model), cache_argument(model)
+        self.takes_position_ids, self.cache_argument = takes_position_ids(model), cache_argument(model)
 
     def forward(
         self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
@@ -37,10 +38,10 @@ class OperatorDecoder(nn.Module):
             list(zip(past[0::2], past[1::2], strict=True)), past_lengths, new_lengths, scales
         )
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True, "return_dict": True}
-        if self.takes_positions:
+        if self.takes_position_ids:
             arguments["position_ids"] = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
-        with attention_interface.use_caches(caches) as cache, logits_at(self.model, logit_positions) as at:
-            logits = at(self.model(**arguments, **{self.cache_argument: cache}).logits)
+        with attention_interface.use_caches(caches) as cache, pick_logits(self.model, logit_positions) as pick:
+            logits = pick(self.model(**arguments, **{self.cache_argument: cache}).logits)
         self._check(caches)
         return logits, *(tensor for index in range(self.layers) for tensor in caches.present[index])
 
@@ -53,8 +54,8 @@ class OperatorDecoder(nn.Module):
             )
 
 
-def takes_positions(model: Any) -> bool:
-    """Whether the model, or the text model within that it hands unknown arguments to, is told positions."""
+def takes_position_ids(model: Any) -> bool:
+    """Whether the model, or the text model that it hands unknown arguments to, takes `position_ids`."""
     own = inspect.signature(model.forward).parameters
     if "position_ids" in own or all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in own.values()):
         return "position_ids" in own
@@ -62,10 +63,11 @@ def takes_positions(model: Any) -> bool:
 
 
 @contextmanager
-def logits_at(model: nn.Module, positions: Tensor) -> Iterator[Any]:
-    """Compute logits for `positions` [B, K] only, by picking hidden states before the output embedding.
+def pick_logits(model: nn.Module, positions: Tensor) -> Iterator[Any]:
+    """Within this block `model` computes logits for `positions` [B, K] only: hidden states are picked before the output
+    embedding.
 
-    Yields what maps the model's logits to [B, K, V]: nothing where the hook picked already, else the picking.
+    Yields a function from the model's logits to [B, K, V], which picks them where there is no output embedding to hook.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:

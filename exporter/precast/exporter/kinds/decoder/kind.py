@@ -1,4 +1,4 @@
-"""What `precast.exporter.kinds` asks of this package."""
+"""The functions of a kind, for decoders (see `precast.exporter.kinds.kind_of`)."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from .plan import plan
 from .samples import answer, held_out_samples, validation_samples
 from .trace import trace
 
-__all__ = ["answer", "plan", "validation_samples", "held_out_samples", "trace"]
+__all__ = ["answer", "held_out_samples", "plan", "trace", "validation_samples"]

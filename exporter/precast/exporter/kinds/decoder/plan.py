@@ -1,4 +1,4 @@
-"""Decoders: one graph with a free query length, or static prefill graphs and a decode graph, over one set of caches."""
+"""The plan of a decoder: which graphs are compiled, over which caches."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from precast.runtime.errors import UsageError
 from ...architectures.scaled_rotary import longrope_limit
 from ...checkpoint.resolve import Checkpoint
 from ...options import ExportOptions
-from ..plan import GraphPlan, Plan, check_length, common, single_batch
-from .eager_attention import NAME, Layout, Stored, layout, misfit
-from .recurrent_states import Carried
+from ..plan import GraphPlan, Plan, check_length, common_fields, single_batch_size
+from .eager_attention import EAGER_NOTE, CacheLayout, TensorLayout, find_cache_layout, fused_blocker
+from .recurrent_states import StateLayout
 
-__all__ = ["HEAD_MULTIPLE", "CachePlan", "DecoderPlan", "plan"]
+__all__ = ["HEAD_MULTIPLE", "CachePlan", "CachedPlan", "DecoderPlan", "plan", "round_head_size"]
 
 HEAD_MULTIPLE = 8
 """Head sizes are rounded up to this: ONNX Runtime's GroupQueryAttention takes multiples of 8 only."""
 
 FIXED_LENGTHS = (64, 512)
-"""The prompts that are compiled for where a free length is impossible, unless --prefill-lengths says otherwise."""
+"""Prefill lengths where a free length is impossible, unless --prefill-lengths says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -37,32 +37,35 @@ class CachePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderPlan(Plan):
-    """One graph with a free query length, or static prefill graphs and a decode graph, over one set of caches."""
+class CachedPlan(Plan):
+    """The plan of a model with key/value caches of `capacity` positions, one per layer in `cache`."""
 
+    capacity: int
     cache: tuple[CachePlan, ...]
     cache_dtype: Dtype
-    ordinary: Layout | None
-    """How the model itself caches, where its attention stays in its own, ordinary operators."""
-    misfit: str
-    """Why it stays there; empty where it is one operator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPlan(CachedPlan):
+    """One graph with a free query length, or static prefill graphs and a decode graph, over one set of caches."""
+
+    eager: CacheLayout | None
+    """How the model itself caches, where it keeps its eager attention; None where attention is the fused operator."""
+    fused_blocker: str
+    """Why attention cannot be the fused operator; empty where it is."""
 
     @property
     def cache_widths(self) -> list[int]:
         return [layer.head_dim for layer in self.cache]
 
     @property
-    def capacity(self) -> int:
-        return self.lengths[0]
-
-    @property
     def notes(self) -> dict[str, str]:
-        notes = {"attention": NAME, "attention_because": self.misfit} if self.ordinary and self.cache else {}
+        notes = {"attention": EAGER_NOTE, "attention_because": self.fused_blocker} if self.eager and self.cache else {}
         return notes | ({"states": "tokens are read one at a time"} if self.states else {})
 
     @property
-    def states(self) -> list[Carried]:
-        return self.ordinary.states if self.ordinary else []
+    def states(self) -> list[StateLayout]:
+        return self.eager.states if self.eager else []
 
     def outline(self) -> list[Graph]:
         return [
@@ -78,12 +81,13 @@ class DecoderPlan(Plan):
         numbers = sum(2 * layer.heads * layer.head_dim for layer in self.cache) * self.batch_size * self.capacity
         item_size: int = getattr(torch, self.cache_dtype).itemsize
         states = sum(state.example(1).nbytes for state in self.states)
-        # What comes in and what goes out have memory of their own.
+        # A state's input and output have memory of their own.
         return numbers * item_size + 2 * self.batch_size * states
 
 
 def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> DecoderPlan:
-    """The graphs and caches. Raises UsageError for impossible shapes, CheckpointError for a state that is no cache."""
+    """Plan a decoder's graphs and caches. Raises UsageError for impossible shapes, CheckpointError for a model whose
+    cache is of an unknown form."""
     if len(options.sequence_length) > 1:
         raise UsageError(
             f"--sequence-length {','.join(map(str, options.sequence_length))}: a decoder has one capacity. Give the "
@@ -93,43 +97,44 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
     check_length(checkpoint, capacity)
     if max(options.prefill_lengths, default=0) > capacity:
         raise UsageError(f"--prefill-lengths {max(options.prefill_lengths)} is more than --sequence-length {capacity}.")
-    batch = single_batch(options)
-    found = layout(model, task)
+    batch = single_batch_size(options)
+    found = find_cache_layout(model, task)
     if found.states:
         _check_one_by_one(options, model)
     row = get_backend(options.backend)
     is_fixed = found.is_tuples or (row.is_static and not found.states)
     prefill = tuple(sorted(options.prefill_lengths)) or (_fixed_lengths(capacity) if is_fixed else ())
     cache = tuple(_cache_plan(layer.cached) for layer in found.layers if layer.cached)
-    reason = misfit(model, found, [(layer.heads, layer.head_dim) for layer in cache])
+    reason = fused_blocker(model, found, [(layer.heads, layer.head_dim) for layer in cache])
     if reason:
         _check_one_operator(options, model)
     return DecoderPlan(
-        **common(checkpoint, options, task, model),
+        **common_fields(checkpoint, options, task, model),
         batch_size=batch,
         lengths=(capacity,),
+        capacity=capacity,
         prefill_lengths=prefill,
-        graphs=_decoder_graphs(batch, capacity, prefill, one_by_one=bool(found.states), apart=row.decodes_apart),
+        graphs=_decoder_graphs(batch, capacity, prefill, one_by_one=bool(found.states), is_apart=row.decodes_apart),
         cache=cache,
         cache_dtype=options.kv_cache,
-        ordinary=found if reason else None,
-        misfit=reason,
+        eager=found if reason else None,
+        fused_blocker=reason,
     )
 
 
 def _decoder_graphs(
-    batch: int, capacity: int, prefill: tuple[int, ...], *, one_by_one: bool, apart: bool
+    batch: int, capacity: int, prefill: tuple[int, ...], *, one_by_one: bool, is_apart: bool
 ) -> tuple[GraphPlan, ...]:
     step = GraphPlan("decode", "decode", batch, 1)
-    if prefill or one_by_one or (apart and capacity == 1):
+    if prefill or one_by_one or (is_apart and capacity == 1):
         return *(GraphPlan(f"prefill_{length}", "prefill", batch, length) for length in prefill), step
-    if apart:
+    if is_apart:
         return GraphPlan("prefill", "prefill", batch, Dim(min=2, max=capacity)), step
     return (GraphPlan("model", "decoder", batch, Dim(min=1, max=capacity)),)
 
 
 def _fixed_lengths(capacity: int) -> tuple[int, ...]:
-    """Code that hands tuples of tensors around looks at their sizes, so it is traced with sizes that are known."""
+    """Prefill lengths for code that caches in tuples of tensors, which looks at their sizes: these have to be fixed."""
     return tuple(length for length in FIXED_LENGTHS if length < capacity) or (capacity,)
 
 
@@ -143,9 +148,14 @@ def _default_capacity(checkpoint: Checkpoint) -> int:
     return min(limit, longrope_limit(checkpoint.text_config) or limit)
 
 
-def _cache_plan(layer: tuple[Stored, ...]) -> CachePlan:
+def _cache_plan(layer: tuple[TensorLayout, ...]) -> CachePlan:
     heads, width = (max(getattr(stored, size) for stored in layer) for size in ("heads", "width"))
-    return CachePlan(heads, -(-width // HEAD_MULTIPLE) * HEAD_MULTIPLE)
+    return CachePlan(heads, round_head_size(width))
+
+
+def round_head_size(width: int) -> int:
+    """The smallest multiple of HEAD_MULTIPLE that is no less than `width`."""
+    return -(-width // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
 def _check_one_by_one(options: ExportOptions, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a decoder is asked before it is published, and what the eager model says to it."""
+"""Validation samples for decoders, and the eager model's answers to them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from precast.runtime.artifact.schema import Dim, Graph
 
 from ...architectures.cache_names import cache_argument, find_cache
-from ..samples import Answer, ValidationSample, repeat
-from .fused_attention import logits_at
+from ..samples import Answer, ValidationSample, repeat_tokens
+from .fused_attention import pick_logits
 
 __all__ = ["answer", "validation_samples", "held_out_samples"]
 
@@ -28,7 +28,7 @@ def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[Vali
 
 
 def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
-    """Each text in a row that fits the graphs, to be scored token by token."""
+    """Each text, cut to a length that fits the graphs, to be scored token by token."""
     length = min(HELD_OUT_LENGTH, graphs[0].capacity)
     return [
         ValidationSample(f"held-out text {index + 1}", "score", [row], positions=[list(range(len(row)))])
@@ -43,12 +43,12 @@ def _logit_samples(graphs: list[Graph], texts: list[list[int]]) -> list[Validati
     cases = {
         "texts": rows,
         "one token": [texts[0][:1]],
-        f"all {capacity} tokens": [repeat(texts, capacity)],
+        f"all {capacity} tokens": [repeat_tokens(texts, capacity)],
         "a short batch": rows[: max(1, batch - 1)],
     }
     return [
         ValidationSample(
-            name, "logits", rows, positions=[_positions(len(row), POSITIONS if is_free else 2) for row in rows]
+            name, "logits", rows, positions=[_spread_positions(len(row), POSITIONS if is_free else 2) for row in rows]
         )
         for name, rows in cases.items()
     ]
@@ -68,7 +68,7 @@ def _greedy_samples(graph: Graph, texts: list[list[int]]) -> list[ValidationSamp
     ]
 
 
-def _positions(length: int, count: int) -> list[int]:
+def _spread_positions(length: int, count: int) -> list[int]:
     """Up to `count` positions spread over a row, its last among them."""
     step = max(1, -(-length // count))
     return list(range((length - 1) % step, length, step))
@@ -83,7 +83,7 @@ def answer(model: nn.Module, sample: ValidationSample, outputs: tuple[str, ...])
 
 
 def _logits(model: nn.Module, row: list[int], positions: list[int]) -> Answer:
-    with logits_at(model, torch.tensor([positions])) as at:
+    with pick_logits(model, torch.tensor([positions])) as at:
         logits = at(model(input_ids=torch.tensor([row]), use_cache=False, return_dict=True).logits)
     return Answer({"logits": logits[0].float().numpy()})
 
@@ -92,8 +92,8 @@ def _greedy(model: nn.Module, row: list[int], count: int) -> Answer:
     tokens, margins, cache, ids = [], [], None, torch.tensor([row])
     name = cache_argument(model)
     for step in range(count):
-        told = _positions_told(model, len(row), step)
-        result = model(input_ids=ids, use_cache=True, return_dict=True, **{name: cache}, **told)
+        positions = _explicit_positions(model, len(row), step)
+        result = model(input_ids=ids, use_cache=True, return_dict=True, **{name: cache}, **positions)
         best = result.logits[0, -1].float().topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))
@@ -102,10 +102,11 @@ def _greedy(model: nn.Module, row: list[int], count: int) -> Answer:
 
 
 COUNT_FROM_ZERO = frozenset({"bamba"})
-"""Model types that count positions from the first token of every call, unless they are told, as generate() does."""
+"""Model types that count positions from the first token of every call unless they get `position_ids`, as generate()
+passes them."""
 
 
-def _positions_told(model: Any, length: int, step: int) -> dict[str, Tensor]:
+def _explicit_positions(model: Any, length: int, step: int) -> dict[str, Tensor]:
     if model.config.model_type not in COUNT_FROM_ZERO:
         return {}
     positions = torch.arange(length + step)[None]

@@ -1,4 +1,4 @@
-"""Encoders: all of the input at once, one forward pass."""
+"""Encoders: models that answer in one forward pass over the whole input."""
 
 from __future__ import annotations
 

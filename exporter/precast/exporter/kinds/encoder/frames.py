@@ -1,4 +1,4 @@
-"""From samples to frames: how many frames a model of sound makes of so many samples, by its convolutions."""
+"""The number of frames that the convolutions of a speech model make of so many samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from precast.runtime.artifact.schema import Frames
 
-__all__ = ["Convolutions", "convolutions_of"]
+__all__ = ["Convolutions", "read_convolutions"]
 
 
 @dataclass(frozen=True)
@@ -22,27 +22,27 @@ class Convolutions:
 
     stages: tuple[tuple[int, int], ...]
 
-    def samples(self, frames: int) -> int:
+    def min_samples(self, frames: int) -> int:
         """The fewest samples that make so many frames."""
         for kernel, stride in reversed(self.stages):
             frames = (frames - 1) * stride + kernel
         return frames
 
     def as_frames(self, fewest: int) -> Frames:
-        """The chain as one step: floors of floors are one floor."""
-        return Frames(size=self.samples(1), step=prod(stride for _, stride in self.stages), fewest=fewest)
+        """The chain as one convolution, since floors of floors are one floor; `fewest` frames make a row."""
+        return Frames(size=self.min_samples(1), step=prod(stride for _, stride in self.stages), fewest=fewest)
 
 
-def convolutions_of(config: Mapping[str, Any]) -> Convolutions:
-    """The convolutions that a model's configuration names: those of its feature encoder, then its adapter's, which pad
-    such that they count as kernels of 1. Without any, every frame that is given is one."""
-    stages = list(zip(_numbers(config, "conv_kernel"), _numbers(config, "conv_stride"), strict=True))
+def read_convolutions(config: Mapping[str, Any]) -> Convolutions:
+    """The convolutions that a model's configuration names: those of its feature encoder, then those of its adapter,
+    whose padding makes them count as kernels of 1. An empty chain where the model takes frames."""
+    stages = list(zip(_read_numbers(config, "conv_kernel"), _read_numbers(config, "conv_stride"), strict=True))
     if stages and config.get("add_adapter"):
         stages += [(1, int(config["adapter_stride"]))] * int(config["num_adapter_layers"])
     return Convolutions(tuple(stages))
 
 
-def _numbers(config: Mapping[str, Any], name: str) -> Sequence[int]:
+def _read_numbers(config: Mapping[str, Any], name: str) -> Sequence[int]:
     found = config.get(name)
-    # State-space models have one number of this name, which is something else.
+    # State-space models have a single number of this name, which means something else.
     return [int(each) for each in found] if isinstance(found, (list, tuple)) else []

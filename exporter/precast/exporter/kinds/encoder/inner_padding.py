@@ -1,7 +1,7 @@
-"""Padding within a row, for decoders that read a row at once: to them a row is its tokens, wherever padding lies.
+"""Padding anywhere in a row, for decoders used as encoders: tokens are moved to the front, and outputs moved back.
 
-transformers counts a decoder's positions over padding that is not told it, so that a hole in the mask moves what comes
-behind it. Here tokens are moved together before the model reads them, and what it says of them is moved back.
+Without `position_ids` transformers counts a decoder's positions over padding too, so padding on the left or between
+tokens would shift the positions of the tokens behind it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["closed", "is_causal", "opened", "places_of"]
+__all__ = ["compact", "compaction_index", "is_causal", "restore"]
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether `model` reads from left to right: its code masks as decoders do, and no layer says that it does not."""
+    """Whether `model` attends causally: its code builds causal masks, and no layer has `is_causal` False."""
     config: Any = model.config
     if config.is_encoder_decoder or getattr(config.get_text_config(), "use_bidirectional_attention", False):
         return False
@@ -25,18 +25,18 @@ def is_causal(model: nn.Module) -> bool:
     return masks and (any(flags) or not flags)
 
 
-def places_of(mask: Tensor) -> Tensor:
-    """int64 [B, L]: where each token goes so that real ones come first, in their order, and padding after them."""
+def compaction_index(mask: Tensor) -> Tensor:
+    """The target position of each token, int64 [B, L]: real tokens first, in their order, then padding."""
     count = mask.sum(-1, keepdim=True)
     return torch.where(mask == 1, mask.cumsum(-1) - 1, count + (1 - mask).cumsum(-1) - 1)
 
 
-def closed(tensor: Tensor, places: Tensor) -> Tensor:
-    """[B, L] with every token in its place."""
-    return torch.zeros_like(tensor).scatter(1, places, tensor)
+def compact(tensor: Tensor, index: Tensor) -> Tensor:
+    """Move the tokens of `tensor` [B, L] to their positions in `index`."""
+    return torch.zeros_like(tensor).scatter(1, index, tensor)
 
 
-def opened(output: Tensor, places: Tensor) -> Tensor:
-    """An output [B, L, …] with every token where it came from."""
-    index = places.reshape(*places.shape, *[1] * (output.ndim - 2)).expand(-1, -1, *output.shape[2:])
-    return output.gather(1, index)
+def restore(output: Tensor, index: Tensor) -> Tensor:
+    """Move an output [B, L, …] back to where its tokens were before `compact`."""
+    spread = index.reshape(*index.shape, *[1] * (output.ndim - 2)).expand(-1, -1, *output.shape[2:])
+    return output.gather(1, spread)

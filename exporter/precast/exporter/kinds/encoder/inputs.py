@@ -1,4 +1,4 @@
-"""What an encoder is given: its tensors by modality, their axes, and every combination of sizes to compile."""
+"""An encoder's inputs: tensors by modality, their axes, and every combination of sizes to compile."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from precast.runtime.errors import CheckpointError, UsageError
 from ...checkpoint.resolve import Checkpoint
 from ...options import SIZE_EXAMPLES, ExportOptions, flag_of
 from ..plan import TensorPlan, check_blocks, check_length
-from .frames import convolutions_of
+from .frames import read_convolutions
 
-__all__ = ["RUNNING", "Sizes", "example", "inputs_of", "running_axis", "sizes_of"]
+__all__ = ["PADDED_AXES", "Sizes", "make_example", "padded_axis", "plan_inputs", "plan_sizes"]
 
 Sizes = Mapping[Axis, int]
 
-RUNNING: tuple[Axis, ...] = ("length", "samples", "frames")
-"""The axes along which rows differ in size."""
+PADDED_AXES: tuple[Axis, ...] = ("length", "samples", "frames")
+"""The axes along which rows differ in size and are padded."""
 
 _FLAGS: dict[Axis, str] = {
     "batch": "batch_size",
@@ -35,26 +35,28 @@ _FLAGS: dict[Axis, str] = {
     "frames": "audio_sequence_length",
 }
 
-EVERY_POSITION = ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model", "fnet")
-"""Model types that read padding as they read words: SigLIP was trained so and takes the last position's state, FNet
-mixes all positions by a Fourier transform. Their rows have to have a compiled length."""
+READS_PADDING = ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model", "fnet")
+"""Model types without a mask, to which padding is input like any other: SigLIP was trained so and pools the last
+position, FNet mixes all positions by a Fourier transform. Their rows must have a compiled length exactly."""
 
 
-def inputs_of(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> tuple[TensorPlan, ...]:
-    """The model's inputs, the main one first, with their axes; those it has no parameter for are left out.
+def plan_inputs(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> tuple[TensorPlan, ...]:
+    """The model's inputs with their axes, the main one first; those that `model.forward` does not take are left out.
 
-    Raises UsageError where a size is needed that neither options nor configuration name, CheckpointError for a model
-    of something else than text, images or sound.
+    Raises UsageError where neither options nor configuration name a size that is needed, CheckpointError for a model
+    of anything but text, images or sound.
     """
     accepted = inspect.signature(model.forward).parameters
-    specs = _specs(checkpoint, options, task, model)
+    specs = _inputs_by_modality(checkpoint, options, task, model)
     return tuple(spec for spec in specs if spec.name in accepted)
 
 
-def _specs(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> list[TensorPlan]:
+def _inputs_by_modality(
+    checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module
+) -> list[TensorPlan]:
     main = getattr(model, "main_input_name", "input_ids")
     if "text_batch_size" in task.axes:
-        return [*_text(checkpoint, ("texts",)), *_image(checkpoint, options)]
+        return [*_text_inputs(checkpoint, ("texts",)), *_image_inputs(checkpoint, options)]
     parts = {"text_config", "vision_config"}
     if main != "pixel_values" and all(hasattr(checkpoint.config, part) for part in parts):
         raise CheckpointError(
@@ -62,24 +64,24 @@ def _specs(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn
             f"zero-shot-image-classification: its answer has image_embeds and text_embeds too."
         )
     if main == "input_ids":
-        return _text(checkpoint, ("batch", "choices") if "num_choices" in task.axes else ("batch",))
+        return _text_inputs(checkpoint, ("batch", "choices") if "num_choices" in task.axes else ("batch",))
     if main == "pixel_values":
-        return _image(checkpoint, options)
+        return _image_inputs(checkpoint, options)
     if main in ("input_values", "input_features"):
-        return _sound(checkpoint, main)
+        return _sound_inputs(checkpoint, main)
     raise CheckpointError(
         f"{type(model).__name__} reads {main!r}, which precast does not know; it compiles models of text (input_ids), "
         f"images (pixel_values) and sound (input_values, input_features)."
     )
 
 
-def _text(checkpoint: Checkpoint, rows: tuple[Axis, ...]) -> list[TensorPlan]:
+def _text_inputs(checkpoint: Checkpoint, rows: tuple[Axis, ...]) -> list[TensorPlan]:
     axes: tuple[Axis, ...] = (*rows, "length")
     config = checkpoint.text_config
-    if checkpoint.config.model_type in EVERY_POSITION:
-        names = {"input_ids": _harmless(checkpoint)}
+    if checkpoint.config.model_type in READS_PADDING:
+        names = {"input_ids": _padding_id(checkpoint)}
     else:
-        names = {"input_ids": _harmless(checkpoint), "attention_mask": 0}
+        names = {"input_ids": _padding_id(checkpoint), "attention_mask": 0}
     if _has_segments(checkpoint, config):
         names["token_type_ids"] = 0
     exact: tuple[Axis, ...] = () if "attention_mask" in names else ("length",)
@@ -88,24 +90,24 @@ def _text(checkpoint: Checkpoint, rows: tuple[Axis, ...]) -> list[TensorPlan]:
 
 
 def _has_segments(checkpoint: Checkpoint, config: Any) -> bool:
-    """Whether segments are an input: where the configuration counts them, or the tokenizer makes them. GPT-2 and its
-    relatives take segments too, but without them add nothing, which is another answer than that to segments of 0."""
+    """Whether `token_type_ids` are an input: where the configuration counts them, or the tokenizer makes them. GPT-2
+    and its relatives take them too, but their answer without any is not the answer to segments of 0."""
     count = getattr(config, "type_vocab_size", None)
     if count is not None:
         return bool(count >= 2)
     return checkpoint.tokenizer is not None and "token_type_ids" in checkpoint.tokenizer.model_input_names
 
 
-def _harmless(checkpoint: Checkpoint) -> int:
-    """The id that fills padding. CLIP looks for the first end of text, so where padding is that, it is another."""
+def _padding_id(checkpoint: Checkpoint) -> int:
+    """The id that fills padding. CLIP pools at the first end-of-text token, so its padding must be another one."""
     pad, ends = checkpoint.pad_token_id, getattr(checkpoint.text_config, "eos_token_id", None)
     if "clip" in checkpoint.config.model_type and ends is not None:
         return 0 if ends != 0 else 1
     return pad
 
 
-def _image(checkpoint: Checkpoint, options: ExportOptions) -> list[TensorPlan]:
-    height, width = options.image_size * 2 if len(options.image_size) == 1 else options.image_size or _size(checkpoint)
+def _image_inputs(checkpoint: Checkpoint, options: ExportOptions) -> list[TensorPlan]:
+    height, width = options.image_size * 2 if len(options.image_size) == 1 else options.image_size or _image_size(checkpoint)
     channels = getattr(checkpoint.vision_config, "num_channels", 3)
     return [
         TensorPlan("pixel_values", "float32", ("batch", channels, height, width)),
@@ -113,8 +115,8 @@ def _image(checkpoint: Checkpoint, options: ExportOptions) -> list[TensorPlan]:
     ]
 
 
-def _size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Height and width by the configuration, or as the checkpoint's processor makes them."""
+def _image_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Height and width, by the configuration or by the checkpoint's image processor."""
     processor = checkpoint.image_settings
     is_cropped = processor.get("do_center_crop", "crop_size" in processor)
     given = processor.get("crop_size") if is_cropped else processor.get("size")
@@ -123,12 +125,12 @@ def _size(checkpoint: Checkpoint) -> tuple[int, int]:
             return size
     raise UsageError(
         f"Neither the config of {checkpoint.name} nor a preprocessor_config.json says how large its images are. Add "
-        f"--image-size HEIGHT,WIDTH, for example: --image-size 224"
+        f"--image-size HEIGHT,WIDTH, for make_example: --image-size 224"
     )
 
 
 def _as_pair(given: Any) -> tuple[int, int] | None:
-    """A side, (height, width), or a processor's dictionary of either."""
+    """(height, width) of a side, a pair, or a processor's dictionary of either; None for anything else."""
     if isinstance(given, dict):
         side = given.get("shortest_edge")
         given = (given.get("height", side), given.get("width", side))
@@ -138,7 +140,7 @@ def _as_pair(given: Any) -> tuple[int, int] | None:
     return pair[0], pair[-1]
 
 
-def _sound(checkpoint: Checkpoint, main: str) -> list[TensorPlan]:
+def _sound_inputs(checkpoint: Checkpoint, main: str) -> list[TensorPlan]:
     config = checkpoint.config
     if getattr(config, "conv_kernel", None):
         axes: tuple[Axis, ...] = ("batch", "samples")
@@ -152,15 +154,15 @@ def _sound(checkpoint: Checkpoint, main: str) -> list[TensorPlan]:
     return [TensorPlan(main, "float32", ("batch", config.max_length, config.num_mel_bins))]
 
 
-def running_axis(inputs: Sequence[TensorPlan]) -> Axis | None:
-    """The axis along which rows are padded, if any."""
-    return next((axis for axis in RUNNING if any(axis in spec.axes for spec in inputs)), None)
+def padded_axis(inputs: Sequence[TensorPlan]) -> Axis | None:
+    """The axis along which rows are padded; None where none is."""
+    return next((axis for axis in PADDED_AXES if any(axis in spec.axes for spec in inputs)), None)
 
 
-def sizes_of(
+def plan_sizes(
     checkpoint: Checkpoint, options: ExportOptions, task: Task, inputs: Sequence[TensorPlan]
 ) -> list[dict[Axis, int]]:
-    """Every combination of sizes to compile. Raises UsageError for missing, impossible and unneeded ones."""
+    """Every combination of sizes to compile. Raises UsageError for missing, impossible and unneeded sizes."""
     axes = [axis for axis in _FLAGS if any(axis in spec.axes for spec in inputs)]
     _check_given(checkpoint, options, task, axes, inputs)
     given = {axis: _values(options, axis) for axis in axes}
@@ -192,15 +194,15 @@ def _check_given(
 
 
 def _check_samples(checkpoint: Checkpoint, samples: int) -> None:
-    fewest = convolutions_of(checkpoint.config.to_dict()).samples(1)
+    fewest = read_convolutions(checkpoint.config.to_dict()).min_samples(1)
     if samples < fewest:
         raise UsageError(
             f"--audio-sequence-length {samples}: the convolutions of {checkpoint.name} need at least {fewest} samples."
         )
 
 
-def example(inputs: Sequence[TensorPlan], sizes: Sizes, device: str = "cpu") -> dict[str, Tensor]:
-    """Tensors of these sizes to run or trace a model with: ones, and zeros where numbers have signs."""
+def make_example(inputs: Sequence[TensorPlan], sizes: Sizes, device: str = "cpu") -> dict[str, Tensor]:
+    """Tensors of these sizes to run or trace a model with: zeros for floats, ones for integers."""
     made = {}
     for spec in inputs:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]

@@ -1,8 +1,8 @@
-"""Padded rows get the answer of the row alone, also from layers that look beside them.
+"""Give padded rows the answer of the row alone, in layers where transformers lets padding in.
 
-transformers masks attention. Convolutions along the sequence, norms and statistics over time read padding all the same,
-so that there a padded row's answer depends on how far it is padded. While a model is traced its layers are given what
-they would see without padding: zeros beyond the end, means over what is real.
+transformers masks attention, but convolutions along the sequence, norms and statistics over time read padding as well,
+so the answer would depend on how far a row is padded. While a model is traced, hooks give such layers what they would
+see without padding: zeros beyond the end, and means over real positions.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError
 
-from .frames import Convolutions, convolutions_of
+from .frames import Convolutions, read_convolutions
 
-__all__ = ["check_paddable", "padded_exactly", "taking_rows"]
+__all__ = ["allow_batches", "check_paddable", "ignore_padding"]
 
 
-class _Real:
-    """Which positions are real: of the input, and of what each convolution makes of it.
+class _RealPositions:
+    """Masks of the real positions: of the input, and after each convolution.
 
-    A position is known by how long its tensor is, since every stage is shorter than the one before.
+    A mask is found by the length of a tensor, since every stage is shorter than the one before.
     """
 
     def __init__(self, mask: Tensor, chain: Convolutions) -> None:
@@ -51,11 +51,11 @@ class _Real:
 
 
 @contextmanager
-def padded_exactly(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
-    """For as long as this lasts, `model` answers each row as without its padding, which `mask` [B, …, L] names."""
+def ignore_padding(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
+    """Within this block `model` answers each row as without its padding, which is where `mask` [B, …, L] is 0."""
     with ExitStack() as stack:
         if mask is not None:
-            real = _Real(mask, convolutions_of(model.config.to_dict()))  # type: ignore[operator, union-attr]
+            real = _RealPositions(mask, read_convolutions(model.config.to_dict()))  # type: ignore[operator, union-attr]
             for module in model.modules():
                 for rule in _RULES:
                     for undo in rule(module, real):
@@ -64,22 +64,23 @@ def padded_exactly(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
 
 
 Undo = Callable[[], None]
+"""Takes a hook or a replacement away again."""
 
 
-def _convolution(module: nn.Module, real: _Real) -> Iterator[Undo]:
-    """Padding is zeros to a convolution that pads with zeros."""
+def _convolution(module: nn.Module, real: _RealPositions) -> Iterator[Undo]:
+    """A convolution that pads with zeros: its input is zero at padding, too."""
     if not isinstance(module, nn.Conv1d) or module.padding in ("valid", (0,)):
         return
 
-    def silence(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    def zero_padding(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         mask = real.at(args[0].shape[-1])
         return None if mask is None else (args[0] * mask[:, None],)
 
-    yield module.register_forward_pre_hook(silence).remove
+    yield module.register_forward_pre_hook(zero_padding).remove
 
 
-def _group_norm(module: nn.Module, real: _Real) -> Iterator[Undo]:
-    """Mean and variance over real time only."""
+def _group_norm(module: nn.Module, real: _RealPositions) -> Iterator[Undo]:
+    """Group norm over time: mean and variance of real positions only."""
     if not isinstance(module, nn.GroupNorm):
         return
 
@@ -101,18 +102,18 @@ def _masked_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor) -> Tensor:
     return found * norm.weight[:, None] + norm.bias[:, None]
 
 
-def _frame_mask(module: Any, real: _Real) -> Iterator[Undo]:
-    """The mask of frames without writing at computed places, which graphs do slowly."""
-    if "_get_feature_vector_attention_mask" not in dir(module) or not convolutions_of(module.config.to_dict()).stages:
+def _frame_mask(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """The mask of frames: looked up, where transformers scatters into a tensor, which graphs do slowly."""
+    if "_get_feature_vector_attention_mask" not in dir(module) or not read_convolutions(module.config.to_dict()).stages:
         return
     module._get_feature_vector_attention_mask = lambda length, mask, add_adapter=None: real.at(length)
     yield lambda: delattr(module, "_get_feature_vector_attention_mask")
 
 
-def _statistics(module: Any, real: _Real) -> Iterator[Undo]:
-    """An x-vector's mean and standard deviation over real frames only.
+def _statistics(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """An x-vector's mean and standard deviation: over real frames only.
 
-    transformers loops over rows of lengths that it looks up, and counts frames of dilated layers as if they were not.
+    transformers loops over rows by their lengths, and does not count the dilation of its layers.
     """
     if not hasattr(module, "tdnn"):
         return
@@ -140,7 +141,8 @@ def _statistics(module: Any, real: _Real) -> Iterator[Undo]:
 
 
 def _mean_and_deviation(states: Tensor, mask: Tensor) -> Tensor:
-    """states [B, T, D] over mask [B, T] -> [B, 2 D]; the deviation is torch's, which divides by one less."""
+    """Mean and standard deviation of states [B, T, D] over mask [B, T]: [B, 2 D]. The deviation is torch's, which
+    divides by the count less one."""
     weights = mask[:, :, None].to(states.dtype)
     count = weights.sum(1)
     mean = (states * weights).sum(1) / count
@@ -148,44 +150,44 @@ def _mean_and_deviation(states: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([mean, torch.sqrt((centred * centred).sum(1) / (count - 1))], -1)
 
 
-def _named_layers(module: nn.Module, real: _Real) -> Iterator[Undo]:
+def _named_layers(module: nn.Module, real: _RealPositions) -> Iterator[Undo]:
     rule = _BY_CLASS.get(type(module).__name__)
     if rule is not None:
         yield from rule(module, real)
 
 
-def _silenced(module: nn.Module, real: _Real) -> Undo:
-    """What `module` gives, [B, L, D], is zero at padding."""
+def _zero_output(module: nn.Module, real: _RealPositions) -> Undo:
+    """Set the output of `module`, [B, L, D], to zero at padding."""
 
-    def silence(_: nn.Module, args: Any, result: Tensor) -> Tensor:
+    def zero_padding(_: nn.Module, args: Any, result: Tensor) -> Tensor:
         mask = real.at(result.shape[1])
         return result if mask is None else result * mask[:, :, None]
 
-    return module.register_forward_hook(silence).remove
+    return module.register_forward_hook(zero_padding).remove
 
 
-def _convbert(module: Any, real: _Real) -> Iterator[Undo]:
-    """Its spans are cut from a projection with zeros on both sides."""
-    yield _silenced(module.conv_out_layer, real)
+def _convbert(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """ConvBERT cuts spans from a projection that it pads with zeros."""
+    yield _zero_output(module.conv_out_layer, real)
 
 
-def _mobilebert(module: Any, real: _Real) -> Iterator[Undo]:
-    """Each position's embedding is joined with both neighbours'."""
-    yield _silenced(module.word_embeddings, real)
+def _mobilebert(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """MobileBERT concatenates each position's embedding with those of its neighbours."""
+    yield _zero_output(module.word_embeddings, real)
 
 
-def _nystromformer(module: Any, real: _Real) -> Iterator[Undo]:
-    """A convolution along the values, [B, heads, L, D]."""
+def _nystromformer(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """Nyströmformer convolves the values, [B, heads, L, D], along the sequence."""
 
-    def silence(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    def zero_padding(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         mask = real.at(args[0].shape[2])
         return None if mask is None else (args[0] * mask[:, None, :, None],)
 
-    yield module.conv.register_forward_pre_hook(silence).remove
+    yield module.conv.register_forward_pre_hook(zero_padding).remove
 
 
-def _summary(module: Any, real: _Real) -> Iterator[Undo]:
-    """The last position's state, or the mean of all, is that of the last real one, or of all real ones."""
+def _summary(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """A sequence summary: the state of the last real position, or the mean over real positions."""
     if module.summary_type not in ("last", "mean"):
         return
 
@@ -195,16 +197,16 @@ def _summary(module: Any, real: _Real) -> Iterator[Undo]:
             return None
         weights = mask.to(args[0].dtype)
         if module.summary_type == "last":
-            after = torch.arange(1, args[0].shape[1] + 1)
-            weights = nn.functional.one_hot((mask * after).argmax(1), args[0].shape[1]).to(args[0].dtype)
+            numbers = torch.arange(1, args[0].shape[1] + 1)
+            weights = nn.functional.one_hot((mask * numbers).argmax(1), args[0].shape[1]).to(args[0].dtype)
         return (weights[:, None] @ args[0] / weights.sum(1)[:, None, None], *args[1:])
 
     yield module.register_forward_pre_hook(summarize).remove
 
 
-def _last_token(module: Any, real: _Real) -> Iterator[Undo]:
-    """A decoder classifies by its last token that is no padding, which is told by the mask: whoever pads may use other
-    ids than the model's `pad_token_id`, and models that have none pool the last position of a row, whatever is there.
+def _last_token(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """A decoder that classifies by its last token: the last one by the mask. A caller may pad with other ids than the
+    model's `pad_token_id`, and models without one would pool the last position, padding or not.
     """
     if not _pools_last_token(module):
         return
@@ -215,7 +217,7 @@ def _last_token(module: Any, real: _Real) -> Iterator[Undo]:
         seen["ids"] = named["input_ids"]
 
     def pool(_: nn.Module, args: Any, logits: Tensor) -> Tensor:
-        """The answer at every position, so that it is read wherever the model looks."""
+        """Put the answer at every position, so that the model finds it wherever it looks."""
         mask = real.at(logits.shape[1])
         assert mask is not None, "a mask is as long as the tokens"
         counted = mask if pad is None else mask & (seen["ids"] != pad)
@@ -228,13 +230,13 @@ def _last_token(module: Any, real: _Real) -> Iterator[Undo]:
 
 
 def _pools_last_token(module: nn.Module) -> bool:
-    """By its code: transformers has it once for most types, and writes it out for others."""
+    """Whether the module classifies by the last token, read off its code: most types share one, some write it out."""
     forward: Any = inspect.unwrap(type(module).forward)
     return isinstance(forward, FunctionType) and "last_non_pad_token" in forward.__code__.co_varnames
 
 
 def _padding_token(module: Any) -> Undo:
-    """Give the configuration a padding token where it has none: without one, transformers takes a single row only."""
+    """Give the configuration a padding token where it has none: without one, transformers refuses several rows."""
     config = module.config.get_text_config()
     before = config.pad_token_id
     config.pad_token_id = 0 if before is None else before
@@ -242,8 +244,8 @@ def _padding_token(module: Any) -> Undo:
 
 
 @contextmanager
-def taking_rows(model: nn.Module) -> Iterator[None]:
-    """Within this block `model` takes several rows, whether or not it knows a padding token."""
+def allow_batches(model: nn.Module) -> Iterator[None]:
+    """Within this block `model` takes several rows, even where it has no padding token."""
     undo = _padding_token(model) if _pools_last_token(model) else lambda: None
     try:
         yield
@@ -251,8 +253,8 @@ def taking_rows(model: nn.Module) -> Iterator[None]:
         undo()
 
 
-def _sew(module: Any, real: _Real) -> Iterator[Undo]:
-    """Frames are pooled by a factor and spread again. What is left over of a row is dropped, then zero."""
+def _sew(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """SEW pools frames by a factor and spreads them again: a row's rest that fills no pool is dropped, then zero."""
     factor = module.config.squeeze_factor
     whole = real.counts // factor
 
@@ -271,8 +273,8 @@ def _sew(module: Any, real: _Real) -> Iterator[Undo]:
     yield module.register_forward_hook(drop_rest).remove
 
 
-def _xlnet(module: Any, real: _Real) -> Iterator[Undo]:
-    """Its mask is subtracted from 1.0, which torch.onnx cannot do with integers."""
+def _xlnet(module: Any, real: _RealPositions) -> Iterator[Undo]:
+    """XLNet subtracts its mask from 1.0, which torch.onnx cannot do with integers."""
 
     def make_float(_: nn.Module, args: Any, named: dict[str, Any]) -> Any:
         return args, {**named, "attention_mask": named["attention_mask"].to(module.dtype)}
@@ -280,7 +282,7 @@ def _xlnet(module: Any, real: _Real) -> Iterator[Undo]:
     yield module.register_forward_pre_hook(make_float, with_kwargs=True).remove
 
 
-_BY_CLASS: dict[str, Callable[[Any, _Real], Iterator[Undo]]] = {
+_BY_CLASS: dict[str, Callable[[Any, _RealPositions], Iterator[Undo]]] = {
     "ConvBertSelfAttention": _convbert,
     "MobileBertEmbeddings": _mobilebert,
     "NystromformerSelfAttention": _nystromformer,
@@ -296,7 +298,7 @@ _RULES = (_convolution, _group_norm, _frame_mask, _statistics, _last_token, _nam
 
 
 def check_paddable(model: nn.Module, task: Task) -> None:
-    """Raise CheckpointError for a model whose answer to a row depends on how it is padded, whatever is masked."""
+    """Raise CheckpointError for a model whose answer to a row depends on its padding in a way that no hook mends."""
     config: Any = model.config
     if config.model_type == "nystromformer" and config.num_landmarks != config.segment_means_seq_len:
         raise CheckpointError(

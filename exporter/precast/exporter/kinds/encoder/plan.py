@@ -1,4 +1,4 @@
-"""Encoders: one graph per combination of compiled sizes, each a whole forward pass."""
+"""The plan of an encoder: one graph per combination of compiled sizes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ...architectures import make_traceable
 from ...checkpoint.resolve import Checkpoint
 from ...checkpoint.sentence_transformers import output_names
 from ...options import ExportOptions
-from ..plan import GraphPlan, Plan, TensorPlan, common, run_skeleton
-from .frames import convolutions_of
-from .inputs import Sizes, example, inputs_of, running_axis, sizes_of
-from .padding_invariance import check_paddable, taking_rows
+from ..plan import GraphPlan, Plan, TensorPlan, common_fields, run_skeleton
+from .frames import read_convolutions
+from .inputs import Sizes, make_example, padded_axis, plan_inputs, plan_sizes
+from .padding_invariance import allow_batches, check_paddable
 
 __all__ = ["EncoderGraph", "EncoderPlan", "plan"]
 
@@ -32,7 +32,7 @@ _TRIALS: Trials = {
     "length": (5, 7),
     "frames": (31, 44),
 }
-"""Two sizes of each axis, no two pairs alike."""
+"""Two sizes to try of each axis, so that every pair of sizes belongs to one axis."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class EncoderPlan(Plan):
         return [self.describe(graph) for graph in self.graphs]
 
     def as_json(self) -> dict[str, Any]:
-        """See Plan; and the inputs' shapes in the last graph, which is the largest."""
+        """As `Plan.as_json`, with the inputs' shapes in the last graph, which is the largest."""
         shapes = {spec.name: spec.shape for spec in self.outline()[-1].inputs}
         return {**super().as_json(), "inputs": shapes}
 
@@ -80,46 +80,46 @@ class EncoderPlan(Plan):
 
 
 def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> EncoderPlan:
-    """A graph per combination of sizes. Raises UsageError for missing or impossible shapes, CheckpointError for a model
-    whose padded rows would not get the answer of the row alone."""
+    """Plan one graph per combination of sizes. Raises UsageError for missing or impossible shapes, CheckpointError for
+    a model whose padded rows would not get the answer of the row alone."""
     check_paddable(model, task)
-    inputs = inputs_of(checkpoint, options, task, model)
-    sizes = sizes_of(checkpoint, options, task, inputs)
-    frames = _frames(checkpoint, task)
-    graphs = _graphs(sizes, running_axis(inputs), frames)
+    inputs = plan_inputs(checkpoint, options, task, model)
+    sizes = plan_sizes(checkpoint, options, task, inputs)
+    frames = _plan_frames(checkpoint, task)
+    graphs = _plan_graphs(sizes, padded_axis(inputs), frames)
     return EncoderPlan(
-        **common(checkpoint, options, task, model),
+        **common_fields(checkpoint, options, task, model),
         batch_size=max(graph.batch for graph in graphs),
         lengths=tuple(sorted({graph.length for graph in graphs if isinstance(graph.length, int)} - {0})),
         graphs=graphs,
         frames=frames,
         inputs=inputs,
-        outputs=_outputs(checkpoint, options, task, model, inputs),
+        outputs=_plan_outputs(checkpoint, options, task, model, inputs),
     )
 
 
-def _graphs(sizes: Sequence[Sizes], running: Axis | None, frames: Frames | None) -> tuple[EncoderGraph, ...]:
-    """Graphs are named after the sizes that differ."""
+def _plan_graphs(sizes: Sequence[Sizes], padded: Axis | None, frames: Frames | None) -> tuple[EncoderGraph, ...]:
+    """One graph per combination, named after the sizes that differ between them."""
     differing = [axis for axis in sizes[0] if len({each[axis] for each in sizes}) > 1]
     return tuple(
         EncoderGraph(
             name="_".join(["model", *(["x".join(str(each[axis]) for axis in differing)] if differing else [])]),
             role="encode",
             batch=each["batch"],
-            length=each[running] if running else 0,
+            length=each[padded] if padded else 0,
             sizes={**each, "frames": frames.count(each["samples"])} if "samples" in each and frames else each,
         )
         for each in sizes
     )
 
 
-def _frames(checkpoint: Checkpoint, task: Task) -> Frames | None:
-    """How samples become frames; None for models that read none.
+def _plan_frames(checkpoint: Checkpoint, task: Task) -> Frames | None:
+    """How samples become frames; None for models without frames.
 
-    SEW pools frames and needs one pool full; an x-vector's deviation takes two of what its own layers leave.
+    SEW needs frames for one pool; an x-vector's standard deviation needs two frames after the model's own layers.
     """
     config = checkpoint.config.to_dict()
-    chain = convolutions_of(config)
+    chain = read_convolutions(config)
     fewest = int(config.get("squeeze_factor", 1))
     if task.name == "audio-xvector":
         layers = zip(config["tdnn_kernel"], config["tdnn_dilation"], strict=True)
@@ -127,13 +127,13 @@ def _frames(checkpoint: Checkpoint, task: Task) -> Frames | None:
     return chain.as_frames(fewest) if chain.stages or fewest > 1 else None
 
 
-def _outputs(
+def _plan_outputs(
     checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module, inputs: Sequence[TensorPlan]
 ) -> tuple[TensorPlan, ...]:
-    """Run the weightless model at two sizes: a dimension that follows an axis is that axis."""
-    trials = _trials(checkpoint)
+    """Run the model without weights at two sizes: an output dimension that changes like an axis is that axis."""
+    trials = _trial_sizes(checkpoint)
     sizes = [{axis: pair[index] for axis, pair in trials.items()} for index in (0, 1)]
-    small, large = (_answer(options, task, model, example(inputs, each, "meta")) for each in sizes)
+    small, large = (_answer(options, task, model, make_example(inputs, each, "meta")) for each in sizes)
     axes = {pair: axis for axis, pair in trials.items()}
     exact = tuple(axis for spec in inputs for axis in spec.exact)
     found = []
@@ -148,7 +148,7 @@ def _outputs(
 
 def _answer(options: ExportOptions, task: Task, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
     try:
-        with make_traceable(model), taking_rows(model):
+        with make_traceable(model), allow_batches(model):
             return run_skeleton(model, task, tensors)
     except ExportError as error:
         if not options.image_size:
@@ -160,12 +160,12 @@ def _answer(options: ExportOptions, task: Task, model: nn.Module, tensors: dict[
         ) from error
 
 
-def _trials(checkpoint: Checkpoint) -> Trials:
-    chain = convolutions_of(checkpoint.config.to_dict())
+def _trial_sizes(checkpoint: Checkpoint) -> Trials:
+    chain = read_convolutions(checkpoint.config.to_dict())
     if not chain.stages:
         return _TRIALS
     small, large = _TRIALS["frames"]
-    return {**_TRIALS, "samples": (chain.samples(small), chain.samples(large))}
+    return {**_TRIALS, "samples": (chain.min_samples(small), chain.min_samples(large))}
 
 
 def _axis(model: nn.Module, name: str, pair: tuple[int, int], axes: dict[tuple[int, int], Axis]) -> int | Axis:

@@ -1,4 +1,4 @@
-"""Encoder-decoders: an encoder that runs once, a decoder that looks at what it made, step by step."""
+"""Encoder-decoders: an encoder that runs once, and a decoder that attends to its output at every step."""
 
 from __future__ import annotations
 

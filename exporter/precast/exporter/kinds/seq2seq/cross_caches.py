@@ -1,4 +1,4 @@
-"""What modelling code is given in the place of an encoder's states and of caches, to trace one step of a decoder."""
+"""Stand-ins for an encoder's states and for caches, with which modelling code is traced for one decoding step."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from precast.runtime.errors import ExportError
 
-__all__ = ["Both", "Held", "States"]
+__all__ = ["CrossLayer", "EncoderStates", "PairedCache"]
 
 
 @dataclass
-class States(BaseModelOutput):
-    """What an encoder gives, mixtures of experts too."""
+class EncoderStates(BaseModelOutput):
+    """An encoder's output, with the fields that mixtures of experts add."""
 
     router_logits: Any = None
     router_probs: Any = None
 
 
-class Held(CacheLayerMixin):
-    """A cache layer that has keys and values already, or remembers those that it is given."""
+class CrossLayer(CacheLayerMixin):
+    """A cache layer of cross-attention that has its keys and values, or notes those of its first update."""
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, keys is not None
 
-    def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values. Raises ExportError where there are none."""
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values. Raises ExportError where it never got any."""
         if self.keys is None or self.values is None:
             raise ExportError("This architecture does not keep what its decoder looks at in the encoder in a cache.")
-        # What attention reads may be a view; an output is a tensor of its own.
+        # Attention may read a view, and an output of the graph is a tensor of its own.
         return self.keys.contiguous(), self.values.contiguous()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -53,8 +53,8 @@ class Held(CacheLayerMixin):
         return -1
 
 
-class Both(EncoderDecoderCache):
-    """A pair of caches whose length is each row's own, [B, 1], so that positions come out per row."""
+class PairedCache(EncoderDecoderCache):
+    """The caches of self- and cross-attention, whose length is one per row, [B, 1], so that positions are, too."""
 
     def __init__(self, own: Cache, cross: Cache, past: Tensor) -> None:
         super().__init__(own, cross)

@@ -1,4 +1,4 @@
-"""What `precast.exporter.kinds` asks of this package."""
+"""The functions of a kind, for encoder-decoders (see `precast.exporter.kinds.kind_of`)."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from .plan import plan
 from .samples import answer, validation_samples
 from .trace import trace
 
-__all__ = ["answer", "plan", "validation_samples", "trace"]
+__all__ = ["answer", "plan", "trace", "validation_samples"]

@@ -1,8 +1,8 @@
-"""Encoder-decoders: per source length a graph that encodes, and one graph that decodes whatever was encoded.
+"""The plan of an encoder-decoder: one encode graph per source length, and one decode graph for all of them.
 
-What an encode graph gives are the keys and values of every layer's attention to the encoder; the decoder takes them as
-inputs of the same names, so nothing of the source is computed twice. It encodes one source at a time: on a CPU that
-costs no more than several together, and several beams share what was encoded once.
+An encode graph's outputs are the keys and values of every layer's cross-attention; the decode graph has inputs of the
+same names, so nothing of the source is computed twice. Sources are encoded one at a time: on a CPU that costs no more
+than several together, and all beams share one encoding.
 """
 
 from __future__ import annotations
@@ -15,22 +15,30 @@ import torch
 from torch import nn
 
 from precast.runtime.artifact.backends import get_backend
-from precast.runtime.artifact.schema import Dim, Dtype, Graph
+from precast.runtime.artifact.schema import Dim, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ...architectures.cache_names import find_cache
 from ...checkpoint.resolve import Checkpoint
 from ...options import ExportOptions
-from ..decoder.plan import HEAD_MULTIPLE, CachePlan
-from ..plan import GraphPlan, Plan, TensorPlan, check_blocks, check_length, common, run_skeleton, single_batch
+from ..decoder.plan import CachedPlan, CachePlan, round_head_size
+from ..plan import (
+    GraphPlan,
+    TensorPlan,
+    check_blocks,
+    check_length,
+    common_fields,
+    run_skeleton,
+    single_batch_size,
+)
 
 __all__ = ["CrossPlan", "Seq2SeqPlan", "cross_names", "plan"]
 
 
 @dataclass(frozen=True)
 class CrossPlan:
-    """What one layer's attention to the encoder looks at: keys [1, heads, positions, key_dim], values likewise."""
+    """Cross-attention of one layer: keys [1, heads, positions, key_dim], values [1, heads, positions, value_dim]."""
 
     heads: int
     key_dim: int
@@ -38,19 +46,17 @@ class CrossPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqPlan(Plan):
-    """Graphs that encode, by length, and one that decodes. `positions` are those that each length is encoded to."""
+class Seq2SeqPlan(CachedPlan):
+    """One encode graph per source length, and one decode graph. `positions` says how many encoder positions each of the
+    source lengths becomes."""
 
-    capacity: int
     source: tuple[TensorPlan, ...]
     positions: tuple[int, ...]
-    cache: tuple[CachePlan, ...]
-    cache_dtype: Dtype
     cross: tuple[CrossPlan, ...]
 
     @property
     def is_masked(self) -> bool:
-        """Whether sources may be shorter than compiled."""
+        """Whether sources may be shorter than the compiled length."""
         return any(spec.name == "attention_mask" for spec in self.source)
 
     @property
@@ -81,30 +87,30 @@ class Seq2SeqPlan(Plan):
 
 
 def cross_names(layers: int) -> list[tuple[str, str]]:
-    """What the encoder's keys and values are called, by layer."""
+    """Names of the tensors with the encoder's keys and values, by layer."""
     return [(f"encoder.{index}.key", f"encoder.{index}.value") for index in range(layers)]
 
 
 def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> Seq2SeqPlan:
-    """The graphs and caches. Raises UsageError for missing or impossible shapes, CheckpointError for a model that is no
-    encoder-decoder with keys and values in its caches."""
+    """Plan an encoder-decoder's graphs and caches. Raises UsageError for missing or impossible shapes, CheckpointError
+    for a model that is no encoder-decoder with keys and values in its caches."""
     lengths = _lengths(checkpoint, options, task, model)
     capacity = _capacity(checkpoint, options, lengths)
-    source = _source(checkpoint, model)
-    found = [_run(checkpoint, task, model, _example(source, length)) for length in lengths]
-    batch = single_batch(options)
+    source = _plan_source(checkpoint, model)
+    found = [_find_caches(checkpoint, task, model, _meta_example(source, length)) for length in lengths]
+    batch = single_batch_size(options)
     return Seq2SeqPlan(
-        **common(checkpoint, options, task, model),
+        **common_fields(checkpoint, options, task, model),
         batch_size=batch,
         lengths=lengths,
         graphs=(
-            *(GraphPlan(_name(lengths, length), "encode", 1, length) for length in lengths),
-            _decoder(batch, capacity, is_apart=get_backend(options.backend).decodes_apart),
+            *(GraphPlan(_encode_name(lengths, length), "encode", 1, length) for length in lengths),
+            _decode_graph(batch, capacity, is_apart=get_backend(options.backend).decodes_apart),
         ),
         capacity=capacity,
         source=source,
         positions=tuple(cross[0].keys.shape[2] for _, cross in found),
-        cache=tuple(_own_cache(layer) for layer in found[0][0]),
+        cache=tuple(_cache_plan(layer) for layer in found[0][0]),
         cache_dtype=options.kv_cache,
         cross=tuple(
             CrossPlan(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in found[0][1]
@@ -112,14 +118,15 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
     )
 
 
-def _decoder(batch: int, capacity: int, *, is_apart: bool) -> GraphPlan:
-    """Any number of tokens at a time; or one, where that is compiled otherwise: an answer begins with a few at most."""
+def _decode_graph(batch: int, capacity: int, *, is_apart: bool) -> GraphPlan:
+    """One graph for any number of tokens; or, for backends that compile a single token apart, for one token only, since
+    an answer begins with a few tokens at most."""
     if is_apart:
         return GraphPlan("decode", "decode", batch, 1)
     return GraphPlan("decoder", "decoder", batch, Dim(min=1, max=capacity))
 
 
-def _name(lengths: tuple[int, ...], length: int) -> str:
+def _encode_name(lengths: tuple[int, ...], length: int) -> str:
     return "encode" if len(lengths) == 1 else f"encode_{length}"
 
 
@@ -129,7 +136,7 @@ def _takes_features(model: nn.Module) -> bool:
 
 def _lengths(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> tuple[int, ...]:
     if _takes_features(model):
-        return (_frames(checkpoint, options, task, model),)
+        return (_frame_count(checkpoint, options, task, model),)
     options.check_sizes(checkpoint.given, task.name, ["sequence_length"], checkpoint.max_length)
     for length in options.sequence_length:
         check_length(checkpoint, length)
@@ -137,8 +144,8 @@ def _lengths(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: 
     return tuple(sorted(options.sequence_length))
 
 
-def _frames(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> int:
-    """The one length that Whisper's encoder takes: 30 seconds."""
+def _frame_count(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> int:
+    """The one length, in frames of the spectrogram, that Whisper's encoder takes: 30 seconds."""
     if options.sequence_length:
         raise UsageError(
             f"{type(model).__name__} takes sound of one length only, so --sequence-length says nothing about it. For "
@@ -154,7 +161,7 @@ def _frames(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: n
 
 
 def _capacity(checkpoint: Checkpoint, options: ExportOptions, lengths: tuple[int, ...]) -> int:
-    """Tokens of an answer, the start included: as asked, or as many as the model has positions for."""
+    """Tokens of an answer, the start token included: as asked, or as many as the model has positions for."""
     config = checkpoint.text_config
     limit = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
     asked = options.decoder_sequence_length
@@ -166,7 +173,7 @@ def _capacity(checkpoint: Checkpoint, options: ExportOptions, lengths: tuple[int
     return asked or limit or lengths[-1]
 
 
-def _source(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPlan, ...]:
+def _plan_source(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPlan, ...]:
     if _takes_features(model):
         return (TensorPlan("input_features", "float32", (1, checkpoint.config.num_mel_bins, "length"), 0, ("length",)),)
     return (
@@ -175,7 +182,7 @@ def _source(checkpoint: Checkpoint, model: nn.Module) -> tuple[TensorPlan, ...]:
     )
 
 
-def _example(source: tuple[TensorPlan, ...], length: int) -> dict[str, torch.Tensor]:
+def _meta_example(source: tuple[TensorPlan, ...], length: int) -> dict[str, torch.Tensor]:
     return {
         spec.name: torch.ones(
             [length if isinstance(axis, str) else axis for axis in spec.axes],
@@ -186,13 +193,13 @@ def _example(source: tuple[TensorPlan, ...], length: int) -> dict[str, torch.Ten
     }
 
 
-def _own_cache(layer: Any) -> CachePlan:
+def _cache_plan(layer: Any) -> CachePlan:
     width = max(layer.keys.shape[-1], layer.values.shape[-1])
-    return CachePlan(layer.keys.shape[1], -(-width // HEAD_MULTIPLE) * HEAD_MULTIPLE)
+    return CachePlan(layer.keys.shape[1], round_head_size(width))
 
 
-def _run(checkpoint: Checkpoint, task: Task, model: nn.Module, example: dict[str, Any]) -> tuple[Any, Any]:
-    """The layers of the caches that the weightless model fills: its own, and those of the encoder."""
+def _find_caches(checkpoint: Checkpoint, task: Task, model: nn.Module, example: dict[str, Any]) -> tuple[Any, Any]:
+    """The layers of the caches that a model without weights fills: of self-attention, and of cross-attention."""
     example["decoder_input_ids"] = torch.ones(1, 2, dtype=torch.int64, device="meta")
     cache = find_cache(run_skeleton(model, task, example | {"use_cache": True}))
     own = getattr(getattr(cache, "self_attention_cache", None), "layers", None)

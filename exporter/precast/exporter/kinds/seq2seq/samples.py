@@ -1,6 +1,6 @@
-"""What an encoder-decoder is asked before it is published, and what the eager model says to it.
+"""Validation samples for encoder-decoders, and the eager model's answers to them.
 
-A row of a sample is a source, in its tensors, and along with it, for logits, the tokens of an answer.
+A row of a sample is a source, in `tensors`, and for samples of logits the tokens of an answer, in `rows`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from precast.runtime.artifact.schema import Graph
 
 from ...architectures.cache_names import cache_argument, find_cache
-from ..samples import Answer, ValidationSample, repeat
+from ..samples import Answer, ValidationSample, repeat_tokens
 
 __all__ = ["answer", "validation_samples"]
 
@@ -24,38 +24,38 @@ Array = np.ndarray[Any, Any]
 GREEDY_SOURCES = 4
 GREEDY_TOKENS = 24
 BEAMS = 3
-"""As in precast.runtime.validation_worker, which searches with as many."""
+"""The same as in precast.runtime.validation_worker."""
 
 
 def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
-    """Logits along given answers, for sources at the edges of each encoder's length; greedy tokens; and a search."""
+    """Logits along given answers, for sources at the edges of each source length; greedy tokens; and a beam search."""
     encoders, decoder = [graph for graph in graphs if graph.role == "encode"], graphs[-1]
     return [
         *(sample for graph in encoders for sample in _logit_samples(graph, decoder, texts)),
-        *_free_samples(encoders[-1], decoder, texts),
+        *_generated_samples(encoders[-1], decoder, texts),
     ]
 
 
 def _logit_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[ValidationSample]:
     length, batch = int(graph.length), decoder.slots  # type: ignore[arg-type]
-    sources = [_source(graph, (texts * (batch // len(texts) + 1))[index], index) for index in range(batch)]
+    sources = [_make_source(graph, (texts * (batch // len(texts) + 1))[index], index) for index in range(batch)]
     cases = {"sources, padded right": (sources, "right"), "a short batch": (sources[: max(1, batch - 1)], "right")}
     if graph.inputs[0].name == "input_ids":
         cases |= {
             "sources, padded left": (sources, "left"),
-            "one token": ([_source(graph, texts[0][:1], 0)], "right"),
-            f"all {length} tokens": ([_source(graph, repeat(texts, length), 0)], "right"),
+            "one token": ([_make_source(graph, texts[0][:1], 0)], "right"),
+            f"all {length} tokens": ([_make_source(graph, repeat_tokens(texts, length), 0)], "right"),
         }
     return [
         ValidationSample(
-            f"{graph.name}: {name}", "logits", _answers(len(rows), decoder, texts), side=side, tensors=rows
+            f"{graph.name}: {name}", "logits", _make_answers(len(rows), decoder, texts), side=side, tensors=rows
         )
         for name, (rows, side) in cases.items()
     ]
 
 
-def _source(graph: Graph, text: list[int], index: int) -> dict[str, Array]:
-    """A text, or a spectrogram of noise: as loud as real ones, and another one for each index."""
+def _make_source(graph: Graph, text: list[int], index: int) -> dict[str, Array]:
+    """A text, or a spectrogram of noise as loud as real ones, which differs by index."""
     spec = graph.inputs[0]
     if spec.name == "input_ids":
         return {spec.name: np.array(text[: int(graph.length)], np.int64)}  # type: ignore[arg-type]
@@ -63,16 +63,19 @@ def _source(graph: Graph, text: list[int], index: int) -> dict[str, Array]:
     return {spec.name: noise.astype(np.float32)}
 
 
-def _answers(count: int, decoder: Graph, texts: list[list[int]]) -> list[list[int]]:
-    """Answers of several lengths; the first is as long as may be."""
+def _make_answers(count: int, decoder: Graph, texts: list[list[int]]) -> list[list[int]]:
+    """Answers of several lengths; the first fills the capacity."""
     lengths = [decoder.capacity, *(1 + 5 * index for index in range(1, count))]
-    return [repeat(texts[index % len(texts) :], min(length, decoder.capacity)) for index, length in enumerate(lengths)]
+    return [
+        repeat_tokens(texts[index % len(texts) :], min(length, decoder.capacity))
+        for index, length in enumerate(lengths)
+    ]
 
 
-def _free_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[ValidationSample]:
-    """Answers that the model finds itself: to batches of sources padded on either side, and by beam search."""
+def _generated_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[ValidationSample]:
+    """Greedy answers to batches of sources padded on either side, and one found by beam search."""
     count = min(GREEDY_TOKENS, decoder.capacity - 1)
-    sources = [_source(graph, text, index) for index, text in enumerate(texts[:GREEDY_SOURCES])]
+    sources = [_make_source(graph, text, index) for index, text in enumerate(texts[:GREEDY_SOURCES])]
     groups = [sources[start : start + decoder.slots] for start in range(0, len(sources), decoder.slots)]
     found = [
         ValidationSample(f"greedy {index}", "greedy", side=("left", "right")[index % 2], count=count, tensors=group)
@@ -85,28 +88,28 @@ def _free_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> list[
 
 def answer(model: nn.Module, sample: ValidationSample, outputs: tuple[str, ...]) -> list[Answer]:
     """The eager answers, one row at a time and without padding."""
-    sources = [_given(source) for source in sample.tensors]
+    sources = [_as_tensors(source) for source in sample.tensors]
     if sample.kind == "logits":
-        return [_logits(model, source, row) for source, row in zip(sources, sample.rows, strict=True)]
-    found = _beams if sample.kind == "beams" else _greedy
-    return [found(model, source, sample.count) for source in sources]
+        return [_answer_logits(model, source, row) for source, row in zip(sources, sample.rows, strict=True)]
+    generate = _beam_search if sample.kind == "beams" else _greedy_search
+    return [generate(model, source, sample.count) for source in sources]
 
 
-def _given(source: dict[str, Array]) -> dict[str, Any]:
+def _as_tensors(source: dict[str, Array]) -> dict[str, Any]:
     given = {name: torch.from_numpy(tensor)[None] for name, tensor in source.items()}
     if "input_ids" in given:
         given["attention_mask"] = torch.ones_like(given["input_ids"])
     return given
 
 
-def _logits(model: nn.Module, source: dict[str, Any], row: list[int]) -> Answer:
+def _answer_logits(model: nn.Module, source: dict[str, Any], row: list[int]) -> Answer:
     result = model(**source, decoder_input_ids=torch.tensor([row]), use_cache=False, return_dict=True)
     return Answer({"logits": result.logits[0].float().numpy()})
 
 
-def _greedy(model: Any, source: dict[str, Any], count: int) -> Answer:
+def _greedy_search(model: Any, source: dict[str, Any], count: int) -> Answer:
     tokens, margins, cache, name = [], [], None, cache_argument(model)
-    ids = torch.tensor([[_start(model)]])
+    ids = torch.tensor([[_start_token(model)]])
     for _ in range(count):
         result = model(**source, decoder_input_ids=ids, use_cache=True, return_dict=True, **{name: cache})
         best = result.logits[0, -1].float().topk(2)
@@ -119,11 +122,11 @@ def _greedy(model: Any, source: dict[str, Any], count: int) -> Answer:
     return Answer({"tokens": np.array(tokens)}, np.array(margins))
 
 
-def _beams(model: Any, source: dict[str, Any], count: int) -> Answer:
-    """The score of the best answer: two that are equally good may have other tokens, but no other score."""
+def _beam_search(model: Any, source: dict[str, Any], count: int) -> Answer:
+    """The score of the best answer: equally good answers may differ in their tokens, but not in their score."""
     before = model.generation_config
-    # Only the search itself is asked for, without what the checkpoint's settings add to it.
-    model.generation_config = GenerationConfig(decoder_start_token_id=_start(model))
+    # The search alone is compared, without the settings of the checkpoint's generation_config.json.
+    model.generation_config = GenerationConfig(decoder_start_token_id=_start_token(model))
     try:
         found = GenerationMixin.generate(
             model, **source, num_beams=BEAMS, max_new_tokens=count, output_scores=True, return_dict_in_generate=True
@@ -133,7 +136,7 @@ def _beams(model: Any, source: dict[str, Any], count: int) -> Answer:
     return Answer({"score": found.sequences_scores.float().numpy()})
 
 
-def _start(model: Any) -> int:
+def _start_token(model: Any) -> int:
     config = model.generation_config
     found = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
     return found if isinstance(found, int) else 0

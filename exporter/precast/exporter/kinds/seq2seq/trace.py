@@ -1,4 +1,4 @@
-"""An encoder-decoder as programs: one that encodes, one that decodes a step."""
+"""Trace an encoder-decoder: a program per source length that encodes, and one for a decoding step."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from precast.runtime.artifact import ENCODER_MASK
-from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Output
+from precast.runtime.artifact.schema import Dim, Graph, Input, Output
 from precast.runtime.errors import ExportError
 
 from ...architectures import attention_interface, use_cached_attention
 from ...architectures.cache_names import cache_argument
-from ..decoder.fused_attention import logits_at
+from ..decoder.fused_attention import pick_logits
+from ..decoder.graph import describe_step, example_caches, example_tokens, free_shapes, vocabulary_size
 from ..plan import GraphPlan
 from ..trace import Program, export_program
-from .cross_caches import Both, Held, States
+from .cross_caches import CrossLayer, EncoderStates, PairedCache
 from .plan import Seq2SeqPlan, cross_names
-from .relative_bias import bias_over_caches
+from .relative_bias import use_relative_bias
 
 __all__ = ["trace"]
 
 
 def trace(model: nn.Module, plan: Seq2SeqPlan, scales: Any = None) -> Iterator[Program]:
-    """One program per graph of the plan. Raises ExportError."""
+    """Trace one program per graph of the plan. Raises ExportError."""
     encode = [graph for graph in plan.graphs if graph.role == "encode"]
     for graph, positions in zip(encode, plan.positions, strict=True):
         yield _trace_encoder(model, plan, graph, positions)
@@ -35,10 +36,10 @@ def trace(model: nn.Module, plan: Seq2SeqPlan, scales: Any = None) -> Iterator[P
 
 
 class _Encoder(nn.Module):
-    """A source in, the keys and values out that the decoder's layers make of it.
+    """The encoder and the projections of cross-attention: a source in, keys and values of every decoder layer out.
 
-    They are met by running the decoder on one token and letting its cache remember them; the rest of the decoder is
-    left out of the graph, since nothing that is given back depends on it.
+    The decoder is run on one token, and its cache notes them; the rest of the decoder stays out of the graph, since no
+    output depends on it.
     """
 
     def __init__(self, model: nn.Module, inputs: list[str], layers: int) -> None:
@@ -46,23 +47,23 @@ class _Encoder(nn.Module):
         self.model, self.inputs, self.layers = model, inputs, layers
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        layers = [Held() for _ in range(self.layers)]
+        layers = [CrossLayer() for _ in range(self.layers)]
         cache = EncoderDecoderCache(DynamicCache(), Cache(layers=layers))
         given: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
         first = torch.zeros(1, 1, dtype=torch.int64)
         given[cache_argument(self.model)] = cache
         self.model(**given, decoder_input_ids=first, use_cache=True, return_dict=True)
-        return tuple(tensor for layer in layers for tensor in layer.held())
+        return tuple(tensor for layer in layers for tensor in layer.keys_and_values())
 
 
 class _Decoder(nn.Module):
-    """One step: tokens, caches and what was encoded in, logits at the asked positions and updated caches out."""
+    """One step: tokens, encoded keys and values, and caches in, logits at `logit_positions` and updated caches out."""
 
     def __init__(self, model: nn.Module, plan: Seq2SeqPlan) -> None:
         super().__init__()
         self.model, self.capacity, self.is_masked = model, plan.capacity, plan.is_masked
         self.positions, self.width = plan.positions[-1], model.get_encoder().config.hidden_size  # type: ignore[operator]
-        self.takes_positions = "decoder_position_ids" in inspect.signature(model.forward).parameters
+        self.takes_position_ids = "decoder_position_ids" in inspect.signature(model.forward).parameters
 
     def forward(
         self,
@@ -80,28 +81,28 @@ class _Decoder(nn.Module):
         caches = attention_interface.Caches(own_pairs, past_lengths, new_lengths, encoded=pairs, encoded_mask=mask)
         with (
             attention_interface.use_caches(caches) as own,
-            bias_over_caches(self.model, past_lengths, self.capacity),
-            logits_at(self.model, logit_positions) as at,
+            use_relative_bias(self.model, past_lengths, self.capacity),
+            pick_logits(self.model, logit_positions) as pick,
         ):
-            cache = Both(own, Cache(layers=[Held(*pair) for pair in pairs]), past_lengths[:, None].long())
+            cache = PairedCache(own, Cache(layers=[CrossLayer(*pair) for pair in pairs]), past_lengths[:, None].long())
             arguments = self._arguments(input_ids, past_lengths) | {cache_argument(self.model): cache}
-            logits = at(self.model(**arguments).logits)
+            logits = pick(self.model(**arguments).logits)
         self._check(caches)
         return logits, *(tensor for index in range(len(caches.past)) for tensor in caches.present[index])
 
     def _arguments(self, input_ids: Tensor, past_lengths: Tensor) -> dict[str, Any]:
         batch, length = input_ids.shape
-        # The states are not looked at any more, only their shape; the mask goes straight to the operator.
+        # Of the states only the shape is used from here on; the mask goes straight to the operator.
         states = torch.zeros(batch, self.positions, self.width)
         arguments = {
-            "encoder_outputs": States(last_hidden_state=states),
+            "encoder_outputs": EncoderStates(last_hidden_state=states),
             "attention_mask": torch.zeros(batch, 1, 1, self.positions),
             "decoder_input_ids": input_ids,
             "decoder_attention_mask": torch.ones(batch, length, dtype=torch.int64),
             "use_cache": True,
             "return_dict": True,
         }
-        if self.takes_positions:
+        if self.takes_position_ids:
             arguments["decoder_position_ids"] = past_lengths[:, None].long() + torch.arange(length)[None]
         return arguments
 
@@ -119,11 +120,9 @@ class _Decoder(nn.Module):
 def _trace_encoder(model: nn.Module, plan: Seq2SeqPlan, graph: GraphPlan, positions: int) -> Program:
     program = _Encoder(model, [spec.name for spec in plan.source], len(plan.cross)).eval()
     inputs = [spec.as_input({"length": graph.length}) for spec in plan.source]
-    example = tuple(torch.ones(_sizes(spec.shape), dtype=getattr(torch, spec.dtype)) for spec in inputs)
-    exported = export_program(program, example, None)
-    outputs = [
-        Output(name=name, dtype=plan.dtype, shape=shape, slice=[None] * 4) for name, shape in _cross(plan, 1, positions)
-    ]
+    exported = export_program(program, tuple(map(_ones, inputs)), None)
+    shapes = _cross_shapes(plan, 1, positions)
+    outputs = [Output(name=name, dtype=plan.dtype, shape=shape, slice=[None] * 4) for name, shape in shapes]
     described = Graph(
         name=graph.name, role="encode", file="pending", batch=1, length=graph.length, capacity=0,
         inputs=inputs, outputs=outputs, cache=[],
@@ -133,42 +132,24 @@ def _trace_encoder(model: nn.Module, plan: Seq2SeqPlan, graph: GraphPlan, positi
 
 def _trace_decoder(model: nn.Module, plan: Seq2SeqPlan, graph: GraphPlan) -> Program:
     program = _Decoder(model, plan).eval()
-    context, own = _context_inputs(plan, graph.batch), 2 * len(plan.cache)
-    shapes: tuple[Any, ...] | None = None
-    if isinstance(graph.length, Dim):
-        free = torch.export.Dim("length", min=1, max=plan.capacity)
-        asked = torch.export.Dim("positions", min=1, max=plan.capacity)
-        shapes = ({1: free}, None, None, {1: asked}, [None] * len(context), [None] * own)
+    context, caches = _context_inputs(plan, graph.batch), example_caches(plan, graph.batch)
+    example = (*example_tokens(graph, plan.capacity), [_ones(spec) for spec in context], caches)
+    free = free_shapes(graph, plan.capacity, [None] * len(context), [None] * len(caches))
     with use_cached_attention(model):
-        exported = export_program(program, _decoder_example(plan, graph, context), shapes)
-    output = next(node for node in exported.graph.nodes if node.op == "output")
-    vocabulary = int(output.args[0][0].meta["val"].shape[-1])
-    return Program(_decoder_graph(plan, graph, context, vocabulary), exported)
-
-
-def _decoder_example(plan: Seq2SeqPlan, graph: GraphPlan, context: list[Input]) -> tuple[Any, ...]:
-    is_free, batch = isinstance(graph.length, Dim), graph.batch
-    length, positions = (min(8, plan.capacity), min(3, plan.capacity)) if is_free else (1, 1)
-    caches = [torch.zeros(batch, layer.heads, plan.capacity, layer.head_dim) for layer in plan.cache for _ in range(2)]
-    return (
-        torch.ones(batch, length, dtype=torch.int64),
-        torch.zeros(batch, dtype=torch.int32),
-        torch.full((batch,), length, dtype=torch.int32),
-        torch.zeros(batch, positions, dtype=torch.int64),
-        [torch.ones(_sizes(spec.shape), dtype=getattr(torch, spec.dtype)) for spec in context],
-        caches,
-    )
+        exported = export_program(program, example, free)
+    windows = [None] * len(plan.cache)
+    return Program(describe_step(plan, graph, vocabulary_size(exported), windows=windows, context=context), exported)
 
 
 def _context_inputs(plan: Seq2SeqPlan, batch: int) -> list[Input]:
-    """What the decoder takes of the encoder, at the largest length."""
+    """The decoder's inputs that the encoder made, at the largest source length."""
     size = plan.positions[-1]
     mask = [Input(name=ENCODER_MASK, dtype="int64", shape=[batch, size], pad=0)] if plan.is_masked else []
-    named = _cross(plan, batch, size)
+    named = _cross_shapes(plan, batch, size)
     return [*mask, *(Input(name=name, dtype=plan.dtype, shape=shape, pad=0) for name, shape in named)]
 
 
-def _cross(plan: Seq2SeqPlan, batch: int, positions: int) -> list[tuple[str, list[int | Dim]]]:
+def _cross_shapes(plan: Seq2SeqPlan, batch: int, positions: int) -> list[tuple[str, list[int | Dim]]]:
     """Names and shapes of the encoder's keys and values."""
     return [
         (name, [batch, layer.heads, positions, width])
@@ -177,62 +158,5 @@ def _cross(plan: Seq2SeqPlan, batch: int, positions: int) -> list[tuple[str, lis
     ]
 
 
-def _sizes(shape: list[int | Dim]) -> list[int]:
-    return [size for size in shape if isinstance(size, int)]
-
-
-def _decoder_graph(plan: Seq2SeqPlan, graph: GraphPlan, context: list[Input], vocabulary: int) -> Graph:
-    batch, length = graph.batch, graph.length
-    positions: int | Dim = Dim(min=1, max=plan.capacity) if isinstance(length, Dim) else 1
-    cache = [_cache_layer(plan, index) for index in range(len(plan.cache))]
-    shapes: dict[str, list[int | Dim]] = {
-        name: [batch, layer.heads, plan.capacity, layer.head_dim]
-        for layer in cache
-        for name in (layer.key_in, layer.key_out, layer.value_in, layer.value_out)
-    }
-    return Graph(
-        name=graph.name,
-        role=graph.role,
-        file="pending",
-        batch=batch,
-        length=length,
-        capacity=plan.capacity,
-        inputs=[
-            Input(name="input_ids", dtype="int64", shape=[batch, length], pad=plan.pad_token_id),
-            Input(name="past_lengths", dtype="int32", shape=[batch], pad=0),
-            Input(name="new_lengths", dtype="int32", shape=[batch], pad=1),
-            Input(name="logit_positions", dtype="int64", shape=[batch, positions], pad=0),
-            *context,
-            *(
-                Input(name=name, dtype=plan.cache_dtype, shape=shapes[name], pad=0)
-                for layer in cache
-                for name in (layer.key_in, layer.value_in)
-            ),
-        ],
-        outputs=[
-            Output(
-                name="logits", dtype=plan.dtype, shape=[batch, positions, vocabulary],
-                slice=["batch", "positions", None],
-            ),
-            *(
-                Output(name=name, dtype=plan.cache_dtype, shape=shapes[name], slice=[None] * 4)
-                for layer in cache
-                for name in (layer.key_out, layer.value_out)
-            ),
-        ],
-        cache=cache,
-    )  # fmt: skip
-
-
-def _cache_layer(plan: Seq2SeqPlan, index: int) -> CacheLayer:
-    return CacheLayer(
-        layer=index,
-        key_in=f"past_key_values.{index}.key",
-        key_out=f"present.{index}.key",
-        value_in=f"past_key_values.{index}.value",
-        value_out=f"present.{index}.value",
-        heads=plan.cache[index].heads,
-        head_dim=plan.cache[index].head_dim,
-        dtype=plan.cache_dtype,
-        window=None,
-    )
+def _ones(spec: Input) -> Tensor:
+    return torch.ones([size for size in spec.shape if isinstance(size, int)], dtype=getattr(torch, spec.dtype))
