@@ -107,7 +107,8 @@ def _padding_id(checkpoint: Checkpoint) -> int:
 
 
 def _image_inputs(checkpoint: Checkpoint, options: ExportOptions) -> list[TensorPlan]:
-    height, width = options.image_size * 2 if len(options.image_size) == 1 else options.image_size or _image_size(checkpoint)
+    asked = options.image_size * 2 if len(options.image_size) == 1 else options.image_size
+    height, width = asked or _image_size(checkpoint)
     channels = getattr(checkpoint.vision_config, "num_channels", 3)
     return [
         TensorPlan("pixel_values", "float32", ("batch", channels, height, width)),
