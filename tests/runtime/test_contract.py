@@ -86,6 +86,7 @@ ENCODERS = {
     "too many cuts": (_first("outputs", slice=["batch"] * 9), "along 9 dimensions where it has 3"),
     "cuts along nothing": (_first("outputs", slice=["batch", "choices", None]), "along choices, which no input has"),
     "too many dimensions": (_first("outputs", shape=[1] * 65, slice=[None] * 65), "more than 8 dimensions"),
+    "the mask first": (lambda c, p, g: g["inputs"].insert(0, g["inputs"].pop(1)), "has the mask for its first input"),
     "a free dimension": (_first("inputs", shape=[3, {"min": 1, "max": 16}]), "has inputs of|a free dimension"),
 }
 
@@ -163,6 +164,16 @@ TOGETHER = {
         "encoder", lambda second: second["outputs"][0].update(name="x"), "encoders among model, second that differ",
     ),
 }  # fmt: skip
+
+
+def test_a_later_graph_that_does_not_keep_to_its_own_shapes_is_refused_for_that(changed, encoder):
+    """How graphs go together is asked only then."""
+    longer = changed(
+        encoder,
+        lambda config, contract, graph: contract["variants"][0]["graphs"][1]["inputs"][0].update(axes=["batch"]),
+    )
+    with pytest.raises(FormatError, match="names 1 dimensions of input_ids, which has 2"):
+        read_artifact(longer)
 
 
 @pytest.mark.parametrize("name", TOGETHER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -156,18 +156,23 @@ def _check(contract: Contract, config: dict[str, Any], path: Path) -> None:
         if missing := sorted(_named(variant) - set(contract.files)):
             raise FormatError(f"{path / 'config.json'}: variant {variant.name!r} uses {missing[0]}, not in files.")
         _check_task(variant, contract.task, path)
-        for graph in variant.graphs:
-            if problem := graph_problem(graph, vocabulary) or _misfit(graph, variant, batch):
-                raise FormatError(
-                    f"{path / 'config.json'}: graph {graph.name!r} of variant {variant.name!r} {problem}."
-                )
-            if unfed := _unfed(graph, variant):
-                raise FormatError(
-                    f"{path / 'config.json'}: no encoder of variant {variant.name!r} makes the input {unfed[0]!r} of "
-                    f"graph {graph.name!r}."
-                )
-        if problem := variant_problem(variant):
-            raise FormatError(f"{path / 'config.json'}: variant {variant.name!r} {problem}.")
+        if problem := next(_variant_problems(variant, vocabulary, batch), None):
+            raise FormatError(f"{path / 'config.json'}: {problem}.")
+
+
+def _variant_problems(variant: Variant, vocabulary: int | None, batch: int) -> Iterator[str]:
+    """What is wrong with the graphs of a variant: with each by itself first, since how they go together is asked of
+    graphs that keep to what they say."""
+    for graph in variant.graphs:
+        if problem := graph_problem(graph, vocabulary):
+            yield f"graph {graph.name!r} of variant {variant.name!r} {problem}"
+    for graph in variant.graphs:
+        if problem := _misfit(graph, variant, batch):
+            yield f"graph {graph.name!r} of variant {variant.name!r} {problem}"
+        if unfed := _unfed(graph, variant):
+            yield f"no encoder of variant {variant.name!r} makes the input {unfed[0]!r} of graph {graph.name!r}"
+    if problem := variant_problem(variant):
+        yield f"variant {variant.name!r} {problem}"
 
 
 def _check_task(variant: Variant, task: str, path: Path) -> None:

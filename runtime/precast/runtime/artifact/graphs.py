@@ -109,6 +109,8 @@ def _encoder(graph: Graph) -> Iterator[str]:
     sizes += [size for spec in graph.outputs for size in spec.shape]
     if any(isinstance(size, Dim) for size in sizes):
         yield "is an encoder with a free dimension"
+    if graph.inputs[0].name == "attention_mask":
+        yield "is an encoder that has the mask for its first input"
     if graph.frames is not None and graph.frames.step < 1:
         yield "has frames that do not get on"
     sizes_of: dict[Axis | None, int | Dim] = {}
