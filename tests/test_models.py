@@ -98,7 +98,7 @@ def test_smollm2_speaks_as_in_the_demo(smollm2, compiled):
 
 def test_minilm_embeds_as_eager_does(tmp_path):
     """36 sentences of up to 3 lines in smaller and larger batches on a model compiled for 4."""
-    lines = resources.files("precast.exporter").joinpath("texts.txt").read_text("utf-8").splitlines()
+    lines = resources.files("precast.exporter.kinds").joinpath("texts.txt").read_text("utf-8").splitlines()
     sentences = [" ".join([lines[index % 20], *lines[: index // 12]]) for index in range(36)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
     eager = transformers.AutoModel.from_pretrained(MINILM, attn_implementation="eager")
