@@ -226,7 +226,7 @@ def test_what_nobody_foresaw_is_one_line_too(run, monkeypatch, error, part):
     def fail():
         raise error
 
-    monkeypatch.setattr("precast.cli.env._facts", fail)
+    monkeypatch.setattr("precast.cli.env._collect_facts", fail)
     code, out, err = run("env")
     assert (code, out) == (1, "")
     assert err.startswith("precast: ")
@@ -284,7 +284,7 @@ def test_no_bars_of_the_hub_where_there_are_none_of_ours(run, monkeypatch, words
 
 
 def test_an_interrupted_json_call_has_its_document(run, monkeypatch):
-    monkeypatch.setattr("precast.cli.env._facts", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("precast.cli.env._collect_facts", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     code, out, err = run("env")
     # click begins a new line, after the terminal's ^C.
     assert (code, out, err.lstrip()) == (130, "", "precast: Interrupted.\n")
@@ -297,7 +297,7 @@ def test_only_our_own_warnings_reach_the_terminal(run, monkeypatch):
         warnings.warn("This GPU records nothing.", PrecastWarning, stacklevel=1)
         return {}
 
-    monkeypatch.setattr("precast.cli.env._facts", warn)
+    monkeypatch.setattr("precast.cli.env._collect_facts", warn)
     assert run("env") == (0, "", "precast: This GPU records nothing.\n")
 
 

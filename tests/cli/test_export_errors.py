@@ -14,7 +14,7 @@ import handmade
 import pytest
 
 from precast.cli import main
-from precast.cli.output import progress_in_words
+from precast.cli.output import describe_progress
 from precast.exporter import ExportOptions
 from precast.exporter.checkpoint.early import check_comparison
 from precast.runtime.artifact import read_artifact
@@ -295,7 +295,7 @@ def test_targets_are_refused_before_any_work(run, place):
 EARLY = """
 import json, sys
 from precast.cli import main
-from precast.cli.output import progress_in_words
+from precast.cli.output import describe_progress
 from precast.exporter import ExportOptions
 from precast.exporter.checkpoint.early import check_comparison
 from precast.runtime.artifact import read_artifact
@@ -433,10 +433,10 @@ def test_the_tolerance_that_is_proposed_is_enough(difference):
 
 
 def test_a_step_says_how_far_it_is_and_how_long_it_will_take():
-    assert progress_in_words("compile", 0, 3, "weights", 9.0) == "compile: weights (1 of 3)"
-    assert progress_in_words("reference", 4, 12, "a row", 10.0) == "reference: a row (5 of 12, about 20 s left)"
-    assert progress_in_words("quantize", 5, 10, "", 1.0) == "quantize (6 of 10)"
-    assert progress_in_words("quantize", 10, 10, "", 60.0) == "quantize (10 of 10)"
+    assert describe_progress("compile", 0, 3, "weights", 9.0) == "compile: weights (1 of 3)"
+    assert describe_progress("reference", 4, 12, "a row", 10.0) == "reference: a row (5 of 12, about 20 s left)"
+    assert describe_progress("quantize", 5, 10, "", 1.0) == "quantize (6 of 10)"
+    assert describe_progress("quantize", 10, 10, "", 60.0) == "quantize (10 of 10)"
 
 
 def test_the_reference_says_at_which_question_it_is(monkeypatch):

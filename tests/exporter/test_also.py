@@ -132,7 +132,7 @@ def _asked_here(path, variant, samples, sha256):
     from precast.runtime import validation_worker
 
     model = CompiledModel.from_pretrained(path, variant=variant, sha256=sha256)
-    return [list(validation_worker._ask(model, vars(sample))) for sample in samples]
+    return [list(validation_worker._ask_model(model, vars(sample))) for sample in samples]
 
 
 def test_without_its_device_validation_is_skipped_and_said(checkpoint, tmp_path, toy, monkeypatch):

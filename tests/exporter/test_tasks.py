@@ -15,7 +15,7 @@ from precast.exporter import ExportOptions, preview
 from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.options import SIZES
 from precast.exporter.support import meant, supported_tasks, task_in
-from precast.runtime.artifact.tasks import ROWS
+from precast.runtime.artifact.tasks import TASK_TABLE
 from precast.runtime.errors import CheckpointError, UsageError
 
 GIVEN = {
@@ -34,7 +34,7 @@ EXAMPLES = {"batch_size": 2, **GIVEN}
 def _rows_of_classes():
     """Every class that some task's auto class knows, by model type, with its tasks."""
     found = defaultdict(list)
-    for row in ROWS:
+    for row in TASK_TABLE:
         for model_type, names in getattr(transformers, row.auto)._model_mapping._model_mapping.items():
             for name in names if isinstance(names, tuple) else (names,):
                 found[model_type, name].append(row)
@@ -132,7 +132,7 @@ def test_a_size_is_compiled_for_or_refused(sources, kind, name):
         preview(str(source), options)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{row.kind}")
+@pytest.mark.parametrize("row", TASK_TABLE, ids=lambda row: f"{row.name}-{row.kind}")
 def test_every_task_takes_its_own_sizes_alone(row):
     ExportOptions().check_task(row)
     for name, value in EXAMPLES.items():
@@ -150,7 +150,7 @@ def test_every_task_takes_its_own_sizes_alone(row):
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in ROWS if row.kind != "decoder"], ids=lambda row: f"{row.name}-{row.kind}"
+    "row", [row for row in TASK_TABLE if row.kind != "decoder"], ids=lambda row: f"{row.name}-{row.kind}"
 )
 def test_a_bound_that_is_measured_on_text_is_for_decoders(row):
     for bound in ({"max_kl": 0.1}, {"min_agreement": 0.5}):

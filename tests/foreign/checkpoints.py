@@ -18,7 +18,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, quiet_libraries
-from precast.runtime.artifact.tasks import ROWS
+from precast.runtime.artifact.tasks import TASK_TABLE
 
 from . import compiled, tally
 
@@ -66,7 +66,9 @@ def _family(model_type: str, task: str) -> Any:
 
 def _make(source: Path, model_type: str, task: str) -> None:
     family = _family(model_type, task)
-    auto = next((getattr(transformers, row.auto) for row in ROWS if row.name == task and row.kind == "encoder"), None)
+    auto = next(
+        (getattr(transformers, row.auto) for row in TASK_TABLE if row.name == task and row.kind == "encoder"), None
+    )
     if family is not None:
         family.make(source, model_type, task)
     elif auto and model_type in _HEADED and transformers.CONFIG_MAPPING[model_type] in auto._model_mapping:

@@ -44,11 +44,11 @@ def opened(monkeypatch):
     """The paths of the graphs that ONNX Runtime opened since."""
     paths = []
 
-    def recording(path, options, *place, start=onnx._start):
+    def recording(path, options, *place, start=onnx._start_session):
         paths.append(path)
         return start(path, options, *place)
 
-    monkeypatch.setattr(onnx, "_start", recording)
+    monkeypatch.setattr(onnx, "_start_session", recording)
     return paths
 
 
@@ -404,13 +404,13 @@ def test_what_onnx_runtime_cannot_open_is_made_anew(encoder, packed, expected, o
 
 
 def test_an_entry_that_changes_while_it_is_opened_is_not_used(encoder, packed, expected, monkeypatch, caplog):
-    def zeroing(path, options, *place, start=onnx._start):
+    def zeroing(path, options, *place, start=onnx._start_session):
         if path.parent == packed:
             _zero(packed / DATA)
         return start(path, options, *place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(onnx, "_start", zeroing)
+        patch.setattr(onnx, "_start_session", zeroing)
         assert answer(encoder) == expected
     assert "are not used" in caplog.text
     assert answer(encoder) == expected
@@ -661,7 +661,7 @@ def test_of_two_that_pack_one_is_kept(encoder, home, expected, monkeypatch):
 
 
 DEATHS = {
-    "while ONNX Runtime writes": "onnx._start = lambda *w, start=onnx._start: (start(*w), die())",
+    "while ONNX Runtime writes": "onnx._start_session = lambda *w, start=onnx._start_session: (start(*w), die())",
     "before anything is hashed": "prepacked.verify_files = die",
     "before the manifest": "prepacked._write_manifest = die",
     "before it is on disk": "cache.fsync = die",
@@ -684,11 +684,11 @@ def test_a_kill_leaves_nothing_that_is_half_made(encoder, home, expected, fault,
 
 
 def test_an_interrupt_leaves_nothing(encoder, home, monkeypatch):
-    def interrupted(path, options, *place, start=onnx._start):
+    def interrupted(path, options, *place, start=onnx._start_session):
         start(path, options, *place)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx, "_start", interrupted)
+    monkeypatch.setattr(onnx, "_start_session", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer(encoder)
     assert entries(home) == []

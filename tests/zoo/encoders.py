@@ -10,7 +10,7 @@ import torch
 import transformers
 from zoo.shrink import tiny_config
 
-from precast.runtime.artifact.tasks import ROWS, get_task
+from precast.runtime.artifact.tasks import TASK_TABLE, get_task
 
 _ROBERTA = {"type_vocab_size": 1}
 _IMAGE = {"image_size": 32, "patch_size": 8, "num_channels": 3}
@@ -193,7 +193,7 @@ def pairs() -> list[tuple[str, str]]:
     return [
         (family, row.name)
         for family in FAMILIES
-        for row in ROWS
+        for row in TASK_TABLE
         if row.kind == "encoder"
         and (family not in CLASSIFIERS or row.name in ("question-answering", "text-classification"))
         and transformers.CONFIG_MAPPING[family] in getattr(transformers, row.auto)._model_mapping

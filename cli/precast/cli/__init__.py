@@ -42,7 +42,7 @@ class _Lazy(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what a library says of its keywords is said of the command's options."""
+        """Run the command; errors that name keywords of the library name the command's options instead."""
         from precast.runtime.errors import PrecastError
 
         try:

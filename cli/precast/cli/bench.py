@@ -80,21 +80,25 @@ def command(
     if quiet:
         _no_bars()
     if save:
-        _check_place(model)
-    subjects = _subjects(model, others, options)
+        _check_save_target(model)
+    subjects = _find_subjects(model, others, options)
     text = None if prompt_file is None else read_text(prompt_file, "--prompt-file")
     ids = [token_ids(subject, text) for subject in subjects]
     if text is not None and prompt_length is None:
         prompt_length = len(ids[0])
     request = plan(subjects, batch_size, prompt_length, new_tokens, prompt_lookup)
     entries = bench(subjects, request, ids, repeat, step_reporter(quiet))
-    result = {"machine": describe_machine(), "request": _in_full(request, repeat, options), "artifacts": entries}
+    result = {
+        "machine": describe_machine(),
+        "request": _complete_request(request, repeat, options),
+        "artifacts": entries,
+    }
     if save:
-        _save(subjects[0].artifact.path / "bench.json", result)
+        _save_result(subjects[0].artifact.path / "bench.json", result)
     if as_json:
         print_json(result)
     else:
-        _show(result)
+        _show_result(result)
 
 
 def _no_bars() -> None:
@@ -103,7 +107,7 @@ def _no_bars() -> None:
     quiet()
 
 
-def _check_place(model: str) -> None:
+def _check_save_target(model: str) -> None:
     from precast.runtime.errors import UsageError
 
     path = Path(model).expanduser()
@@ -113,13 +117,13 @@ def _check_place(model: str) -> None:
         raise UsageError(f"--save may not write into {model}. Allow it, or leave --save out and use --json.")
 
 
-def _subjects(model: str, others: Sequence[str], options: dict[str, Any]) -> list[Subject]:
+def _find_subjects(model: str, others: Sequence[str], options: dict[str, Any]) -> list[Subject]:
     unpinned = {**options, "revision": None, "subfolder": None, "sha256": None}
-    return [_subject(model, options), *(_subject(other, unpinned) for other in others)]
+    return [_find_subject(model, options), *(_find_subject(other, unpinned) for other in others)]
 
 
-def _subject(model: str, options: dict[str, Any]) -> Subject:
-    """Found or downloaded here: a child gets a local directory, and no token."""
+def _find_subject(model: str, options: dict[str, Any]) -> Subject:
+    """Find or download an artifact here: a child process gets a local directory, and no token."""
     from precast.runtime.artifact import read_artifact
     from precast.runtime.bench.compare import Subject
     from precast.runtime.hosts.select import choose_variant, this_machine
@@ -133,7 +137,7 @@ def _subject(model: str, options: dict[str, Any]) -> Subject:
     return Subject(model, artifact, variant, how)
 
 
-def _in_full(request: Request, repeat: int, options: dict[str, Any]) -> dict[str, Any]:
+def _complete_request(request: Request, repeat: int, options: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
     from precast.runtime.hosts.machine import usable_cores
@@ -142,8 +146,8 @@ def _in_full(request: Request, repeat: int, options: dict[str, Any]) -> dict[str
     return {**asdict(request), **place, "threads": options["threads"] or usable_cores(), "repeat": repeat}
 
 
-def _save(path: Path, result: dict[str, Any]) -> None:
-    """Only what concerns this artifact: ratios to others, and where it lies here, mean nothing elsewhere."""
+def _save_result(path: Path, result: dict[str, Any]) -> None:
+    """Write the first artifact's results, without its path and its ratios to others, which mean nothing elsewhere."""
     from precast.runtime.artifact.store import write_atomically
     from precast.runtime.errors import PublishError
 
@@ -155,20 +159,20 @@ def _save(path: Path, result: dict[str, Any]) -> None:
         raise PublishError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show_result(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     machine, entries = result["machine"], result["artifacts"]
     console = Console(highlight=False)
-    console.print(_in_words(result["request"]), soft_wrap=True)
+    console.print(_describe_request(result["request"]), soft_wrap=True)
     console.print(
         f"{machine['cpu']}, {result['request']['threads']} threads; ONNX Runtime {machine['onnxruntime']}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
-    console.print(_spread(entries[0]) if len(entries) == 1 else _side_by_side(entries))
+    console.print(_spread_table(entries[0]) if len(entries) == 1 else _side_by_side(entries))
 
 
-def _in_words(request: dict[str, Any]) -> str:
+def _describe_request(request: dict[str, Any]) -> str:
     rows = f"{request['batch_size']} row{'s' if request['batch_size'] > 1 else ''} of {request['prompt_length']} tokens"
     new = f", {request['new_tokens']} new each" if request["new_tokens"] else ""
     lookup = f", guessing up to {request['prompt_lookup']}" if request["prompt_lookup"] else ""
@@ -176,19 +180,19 @@ def _in_words(request: dict[str, Any]) -> str:
     return f"{rows}{new}{lookup}; {rounds}"
 
 
-def _spread(entry: dict[str, Any]) -> Any:
-    """One artifact: every figure with its extremes."""
-    table = _table(entry["model"], "lowest", "highest")
+def _spread_table(entry: dict[str, Any]) -> Any:
+    """The table of one artifact: every figure with its extremes."""
+    table = _make_table(entry["model"], "lowest", "highest")
     for name, figure in entry["figures"].items():
         found = figure or dict.fromkeys(("median", "min", "max"))
-        table.add_row(_LABELS[name], *(_number(found[key]) for key in ("median", "min", "max")))
-    table.add_row("size on disk, MB", _number(entry["size_mb"]))
+        table.add_row(_LABELS[name], *(_format_number(found[key]) for key in ("median", "min", "max")))
+    table.add_row("size on disk, MB", _format_number(entry["size_mb"]))
     return table
 
 
 def _side_by_side(entries: list[dict[str, Any]]) -> Any:
-    """Several: the medians, each with how many times the first's it is."""
-    table = _table(*(entry["model"] for entry in entries))
+    """The table of several artifacts: medians, each with its ratio to the first's."""
+    table = _make_table(*(entry["model"] for entry in entries))
     for name in entries[0]["figures"]:
         medians = [(entry["figures"][name] or {}).get("median") for entry in entries]
         ratios = [entry["ratios"][name] for entry in entries]
@@ -198,7 +202,7 @@ def _side_by_side(entries: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _table(*names: str) -> Any:
+def _make_table(*names: str) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -212,11 +216,11 @@ def _table(*names: str) -> Any:
 
 
 def _with_ratio(median: float | None, ratio: float | None) -> str:
-    return _number(median) if ratio is None else f"{_number(median)} ×{ratio:.2f}"
+    return _format_number(median) if ratio is None else f"{_format_number(median)} ×{ratio:.2f}"
 
 
-def _number(value: float | None) -> str:
-    """Four digits, as many as are measured."""
+def _format_number(value: float | None) -> str:
+    """Format a figure with four digits, the precision of the measurements."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -35,17 +35,17 @@ def command(
     """Propose the sequence lengths to compile for, from FILE: texts such as will come, or their lengths, one a line."""
     from precast.runtime.bench.buckets import plan_buckets
 
-    lengths = list(_lengths(file, model, **hub))
+    lengths = list(_read_lengths(file, model, **hub))
     plan = plan_buckets(lengths, count, multiple=multiple, longest=longest)
     option = f"--sequence-length {','.join(map(str, plan.lengths))}"
     if as_json:
         print_json({"texts": len(lengths), "option": option, **asdict(plan)})
         return
     echo(option)
-    _table(plan, len(lengths))
+    _print_table(plan, len(lengths))
 
 
-def _table(plan: Plan, texts: int) -> None:
+def _print_table(plan: Plan, texts: int) -> None:
     echo(f"\n{'length':>8}{'texts':>10}{'share':>8}")
     for length, rows in zip(plan.lengths, plan.rows, strict=True):
         echo(f"{length:>8}{rows:>10}{rows / texts:>8.1%}")
@@ -56,10 +56,10 @@ def _table(plan: Plan, texts: int) -> None:
     )
 
 
-def _lengths(file: Path, model: str | None, **hub: Any) -> Iterable[int]:
+def _read_lengths(file: Path, model: str | None, **hub: Any) -> Iterable[int]:
     lines = [line for line in read_text(file, "FILE").splitlines() if line.strip()]
     if model is None:
-        return _numbers(file, lines)
+        return _parse_numbers(file, lines)
     from precast.runtime.inputs.tokenizer import Tokenizer
     from precast.runtime.storage.hub import locate_tokenizer
 
@@ -67,7 +67,7 @@ def _lengths(file: Path, model: str | None, **hub: Any) -> Iterable[int]:
     return (len(tokenizer.encode(line)) for line in lines)
 
 
-def _numbers(file: Path, lines: list[str]) -> list[int]:
+def _parse_numbers(file: Path, lines: list[str]) -> list[int]:
     for number, line in enumerate(lines, 1):
         if not line.strip().isdecimal():
             raise click.UsageError(

@@ -23,7 +23,7 @@ _PACKAGES = (
 @json_option
 def command(as_json: bool) -> None:
     """Show versions and machine facts, for bug reports. Nothing is imported to find them."""
-    facts = _facts()
+    facts = _collect_facts()
     if as_json:
         print_json(facts)
         return
@@ -31,7 +31,7 @@ def command(as_json: bool) -> None:
         echo(f"{name:<18}{value if value is not None else 'not installed'}")
 
 
-def _facts() -> dict[str, Any]:
+def _collect_facts() -> dict[str, Any]:
     from precast.runtime.artifact.backends import BACKENDS
     from precast.runtime.artifact.store import home
     from precast.runtime.hosts.machine import installed_version, memory_bytes, usable_cores

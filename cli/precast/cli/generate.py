@@ -77,16 +77,16 @@ def command(
         prompt = read_standard_input("the prompt")
     sampling = {name: options.pop(name) for name in _SAMPLING}
     started = time.perf_counter()
-    opened = _open(model, quiet, options)
-    text = _as_conversation(opened, prompt, system) if chat else prompt
+    opened = _open_decoder(model, quiet, options)
+    text = _render_chat(opened, prompt, system) if chat else prompt
     ids = opened.tokenizer.encode(text, add_special_tokens=not chat)
     if not ids:
         raise click.UsageError("The prompt is empty, and this model's texts begin with no token of their own.")
-    settings = _settings(sampling, stops, opened.capacity - len(ids))
+    settings = _generate_options(sampling, stops, opened.capacity - len(ids))
     # All of it is prompt, whatever a special token in it pads elsewhere.
     clock = _Clock(opened.stream([ids], [[1] * len(ids)], **settings), started)
     pieces = []
-    for piece in _pieces(opened.tokenizer, clock):
+    for piece in _decode_pieces(opened.tokenizer, clock):
         pieces.append(piece)
         if not as_json:
             echo_answer(piece)
@@ -95,10 +95,10 @@ def command(
         return
     click.echo()
     if not quiet:
-        note(_in_words(clock.figures()))
+        note(_describe_figures(clock.figures()))
 
 
-def _in_words(figures: dict[str, Any]) -> str:
+def _describe_figures(figures: dict[str, Any]) -> str:
     count, speed = figures["new_tokens"], figures["decode_tokens_per_second"]
     return (
         f"{count} token{'' if count == 1 else 's'}{f', {speed} tokens/s' if speed else ''}, first token after "
@@ -111,7 +111,7 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-def _open(model: str, quiet: bool, options: dict[str, Any]) -> Any:
+def _open_decoder(model: str, quiet: bool, options: dict[str, Any]) -> Any:
     from precast.runtime import CompiledModel, CompiledModelForCausalLM
     from precast.runtime.errors import UsageError
     from precast.runtime.progress import quiet as no_bars
@@ -128,14 +128,14 @@ def _open(model: str, quiet: bool, options: dict[str, Any]) -> Any:
     return opened
 
 
-def _as_conversation(opened: Any, prompt: str, system: str | None) -> str:
+def _render_chat(opened: Any, prompt: str, system: str | None) -> str:
     turns = [{"role": "system", "content": system}] if system is not None else []
     text: str = opened.tokenizer.apply_chat_template([*turns, {"role": "user", "content": prompt}])
     return text
 
 
-def _settings(sampling: dict[str, Any], stops: tuple[str, ...], room: int) -> dict[str, Any]:
-    """generate()'s arguments: asking for any kind of sampling turns it on, temperature 0 turns it off."""
+def _generate_options(sampling: dict[str, Any], stops: tuple[str, ...], room: int) -> dict[str, Any]:
+    """The arguments of generate(): any option of sampling turns it on, temperature 0 turns it off."""
     settings = {name: value for name, value in sampling.items() if value is not None}
     if settings.get("temperature") == 0:
         del settings["temperature"]
@@ -148,7 +148,7 @@ def _settings(sampling: dict[str, Any], stops: tuple[str, ...], room: int) -> di
     return settings
 
 
-def _pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+def _decode_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     from precast.runtime import TextStream
 
     stream = TextStream(tokenizer)
@@ -158,7 +158,7 @@ def _pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
 
 
 class _Clock:
-    """Passes tokens on and remembers when they came."""
+    """Passes tokens on and measures when they come."""
 
     def __init__(self, tokens: Iterator[int], started: float) -> None:
         self._tokens, self._started = tokens, started
@@ -173,7 +173,7 @@ class _Clock:
             yield token
 
     def figures(self) -> dict[str, Any]:
-        """Tokens per second count from the first token on, which waits for model and prompt."""
+        """Counts and times; tokens per second count from the first token on, which waits for model and prompt."""
         span = self._last - self._first
         return {
             "new_tokens": self._count,

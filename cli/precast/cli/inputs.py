@@ -1,4 +1,4 @@
-"""Texts that people give: files, and standard input."""
+"""Read texts from files and standard input."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["read_lines", "read_standard_input", "read_text"]
 
 
 def read_text(path: Path, option: str) -> str:
-    """The text of a file that `option` names. Raises click.UsageError where it cannot be read, or is no UTF-8."""
+    """Read a file that `option` names. Raises click.UsageError where it cannot be read, or is no UTF-8."""
     try:
         return path.read_text("utf-8")
     except OSError as error:
         raise click.UsageError(f"{option}: {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"{option}: {path} is not UTF-8 text: {_where(error)}.") from error
+        raise click.UsageError(f"{option}: {path} is not UTF-8 text: {_place_of(error)}.") from error
 
 
 def read_lines(path: Path | None, option: str) -> Iterator[str]:
-    """The lines of a file that `option` names, or of standard input, where it is None or "-", as they come.
+    """Yield the lines of a file that `option` names, or of standard input, where it is None or "-", as they come.
 
-    Blank ones are left out, and it is said which. Raises click.UsageError as `read_text` does, and where there is no
+    Blank ones are left out, and a note says which. Raises click.UsageError as `read_text` does, and where there is no
     other line.
     """
     named = None if path is None or str(path) == "-" else path
@@ -35,10 +35,10 @@ def read_lines(path: Path | None, option: str) -> Iterator[str]:
         note("Type texts, one a line; Ctrl-D on a line of its own ends them.")
     # A file is read at once, so that what is wrong with it is known before a model is opened.
     whole = io.BytesIO(read_text(named, option).encode()) if named else sys.stdin.buffer
-    return _told_of_blanks(whole, f"{named}" if named else "Standard input")
+    return _skip_blanks(whole, f"{named}" if named else "Standard input")
 
 
-def _told_of_blanks(whole: Iterable[bytes], name: str) -> Iterator[str]:
+def _skip_blanks(whole: Iterable[bytes], name: str) -> Iterator[str]:
     blank, count = [], 0
     for count, line in enumerate(whole, 1):
         try:
@@ -59,16 +59,16 @@ def _told_of_blanks(whole: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 def read_standard_input(what: str) -> str:
-    """All of standard input; someone at a terminal is told that it is awaited. Raises click.UsageError for no UTF-8."""
+    """Read all of standard input, with a note if it is a terminal. Raises click.UsageError for no UTF-8."""
     if sys.stdin.isatty():
         note(f"Type {what}; Ctrl-D on a line of its own ends it.")
     try:
         # Not as the locale decodes it, which may let anything pass.
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"Standard input is not UTF-8 text: {_where(error)}.") from error
+        raise click.UsageError(f"Standard input is not UTF-8 text: {_place_of(error)}.") from error
 
 
-def _where(error: UnicodeDecodeError) -> str:
+def _place_of(error: UnicodeDecodeError) -> str:
     line = error.object.count(b"\n", 0, error.start) + 1
     return f"line {line} has the byte 0x{error.object[error.start]:02x}"

@@ -52,10 +52,10 @@ def command(
         }
         print_json({**facts, **msgspec.to_builtins(artifact.contract)})
         return
-    _show(artifact, runs, headers, verify)
+    _print_facts(artifact, runs, headers, verify)
 
 
-def _show(artifact: Any, runs: list[str | None], headers: list[list[Any]], verified: bool) -> None:
+def _print_facts(artifact: Any, runs: list[str | None], headers: list[list[Any]], verified: bool) -> None:
     contract = artifact.contract
     rows = [
         ("path", artifact.path),
@@ -79,15 +79,15 @@ def _show(artifact: Any, runs: list[str | None], headers: list[list[Any]], verif
             ("  runs here", "yes" if reason is None else f"no: {reason}"),
             ("  accuracy", f"{accuracy.status}: {accuracy.reason}"),
             *((f"    {name}", value) for name, value in accuracy.figures.items()),
-            *((f"  graph {graph.name}", _graph(graph)) for graph in variant.graphs),
-            *(("  NEFF", words) for words in dict.fromkeys(map(_neff, neffs))),
+            *((f"  graph {graph.name}", _describe_graph(graph)) for graph in variant.graphs),
+            *(("  NEFF", words) for words in dict.fromkeys(map(_describe_neff, neffs))),
         ]
     for name, value in rows:
         # In one line each: a value with lines of its own could pass for others.
         echo(f"{printable(name, keep=''):<27} {printable(value, keep='')}")
 
 
-def _neff(header: Any) -> str:
+def _describe_neff(header: Any) -> str:
     features = f", features 0x{header.feature_bits:x}" if header.feature_bits else ""
     groups = f", {header.lnc_size} physical cores each" if header.lnc_size > 1 else ""
     return (
@@ -95,7 +95,7 @@ def _neff(header: Any) -> str:
     )
 
 
-def _graph(graph: Any) -> str:
+def _describe_graph(graph: Any) -> str:
     length = graph.length if isinstance(graph.length, int) else f"{graph.length.min}–{graph.length.max}"
     cache = f", {len(graph.cache)} cached layers of {graph.capacity} tokens" if graph.cache else ""
     return f"{graph.role}, batch {graph.batch}, length {length}{cache}, {graph.file}"

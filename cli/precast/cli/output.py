@@ -1,4 +1,4 @@
-"""What reaches the terminal: results on standard output, everything else on standard error, errors in one line.
+"""Output to the terminal: results on standard output, everything else on standard error, errors in one line.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """
@@ -22,11 +22,11 @@ import click
 from precast.runtime.terminal import escaped_json, printable
 
 __all__ = [
-    "Progress", "echo", "echo_answer", "json_text", "note", "print_json", "progress_in_words", "run", "step_reporter",
+    "Progress", "echo", "echo_answer", "json_text", "note", "print_json", "describe_progress", "run", "step_reporter",
 ]  # fmt: skip
 
 Progress = Callable[..., None]
-"""Told how many parts of a step are done, of how many, and what is done now."""
+"""Called with how many parts of a step are done, of how many, and what is done now."""
 
 
 def run(cli: click.Command) -> None:
@@ -35,8 +35,8 @@ def run(cli: click.Command) -> None:
 
     # Unwinding, rather than dying at once, removes what an export has staged.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report_lost, sys.unraisablehook = sys.unraisablehook, lambda lost: _come_again(lost) or report_lost(lost)
-    _write_anything(sys.stdout)
+    report_lost, sys.unraisablehook = sys.unraisablehook, lambda lost: _raise_again(lost) or report_lost(lost)
+    _escape_unencodable(sys.stdout)
     try:
         with _only_our_warnings():
             _check_words(sys.argv[1:])
@@ -67,7 +67,7 @@ def run(cli: click.Command) -> None:
         # Libraries raise anything, and a panic in Rust is no Exception.
         if _is_debugged():
             raise
-        _print_error(_unexpected(error), type(error).__name__)
+        _print_error(_describe_unexpected(error), type(error).__name__)
         sys.exit(1)
     finally:
         sys.unraisablehook = report_lost
@@ -77,8 +77,8 @@ def _is_debugged() -> bool:
     return os.environ.get("PRECAST_DEBUG") == "1"
 
 
-def _unexpected(error: BaseException) -> str:
-    """What nobody foresaw, in a line: of files and memory it is the machine's word, all else a fault."""
+def _describe_unexpected(error: BaseException) -> str:
+    """The line for an error that is not ours: the system's reason for files and memory, else a request to report it."""
     if isinstance(error, OSError) and error.strerror:
         name = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{name}. PRECAST_DEBUG=1 shows where."
@@ -86,23 +86,23 @@ def _unexpected(error: BaseException) -> str:
         return "There is not enough memory. PRECAST_DEBUG=1 shows where."
     said = " ".join(str(error).split())
     return (
-        f"{type(error).__name__}{said and f': {said[:_LONGEST]}'} — a fault of precast or of a library below it. "
-        f"PRECAST_DEBUG=1 shows where; please report it with that."
+        f"{type(error).__name__}{said and f': {said[:_MAX_CHARACTERS]}'} — a fault of precast or of a library below "
+        f"it. PRECAST_DEBUG=1 shows where; please report it with that."
     )
 
 
-_LONGEST = 500
+_MAX_CHARACTERS = 500
 """Characters of a foreign message: some hold a whole graph."""
 
 
-def _write_anything(stream: Any) -> None:
-    """Make a stream take what its encoding lacks, as an escape, as standard error does."""
+def _escape_unencodable(stream: Any) -> None:
+    """Make a stream escape the characters that its encoding lacks, as standard error does."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 
 
 def _check_words(words: list[str]) -> None:
-    """Raise click.UsageError for bytes that are no text: Python hands them on as halves of characters."""
+    """Raise click.UsageError for arguments that are not UTF-8: Python passes such bytes on as halves of characters."""
     for word in words:
         try:
             word.encode()
@@ -112,10 +112,10 @@ def _check_words(words: list[str]) -> None:
 
 @contextmanager
 def _only_our_warnings() -> Iterator[None]:
-    """What precast warns of becomes a line for people; what libraries warn each other of is left out.
+    """Print precast's own warnings as a line each, and drop those of libraries.
 
-    Those below read from the environment how much they are to log and whether to draw bars, where the user may say
-    otherwise.
+    The libraries below read from the environment how much to log and whether to draw bars; what the user has set there
+    stays.
     """
     from precast.runtime.errors import PrecastWarning
 
@@ -133,8 +133,8 @@ def _only_our_warnings() -> Iterator[None]:
         yield
 
 
-def _come_again(lost: Any) -> bool:
-    """Python drops an interrupt that arrives while it collects garbage: let the same one arrive a moment later."""
+def _raise_again(lost: Any) -> bool:
+    """Send an interrupt again that Python dropped because it arrived during garbage collection."""
     number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
     if number is not None:
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
@@ -142,36 +142,36 @@ def _come_again(lost: Any) -> bool:
 
 
 def print_json(value: Any) -> None:
-    """The one JSON document of a `--json` call; escapes stand for what a terminal's encoding may lack."""
+    """Print the one JSON document of a `--json` call; characters that the encoding lacks are escaped."""
     click.echo(json_text(value, indent=2))
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON, of several lines where they are indented, that can be shown."""
+    """JSON that is safe to show on a terminal, on several lines if indented."""
     is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     return escaped_json(json.dumps(value, ensure_ascii=not is_utf8, indent=indent))
 
 
 def echo(text: str) -> None:
-    """Lines of the result, without what a terminal would obey."""
+    """Print lines of the result, with control characters escaped."""
     click.echo(printable(text))
 
 
 def echo_answer(piece: str) -> None:
-    """A part of what a model says, at once. Who reads from a file or a pipe gets it as it is."""
+    """Print a piece of a model's answer at once: escaped on a terminal, as it is into a file or a pipe."""
     # click would leave out the colours that a model may have been asked for.
     sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """A line for people, on standard error."""
+    """Print a line for people on standard error."""
     click.echo(printable(text), err=True)
 
 
 def step_reporter(quiet: bool) -> Callable[[str], AbstractContextManager[Progress]]:
-    """Shows each step with its time: a bar on a terminal, a line when done; nothing if `quiet`. A step is given a
-    function to tell it how much is done, and of how much."""
+    """Show each step with its time: a bar on a terminal, a line when done; nothing if `quiet`. A step yields a function
+    that takes how much is done, and of how much."""
 
     @contextmanager
     def step(name: str) -> Iterator[Progress]:
@@ -203,21 +203,21 @@ def _bar(name: str) -> Iterator[Progress]:
         task, started = bar.add_task(name, total=None), time.perf_counter()
 
         def progress(done: int, total: int, what: str = "") -> None:
-            said = progress_in_words(name, done, total, what, time.perf_counter() - started)
+            said = describe_progress(name, done, total, what, time.perf_counter() - started)
             bar.update(task, description=said, completed=done, total=total)
 
         yield progress
 
 
-def progress_in_words(name: str, done: int, total: int, what: str, seconds: float) -> str:
-    """How far a step is that has taken so long, with an estimate as soon as there is anything to go by."""
+def describe_progress(name: str, done: int, total: int, what: str, seconds: float) -> str:
+    """The progress of a step that has run for `seconds`, with an estimate of the rest once that is long enough."""
     left = seconds * (total - done) / done if done else 0.0
-    time_left = f", about {left:.0f} s left" if seconds > _TELLING and left >= 1 else ""
+    time_left = f", about {left:.0f} s left" if seconds > _ESTIMATE_AFTER and left >= 1 else ""
     return f"{name}{what and f': {what}'} ({min(done + 1, total)} of {total}{time_left})"
 
 
-_TELLING = 2.0
-"""Seconds that must have passed before the rest can be guessed from them."""
+_ESTIMATE_AFTER = 2.0
+"""Seconds after which the rest is estimated."""
 
 
 def _print_error(message: str, kind: str) -> None:
@@ -230,5 +230,5 @@ def _print_error(message: str, kind: str) -> None:
 
 
 def _wants_json() -> bool:
-    """Whatever went wrong, perhaps the parsing itself, a `--json` call gets its document."""
+    """Whether --json was given: read from the arguments, since parsing them may be what failed."""
     return "--json" in sys.argv[1:]

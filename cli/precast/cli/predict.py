@@ -68,13 +68,13 @@ def command(
         no_bars()
     opened = CompiledModel.from_pretrained(model, **options)
     pipe = pipeline(task, opened)
-    asked = {**dict(map(_setting, settings)), **_named(type(pipe), top_k=top, candidate_labels=labels)}
-    asked = {**_defaults(opened, asked), **asked}
+    asked = {**dict(map(_parse_setting, settings)), **_check_options(type(pipe), top_k=top, candidate_labels=labels)}
+    asked = {**_default_options(opened, asked), **asked}
     if "candidate_labels" in type(pipe).option_names() and not asked.get("candidate_labels"):
         raise click.UsageError("This task chooses among labels of yours; give them: --labels politics,sports.")
     answers = []
     for text in chain(texts, lines):
-        answer = {"input": text, "answer": _plain(pipe(_input(opened, question, text), **asked))}
+        answer = {"input": text, "answer": _to_json(pipe(_make_input(opened, question, text), **asked))}
         if as_json:
             answers.append(answer)
         else:
@@ -83,18 +83,18 @@ def command(
         print_json(answers)
 
 
-def _plain(answer: Any) -> Any:
-    """As JSON can say it: of a mask its size, where it lies, and how many pixels it has."""
+def _to_json(answer: Any) -> Any:
+    """Make an answer JSON: a mask becomes its size, its bounding box and its number of pixels."""
     if isinstance(answer, dict):
-        return {name: _plain(value) for name, value in answer.items()}
+        return {name: _to_json(value) for name, value in answer.items()}
     if isinstance(answer, list):
-        return [_plain(each) for each in answer]
+        return [_to_json(each) for each in answer]
     if not hasattr(answer, "getbbox"):
         return answer
     return {"size": answer.size, "box": answer.getbbox(), "pixels": answer.histogram()[255]}
 
 
-def _input(model: Any, question: str | None, text: str) -> Any:
+def _make_input(model: Any, question: str | None, text: str) -> Any:
     task = model.artifact.contract.task
     if task == "question-answering":
         if question is None:
@@ -105,8 +105,8 @@ def _input(model: Any, question: str | None, text: str) -> Any:
     return text
 
 
-def _named(pipeline: Any, **values: Any) -> dict[str, Any]:
-    """The options that were given. Raises click.UsageError where the pipeline has none of this name."""
+def _check_options(pipeline: Any, **values: Any) -> dict[str, Any]:
+    """The options that are not None. Raises click.UsageError for one that the pipeline lacks."""
     words = {"top_k": "--top", "candidate_labels": "--labels"}
     given = {name: value for name, value in values.items() if value is not None}
     for name in given:
@@ -115,14 +115,14 @@ def _named(pipeline: Any, **values: Any) -> dict[str, Any]:
     return given
 
 
-def _defaults(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """One vector per text, rather than one per token, is what fits on a screen."""
+def _default_options(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """Options other than the pipeline's defaults: one vector per text, rather than one per token, fits on a screen."""
     is_bare = model.artifact.contract.task == "feature-extraction" and model.main_input_name == "input_ids"
     has_own = any(spec.name == "sentence_embedding" for spec in model.variant.graphs[0].outputs)
     return {"pooling": "mean"} if is_bare and not has_own and "pooling" not in asked else {}
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _parse_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise click.UsageError(f"--option {text!r} is not NAME=VALUE.")

@@ -70,7 +70,7 @@ def _line_of(name: str) -> dict[str, Any]:
     return {"task": name, "axes": list(get_task(name).axes), "model_types": supported_types(name)}
 
 
-def _flags(line: dict[str, Any]) -> str:
+def _needed_flags(line: dict[str, Any]) -> str:
     return " ".join(f"--{axis.replace('_', '-')}" for axis in line["axes"])
 
 
@@ -80,13 +80,13 @@ def _print_model(lines: list[dict[str, Any]]) -> None:
         state = f"differs by {line['difference']:.1g}" if line["supported"] else f"refused: {line['reason']}"
         echo(f"{mark} {line['task']:<32}{state}")
         if line["supported"] and line["axes"]:
-            echo(f"  {'':<32}needs {_flags(line)}")
+            echo(f"  {'':<32}needs {_needed_flags(line)}")
     if any(line["inferred"] for line in lines):
         note("* what its config.json names")
 
 
 def _print_all(lines: list[dict[str, Any]], *, is_one: bool) -> None:
     for line in lines:
-        echo(f"{line['task']:<32}{len(line['model_types']):>4} model types  {_flags(line)}")
+        echo(f"{line['task']:<32}{len(line['model_types']):>4} model types  {_needed_flags(line)}")
         if is_one:
             echo(", ".join(line["model_types"]))

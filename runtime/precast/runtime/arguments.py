@@ -1,4 +1,4 @@
-"""Arguments that a call does not take are refused with the nearest that it takes."""
+"""Refuse unknown keyword arguments, with the nearest known ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refuse_unknown(call: str, given: Iterable[str], known: Iterable[str], hint: 
 
 
 def only_known(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function refuse by `refuse_unknown` what Python would answer with a TypeError."""
+    """Make a function refuse unknown keywords by `refuse_unknown`, where Python would raise a TypeError."""
     known = [name for name in inspect.signature(function).parameters if name != "self"]
     name = "This call" if function.__name__ == "__call__" else f"{function.__name__}()"
 

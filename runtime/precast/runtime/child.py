@@ -1,7 +1,7 @@
-"""Python processes of our own: what they import is what is installed, never what lies where the user happens to stand.
+"""Start Python processes that import installed modules only, never those in the current directory.
 
-`python -m` and `python -c` put the current directory first among the places that modules come from. A downloaded
-checkpoint with a `numpy.py` in it would run as soon as somebody exports or times it from within.
+`python -m` and `python -c` put the current directory first on the path of modules. A downloaded checkpoint with a
+`numpy.py` in it would run as soon as somebody exports or times it from within.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(
 
 
 def command(module: str, *arguments: object, python: object = None) -> list[str]:
-    """The command line that runs a module in this interpreter, or in that at the path `python`. It wants
+    """The command line that runs a module in this interpreter, or in that at the path `python`; to be run with
     `environment()`."""
     return [str(python or sys.executable), "-c", _START, module, *map(str, arguments)]
 

@@ -21,7 +21,7 @@ _is_quiet = Event()
 
 
 def quiet() -> None:
-    """No bars from now on in this process (`-q`)."""
+    """Show no bars from now on in this process (`-q`)."""
     _is_quiet.set()
 
 
@@ -31,7 +31,7 @@ def wanted() -> bool:
 
 
 def say(text: str) -> None:
-    """One line where bars are shown; it may hold words of other people."""
+    """Print one line, escaped, where bars are shown."""
     if wanted():
         sys.stderr.write(printable(text, keep="") + "\n")
 
@@ -49,7 +49,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         nonlocal done, bar
         done += amount
         if bar is None and time.monotonic() - started > DELAY_SECONDS:
-            bar = _bar(title, total)
+            bar = _start_bar(title, total)
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
 
@@ -60,7 +60,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
             bar.stop()
 
 
-def _bar(title: str, total: int) -> Progress:
+def _start_bar(title: str, total: int) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

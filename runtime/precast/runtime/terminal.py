@@ -1,4 +1,4 @@
-"""Words of other people on a terminal: shown as they are written, without what a terminal would obey.
+"""Escape untrusted text for a terminal.
 
 A model's name or task, a label, an answer may hold escape sequences that move the cursor, hide text or write to the
 clipboard, and marks that reverse the order in which text is read.
@@ -12,22 +12,22 @@ import shlex
 __all__ = ["escaped_json", "printable", "quoted"]
 
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Controls of both sets, marks of direction, separators of lines, and halves of characters, which cannot be written."""
+"""Control characters, marks of direction, line separators, and halves of characters, which cannot be encoded."""
 _LAYOUT = "\n\t"
 
 
 def printable(text: object, keep: str = _LAYOUT) -> str:
-    """The text with escapes such as \\x1b for what a terminal would obey; `keep` are characters that stay."""
+    """The text with control characters escaped, such as \\x1b; `keep` are characters that stay."""
     return _OBEYED.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
 
 
 def escaped_json(text: str) -> str:
-    """A JSON document that says the same and is safe to show: such characters can only stand in its strings."""
+    """The same JSON document, safe to show: control characters can only be in its strings, where they are escaped."""
     return _OBEYED.sub(lambda found: found[0] if found[0] in _LAYOUT else f"\\u{ord(found[0]):04x}", text)
 
 
 def quoted(word: object) -> str:
-    """One word of a command to paste into a shell, which takes it neither for more words nor for an option."""
+    """Quote one word of a command to paste into a shell, which takes it neither for more words nor for an option."""
     text = str(word)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 

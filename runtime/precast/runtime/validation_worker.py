@@ -1,7 +1,7 @@
 """Answer validation samples: `python -m precast.runtime.validation_worker ARTIFACT SAMPLES ANSWERS VARIANT [SHA256]`.
 
-Validation runs this in a fresh process, so that what it judges is what a user will run: the artifact as it lies on
-disk, opened by the runtime, without the exporter's libraries.
+Validation runs this in a fresh process, so that it judges what a user will run: the artifact on disk, opened by the
+runtime, without the exporter's libraries.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def main(artifact: str, samples: str, answers: str, variant: str, sha256: str | 
     """
     model = CompiledModel.from_pretrained(artifact, variant=variant, sha256=sha256)
     found: dict[str, Any] = {}
-    for index, sample in enumerate(_read(Path(samples))):
-        for row, outputs in enumerate(_ask(model, sample)):
+    for index, sample in enumerate(_read_samples(Path(samples))):
+        for row, outputs in enumerate(_ask_model(model, sample)):
             found.update({f"{index}/{row}/{name}": array for name, array in outputs.items()})
     np.savez(answers, **found)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read_samples(path: Path) -> list[dict[str, Any]]:
     """The samples, each with its rows of `tensors` by name."""
     samples: list[dict[str, Any]] = json.loads(path.read_text())
     for sample in samples:
@@ -53,7 +53,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def _ask(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
+def _ask_model(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(model, CompiledModelForCausalLM):
         return _ask_decoder(model, sample)
     return _ask_seq2seq(model, sample) if isinstance(model, EncoderDecoder) else _ask_encoder(model, sample)
@@ -63,7 +63,7 @@ def _ask_decoder(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [np.array(row, np.int64) for row in sample["rows"]]
     if sample["kind"] in ("logits", "score"):
         return [{"logits": each} for each in model.logits_at(rows, sample["positions"])]
-    ids, mask = _padded(rows, sample["side"])
+    ids, mask = _pad_rows(rows, sample["side"])
     # The checkpoint's own generation settings play no part.
     model.generation_config = GenerationConfig(eos_token_id=[])
     whole = model.generate(ids, mask, max_new_tokens=sample["count"])
@@ -72,10 +72,10 @@ def _ask_decoder(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ask_seq2seq(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
-    given, count = _sources(sample), sample["count"]
+    given, count = _seq2seq_inputs(sample), sample["count"]
     if sample["kind"] == "logits":
         rows = [np.array(row, np.int64) for row in sample["rows"]]
-        logits = model(**given, decoder_input_ids=_padded(rows, "right")[0]).logits
+        logits = model(**given, decoder_input_ids=_pad_rows(rows, "right")[0]).logits
         return [{"logits": each[: len(row)]} for each, row in zip(logits, rows, strict=True)]
     start = model.start_token(model.generation_config)
     # The checkpoint's own generation settings play no part.
@@ -90,11 +90,11 @@ def _ask_seq2seq(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _sources(sample: dict[str, Any]) -> dict[str, Any]:
+def _seq2seq_inputs(sample: dict[str, Any]) -> dict[str, Any]:
     rows = sample["tensors"]
     if "input_ids" not in rows[0]:
         return {"input_features": np.stack([row["input_features"] for row in rows])}
-    ids, mask = _padded([row["input_ids"] for row in rows], sample["side"])
+    ids, mask = _pad_rows([row["input_ids"] for row in rows], sample["side"])
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -105,18 +105,21 @@ def _ask_encoder(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
     inputs: dict[str, Any] = {}
     for spec in specs:
         running = next((index - 1 for index, axis in enumerate(axes_of(spec)) if axis in RUNNING), None)
-        inputs[spec.name], mask = _stacked([row[spec.name] for row in rows], running, sample["side"])
+        inputs[spec.name], mask = _stack_rows([row[spec.name] for row in rows], running, sample["side"])
         if spec is specs[0] and mask is not None:
             inputs["attention_mask"] = mask.astype(np.int64)
     outputs = model(**inputs)
     real = inputs.get("attention_mask", np.ones((len(rows), 1), np.int64))
     return [
-        {spec.name: _own(model, spec, outputs[spec.name], row, real[row]) for spec in model.variant.graphs[0].outputs}
+        {
+            spec.name: _cut_to_row(model, spec, outputs[spec.name], row, real[row])
+            for spec in model.variant.graphs[0].outputs
+        }
         for row in range(len(rows))
     ]
 
 
-def _stacked(rows: list[Any], running: int | None, side: str) -> tuple[Any, Any]:
+def _stack_rows(rows: list[Any], running: int | None, side: str) -> tuple[Any, Any]:
     """Rows [...] of different sizes along one dimension as one array [rows, ...] with zeros on one side of each, and
     which positions [rows, ..., running] are real."""
     if running is None:
@@ -131,8 +134,8 @@ def _stacked(rows: list[Any], running: int | None, side: str) -> tuple[Any, Any]
     return result, real
 
 
-def _own(model: Any, spec: Output, output: Any, row: int, real: Any) -> Any:
-    """One row's part of an output: where it has tokens, as many frames as it has, its own text of several."""
+def _cut_to_row(model: Any, spec: Output, output: Any, row: int, real: Any) -> Any:
+    """Cut an output to one row: to its tokens, its frames, its own text of several."""
     mine = output[row]
     for index, axis in enumerate(spec.slice[1:]):
         before = (slice(None),) * index
@@ -145,7 +148,7 @@ def _own(model: Any, spec: Output, output: Any, row: int, real: Any) -> Any:
     return mine
 
 
-def _padded(rows: list[Any], side: str) -> tuple[Any, Any]:
+def _pad_rows(rows: list[Any], side: str) -> tuple[Any, Any]:
     width = max(map(len, rows))
     ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
     for index, row in enumerate(rows):

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.published_json import parse_object
-from precast.runtime.artifact.tasks import ROWS, TASKS, Task, get_task, tasks_named
+from precast.runtime.artifact.tasks import TASK_TABLE, TASKS, Task, get_task, tasks_named
 from precast.runtime.errors import CheckpointError, FormatError
 from precast.runtime.hosts.reach import hub_or_cache
 
@@ -238,7 +238,7 @@ class Checkpoint:
         names = self.config.architectures or []
         for name in names:
             # What reads images or sound too becomes a model of text by request only.
-            own = [task for task in ROWS if self._auto_class(task).__name__ not in READS_MORE]
+            own = [task for task in TASK_TABLE if self._auto_class(task).__name__ not in READS_MORE]
             if rows := [task for task in own if name in self._class_names(task)]:
                 return meant(rows, self._config_file)
         guessed = task_in(self._config_file)
@@ -398,7 +398,7 @@ class Checkpoint:
     def _possible_tasks(self) -> list[str]:
         """What transformers has a class for, without what is known to be refused."""
         known = supported_tasks(self.config.model_type)
-        names = dict.fromkeys(task.name for task in ROWS if self._class_names(task))
+        names = dict.fromkeys(task.name for task in TASK_TABLE if self._class_names(task))
         return [name for name in names if name not in known or known[name].passes]
 
     def _attach_sentences(self, model: nn.Module, task: Task) -> None:

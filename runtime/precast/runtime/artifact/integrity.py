@@ -1,8 +1,8 @@
-"""Is each file what `config.json` says it is, and who vouches for native code?
+"""Verify that each file is what `config.json` lists, and that somebody vouches for native code.
 
 Hashing a gigabyte takes a second, so a file is hashed once: a stamp, signed with the user's key, remembers which
-inode with which size and times had which hash. Whatever is opened later is checked again, by the descriptor that is
-opened, and what is not listed is not opened at all.
+inode with which size and times had which hash. A file that is opened later is checked again, by its descriptor, and
+files that are not listed are not opened at all.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ KEPT_BYTES = 256 * 2**20
 """The most that the companions of an artifact may take together: they are held in memory."""
 
 _TRIES = 3
-"""How often a file is hashed that changes meanwhile."""
+"""How often a file that changes meanwhile is hashed again."""
 
 Advance = Callable[[int], None]
 Identity = tuple[int, ...]
 """Device, inode, size, and times of the last change of content and of anything."""
 
 
-def _silent(count: int) -> None:
-    """Told of progress that nobody shows."""
+def _no_progress(count: int) -> None:
+    """Ignore progress."""
 
 
-def sha256_of(file: Path | int, advance: Advance = _silent) -> str:
-    """sha256, in hexadecimal, of the content of a path or of an open file; `advance` is told the bytes done.
+def sha256_of(file: Path | int, advance: Advance = _no_progress) -> str:
+    """sha256, in hexadecimal, of the content of a path or of an open file; `advance` is called with the bytes done.
 
     Raises OSError.
     """
@@ -58,14 +58,15 @@ def sha256_of(file: Path | int, advance: Advance = _silent) -> str:
 
 
 def identity(path: Path) -> Identity | None:
-    """What tells a file from another that takes its place and from itself after a change; None where there is none."""
+    """The facts by which a file differs from another in its place, and from itself after a change; None where there is
+    no file."""
     try:
-        return _identity(path.stat())
+        return _identity_of(path.stat())
     except OSError:
         return None
 
 
-def _identity(found: os.stat_result) -> Identity:
+def _identity_of(found: os.stat_result) -> Identity:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -79,7 +80,7 @@ def read_regular(path: Path, limit: int) -> bytes:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        # Python sets aside as much as is asked for.
+        # Python allocates as much as is asked for.
         return file.read(min(limit, found.st_size) + 1)
 
 
@@ -92,26 +93,26 @@ def open_regular(root: Path, name: str) -> int:
     place = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for folder in folders:
-            _refuse(root, name, place, folder, stat.S_ISLNK)
+            _check_part(root, name, place, folder, stat.S_ISLNK)
             outer, place = place, os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
             os.close(outer)
-        _refuse(root, name, place, last, lambda mode: not stat.S_ISREG(mode))
-        # What is a pipe by now is not waited for.
+        _check_part(root, name, place, last, lambda mode: not stat.S_ISREG(mode))
+        # O_NONBLOCK: it may have become a pipe by now.
         return os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
     finally:
         os.close(place)
 
 
-def _refuse(root: Path, name: str, place: int, part: str, is_wrong: Callable[[int], bool]) -> None:
+def _check_part(root: Path, name: str, place: int, part: str, is_wrong: Callable[[int], bool]) -> None:
     if is_wrong(os.stat(part, dir_fd=place, follow_symlinks=False).st_mode):
         raise IntegrityError(f"{name} in {root} is not a regular file inside the artifact.")
 
 
 class Contents:
-    """The files that a contract lists, opened only while they are what it says.
+    """The files that a contract lists, opened only while they have the listed hash.
 
-    A file that was verified and is still the same, by its identity, is not hashed again; any other is. What was opened
-    must not have changed when it is closed. Several threads may use it.
+    A file that was verified and has the same identity is not hashed again; any other is. A file must not have changed
+    between opening and closing. Several threads may use it.
     """
 
     def __init__(self, root: Path, files: Mapping[str, File]) -> None:
@@ -122,7 +123,9 @@ class Contents:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    def verify(self, names: Iterable[str] | None = None, *, force: bool = False, advance: Advance = _silent) -> None:
+    def verify(
+        self, names: Iterable[str] | None = None, *, force: bool = False, advance: Advance = _no_progress
+    ) -> None:
         """Check size and hash of these files, by default of all.
 
         Raises IntegrityError for the first that is missing, of another size, altered, or not a regular file that is
@@ -130,8 +133,8 @@ class Contents:
         """
         stamps = _Stamps(self.root)
         for name in sorted(self.files if names is None else names):
-            with self._reached(name) as descriptor:
-                self._check(name, descriptor, stamps, force=force, advance=advance)
+            with self._open_listed(name) as descriptor:
+                self._check_file(name, descriptor, stamps, force=force, advance=advance)
         stamps.save()
 
     @contextmanager
@@ -139,32 +142,32 @@ class Contents:
         """Descriptors of listed files, at their start. Raises IntegrityError as `verify` does, also at the end, where
         one was changed meanwhile."""
         with ExitStack() as stack:
-            opened = {name: stack.enter_context(self._reached(name)) for name in names}
+            opened = {name: stack.enter_context(self._open_listed(name)) for name in names}
             before = {name: self._check_again(name, opened[name]) for name in names}
             yield list(opened.values())
             for name in names:
-                if _identity(os.fstat(opened[name])) != before[name]:
+                if _identity_of(os.fstat(opened[name])) != before[name]:
                     raise self.replaced(name)
 
     @contextmanager
     def path(self, name: str, *others: str, is_pinned: bool = True) -> Iterator[Path]:
-        """A path for a library that opens `name` by itself, and `others` in the same folder. They are what was verified
-        when it begins and when it ends. In between nothing can take the folder's place where it `is_pinned`: the path
-        then leads there by an open directory, which takes Linux.
+        """A path for a library that opens `name` by itself, and `others` in the same folder. They are compared with the
+        verified files on entry and on exit. In between nothing can replace the folder where it `is_pinned`: the path
+        then leads through an open directory, which takes Linux.
 
         Raises IntegrityError as `open` does.
         """
         folder = self.root / PurePosixPath(name).parent
         names = (name, *others)
-        with self.open(*names) as descriptors, _held(folder, is_pinned) as held:
+        with self.open(*names) as descriptors, _pin_folder(folder, is_pinned) as held:
             paths = [held / PurePosixPath(each).name for each in names]
-            self._compare(names, paths, descriptors)
+            self._check_same(names, paths, descriptors)
             yield paths[0]
-            self._compare(names, paths, descriptors)
+            self._check_same(names, paths, descriptors)
 
-    def _compare(self, names: Iterable[str], paths: Iterable[Path], descriptors: Iterable[int]) -> None:
+    def _check_same(self, names: Iterable[str], paths: Iterable[Path], descriptors: Iterable[int]) -> None:
         for name, path, descriptor in zip(names, paths, descriptors, strict=True):
-            if identity(path) != _identity(os.fstat(descriptor)) or path.is_symlink():
+            if identity(path) != _identity_of(os.fstat(descriptor)) or path.is_symlink():
                 raise self.replaced(name)
 
     def check(self, *names: str) -> None:
@@ -201,11 +204,11 @@ class Contents:
             return file.read(self.files[name].size)
 
     def replaced(self, name: str) -> IntegrityError:
-        """What to raise for a file that is no longer what was verified."""
+        """The error for a file that is no longer the verified one."""
         return IntegrityError(f"{self.root / name} was replaced after it was verified. Open the artifact again.")
 
     @contextmanager
-    def _reached(self, name: str) -> Iterator[int]:
+    def _open_listed(self, name: str) -> Iterator[int]:
         try:
             descriptor = open_regular(self.root, name)
         except FileNotFoundError:
@@ -219,15 +222,15 @@ class Contents:
 
     def _check_again(self, name: str, descriptor: int) -> Identity:
         """The identity of an open file, which is hashed only if it is unknown or has changed. Raises IntegrityError."""
-        if self._known.get(name) != _identity(os.fstat(descriptor)):
+        if self._known.get(name) != _identity_of(os.fstat(descriptor)):
             try:
-                self._check(name, descriptor, _Stamps(self.root))
+                self._check_file(name, descriptor, _Stamps(self.root))
             except IntegrityError as error:
                 raise (self.replaced(name) if name in self._known else error) from None
         return self._known[name]
 
-    def _check(
-        self, name: str, descriptor: int, stamps: _Stamps, *, force: bool = False, advance: Advance = _silent
+    def _check_file(
+        self, name: str, descriptor: int, stamps: _Stamps, *, force: bool = False, advance: Advance = _no_progress
     ) -> None:
         """Raise IntegrityError where the open file is not what the contract says."""
         expected = self.files[name]
@@ -237,13 +240,13 @@ class Contents:
             if not force and stamps.has(name, found, expected.sha256):
                 break
             check_hash(descriptor, self.root, name, expected, advance)
-            if _identity(os.fstat(descriptor)) == _identity(found):
+            if _identity_of(os.fstat(descriptor)) == _identity_of(found):
                 stamps.add(name, found, expected.sha256)
                 break
-            # A new link to the file is a change, too: what was read may be all of what it holds, or half of each.
+            # A new link to the file is a change, too; so this is a whole file, or a mixture of two: hash again.
         else:
             raise self.replaced(name)
-        self._known[name] = _identity(found)
+        self._known[name] = _identity_of(found)
 
     def _check_size(self, name: str, found: os.stat_result) -> None:
         expected = self.files[name].size
@@ -254,8 +257,8 @@ class Contents:
 
 
 @contextmanager
-def _held(folder: Path, is_pinned: bool) -> Iterator[Path]:
-    """A path that leads to what `folder` is now, for as long as it is needed."""
+def _pin_folder(folder: Path, is_pinned: bool) -> Iterator[Path]:
+    """A path that keeps leading to the directory that `folder` is now."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         pinned = Path(f"/proc/self/fd/{descriptor}")
@@ -264,7 +267,9 @@ def _held(folder: Path, is_pinned: bool) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def verify_files(root: Path, files: Mapping[str, File], *, force: bool = False, advance: Advance = _silent) -> None:
+def verify_files(
+    root: Path, files: Mapping[str, File], *, force: bool = False, advance: Advance = _no_progress
+) -> None:
     """Check size and hash of every file below `root`: see Contents.verify()."""
     Contents(root, files).verify(force=force, advance=advance)
 
@@ -280,7 +285,7 @@ def remember(root: Path, files: Mapping[str, File]) -> None:
 _FIX = "Export or download the artifact again."
 
 
-def check_hash(file: Path | int, root: Path, name: str, expected: File, advance: Advance = _silent) -> None:
+def check_hash(file: Path | int, root: Path, name: str, expected: File, advance: Advance = _no_progress) -> None:
     """Read a path, or an open file, that is listed as `name` in `root`. Raises IntegrityError where its hash is not the
     expected."""
     try:
@@ -295,20 +300,20 @@ def check_hash(file: Path | int, root: Path, name: str, expected: File, advance:
 
 
 class _Stamps:
-    """The signed memory of what was verified below one directory."""
+    """The signed stamps of the files that were verified below one directory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.path = home() / "stamps" / (hashlib.sha256(str(self.root).encode()).hexdigest() + ".json")
-        self.known = self._read()
+        self.known = self._read_stamps()
         self.changed = False
 
     def has(self, name: str, found: os.stat_result, sha256: str) -> bool:
-        claim, actual = self.known.get(name), self._sign(name, found, sha256)
+        claim, actual = self.known.get(name), self._sign_stamp(name, found, sha256)
         return isinstance(claim, str) and actual is not None and _is_equal(claim, actual)
 
     def add(self, name: str, found: os.stat_result, sha256: str) -> None:
-        if (signature := self._sign(name, found, sha256)) is not None:
+        if (signature := self._sign_stamp(name, found, sha256)) is not None:
             self.known[name] = signature
             self.changed = True
 
@@ -321,11 +326,11 @@ class _Stamps:
             # Without the stamp the next load hashes again, which is slower and just as safe.
             return
 
-    def _sign(self, name: str, found: os.stat_result, sha256: str) -> str | None:
+    def _sign_stamp(self, name: str, found: os.stat_result, sha256: str) -> str | None:
         facts = [str(self.root), name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, sha256]
         return sign(json.dumps(["stamp", *facts]).encode())
 
-    def _read(self) -> dict[str, object]:
+    def _read_stamps(self) -> dict[str, object]:
         try:
             known = json.loads(read_regular(self.path, KEPT_BYTES))
         except (OSError, ValueError):
@@ -334,7 +339,7 @@ class _Stamps:
 
 
 def vouch(digest: str) -> None:
-    """Remember that the artifact with this digest was built here, by this user, if anything can be remembered."""
+    """Record, signed, that this user built the artifact with this digest here, if there is a key and room."""
     if (signature := sign(f"built {digest}".encode())) is not None:
         with suppress(OSError):
             write_atomically(home() / "built" / digest, signature.encode())
@@ -368,8 +373,3 @@ def _built_here(digest: str) -> bool:
 def _is_equal(claim: str, signature: str) -> bool:
     """Compare in constant time. A claim can be any text, where compare_digest() takes ASCII or bytes."""
     return hmac.compare_digest(claim.encode(errors="replace"), signature.encode())
-
-
-def total_size(files: Iterable[File]) -> int:
-    """Bytes of all files together."""
-    return sum(file.size for file in files)

@@ -1,7 +1,7 @@
-"""Directories in the making, and whose they are.
+"""Locked directories for work in progress, so that later processes can tell and remove what a killed one left.
 
-Their maker holds a lock, which ends with the process, however that ends, and which another container on the same disk
-sees, too: process ids are not the same there. So whoever comes later can tell what a killed process left.
+The lock ends with the process, however that ends, and another container on the same disk sees it, too, where process
+ids would mean nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-__all__ = ["Held", "Scratch", "sweep"]
+__all__ = ["LockedDirectory", "Scratch", "sweep"]
 
 STALE_SECONDS = 24 * 3600
-"""Where the file system has no locks, what nobody wrote to for so long was left."""
+"""Where the file system has no locks, a directory that nobody wrote to for so long counts as left behind."""
 _TRIES = 100
 
 
-class Held:
+class LockedDirectory:
     """A new directory, locked.
 
     Attributes:
@@ -40,7 +40,7 @@ class Held:
             with suppress(BlockingIOError, FileNotFoundError):
                 self._lock = _lock_new(self.path)
                 return
-            # A sweeper came between the two steps, and took it for one that was left.
+            # Another process swept the directory between the two steps, before it was locked.
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self.path))
 
     @property
@@ -55,8 +55,8 @@ class Held:
             self._lock = None
 
 
-class Scratch(Held):
-    """A directory for temporary files of this user, where those that killed processes left are deleted first.
+class Scratch(LockedDirectory):
+    """A directory for temporary files; those that killed processes of this user left are deleted first.
 
     Entering it gives its path; leaving deletes it.
     """
@@ -77,7 +77,7 @@ class Scratch(Held):
 
 
 def sweep(paths: Iterable[Path]) -> None:
-    """Delete those directories of this user that nobody holds."""
+    """Delete the directories of this user that no process holds."""
     for path in paths:
         with suppress(OSError):
             if path.lstat().st_uid != os.geteuid():

@@ -1,7 +1,7 @@
-"""Artifacts of optimum-neuron, read as ours: `config.json` with a section `neuron`, and `model.neuron` beside it.
+"""Import artifacts of optimum-neuron: `config.json` with a section `neuron`, and `model.neuron` beside it.
 
-That section names task, static sizes and compiler, and neither inputs nor outputs, which optimum-neuron takes from the
-export configuration of the model type each time it loads. What is here of those is what its release 0.4.6 has:
+That section names task, static sizes and compiler, but neither inputs nor outputs, which optimum-neuron takes from the
+export configuration of the model type each time it loads. Those here are its release 0.4.6's:
 `store_compilation_config` in optimum/neuron/utils/argument_utils.py wrote the section, `inputs` and `outputs` are those
 of optimum/exporters/neuron/model_configs.py and base.py.
 """
@@ -44,10 +44,10 @@ _THREE_INPUTS = (
 _POOLERS = ("albert", "bert", "camembert", "esm", "mobilebert", "mpnet", "roberta", "xlm-roberta")
 """Types whose features come with those of a pooler."""
 _SENTENCES = "transformer"
-"""Its word for a model of sentence-transformers, of whatever type."""
+"""optimum-neuron's name for a model of sentence-transformers, of whatever type."""
 
 _FORMAT = 2
-"""Of what is made here. Nothing in it depends on where it lies or on who reads it, so its digest can be pinned."""
+"""The format of the contracts made here. They do not depend on path or reader, so their digests can be pinned."""
 _TEXT: tuple[Axis, ...] = ("batch", "length")
 TASKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "feature-extraction": (("last_hidden_state", ("batch", "length", "hidden")),),
@@ -72,20 +72,20 @@ def text_inputs(model_type: str, config: Mapping[str, Any]) -> list[str] | None:
 
 
 def imported(config: Mapping[str, Any], path: Path) -> Contract | None:
-    """The contract, but for its digest, that an artifact of optimum-neuron at `path` would have as one of ours; None
-    where it is none. Its files are hashed.
+    """Make the contract, but for its digest, of an artifact of optimum-neuron at `path`; None where it is none. Its
+    files are hashed.
 
-    Raises ArtifactError for what cannot be read as ours, by name, FormatError for a section that is broken,
-    IntegrityError for a file that cannot be read.
+    Raises ArtifactError for a layout or task that is not supported, FormatError for a broken section, IntegrityError
+    for a file that cannot be read.
     """
     _refuse_others(path)
     section = config.get(SECTION)
     if not isinstance(section, dict):
         return None
     found = _Section(config, section, path)
-    name = _file(path)
-    graph = found.graph(name)
-    files = _files(path)
+    name = _find_compiled_file(path)
+    graph = found.make_graph(name)
+    files = _hash_files(path)
     return Contract(
         format_version=_FORMAT,
         precast_version=LAYOUT,
@@ -94,17 +94,17 @@ def imported(config: Mapping[str, Any], path: Path) -> Contract | None:
         source=Source(model=found.source, revision=None, weights_sha256=files[name].sha256),
         shapes=Shapes(
             batch_size=graph.slots,
-            sequence_length=[found.size("sequence_length")] if "input_ids" in _names(graph) else [],
+            sequence_length=[found.size("sequence_length")] if "input_ids" in _input_names(graph) else [],
             prefill_lengths=[],
             dynamic_batch_size=section.get("dynamic_batch_size") is True,
         ),
-        variants=[found.variant(graph)],
+        variants=[found.make_variant(graph)],
         files=files,
     )
 
 
 def _refuse_others(path: Path) -> None:
-    """Layouts of optimum-neuron that hold something else than one traced graph."""
+    """Raise ArtifactError for layouts of optimum-neuron that hold something else than one traced graph."""
     advice = "Export it again with precast: precast export MODEL --backend neuron --instance-type …"
     if (path / "neuron_config.json").is_file():
         raise ArtifactError(
@@ -123,7 +123,7 @@ def _refuse_others(path: Path) -> None:
         )
 
 
-def _file(path: Path) -> str:
+def _find_compiled_file(path: Path) -> str:
     """The one compiled file, by optimum-neuron's own rule."""
     names = sorted(each.name for each in path.glob("*.neuron"))
     if len(names) != 1:
@@ -134,8 +134,8 @@ def _file(path: Path) -> str:
     return names[0]
 
 
-def _files(path: Path) -> dict[str, File]:
-    """Size and hash of what lies in the directory, none of it hidden; they are not hashed again right after."""
+def _hash_files(path: Path) -> dict[str, File]:
+    """Size and hash of every file in the directory but hidden ones; stamped, so that they are not hashed again."""
     names = [each.name for each in sorted(path.iterdir()) if each.is_file() and re.match(PATH_PATTERN, each.name)]
     try:
         files = {
@@ -150,7 +150,7 @@ def _files(path: Path) -> dict[str, File]:
 
 
 class _Section:
-    """The section `neuron` of one config.json, and what follows from both."""
+    """The section `neuron` of one config.json, and the parts of a contract made of both."""
 
     def __init__(self, config: Mapping[str, Any], section: Mapping[str, Any], path: Path) -> None:
         self.config, self.section, self.path = config, section, path
@@ -175,36 +175,36 @@ class _Section:
             raise FormatError(f"{self.path / 'config.json'}: {SECTION}.static_{axis} is {found!r}, not a size.")
         return found
 
-    def graph(self, file: str) -> Graph:
-        inputs = list(self._inputs())
+    def make_graph(self, file: str) -> Graph:
+        inputs = list(self._make_inputs())
         is_text = inputs[0].name == "input_ids"
         return Graph(
             name="model", role="encode", file=file, batch=self.size("batch_size"),
             length=self.size("sequence_length") if is_text else 0, capacity=0, inputs=inputs,
-            outputs=list(self._outputs()), cache=[],
+            outputs=list(self._make_outputs()), cache=[],
         )  # fmt: skip
 
-    def _inputs(self) -> Iterator[Input]:
+    def _make_inputs(self) -> Iterator[Input]:
         if self.task == "image-classification":
             channels = self.section.get("static_num_channels") or self.config.get("num_channels")
-            yield self._floats("pixel_values", [_whole(channels) or 3, *self._image_size()])
+            yield self._float_input("pixel_values", [_as_size(channels) or 3, *self._image_size()])
         elif self.task == "audio-classification":
             # Sound that is shorter than compiled would need a mask, which the graph does not take.
-            yield self._floats("input_values", [self.size("audio_sequence_length")])
+            yield self._float_input("input_values", [self.size("audio_sequence_length")])
         else:
-            yield from self._texts()
+            yield from self._text_inputs()
 
-    def _floats(self, name: str, sizes: list[int]) -> Input:
+    def _float_input(self, name: str, sizes: list[int]) -> Input:
         axes: list[Axis | None] = ["batch", *(None for _ in sizes)]
         return Input(name=name, dtype="float32", shape=[self.size("batch_size"), *sizes], pad=0, axes=axes)
 
     def _image_size(self) -> list[int]:
         given = self.section.get("static_image_size") or self.config.get("image_size")
         if isinstance(given, list) and len(given) == 2:
-            return [_whole(size) for size in given]
+            return [_as_size(size) for size in given]
         return [given, given] if isinstance(given, int) else [self.size("height"), self.size("width")]
 
-    def _texts(self) -> Iterator[Input]:
+    def _text_inputs(self) -> Iterator[Input]:
         names = text_inputs(self.model_type, self.config)
         if names is None:
             known = ", ".join(sorted({*_TWO_INPUTS, *_THREE_INPUTS}))
@@ -216,7 +216,7 @@ class _Section:
         pad = self.config.get("pad_token_id")
         for name in names:
             yield Input(
-                name=name, dtype=self._int_dtype(), shape=[self._sizes()[str(axis)] for axis in axes],
+                name=name, dtype=self._int_dtype(), shape=[self._axis_sizes()[str(axis)] for axis in axes],
                 pad=pad if name == "input_ids" and isinstance(pad, int) else 0, axes=axes,
             )  # fmt: skip
 
@@ -226,16 +226,16 @@ class _Section:
             raise FormatError(f"{self.path / 'config.json'}: {SECTION}.int_dtype is {found!r}, not int64 or int32.")
         return "int64" if found == "int64" else "int32"
 
-    def _outputs(self) -> Iterator[Output]:
+    def _make_outputs(self) -> Iterator[Output]:
         outputs = TASKS[self.task]
         if self.task == "feature-extraction" and self.model_type in (_SENTENCES, *_POOLERS):
             name = "sentence_embedding" if self.model_type == _SENTENCES else "pooler_output"
             outputs = (*outputs, (name, ("batch", "hidden")))
         for name, axes in outputs:
             cut: list[Axis | None] = [axis if axis in ("batch", "length", "choices") else None for axis in axes]  # type: ignore[misc]
-            yield Output(name=name, dtype="float32", shape=[self._sizes()[axis] for axis in axes], slice=cut)
+            yield Output(name=name, dtype="float32", shape=[self._axis_sizes()[axis] for axis in axes], slice=cut)
 
-    def _sizes(self) -> dict[str, int]:
+    def _axis_sizes(self) -> dict[str, int]:
         """The size of every axis that the model may have."""
         config, is_choice = self.config, self.task == "multiple-choice"
         hidden = next((config[key] for key in ("hidden_size", "dim", "emb_dim", "d_model") if key in config), 0)
@@ -245,13 +245,13 @@ class _Section:
             "batch": self.size("batch_size"),
             "length": self.size("sequence_length") if is_text else 0,
             "choices": self.size("num_choices") if is_choice else 0,
-            "hidden": _whole(hidden),
-            "vocabulary": _whole(config.get("vocab_size")),
+            "hidden": _as_size(hidden),
+            "vocabulary": _as_size(config.get("vocab_size")),
             # transformers leaves out the two labels that every configuration has by default.
-            "labels": (len(names) if isinstance(names, dict) else 0) or _whole(config.get("num_labels")) or 2,
+            "labels": (len(names) if isinstance(names, dict) else 0) or _as_size(config.get("num_labels")) or 2,
         }
 
-    def variant(self, graph: Graph) -> Variant:
+    def make_variant(self, graph: Graph) -> Variant:
         dtype = _DTYPES.get(str(self.section.get("float_dtype", "fp32")))
         if dtype is None:
             found = self.section.get("float_dtype")
@@ -261,12 +261,12 @@ class _Section:
         return Variant(
             name=LAYOUT, backend="neuron", dtype=dtype, quantization=None, kv_cache=None,
             host=Host(platforms=["linux-x86_64"], device="neuron", isa=[], min_versions={"torch-neuronx": "2.5"}),
-            compiler=self._compiler(), trust="native",
+            compiler=self._make_compiler(), trust="native",
             accuracy=Accuracy(status="skipped", reason="optimum-neuron records no comparison", figures={}),
             weights=[], graphs=[graph],
         )  # fmt: skip
 
-    def _compiler(self) -> Compiler:
+    def _make_compiler(self) -> Compiler:
         section = self.section
         told = {name: section[name] for name in ("auto_cast", "auto_cast_type", "instance_type") if section.get(name)}
         return Compiler(
@@ -285,10 +285,10 @@ class _Section:
         )
 
 
-def _whole(value: Any) -> int:
-    """A size of another's configuration; 0 for what is none."""
+def _as_size(value: Any) -> int:
+    """A size in a foreign configuration; 0 for anything that is none."""
     return value if type(value) is int and 0 < value < 2**31 else 0
 
 
-def _names(graph: Graph) -> list[str]:
+def _input_names(graph: Graph) -> list[str]:
     return [spec.name for spec in graph.inputs]

@@ -25,12 +25,12 @@ import msgspec
 from ..errors import IntegrityError, PublishError
 from . import UNLISTED, Artifact, contract_digest, is_artifact, parse_artifact, render_config, strict_json
 from .integrity import CHUNK, check_hash, open_regular, sha256_of
-from .locks import Held, sweep
+from .locks import LockedDirectory, sweep
 from .schema import Contract, File
 from .store import fsync
 
 __all__ = [
-    "check_target", "copy_artifact", "hash_files", "left_out", "publish", "recover", "staging", "unlisted",
+    "check_target", "copy_artifact", "hash_files", "left_out", "publish", "recover", "staging", "read_unlisted",
     "write_config",
 ]  # fmt: skip
 
@@ -69,24 +69,24 @@ def _check_kind(target: Path, *, force: bool) -> None:
         )
     if occupied and not is_artifact(target):
         raise PublishError(f"{target} holds something that is not an artifact; force=True replaces artifacts only.")
-    if occupied and os.path.ismount(_place(target)):
+    if occupied and os.path.ismount(_real_path(target)):
         raise PublishError(f"{target} is a mount point, which cannot be exchanged; empty it first.")
 
 
 def _is_occupied(target: Path) -> bool:
-    """Is there anything but stages, which lie inside where the target is a mount point?"""
-    stages = f".{_place(target).name}.stage-"
+    """Whether the target holds anything but stages, which are inside it where it is a mount point."""
+    stages = f".{_real_path(target).name}.stage-"
     return target.is_dir() and any(not path.name.startswith(stages) for path in target.iterdir())
 
 
-def _place(target: Path) -> Path:
-    """Where the target really is: not behind symbolic links, which a rename would replace, and never just `.`."""
+def _real_path(target: Path) -> Path:
+    """The target's path without symbolic links, which a rename would replace, and never just `.`."""
     return Path(os.path.realpath(target))
 
 
 def _stages_in(target: Path) -> Path:
     """The directory in which a target is staged: beside it, or inside a mount point."""
-    place = _place(target)
+    place = _real_path(target)
     return place if os.path.ismount(place) else place.parent
 
 
@@ -104,17 +104,17 @@ def staging(target: Path) -> Iterator[Path]:
 
     Raises PublishError where it cannot be made.
     """
-    parent, name = _stages_in(target), _place(target).name
+    parent, name = _stages_in(target), _real_path(target).name
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _sweep(parent, name)
-        stage = Held(parent, f".{name}.stage-")
+        _remove_leftovers(parent, name)
+        stage = LockedDirectory(parent, f".{name}.stage-")
     except OSError as error:
         raise PublishError(f"{target} cannot be written: {error.strerror} ({error.filename}).") from error
     try:
         yield stage.path
     except OSError as error:
-        raise _explained(error, target) from error
+        raise _publish_error(error, target) from error
     finally:
         stage.close()
 
@@ -122,7 +122,7 @@ def staging(target: Path) -> Iterator[Path]:
 def publish(stage: Path, target: Path, *, force: bool) -> None:
     """Make a complete stage the artifact at `target`. Raises PublishError; then the target is as it was."""
     check_target(target, force=force)
-    place = _place(target)
+    place = _real_path(target)
     try:
         for path in sorted(stage.rglob("*")):
             fault(f"fsync {path.name}")
@@ -131,12 +131,12 @@ def publish(stage: Path, target: Path, *, force: bool) -> None:
         if os.path.ismount(place):
             _move_into(stage, place)
         elif _is_occupied(place):
-            _exchange(stage, place)
+            _exchange_directories(stage, place)
         else:
             fault("rename")
             os.rename(stage, place)
     except OSError as error:
-        raise _explained(error, target) from error
+        raise _publish_error(error, target) from error
     try:
         fault("fsync parent")
         fsync(_stages_in(target))
@@ -169,7 +169,7 @@ def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
     if target.resolve() == artifact.path.resolve():
         raise PublishError(f"{target} is the artifact itself.")
     check_target(target, force=force)
-    others = unlisted(artifact)
+    others = read_unlisted(artifact)
     with staging(target) as stage:
         for name in artifact.contract.files:
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
         publish(stage, target, force=force)
 
 
-def unlisted(artifact: Artifact) -> dict[str, bytes]:
+def read_unlisted(artifact: Artifact) -> dict[str, bytes]:
     """The files that belong to an artifact without being listed: the contract as it was read, the model card, timings.
 
     Raises IntegrityError where one is a link, or anything else than a small regular file, or where another contract
@@ -212,14 +212,14 @@ def unlisted(artifact: Artifact) -> dict[str, bytes]:
 
 
 def left_out(artifact: Artifact) -> list[str]:
-    """What else lies in an artifact's directory, and goes nowhere with it."""
+    """The names of files in an artifact's directory that do not belong to it, and are not copied with it."""
     found = (path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if not path.is_dir())
     return sorted(set(found) - set(artifact.contract.files) - UNLISTED)
 
 
 def recover(target: Path) -> None:
     """Put back the old artifact if a replacement by two renames was killed between them, and if we may."""
-    place = _place(target)
+    place = _real_path(target)
     if os.path.exists(place):
         return
     with suppress(OSError):
@@ -228,7 +228,7 @@ def recover(target: Path) -> None:
             return
 
 
-def _exchange(stage: Path, target: Path) -> None:
+def _exchange_directories(stage: Path, target: Path) -> None:
     fault("exchange")
     if _rename_exchange(stage, target):
         # The old artifact now lies where the stage was, and goes with it.
@@ -245,7 +245,7 @@ def _exchange(stage: Path, target: Path) -> None:
         except FileNotFoundError:
             # Someone found no target in this moment and put the old one back.
             if isinstance(error, OSError):
-                _exchange(stage, target)
+                _exchange_directories(stage, target)
                 return
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -278,15 +278,15 @@ def _move_into(stage: Path, target: Path) -> None:
         raise
 
 
-def _sweep(parent: Path, name: str) -> None:
-    """Remove what killed exports left."""
+def _remove_leftovers(parent: Path, name: str) -> None:
+    """Remove the stages and old artifacts that killed exports left."""
     sweep(parent.glob(f".{glob.escape(name)}.stage-*"))
     if (parent / name).exists():
         for path in parent.glob(f".{glob.escape(name)}.old-*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _explained(error: OSError, target: Path) -> PublishError:
+def _publish_error(error: OSError, target: Path) -> PublishError:
     what = {
         errno.ENOSPC: "the disk is full",
         errno.EFBIG: "a file would be larger than this process or file system allows",

@@ -1,6 +1,6 @@
-"""JSON that other people publish: whatever transformers reads is read, and what this runtime uses of it has its type.
+"""Read JSON files of checkpoints as leniently as transformers, and check the types of the keys that are used.
 
-Unlike the contract, such a file may say anything else besides.
+Unlike the contract, such a file may have any other keys.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAX_DEPTH = 100
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
-    """The object that `data` holds. Raises FormatError, which says what is wrong with the file `name`."""
+    """Parse `data` as an object. Raises FormatError, which says what is wrong with the file `name`."""
     check_depth(data, name, _MAX_DEPTH)
     try:
         value = json.loads(data.decode())
@@ -32,8 +32,8 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
 
 
 def select(values: Mapping[str, Any], types: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Of `values` those that `types` names, as these types; null is like no value. Raises FormatError, which names the
-    key, its value and what it should be."""
+    """Select the keys of `values` that `types` names, converted to these types; null counts as missing. Raises
+    FormatError, which names the key, its value and the type."""
     found = {}
     for key, kind in types.items():
         if values.get(key) is not None:

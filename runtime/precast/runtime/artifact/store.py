@@ -1,4 +1,4 @@
-"""Where precast keeps what is the user's own: the key, the stamps, the artifacts pulled from the Hub."""
+"""Precast's home directory, which holds the user's key, stamps and caches; signing with the key; atomic writes."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def home() -> Path:
             return Path(explicit).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "precast"
     except RuntimeError:
-        # A user without a home, as in some containers: a place where nothing can be kept.
+        # A user without a home, as in some containers: a path that nothing can be written to.
         return Path(os.devnull) / "precast"
 
 
 def sign(message: bytes) -> str | None:
     """HMAC-SHA256 of `message` under this user's key, or None where no private key can be kept."""
-    key = _key()
+    key = _get_key()
     return hmac.new(key, message, hashlib.sha256).hexdigest() if key else None
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write beside `path`, then rename over it: readers see the old content or the new one. Raises OSError."""
+    """Write a file beside `path` and rename it: readers see the old content or the new one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     stage = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(stage, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -51,7 +51,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Let a file or a directory reach the disk. Raises OSError."""
+    """Flush a file or a directory to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +59,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _key() -> bytes | None:
+def _get_key() -> bytes | None:
     path = home() / "key"
     try:
         return _read_key(path) or _create_key(path)
@@ -69,8 +69,8 @@ def _key() -> bytes | None:
 
 
 def _read_key(path: Path) -> bytes | None:
-    """None where there is none, or one that a full disk or a power cut left unfinished. Raises OSError for what must
-    not be used, and says so."""
+    """Read the key; None where there is none, or one that a full disk or a power cut left unfinished. Warns and raises
+    OSError for one that must not be used."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -80,7 +80,7 @@ def _read_key(path: Path) -> bytes | None:
             _warn(f"{path} is a symbolic link and not used as a key; remove it, and a new one is made.")
         raise
     try:
-        if problem := _problem(os.fstat(descriptor), path):
+        if problem := _key_problem(os.fstat(descriptor), path):
             _warn(problem)
             raise OSError(errno.EINVAL, problem, str(path))
         key = os.read(descriptor, KEY_BYTES + 1)
@@ -96,8 +96,8 @@ def _read_key(path: Path) -> bytes | None:
     return None
 
 
-def _problem(found: os.stat_result, path: Path) -> str | None:
-    """What is wrong with a key's file."""
+def _key_problem(found: os.stat_result, path: Path) -> str | None:
+    """Why a key's file must not be used; None if it may."""
     if not stat.S_ISREG(found.st_mode):
         return f"{path} is not a regular file and not used as a key; remove it, and a new one is made."
     if found.st_uid != os.getuid():
@@ -112,7 +112,7 @@ def _problem(found: os.stat_result, path: Path) -> str | None:
 
 @cache
 def _warn(message: str) -> None:
-    """Once per process. Until then nothing is remembered: artifacts are hashed on every load."""
+    """Log a warning once per process. Without a key, artifacts are hashed on every load."""
     _log.warning("%s", message)
 
 

@@ -1,4 +1,4 @@
-"""JSON as the contract wants it: no duplicate keys, no absurd depth or size, one canonical form."""
+"""Strict JSON for the contract: no duplicate keys, limited depth and size, one canonical form."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def loads(data: bytes, name: str) -> dict[str, Any]:
         text = data.decode()
         value = json.loads(
             text,
-            object_pairs_hook=lambda pairs: _unique(pairs, name),
+            object_pairs_hook=lambda pairs: _reject_duplicates(pairs, name),
             parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_float=_parse_finite,
         )
         if "\\u" in text:
             # Half of a surrogate pair is no text: it has no UTF-8 form, hence no digest.
@@ -42,7 +42,7 @@ def loads(data: bytes, name: str) -> dict[str, Any]:
 
 
 def dumps(value: Any) -> bytes:
-    """The form in which precast writes JSON: sorted keys, two spaces, one final newline."""
+    """Write JSON as precast does: sorted keys, two spaces, one final newline."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -52,7 +52,7 @@ def canonical_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _unique(pairs: list[tuple[str, Any]], name: str) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]], name: str) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -64,7 +64,7 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text} is too large a number")
     return value

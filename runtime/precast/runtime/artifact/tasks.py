@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 
-__all__ = ["ROWS", "TASKS", "Task", "get_task", "kind_of_roles", "tasks_named"]
+__all__ = ["TASK_TABLE", "TASKS", "Task", "get_task", "kind_of_roles", "tasks_named"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that models are for.
+    """One task of models.
 
     Attributes:
         name: as optimum's TasksManager spells it.
@@ -22,8 +22,8 @@ class Task:
         auto: the class of transformers that loads a model for it.
         axes: the static shapes that every export must be given, as ExportOptions names them. What a model's own inputs
             need in addition (sequence_length for text, audio_sequence_length for sound) the plan finds out.
-        outputs: the fields of the model's answer that are kept, by transformers' names.
-        model_class: what runs it, as `module:class`.
+        outputs: the fields of the model's output that are kept, by transformers' names.
+        model_class: the runtime's class for it, as `module:class`.
     """
 
     name: str
@@ -42,47 +42,51 @@ _PAIRS = ("batch_size", "text_batch_size")
 _LOGITS = ("logits",)
 
 
-def _encoder(name: str, auto: str, model_class: str, axes: tuple[str, ...], outputs: tuple[str, ...] = _LOGITS) -> Task:
+def _encoder_task(
+    name: str, auto: str, model_class: str, axes: tuple[str, ...], outputs: tuple[str, ...] = _LOGITS
+) -> Task:
     return Task(name, "encoder", f"AutoModel{auto}", axes, outputs, f"precast.runtime.models.{model_class}")
 
 
-# Where a class is for several tasks, the first is the one that is inferred.
-ROWS = (
-    _encoder(
+# Of several tasks of one class, the first is inferred.
+TASK_TABLE = (
+    _encoder_task(
         "zero-shot-image-classification", "ForZeroShotImageClassification",
         "vision:CompiledModelForZeroShotImageClassification", _PAIRS,
         ("logits_per_image", "image_embeds", "text_embeds"),
     ),
-    _encoder(
+    _encoder_task(
         "feature-extraction", "", "text:CompiledModelForFeatureExtraction", _ANY, ("last_hidden_state",)
     ),
-    _encoder("fill-mask", "ForMaskedLM", "text:CompiledModelForMaskedLM", _TEXT),
-    _encoder(
+    _encoder_task("fill-mask", "ForMaskedLM", "text:CompiledModelForMaskedLM", _TEXT),
+    _encoder_task(
         "text-classification", "ForSequenceClassification", "text:CompiledModelForSequenceClassification", _TEXT
     ),
-    _encoder(
+    _encoder_task(
         "token-classification", "ForTokenClassification", "text:CompiledModelForTokenClassification", _TEXT
     ),
-    _encoder(
+    _encoder_task(
         "question-answering", "ForQuestionAnswering", "text:CompiledModelForQuestionAnswering", _TEXT,
         ("start_logits", "end_logits"),
     ),
-    _encoder("multiple-choice", "ForMultipleChoice", "text:CompiledModelForMultipleChoice", _CHOICES),
-    _encoder("image-classification", "ForImageClassification", "vision:CompiledModelForImageClassification", _ANY),
-    _encoder(
+    _encoder_task("multiple-choice", "ForMultipleChoice", "text:CompiledModelForMultipleChoice", _CHOICES),
+    _encoder_task("image-classification", "ForImageClassification", "vision:CompiledModelForImageClassification", _ANY),
+    _encoder_task(
         "semantic-segmentation", "ForSemanticSegmentation", "vision:CompiledModelForSemanticSegmentation", _ANY
     ),
-    _encoder(
+    _encoder_task(
         "object-detection", "ForObjectDetection", "vision:CompiledModelForObjectDetection", _ANY,
         ("logits", "pred_boxes"),
     ),
-    _encoder("audio-classification", "ForAudioClassification", "audio:CompiledModelForAudioClassification", _ANY),
-    _encoder("automatic-speech-recognition", "ForCTC", "audio:CompiledModelForCTC", _AUDIO),
-    _encoder(
+    _encoder_task("audio-classification", "ForAudioClassification", "audio:CompiledModelForAudioClassification", _ANY),
+    _encoder_task("automatic-speech-recognition", "ForCTC", "audio:CompiledModelForCTC", _AUDIO),
+    _encoder_task(
         "audio-frame-classification", "ForAudioFrameClassification",
         "audio:CompiledModelForAudioFrameClassification", _AUDIO,
     ),
-    _encoder("audio-xvector", "ForAudioXVector", "audio:CompiledModelForXVector", _AUDIO, ("logits", "embeddings")),
+    _encoder_task(
+        "audio-xvector", "ForAudioXVector", "audio:CompiledModelForXVector", _AUDIO, ("logits", "embeddings")
+    ),
     Task(
         "text-generation", "decoder", "AutoModelForCausalLM", (), _LOGITS,
         "precast.runtime.models.causal_lm:CompiledModelForCausalLM",
@@ -98,7 +102,7 @@ ROWS = (
 )  # fmt: skip
 
 TASKS: dict[str, Task] = {}
-for _row in ROWS:
+for _row in TASK_TABLE:
     TASKS.setdefault(_row.name, _row)
 
 
@@ -118,7 +122,7 @@ def get_task(name: str, kind: str | None = None) -> Task:
 
 def tasks_named(name: str) -> list[Task]:
     """All rows of a name, one per kind of model that does it; none for an unknown name."""
-    return [row for row in ROWS if row.name == _ALIASES.get(name, name)]
+    return [row for row in TASK_TABLE if row.name == _ALIASES.get(name, name)]
 
 
 def kind_of_roles(roles: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from subprocess import CompletedProcess
 from typing import Any, TypeAlias
 
 from .. import child, errors
-from ..advice import larger
+from ..advice import suggest_larger
 from ..artifact import Artifact
 from ..artifact.schema import Dim, Variant
 from ..artifact.tasks import kind_of_roles
@@ -249,7 +249,7 @@ def _check_length(subject: Subject, prompt: int, new: int) -> None:
 def _suggest_larger(subject: Subject, *, batch: int | None = None, length: int | None = None) -> str:
     length = length or subject.capacity
     flags = f"--batch-size {batch or subject.batch_size} --sequence-length {length}"
-    return larger(subject.artifact, flags, length)
+    return suggest_larger(subject.artifact, flags, length)
 
 
 def _max_length(length: int | Dim) -> int:

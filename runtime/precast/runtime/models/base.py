@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..advice import larger
+from ..advice import suggest_larger
 from ..arguments import only_known, refuse_unknown
 from ..artifact import Artifact, read_artifact, vocabulary_of
 from ..artifact.integrity import identity, require_trust
@@ -234,7 +234,7 @@ class CompiledModel(ForTransformers):
     def _suggest_larger(self, length: int, more: str = "") -> str:
         """A sentence with the command that compiles the model for this length, and for `more`, further flags."""
         flags = f"--batch-size {self.batch_size} --sequence-length {length}{more}"
-        return larger(self.artifact, flags, length)
+        return suggest_larger(self.artifact, flags, length)
 
     @classmethod
     def _class_for(cls, artifact: Artifact) -> type[Self]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..advice import larger
+from ..advice import suggest_larger
 from ..artifact.schema import Axis, Graph, Output
 from ..engines import replicas_of
 from ..errors import InputError
@@ -184,7 +184,7 @@ class Encoder(CompiledModel):
                 sizes[name] = sorted({*sizes.get(name, []), found})
         sizes[axis] = [size]
         flags = " ".join(f"--{_FLAGS[name]} {','.join(map(str, found))}" for name, found in sizes.items())
-        return larger(self.artifact, flags, size if axis == "length" else 0)
+        return suggest_larger(self.artifact, flags, size if axis == "length" else 0)
 
 
 _WORDS_FOR_SEGMENTS = (

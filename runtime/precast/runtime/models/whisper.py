@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..advice import larger
+from ..advice import suggest_larger
 from ..artifact.published_json import select
 from ..errors import FormatError, InputError
 from ..generation.config import GenerationConfig
@@ -148,7 +148,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
 
     def _suggest_larger(self, length: int, more: str = "") -> str:
         # The length of a source is fixed by the model, so no flag is given for it.
-        return larger(self.artifact, f"--batch-size {self.batch_size}{more}")
+        return suggest_larger(self.artifact, f"--batch-size {self.batch_size}{more}")
 
     def _finish_answer(self, tokens: list[int], config: GenerationConfig) -> list[int]:
         return self._cut_at_last_segment(

@@ -137,7 +137,7 @@ def sweep(kind: str) -> None:
     locks.sweep([*place(kind).glob(".gone-*"), *place(kind).glob(".stage-*")])
 
 
-class Stage(locks.Held):
+class Stage(locks.LockedDirectory):
     """A directory in the making."""
 
     def __init__(self, kind: str) -> None:

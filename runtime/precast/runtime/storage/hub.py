@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact import UNLISTED, Artifact, read_artifact
 from ..artifact.integrity import check_hash
-from ..artifact.publish import left_out, publish, recover, staging, unlisted
+from ..artifact.publish import left_out, publish, read_unlisted, recover, staging
 from ..artifact.store import home
 from ..errors import ArtifactError, HubError, IntegrityError, PublishError
 from ..hosts.reach import hub_or_cache
@@ -128,7 +128,7 @@ def _files_to_upload(artifact: Artifact) -> list[CommitOperationAdd]:
     """The uploads of an artifact's files, each with the content that was verified. Raises IntegrityError."""
     from huggingface_hub import CommitOperationAdd
 
-    added = [CommitOperationAdd(name, data) for name, data in unlisted(artifact).items()]
+    added = [CommitOperationAdd(name, data) for name, data in read_unlisted(artifact).items()]
     artifact.contents.verify()
     for name, file in artifact.contract.files.items():
         if file.size <= HELD_BYTES:

@@ -65,14 +65,14 @@ def unpack(data: bytes, name: str) -> bytes:
         raise FormatError(f"{name} has {len(data):,} bytes, more than the {strict_json.MAX_BYTES:,} that are read.")
     if pack(program) != data:
         raise FormatError(
-            f"{name} is not a graph as precast writes it: {_difference(data)}. It is not opened, since what torch "
-            f"would read into it could run code. Export the model again, or get the artifact from who made it."
+            f"{name} is not a graph as precast writes it: {_describe_difference(data)}. It is not opened, since what "
+            f"torch would read into it could run code. Export the model again, or get the artifact from who made it."
         )
     return program
 
 
-def _difference(data: bytes) -> str:
-    """In words, for the message only: what sets an archive apart from one that `pack` wrote."""
+def _describe_difference(data: bytes) -> str:
+    """Describe, for the message, how an archive differs from one that `pack` wrote."""
     if not data.startswith(b"PK"):
         return "it is a pickle" if data[:1] == b"\x80" else "it is not an uncompressed zip archive"
     try:
@@ -128,7 +128,7 @@ SCALAR_TYPES = {
 
 @dataclass(frozen=True)
 class Meta:
-    """Of a tensor: its dtype by name, its shape and strides in elements."""
+    """The dtype, by name, of a tensor, and its shape and strides in elements."""
 
     dtype: str
     shape: tuple[int | Symbolic, ...]
@@ -153,7 +153,7 @@ class Graph:
         weights: value name -> the weight's full name.
         inputs: names of the user's inputs, in order.
         nodes: the calls, in order.
-        outputs: what the user gets, in order.
+        outputs: the values that the user gets, in order.
         updates: input name -> the value that it holds afterwards.
         metas: of the weights, inputs and outputs at least.
     """
@@ -190,7 +190,7 @@ _DEPTH = 4
 
 
 class _Parser:
-    """Torch's JSON, read field by field. Anything of another shape is an error, wherever it stands."""
+    """Reads torch's JSON field by field. A field of any other form is an error."""
 
     def __init__(self) -> None:
         self._defined: set[str] = set()
@@ -200,60 +200,60 @@ class _Parser:
         module = whole["graph_module"]
         graph, signature = module["graph"], module["signature"]
         _check_inert(whole, module, graph)
-        metas = {_name(key): _meta(value) for key, value in _dict(graph["tensor_values"]).items()}
+        metas = {_parse_name(key): _parse_meta(value) for key, value in _expect_dict(graph["tensor_values"]).items()}
         _check_symbols(graph)
         _check_ranges(whole)
-        weights, inputs = self._inputs(_list(signature["input_specs"]))
-        nodes = [self._node(node) for node in _list(graph["nodes"])]
-        updates, outputs = self._outputs(_list(signature["output_specs"]), inputs)
+        weights, inputs = self._parse_inputs(_expect_list(signature["input_specs"]))
+        nodes = [self._parse_node(node) for node in _expect_list(graph["nodes"])]
+        updates, outputs = self._parse_outputs(_expect_list(signature["output_specs"]), inputs)
         needed = [*weights, *inputs, *(output.name for output in outputs), *updates.values()]
         if lacking := [each for each in needed if each not in metas]:
             raise _Refusal(f"it does not say what {lacking[0]} is")
         return Graph(weights, inputs, nodes, outputs, updates, metas)
 
-    def _inputs(self, specs: list[Any]) -> tuple[dict[str, str], list[str]]:
+    def _parse_inputs(self, specs: list[Any]) -> tuple[dict[str, str], list[str]]:
         weights: dict[str, str] = {}
         inputs: list[str] = []
         for spec in specs:
-            kind, value = _one(spec)
+            kind, value = _split_union(spec)
             if kind == "user_input":
-                inputs.append(self._define(_one_of(value["arg"], "as_tensor")["name"]))
+                inputs.append(self._define_name(_expect_kind(value["arg"], "as_tensor")["name"]))
             elif kind in _WEIGHTS:
-                weights[self._define(value["arg"]["name"])] = _match(_FQN, value[_WEIGHTS[kind]])
+                weights[self._define_name(value["arg"]["name"])] = _match_name(_FQN, value[_WEIGHTS[kind]])
             else:
                 raise _Refusal(f"it takes an input of the kind {kind[:40]!r}, not a tensor")
         return weights, inputs
 
-    def _outputs(self, specs: list[Any], inputs: list[str]) -> tuple[dict[str, str], list[Ref]]:
+    def _parse_outputs(self, specs: list[Any], inputs: list[str]) -> tuple[dict[str, str], list[Ref]]:
         updates: dict[str, str] = {}
         outputs: list[Ref] = []
         for spec in specs:
-            kind, value = _one(spec)
+            kind, value = _split_union(spec)
             if kind == "user_output":
-                outputs.append(self._ref(_one_of(value["arg"], "as_tensor")["name"]))
+                outputs.append(self._use_name(_expect_kind(value["arg"], "as_tensor")["name"]))
             elif kind == "user_input_mutation":
                 target = value["user_input_name"]
                 if target not in inputs or target in updates:
                     raise _Refusal(f"it changes {target!r}, which is no input, or changes it twice")
-                updates[target] = self._ref(value["arg"]["name"]).name
+                updates[target] = self._use_name(value["arg"]["name"]).name
             else:
                 raise _Refusal(f"it gives an output of the kind {kind[:40]!r}, not a tensor or a changed input")
         return updates, outputs
 
-    def _node(self, node: dict[str, Any]) -> Node:
-        target = _checked(node["target"])
+    def _parse_node(self, node: dict[str, Any]) -> Node:
+        target = _check_target(node["target"])
         args: list[Argument] = []
         kwargs: dict[str, Argument] = {}
-        for given in _list(node["inputs"]):
-            value = self._argument(given["arg"], 0)
+        for given in _expect_list(node["inputs"]):
+            value = self._parse_argument(given["arg"], 0)
             if given["kind"] == 2:
-                kwargs[_name(given["name"])] = value
+                kwargs[_parse_name(given["name"])] = value
             else:
                 args.append(value)
-        return Node(target, args, kwargs, [self._result(output) for output in _list(node["outputs"])])
+        return Node(target, args, kwargs, [self._parse_result(output) for output in _expect_list(node["outputs"])])
 
-    def _argument(self, argument: dict[str, Any], depth: int) -> Argument:
-        kind, value = _one(argument)
+    def _parse_argument(self, argument: dict[str, Any], depth: int) -> Argument:
+        kind, value = _split_union(argument)
         if kind in _PLAIN:
             return _PLAIN[kind](value)
         if kind in _CODED:
@@ -261,41 +261,41 @@ class _Parser:
                 raise _Refusal(f"it asks for the unknown {_CODED[kind]} {str(value)[:40]}")
             return Coded(_CODED[kind], value)
         if kind in _LISTS and depth < _DEPTH:
-            return [self._argument({_LISTS[kind]: each}, depth + 1) for each in _list(value)]
+            return [self._parse_argument({_LISTS[kind]: each}, depth + 1) for each in _expect_list(value)]
         if kind in ("as_tensor", "as_name"):
-            return self._ref(value if kind == "as_name" else value["name"])
+            return self._use_name(value if kind == "as_name" else value["name"])
         if kind in ("as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor"):
-            return self._argument(value, depth)
+            return self._parse_argument(value, depth)
         raise _Refusal(f"it passes an argument of the kind {kind[:40]!r}")
 
-    def _result(self, output: dict[str, Any]) -> str | list[str] | None:
-        kind, value = _one(output)
+    def _parse_result(self, output: dict[str, Any]) -> str | list[str] | None:
+        kind, value = _split_union(output)
         if kind == "as_none":
             return None
         if kind == "as_tensor":
-            return self._define(value["name"])
+            return self._define_name(value["name"])
         if kind == "as_tensors":
-            return [self._define(each["name"]) for each in _list(value)]
+            return [self._define_name(each["name"]) for each in _expect_list(value)]
         if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
-            return self._define(_one_of(value, "as_name"))
+            return self._define_name(_expect_kind(value, "as_name"))
         raise _Refusal(f"it makes a result of the kind {kind[:40]!r}")
 
-    def _define(self, name: Any) -> str:
-        name = _name(name)
+    def _define_name(self, name: Any) -> str:
+        name = _parse_name(name)
         if name in self._defined:
             raise _Refusal(f"it defines {name} twice")
         self._defined.add(name)
         return str(name)
 
-    def _ref(self, name: Any) -> Ref:
-        name = _name(name)
+    def _use_name(self, name: Any) -> Ref:
+        name = _parse_name(name)
         if name not in self._defined:
             raise _Refusal(f"it uses {name} before it is defined")
         return Ref(name)
 
 
-def _checked(target: Any) -> str:
-    """`target`, if a graph may call it. Raises _Refusal."""
+def _check_target(target: Any) -> str:
+    """Return `target`, if a graph may call it. Raises _Refusal."""
     if not isinstance(target, str):
         raise _Refusal("it calls something that has no name")
     if target in PYTHON:
@@ -313,15 +313,15 @@ def _check_versions(whole: dict[str, Any]) -> None:
 
 
 def _check_inert(whole: dict[str, Any], module: dict[str, Any], graph: dict[str, Any]) -> None:
-    """Refuse what torch would evaluate or import, although nothing here would."""
+    """Refuse fields that torch would evaluate or import, although nothing here does."""
     for holder, key in ((whole, "guards_code"), (module, "treespec_namedtuple_fields"), (graph, "custom_obj_values")):
         if holder.get(key):
             raise _Refusal(f"it has {key}, which torch would run or import")
-    for entry in _list(module.get("module_call_graph", [])):
+    for entry in _expect_list(module.get("module_call_graph", [])):
         signature = entry.get("signature") or {}
         for key in ("in_spec", "out_spec"):
             _check_tree(signature.get(key, ""))
-    if any(node.get("metadata") for node in _list(graph["nodes"])):
+    if any(node.get("metadata") for node in _expect_list(graph["nodes"])):
         raise _Refusal("its nodes have metadata, which precast leaves out")
 
 
@@ -337,16 +337,16 @@ def _check_tree(spec: str) -> None:
 
 def _check_symbols(graph: dict[str, Any]) -> None:
     for key in ("sym_int_values", "sym_float_values", "sym_bool_values"):
-        for value in _dict(graph.get(key, {})).values():
-            _size(value)
+        for value in _expect_dict(graph.get(key, {})).values():
+            _parse_size(value)
 
 
 def _check_ranges(whole: dict[str, Any]) -> None:
-    for name, bounds in _dict(whole.get("range_constraints", {})).items():
-        _match(_SYMBOL, name)
-        for bound in _dict(bounds).values():
+    for name, bounds in _expect_dict(whole.get("range_constraints", {})).items():
+        _match_name(_SYMBOL, name)
+        for bound in _expect_dict(bounds).values():
             if bound is not None:
-                _integer(bound)
+                _parse_int(bound)
 
 
 _SYMBOL = re.compile(r"[a-z]{1,8}\d{1,9}\Z", re.ASCII)
@@ -374,9 +374,9 @@ _SYMBOLS = re.compile(
 )
 
 
-def _size(value: Any) -> int | Symbolic | float | bool:
-    """A size; an expression is only ever looked at, and must be arithmetic even so."""
-    kind, inner = _one(value)
+def _parse_size(value: Any) -> int | Symbolic | float | bool:
+    """Parse a size. An expression is never evaluated, and must be plain arithmetic even so."""
+    kind, inner = _split_union(value)
     if kind != "as_expr":
         return _PLAIN[kind](inner)  # type: ignore[no-any-return]
     text = inner["expr_str"]
@@ -385,19 +385,21 @@ def _size(value: Any) -> int | Symbolic | float | bool:
     return Symbolic()
 
 
-def _meta(value: dict[str, Any]) -> Meta:
-    if value["layout"] != 7 or _device(value["device"]) != "cpu":
+def _parse_meta(value: dict[str, Any]) -> Meta:
+    if value["layout"] != 7 or _device_name(value["device"]) != "cpu":
         raise _Refusal("a tensor is not dense, or not in the memory of the CPU")
     if value["dtype"] not in SCALAR_TYPES:
         raise _Refusal(f"a tensor has the unknown dtype {value['dtype']!r}")
-    shape, strides = (tuple(_dimension(each) for each in _list(value[key])) for key in ("sizes", "strides"))
+    shape, strides = (
+        tuple(_parse_dimension(each) for each in _expect_list(value[key])) for key in ("sizes", "strides")
+    )
     if len(shape) != len(strides) or len(shape) > 64:
         raise _Refusal("a tensor's shape and strides do not go together")
     return Meta(SCALAR_TYPES[value["dtype"]], shape, strides)
 
 
-def _dimension(value: Any) -> int | Symbolic:
-    size = _size(value)
+def _parse_dimension(value: Any) -> int | Symbolic:
+    size = _parse_size(value)
     if isinstance(size, Symbolic):
         return size
     if type(size) is not int or not 0 <= size < 2**48:
@@ -405,23 +407,23 @@ def _dimension(value: Any) -> int | Symbolic:
     return size
 
 
-def _device(value: dict[str, Any]) -> str:
+def _device_name(value: dict[str, Any]) -> str:
     return str(value["type"]) if value.get("index") in (None, 0) else f"{value['type']}:{value['index']}"
 
 
-def _coded_device(value: dict[str, Any]) -> Coded:
-    if _device(value) != "cpu":
-        raise _Refusal(f"it asks for the device {_device(value)[:20]!r}, where there is only the CPU")
+def _parse_device(value: dict[str, Any]) -> Coded:
+    if _device_name(value) != "cpu":
+        raise _Refusal(f"it asks for the device {_device_name(value)[:20]!r}, where there is only the CPU")
     return Coded("device", "cpu")
 
 
-def _integer(value: Any) -> int:
+def _parse_int(value: Any) -> int:
     if type(value) is not int or abs(value) > _INTEGER:
         raise _Refusal(f"{str(value)[:40]!r} stands where a number should")
     return value
 
 
-def _real(value: Any) -> float:
+def _parse_float(value: Any) -> float:
     if isinstance(value, str) and value in ("Infinity", "-Infinity", "NaN"):
         return float(value)
     if type(value) not in (int, float):
@@ -429,61 +431,61 @@ def _real(value: Any) -> float:
     return float(value)
 
 
-def _truth(value: Any) -> bool:
+def _parse_bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise _Refusal(f"{str(value)[:40]!r} stands where true or false should")
     return value
 
 
-def _text(value: Any) -> str:
-    return _match(re.compile(r"[\w ,.>-]{0,64}\Z", re.ASCII), value)
+def _parse_text(value: Any) -> str:
+    return _match_name(re.compile(r"[\w ,.>-]{0,64}\Z", re.ASCII), value)
 
 
-def _nothing(value: Any) -> None:
+def _parse_none(value: Any) -> None:
     return None
 
 
 _PLAIN: dict[str, Any] = {
-    "as_none": _nothing,
-    "as_int": _integer,
-    "as_float": _real,
-    "as_bool": _truth,
-    "as_string": _text,
-    "as_device": _coded_device,
+    "as_none": _parse_none,
+    "as_int": _parse_int,
+    "as_float": _parse_float,
+    "as_bool": _parse_bool,
+    "as_string": _parse_text,
+    "as_device": _parse_device,
 }
 
 
-def _one(value: Any) -> tuple[str, Any]:
-    """A union: an object of one key, which says what its value is."""
+def _split_union(value: Any) -> tuple[str, Any]:
+    """Split a union, an object of one key, into its kind and its value."""
     if not isinstance(value, dict) or len(value) != 1:
         raise _Refusal(f"{str(value)[:60]!r} stands where one value with its kind should")
     return next(iter(value.items()))
 
 
-def _one_of(value: Any, kind: str) -> Any:
-    found, inner = _one(value)
+def _expect_kind(value: Any, kind: str) -> Any:
+    found, inner = _split_union(value)
     if found != kind:
         raise _Refusal(f"a value of the kind {found[:40]!r} stands where {kind} should")
     return inner
 
 
-def _name(value: Any) -> str:
-    return _match(_NAME, value)
+def _parse_name(value: Any) -> str:
+    return _match_name(_NAME, value)
 
 
-def _match(pattern: re.Pattern[str], value: Any) -> str:
+def _match_name(pattern: re.Pattern[str], value: Any) -> str:
     if not isinstance(value, str) or not pattern.match(value):
         raise _Refusal(f"{str(value)[:60]!r} is not a name")
     return value
 
 
-def _list(value: Any) -> list[Any]:
+def _expect_list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise _Refusal(f"{str(value)[:60]!r} stands where a list should")
     return value
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _expect_dict(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _Refusal(f"{str(value)[:60]!r} stands where an object should")
     return value
