@@ -35,9 +35,9 @@ from precast.runtime.hosts.machine import cpu_flags
 COLUMNS, OUTPUTS = 1536, 8192
 HEADS, SHARED, WIDTH, CAPACITY, LOOKED, PROMPT = 9, 3, 64, 1025, 1000, 128
 GRIDS = {
-    "int8, a row to a scale": Scheme(8, COLUMNS, "whole"),
-    "int8, groups of 32": Scheme(8, 32, "middle"),
-    "int4, groups of 32": Scheme(4, 32, "whole"),
+    "int8, a row to a scale": Scheme(8, COLUMNS, "integer"),
+    "int8, groups of 32": Scheme(8, 32, "symmetric"),
+    "int4, groups of 32": Scheme(4, 32, "integer"),
 }
 NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}

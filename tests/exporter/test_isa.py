@@ -114,7 +114,9 @@ def test_an_encoder_is_written_anew_only_where_it_has_to():
     assert not lowering._widens(plain, library.forms_of("cpu", "avx2"))
 
 
-@pytest.mark.parametrize("scheme", [Scheme(8, 64, "whole"), Scheme(8, 32, "middle"), Scheme(4, 32, "middle")], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(8, 64, "integer"), Scheme(8, 32, "symmetric"), Scheme(4, 32, "symmetric")], ids=str
+)
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
 def test_codes_are_multiplied_as_the_level_does(scheme, level):
     asked = []

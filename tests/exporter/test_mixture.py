@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from precast.exporter.quantize.methods import METHODS, Scheme
-from precast.exporter.quantize.mixture import families, mixture
+from precast.exporter.quantize.mixture import choose_mixture, group_families
 from precast.exporter.quantize.recipe import find_layers
 
-FOUR = Scheme(4, 32, "middle")
+FOUR = Scheme(4, 32, "symmetric")
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def model(checkpoint):
 
 def chosen(model, budget):
     rows = [torch.arange(3, 40)]
-    return mixture(model, list(find_layers(model, ())), FOUR, METHODS["rtn"], rows, budget)
+    return choose_mixture(model, list(find_layers(model, ())), FOUR, METHODS["rtn"], rows, budget)
 
 
 def test_a_large_budget_takes_all_but_the_vocabulary(model):
@@ -42,5 +42,5 @@ def test_a_budget_between_takes_whole_families_and_keeps_to_it(model):
         if 0 < len(some) < len(everything):
             break
     assert 0 < len(some) < len(everything)
-    for family in families(find_layers(model, ())):
+    for family in group_families(find_layers(model, ())):
         assert len({layer.name in some for layer in family if not layer.is_vocabulary}) <= 1

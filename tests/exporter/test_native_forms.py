@@ -12,7 +12,7 @@ from precast.exporter.backends.aten.attention import Step, cached_attention, cro
 from precast.exporter.operators import attention as ours
 from precast.exporter.quantize.linear import Packed, multiply
 from precast.exporter.quantize.methods import Scheme, round_to_nearest, search
-from precast.exporter.quantize.scheme import encode, grouped
+from precast.exporter.quantize.scheme import QuantParams, encode, split_groups
 
 HEADS, KV_HEADS, WIDTH, CAPACITY = 4, 2, 8, 12
 
@@ -75,8 +75,8 @@ def test_attention_to_an_encoder_is_the_operator():
 @pytest.mark.parametrize("outputs", [3, 7, 24, 26])
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme(8, 48, "middle"), Scheme(8, 16, "whole"), Scheme(8, 32, "whole"), Scheme(4, 16, "middle"),
-     Scheme(4, 16, "free"), Scheme(8, 48, "whole")],
+    [Scheme(8, 48, "symmetric"), Scheme(8, 16, "integer"), Scheme(8, 32, "integer"), Scheme(4, 16, "symmetric"),
+     Scheme(4, 16, "float"), Scheme(8, 48, "integer")],
     ids=str,
 )  # fmt: skip
 def test_products_with_codes_are_the_operator(scheme, outputs, rows):
@@ -94,9 +94,9 @@ def test_products_with_codes_are_the_operator(scheme, outputs, rows):
 
 def test_a_row_with_one_scale_is_exact_in_bfloat16():
     weight = torch.randn(5, 64)
-    groups = grouped(weight, 64)
+    groups = split_groups(weight, 64)
     scales = groups.abs().amax(-1) / 127
-    grid = encode(groups, scales, torch.full_like(scales, 128), None, 8, 64)
+    grid = encode(groups, QuantParams(scales, torch.full_like(scales, 128), None), 8, 64)
     packed = Packed(grid)
     codes = linear.Codes(packed.codes, packed.scales, packed.zeros, 8, 64, 64, 0)
     matrix, left = codes.matrix(torch.bfloat16, None)

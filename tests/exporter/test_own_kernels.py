@@ -26,7 +26,7 @@ from precast.exporter.backends.aoti.gemv import rows
 from precast.exporter.backends.aten import lowering
 from precast.exporter.backends.aten.attention import Step, cached_attention
 from precast.exporter.backends.aten.kernel_set import Kernels
-from precast.exporter.quantize.linear import Packed, unpack
+from precast.exporter.quantize.linear import Packed, dequantize
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
 
 MATRICES = (torch.bfloat16, torch.float32)
@@ -54,11 +54,11 @@ class Case(NamedTuple):
 GRIDS = [
     *(Case(dtype, columns, 2, True) for dtype in (torch.float32, torch.bfloat16, torch.float16) for columns in (5, 83)),
     *(Case(Scheme(bits, columns, zero), columns, 1, True)
-      for bits, columns, zero in product((4, 8), (6, 64, 200), ("middle", "whole"))),
+      for bits, columns, zero in product((4, 8), (6, 64, 200), ("symmetric", "integer"))),
     *(Case(Scheme(bits, group, zero), 3 * group, 3, False)
-      for bits, group, zero in product((4, 8), (16, 32, 64, 128), ("middle", "whole"))),
-    Case(Scheme(8, 16, "whole"), 21 * 16, 11, False),
-    Case(Scheme(4, 48, "whole"), 96, 1, True),
+      for bits, group, zero in product((4, 8), (16, 32, 64, 128), ("symmetric", "integer"))),
+    Case(Scheme(8, 16, "integer"), 21 * 16, 11, False),
+    Case(Scheme(4, 48, "integer"), 96, 1, True),
 ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def bits(case):
 
 def counts(case):
     """How many inputs, weights, scales and zeros a case takes."""
-    is_grid, has_zeros = bits(case) > 0, bits(case) > 0 and case.grid.zero == "whole"
+    is_grid, has_zeros = bits(case) > 0, bits(case) > 0 and case.grid.zero_point == "integer"
     return 2, 2, 2 * is_grid, 2 * has_zeros
 
 
@@ -91,7 +91,7 @@ def parts(case):
     """Weights, scales and zeros, as the operator takes them."""
     if not bits(case):
         return case.layers
-    zeros = [points(layer) for layer in case.layers] if case.grid.zero == "whole" else []
+    zeros = [points(layer) for layer in case.layers] if case.grid.zero_point == "integer" else []
     return [*(layer.codes for layer in case.layers), *(layer.scales for layer in case.layers), *zeros]
 
 
@@ -106,7 +106,7 @@ def matrices(case):
     """What the weights mean, float64 [N, K]."""
     if not bits(case):
         return [layer.double() for layer in case.layers]
-    return [unpack(layer.codes, layer.scales, layer.zeros, layer.bits).double() for layer in case.layers]
+    return [dequantize(layer.codes, layer.scales, layer.zeros, layer.bits).double() for layer in case.layers]
 
 
 def inputs_of(case, seed, size):

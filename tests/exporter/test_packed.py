@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from precast.exporter import ExportOptions
-from precast.exporter.checkpoint.prequantized import Grid, packing_of, quantization_settings, without_quantization
+from precast.exporter.checkpoint.prequantized import (
+    SourceScheme,
+    find_packing,
+    find_quantization_settings,
+    strip_quantization,
+)
 from precast.exporter.checkpoint.resolve import Checkpoint, resolve
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
@@ -220,7 +225,7 @@ def test_generation_settings_are_those_of_the_files(checkpoint: Callable[..., Pa
 def test_any_weight_is_what_was_packed(pack: Pack, outputs: int, inputs: int, seed: int) -> None:
     written, packed, layout = pack
     made = Made(outputs * 8, inputs * 8, seed=seed, **layout)
-    weight = packing_of(written, "model").weight(packed(made))
+    weight = find_packing(written, "model").weight(packed(made))
     assert weight.dtype == torch.float32
     assert torch.equal(weight, made.weight)
 
@@ -229,7 +234,7 @@ def test_any_weight_is_what_was_packed(pack: Pack, outputs: int, inputs: int, se
 def test_words_that_are_not_full(outputs: int) -> None:
     written, packed, layout = compressed_pack(4, -1, "pack-quantized", symmetric=False)
     made = Made(outputs, 13, seed=0, **layout)
-    assert torch.equal(packing_of(written, "model").weight(packed(made)), made.weight)
+    assert torch.equal(find_packing(written, "model").weight(packed(made)), made.weight)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -241,28 +246,28 @@ def test_one_scale_for_a_whole_weight(form: str, shape: tuple[int, ...]) -> None
     parts = compressed(made, form, symmetric=True)
     parts["weight_scale"] = parts["weight_scale"][0].reshape(shape)
     parts["weight_zero_point"] = torch.tensor(made.zeros[0, 0] - 128, dtype=torch.int8).reshape(shape)
-    assert torch.equal(packing_of(written, "model").weight(parts), made.weight)
+    assert torch.equal(find_packing(written, "model").weight(parts), made.weight)
 
 
 def test_zero_points_that_were_not_packed() -> None:
     written, packed, layout = compressed_pack(4, 8, "pack-quantized", symmetric=False)
     made = Made(8, 16, seed=0, **layout)
     parts = {**packed(made), "weight_zero_point": torch.from_numpy((made.zeros - 8).astype(np.int8))}
-    assert torch.equal(packing_of(written, "model").weight(parts), made.weight)
+    assert torch.equal(find_packing(written, "model").weight(parts), made.weight)
 
 
 def test_what_the_grid_is(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     grids = {}
     for name in ("gptq-8-rows", "gptq-v2-activation-order", "awq", "packed"):
         quantized(checkpoint("llama"), tmp_path / name, PACKS[name])
-        grids[name] = opened(tmp_path / name).grid
+        grids[name] = opened(tmp_path / name).source_scheme
     assert grids == {
-        "gptq-8-rows": Grid("gptq", 8, -1, symmetric=True),
-        "gptq-v2-activation-order": Grid("gptq", 4, 32, symmetric=False, contiguous=False),
-        "awq": Grid("awq", 4, 32, symmetric=False),
-        "packed": Grid("compressed-tensors", 4, 32, symmetric=True),
+        "gptq-8-rows": SourceScheme("gptq", 8, -1, symmetric=True),
+        "gptq-v2-activation-order": SourceScheme("gptq", 4, 32, symmetric=False, contiguous=False),
+        "awq": SourceScheme("awq", 4, 32, symmetric=False),
+        "packed": SourceScheme("compressed-tensors", 4, 32, symmetric=True),
     }
-    assert opened(checkpoint("llama")).grid is None
+    assert opened(checkpoint("llama")).source_scheme is None
 
 
 def test_the_configuration_is_of_the_unpacked_model(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -275,9 +280,9 @@ def test_the_configuration_is_of_the_unpacked_model(checkpoint: Callable[..., Pa
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_settings_may_be_those_of_the_text_model(key: str) -> None:
     written = {"model_type": "a", "text_config": {"hidden_size": 4, key: COMPRESSED}}
-    assert quantization_settings(written) == COMPRESSED
-    assert without_quantization(written) == {"model_type": "a", "text_config": {"hidden_size": 4}}
-    assert quantization_settings({"quantization_config": None, "text_config": None}) is None
+    assert find_quantization_settings(written) == COMPRESSED
+    assert strip_quantization(written) == {"model_type": "a", "text_config": {"hidden_size": 4}}
+    assert find_quantization_settings({"quantization_config": None, "text_config": None}) is None
 
 
 def test_a_module_may_be_spread_over_files(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

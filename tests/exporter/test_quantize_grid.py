@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.exporter.quantize.scheme import EXACT, Grid, encode, find_grid, grouped
+from precast.exporter.quantize.scheme import (
+    EXACT,
+    QuantizedWeight,
+    QuantParams,
+    detect_quantization,
+    encode,
+    split_groups,
+)
 
 some = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -27,9 +34,9 @@ def weights(codes: np.ndarray, scales: np.ndarray, columns: int, offsets: np.nda
     return torch.from_numpy(values.reshape(len(codes), -1)[:, :columns].astype(np.float32))
 
 
-def is_exact(found: Grid, weight: torch.Tensor) -> bool:
-    largest = grouped(weight, found.group).abs().amax(-1, keepdim=True)
-    error = (grouped(found.dequantize(), found.group) - grouped(weight, found.group)).abs()
+def is_exact(found: QuantizedWeight, weight: torch.Tensor) -> bool:
+    largest = split_groups(weight, found.group).abs().amax(-1, keepdim=True)
+    error = (split_groups(found.dequantize(), found.group) - split_groups(weight, found.group)).abs()
     # EXACT for the search, and half a bit each for the product and the sum.
     return bool((error <= (EXACT + 2**-22) * largest).all())
 
@@ -52,7 +59,7 @@ def test_q8_0(seed, group, magnitude):
     codes = random.integers(-127, 128, (rows, count, group))
     codes[..., 0] = random.choice([-127, 127], (rows, count))
     weight = weights(codes, half(random, (rows, count)) * np.float32(magnitude), columns)
-    found = find_grid(weight, group, 8)
+    found = detect_quantization(weight, group, 8)
     assert found is not None
     assert found.offsets is None
     assert found.is_symmetric
@@ -70,7 +77,7 @@ def test_q4_0(seed, group, magnitude, side):
     codes[..., 0] = -8
     scales = side * half(random, (rows, count)) * np.float32(magnitude)
     weight = weights(codes, scales, columns)
-    found = find_grid(weight, group, 4)
+    found = detect_quantization(weight, group, 4)
     assert found is not None
     assert found.is_symmetric
     assert is_exact(found, weight)
@@ -90,7 +97,7 @@ def test_q4_1(seed, group, magnitude):
     scales = half(random, (rows, count)) * np.float32(magnitude)
     minima = -scales * random.uniform(2, 13, (rows, count)).astype(np.float16).astype(np.float32)
     weight = weights(codes, scales, columns, minima)
-    found = find_grid(weight, group, 4)
+    found = detect_quantization(weight, group, 4)
     assert found is not None
     assert is_exact(found, weight)
 
@@ -108,7 +115,7 @@ def test_groups_that_do_not_use_their_ends(seed, group, data):
     codes[..., : high - low + 1] = np.arange(low, high + 1)
     zeros = random.integers(low, high + 1, (rows, count, 1))
     weight = weights(codes - zeros, half(random, (rows, count)), count * group)
-    found = find_grid(weight, group, 4)
+    found = detect_quantization(weight, group, 4)
     assert found is not None
     assert is_exact(found, weight)
     assert found.offsets is None
@@ -118,7 +125,7 @@ def test_groups_that_do_not_use_their_ends(seed, group, data):
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e20, -1e-20])
 def test_flat_groups(bits, value):
     weight = torch.full((3, 80), value)
-    found = find_grid(weight, 32, bits)
+    found = detect_quantization(weight, 32, bits)
     assert found is not None
     assert is_exact(found, weight)
     assert found.offsets is None
@@ -131,7 +138,7 @@ def test_flat_groups_beside_others():
     codes[..., :16] = np.arange(16) - 5
     codes[0, 0], codes[1, 1], codes[2, 2] = 9, -4, 0
     weight = weights(codes, half(random, (4, 3)), 96)
-    found = find_grid(weight, 32, 4)
+    found = detect_quantization(weight, 32, 4)
     assert found is not None
     assert is_exact(found, weight)
     assert found.offsets is None
@@ -141,7 +148,7 @@ def test_flat_groups_beside_others():
 @given(seed=seeds, group=groups_of, bits=st.sampled_from([4, 8]))
 def test_random_weights_are_on_no_grid(seed, group, bits):
     weight = torch.randn(4, 4 * group, generator=torch.Generator().manual_seed(seed))
-    assert find_grid(weight, group, bits) is None
+    assert detect_quantization(weight, group, bits) is None
 
 
 def test_one_weight_beside_the_grid_is_enough():
@@ -149,9 +156,9 @@ def test_one_weight_beside_the_grid_is_enough():
     codes = random.integers(-8, 8, (4, 4, 32))
     codes[..., 0] = -8
     weight = weights(codes, half(random, (4, 4)), 128)
-    assert find_grid(weight, 32, 4) is not None
+    assert detect_quantization(weight, 32, 4) is not None
     weight[3, 100] += 1e-4
-    assert find_grid(weight, 32, 4) is None
+    assert detect_quantization(weight, 32, 4) is None
 
 
 def test_a_grid_in_larger_groups_is_one_in_smaller_too():
@@ -160,7 +167,7 @@ def test_a_grid_in_larger_groups_is_one_in_smaller_too():
     codes = random.integers(0, 16, (4, 2, 64))
     codes[..., :16] = codes[..., 32:48] = np.arange(16)
     weight = weights(codes - 7, half(random, (4, 2)), 128)
-    found = find_grid(weight, 32, 4)
+    found = detect_quantization(weight, 32, 4)
     assert found is not None
     assert is_exact(found, weight)
 
@@ -177,7 +184,7 @@ def test_encoding_what_was_decoded_changes_nothing(seed, group, bits, with_offse
     zeros = torch.from_numpy(random.integers(0, 2**bits, (rows, count)).astype(np.uint8))
     scales = torch.from_numpy(half(random, (rows, count)))
     offsets = torch.from_numpy(half(random, (rows, count))) if with_offsets else None
-    grid = Grid(bits, codes, scales, zeros, offsets, columns)
-    again = encode(grouped(grid.dequantize(), group), scales, zeros.float(), offsets, bits, columns)
+    grid = QuantizedWeight(bits, codes, scales, zeros, offsets, columns)
+    again = encode(split_groups(grid.dequantize(), group), QuantParams(scales, zeros.float(), offsets), bits, columns)
     assert torch.equal(again.codes.flatten(1)[:, :columns], codes.flatten(1)[:, :columns])
     assert grid.dequantize().shape == (rows, columns)

@@ -11,7 +11,7 @@ from precast.exporter.options import QUANTIZE_METHODS
 from precast.exporter.quantize import Recipe, quantize
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
 from precast.exporter.quantize.methods import METHODS, Scheme, awq, get_method, gptq, round_to_nearest, search
-from precast.exporter.quantize.scheme import grouped
+from precast.exporter.quantize.scheme import split_groups
 from precast.runtime.errors import UsageError
 
 some = settings(max_examples=50, deadline=None)
@@ -20,7 +20,7 @@ schemes = st.builds(
     Scheme,
     bits=st.sampled_from([4, 8]),
     group=st.sampled_from([16, 32]),
-    zero=st.sampled_from(["middle", "whole", "free"]),
+    zero_point=st.sampled_from(["symmetric", "integer", "float"]),
 )
 # Everything that a weight can be: huge, tiny, subnormal, zero, of either sign.
 anything = st.one_of(
@@ -64,11 +64,11 @@ def test_any_finite_weights_give_finite_weights_in_range(values, scheme, name):
     assert grid.scales.isfinite().all()
     assert grid.codes.shape[:2] == grid.scales.shape == grid.zeros.shape
     assert max(int(grid.codes.max()), int(grid.zeros.max())) < 2**scheme.bits
-    assert (grid.offsets is None) == (scheme.zero != "free")
-    assert scheme.zero != "middle" or grid.is_symmetric
+    assert (grid.offsets is None) == (scheme.zero_point != "float")
+    assert scheme.zero_point != "symmetric" or grid.is_symmetric
     # Never worse than a group of zeros by much: no weight leaves its group's range by more than that range.
-    largest = grouped(weight, scheme.group).abs().amax(-1, keepdim=True)
-    error = (grouped(grid.dequantize(), scheme.group) - grouped(weight, scheme.group)).abs()
+    largest = split_groups(weight, scheme.group).abs().amax(-1, keepdim=True)
+    error = (split_groups(grid.dequantize(), scheme.group) - split_groups(weight, scheme.group)).abs()
     assert (error <= largest + 1e-44).all()
 
 
@@ -78,14 +78,14 @@ def test_round_to_nearest_is_off_by_half_a_step(seed, scheme):
     """Half a step; at the end of a symmetric grid that lacks a code, and where a zero point is rounded, one."""
     weight = random_weight(seed)
     grid = round_to_nearest(weight, scheme)
-    error = (grouped(grid.dequantize(), scheme.group) - grouped(weight, scheme.group)).abs()
+    error = (split_groups(grid.dequantize(), scheme.group) - split_groups(weight, scheme.group)).abs()
     step = grid.scales.abs()[..., None]
     inside = (grid.codes > 0) & (grid.codes < 2**scheme.bits - 1)
-    bound = torch.where(inside | torch.tensor(scheme.zero == "free"), 0.5, 1.0)
+    bound = torch.where(inside | torch.tensor(scheme.zero_point == "float"), 0.5, 1.0)
     assert (error <= bound * step * (1 + 1e-4)).all()
 
 
-@pytest.mark.parametrize("zero", ["middle", "whole", "free"])
+@pytest.mark.parametrize("zero", ["symmetric", "integer", "float"])
 @pytest.mark.parametrize("name", METHODS)
 def test_zero_stays_zero_where_it_is_a_code(name, zero):
     """Pruned weights stay pruned unless the zero is free; a row of zeros always."""
@@ -94,7 +94,7 @@ def test_zero_stays_zero_where_it_is_a_code(name, zero):
     weight[0] = 0
     found = get_method(name).quantize(weight, Scheme(4, 32, zero), None).dequantize()
     assert (found[0] == 0).all()
-    if zero != "free":
+    if zero != "float":
         assert (found[:, ::3] == 0).all()
 
 
@@ -106,18 +106,18 @@ def test_zero_stays_zero_where_it_is_a_code(name, zero):
 def test_search_loses_no_more_than_round_to_nearest(seed, scheme):
     """By the measure that it minimizes, group by group."""
     weight = random_weight(seed)
-    groups = grouped(weight, scheme.group)
+    groups = split_groups(weight, scheme.group)
     importance = groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()
 
     def loss(grid):
-        return (importance * (grouped(grid.dequantize(), scheme.group) - groups).square())[:, :-1].sum(-1)
+        return (importance * (split_groups(grid.dequantize(), scheme.group) - groups).square())[:, :-1].sum(-1)
 
     assert (loss(search(weight, scheme)) <= loss(round_to_nearest(weight, scheme)) * (1 + 1e-4) + 1e-12).all()
 
 
 def test_search_is_clearly_better_at_4_bits():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    for zero, share in (("middle", 0.92), ("whole", 0.95), ("free", 0.95)):
+    for zero, share in (("symmetric", 0.92), ("integer", 0.95), ("float", 0.95)):
         scheme = Scheme(4, 32, zero)
         errors = [
             (method(weight, scheme).dequantize() - weight).square().sum() for method in (round_to_nearest, search)
@@ -126,7 +126,7 @@ def test_search_is_clearly_better_at_4_bits():
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=seeds, zero=st.sampled_from(["middle", "whole", "free"]))
+@given(seed=seeds, zero=st.sampled_from(["symmetric", "integer", "float"]))
 def test_gptq_loses_less_at_the_outputs(seed, zero):
     """x (w - ŵ)ᵀ for the inputs that it learned from: at most 0.9 of what search loses, typically half."""
     weight, x, scheme = random_weight(seed, rows=24), inputs(seed + 1), Scheme(4, 32, zero)
@@ -153,7 +153,7 @@ def test_gptq_of_inputs_that_are_never_used(dead):
     """Columns whose inputs are always 0 neither fail nor spoil the others."""
     weight, x = random_weight(3, rows=24), inputs(4)
     x[:, dead] = 0
-    scheme = Scheme(4, 32, "free")
+    scheme = Scheme(4, 32, "float")
     grid = gptq(weight, scheme, hessian(x))
     assert grid.dequantize().isfinite().all()
     loss, other = ((x @ (weight - each.dequantize()).T).square().mean() for each in (grid, search(weight, scheme)))
@@ -163,11 +163,11 @@ def test_gptq_of_inputs_that_are_never_used(dead):
 def test_gptq_of_a_single_token():
     """A Hessian of rank 1 can be inverted only because it is damped."""
     weight, x = random_weight(5), inputs(6, tokens=1)
-    assert gptq(weight, Scheme(4, 32, "middle"), hessian(x)).dequantize().isfinite().all()
+    assert gptq(weight, Scheme(4, 32, "symmetric"), hessian(x)).dequantize().isfinite().all()
 
 
 @some
-@given(seed=seeds, tokens=st.sampled_from([1, 400]), zero=st.sampled_from(["middle", "whole"]))
+@given(seed=seeds, tokens=st.sampled_from([1, 400]), zero=st.sampled_from(["symmetric", "integer"]))
 def test_awq_loses_no_more_at_the_outputs_than_rounding_to_nearest(seed, tokens, zero):
     weight, x = random_weight(seed), inputs(seed + 1, tokens=tokens)
     scheme = Scheme(8, 80, zero)
@@ -178,7 +178,7 @@ def test_awq_loses_no_more_at_the_outputs_than_rounding_to_nearest(seed, tokens,
 
 def test_awq_gains_where_inputs_differ_in_size():
     weight, x = random_weight(1), inputs(2) * torch.logspace(-2, 1, 80)
-    scheme = Scheme(8, 80, "whole")
+    scheme = Scheme(8, 80, "integer")
     mine, plain = awq(weight, scheme, hessian(x)), round_to_nearest(weight, scheme)
     losses = [(x @ (weight - each.dequantize()).T).square().mean() for each in (mine, plain)]
     assert losses[0] < losses[1] / 2
@@ -187,7 +187,7 @@ def test_awq_gains_where_inputs_differ_in_size():
 def test_a_stretched_layer_and_the_table_it_shares():
     """What is rounded stretched is multiplied and looked up as if it had never been."""
     weight, x = random_weight(7), inputs(8)
-    grid = awq(weight, Scheme(8, 80, "whole"), hessian(x * torch.logspace(-2, 1, 80)))
+    grid = awq(weight, Scheme(8, 80, "integer"), hessian(x * torch.logspace(-2, 1, 80)))
     assert grid.channel_scales is not None
     assert grid.channel_scales.std() > 0.1
     packed, ids = Packed(grid), torch.tensor([[4, 0], [2, 2]])
@@ -202,7 +202,7 @@ def test_a_stretched_layer_and_the_table_it_shares():
 def test_methods_and_schemes_in_words():
     with pytest.raises(UsageError, match=r"no quantization method 'hqq'.*rtn, search, gptq, awq"):
         get_method("hqq")
-    assert str(Scheme(4, 32, "free")) == "int4 in groups of 32, asymmetric with offsets"
+    assert str(Scheme(4, 32, "float")) == "int4 in groups of 32, asymmetric with offsets"
     assert [name for name, method in METHODS.items() if method.is_calibrated] == ["gptq", "awq"]
 
 
@@ -210,7 +210,7 @@ def test_methods_and_schemes_in_words():
 def test_the_text_is_read_once_per_block(name):
     """What a block learns knows of the errors of those before it."""
     model = Reader()
-    quantize(model, Recipe(Scheme(8, 16, "whole"), name), [torch.arange(6), torch.arange(3)])
+    quantize(model, Recipe(Scheme(8, 16, "integer"), name), [torch.arange(6), torch.arange(3)])
     assert model.read == 3 * 2
 
 

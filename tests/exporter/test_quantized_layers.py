@@ -17,31 +17,33 @@ from precast.exporter.backends.onnx.lowering import lower
 from precast.exporter.backends.onnx.pack_projections import PackSiblings
 from precast.exporter.kinds.trace import Program
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
-from precast.exporter.quantize.scheme import Grid
+from precast.exporter.quantize.scheme import QuantizedWeight
 from precast.runtime.artifact.schema import Graph, Input, Output
 
 some = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**31)
 bits_ = st.sampled_from([4, 8])
-zeros_ = st.sampled_from(["middle", "whole", "free"])
+zeros_ = st.sampled_from(["symmetric", "integer", "float"])
 forms = pytest.mark.parametrize(
-    ("bits", "zero"), [(4, "middle"), (4, "whole"), (4, "free"), (8, "middle"), (8, "whole")]
+    ("bits", "zero"), [(4, "symmetric"), (4, "integer"), (4, "float"), (8, "symmetric"), (8, "integer")]
 )
 tables = pytest.mark.parametrize(
-    ("bits", "zero", "count"), [(4, "middle", 3), (4, "whole", 3), (8, "middle", 2), (8, "whole", 1)]
+    ("bits", "zero", "count"), [(4, "symmetric", 3), (4, "integer", 3), (8, "symmetric", 2), (8, "integer", 1)]
 )
 
 
-def random_grid(seed: int, bits: int, zero: str, rows: int, count: int, group: int = 32, cut: int = 0) -> Grid:
+def random_weight(
+    seed: int, bits: int, zero: str, rows: int, count: int, group: int = 32, cut: int = 0
+) -> QuantizedWeight:
     """[rows, count * group - cut]."""
     random = np.random.default_rng(seed)
     codes = torch.from_numpy(random.integers(0, 2**bits, (rows, count, group)).astype(np.uint8))
     zeros = torch.from_numpy(random.integers(0, 2**bits, (rows, count)).astype(np.uint8))
     scales = torch.from_numpy(random.uniform(0.1, 1, (rows, count)).astype(np.float32))
-    if zero == "middle":
+    if zero == "symmetric":
         zeros = torch.full_like(zeros, 2 ** (bits - 1))
     offsets = torch.from_numpy(random.uniform(-0.5, 0.5, (rows, count)).astype(np.float32)) * scales
-    return Grid(bits, codes, scales, zeros, offsets if zero == "free" else None, count * group - cut)
+    return QuantizedWeight(bits, codes, scales, zeros, offsets if zero == "float" else None, count * group - cut)
 
 
 def whole_activations(seed: int, tokens: int, count: int, group: int = 32) -> torch.Tensor:
@@ -55,16 +57,16 @@ def whole_activations(seed: int, tokens: int, count: int, group: int = 32) -> to
     return torch.from_numpy((x * random.choice([-1, 1], (tokens, count, 1))).reshape(1, tokens, -1)).float()
 
 
-def offset_bound(grid: Grid, x: torch.Tensor) -> torch.Tensor:
-    """What offsets may be off by in the output: half a step of the symmetric grid that holds them, by each mean."""
-    if grid.offsets is None:
+def offset_bound(quantized: QuantizedWeight, x: torch.Tensor) -> torch.Tensor:
+    """What offsets may be off by in the output: half a step of the symmetric codes that hold them, by each mean."""
+    if quantized.offsets is None:
         return torch.zeros(())
-    blocks = nn.functional.pad(grid.offsets.abs(), (0, -grid.offsets.shape[1] % grid.group)).unflatten(
-        1, (-1, grid.group)
+    blocks = nn.functional.pad(quantized.offsets.abs(), (0, -quantized.offsets.shape[1] % quantized.group)).unflatten(
+        1, (-1, quantized.group)
     )
-    half_steps = blocks.amax(-1) / (2 ** (grid.bits - 1) - 1) / 2
-    per_group = half_steps.repeat_interleave(grid.group, 1)[:, : grid.offsets.shape[1]]
-    sums = x.unflatten(-1, (-1, grid.group)).sum(-1).abs()
+    half_steps = blocks.amax(-1) / (2 ** (quantized.bits - 1) - 1) / 2
+    per_group = half_steps.repeat_interleave(quantized.group, 1)[:, : quantized.offsets.shape[1]]
+    sums = x.unflatten(-1, (-1, quantized.group)).sum(-1).abs()
     return sums @ per_group.T
 
 
@@ -79,28 +81,32 @@ def close(found, expected, x: torch.Tensor, weight: torch.Tensor, bound: torch.T
 @some
 @given(seed=seeds, bits=bits_, zero=zeros_, count=st.integers(1, 5), cut=st.integers(0, 31), with_bias=st.booleans())
 def test_a_quantized_linear_is_the_dequantized_one(seed, bits, zero, count, cut, with_bias):
-    grid = random_grid(seed, bits, zero, 7, count, cut=0 if zero == "free" else cut)
-    x, bias = torch.randn(2, 3, grid.columns), torch.randn(7) if with_bias else None
-    found = QuantizedLinear(Packed(grid), bias)(x)
-    expected = nn.functional.linear(x, grid.dequantize(), bias)
-    assert close(found, expected, x, grid.dequantize(), offset_bound(grid, x))
+    quantized = random_weight(seed, bits, zero, 7, count, cut=0 if zero == "float" else cut)
+    x, bias = torch.randn(2, 3, quantized.columns), torch.randn(7) if with_bias else None
+    found = QuantizedLinear(Packed(quantized), bias)(x)
+    expected = nn.functional.linear(x, quantized.dequantize(), bias)
+    assert close(found, expected, x, quantized.dequantize(), offset_bound(quantized, x))
 
 
 @some
 @given(
-    seed=seeds, bits=bits_, zero=st.sampled_from(["middle", "whole"]), count=st.integers(1, 5), cut=st.integers(0, 31)
+    seed=seeds,
+    bits=bits_,
+    zero=st.sampled_from(["symmetric", "integer"]),
+    count=st.integers(1, 5),
+    cut=st.integers(0, 31),
 )
 def test_a_quantized_embedding_is_the_dequantized_one(seed, bits, zero, count, cut):
-    grid = replace(random_grid(seed, bits, zero, 11, count, cut=cut), offsets=None)
+    quantized = replace(random_weight(seed, bits, zero, 11, count, cut=cut), offsets=None)
     ids = torch.tensor([[0, 10, 3], [3, 3, 7]])
-    assert torch.equal(QuantizedEmbedding(Packed(grid))(ids), nn.functional.embedding(ids, grid.dequantize()))
+    assert torch.equal(QuantizedEmbedding(Packed(quantized))(ids), nn.functional.embedding(ids, quantized.dequantize()))
 
 
 def test_bytes_are_what_the_bits_say():
     """4 bits: half a byte per code; zero points are stored only where they are not the middle."""
-    for bits, zero, expected in ((4, "middle", 16 + 4), (8, "middle", 32 + 4), (4, "whole", 16 + 4 + 0.5)):
-        grid = random_grid(0, bits, zero, 6, 4)
-        assert Packed(grid).nbytes == 6 * 4 * expected
+    for bits, zero, expected in ((4, "symmetric", 16 + 4), (8, "symmetric", 32 + 4), (4, "integer", 16 + 4 + 0.5)):
+        quantized = random_weight(0, bits, zero, 6, 4)
+        assert Packed(quantized).nbytes == 6 * 4 * expected
 
 
 # ---------------------------------------------------------------- ONNX Runtime
@@ -135,47 +141,53 @@ def counts(model: ir.Model, kind: str) -> int:
 @forms
 def test_matmul_nbits_rounds_activations_by_half_a_step(bits, zero):
     """A step of int8 is a 127th of a group's largest activation."""
-    grid = random_grid(7, bits, zero, 16, 4)
+    quantized = random_weight(7, bits, zero, 16, 4)
     x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(7))
-    found = run(compiled(QuantizedLinear(Packed(grid), None), x), x)[0]
-    weight, steps = grid.dequantize(), x.unflatten(-1, (-1, 32)).abs().amax(-1) / 127
-    bound = offset_bound(grid, x) + 0.5 * steps @ weight.unflatten(1, (-1, 32)).abs().sum(-1).T
+    found = run(compiled(QuantizedLinear(Packed(quantized), None), x), x)[0]
+    weight, steps = quantized.dequantize(), x.unflatten(-1, (-1, 32)).abs().amax(-1) / 127
+    bound = offset_bound(quantized, x) + 0.5 * steps @ weight.unflatten(1, (-1, 32)).abs().sum(-1).T
     # The codes' own middle is subtracted outside of the product, which adds the roundings of the group's sum.
-    bound = bound + 0.5 * 32 * steps @ (grid.scales * (grid.zeros.float() if zero != "middle" else 0)).T
-    if grid.offsets is not None:
+    bound = bound + 0.5 * 32 * steps @ (quantized.scales * (quantized.zeros.float() if zero != "symmetric" else 0)).T
+    if quantized.offsets is not None:
         means = x.unflatten(-1, (-1, 32)).mean(-1)
-        bound = bound + 32 * 0.5 * means.abs().amax(-1, keepdim=True) / 127 * grid.offsets.abs().sum(1)
+        bound = bound + 32 * 0.5 * means.abs().amax(-1, keepdim=True) / 127 * quantized.offsets.abs().sum(1)
     assert close(found, nn.functional.linear(x, weight), x, weight, bound)
 
 
 def test_a_table_that_is_no_multiple_of_the_group():
-    grid = random_grid(0, 8, "middle", 16, 3, cut=16)
+    quantized = random_weight(0, 8, "symmetric", 16, 3, cut=16)
     x = whole_activations(0, 2, 3)[..., :80]
-    expected = nn.functional.linear(x, grid.dequantize())
+    expected = nn.functional.linear(x, quantized.dequantize())
     assert close(
-        run(compiled(QuantizedLinear(Packed(grid), None), x), x)[0], expected, x, grid.dequantize(), torch.zeros(())
+        run(compiled(QuantizedLinear(Packed(quantized), None), x), x)[0],
+        expected,
+        x,
+        quantized.dequantize(),
+        torch.zeros(()),
     )
     ids = torch.tensor([[1, 15, 0]])
-    found = run(compiled(QuantizedEmbedding(Packed(grid)), ids), ids)[0]
-    assert np.array_equal(found, nn.functional.embedding(ids, grid.dequantize()).numpy())
+    found = run(compiled(QuantizedEmbedding(Packed(quantized)), ids), ids)[0]
+    assert np.array_equal(found, nn.functional.embedding(ids, quantized.dequantize()).numpy())
 
 
-@pytest.mark.parametrize("zero", ["middle", "free"])
+@pytest.mark.parametrize("zero", ["symmetric", "float"])
 def test_inputs_without_a_batch(zero):
     """A router reads tokens as [tokens, K]."""
-    grid = random_grid(0, 4, zero, 16, 2)
+    quantized = random_weight(0, 4, zero, 16, 2)
     x = whole_activations(0, 5, 2)[0]
-    found = run(compiled(QuantizedLinear(Packed(grid), None), x), x)[0]
-    assert close(found, nn.functional.linear(x, grid.dequantize()), x, grid.dequantize(), offset_bound(grid, x))
+    found = run(compiled(QuantizedLinear(Packed(quantized), None), x), x)[0]
+    assert close(
+        found, nn.functional.linear(x, quantized.dequantize()), x, quantized.dequantize(), offset_bound(quantized, x)
+    )
 
 
 @tables
 def test_gather_block_quantized_is_the_dequantized_embedding(bits, zero, count):
-    grid = random_grid(7, bits, zero, 11, count)
+    quantized = random_weight(7, bits, zero, 11, count)
     ids = torch.tensor([[0, 10, 3], [3, 3, 7]])
-    model = compiled(QuantizedEmbedding(Packed(grid)), ids)
+    model = compiled(QuantizedEmbedding(Packed(quantized)), ids)
     assert counts(model, "GatherBlockQuantized") == 1
-    assert np.array_equal(run(model, ids)[0], nn.functional.embedding(ids, grid.dequantize()).numpy())
+    assert np.array_equal(run(model, ids)[0], nn.functional.embedding(ids, quantized.dequantize()).numpy())
 
 
 # ---------------------------------------------------------------- siblings
@@ -192,8 +204,8 @@ class Family(nn.Module):
         return tuple(layer(x) + 1 for layer in self.layers)
 
 
-def layer(seed: int, rows: int, *, bits: int = 4, zero: str = "free", bias: bool = False) -> QuantizedLinear:
-    made = random_grid(seed, bits, zero, rows, 3)
+def layer(seed: int, rows: int, *, bits: int = 4, zero: str = "float", bias: bool = False) -> QuantizedLinear:
+    made = random_weight(seed, bits, zero, rows, 3)
     return QuantizedLinear(Packed(made), torch.randn(rows) if bias else None)
 
 
@@ -214,7 +226,7 @@ def test_packed_siblings_give_what_each_gave(bits, zero, biases):
 def test_only_siblings_of_one_format_are_packed():
     """4 and 8 bits, with zero points and without, stay apart, and so do layers that read something else."""
     x = torch.randn(1, 3, 96)
-    family = Family(layer(0, 16), layer(1, 16, bits=8, zero="middle"), layer(2, 16), layer(3, 16, zero="middle"))
+    family = Family(layer(0, 16), layer(1, 16, bits=8, zero="symmetric"), layer(2, 16), layer(3, 16, zero="symmetric"))
     model = compiled(family, x, packed=True)
     assert counts(model, "MatMulNBits") == 3
     for found, expected in zip(run(model, x), run(compiled(family, x), x), strict=True):

@@ -32,13 +32,13 @@ from .language_model import READS_MORE, keep_language_model, wider_class
 from .locate import check_is_checkpoint, find_local, not_given
 from .peft_adapters import check_merged
 from .prequantized import (
-    Grid,
     Packing,
-    check_understood,
-    packing_of,
-    quantization_settings,
-    unpacked,
-    without_quantization,
+    SourceScheme,
+    check_all_used,
+    find_packing,
+    find_quantization_settings,
+    strip_quantization,
+    unpack_tensors,
 )
 from .sentence_texts import sentence_files
 from .sentence_transformers import attach_sentences, embeds_sentences, sentence_weights
@@ -116,7 +116,7 @@ class Checkpoint:
     @cached_property
     def written_config(self) -> dict[str, Any]:
         """config.json as it stands, without what transformers adds; and without how weights were packed."""
-        return without_quantization(self._config_file)
+        return strip_quantization(self._config_file)
 
     @cached_property
     def _config_file(self) -> dict[str, Any]:
@@ -126,13 +126,13 @@ class Checkpoint:
     @cached_property
     def packing(self) -> Packing | None:
         """How its weights are packed, where it is quantized. Raises CheckpointError for a way that is not supported."""
-        settings = None if self.gguf_file else quantization_settings(self._config_file)
-        return packing_of(settings, self.name) if settings else None
+        settings = None if self.gguf_file else find_quantization_settings(self._config_file)
+        return find_packing(settings, self.name) if settings else None
 
     @property
-    def grid(self) -> Grid | None:
-        """The levels that its packed weights lie on; None where it is not quantized, and for GGUF files."""
-        return self.packing.grid if self.packing else None
+    def source_scheme(self) -> SourceScheme | None:
+        """How its packed weights are quantized; None where they are not, and for GGUF files."""
+        return self.packing.scheme if self.packing else None
 
     @property
     def text_config(self) -> Any:
@@ -317,10 +317,10 @@ class Checkpoint:
 
     def _load_unpacked(self, packing: Packing, task: Task, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """As from_pretrained loads it, which takes tensors only from those who name no directory."""
-        tensors = unpacked(self._weight_files(), packing)
+        tensors = unpack_tensors(self._weight_files(), packing)
         cls: Any = type(self.skeleton(task))
         model, info = cls.from_pretrained(None, trust_remote_code=self._trusts, state_dict=tensors, **settings)
-        check_understood(model, tensors, info["unexpected_keys"], self.name)
+        check_all_used(model, tensors, info["unexpected_keys"], self.name)
         return model, info
 
     def _generation_config(self) -> GenerationConfig:

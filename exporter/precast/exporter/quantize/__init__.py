@@ -1,4 +1,4 @@
-"""Weight-only quantization: the model's linear layers on a grid, before it is traced."""
+"""Weight-only quantization of a model's linear layers and embedding, before it is traced."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .calibration import blocks, hessians
+from .calibration import collect_hessians, group_blocks
 from .linear import Packed, QuantizedEmbedding, QuantizedLinear
 from .methods import METHODS, WHOLE_ROW, Scheme, get_method
 from .recipe import Layer, Recipe, find_layers
-from .scheme import Grid, find_grid, stacked
+from .scheme import QuantizedWeight, detect_quantization, stack_rows
 
 __all__ = ["METHODS", "Recipe", "Scheme", "quantize"]
 
 SOURCE_BITS = (4, 8)
-"""The grids of a source that can be kept, finest last."""
-AT_ONCE = 2**20
-"""Weights that are rounded together."""
+"""Bits of a source's own quantization that can be kept, most bits last."""
+CHUNK = 2**20
+"""Weights that are quantized at a time."""
 
 
 def quantize(
@@ -29,67 +29,69 @@ def quantize(
     calibration: Sequence[Tensor] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
-    """Replace the layers of `model` in place, each freed as soon as its successor stands.
+    """Quantize the layers of `model` in place; each layer is freed as soon as it is replaced.
 
     Args:
         calibration: rows of token ids [S], for methods that are calibrated.
-        progress: told how many layers of how many are done.
+        progress: called with the number of layers done and the number of all layers.
 
     Returns:
-        Per layer, in words, the grid that it is on now.
+        Per layer a description of its quantization, for people.
     """
     method, done = get_method(recipe.method), dict[str, str]()
     layers = {layer.name: layer for layer in find_layers(model, recipe.skipped)}
-    for names in blocks(list(layers)):
+    for names in group_blocks(list(layers)):
         asked = [name for name in names if layers[name].linear] if method.is_calibrated else []
-        learned = hessians(model, asked, calibration) if asked else {}
+        learned = collect_hessians(model, asked, calibration) if asked else {}
         for name in names:
             layer = layers.pop(name)
-            grid, words = _grid(layer, recipe, learned.pop(name, None))
-            _replace(model, layer, Packed(grid))
+            weight, words = _quantize_layer(layer, recipe, learned.pop(name, None))
+            _replace(model, layer, Packed(weight))
             done[name] = words
             progress(len(done), len(done) + len(layers))
     return done
 
 
 @torch.no_grad()
-def _grid(layer: Layer, recipe: Recipe, hessian: Tensor | None) -> tuple[Grid, str]:
-    """The source's own grid if that is to be kept and there is one, otherwise what the method makes."""
+def _quantize_layer(layer: Layer, recipe: Recipe, hessian: Tensor | None) -> tuple[QuantizedWeight, str]:
+    """Keep the source's own quantization if the recipe says so and there is one; otherwise apply the method."""
     asked = recipe.scheme_for(layer.name)
     scheme = asked if asked.group != WHOLE_ROW else replace(asked, group=layer.weight.shape[1])
     if recipe.keeps_source:
         for bits in SOURCE_BITS:
-            found = _by_rows(layer.weight, partial(find_grid, group=scheme.group, bits=bits))
-            if found is not None and (found.offsets is None or _has_room(layer, scheme.group)):
+            found = _apply_by_rows(layer.weight, partial(detect_quantization, group=scheme.group, bits=bits))
+            if found is not None and (found.offsets is None or _can_hold_offsets(layer, scheme.group)):
                 return found, f"the source's int{bits} in groups of {scheme.group}"
-    if scheme.zero == "free" and not _has_room(layer, scheme.group):
-        scheme = replace(scheme, zero="whole")
+    if scheme.zero_point == "float" and not _can_hold_offsets(layer, scheme.group):
+        scheme = replace(scheme, zero_point="integer")
     method = get_method(recipe.method)
     if method.is_calibrated:
-        return method.quantize(layer.weight, scheme, hessian), str(_named(asked, scheme))
-    grid = _by_rows(layer.weight, lambda rows: method.quantize(rows, scheme, None))
-    assert grid is not None, "a method always finds a grid"
-    return grid, str(_named(asked, scheme))
+        return method.quantize(layer.weight, scheme, hessian), str(_with_asked_group(asked, scheme))
+    weight = _apply_by_rows(layer.weight, lambda rows: method.quantize(rows, scheme, None))
+    assert weight is not None, "a method always has a result"
+    return weight, str(_with_asked_group(asked, scheme))
 
 
-def _named(asked: Scheme, scheme: Scheme) -> Scheme:
-    """What was done, by the group that was asked for: rows of different lengths are one scheme."""
+def _with_asked_group(asked: Scheme, scheme: Scheme) -> Scheme:
+    """The scheme with its group size as asked for: whole rows of different lengths are described alike."""
     return replace(scheme, group=asked.group)
 
 
-def _by_rows(weight: Tensor, function: Callable[[Tensor], Grid | None]) -> Grid | None:
-    """The grids of parts of the rows, joined, or None if one has none. What a method needs meanwhile is many times what
-    it works on, and an embedding can be most of a model."""
+def _apply_by_rows(weight: Tensor, function: Callable[[Tensor], QuantizedWeight | None]) -> QuantizedWeight | None:
+    """Quantize a chunk of rows at a time and join the results; None if a chunk has none.
+
+    A method needs many times the memory of its input, and an embedding can be most of a model.
+    """
     parts = []
-    for rows in weight.split(max(1, AT_ONCE // weight.shape[1])):
+    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
         if (part := function(rows)) is None:
             return None
         parts.append(part)
-    return stacked(parts)
+    return stack_rows(parts)
 
 
-def _has_room(layer: Layer, group: int) -> bool:
-    """Offsets are held in columns behind the others: a table has none, and they begin where whole groups end."""
+def _can_hold_offsets(layer: Layer, group: int) -> bool:
+    """Offset columns need K divisible by the group size and no embedding table."""
     return layer.table is None and layer.weight.shape[1] % group == 0
 
 

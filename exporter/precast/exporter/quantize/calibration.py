@@ -1,4 +1,4 @@
-"""What a layer's inputs look like: the mean of x xᵀ over calibration text, layer by layer."""
+"""Hessians for calibrated methods: the mean of x xᵀ over a layer's inputs on calibration text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor, nn
 
-__all__ = ["blocks", "hessians"]
+__all__ = ["collect_hessians", "group_blocks"]
 
 
-def blocks(names: Sequence[str]) -> Iterator[list[str]]:
-    """Consecutive layers of one decoder block: `model.layers.3.mlp.up_proj` belongs to `model.layers.3`."""
+def group_blocks(names: Sequence[str]) -> Iterator[list[str]]:
+    """Group layers by decoder block: `model.layers.3.mlp.up_proj` belongs to `model.layers.3`."""
     groups: dict[str, list[str]] = {}
     for name in names:
         found = re.match(r".*?\.\d+(?=\.)", name)
@@ -21,33 +21,33 @@ def blocks(names: Sequence[str]) -> Iterator[list[str]]:
     yield from groups.values()
 
 
-def hessians(model: nn.Module, names: Sequence[str], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+def collect_hessians(model: nn.Module, names: Sequence[str], rows: Sequence[Tensor]) -> dict[str, Tensor]:
     """Per layer [K, K]: the mean of x xᵀ over every token x that reaches it when `model` reads `rows` [S] of ids.
 
-    Layers that are quantized already give what they give now, so later layers learn of the errors of earlier ones.
+    Layers that are quantized already run quantized, so the inputs of later layers contain the errors of earlier ones.
     """
     sums: dict[str, Tensor] = {}
     for row in rows:
         seen: set[str] = set()
-        with ExitStack() as hooks, torch.no_grad(), suppress(_SeenAllError):
+        with ExitStack() as hooks, torch.no_grad(), suppress(_AllCollectedError):
             for name in names:
-                collector = _collector(sums, seen, name, len(names))
+                collector = _make_collector(sums, seen, name, len(names))
                 hooks.callback(model.get_submodule(name).register_forward_pre_hook(collector).remove)
             model(input_ids=row[None], use_cache=False)
     tokens = sum(len(row) for row in rows)
     return {name: total / tokens for name, total in sums.items()}
 
 
-class _SeenAllError(Exception):
-    """Every layer that was asked about has had its inputs; what comes after would be computed for nothing."""
+class _AllCollectedError(Exception):
+    """Stops a forward pass once every layer has had its inputs: the rest would be computed for nothing."""
 
 
-def _collector(sums: dict[str, Tensor], seen: set[str], name: str, count: int) -> Callable[..., None]:
+def _make_collector(sums: dict[str, Tensor], seen: set[str], name: str, count: int) -> Callable[..., None]:
     def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().flatten(0, -2).float()
         sums[name] = sums.get(name, 0) + x.T @ x
         seen.add(name)
         if len(seen) == count:
-            raise _SeenAllError
+            raise _AllCollectedError
 
     return collect

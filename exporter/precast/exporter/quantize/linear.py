@@ -1,4 +1,4 @@
-"""Quantized layers: what takes the place of `nn.Linear` and `nn.Embedding` in a model that is exported quantized.
+"""Quantized layers that replace `nn.Linear` and `nn.Embedding` in a model that is exported quantized.
 
 Each is one operator with an eager meaning, so that the quantized program can be run and compared before any backend
 sees it; a backend lowers the operators its own way.
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .scheme import Grid
+from .scheme import QuantizedWeight
 
 __all__ = [
     "Packed",
     "QuantizedEmbedding",
     "QuantizedLinear",
-    "codes_of",
+    "unpack_codes",
     "look_up",
-    "means",
+    "group_means",
     "multiply",
     "quantized_embedding",
     "quantized_linear",
-    "unpack",
+    "dequantize",
 ]
 
 
@@ -40,10 +40,10 @@ def quantized_linear(
     columns: int,
     extra: int,
 ) -> Tensor:
-    """`x @ wᵀ + bias` with w on a grid, w = scale * (code - zero).
+    """`x @ wᵀ + bias` with quantized w = scale * (code - zero).
 
     Codes lie along the input dimension in bytes, low bits first, as ONNX Runtime's MatMulNBits has them. The last
-    `extra` columns of w do not multiply x but the mean of each group of x: that is how offsets are held, in codes like
+    `extra` columns of w do not multiply x but the mean of each group of x: they hold the offsets, in codes like
     everything else.
 
     Args:
@@ -68,7 +68,7 @@ def _(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
 def quantized_embedding(
     ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int
 ) -> Tensor:
-    """Rows of a table on a grid: ids int64 [...] -> float32 [..., K].
+    """Rows of a quantized table: ids int64 [...] -> float32 [..., K].
 
     `codes` is uint8 [V, K * bits / 8], K a multiple of `group`, padding included; the rest is as for
     `quantized_linear`.
@@ -93,10 +93,10 @@ def multiply(
     extra: int,
 ) -> Tensor:
     """`quantized_linear` in PyTorch's own operators."""
-    weight = unpack(codes, scales, zeros, bits)
+    weight = dequantize(codes, scales, zeros, bits)
     result: Tensor = x @ weight[:, :columns].to(x.dtype).T
     if extra:
-        result = result + means(x, group) @ weight[:, columns : columns + extra].to(x.dtype).T
+        result = result + group_means(x, group) @ weight[:, columns : columns + extra].to(x.dtype).T
     return result if bias is None else result + bias
 
 
@@ -104,31 +104,31 @@ def look_up(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bi
     """`quantized_embedding` in PyTorch's own operators."""
     rows = codes[ids.flatten()].unflatten(1, (-1, group * bits // 8))
     picked = None if zeros is None else zeros[ids.flatten()]
-    return unpack(rows, scales[ids.flatten()], picked, bits).view(*ids.shape, -1)
+    return dequantize(rows, scales[ids.flatten()], picked, bits).view(*ids.shape, -1)
 
 
-def means(x: Tensor, group: int) -> Tensor:
+def group_means(x: Tensor, group: int) -> Tensor:
     """The mean of each group of the last dimension."""
     result: Tensor = x.unflatten(-1, (-1, group)).mean(-1)
     return result
 
 
-def unpack(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """The weights, float32 [N, G * group]."""
     middle = torch.full_like(scales, 2 ** (bits - 1))
-    points = middle if zeros is None else codes_of(zeros, bits)[:, : scales.shape[1]].float()
-    return ((codes_of(codes, bits).float() - points[..., None]) * scales[..., None]).flatten(1)
+    points = middle if zeros is None else unpack_codes(zeros, bits)[:, : scales.shape[1]].float()
+    return ((unpack_codes(codes, bits).float() - points[..., None]) * scales[..., None]).flatten(1)
 
 
-def codes_of(packed: Tensor, bits: int) -> Tensor:
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     """Bytes -> codes, along the last dimension."""
     if bits == 8:
         return packed
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
 
-def _join(codes: Tensor, bits: int) -> Tensor:
-    """Codes -> bytes, along the last dimension, of even length for 4 bits."""
+def _pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes -> bytes, along the last dimension, which is of even length for 4 bits."""
     return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
@@ -136,23 +136,23 @@ def _join(codes: Tensor, bits: int) -> Tensor:
 
 
 class Packed(nn.Module):
-    """A grid as buffers in the operators' layout. `extra` columns hold offsets; see `quantized_linear`. What columns
-    were stretched by is taken back by `balance` [K], which inputs are multiplied by, and rows that are looked up."""
+    """A quantized weight as buffers in the operators' layout. `extra` columns hold offsets; see `quantized_linear`.
+    Channel scales are undone by `balance` [K], their reciprocals, which multiplies inputs and embedding rows."""
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     balance: Tensor | None
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
-        self.register_buffer("balance", None if grid.channel_scales is None else 1 / grid.channel_scales)
-        self.bits, self.group, self.columns, self.extra = grid.bits, grid.group, grid.columns, 0
-        if grid.offsets is not None:
-            self.extra, grid = grid.offsets.shape[1], _with_offsets(grid)
-        self.register_buffer("codes", _join(grid.codes, grid.bits).contiguous())
-        self.register_buffer("scales", grid.scales.contiguous())
-        self.register_buffer("zeros", None if grid.is_symmetric else _zero_points(grid))
+        self.register_buffer("balance", None if weight.channel_scales is None else 1 / weight.channel_scales)
+        self.bits, self.group, self.columns, self.extra = weight.bits, weight.group, weight.columns, 0
+        if weight.offsets is not None:
+            self.extra, weight = weight.offsets.shape[1], _offsets_as_columns(weight)
+        self.register_buffer("codes", _pack_codes(weight.codes, weight.bits).contiguous())
+        self.register_buffer("scales", weight.scales.contiguous())
+        self.register_buffer("zeros", None if weight.is_symmetric else _pack_zero_points(weight))
 
     @property
     def nbytes(self) -> int:
@@ -160,34 +160,34 @@ class Packed(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers(recurse=False))
 
 
-def _with_offsets(grid: Grid) -> Grid:
-    """Offsets as more columns: codes of their own, in symmetric groups, over the means of the groups before."""
-    assert grid.offsets is not None
+def _offsets_as_columns(weight: QuantizedWeight) -> QuantizedWeight:
+    """Move offsets into extra columns, quantized symmetrically, which multiply the means of x's groups."""
+    assert weight.offsets is not None
     # An offset is added to each of a group's weights, and the mean is the sum over `group`.
-    values = grid.offsets * grid.group
-    missing = -values.shape[1] % grid.group
-    groups = torch.nn.functional.pad(values, (0, missing)).unflatten(1, (-1, grid.group))
-    middle = 2 ** (grid.bits - 1)
+    values = weight.offsets * weight.group
+    missing = -values.shape[1] % weight.group
+    groups = torch.nn.functional.pad(values, (0, missing)).unflatten(1, (-1, weight.group))
+    middle = 2 ** (weight.bits - 1)
     scales = groups.abs().amax(-1) / (middle - 1)
     scales = torch.where(scales == 0, 1.0, scales)
     codes = (groups / scales[..., None]).round().add(middle).to(torch.uint8)
     return replace(
-        grid,
-        codes=torch.cat([grid.codes, codes], 1),
-        scales=torch.cat([grid.scales, scales], 1),
-        zeros=torch.cat([grid.zeros, torch.full_like(scales, middle, dtype=torch.uint8)], 1),
+        weight,
+        codes=torch.cat([weight.codes, codes], 1),
+        scales=torch.cat([weight.scales, scales], 1),
+        zeros=torch.cat([weight.zeros, torch.full_like(scales, middle, dtype=torch.uint8)], 1),
         offsets=None,
     )
 
 
-def _zero_points(grid: Grid) -> Tensor:
-    """In bytes, each row from a byte of its own."""
-    missing = grid.zeros.shape[1] % 2 if grid.bits == 4 else 0
-    return _join(torch.nn.functional.pad(grid.zeros, (0, missing)), grid.bits).contiguous()
+def _pack_zero_points(weight: QuantizedWeight) -> Tensor:
+    """uint8 [N, ceil(G * bits / 8)]: each row begins with a byte of its own."""
+    missing = weight.zeros.shape[1] % 2 if weight.bits == 4 else 0
+    return _pack_codes(torch.nn.functional.pad(weight.zeros, (0, missing)), weight.bits).contiguous()
 
 
 class QuantizedLinear(nn.Module):
-    """`nn.Linear` with its weight on a grid; the bias, if any, stays as it is."""
+    """`nn.Linear` with a quantized weight; the bias, if any, stays as it is."""
 
     def __init__(self, packed: Packed, bias: Tensor | None) -> None:
         super().__init__()
@@ -196,14 +196,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., K] -> [..., N]."""
-        return self._times(x, self.bias)
+        return self._multiply(x, self.bias)
 
     @property
     def weight(self) -> Tensor:
         """float32 [N, K], for modelling code that multiplies by it itself, as Mamba's does."""
-        return self._times(torch.eye(self.packed.columns), None).T
+        return self._multiply(torch.eye(self.packed.columns), None).T
 
-    def _times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         it = self.packed
         x = x if it.balance is None else x * it.balance.to(x.dtype)
         result: Tensor = quantized_linear(
@@ -213,7 +213,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """`nn.Embedding` with its table on a grid, which an output embedding may share."""
+    """`nn.Embedding` with a quantized table, which an output embedding may share."""
 
     table: Tensor
 

@@ -1,8 +1,8 @@
-"""Which layers may have fewer bits: the cheapest mixture of two schemes whose loss stays within a budget.
+"""Mixed precision: quantize as many layers as a budget of KL divergence allows to the scheme of fewer bits.
 
-Each family of layers (those of one parent: a block's attention, its feed-forward part) is rounded to the coarse scheme
-by itself, and the KL divergence that this costs on calibration text is measured. Families that cost least are taken
-first, since small losses add up nearly linearly; what was taken is then measured together.
+Each family of layers (those of one parent: a block's attention, its feed-forward part) is quantized to the coarse
+scheme by itself, and the KL divergence that this costs on calibration text is measured. Families that cost least are
+taken first, since small costs add up nearly linearly; the chosen ones are then measured together.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from .methods import Method, Scheme
 from .recipe import Layer
 
-__all__ = ["families", "mixture"]
+__all__ = ["choose_mixture", "group_families"]
 
 TOKENS = 512
-"""How much calibration text each family is measured on."""
+"""Calibration tokens that each family is measured on."""
 Family = list[Layer]
 
 
-def mixture(
+def choose_mixture(
     model: nn.Module,
     layers: Sequence[Layer],
     coarse: Scheme,
@@ -32,45 +32,47 @@ def mixture(
     budget: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Scheme]:
-    """The layers that take `coarse` at a joint KL divergence of at most `budget` nats per token; `model` is unchanged.
+    """Choose layers for `coarse`, at a joint KL divergence of at most `budget` nats per token; `model` is unchanged.
 
-    `rows` are calibration token ids [S]. Embeddings, on the way in or out, are never among them.
+    `rows` are calibration token ids [S]. Input and output embeddings are never among the layers.
     """
-    meter, groups = _Meter(model, rows), families(layer for layer in layers if not layer.is_vocabulary)
+    families = group_families(layer for layer in layers if not layer.is_vocabulary)
+    meter = _DivergenceMeter(model, rows)
     costs = []
-    for family in groups:
-        with _rounded(family, coarse, method):
+    for family in families:
+        with _quantized_weights(family, coarse, method):
             costs.append(meter.divergence())
-        progress(len(costs), len(groups))
-    order = sorted(range(len(groups)), key=lambda index: costs[index])
-    count = _affordable([costs[index] for index in order], budget)
+        progress(len(costs), len(families))
+    order = sorted(range(len(families)), key=lambda index: costs[index])
+    count = _count_affordable([costs[index] for index in order], budget)
     while count:
-        chosen = [layer for index in order[:count] for layer in groups[index]]
-        with _rounded(chosen, coarse, method):
+        chosen = [layer for index in order[:count] for layer in families[index]]
+        with _quantized_weights(chosen, coarse, method):
             if meter.divergence() <= budget:
                 return {layer.name: coarse for layer in chosen}
-        # Together they cost more than one by one: do with fewer, in steps that soon come to an end.
+        # Together they cost more than one by one: take a tenth fewer each time, so that the search ends soon.
         count = min(count - 1, int(0.9 * count))
     return {}
 
 
-def families(layers: Iterable[Layer]) -> list[Family]:
-    """Layers by the module that holds them; those that read one input stay together and can be packed into one."""
+def group_families(layers: Iterable[Layer]) -> list[Family]:
+    """Group layers by the module that holds them: those that read one input stay together and can be packed into
+    one."""
     found: dict[str, Family] = {}
     for layer in layers:
         found.setdefault(layer.name.rpartition(".")[0], []).append(layer)
     return list(found.values())
 
 
-def _affordable(costs: Sequence[float], budget: float) -> int:
+def _count_affordable(costs: Sequence[float], budget: float) -> int:
     """How many of the ascending costs add up to at most the budget."""
     spent = torch.tensor(costs).cumsum(0)
     return int((spent <= budget).sum())
 
 
 @contextmanager
-def _rounded(family: Iterable[Layer], scheme: Scheme, method: Method) -> Iterator[None]:
-    """Within this block the layers' weights are those of `scheme`."""
+def _quantized_weights(family: Iterable[Layer], scheme: Scheme, method: Method) -> Iterator[None]:
+    """Quantize the layers' weights to `scheme` within this block, and restore them after it."""
     kept = []
     with torch.no_grad():
         for layer in family:
@@ -83,8 +85,8 @@ def _rounded(family: Iterable[Layer], scheme: Scheme, method: Method) -> Iterato
                 weight.copy_(before)
 
 
-class _Meter:
-    """The mean KL divergence of a model's predictions from those that it made at the beginning."""
+class _DivergenceMeter:
+    """Measures the mean KL divergence of a model's predictions from those at the time this was made."""
 
     def __init__(self, model: nn.Module, rows: Sequence[Tensor]) -> None:
         self._model, self._row = model, torch.cat(list(rows))[:TOKENS]

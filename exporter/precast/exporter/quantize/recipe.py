@@ -1,4 +1,4 @@
-"""What is done to which layer: the part of quantization that a user chooses."""
+"""Recipes: which layers of a model are quantized, and by which scheme and method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Layer", "Recipe", "find_layers"]
 
 @dataclass(frozen=True)
 class Layer:
-    """What can be quantized: a linear layer, an embedding, or both where they share a table.
+    """A linear layer or an embedding that can be quantized, or both where they share a table.
 
     Attributes:
         name: of the module.
@@ -41,7 +41,7 @@ class Layer:
 class Recipe:
     """`scheme` for all layers but those of `exceptions` (by name) and `skipped` (patterns; left as they are).
 
-    With `keeps_source`, a layer whose weights lie on a grid already, in groups of `scheme.group`, keeps that grid.
+    With `keeps_source`, a layer whose weights were quantized already, in groups of `scheme.group`, keeps its codes.
     """
 
     scheme: Scheme

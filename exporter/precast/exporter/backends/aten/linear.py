@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...quantize.linear import codes_of, means
+from ...quantize.linear import group_means, unpack_codes
 from .kernel_set import Kernels
 
 __all__ = ["Codes", "Layer", "is_few", "linear", "quantized_linear", "side_by_side"]
@@ -69,11 +69,11 @@ class Codes:
         """float32 [N, G, 1], or one for all."""
         if self.points is None:
             return 2.0 ** (self.bits - 1)
-        return codes_of(self.points, self.bits)[:, : self.scales.shape[1], None].float()
+        return unpack_codes(self.points, self.bits)[:, : self.scales.shape[1], None].float()
 
     def widened(self, x: Tensor) -> Tensor:
         """x [..., K] followed by the means of its groups if these count, and by zeros up to whole groups."""
-        x = torch.cat([x, means(x, self.group)], -1) if self.extra else x
+        x = torch.cat([x, group_means(x, self.group)], -1) if self.extra else x
         missing = self.scales.shape[1] * self.group - x.shape[-1]
         return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
@@ -100,7 +100,7 @@ class Codes:
         are, so a row with one scale loses nothing."""
         if kernels and (self.scales.shape[1] > 1 or dtype is torch.float32):
             return kernels.matrix(self.codes, self.scales, self.points, self.bits, dtype), None
-        codes = (codes_of(self.codes, self.bits).float() - self.zeros).to(dtype)
+        codes = (unpack_codes(self.codes, self.bits).float() - self.zeros).to(dtype)
         if self.scales.shape[1] == 1:
             return codes.flatten(1), self.scales[:, 0]
         return (codes * self.scales[..., None].to(dtype)).flatten(1), None

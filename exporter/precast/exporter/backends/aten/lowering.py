@@ -21,7 +21,7 @@ from precast.runtime.artifact.schema import Dim, Graph, Input
 from ...kinds.trace import Program, export_program, functional
 from ...operators import attention  # noqa: F401  (registers operators that are written out here)
 from ...precision import MATMULS
-from ...quantize import linear as grids
+from ...quantize import linear as quantized
 from . import linear
 from .attention import Step, cached_attention, cross_attention
 from .kernel_set import Kernels
@@ -285,7 +285,7 @@ def _quantized_linear(
     run: _Replacing, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, *rest: int
 ) -> Tensor:
     if not run.forms.sums:
-        return grids.multiply(x, codes, scales, zeros, bias, *rest)
+        return quantized.multiply(x, codes, scales, zeros, bias, *rest)
     weight = linear.Codes(codes, scales, zeros, *rest)
     forms = run.forms
     return linear.quantized_linear(x, weight, bias, forms.materialize, forms.product, forms.kernels, run._is_few(x))
@@ -297,7 +297,7 @@ def _is_last(run: _Replacing, x: Tensor) -> bool:
 
 
 def _quantized_embedding(run: _Replacing, *args: Any) -> Tensor:
-    return grids.look_up(*args)
+    return quantized.look_up(*args)
 
 
 def _view(run: _Replacing, x: Tensor, shape: Any) -> Tensor:

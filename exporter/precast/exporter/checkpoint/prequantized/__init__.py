@@ -1,6 +1,6 @@
 """Checkpoints that are already quantized (GPTQ, AWQ, compressed-tensors), read without the libraries that wrote them.
 
-Weights come out as float32, exactly `scale * (code - zero)`, so that whoever quantizes again finds the same levels.
+Weights come out as float32, exactly `scale * (code - zero)`, so that quantizing again recovers the same codes.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from precast.runtime.errors import CheckpointError
 
 from .awq import Awq
 from .compressed_tensors import CompressedTensors
-from .files import check_understood, unpacked
+from .files import check_all_used, unpack_tensors
 from .gptq import Gptq
-from .scheme import Grid, Packing, SchemeError
+from .scheme import Packing, SchemeError, SourceScheme
 
 __all__ = [
-    "Grid",
+    "SourceScheme",
     "Packing",
-    "check_understood",
-    "packing_of",
-    "quantization_settings",
-    "unpacked",
-    "without_quantization",
+    "check_all_used",
+    "find_packing",
+    "find_quantization_settings",
+    "unpack_tensors",
+    "strip_quantization",
 ]
 
 _PACKINGS: dict[str, type[Packing]] = {"gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors}
@@ -30,21 +30,21 @@ _PACKINGS: dict[str, type[Packing]] = {"gptq": Gptq, "awq": Awq, "compressed-ten
 _KEYS = ("quantization_config", "compression_config")
 
 
-def quantization_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What a config.json says of how its weights are quantized; None where they are not."""
+def find_quantization_settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The section of a config.json that says how its weights are quantized; None where they are not."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     found = (part.get(key) for part in parts for key in _KEYS)
     return next((settings for settings in found if settings and isinstance(settings, dict)), None)
 
 
-def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as it describes the model once its weights are unpacked."""
+def strip_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without the sections on quantization: it describes the model with unpacked weights."""
     kept = {name: value for name, value in config.items() if name not in _KEYS}
     text = kept.get("text_config")
-    return {**kept, "text_config": without_quantization(text)} if isinstance(text, dict) else kept
+    return {**kept, "text_config": strip_quantization(text)} if isinstance(text, dict) else kept
 
 
-def packing_of(settings: dict[str, Any], name: str) -> Packing:
+def find_packing(settings: dict[str, Any], name: str) -> Packing:
     """The reader for weights quantized as `settings` says, in checkpoint `name`.
 
     Raises CheckpointError, which names the method and what is supported.

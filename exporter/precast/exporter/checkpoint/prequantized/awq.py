@@ -13,15 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scheme import Grid, Packing, choice, dequantized, group_size, groups_of, matrix, part, unpack_words
+from .scheme import (
+    Packing,
+    SourceScheme,
+    dequantize,
+    make_group_index,
+    read_group_size,
+    require_choice,
+    require_matrix,
+    require_part,
+    unpack_words,
+)
 
 __all__ = ["Awq"]
 
-_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 class Awq(Packing):
-    """See the module; and Packing."""
+    """See the module, and Packing."""
 
     supported = "awq (4 bits, version gemm)"
     marker = "qweight"
@@ -29,25 +39,25 @@ class Awq(Packing):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         written = settings.get("version") or settings.get("checkpoint_format") or settings.get("format") or "gemm"
-        choice({"version": str(written).lower()}, "version", ("gemm",))
-        self.grid = Grid(
+        require_choice({"version": str(written).lower()}, "version", ("gemm",))
+        self.scheme = SourceScheme(
             method="awq",
-            bits=choice(settings, "bits", (4,)),
-            group_size=group_size(settings),
+            bits=require_choice(settings, "bits", (4,)),
+            group_size=read_group_size(settings),
             symmetric=settings.get("zero_point") is False,
         )
 
     def weight(self, parts: dict[str, Tensor]) -> Tensor:
         """The float32 weight [outputs, inputs]. Raises SchemeError."""
-        qweight = matrix(parts, "qweight", torch.int32)
+        qweight = require_matrix(parts, "qweight", torch.int32)
         inputs, words = qweight.shape
-        groups, index = groups_of(inputs, self.grid.group_size)
-        scales = part(parts, "scales", (groups, words * 8))
-        qzeros = part(parts, "qzeros", (groups, words), dtypes=(torch.int32,))
-        return dequantized(_codes(qweight).T.contiguous(), scales.T, _codes(qzeros).T, index)
+        groups, index = make_group_index(inputs, self.scheme.group_size)
+        scales = require_part(parts, "scales", (groups, words * 8))
+        qzeros = require_part(parts, "qzeros", (groups, words), dtypes=(torch.int32,))
+        return dequantize(_unpack_eights(qweight).T.contiguous(), scales.T, _unpack_eights(qzeros).T, index)
 
 
-def _codes(words: Tensor) -> Tensor:
+def _unpack_eights(words: Tensor) -> Tensor:
     """int32 [rows, n] -> uint8 [rows, 8 n]."""
     eights: Tensor = unpack_words(words, 4).unflatten(-1, (-1, 8))
-    return eights[..., _PLACES].flatten(-2)
+    return eights[..., _ORDER].flatten(-2)

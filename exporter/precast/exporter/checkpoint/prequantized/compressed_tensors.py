@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 
 from .scheme import (
-    Grid,
     Packing,
     SchemeError,
-    choice,
-    chosen_groups,
-    dequantized,
-    group_size,
-    groups_of,
-    matrix,
-    part,
-    section,
+    SourceScheme,
+    dequantize,
+    get_section,
+    make_group_index,
+    read_group_index,
+    read_group_size,
+    require_choice,
+    require_matrix,
+    require_part,
     unpack_words,
 )
 
 __all__ = ["CompressedTensors"]
 
-# What holds a module's codes in each format.
+# The tensors that hold a module's codes in each format.
 _CODES = {
     "pack-quantized": frozenset({"weight_packed", "weight_shape"}),
     "int-quantized": frozenset({"weight"}),
@@ -43,74 +43,79 @@ _CODES = {
 
 
 class CompressedTensors(Packing):
-    """See the module; and Packing."""
+    """See the module, and Packing."""
 
     supported = f"compressed-tensors (only its weights, 4 or 8 bits, format {', '.join(_CODES)})"
 
     def __init__(self, settings: dict[str, Any]) -> None:
         _refuse_extras(settings)
-        scheme, form = _scheme(settings)
-        choice(scheme, "type", ("int",))
-        strategy = choice(scheme, "strategy", ("group", "channel", "tensor"))
+        scheme, form = _read_settings(settings)
+        require_choice(scheme, "type", ("int",))
+        strategy = require_choice(scheme, "strategy", ("group", "channel", "tensor"))
         self._packed, self._one_scale = form == "pack-quantized", strategy == "tensor"
         self.marker = "weight_packed" if self._packed else "weight_scale"
         self.parts = _CODES[form] | {"weight_scale", "weight_zero_point", "weight_g_idx"}
-        self.grid = Grid(
+        self.scheme = SourceScheme(
             method="compressed-tensors",
-            bits=choice(scheme, "num_bits", (4, 8)),
-            group_size=group_size(scheme) if strategy == "group" else -1,
-            symmetric=choice(scheme, "symmetric", (True, False)),
+            bits=require_choice(scheme, "num_bits", (4, 8)),
+            group_size=read_group_size(scheme) if strategy == "group" else -1,
+            symmetric=require_choice(scheme, "symmetric", (True, False)),
             contiguous=scheme.get("actorder") not in ("group", "dynamic", True),
         )
 
     def weight(self, parts: dict[str, Tensor]) -> Tensor:
         """The float32 weight [outputs, inputs]. Raises SchemeError."""
-        codes = self._unpacked(parts) if self._packed else matrix(parts, "weight", torch.int8)
+        codes = self._unpack(parts) if self._packed else require_matrix(parts, "weight", torch.int8)
         outputs, inputs = codes.shape
-        groups, index = groups_of(inputs, self.grid.group_size)
+        groups, index = make_group_index(inputs, self.scheme.group_size)
         # A scale for everything is one row of one group.
         shape, written = (1, 1), [(), (1,), (1, 1)]
         if not self._one_scale:
             shape, written = (outputs, groups), [(outputs, groups)]
-        scales = part(parts, "weight_scale", *written).reshape(shape)
+        scales = require_part(parts, "weight_scale", *written).reshape(shape)
         if "weight_g_idx" in parts and -1 not in parts["weight_g_idx"]:
-            index = chosen_groups(parts, "weight_g_idx", inputs, groups)
-        return dequantized(codes, scales, self._zeros(parts, shape, written), index)
+            index = read_group_index(parts, "weight_g_idx", inputs, groups)
+        return dequantize(codes, scales, self._zeros(parts, shape, written), index)
 
-    def _unpacked(self, parts: dict[str, Tensor]) -> Tensor:
+    def _unpack(self, parts: dict[str, Tensor]) -> Tensor:
         """Codes, uint8 [outputs, inputs]."""
-        outputs, inputs = part(parts, "weight_shape", (2,), dtypes=(torch.int32, torch.int64)).tolist()
-        words = part(parts, "weight_packed", (outputs, self._words(inputs)), dtypes=(torch.int32,))
-        return unpack_words(words, self.grid.bits)[:, :inputs]
+        outputs, inputs = require_part(parts, "weight_shape", (2,), dtypes=(torch.int32, torch.int64)).tolist()
+        words = require_part(parts, "weight_packed", (outputs, self._count_words(inputs)), dtypes=(torch.int32,))
+        return unpack_words(words, self.scheme.bits)[:, :inputs]
 
     def _zeros(self, parts: dict[str, Tensor], shape: tuple[int, int], written: list[tuple[int, ...]]) -> Tensor | int:
         """Zero points for the codes as they are stored: integers of that shape, or one for all."""
-        middle = 2 ** (self.grid.bits - 1) if self._packed else 0
-        if self.grid.symmetric and "weight_zero_point" not in parts:
+        middle = 2 ** (self.scheme.bits - 1) if self._packed else 0
+        if self.scheme.symmetric and "weight_zero_point" not in parts:
             return middle
         # Early releases, and strategy "tensor", do not pack zero points.
-        if not self._packed or part(parts, "weight_zero_point", dtypes=(torch.int8, torch.int32)).dtype == torch.int8:
-            return part(parts, "weight_zero_point", *written, dtypes=(torch.int8,)).reshape(shape).short() + middle
-        words = part(parts, "weight_zero_point", (self._words(shape[0]), shape[1]), dtypes=(torch.int32,))
-        return unpack_words(words.T, self.grid.bits)[:, : shape[0]].T
+        if (
+            not self._packed
+            or require_part(parts, "weight_zero_point", dtypes=(torch.int8, torch.int32)).dtype == torch.int8
+        ):
+            return (
+                require_part(parts, "weight_zero_point", *written, dtypes=(torch.int8,)).reshape(shape).short() + middle
+            )
+        words = require_part(parts, "weight_zero_point", (self._count_words(shape[0]), shape[1]), dtypes=(torch.int32,))
+        return unpack_words(words.T, self.scheme.bits)[:, : shape[0]].T
 
-    def _words(self, codes: int) -> int:
-        return ceil(codes * self.grid.bits / 32)
+    def _count_words(self, codes: int) -> int:
+        return ceil(codes * self.scheme.bits / 32)
 
 
-def _scheme(settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What all config_groups say of weights, and the format they are stored in. Raises SchemeError."""
-    groups = section(settings, "config_groups")
+def _read_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Read the weights' settings, alike in all config_groups, and the format of storage. Raises SchemeError."""
+    groups = get_section(settings, "config_groups")
     if not groups:
         raise SchemeError("no config_groups")
-    found = [_of_group(name, group, settings.get("format")) for name, group in groups.items()]
+    found = [_read_group(name, group, settings.get("format")) for name, group in groups.items()]
     if any(other != found[0] for other in found):
         raise SchemeError(f"that config_groups {', '.join(groups)} differ")
     scheme, form = found[0]
-    return scheme, choice({"format": form}, "format", tuple(_CODES))
+    return scheme, require_choice({"format": form}, "format", tuple(_CODES))
 
 
-def _of_group(name: str, group: Any, form: Any) -> tuple[dict[str, Any], Any]:
+def _read_group(name: str, group: Any, form: Any) -> tuple[dict[str, Any], Any]:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise SchemeError(f"weights {weights!r} in {name}")
@@ -124,8 +129,8 @@ def _of_group(name: str, group: Any, form: Any) -> tuple[dict[str, Any], Any]:
 def _refuse_extras(settings: dict[str, Any]) -> None:
     if settings.get("kv_cache_scheme"):
         raise SchemeError("that the cache is quantized too (kv_cache_scheme)")
-    sparsity = section(settings, "sparsity_config").get("format", "dense")
+    sparsity = get_section(settings, "sparsity_config").get("format", "dense")
     if sparsity != "dense":
         raise SchemeError(f"sparsity_config format {sparsity!r}")
-    if section(settings, "transform_config").get("config_groups"):
+    if get_section(settings, "transform_config").get("config_groups"):
         raise SchemeError("that activations are transformed (transform_config)")

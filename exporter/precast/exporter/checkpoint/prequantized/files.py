@@ -15,35 +15,35 @@ from precast.runtime.errors import CheckpointError
 
 from .scheme import FLOATS, Packing, SchemeError
 
-__all__ = ["check_understood", "unpacked"]
+__all__ = ["check_all_used", "unpack_tensors"]
 
 
-def unpacked(files: list[Path], packing: Packing) -> dict[str, Tensor]:
-    """The tensors of safetensors files under the names that they have unquantized, packed ones as float32.
+def unpack_tensors(files: list[Path], packing: Packing) -> dict[str, Tensor]:
+    """Read safetensors files, under the names that the unquantized model has, with packed weights as float32.
 
-    Beside the result itself, no more than one module's weight is held; what was not packed stays mapped from its file.
+    Beside the result no more than one module's weight is held; tensors that are not packed stay mapped from their file.
     Raises SchemeError where the tensors are not as `packing` says, and what the file system and safetensors raise.
     """
     tensors: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        where = {name: file for file in _opened(files, stack) for name in file.keys()}  # noqa: SIM118
+        where = {name: file for file in _open_files(files, stack) for name in file.keys()}  # noqa: SIM118
         modules = {name.rpartition(".")[0] for name in where if name.endswith(f".{packing.marker}")}
         if not modules:
             raise SchemeError(f"no tensor in its safetensors files is a *.{packing.marker}")
         for name, file in where.items():
             module, _, last = name.rpartition(".")
             if module not in modules or last not in packing.parts:
-                tensors[name] = _plain(name, file)
+                tensors[name] = _read_plain(name, file)
             elif last == packing.marker:
-                tensors[f"{module}.weight"] = _weight(module, where, packing)
+                tensors[f"{module}.weight"] = _read_weight(module, where, packing)
     return tensors
 
 
-def check_understood(model: nn.Module, tensors: dict[str, Tensor], unexpected: Iterable[str], name: str) -> None:
-    """No tensor of a module that the model has may go unused, unless it is zero: answers would change without it.
+def check_all_used(model: nn.Module, tensors: dict[str, Tensor], unexpected: Iterable[str], name: str) -> None:
+    """Raise CheckpointError where a tensor of one of the model's modules is unused, unless it is zero.
 
-    AutoAWQ stores scales that activations are divided by, for instance; and AutoGPTQ biases for every module.
-    Raises CheckpointError.
+    Answers would change without it: AutoAWQ, for instance, stores scales that activations are divided by. Biases of
+    zero are AutoGPTQ's, for every module.
     """
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise CheckpointError(
@@ -61,11 +61,11 @@ def check_understood(model: nn.Module, tensors: dict[str, Tensor], unexpected: I
         )
 
 
-def _opened(files: list[Path], stack: ExitStack) -> list[Any]:
+def _open_files(files: list[Path], stack: ExitStack) -> list[Any]:
     return [stack.enter_context(safe_open(path, framework="pt")) for path in files]
 
 
-def _plain(name: str, file: Any) -> Tensor:
+def _read_plain(name: str, file: Any) -> Tensor:
     tensor: Tensor = file.get_tensor(name)
     # Codes whose scales are missing would pass for a weight.
     if name.endswith(".weight") and tensor.dtype not in FLOATS:
@@ -73,7 +73,7 @@ def _plain(name: str, file: Any) -> Tensor:
     return tensor
 
 
-def _weight(module: str, where: dict[str, Any], packing: Packing) -> Tensor:
+def _read_weight(module: str, where: dict[str, Any], packing: Packing) -> Tensor:
     parts = {last: where[name].get_tensor(name) for last in packing.parts if (name := f"{module}.{last}") in where}
     try:
         return packing.weight(parts)

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from .scheme import (
-    Grid,
     Packing,
     SchemeError,
-    choice,
-    chosen_groups,
-    dequantized,
-    group_size,
-    groups_of,
-    matrix,
-    part,
-    section,
+    SourceScheme,
+    dequantize,
+    get_section,
+    make_group_index,
+    read_group_index,
+    read_group_size,
+    require_choice,
+    require_matrix,
+    require_part,
     unpack_words,
 )
 
@@ -36,7 +36,7 @@ _OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
 
 class Gptq(Packing):
-    """See the module; and Packing."""
+    """See the module, and Packing."""
 
     supported = "gptq (4 or 8 bits, checkpoint_format gptq or gptq_v2)"
     marker = "qweight"
@@ -46,33 +46,33 @@ class Gptq(Packing):
         _refuse_extras(settings)
         # GPTQModel has renamed the setting and writes both.
         written = {"checkpoint_format": settings.get("checkpoint_format") or settings.get("format") or "gptq"}
-        self._offset = _OFFSETS[choice(written, "checkpoint_format", tuple(_OFFSETS))]
-        self.grid = Grid(
+        self._offset = _OFFSETS[require_choice(written, "checkpoint_format", tuple(_OFFSETS))]
+        self.scheme = SourceScheme(
             method="gptq",
-            bits=choice(settings, "bits", (4, 8)),
-            group_size=group_size(settings),
+            bits=require_choice(settings, "bits", (4, 8)),
+            group_size=read_group_size(settings),
             symmetric=settings.get("sym") is True,
             contiguous=not settings.get("desc_act") or settings.get("static_groups") is True,
         )
 
     def weight(self, parts: dict[str, Tensor]) -> Tensor:
         """The float32 weight [outputs, inputs]. Raises SchemeError."""
-        qweight = matrix(parts, "qweight", torch.int32)
-        per_word, outputs = 32 // self.grid.bits, qweight.shape[1]
-        groups, index = groups_of(qweight.shape[0] * per_word, self.grid.group_size)
-        scales = part(parts, "scales", (groups, outputs))
-        qzeros = part(parts, "qzeros", (groups, ceil(outputs / per_word)), dtypes=(torch.int32,))
+        qweight = require_matrix(parts, "qweight", torch.int32)
+        per_word, outputs = 32 // self.scheme.bits, qweight.shape[1]
+        groups, index = make_group_index(qweight.shape[0] * per_word, self.scheme.group_size)
+        scales = require_part(parts, "scales", (groups, outputs))
+        qzeros = require_part(parts, "qzeros", (groups, ceil(outputs / per_word)), dtypes=(torch.int32,))
         if "g_idx" in parts:
-            index = chosen_groups(parts, "g_idx", len(index), groups)
+            index = read_group_index(parts, "g_idx", len(index), groups)
         zeros = self._zeros(qzeros, outputs)
-        return dequantized(unpack_words(qweight.T, self.grid.bits), scales.T, zeros.T, index)
+        return dequantize(unpack_words(qweight.T, self.scheme.bits), scales.T, zeros.T, index)
 
     def _zeros(self, qzeros: Tensor, outputs: int) -> Tensor:
         """uint8 [groups, outputs]."""
-        zeros: Tensor = (unpack_words(qzeros, self.grid.bits)[:, :outputs] + self._offset) & (2**self.grid.bits - 1)
-        middle = 2 ** (self.grid.bits - 1)
+        zeros: Tensor = (unpack_words(qzeros, self.scheme.bits)[:, :outputs] + self._offset) & (2**self.scheme.bits - 1)
+        middle = 2 ** (self.scheme.bits - 1)
         # Then checkpoint_format is not what the file is in, and every weight would be off by a step.
-        if self.grid.symmetric and (zeros != middle).any():
+        if self.scheme.symmetric and (zeros != middle).any():
             raise SchemeError(f"has zero points other than {middle}, though its quantization_config says sym: true")
         return zeros
 
@@ -83,5 +83,5 @@ def _refuse_extras(settings: dict[str, Any]) -> None:
     if settings.get("rotation"):
         raise SchemeError(f"rotation {settings['rotation']!r}")
     # "-:PATTERN" leaves modules as they are, which shows in their tensors; other rules quantize some otherwise.
-    if rules := [pattern for pattern in section(settings, "dynamic") if not pattern.startswith("-:")]:
+    if rules := [pattern for pattern in get_section(settings, "dynamic") if not pattern.startswith("-:")]:
         raise SchemeError(f"dynamic rules for {', '.join(map(repr, rules))}")

@@ -1,4 +1,4 @@
-"""What the formats have in common: codes packed into 32-bit words, and a scale and a zero point per group."""
+"""Parts that the formats share: codes packed into 32-bit words, a scale and a zero point per group, and checks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 __all__ = [
     "FLOATS",
-    "Grid",
+    "SourceScheme",
     "Packing",
     "SchemeError",
-    "choice",
-    "chosen_groups",
-    "dequantized",
-    "group_size",
-    "groups_of",
-    "matrix",
-    "part",
-    "section",
+    "require_choice",
+    "read_group_index",
+    "dequantize",
+    "read_group_size",
+    "make_group_index",
+    "require_matrix",
+    "require_part",
+    "get_section",
     "unpack_words",
 ]
 
@@ -35,8 +35,8 @@ class SchemeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The levels that the weights of a quantized checkpoint lie on, `scale * (code - zero)` for each group.
+class SourceScheme:
+    """How the weights of a quantized checkpoint are quantized: `scale * (code - zero)` in groups.
 
     Attributes:
         method: "gptq", "awq" or "compressed-tensors".
@@ -54,19 +54,19 @@ class Grid:
 
 
 class Packing(ABC):
-    """How one format stores a weight.
+    """A reader of one format's weights.
 
     Attributes:
-        supported: what of the format can be read, for error messages.
+        supported: the part of the format that can be read, for error messages.
         marker: the tensor that every packed module has.
-        parts: all tensors that together stand for a module's `weight`.
-        grid: where the weights lie.
+        parts: all tensors that together replace a module's `weight`.
+        scheme: the quantization of the weights.
     """
 
     supported: ClassVar[str]
     marker: str
     parts: frozenset[str]
-    grid: Grid
+    scheme: SourceScheme
 
     @abstractmethod
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -77,8 +77,8 @@ class Packing(ABC):
         """The float32 weight [outputs, inputs]. Raises SchemeError for tensors that do not fit together."""
 
 
-def choice(settings: dict[str, Any], key: str, valid: tuple[Any, ...]) -> Any:
-    """The value of a setting that must be one of `valid`. Raises SchemeError."""
+def require_choice(settings: dict[str, Any], key: str, valid: tuple[Any, ...]) -> Any:
+    """Read a setting that must be one of `valid`. Raises SchemeError."""
     value = settings.get(key)
     # 4.0 and True are equal to integers and are none.
     if value not in valid or type(value) is not type(valid[0]):
@@ -86,55 +86,55 @@ def choice(settings: dict[str, Any], key: str, valid: tuple[Any, ...]) -> Any:
     return value
 
 
-def group_size(settings: dict[str, Any]) -> int:
-    """The setting of that name: a positive number, or -1 for whole rows. Raises SchemeError."""
+def read_group_size(settings: dict[str, Any]) -> int:
+    """Read the setting `group_size`: a positive number, or -1 for whole rows. Raises SchemeError."""
     value = settings.get("group_size")
     if type(value) is not int or (value < 1 and value != -1):
         raise SchemeError(f"group_size {value!r}")
     return value
 
 
-def section(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """The settings below a key; none where it is absent or null. Raises SchemeError."""
+def get_section(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """The settings below a key; empty where it is absent or null. Raises SchemeError."""
     found = settings.get(key) or {}
     if not isinstance(found, dict):
         raise SchemeError(f"{key} {found!r}")
     return found
 
 
-def groups_of(inputs: int, size: int) -> tuple[int, Tensor]:
-    """How many groups of `size` consecutive inputs there are, and the group of each input, int64 [inputs]."""
+def make_group_index(inputs: int, size: int) -> tuple[int, Tensor]:
+    """Count groups of `size` consecutive inputs, and name the group of each input, int64 [inputs]."""
     if size == -1:
         return 1, torch.zeros(inputs, dtype=torch.int64)
     return ceil(inputs / size), torch.arange(inputs) // size
 
 
-def part(
+def require_part(
     parts: dict[str, Tensor], name: str, *shapes: tuple[int, ...], dtypes: Sequence[torch.dtype] = FLOATS
 ) -> Tensor:
-    """A tensor that must be there, of one of `dtypes`, and of one of `shapes` if any is given. Raises SchemeError."""
+    """Get a tensor and check that it has one of `dtypes`, and one of `shapes` if any is given. Raises SchemeError."""
     if name not in parts:
         raise SchemeError(f"has no {name}")
     tensor = parts[name]
     if tensor.dtype not in dtypes:
-        raise SchemeError(f"has {name} in {_name(tensor.dtype)}, not {' or '.join(map(_name, dtypes))}")
+        raise SchemeError(f"has {name} in {_dtype_name(tensor.dtype)}, not {' or '.join(map(_dtype_name, dtypes))}")
     if shapes and tuple(tensor.shape) not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise SchemeError(f"has {name} of shape {list(tensor.shape)}, not {expected}")
     return tensor
 
 
-def matrix(parts: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """A tensor that must be there, of that dtype and with two dimensions. Raises SchemeError."""
-    tensor = part(parts, name, dtypes=(dtype,))
+def require_matrix(parts: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    """Get a tensor and check that it has that dtype and two dimensions. Raises SchemeError."""
+    tensor = require_part(parts, name, dtypes=(dtype,))
     if tensor.ndim != 2:
         raise SchemeError(f"has {name} of shape {list(tensor.shape)}, which is no matrix")
     return tensor
 
 
-def chosen_groups(parts: dict[str, Tensor], name: str, inputs: int, groups: int) -> Tensor:
-    """The group of each input as the file has it, int64 [inputs]. Raises SchemeError."""
-    index = part(parts, name, (inputs,), dtypes=(torch.int32, torch.int64)).long()
+def read_group_index(parts: dict[str, Tensor], name: str, inputs: int, groups: int) -> Tensor:
+    """Read the group of each input from the file, int64 [inputs]. Raises SchemeError."""
+    index = require_part(parts, name, (inputs,), dtypes=(torch.int32, torch.int64)).long()
     if not (int(index.min()) >= 0 and int(index.max()) < groups):
         raise SchemeError(f"has {name} with groups {index.min()} to {index.max()}, but {groups} groups")
     return index
@@ -146,8 +146,8 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return octets if bits == 8 else torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
 
 
-def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor | int, index: Tensor) -> Tensor:
-    """`scale * (code - zero)` in float32, which no step of it rounds for float16 and bfloat16 scales.
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | int, index: Tensor) -> Tensor:
+    """Compute `scale * (code - zero)` in float32, exactly for float16 and bfloat16 scales.
 
     Args:
         codes: any integers [outputs, inputs].
@@ -161,5 +161,5 @@ def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor | int, index: Tenso
     return weight
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
