@@ -24,10 +24,10 @@ from machine import describe
 from torch import Tensor, nn
 
 from precast.exporter.backends.aoti import library
-from precast.exporter.backends.aoti.isa import flags_of
+from precast.exporter.backends.aoti.isa import cpu_flags_needed
 from precast.exporter.backends.aten import linear
-from precast.exporter.backends.aten.attention import Step, cached_attention
-from precast.exporter.backends.aten.lowering import Forms
+from precast.exporter.backends.aten.attention import AttentionContext, cached_attention
+from precast.exporter.backends.aten.lowering import LoweringOptions
 from precast.exporter.quantize.linear import Packed
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
 from precast.runtime.hosts.machine import cpu_flags
@@ -46,14 +46,14 @@ TOLERATED = 0.8
 """Of a loop's speed: both may read as fast as memory gives, and a machine is never quite quiet."""
 
 Compute = Callable[..., Tensor]
-Case = tuple[str, Callable[[Forms], Compute], Sequence[Tensor]]
+Case = tuple[str, Callable[[LoweringOptions], Compute], Sequence[Tensor]]
 
 
 def cases() -> Iterator[Case]:
     """A name, what computes it in one or the other form, and the inputs; the largest is what it reads."""
     x = torch.randn(1, COLUMNS)
     for name, dtype in NUMBERS.items():
-        yield f"a token, weights {name}", lambda forms: partial(_product, forms), (x, _random(dtype))
+        yield f"a token, weights {name}", lambda options: partial(_product, options), (x, _random(dtype))
     for name, scheme in GRIDS.items():
         packed = Packed(round_to_nearest(_random(torch.float32), scheme))
         given = [each for each in (packed.codes, packed.scales, packed.zeros) if each is not None]
@@ -62,32 +62,36 @@ def cases() -> Iterator[Case]:
         yield f"a prompt's matrix of {name}", partial(_matrix, sizes), given
     for name, dtype in CACHES.items():
         for length, what in ((1, "a token"), (PROMPT, "a prompt")):
-            yield f"attention of {what}, caches {name}", lambda forms: partial(_attention, forms), _heads(length, dtype)
+            yield (
+                f"attention of {what}, caches {name}",
+                lambda options: partial(_attention, options),
+                _heads(length, dtype),
+            )
 
 
 def _random(dtype: torch.dtype) -> Tensor:
     return torch.randn(OUTPUTS, COLUMNS).to(dtype)
 
 
-def _product(forms: Forms, x: Tensor, weight: Tensor) -> Tensor:
-    if forms.kernels:
-        return linear.side_by_side([linear.Layer(x, weight, None)], forms.kernels.rows)[0]
-    return linear.linear(x, weight, None, forms.materialize)
+def _product(options: LoweringOptions, x: Tensor, weight: Tensor) -> Tensor:
+    if options.kernels:
+        return linear.compute_together([linear.Layer(x, weight, None)], options.kernels.gemv)[0]
+    return linear.gemv(x, weight, None, options.materialize)
 
 
-def _codes_product(sizes: tuple[int, ...], forms: Forms) -> Compute:
+def _codes_product(sizes: tuple[int, ...], options: LoweringOptions) -> Compute:
     def compute(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-        weight = linear.Codes(codes, scales, zeros, *sizes)
-        if forms.kernels:
-            return linear.side_by_side([linear.Layer(x, weight, None)], forms.kernels.rows)[0]
-        return linear.quantized_linear(x, weight, None, forms.materialize, forms.product, None, True)
+        weight = linear.PackedWeight(codes, scales, zeros, *sizes)
+        if options.kernels:
+            return linear.compute_together([linear.Layer(x, weight, None)], options.kernels.gemv)[0]
+        return linear.quantized_linear(x, weight, None, options.materialize, options.matmul_dtype, None, True)
 
     return compute
 
 
-def _matrix(sizes: tuple[int, ...], forms: Forms) -> Compute:
+def _matrix(sizes: tuple[int, ...], options: LoweringOptions) -> Compute:
     def compute(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-        return linear.Codes(codes, scales, zeros, *sizes).matrix(forms.product, forms.kernels)[0]
+        return linear.PackedWeight(codes, scales, zeros, *sizes).dequantize(options.matmul_dtype, options.kernels)[0]
 
     return compute
 
@@ -101,12 +105,12 @@ def _heads(length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _attention(
-    forms: Forms, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, past: Tensor,
+    options: LoweringOptions, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, past: Tensor,
     new: Tensor, *scales: Tensor,
 ) -> Tensor:  # fmt: skip
-    step = Step(rows, forms.materialize, False, forms.kernels, forms.product)
+    context = AttentionContext(rows, options.materialize, False, options.kernels, options.matmul_dtype)
     return cached_attention(
-        step, q, k, v, keys, values, past, new, 0.1, "causal", 0, 0.0, None, None, *(scales or (None, None))
+        context, q, k, v, keys, values, past, new, 0.1, "causal", 0, 0.0, None, None, *(scales or (None, None))
     )
 
 
@@ -122,9 +126,9 @@ class _Module(nn.Module):
 def measured(compute: Compute, given: Sequence[Tensor], isa: str) -> float:
     """Seconds, the shortest of some repetitions."""
     exported = torch.export.export(_Module(compute), tuple(given))
-    with tempfile.TemporaryDirectory() as folder, library.workspace():
+    with tempfile.TemporaryDirectory() as folder, library.compiler_workspace():
         file = Path(folder) / "case.so"
-        library.build(exported, file, isa)
+        library.build_library(exported, file, isa)
         runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(file), 1)
     times = []
     for _ in range(REPETITIONS):
@@ -136,12 +140,12 @@ def measured(compute: Compute, given: Sequence[Tensor], isa: str) -> float:
 
 def measure(isa: str, only: str) -> dict[str, dict[str, float]]:
     """Every case on one level of instructions."""
-    own = library.forms_of("cpu", isa)
+    own = library.lowering_options_for("cpu", isa)
     found: dict[str, dict[str, float]] = {}
     for name, compute, given in cases():
         if only not in name:
             continue
-        kernel, loop = (measured(compute(forms), given, isa) for forms in (own, _without(own)))
+        kernel, loop = (measured(compute(options), given, isa) for options in (own, _without(own)))
         read = max(each.nbytes for each in given)
         found[name] = {"kernel_ms": round(kernel * 1e3, 3), "loop_ms": round(loop * 1e3, 3),
                        "gb_per_s": round(read / kernel / 1e9, 2), "times_as_fast": round(loop / kernel, 2)}  # fmt: skip
@@ -149,14 +153,16 @@ def measure(isa: str, only: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def _without(forms: Forms) -> Forms:
-    return replace(forms, kernels=None)
+def _without(options: LoweringOptions) -> LoweringOptions:
+    return replace(options, kernels=None)
 
 
 def main() -> int:
     """Measure, print, and say by the status whether a kernel is slower than a loop."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    runs_here = [isa for isa in ("avx2", "avx512") if "avx2" in cpu_flags() and set(flags_of(isa)) <= cpu_flags()]
+    runs_here = [
+        isa for isa in ("avx2", "avx512") if "avx2" in cpu_flags() and set(cpu_flags_needed(isa)) <= cpu_flags()
+    ]
     parser.add_argument("--isa", type=lambda text: text.split(","), default=[*runs_here, "native"])
     parser.add_argument("--only", default="", metavar="WORD", help="cases with this in their names")
     options = parser.parse_args()

@@ -83,7 +83,7 @@ def test_python_m_precast_from_within_a_foreign_folder(trap):
 
 def test_a_child_of_inductor_does_not_import_from_the_current_directory(trap):
     library = pytest.importorskip("precast.exporter.backends.aoti.library")
-    with library.workspace():
+    with library.compiler_workspace():
         subprocess.run([sys.executable, "-c", "from ctypes import cdll"], check=True)
     assert trap() == ""
 

@@ -29,7 +29,14 @@ import torch  # noqa: E402
 import torch_xla  # noqa: E402
 
 from precast.exporter.backends.aten.lowering import lower  # noqa: E402
-from precast.exporter.backends.neuron.xla_program import NEURON_FORMS, Body, body_of, caches_of, example_of, given_of  # noqa: E402
+from precast.exporter.backends.neuron.xla_program import (  # noqa: E402
+    NEURON_LOWERING,
+    Body,
+    build_body,
+    cache_inputs,
+    example_inputs,
+    step_inputs,
+)
 from precast.exporter.checkpoint.resolve import resolve  # noqa: E402
 from precast.exporter.kinds.plan import make_plan  # noqa: E402
 from precast.exporter.kinds.trace import trace  # noqa: E402
@@ -66,7 +73,7 @@ def programs(model: str, **options: Any) -> tuple[Any, Any, list[Body]]:
     checkpoint = resolve(model, asked)
     plan = make_plan(checkpoint, asked)
     loaded = checkpoint.load(plan.task, plan.dtype)
-    return checkpoint, loaded, [body_of(lower(program, NEURON_FORMS)) for program in trace(loaded, plan, None)]
+    return checkpoint, loaded, [build_body(lower(program, NEURON_LOWERING)) for program in trace(loaded, plan, None)]
 
 
 class OnXla:
@@ -76,7 +83,7 @@ class OnXla:
         self.device, self.bodies = torch_xla.device(), {body.graph.name: body for body in bodies}
         shared = {name: tensor for body in bodies for name, tensor in body.weights.items()}
         self.weights = {name: tensor.to(self.device) for name, tensor in shared.items()}
-        self.caches = [each.to(self.device) for each in example_of(caches_of(bodies[0].graph))]
+        self.caches = [each.to(self.device) for each in example_inputs(cache_inputs(bodies[0].graph))]
         for body in bodies:
             body.module.to(self.device)
         torch_xla.sync()
@@ -151,12 +158,12 @@ def _given(graph: Any, ids: torch.Tensor, past: int) -> list[torch.Tensor]:
         "new_lengths": torch.tensor([count], dtype=torch.int32),
         "logit_positions": torch.tensor([[count - 1]]),
     }
-    return [values[spec.name] for spec in given_of(graph)]
+    return [values[spec.name] for spec in step_inputs(graph)]
 
 
 def looked_at(model: str, body: Body, device: OnXla, figures: dict[str, float]) -> dict[str, Any]:
     """What XLA was given for a graph. Raises AssertionError for what Neuron could not compile as it is meant."""
-    path, caches = device.modules[body.graph.name], caches_of(body.graph)
+    path, caches = device.modules[body.graph.name], cache_inputs(body.graph)
     before = path.read_text()
     # A donated buffer becomes an alias when XLA has laid out the module.
     header = Path(str(path).removesuffix(GIVEN[1:]) + SCHEDULED).read_text().partition("\n")[0]
@@ -172,7 +179,7 @@ def looked_at(model: str, body: Body, device: OnXla, figures: dict[str, float]) 
     return {
         "model": model,
         "graph": body.graph.name,
-        "inputs": {spec.name: spec.shape for spec in given_of(body.graph)},
+        "inputs": {spec.name: spec.shape for spec in step_inputs(body.graph)},
         "weights": len(body.weights),
         "caches": len(caches),
         "input_output_aliases": len(aliases),

@@ -46,8 +46,8 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(gpu, "cuda_host", lambda: CudaHost("12.8", "9.0"))
     monkeypatch.setattr(gpu, "has_triton", lambda: True)
-    monkeypatch.setattr(aoti, "moved", lambda exported, device: gpu.moved(exported, "meta"))
-    monkeypatch.setattr(aoti, "build", build)
+    monkeypatch.setattr(aoti, "move_to_device", lambda exported, device: gpu.move_to_device(exported, "meta"))
+    monkeypatch.setattr(aoti, "build_library", build)
     return built
 
 
@@ -82,8 +82,8 @@ def test_all_of_a_program_goes_to_the_device(checkpoint, tmp_path, compiled, fam
         assert all(where == {"meta"} for where in places(exported).values()), places(exported)
         # Kernels of our own are for processors.
         assert {str(node.target) for node in exported.graph.nodes} & {
-            "precast.rows.default",
-            "precast.attend.default",
+            "precast.gemv.default",
+            "precast.decode_attention.default",
         } == set()
     weights = open_weights([made.path / name for name in variant.weights])
     needed = {name for each in compiled.values() for name in (*each.state_dict, *each.constants)}
@@ -105,13 +105,13 @@ def asked(monkeypatch, tmp_path):
         return told["files"]
 
     monkeypatch.setattr(torch._inductor, "aot_compile", compile_)
-    monkeypatch.setattr(library, "_stripped", lambda strip, content: content)
+    monkeypatch.setattr(library, "_strip_symbols", lambda strip, content: content)
     return told
 
 
 def test_kernels_are_within_the_library(asked, tmp_path):
-    with library.workspace():
-        library.build(ALONE, tmp_path / "out.so", "native", "cuda")
+    with library.compiler_workspace():
+        library.build_library(ALONE, tmp_path / "out.so", "native", "cuda")
     options = asked["options"]
     assert options["aot_inductor.embed_kernel_binary"] is True
     assert options["aot_inductor.package_constants_in_so"] is False
@@ -120,13 +120,16 @@ def test_kernels_are_within_the_library(asked, tmp_path):
 
 def test_kernels_beside_the_library_are_not_lost(asked, tmp_path):
     asked["files"] += ["/cache/ab/cabc.cubin", "/cache/ab/cdef.cubin"]
-    with library.workspace(), pytest.raises(ExportError, match=r"left 2 kernels beside the library.*cabc\.cubin"):
-        library.build(ALONE, tmp_path / "out.so", "native", "cuda")
+    with (
+        library.compiler_workspace(),
+        pytest.raises(ExportError, match=r"left 2 kernels beside the library.*cabc\.cubin"),
+    ):
+        library.build_library(ALONE, tmp_path / "out.so", "native", "cuda")
     assert not Path(tmp_path / "out.so").exists()
 
 
 def test_code_for_the_cpu_is_told_nothing_of_gpus(asked, tmp_path):
-    with library.workspace():
-        library.build(ALONE, tmp_path / "out.so", "native")
+    with library.compiler_workspace():
+        library.build_library(ALONE, tmp_path / "out.so", "native")
     assert asked["options"]["cpp.dynamic_threads"] is True
     assert "aot_inductor.embed_kernel_binary" not in asked["options"]

@@ -26,13 +26,17 @@ def lowered(role="encode", cache=(), count=100):
 
 def test_when_it_pays():
     options = ExportOptions(backend="aoti")
-    assert freezing.pays([lowered(), lowered()], options)
-    assert not freezing.pays([lowered(), lowered(role="decoder")], options), "an encoder-decoder shares its table"
-    assert not freezing.pays([lowered()], ExportOptions(backend="aoti", isa="avx2")), "packed for this CPU only"
-    assert not freezing.pays([lowered()], ExportOptions(backend="aoti", device="cuda"))
-    half = freezing.LARGEST // 4 // 2
-    assert freezing.pays([lowered(count=half)] * 2, options)
-    assert not freezing.pays([lowered(count=half)] * 3, options), "a copy in every library is too much"
+    assert freezing.should_freeze([lowered(), lowered()], options)
+    assert not freezing.should_freeze([lowered(), lowered(role="decoder")], options), (
+        "an encoder-decoder shares its table"
+    )
+    assert not freezing.should_freeze([lowered()], ExportOptions(backend="aoti", isa="avx2")), (
+        "packed for this CPU only"
+    )
+    assert not freezing.should_freeze([lowered()], ExportOptions(backend="aoti", device="cuda"))
+    half = freezing.MAX_BYTES // 4 // 2
+    assert freezing.should_freeze([lowered(count=half)] * 2, options)
+    assert not freezing.should_freeze([lowered(count=half)] * 3, options), "a copy in every library is too much"
 
 
 def check(path, source, tolerance):

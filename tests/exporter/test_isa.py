@@ -41,17 +41,17 @@ def test_a_level_multiplies_what_it_has_instructions_for(monkeypatch, level, fla
     """The level that is compiled for decides, whatever this machine has."""
     monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(isa.platform, "machine", lambda: "x86_64")
-    forms = library.forms_of("cpu", level)
-    assert {BF16, FP16} - forms.widened == products
-    assert forms.product == (BF16 if BF16 in products else torch.float32)
-    recorded = library.names_of(forms).split(", ")
+    forms = library.lowering_options_for("cpu", level)
+    assert {BF16, FP16} - forms.float32_matmuls == products
+    assert forms.matmul_dtype == (BF16 if BF16 in products else torch.float32)
+    recorded = library.matmul_dtype_names(forms).split(", ")
     assert recorded == ["float32", *sorted(str(each).removeprefix("torch.") for each in products)]
 
 
 def test_a_gpu_multiplies_bfloat16_whatever_the_host_has(monkeypatch):
     monkeypatch.setattr(isa, "cpu_flags", frozenset)
-    forms = library.forms_of("cuda", "native")
-    assert (forms.product, forms.widened) == (BF16, frozenset())
+    forms = library.lowering_options_for("cuda", "native")
+    assert (forms.matmul_dtype, forms.float32_matmuls) == (BF16, frozenset())
 
 
 class Multiplies(nn.Module):
@@ -93,7 +93,7 @@ def test_what_the_processor_does_not_multiply_is_multiplied_in_float32(dtype):
     module, x = Multiplies().eval(), torch.randn(2, 12, 8)
     given = x.to(dtype), torch.ones(12, 12, dtype=torch.bool).tril()
     exported = torch.export.export(module.to(dtype), given)
-    run = lowering._Replacing(exported.graph_module, library.forms_of("cpu", "avx2"), None)
+    run = lowering._LoweringInterpreter(exported.graph_module, library.lowering_options_for("cpu", "avx2"), None)
     held = [exported.state_dict[spec.target] for spec in exported.graph_signature.input_specs if spec.target]
     with Seen() as seen, torch.no_grad():
         found = run.run(*held, *given)
@@ -108,10 +108,10 @@ def test_what_the_processor_does_not_multiply_is_multiplied_in_float32(dtype):
 
 def test_an_encoder_is_written_anew_only_where_it_has_to():
     exported = torch.export.export(nn.Linear(8, 8, dtype=BF16), (torch.ones(30, 8, dtype=BF16),))
-    assert lowering._widens(exported, library.forms_of("cpu", "avx2"))
-    assert not lowering._widens(exported, library.forms_of("cuda", "avx2"))
+    assert lowering._has_float32_matmul(exported, library.lowering_options_for("cpu", "avx2"))
+    assert not lowering._has_float32_matmul(exported, library.lowering_options_for("cuda", "avx2"))
     plain = torch.export.export(nn.Linear(8, 8), (torch.ones(30, 8),))
-    assert not lowering._widens(plain, library.forms_of("cpu", "avx2"))
+    assert not lowering._has_float32_matmul(plain, library.lowering_options_for("cpu", "avx2"))
 
 
 @pytest.mark.parametrize(
@@ -125,23 +125,25 @@ def test_codes_are_multiplied_as_the_level_does(scheme, level):
         asked.append(dtype)
         return codes.new_zeros(codes.shape[0], 64, dtype=dtype)
 
-    forms = library.forms_of("cpu", level)
-    kernels = replace(forms.kernels, matrix=matrix)
+    forms = library.lowering_options_for("cpu", level)
+    kernels = replace(forms.kernels, dequantize=matrix)
     packed = Packed(round_to_nearest(torch.randn(5, 64), scheme))
-    codes = linear.Codes(
+    codes = linear.PackedWeight(
         packed.codes, packed.scales, packed.zeros, packed.bits, packed.group, packed.columns, packed.extra
     )
-    linear.quantized_linear(torch.randn(30, 64), codes, None, lambda x: x, forms.product, kernels, False)
+    linear.quantized_linear(torch.randn(30, 64), codes, None, lambda x: x, forms.matmul_dtype, kernels, False)
     assert asked == [torch.float32]
 
 
 def test_a_dtype_that_is_not_multiplied_is_said(recwarn):
-    forms = library.forms_of("cpu", "avx2")
+    forms = library.lowering_options_for("cpu", "avx2")
     with pytest.warns(PrecastWarning, match=r"--isa avx2 has no instructions that multiply float16: .* float32"):
-        aoti._say_widened(ExportOptions(isa="avx2", auto_cast="matmul", auto_cast_type="fp16"), forms)
+        aoti._warn_of_float32_matmuls(ExportOptions(isa="avx2", auto_cast="matmul", auto_cast_type="fp16"), forms)
     with pytest.warns(PrecastWarning, match="multiply bfloat16"):
-        aoti._say_widened(ExportOptions(isa="avx2", dtype="bfloat16"), forms)
+        aoti._warn_of_float32_matmuls(ExportOptions(isa="avx2", dtype="bfloat16"), forms)
     recwarn.clear()
-    aoti._say_widened(ExportOptions(isa="avx2", quantize="int8"), forms)
-    aoti._say_widened(ExportOptions(device="cuda", dtype="bfloat16"), library.forms_of("cuda", "native"))
+    aoti._warn_of_float32_matmuls(ExportOptions(isa="avx2", quantize="int8"), forms)
+    aoti._warn_of_float32_matmuls(
+        ExportOptions(device="cuda", dtype="bfloat16"), library.lowering_options_for("cuda", "native")
+    )
     assert not recwarn

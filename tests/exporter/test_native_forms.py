@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.exporter.backends.aten import linear
-from precast.exporter.backends.aten.attention import Step, cached_attention, cross_attention
+from precast.exporter.backends.aten.attention import AttentionContext, cached_attention, cross_attention
 from precast.exporter.operators import attention as ours
 from precast.exporter.quantize.linear import Packed, multiply
 from precast.exporter.quantize.methods import Scheme, round_to_nearest, search
@@ -55,7 +55,7 @@ def test_attention_in_place_is_the_operator(seed, past, length, mask, window, so
     common = (past, new, 0.3, mask, window, softcap, *optional)
     expected, keys, values = ours.cached_attention(q, k, v, caches[0, :, :, :-1], caches[1, :, :, :-1], *common)
     held = caches.clone()
-    found = cached_attention(Step(torch.arange(looked), same), q, k, v, held[0], held[1], *common)
+    found = cached_attention(AttentionContext(torch.arange(looked), same), q, k, v, held[0], held[1], *common)
     for row in range(batch):
         count, total = int(new[row]), int(past[row] + new[row])
         assert torch.allclose(found[row, :, :count], expected[row, :, :count], atol=2e-5)
@@ -86,8 +86,8 @@ def test_products_with_codes_are_the_operator(scheme, outputs, rows):
     parts = (packed.codes, packed.scales, packed.zeros)
     sizes = (packed.bits, packed.group, packed.columns, packed.extra)
     expected = multiply(x, *parts, bias, *sizes)
-    for is_few in {linear.is_few(x), True}:
-        found = linear.quantized_linear(x, linear.Codes(*parts, *sizes), bias, same, torch.float32, None, is_few)
+    for is_few in {linear.has_few_rows(x), True}:
+        found = linear.quantized_linear(x, linear.PackedWeight(*parts, *sizes), bias, same, torch.float32, None, is_few)
         assert torch.allclose(found, expected, atol=1e-4)
         assert found.is_contiguous(), "what comes after counts on it"
 
@@ -98,8 +98,8 @@ def test_a_row_with_one_scale_is_exact_in_bfloat16():
     scales = groups.abs().amax(-1) / 127
     grid = encode(groups, QuantParams(scales, torch.full_like(scales, 128), None), 8, 64)
     packed = Packed(grid)
-    codes = linear.Codes(packed.codes, packed.scales, packed.zeros, 8, 64, 64, 0)
-    matrix, left = codes.matrix(torch.bfloat16, None)
+    codes = linear.PackedWeight(packed.codes, packed.scales, packed.zeros, 8, 64, 64, 0)
+    matrix, left = codes.dequantize(torch.bfloat16, None)
     assert torch.equal(matrix.float() * left[:, None], grid.dequantize())
 
 
@@ -107,7 +107,7 @@ def test_a_row_with_one_scale_is_exact_in_bfloat16():
 def test_few_rows_are_summed_and_many_multiplied(outputs):
     weight, bias = torch.randn(outputs, 16).bfloat16(), torch.randn(outputs)
     x = torch.randn(1, linear.FEW, 16)
-    assert linear.is_few(x)
-    assert not linear.is_few(torch.randn(1, linear.FEW + 1, 16))
-    found = linear.linear(x, weight, bias, same)
+    assert linear.has_few_rows(x)
+    assert not linear.has_few_rows(torch.randn(1, linear.FEW + 1, 16))
+    found = linear.gemv(x, weight, bias, same)
     assert torch.allclose(found, torch.nn.functional.linear(x, weight.float(), bias), atol=1e-5)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from precast.exporter import ExportOptions, export
 from precast.exporter.backends import aoti
 from precast.exporter.backends.aoti import isa, kernel_template, library
-from precast.exporter.backends.aoti.attention import attend, attend_prompt
-from precast.exporter.backends.aoti.dequantize import matrix
-from precast.exporter.backends.aoti.gemv import rows
+from precast.exporter.backends.aoti.attention import decode_attention, prefill_attention
+from precast.exporter.backends.aoti.dequantize import dequantize
+from precast.exporter.backends.aoti.gemv import gemv
 from precast.exporter.backends.aten import lowering
-from precast.exporter.backends.aten.attention import Step, cached_attention
+from precast.exporter.backends.aten.attention import AttentionContext, cached_attention
 from precast.exporter.backends.aten.kernel_set import Kernels
-from precast.exporter.quantize.linear import Packed, dequantize
+from precast.exporter.quantize.linear import Packed
+from precast.exporter.quantize.linear import dequantize as dequantized
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
 
 MATRICES = (torch.bfloat16, torch.float32)
@@ -70,10 +71,10 @@ class Products(nn.Module):
         taken, found, widened = iter(given), [], []
         for case in GRIDS:
             xs, weights, scales, zeros = ([next(taken) for _ in range(count)] for count in counts(case))
-            found.append(rows(xs, weights, scales, zeros, bits(case)))
+            found.append(gemv(xs, weights, scales, zeros, bits(case)))
             if bits(case):
                 parts = weights[0], scales[0], zeros[0] if zeros else None, bits(case)
-                widened += [matrix(*parts, dtype) for dtype in MATRICES]
+                widened += [dequantize(*parts, dtype) for dtype in MATRICES]
         return *found, *widened
 
 
@@ -106,7 +107,7 @@ def matrices(case):
     """What the weights mean, float64 [N, K]."""
     if not bits(case):
         return [layer.double() for layer in case.layers]
-    return [dequantize(layer.codes, layer.scales, layer.zeros, layer.bits).double() for layer in case.layers]
+    return [dequantized(layer.codes, layer.scales, layer.zeros, layer.bits).double() for layer in case.layers]
 
 
 def inputs_of(case, seed, size):
@@ -118,8 +119,8 @@ def inputs_of(case, seed, size):
 def compiled(module, arguments, folder, isa):
     """The module's native code as a function."""
     exported = torch.export.export(module, arguments)
-    with library.workspace():
-        library.build(exported, folder / "kernels.so", isa)
+    with library.compiler_workspace():
+        library.build_library(exported, folder / "kernels.so", isa)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "kernels.so"), 1)
     return lambda *given: runner.run(list(given))
 
@@ -140,8 +141,8 @@ def shared_out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cpp")
     for source in kernel_template._SOURCES.iterdir():
         text = source.read_text()
-        (folder / source.name).write_text(text.replace("WORTH = 1 << 15", "WORTH = 0"))
-    assert "WORTH = 0" in (folder / "dot.h").read_text()
+        (folder / source.name).write_text(text.replace("MIN_PARALLEL_MACS = 1 << 15", "MIN_PARALLEL_MACS = 0"))
+    assert "MIN_PARALLEL_MACS = 0" in (folder / "simd.h").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_template, "_SOURCES", folder)
         yield
@@ -233,14 +234,14 @@ class Attentions(nn.Module):
 
     def __init__(self, *products: torch.dtype) -> None:
         super().__init__()
-        kernels = Kernels(rows, matrix, attend, attend_prompt)
-        self.kinds = [{"kernels": kernels, "product": product} for product in products] or [{}]
+        kernels = Kernels(gemv, dequantize, decode_attention, prefill_attention)
+        self.kinds = [{"kernels": kernels, "matmul_dtype": product} for product in products] or [{}]
 
     def forward(self, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         return tuple(each for kind in self.kinds for each in self.found(kind, looked, past, new, *given))
 
     def found(self, kind: dict, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> list[Tensor]:
-        step, taken = Step(looked, lambda x: x, **kind), iter(given)
+        step, taken = AttentionContext(looked, lambda x: x, **kind), iter(given)
         found = []
         for asked in ASKED:
             q, k, v, keys, values = (next(taken) for _ in range(5))
@@ -279,8 +280,8 @@ def attentions(folder, isa, length, *products):
     # Queries, keys and values come as [B, heads, tokens, width]; caches are longer than any of them.
     free = [{2: tokens} if length is None and each.ndim == 4 and each.shape[2] == 9 else None for each in example[3:]]
     exported = torch.export.export(Attentions(*products), example, dynamic_shapes=({0: rows_}, None, None, tuple(free)))
-    with library.workspace():
-        library.build(exported, folder / "attend.so", isa)
+    with library.compiler_workspace():
+        library.build_library(exported, folder / "attend.so", isa)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "attend.so"), 1)
     return lambda *given: runner.run(list(given))
 
@@ -333,19 +334,19 @@ def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, met
     def build(exported, target, *_):
         nodes = list(exported.graph.nodes)
         built[target.stem] = Counter(str(node.target) for node in nodes)
-        multiplied.update(node.args[-1] for node in nodes if node.target is torch.ops.precast.attend_prompt.default)
+        multiplied.update(node.args[-1] for node in nodes if node.target is torch.ops.precast.prefill_attention.default)
         target.write_bytes(b"\x7fELF")
 
-    monkeypatch.setattr(aoti, "build", build)
+    monkeypatch.setattr(aoti, "build_library", build)
     monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({*isa._V4, "avx512_bf16"}))
     model = checkpoint("llama", num_hidden_layers=2)
     rounded = {"quantize": "int8", "quantize_method": method}
     asked = ExportOptions(backend="aoti", isa=level, sequence_length=(32,), validate=False, **rounded)
     made = export(str(model), tmp_path / "out", asked)
-    assert built["decode"]["precast.rows.default"] == 2 * 4 + 1
-    assert built["decode"]["precast.attend.default"] == 2
-    assert built["prefill"]["precast.rows.default"] == 1, "of a prompt, rows whose logits are asked for"
-    assert built["prefill"]["precast.attend_prompt.default"] == 2
+    assert built["decode"]["precast.gemv.default"] == 2 * 4 + 1
+    assert built["decode"]["precast.decode_attention.default"] == 2
+    assert built["prefill"]["precast.gemv.default"] == 1, "of a prompt, rows whose logits are asked for"
+    assert built["prefill"]["precast.prefill_attention.default"] == 2
     assert multiplied == {products}, "as the codes of a prompt's layers"
     assert made.contract.variants[0].compiler.options["products"].endswith(str(products).removeprefix("torch."))
 
@@ -355,5 +356,7 @@ def test_attention_has_no_more_digits_than_the_layers_around_it(dtype, monkeypat
     monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({*isa._V4, "avx512_bf16"}))
     layer = torch.export.export(nn.Linear(8, 8, dtype=dtype), (torch.ones(3, 8, dtype=dtype),))
     expected = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    assert lowering._product(layer.graph, library.forms_of("cpu", "native")) == expected
-    assert lowering._product(layer.graph, library.forms_of("cpu", "avx2")) == torch.float32, "as far as it multiplies"
+    assert lowering._attention_matmul_dtype(layer.graph, library.lowering_options_for("cpu", "native")) == expected
+    assert (
+        lowering._attention_matmul_dtype(layer.graph, library.lowering_options_for("cpu", "avx2")) == torch.float32
+    ), "as far as it multiplies"

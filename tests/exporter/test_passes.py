@@ -12,10 +12,10 @@ from onnxscript import opset20 as op
 
 from precast.exporter.backends.onnx import oldest_runtime
 from precast.exporter.backends.onnx.passes import (
-    FlattenProducts,
-    RemoveIdleOutputs,
-    RemoveIdleReshapes,
+    FlattenGemmInputs,
     RemoveProvenance,
+    RemoveRedundantReshapes,
+    RemoveUnusedOutputs,
 )
 
 
@@ -48,11 +48,11 @@ def test_reshapes_that_lead_back_go(function, modified):
     model = inferred(function)
     x = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
     before = run(model, x)
-    assert RemoveIdleReshapes()(model).modified is modified
+    assert RemoveRedundantReshapes()(model).modified is modified
     ir.passes.common.RemoveUnusedNodesPass()(model)
     assert np.array_equal(run(model, x), before)
     assert any(node.op_type == "Reshape" for node in model.graph) is not modified
-    assert RemoveIdleReshapes()(model).modified is False
+    assert RemoveRedundantReshapes()(model).modified is False
 
 
 def test_unknown_shapes_are_left_alone():
@@ -60,7 +60,7 @@ def test_unknown_shapes_are_left_alone():
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
-    assert RemoveIdleReshapes()(model).modified is False
+    assert RemoveRedundantReshapes()(model).modified is False
 
 
 @script(default_opset=op)
@@ -89,8 +89,8 @@ def test_what_a_product_takes_has_two_dimensions():
     nodes = [merged, product]
     graph = ir.Graph([x, weight, bias], product.outputs, nodes=nodes, initializers=[sizes], opset_imports={"": 20})
     model = ir.Model(graph, ir_version=10)
-    assert FlattenProducts()(model).modified
-    assert not FlattenProducts()(model).modified
+    assert FlattenGemmInputs()(model).modified
+    assert not FlattenGemmInputs()(model).modified
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     arrays = {name: rng.normal(size=size).astype("f") for name, size in (("x", (2, 5, 3, 4)), ("w", (12, 7)), ("b", 7))}
@@ -115,7 +115,7 @@ def test_outputs_of_a_normalization_that_nobody_reads_go(read, left):
     )
     model, array = ir.Model(graph, ir_version=10), np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
     before = run(model, array)
-    assert RemoveIdleOutputs()(model).modified is (left < 4)
+    assert RemoveUnusedOutputs()(model).modified is (left < 4)
     assert len(norm.outputs) == left
     assert np.array_equal(run(model, array), before)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from precast.exporter.backends.onnx.lowering import lower
-from precast.exporter.backends.onnx.pack_projections import PackSiblings
+from precast.exporter.backends.onnx.pack_projections import PackProjections
 from precast.exporter.kinds.trace import Program
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
 from precast.exporter.quantize.scheme import QuantizedWeight
@@ -125,7 +125,7 @@ def compiled(module: nn.Module, x: torch.Tensor, *, packed: bool = False) -> ir.
     # As fuse_for_onnxruntime does: the means of one input are taken once.
     ir.passes.common.CommonSubexpressionEliminationPass()(model)
     if packed:
-        assert PackSiblings()(model).modified
+        assert PackProjections()(model).modified
     return model
 
 
@@ -232,4 +232,4 @@ def test_only_siblings_of_one_format_are_packed():
     for found, expected in zip(run(model, x), run(compiled(family, x), x), strict=True):
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     chain = compiled(nn.Sequential(layer(0, 96), layer(1, 16)), x)
-    assert not PackSiblings()(chain).modified
+    assert not PackProjections()(chain).modified

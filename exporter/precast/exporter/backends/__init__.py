@@ -1,10 +1,11 @@
-"""What a backend is to the exporter: programs in, files and their description out."""
+"""The exporter's half of backends: compilers that turn programs into files, and the description of these."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,12 +17,12 @@ from ..checkpoint.resolve import Checkpoint
 from ..kinds.trace import Program
 from ..options import ExportOptions
 
-__all__ = ["Compiled", "HasLayouts", "NeedsTools", "ProgramCompiler", "compiler_of"]
+__all__ = ["Compiled", "HasLayouts", "NeedsTools", "ProgramCompiler", "compiler_of", "release_of"]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler wrote into the stage: `graphs` and `weights` name its files, relative to it."""
+    """The files that a compiler wrote: `graphs` and `weights` name them, relative to the stage."""
 
     graphs: list[Graph]
     weights: list[str]
@@ -34,7 +35,7 @@ class ProgramCompiler(Protocol):
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """Turn every program into a file below `stage`, with weights stored once for all of them. Of `options` it reads
-        what its row in the table of backends says that it takes.
+        those that its row in the table of backends lists.
 
         Raises ExportError where a program cannot be compiled.
         """
@@ -43,7 +44,7 @@ class ProgramCompiler(Protocol):
 
 @runtime_checkable
 class NeedsTools(Protocol):
-    """A compiler of programs that calls tools which may not be there: asked before any work starts."""
+    """A compiler that calls tools which may be missing: checked before any work starts."""
 
     def check_tools(self, options: ExportOptions) -> None:
         """Raise ExportError, with what to install, where something is missing."""
@@ -52,8 +53,8 @@ class NeedsTools(Protocol):
 
 @runtime_checkable
 class HasLayouts(Protocol):
-    """A compiler of programs whose files can be named and described so that another library opens them, too. Where
-    `options.layout` is our own, each of these changes nothing."""
+    """A compiler whose files can be named and described so that another library opens them, too. Where `options.layout`
+    is our own, none of these methods changes anything."""
 
     def prepare(self, checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
         """The checkpoint as the layout can hold it."""
@@ -71,7 +72,12 @@ class HasLayouts(Protocol):
 
 
 def compiler_of(backend: str) -> ProgramCompiler:
-    """What compiles for a backend. Raises UsageError where there is none of this name."""
+    """Import and make the compiler of a backend. Raises UsageError where there is no backend of this name."""
     module, _, name = get_backend(backend).compiler.partition(":")
     compiler: ProgramCompiler = getattr(import_module(module), name)()
     return compiler
+
+
+def release_of(distribution: str) -> str:
+    """The version of an installed distribution without the part after "+", which tells its build."""
+    return version(distribution).split("+", maxsplit=1)[0]

@@ -20,8 +20,8 @@ from precast.runtime.errors import ExportError, FormatError
 from ..kinds.trace import Program
 from ..options import ExportOptions
 from ..progress import progress
-from . import Compiled
-from .aten.lowering import Forms, Lowered, lower
+from . import Compiled, release_of
+from .aten.lowering import Lowered, LoweringOptions, lower
 from .aten.safetensors import save_weights
 
 __all__ = ["ExportCompiler"]
@@ -30,19 +30,19 @@ WEIGHTS = "model.safetensors"
 
 
 class ExportCompiler:
-    """Our operators written out in ATen, torch's own JSON of the graph, and nothing that would have to be unpickled."""
+    """Programs lowered to ATen, each as torch's own JSON of the graph; nothing is pickled."""
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler."""
         with warnings.catch_warnings():
             # torch warns of itself.
             warnings.simplefilter("ignore", FutureWarning)
-            lowered = [lower(program, Forms()) for program in programs]
+            lowered = [lower(program, LoweringOptions()) for program in programs]
         graphs = []
         for done, each in enumerate(lowered):
             progress(done, len(lowered), each.graph.name)
             graph = replace(each.graph, file=f"{each.graph.name}.pt2")
-            (stage / graph.file).write_bytes(_file(each))
+            (stage / graph.file).write_bytes(_archive(each))
             graphs.append(graph)
         save_weights(lowered, stage / WEIGHTS)
         return Compiled(
@@ -51,21 +51,21 @@ class ExportCompiler:
             host=Host(platforms=[], device="cpu", isa=[], min_versions={"torch": "2.9"}),
             compiler=Compiler(
                 name="torch.export",
-                version=version("torch").split("+")[0],
+                version=release_of("torch"),
                 options={},
-                torch=version("torch").split("+")[0],
+                torch=release_of("torch"),
                 transformers=version("transformers"),
             ),
         )
 
 
-def _file(lowered: Lowered) -> bytes:
-    """The program's archive. Raises ExportError where the runtime would refuse it."""
+def _archive(lowered: Lowered) -> bytes:
+    """Serialize a program. Raises ExportError where the runtime would refuse it."""
     serialized = serialize(
         lowered.exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
     )
-    whole = json.loads(serialized.exported_program)
-    text = json.dumps(_bare(whole), separators=(",", ":"), allow_nan=False).encode()
+    document = json.loads(serialized.exported_program)
+    text = json.dumps(_strip_sources(document), separators=(",", ":"), allow_nan=False).encode()
     data = pack(text)
     try:
         parse_program(unpack(data, lowered.graph.name), lowered.graph.name)
@@ -74,14 +74,14 @@ def _file(lowered: Lowered) -> bytes:
     return data
 
 
-def _bare(whole: dict[str, Any]) -> dict[str, Any]:
-    """Without where the program came from, which names files of this machine, and without Python code, which is what
-    guards are: the runtime checks shapes by the contract."""
-    module = whole["graph_module"]
+def _strip_sources(document: dict[str, Any]) -> dict[str, Any]:
+    """Strip source paths and guards: paths name files of this machine, and guards are Python code, in whose place the
+    runtime checks shapes by the contract."""
+    module = document["graph_module"]
     for node in module["graph"]["nodes"]:
         node["metadata"] = {}
         if node["target"] == "torch.ops.aten._assert_scalar.default":
             node["inputs"][1]["arg"] = {"as_string": "a size is out of its bounds"}
     root = [entry for entry in module["module_call_graph"] if entry["fqn"] == ""]
     module |= {"metadata": {}, "module_call_graph": root, "treespec_namedtuple_fields": {}}
-    return whole | {"guards_code": [], "torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
+    return document | {"guards_code": [], "torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}

@@ -1,4 +1,4 @@
-"""Attention to caches: the operators that cpp/attend.h and cpp/prompt.h compute."""
+"""Attention kernels: the operators of cpp/decode_attention.h and cpp/prefill_attention.h."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 from torch._inductor.lowering import register_lowering
 
-from .kernel_template import Calling, type_of, whole
+from .kernel_template import KernelTemplate, cpp_type, realize_contiguous
 
-__all__ = ["attend", "attend_prompt"]
+__all__ = ["decode_attention", "prefill_attention"]
 
 
-@torch.library.custom_op("precast::attend", mutates_args=())
-def attend(q: Tensor, keys: Tensor, values: Tensor, added: Tensor, sinks: Tensor | None, softcap: float) -> Tensor:
-    """Attention to the first n rows of caches.
+@torch.library.custom_op("precast::decode_attention", mutates_args=())
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sinks: Tensor | None, softcap: float
+) -> Tensor:
+    """Attention of one token per slot to the first n positions of its caches.
 
     Args:
         q: float32 [B, H, D], scaled.
         keys: [B, Hkv, C, D] of any floating dtype or int8, H a multiple of Hkv.
         values: [B, Hkv, C, Dv] of the same dtype.
-        added: float32 [B or 1, H or 1, n], to scores; what is not seen has -1e30.
+        bias: float32 [B or 1, H or 1, n], added to scores; masked positions have -1e30.
         sinks: float32 [H]: scores without a value.
-        softcap: scores are softcap * tanh(score / softcap) before `added`; 0 for none.
+        softcap: scores are softcap * tanh(score / softcap) before `bias`; 0 for none.
 
     Returns:
         float32 [B, H, Dv].
@@ -31,33 +33,34 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, added: Tensor, sinks: Tensor
     raise NotImplementedError("in compiled code only")
 
 
-@attend.register_fake
+@decode_attention.register_fake
 def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     return q.new_empty(*q.shape[:2], values.shape[3])
 
 
-@torch.library.custom_op("precast::attend_prompt", mutates_args=())
-def attend_prompt(
+@torch.library.custom_op("precast::prefill_attention", mutates_args=())
+def prefill_attention(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    past: Tensor,
-    new: Tensor,
+    past_lengths: Tensor,
+    new_lengths: Tensor,
     mask: str,
     window: int,
     sinks: Tensor | None,
     softcap: float,
-    product: torch.dtype,
+    matmul_dtype: torch.dtype,
 ) -> Tensor:
-    """Attention of S new tokens per row, which are in the caches already.
+    """Attention of S new tokens per slot, whose keys and values are in the caches already.
 
     Args:
         q: float32 [B, H, S, D], scaled.
-        keys, values, sinks, softcap: see `attend`.
-        past, new: int32 [B], tokens in the caches before these, and how many of these are no padding.
+        keys, values, sinks, softcap: see `decode_attention`.
+        past_lengths: int32 [B], tokens in the caches before the new ones.
+        new_lengths: int32 [B], new tokens without padding.
         mask, window: see `precast.cached_attention`.
-        product: float32, or bfloat16: what scores and outputs are products of, where the processor multiplies such;
-            they are summed, and the softmax is taken, in float32.
+        matmul_dtype: float32 or bfloat16, the dtype of the factors of both matrix products where the processor
+            multiplies it; sums and softmax are in float32.
 
     Returns:
         float32 [B, H, S, Dv], zeros for padding.
@@ -65,51 +68,54 @@ def attend_prompt(
     raise NotImplementedError("in compiled code only")
 
 
-@attend_prompt.register_fake
+@prefill_attention.register_fake
 def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], values.shape[3])
 
 
-@register_lowering(torch.ops.precast.attend.default, type_promotion_kind=None)
-def _lower_one(q: Any, keys: Any, values: Any, added: Any, sinks: Any, softcap: float) -> Any:
-    kind, sizes = _sizes(q, keys, values)
-    caches = f"precast::Caches<{kind}>{{k, v, {sizes}, {{count}}, more, {_strides(added.get_size())}, {softcap}f}}"
-    call = f"precast::attend({caches}, q, {_pointer(sinks)}, y);"
-    inputs = _inputs(sinks, q=q, k=keys, v=values, more=added)
+@register_lowering(torch.ops.precast.decode_attention.default, type_promotion_kind=None)
+def _lower_decode(q: Any, keys: Any, values: Any, bias: Any, sinks: Any, softcap: float) -> Any:
+    types, sizes = _template_arguments(q, keys, values)
+    caches = f"precast::Caches<{types}>{{k, v, {sizes}, {{count}}, bias, {_bias_strides(bias.get_size())}, {softcap}f}}"
+    call = f"precast::decode_attention({caches}, q, {_sinks_pointer(sinks)}, y);"
+    inputs = _name_inputs(sinks, q=q, k=keys, v=values, bias=bias)
     size = [*q.get_size()[:2], values.get_size()[3]]
-    return Calling(inputs, size, call, ["dot.h", "attend.h"], count=("more", 2)).output()
+    return KernelTemplate(inputs, size, call, ["simd.h", "decode_attention.h"], count=("bias", 2)).make_node()
 
 
-@register_lowering(torch.ops.precast.attend_prompt.default, type_promotion_kind=None)
-def _lower_prompt(
-    q: Any, keys: Any, values: Any, past: Any, new: Any, mask: str, window: int, sinks: Any, softcap: float,
-    product: torch.dtype,
+@register_lowering(torch.ops.precast.prefill_attention.default, type_promotion_kind=None)
+def _lower_prefill(
+    q: Any, keys: Any, values: Any, past_lengths: Any, new_lengths: Any, mask: str, window: int, sinks: Any,
+    softcap: float, matmul_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
-    kind, sizes = _sizes(q, keys, values)
-    how = {torch.float32: "precast::InFloat32", torch.bfloat16: "precast::InBfloat16"}[product]
-    rest = f"past, fresh, precast::Mask::{mask}, {window}, {softcap}f, {_pointer(sinks)}"
-    call = f"precast::attend(precast::Prompt<{how}, {kind}>{{k, v, {sizes}, {{count}}, {rest}}}, q, y);"
-    inputs = _inputs(sinks, q=q, k=keys, v=values, past=past, fresh=new)
+    types, sizes = _template_arguments(q, keys, values)
+    fma = {torch.float32: "precast::Float32Fma", torch.bfloat16: "precast::Bfloat16Fma"}[matmul_dtype]
+    rest = f"past_lengths, new_lengths, precast::Mask::{mask}, {window}, {softcap}f, {_sinks_pointer(sinks)}"
+    prefill = f"precast::Prefill<{fma}, {types}>{{k, v, {sizes}, {{count}}, {rest}}}"
+    call = f"precast::prefill_attention({prefill}, q, y);"
+    inputs = _name_inputs(sinks, q=q, k=keys, v=values, past_lengths=past_lengths, new_lengths=new_lengths)
     size = [*q.get_size()[:3], values.get_size()[3]]
-    return Calling(inputs, size, call, ["dot.h", "attend.h", "prompt.h"], count=("q", 2)).output()
+    headers = ["simd.h", "decode_attention.h", "prefill_attention.h"]
+    return KernelTemplate(inputs, size, call, headers, count=("q", 2)).make_node()
 
 
-def _inputs(sinks: Any, **nodes: Any) -> dict[str, Any]:
-    return {name: whole(node) for name, node in nodes.items()} | ({"sinks": whole(sinks)} if sinks is not None else {})
+def _name_inputs(sinks: Any, **nodes: Any) -> dict[str, Any]:
+    given = nodes if sinks is None else {**nodes, "sinks": sinks}
+    return {name: realize_contiguous(node) for name, node in given.items()}
 
 
-def _pointer(sinks: Any) -> str:
+def _sinks_pointer(sinks: Any) -> str:
     return "nullptr" if sinks is None else "sinks"
 
 
-def _sizes(q: Any, keys: Any, values: Any) -> tuple[str, str]:
-    """What is known when a kernel is compiled, for its type and for its first members."""
+def _template_arguments(q: Any, keys: Any, values: Any) -> tuple[str, str]:
+    """The template arguments of a kernel's type, and the values of its first members."""
     batch, heads, *_, key = (q.get_size()[index] for index in (0, 1, -1))
     _, shared, capacity, value = (int(size) for size in values.get_size())
-    return f"{type_of(keys)}, {int(heads) // shared}, {int(key)}, {value}", f"{int(batch)}, {shared}, {capacity}"
+    return f"{cpp_type(keys)}, {int(heads) // shared}, {int(key)}, {value}", f"{int(batch)}, {shared}, {capacity}"
 
 
-def _strides(size: list[Any]) -> str:
-    """Of a row and a head of [B or 1, H or 1, n], 0 for one that all share."""
-    rows, heads = int(size[0]), int(size[1])
-    return f"{heads if rows > 1 else 0} * {{count}}, {1 if heads > 1 else 0} * {{count}}"
+def _bias_strides(size: list[Any]) -> str:
+    """Strides of [B or 1, H or 1, n] along batch and heads, 0 where it is broadcast."""
+    batch, heads = int(size[0]), int(size[1])
+    return f"{heads if batch > 1 else 0} * {{count}}, {1 if heads > 1 else 0} * {{count}}"

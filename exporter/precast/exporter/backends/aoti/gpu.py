@@ -1,4 +1,4 @@
-"""Native code for a GPU: what must be at hand to compile it, inductor's options, and what is recorded of it."""
+"""Native code for a GPU: the tools that it needs, Inductor's options, and the facts that are recorded."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch.utils._triton import has_triton
 from precast.runtime.errors import ExportError
 from precast.runtime.hosts.cuda import cuda_host
 
-__all__ = ["KERNELS_INSIDE", "check_gpu", "check_whole", "facts", "free", "moved"]
+__all__ = ["GPU_OPTIONS", "check_gpu", "check_kernels_embedded", "free_gpu_memory", "gpu_facts", "move_to_device"]
 
-KERNELS_INSIDE: dict[str, Any] = {
-    # Otherwise a library looks for each kernel's file where that lay when it was compiled.
+GPU_OPTIONS: dict[str, Any] = {
+    # Otherwise the library loads each kernel from the path at which it was compiled.
     "aot_inductor.embed_kernel_binary": True,
     # PTX beside each kernel would let other GPUs compile it as they load it; it is tuned for this one.
     "aot_inductor.emit_multi_arch_kernel": False,
 }
-"""Inductor's options."""
+"""Inductor's options for kernels of a GPU."""
 
-_KERNELS = (".cubin", ".fatbin", ".hsaco")
+_KERNEL_SUFFIXES = (".cubin", ".fatbin", ".hsaco")
 
 
 def check_gpu() -> None:
-    """Raise ExportError, with what to install, where nothing can be compiled for a GPU."""
+    """Raise ExportError, with what to install, where this machine cannot compile for a GPU."""
     host = cuda_host()
     if host.reason:
         raise ExportError(
@@ -41,26 +41,26 @@ def check_gpu() -> None:
         )
 
 
-def facts() -> dict[str, str | int | float | bool]:
-    """What is checked before a library is opened: see `precast.runtime.hosts.cuda.gpu_blockers`."""
+def gpu_facts() -> dict[str, str | int | float | bool]:
+    """The facts that the runtime checks before it opens a library: see `precast.runtime.hosts.cuda.gpu_blockers`."""
     host = cuda_host()
     return {"compute_capability": host.capability, "cuda": host.release}
 
 
-def moved(exported: torch.export.ExportedProgram, device: str) -> torch.export.ExportedProgram:
-    """The program for another device, its weights there; `exported` itself is changed."""
+def move_to_device(exported: torch.export.ExportedProgram, device: str) -> torch.export.ExportedProgram:
+    """Move a program and its weights to another device; `exported` itself is changed."""
     return move_to_device_pass(exported, device)
 
 
-def free() -> None:
-    """Give back what PyTorch keeps of the GPU's memory: what was compiled is validated in another process."""
+def free_gpu_memory() -> None:
+    """Empty PyTorch's cache of GPU memory: the artifact is validated in another process, which needs it."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def check_whole(files: Iterable[Any]) -> None:
-    """Raise ExportError where inductor left, beside the library, what it needs to run."""
-    apart = [name for name in files if isinstance(name, str) and name.endswith(_KERNELS)]
+def check_kernels_embedded(files: Iterable[Any]) -> None:
+    """Raise ExportError where Inductor left kernels beside the library rather than within it."""
+    apart = [name for name in files if isinstance(name, str) and name.endswith(_KERNEL_SUFFIXES)]
     if apart:
         raise ExportError(
             f"AOTInductor of PyTorch {torch.__version__} left {len(apart)} kernels beside the library instead of "

@@ -1,4 +1,4 @@
-"""Kernels of our own (cpp/*.h) within the library that inductor makes: functions that call them."""
+"""Kernels of our own (cpp/*.h) within the library that Inductor writes: functions that call them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
-__all__ = ["Calling", "named", "type_of", "whole"]
+__all__ = ["KernelTemplate", "cpp_type", "number_names", "realize_contiguous"]
 
 _SOURCES = Path(__file__).parent / "cpp"
 
 
-class Calling(CppTemplate):
-    """A function of `inputs` by name that fills a new tensor `y` of `size` by the C++ statement `call`.
+class KernelTemplate(CppTemplate):
+    """A C++ function of named `inputs` that fills a new tensor `y` of `size` by the statement `call`.
 
-    In it `{count}` stands for the size of a dimension that may be known at run time only, `count`: an input's name and
-    the dimension. Functions of the same text are one.
+    `{count}` in the statement stands for a size that may be known at run time only: `count` names the input and the
+    dimension. Functions with the same text are merged.
     """
 
     def __init__(
@@ -43,24 +43,24 @@ class Calling(CppTemplate):
         texts = [self.header().getvalue(), *((_SOURCES / each).read_text() for each in self.headers)]
         return "\n".join([*texts, f'extern "C" {define}\n{{\n{call}\n}}\n'])
 
-    def output(self) -> Any:
-        """What a lowering returns."""
+    def make_node(self) -> Any:
+        """The node of the call, for a lowering to return."""
         generate: Any = self.generate
         return generate().output_node()
 
 
-def named(**kinds: Sequence[Any]) -> dict[str, Any]:
-    """x=[a, b] as x0 and x1."""
+def number_names(**kinds: Sequence[Any]) -> dict[str, Any]:
+    """x=[a, b] -> {"x0": a, "x1": b}."""
     return {f"{kind}{i}": node for kind, nodes in kinds.items() for i, node in enumerate(nodes)}
 
 
-def type_of(node: Any) -> str:
-    """In C++."""
+def cpp_type(node: Any) -> str:
+    """The C++ name of a node's dtype."""
     return str(DTYPE_TO_CPP[node.get_dtype()])
 
 
-def whole(node: Any) -> Any:
-    """As a buffer of its own, laid out row by row."""
+def realize_contiguous(node: Any) -> Any:
+    """Compute a node into a contiguous buffer that begins at its own first element."""
     found = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(node))
     is_inside = isinstance(found, ir.ReinterpretView) and found.layout.offset != 0
     return ir.ExternKernel.realize_input(ir.ExternKernel.copy_input(found)) if is_inside else found

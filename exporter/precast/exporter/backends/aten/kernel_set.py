@@ -1,4 +1,4 @@
-"""What a backend computes with kernels of its own rather than with ATen's operators."""
+"""The set of kernels that a backend has of its own, in place of ATen's operators."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["Kernels"]
 
 @dataclass(frozen=True)
 class Kernels:
-    """Operators, whose meanings are with those of the `aoti` backend.
+    """Operators; their meaning is documented with those of the `aoti` backend.
 
     Attributes:
-        rows: products of few rows with weights.
-        matrix: codes as a matrix, the last argument being its dtype.
-        attend: attention of one token per row to caches.
-        attend_prompt: attention of several tokens per row, the last argument being the dtype of its products.
+        gemv: weights times few rows.
+        dequantize: codes to a matrix of the dtype in the last argument.
+        decode_attention: attention of one token per slot to caches.
+        prefill_attention: attention of several tokens per slot; the last argument is the dtype of its matrix products.
     """
 
-    rows: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
-    matrix: Callable[[Tensor, Tensor, Tensor | None, int, torch.dtype], Tensor]
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-    attend_prompt: Callable[
+    gemv: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
+    dequantize: Callable[[Tensor, Tensor, Tensor | None, int, torch.dtype], Tensor]
+    decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+    prefill_attention: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, str, int, Tensor | None, float, torch.dtype], Tensor
     ]

@@ -1,6 +1,6 @@
 """Program -> program of ATen operators that updates its caches in place.
 
-What was traced is run once more, node by node, with our own operators replaced by what they mean, and traced again.
+The traced graph is run once more, node by node, with our own operators replaced by ATen, and traced again.
 """
 
 from __future__ import annotations
@@ -19,95 +19,99 @@ from precast.runtime.artifact import CACHE_POSITIONS
 from precast.runtime.artifact.schema import Dim, Graph, Input
 
 from ...kinds.trace import Program, export_program, functional
-from ...operators import attention  # noqa: F401  (registers operators that are written out here)
+from ...operators import attention  # noqa: F401  (registers operators that are lowered here)
 from ...precision import MATMULS
 from ...quantize import linear as quantized
 from . import linear
-from .attention import Step, cached_attention, cross_attention
+from .attention import AttentionContext, cached_attention, cross_attention
 from .kernel_set import Kernels
 
-__all__ = ["Forms", "Lowered", "lower"]
+__all__ = ["Lowered", "LoweringOptions", "lower"]
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program that returns `graph.outputs` without the caches, which it changes in place, and `graph` as it is."""
+    """A program that returns `graph.outputs` without the caches, which it updates in place, and `graph` unchanged."""
 
     graph: Graph
     exported: torch.export.ExportedProgram
 
 
 @dataclass(frozen=True)
-class Forms:
-    """How a backend wants things written.
+class LoweringOptions:
+    """How a backend wants programs written in ATen.
 
     Attributes:
-        materialize: marks what is to be computed once and not inside every loop that reads it.
-        sums: linear layers of few rows as products and sums rather than as products of matrices.
-        kernels: what computes these sums, and attention, where that is more than operators of ATen.
-        product: the dtype of products of matrices with codes.
-        widened: dtypes whose products of matrices and convolutions are computed in float32, since the processor has no
-            instructions for them.
-        functional: see `precast.exporter.kinds.trace.functional`; a compiler that does that itself goes without.
-        whole: attention looks at all rows of the caches rather than at as many as the input `rows` says, and multiplies
-            matrices for one token as well: for hardware that wants every dimension fixed.
+        materialize: marks a value that is to be computed once, not inside every loop that reads it.
+        reduce_small_matmul: linear layers of few rows as elementwise products and sums rather than matrix products.
+        kernels: the backend's own for these layers, and for attention, if it has any.
+        matmul_dtype: the dtype of matrix products with quantized weights.
+        float32_matmuls: dtypes whose matrix products and convolutions are computed in float32, since the processor has
+            no instructions for them.
+        functional: see `precast.exporter.kinds.trace.functional`; not for a compiler that does that itself.
+        static_cache_view: attention reads all positions of the caches rather than as many as an input says, and uses
+            matrix products for one token as well: for hardware that wants every dimension fixed.
     """
 
     materialize: Callable[[Tensor], Tensor] = lambda x: x
-    sums: bool = False
+    reduce_small_matmul: bool = False
     kernels: Kernels | None = None
-    product: torch.dtype = torch.float32
-    widened: frozenset[torch.dtype] = frozenset()
+    matmul_dtype: torch.dtype = torch.float32
+    float32_matmuls: frozenset[torch.dtype] = frozenset()
     functional: bool = True
-    whole: bool = False
+    static_cache_view: bool = False
 
 
-def lower(program: Program, forms: Forms) -> Lowered:
+def lower(program: Program, options: LoweringOptions) -> Lowered:
     """Replace our operators and update caches in place. Raises ExportError."""
-    attends = _uses(program.exported, torch.ops.precast.cached_attention.default)
-    graph = _with_rows(program.graph) if attends and not forms.whole else program.graph
-    if not attends and not graph.cache and not _ours(program.exported) and not _widens(program.exported, forms):
-        return Lowered(graph, _finished(program.exported, forms))
-    module = _Replayed(program, graph, forms)
-    example, shapes = _example(graph), _shapes(graph)
-    exported = export_program(module, example, shapes)
-    return Lowered(graph, _finished(exported, forms))
+    attends = _contains(program.exported, torch.ops.precast.cached_attention.default)
+    graph = _add_positions_input(program.graph) if attends and not options.static_cache_view else program.graph
+    if not attends and not graph.cache and not _needs_lowering(program.exported, options):
+        return Lowered(graph, _functionalize(program.exported, options))
+    module = _LoweredModule(program, graph, options)
+    exported = export_program(module, _make_example(graph), _dynamic_shapes(graph))
+    return Lowered(graph, _functionalize(exported, options))
 
 
-def _finished(exported: torch.export.ExportedProgram, forms: Forms) -> torch.export.ExportedProgram:
-    return functional(exported) if forms.functional else exported
+def _functionalize(exported: torch.export.ExportedProgram, options: LoweringOptions) -> torch.export.ExportedProgram:
+    return functional(exported) if options.functional else exported
 
 
-def _ours(exported: torch.export.ExportedProgram) -> bool:
+def _needs_lowering(exported: torch.export.ExportedProgram, options: LoweringOptions) -> bool:
+    return _has_own_operators(exported) or _has_float32_matmul(exported, options)
+
+
+def _has_own_operators(exported: torch.export.ExportedProgram) -> bool:
     return any(str(node.target).startswith("precast.") for node in exported.graph.nodes)
 
 
-def _widens(exported: torch.export.ExportedProgram, forms: Forms) -> bool:
-    return any(_multiplies(node.target) and node.meta["val"].dtype in forms.widened for node in exported.graph.nodes)
+def _has_float32_matmul(exported: torch.export.ExportedProgram, options: LoweringOptions) -> bool:
+    narrow = options.float32_matmuls
+    return any(_is_matmul(node.target) and node.meta["val"].dtype in narrow for node in exported.graph.nodes)
 
 
-def _multiplies(target: Any) -> bool:
+def _is_matmul(target: Any) -> bool:
     return getattr(target, "overloadpacket", None) in MATMULS
 
 
-def _uses(exported: torch.export.ExportedProgram, target: Any) -> bool:
+def _contains(exported: torch.export.ExportedProgram, target: Any) -> bool:
     return any(node.target is target for node in exported.graph.nodes)
 
 
-def _with_rows(graph: Graph) -> Graph:
-    """The graph with an input that says how many cache rows to look at, and caches with a row to spare: a part of them
-    is then never the whole, which would be laid out otherwise and so need another program."""
+def _add_positions_input(graph: Graph) -> Graph:
+    """Add an input that says how many cache positions to read, and a spare position to every cache: the part that is
+    read is then never the whole, whose strides would need another program."""
     caches = {name for layer in graph.cache for name in (layer.key_in, layer.value_in, layer.key_out, layer.value_out)}
     rows = Input(name=CACHE_POSITIONS, dtype="int64", shape=[Dim(min=2, max=graph.capacity)], pad=0)
     return replace(
         graph,
-        inputs=[*(_longer(spec, caches) for spec in graph.inputs), rows],
-        outputs=[_longer(spec, caches) for spec in graph.outputs],
+        inputs=[*(_add_spare_position(spec, caches) for spec in graph.inputs), rows],
+        outputs=[_add_spare_position(spec, caches) for spec in graph.outputs],
     )
 
 
-def _longer(spec: Any, caches: set[str]) -> Any:
-    """A cache with one row more; any other tensor as it is."""
+def _add_spare_position(spec: Any, caches: set[str]) -> Any:
+    """A cache with one position more; any other tensor unchanged."""
     if spec.name not in caches:
         return spec
     batch, heads, capacity, width = spec.shape
@@ -116,14 +120,14 @@ def _longer(spec: Any, caches: set[str]) -> Any:
 
 _LINEAR = (torch.ops.aten.linear.default, torch.ops.precast.quantized_linear.default)
 _TYPICAL = {"input_ids": 8, "logit_positions": 3, CACHE_POSITIONS: 512}
-"""Sizes of free dimensions to trace with, no two alike. They are also what a compiler takes for usual."""
+"""Sizes of free dimensions to trace with, no two alike. A compiler takes them as hints of the usual size."""
 
 
-def _example(graph: Graph) -> tuple[Tensor, ...]:
-    return tuple(_tensor(spec) for spec in graph.inputs)
+def _make_example(graph: Graph) -> tuple[Tensor, ...]:
+    return tuple(_example_input(spec) for spec in graph.inputs)
 
 
-def _tensor(spec: Input) -> Tensor:
+def _example_input(spec: Input) -> Tensor:
     typical = _TYPICAL.get(spec.name, 5)
     shape = [min(size.max, typical) if isinstance(size, Dim) else size for size in spec.shape]
     if spec.name == CACHE_POSITIONS:
@@ -131,50 +135,51 @@ def _tensor(spec: Input) -> Tensor:
     return torch.ones(shape, dtype=getattr(torch, spec.dtype))
 
 
-def _shapes(graph: Graph) -> tuple[Any, ...] | None:
+def _dynamic_shapes(graph: Graph) -> tuple[Any, ...] | None:
     """Free dimensions, one symbol for each pair of bounds and name."""
     free = [
-        {index: _symbol(spec, size) for index, size in enumerate(spec.shape) if isinstance(size, Dim)} or None
+        {index: _make_symbol(spec, size) for index, size in enumerate(spec.shape) if isinstance(size, Dim)} or None
         for spec in graph.inputs
     ]
     return (tuple(free),) if any(free) else None
 
 
-def _symbol(spec: Input, size: Dim) -> Any:
+def _make_symbol(spec: Input, size: Dim) -> Any:
     return torch.export.Dim(spec.name, min=size.min, max=size.max)
 
 
-class _Replayed(nn.Module):
-    """A traced program with its weights under their own names, whose nodes are run one by one."""
+class _LoweredModule(nn.Module):
+    """A traced program as a module: its weights under their own names, its nodes run one by one."""
 
-    def __init__(self, program: Program, graph: Graph, forms: Forms) -> None:
+    def __init__(self, program: Program, graph: Graph, options: LoweringOptions) -> None:
         super().__init__()
-        self.graph, self.forms, self.caches = graph, forms, _cache_pairs(program.graph)
+        self.graph, self.options, self.caches = graph, options, _cache_pairs(program.graph)
         # In a tuple, so that it is no submodule, whose name would come before those of the weights.
-        self.traced, self.lifted = (program.exported.graph_module,), list(_lifted(program.exported))
+        self.traced, self.lifted = (program.exported.graph_module,), list(_lifted_tensors(program.exported))
         for name, tensor in self.lifted:
-            _place(self, name, tensor)
+            _register_buffer(self, name, tensor)
 
-    def train(self, mode: bool = True) -> _Replayed:
-        """As it is: a traced program cannot be trained."""
+    def train(self, mode: bool = True) -> _LoweredModule:
+        """Do nothing: a traced program has no training mode."""
         return self
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip((spec.name for spec in self.graph.inputs), inputs, strict=True))
-        rows = torch.arange(self.graph.capacity) if self.forms.whole else given.pop(CACHE_POSITIONS, None)
-        step = None if rows is None else self._step(rows)
+        is_static = self.options.static_cache_view
+        positions = torch.arange(self.graph.capacity) if is_static else given.pop(CACHE_POSITIONS, None)
+        context = None if positions is None else self._attention_context(positions)
         weights = [self.get_parameter_or_buffer(name) for name, _ in self.lifted]
-        positions = given["logit_positions"].shape[1] if "logit_positions" in given else None
-        results = _Replacing(self.traced[0], self.forms, step, positions).run(*weights, *given.values())
+        logit_rows = given["logit_positions"].shape[1] if "logit_positions" in given else None
+        results = _LoweringInterpreter(self.traced[0], self.options, context, logit_rows).run(*weights, *given.values())
         outputs = dict(zip((spec.name for spec in self.graph.outputs), results, strict=True))
         for before, after in self.caches:
             if (result := outputs.pop(after)) is not given[before]:
                 given[before].copy_(result)
         return tuple(outputs.values())
 
-    def _step(self, rows: Tensor) -> Step:
-        forms = self.forms
-        return Step(rows, forms.materialize, forms.whole, forms.kernels, _product(self.traced[0].graph, forms))
+    def _attention_context(self, positions: Tensor) -> AttentionContext:
+        options, dtype = self.options, _attention_matmul_dtype(self.traced[0].graph, self.options)
+        return AttentionContext(positions, options.materialize, options.static_cache_view, options.kernels, dtype)
 
     def get_parameter_or_buffer(self, name: str) -> Tensor:
         path, _, last = name.rpartition(".")
@@ -182,12 +187,12 @@ class _Replayed(nn.Module):
         return found
 
 
-def _product(graph: fx.Graph, forms: Forms) -> torch.dtype:
-    """What a prompt's attention is multiplied in: it needs no more digits than the layers around it."""
-    dtypes = {_node(node.args[1]).meta["val"].dtype for node in graph.nodes if node.target in _LINEAR}
+def _attention_matmul_dtype(graph: fx.Graph, options: LoweringOptions) -> torch.dtype:
+    """The dtype of attention's matrix products in prefill: it needs no more precision than the layers around it."""
+    dtypes = {_as_node(node.args[1]).meta["val"].dtype for node in graph.nodes if node.target in _LINEAR}
     if torch.uint8 in dtypes:
-        return forms.product
-    return torch.bfloat16 if torch.bfloat16 in dtypes - forms.widened else torch.float32
+        return options.matmul_dtype
+    return torch.bfloat16 if torch.bfloat16 in dtypes - options.float32_matmuls else torch.float32
 
 
 def _cache_pairs(graph: Graph) -> list[tuple[str, str]]:
@@ -196,7 +201,7 @@ def _cache_pairs(graph: Graph) -> list[tuple[str, str]]:
     ]
 
 
-def _lifted(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+def _lifted_tensors(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, Tensor]]:
     """Weights and constants by name, in the order in which the graph takes them."""
     for spec in exported.graph_signature.input_specs:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
@@ -205,7 +210,7 @@ def _lifted(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, Tenso
             yield name, held[name].detach()
 
 
-def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
+def _register_buffer(root: nn.Module, name: str, tensor: Tensor) -> None:
     """Register a buffer under a dotted name."""
     *path, last = name.split(".")
     for part in path:
@@ -215,104 +220,110 @@ def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
     root.register_buffer(last, tensor)
 
 
-class _Replacing(fx.Interpreter):
-    """Runs a graph with our operators written out in ATen."""
+class _LoweringInterpreter(fx.Interpreter):
+    """Runs a graph with our operators replaced by ATen. `logit_rows` is the number of positions whose logits are asked
+    for, if it is free."""
 
-    def __init__(self, module: fx.GraphModule, forms: Forms, step: Step | None, positions: Any = None) -> None:
+    def __init__(
+        self, module: fx.GraphModule, options: LoweringOptions, context: AttentionContext | None, logit_rows: Any = None
+    ) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.forms, self.step, self.positions = forms, step, positions
-        self.beside = _linear_layers(module.graph) if forms.kernels else {}
+        self.options, self.context, self.logit_rows = options, context, logit_rows
+        self.siblings = _group_linear_layers(module.graph) if options.kernels else {}
 
     def run_node(self, node: fx.Node) -> Any:
-        """A linear layer for few rows is computed together with all that take the same input."""
-        together = self.beside.get(node, ())
-        if not together or not self._is_few(self.env[_node(node.args[0])]):
+        """Run a node; a linear layer of few rows together with all that have the same input."""
+        together = self.siblings.get(node, ())
+        if not together or not self._has_few_rows(self.env[_as_node(node.args[0])]):
             return super().run_node(node)
-        assert self.forms.kernels, "layers are looked for only where there is one"
-        layers = [self._layer(each) for each in together]
-        self.env.update(zip(together, linear.side_by_side(layers, self.forms.kernels.rows), strict=True))
+        assert self.options.kernels, "siblings are looked for only where there are kernels"
+        layers = [self._fetch_layer(each) for each in together]
+        self.env.update(zip(together, linear.compute_together(layers, self.options.kernels.gemv), strict=True))
         return self.env[node]
 
-    def _layer(self, node: fx.Node) -> linear.Layer:
+    def _fetch_layer(self, node: fx.Node) -> linear.Layer:
         for each in node.all_input_nodes:
-            self._need(each)
+            self._ensure_run(each)
         args, _ = self.fetch_args_kwargs_from_env(node)
         return _as_layer(node.target, *args)
 
-    def _need(self, node: fx.Node) -> None:
-        """Run a node, and what it needs, before its turn."""
+    def _ensure_run(self, node: fx.Node) -> None:
+        """Run a node, and those that it depends on, if that has not happened yet."""
         if node not in self.env:
             for each in node.all_input_nodes:
-                self._need(each)
+                self._ensure_run(each)
             self.env[node] = self.run_node(node)
 
-    def _is_few(self, x: Tensor) -> bool:
-        return linear.is_few(x) or _is_last(self, x)
+    def _has_few_rows(self, x: Tensor) -> bool:
+        return linear.has_few_rows(x) or self._is_logit_input(x)
+
+    def _is_logit_input(self, x: Tensor) -> bool:
+        """Whether x has the rows whose logits are asked for: one of a prompt as a rule, whatever the bounds allow."""
+        return isinstance(self.logit_rows, torch.SymInt) and str(x.shape[-2]) == str(self.logit_rows)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if written := _WRITTEN.get(target):
-            return written(self, *args, **kwargs)
-        if _multiplies(target):
+        if lowering := _LOWERINGS.get(target):
+            return lowering(self, *args, **kwargs)
+        if _is_matmul(target):
             return self.multiply(target, *args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def multiply(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """A product of matrices in its own dtype, or in float32 where the processor has no instructions for that."""
-        narrow = {each.dtype for each in tree_leaves(args) if isinstance(each, Tensor)} & self.forms.widened
+        """A matrix product in its own dtype, or in float32 where the processor has no instructions for that."""
+        narrow = {each.dtype for each in tree_leaves(args) if isinstance(each, Tensor)} & self.options.float32_matmuls
         if not narrow:
             return target(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.dtype in narrow else x, (args, kwargs))
         return target(*args, **kwargs).to(narrow.pop())
 
 
-def _attention(run: _Replacing, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
-    assert run.step is not None, "a program with cached attention knows which rows to look at"
-    return cached_attention(run.step, q, k, v, k_cache, v_cache, *rest), k_cache, v_cache
+def _attention(
+    run: _LoweringInterpreter, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any
+) -> Any:
+    assert run.context is not None, "a program with cached attention has one"
+    return cached_attention(run.context, q, k, v, k_cache, v_cache, *rest), k_cache, v_cache
 
 
-def _cross_attention(run: _Replacing, *args: Any) -> Tensor:
+def _cross_attention(run: _LoweringInterpreter, *args: Any) -> Tensor:
     return cross_attention(*args)
 
 
-def _linear(run: _Replacing, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if run.forms.sums and linear.is_few(x):
-        return linear.linear(x, weight, bias, run.forms.materialize)
+def _linear(run: _LoweringInterpreter, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if run.options.reduce_small_matmul and linear.has_few_rows(x):
+        return linear.gemv(x, weight, bias, run.options.materialize)
     product: Tensor = run.multiply(torch.ops.aten.linear.default, x, weight, bias)
     return product
 
 
 def _quantized_linear(
-    run: _Replacing, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, *rest: int
+    run: _LoweringInterpreter, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, *rest: int
 ) -> Tensor:
-    if not run.forms.sums:
+    options = run.options
+    if not options.reduce_small_matmul:
         return quantized.multiply(x, codes, scales, zeros, bias, *rest)
-    weight = linear.Codes(codes, scales, zeros, *rest)
-    forms = run.forms
-    return linear.quantized_linear(x, weight, bias, forms.materialize, forms.product, forms.kernels, run._is_few(x))
+    weight = linear.PackedWeight(codes, scales, zeros, *rest)
+    return linear.quantized_linear(
+        x, weight, bias, options.materialize, options.matmul_dtype, options.kernels, run._has_few_rows(x)
+    )
 
 
-def _is_last(run: _Replacing, x: Tensor) -> bool:
-    """Whether these are the rows whose logits were asked for: of a prompt one as a rule, whatever may be allowed."""
-    return isinstance(run.positions, torch.SymInt) and str(x.shape[-2]) == str(run.positions)
-
-
-def _quantized_embedding(run: _Replacing, *args: Any) -> Tensor:
+def _quantized_embedding(run: _LoweringInterpreter, *args: Any) -> Tensor:
     return quantized.look_up(*args)
 
 
-def _view(run: _Replacing, x: Tensor, shape: Any) -> Tensor:
-    """What is written here may lie in memory otherwise than what it stands for."""
+def _view(run: _LoweringInterpreter, x: Tensor, shape: Any) -> Tensor:
+    """A reshape: what replaces an operator may have other strides than its result had."""
     return x.reshape(shape)
 
 
-def _once(compute: Callable[[Tensor], Tensor]) -> Callable[[_Replacing, Tensor], Tensor]:
-    """What takes long and is the same for all layers: a position's sines and cosines."""
-    return lambda run, x: run.forms.materialize(compute(x))
+def _materialize_result(compute: Callable[[Tensor], Tensor]) -> Callable[[_LoweringInterpreter, Tensor], Tensor]:
+    """Compute once for all layers what takes long: sines and cosines of positions."""
+    return lambda run, x: run.options.materialize(compute(x))
 
 
-_WRITTEN: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.cos.default: _once(torch.cos),
-    torch.ops.aten.sin.default: _once(torch.sin),
+_LOWERINGS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.cos.default: _materialize_result(torch.cos),
+    torch.ops.aten.sin.default: _materialize_result(torch.sin),
     torch.ops.aten.view.default: _view,
     torch.ops.precast.cached_attention.default: _attention,
     torch.ops.precast.cross_attention.default: _cross_attention,
@@ -322,19 +333,19 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _linear_layers(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Each linear layer's node with those, in their order, that can be computed together with it."""
+def _group_linear_layers(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Each linear layer's node with those, itself included and in their order, that can be computed together."""
     alike: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
-        if kind := _kind(node):
-            alike.setdefault((_source(_node(node.args[0])), *kind), []).append(node)
+        if layer_format := _layer_format(node):
+            alike.setdefault((_shared_input(_as_node(node.args[0])), *layer_format), []).append(node)
     return {node: tuple(nodes) for nodes in alike.values() for node in nodes}
 
 
-def _kind(node: fx.Node) -> tuple[Any, ...]:
-    """What is equal for layers that one kernel can compute; nothing for what is none."""
+def _layer_format(node: fx.Node) -> tuple[Any, ...]:
+    """A key that is equal for layers that one call of a kernel can compute; empty for a node that is no such layer."""
     if node.target is torch.ops.aten.linear.default:
-        weight: Tensor = _node(node.args[1]).meta["val"]
+        weight: Tensor = _as_node(node.args[1]).meta["val"]
         fits = weight.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return (weight.dtype, weight.shape[1]) if fits else ()
     if node.target is torch.ops.precast.quantized_linear.default:
@@ -343,22 +354,22 @@ def _kind(node: fx.Node) -> tuple[Any, ...]:
     return ()
 
 
-def _source(node: fx.Node) -> fx.Node:
-    """What a layer's input is a multiple of: its own balance for each is multiplied in on the way."""
-    while node.target is torch.ops.aten.mul.Tensor and _is_held(node.args[1]):
-        node = _node(node.args[0])
+def _shared_input(node: fx.Node) -> fx.Node:
+    """A layer's input before it is multiplied with the layer's own balance."""
+    while node.target is torch.ops.aten.mul.Tensor and _is_weight(node.args[1]):
+        node = _as_node(node.args[0])
     return node
 
 
-def _is_held(argument: Any) -> bool:
-    """Whether this is a weight, or one in another dtype."""
+def _is_weight(argument: Any) -> bool:
+    """Whether this is a weight, possibly converted to another dtype."""
     while isinstance(argument, fx.Node) and argument.target is torch.ops.aten.to.dtype:
         argument = argument.args[0]
     return isinstance(argument, fx.Node) and argument.op == "placeholder"
 
 
-def _node(argument: Any) -> fx.Node:
-    assert isinstance(argument, fx.Node), "a tensor"
+def _as_node(argument: Any) -> fx.Node:
+    assert isinstance(argument, fx.Node), "an argument that is a tensor"
     return argument
 
 
@@ -366,4 +377,4 @@ def _as_layer(target: Any, x: Tensor, weight: Tensor, *rest: Any) -> linear.Laye
     if target is torch.ops.aten.linear.default:
         return linear.Layer(x, weight, rest[0] if rest else None)
     scales, zeros, bias, *sizes = rest
-    return linear.Layer(x, linear.Codes(weight, scales, zeros, *sizes), bias)
+    return linear.Layer(x, linear.PackedWeight(weight, scales, zeros, *sizes), bias)

@@ -1,7 +1,7 @@
-"""An operator that means nothing, and tells inductor to compute its argument once.
+"""Identity that makes Inductor materialize its argument instead of recomputing it in every consumer.
 
-Inductor inlines whatever is cheap into every loop that reads it. A normalisation, or a rotation's sines, would so be
-computed anew for each row of the matrix that they are multiplied with, and that takes longer than reading the row.
+Inductor inlines cheap expressions into every loop that reads them. A normalization, or the sines of a rotation, would
+be computed anew for each row of the matrix that they are multiplied with, which takes longer than reading the row.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 from torch._inductor.lowering import register_lowering
 
-__all__ = ["materialized"]
+__all__ = ["materialize"]
 
 
-@torch.library.custom_op("precast::materialized", mutates_args=())
-def materialized(x: Tensor) -> Tensor:
+@torch.library.custom_op("precast::materialize", mutates_args=())
+def materialize(x: Tensor) -> Tensor:
     """x itself, of any shape and dtype."""
     return x.clone()
 
 
-@materialized.register_fake
+@materialize.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@register_lowering(torch.ops.precast.materialized.default, type_promotion_kind=None)
-def _materialize(x: Any) -> Any:
+@register_lowering(torch.ops.precast.materialize.default, type_promotion_kind=None)
+def _lower(x: Any) -> Any:
     x.realize()
     return x

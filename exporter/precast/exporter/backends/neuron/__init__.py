@@ -18,14 +18,14 @@ from ...kinds.trace import Program
 from ...options import ExportOptions
 from ...options.neuron import chosen_strategy
 from ...progress import progress
-from .. import Compiled
+from .. import Compiled, release_of
 from ..aten.lowering import Lowered, lower
 from ..aten.safetensors import save_tensors
 from .compile_job import compile_job, sdk_versions
 from .flags import flags_of
 from .optimum_layout import OptimumLayout
 from .strategies import STRATEGIES, Item, Job
-from .xla_program import NEURON_FORMS, body_of
+from .xla_program import NEURON_LOWERING, build_body
 
 __all__ = ["NeuronCompiler"]
 
@@ -47,9 +47,9 @@ class NeuronCompiler(OptimumLayout):
         if not self._versions:
             self.check_tools(options)
         strategy = STRATEGIES[chosen_strategy(options)]
-        lowered = {program.graph.name: lower(program, NEURON_FORMS) for program in programs}
+        lowered = {program.graph.name: lower(program, NEURON_LOWERING) for program in programs}
         if not options.inline_weights:
-            bodies = [body_of(each) for each in lowered.values()]
+            bodies = [build_body(each) for each in lowered.values()]
             save_tensors(strategy.weights(bodies, options.tensor_parallel), stage / WEIGHTS)
         files = strategy.files([each.graph for each in lowered.values()])
         for done, (file, graphs) in enumerate(files.items()):
@@ -58,19 +58,19 @@ class NeuronCompiler(OptimumLayout):
         return Compiled(
             graphs=[replace(graph, file=file) for file, graphs in files.items() for graph in graphs],
             weights=[] if options.inline_weights else [WEIGHTS],
-            host=_host(self._versions),
+            host=_make_host(self._versions),
             compiler=Compiler(
                 name="neuronx-cc",
                 version=self._versions["neuronx-cc"],
-                options=_record(options),
-                torch=_release("torch"),
+                options=_describe_options(options),
+                torch=release_of("torch"),
                 transformers=version("transformers"),
             ),
         )
 
 
 def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None:
-    """Write one file. Programs reach the child process as files, which go away again."""
+    """Write one file. Programs are passed to the child process as temporary files."""
     with Scratch() as folder, _workdir(options) as workdir:
         items = []
         for each in lowered:
@@ -91,7 +91,7 @@ def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None
 
 @contextmanager
 def _workdir(options: ExportOptions) -> Iterator[Path]:
-    """Where neuronx-cc leaves its files: the user's folder, or one that goes away again. Raises UsageError."""
+    """The folder for neuronx-cc's files: the user's, or a temporary one. Raises UsageError."""
     if options.compiler_workdir is None:
         with Scratch() as folder:
             yield folder
@@ -103,19 +103,19 @@ def _workdir(options: ExportOptions) -> Iterator[Path]:
     yield options.compiler_workdir
 
 
-def _host(versions: dict[str, str]) -> Host:
-    """What runs the files: the SDK that made them, or a later one."""
-    needed = {name: _minor(found) for name, found in versions.items() if name != "neuronx-cc"}
+def _make_host(versions: dict[str, str]) -> Host:
+    """The hosts that can run the files: the SDK that made them, or a later one."""
+    needed = {name: _major_minor(found) for name, found in versions.items() if name != "neuronx-cc"}
     return Host(
         platforms=["linux-x86_64"],
         device="neuron",
         isa=[],
-        min_versions={"torch": _minor(_release("torch")), **needed},
+        min_versions={"torch": _major_minor(release_of("torch")), **needed},
     )
 
 
-def _record(options: ExportOptions) -> dict[str, str | int | float | bool]:
-    """What it was compiled for, and with what: what the runtime checks, and what repeats the export."""
+def _describe_options(options: ExportOptions) -> dict[str, str | int | float | bool]:
+    """The compiler's options for the record: the runtime checks them, and they repeat the export."""
     return {
         "instance_type": str(options.instance_type),
         "strategy": chosen_strategy(options),
@@ -127,10 +127,6 @@ def _record(options: ExportOptions) -> dict[str, str | int | float | bool]:
     }
 
 
-def _release(name: str) -> str:
-    return version(name).split("+", maxsplit=1)[0]
-
-
-def _minor(found: str) -> str:
+def _major_minor(found: str) -> str:
     """The first two numbers of a version."""
     return ".".join(found.split(".")[:2])

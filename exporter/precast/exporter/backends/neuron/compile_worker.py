@@ -1,9 +1,9 @@
 """Compile for Neuron in a process of its own: `python -m precast.exporter.backends.neuron.compile_worker JOB`.
 
-`… compile_worker --versions STRATEGY` prints what is installed of the SDK, as JSON.
+`… compile_worker --versions STRATEGY` prints the installed versions of the SDK, as JSON.
 
-A process of its own, since tracing and compiling for Neuron may crash, or be killed for want of memory, and since the
-SDK reads its environment when it is imported. What it is working on stands in the file JOB.at.
+A process of its own, since tracing and compiling for Neuron may crash or be killed for lack of memory, and since the
+SDK reads its environment when it is imported. The file JOB.at names the graph that it is working on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from precast.runtime.errors import PrecastError
 
 from ..aten.lowering import Lowered
 from .strategies import STRATEGIES, Job
-from .xla_program import body_of
+from .xla_program import build_body
 
 __all__ = ["main"]
 
@@ -32,12 +32,12 @@ MISSING = 3
 def main(argument: str, strategy: str = "") -> None:
     """Do what the module's documentation says. Raises what the SDK raises."""
     if argument == "--versions":
-        print(json.dumps(_versions(strategy)))  # noqa: T201
+        print(json.dumps(_installed_versions(strategy)))  # noqa: T201
     else:
         _compile(Path(argument))
 
 
-def _versions(strategy: str) -> dict[str, str]:
+def _installed_versions(strategy: str) -> dict[str, str]:
     found = {}
     for module, distribution in STRATEGIES[strategy].modules.items():
         try:
@@ -52,11 +52,11 @@ def _versions(strategy: str) -> dict[str, str]:
 def _compile(path: Path) -> None:
     job = msgspec.json.decode(path.read_bytes(), type=Job)
     at = path.with_suffix(".at")
-    bodies = [body_of(Lowered(item.graph, torch.export.load(item.program))) for item in job.items]
-    STRATEGIES[job.strategy].build(job, bodies, lambda graph: _tell(at, graph))
+    bodies = [build_body(Lowered(item.graph, torch.export.load(item.program))) for item in job.items]
+    STRATEGIES[job.strategy].build(job, bodies, lambda graph: _write_position(at, graph))
 
 
-def _tell(at: Path, graph: str) -> None:
+def _write_position(at: Path, graph: str) -> None:
     at.write_text(graph)
 
 

@@ -1,6 +1,6 @@
-"""The ways from bodies to files that the Neuron SDK has, each behind one small interface.
+"""Strategies: the Neuron SDK's ways to compile graph bodies to files, behind one small interface.
 
-They run in the child process, where the SDK is imported; the exporter asks them only for names and weights. `trace`
+They run in the child process, where the SDK is imported; the exporter uses only their file names and weights. `trace`
 and `model-builder` are two of the three stacks that AWS publishes. The third, TorchNeuron, would be one class here: it
 compiles through `torch.compile(backend="neuron")`, on a device only, and saves no file, so there is nothing to call yet
 (frameworks/torch/pytorch-native-overview.rst of the Neuron documentation).
@@ -20,7 +20,7 @@ from torch import Tensor
 from precast.runtime.artifact.schema import Graph
 
 from .tensor_parallel import SharedGraphs
-from .xla_program import Body, OneGraph, example_of, given_of
+from .xla_program import Body, OneGraph, example_inputs, step_inputs
 
 __all__ = ["STRATEGIES", "Item", "Job", "Strategy"]
 
@@ -38,11 +38,11 @@ class Job(Struct, frozen=True):
     Attributes:
         strategy: one of STRATEGIES.
         items: the graphs.
-        file: what to write.
+        file: path to write.
         arguments: of neuronx-cc.
-        cores: over how many NeuronCores each layer's weights are spread.
+        cores: NeuronCores that share each layer's weights.
         inline_weights: see ExportOptions.
-        workdir: where neuronx-cc leaves its files.
+        workdir: folder for neuronx-cc's files.
     """
 
     strategy: str
@@ -55,20 +55,20 @@ class Job(Struct, frozen=True):
 
 
 class Strategy(Protocol):
-    """One way from bodies to files. `modules` is what it needs of the SDK: what to import, and its distribution."""
+    """One way to compile bodies to files. `modules` maps the SDK's modules that it imports to their distributions."""
 
     modules: Mapping[str, str]
 
     def files(self, graphs: Sequence[Graph]) -> dict[str, list[Graph]]:
-        """Which file holds which graphs; each is a job of its own."""
+        """The files to write, and the graphs in each; each file is a job of its own."""
         ...
 
     def weights(self, bodies: Sequence[Body], cores: int) -> dict[str, Tensor]:
-        """What lies beside the files, by the names that the runtime gives them back under."""
+        """The weights beside the files, by the names under which the runtime passes them in."""
         ...
 
     def build(self, job: Job, bodies: Sequence[Body], on_graph: Callable[[str], None]) -> None:
-        """Write `job.file`; `tell` is called with each graph's name before it. What the SDK raises goes through."""
+        """Write `job.file`; `on_graph` is called with each graph's name before it. The SDK's errors are not caught."""
         ...
 
 
@@ -76,12 +76,11 @@ _TRACER = {"torch_neuronx": "torch-neuronx", "neuronxcc": "neuronx-cc"}
 _BUILDER = {**_TRACER, "neuronx_distributed": "neuronx-distributed"}
 
 
-class Trace:
+class TraceStrategy:
     """`torch_neuronx.trace`: one TorchScript file per graph, with the NEFF in it. Caches are parameters of the traced
     module, aliased with outputs, and so stay on the device; each graph has its own.
 
-    Weights are in the file unless it says otherwise; then they are put in again when it is opened, by
-    `torch_neuronx.replace_weights`.
+    Weights are in the file, or else are put into it when it is opened, by `torch_neuronx.replace_weights`.
     """
 
     modules: Mapping[str, str] = _TRACER
@@ -90,8 +89,8 @@ class Trace:
         return {f"{graph.name}.neuron": [graph] for graph in graphs}
 
     def weights(self, bodies: Sequence[Body], cores: int) -> dict[str, Tensor]:
-        # Under each graph's name, which says what it takes; what several share is stored once all the same.
-        return {f"{body.graph.name}:{name}": each for body in bodies for name, each in OneGraph(body).kept()}
+        # Under each graph's name; memory that several share is stored once all the same.
+        return {f"{body.graph.name}:{name}": each for body in bodies for name, each in OneGraph(body).named_weights()}
 
     def build(self, job: Job, bodies: Sequence[Body], on_graph: Callable[[str], None]) -> None:
         neuronx = import_module("torch_neuronx")
@@ -100,16 +99,16 @@ class Trace:
             module = OneGraph(body).eval()
             traced = neuronx.trace(
                 module,
-                example_of(given_of(body.graph)),
+                example_inputs(step_inputs(body.graph)),
                 input_output_aliases=module.aliases(),
                 compiler_workdir=str(Path(job.workdir) / body.graph.name),
                 compiler_args=job.arguments,
                 inline_weights_to_neff=job.inline_weights,
-                # On any machine, with a device or without one.
+                # Compiles on any machine, without a device.
                 cpu_backend=True,
             )
             if not job.inline_weights:
-                neuronx.replace_weights(traced, {name: _blank(each) for name, each in module.kept()})
+                neuronx.replace_weights(traced, {name: _blank(each) for name, each in module.named_weights()})
             torch.jit.save(traced, job.file)
 
 
@@ -118,9 +117,9 @@ def _blank(tensor: Tensor) -> Tensor:
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
-class ModelBuilder:
-    """NxD's ModelBuilder (its second version): all graphs in one TorchScript file, over one set of weights and one set
-    of caches on the device, spread over several cores if asked for."""
+class ModelBuilderStrategy:
+    """NxD's ModelBuilder (version 2): all graphs in one TorchScript file, over one set of weights and one set of caches
+    on the device, with tensor parallelism if asked for."""
 
     modules: Mapping[str, str] = _BUILDER
 
@@ -128,25 +127,25 @@ class ModelBuilder:
         return {"model.neuron": list(graphs)}
 
     def weights(self, bodies: Sequence[Body], cores: int) -> dict[str, Tensor]:
-        return SharedGraphs(bodies, cores).kept()
+        return SharedGraphs(bodies, cores).named_weights()
 
     def build(self, job: Job, bodies: Sequence[Body], on_graph: Callable[[str], None]) -> None:
         nxd: Any = import_module("neuronx_distributed")
         with nxd.NxDParallelState(world_size=job.cores, tensor_model_parallel_size=job.cores):
-            builder = nxd.ModelBuilder(SharedGraphs(bodies, job.cores, _gather()).eval())
+            builder = nxd.ModelBuilder(SharedGraphs(bodies, job.cores, _gather_function()).eval())
             for body in bodies:
                 on_graph(body.graph.name)
-                builder.trace(args=example_of(given_of(body.graph)), tag=body.graph.name)
+                builder.trace(args=example_inputs(step_inputs(body.graph)), tag=body.graph.name)
             on_graph(", ".join(body.graph.name for body in bodies))
             built = builder.compile(compiler_workdir=job.workdir, compiler_args=" ".join(job.arguments))
         built.save(job.file)
 
 
-def _gather() -> Callable[[Tensor], Tensor]:
-    """What puts the parts of a layer's output together that the cores have computed."""
+def _gather_function() -> Callable[[Tensor], Tensor]:
+    """NxD's collective that concatenates the parts of a layer's output from all cores."""
     mappings = import_module("neuronx_distributed.parallel_layers.mappings")
     found: Callable[[Tensor], Tensor] = mappings.gather_from_tensor_model_parallel_region
     return found
 
 
-STRATEGIES: dict[str, Strategy] = {"trace": Trace(), "model-builder": ModelBuilder()}
+STRATEGIES: dict[str, Strategy] = {"trace": TraceStrategy(), "model-builder": ModelBuilderStrategy()}

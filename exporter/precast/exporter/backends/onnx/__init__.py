@@ -14,10 +14,11 @@ from precast.runtime.artifact.schema import Compiler, Graph, Host
 from ...kinds.trace import Program
 from ...options import ExportOptions
 from ...progress import progress
-from .. import Compiled
-from .lowering import lower, quiet
+from ...quiet import silence
+from .. import Compiled, release_of
+from .lowering import LOGGERS, lower
 from .passes import optimize
-from .weights import save
+from .weights import save_models
 
 __all__ = ["OnnxCompiler", "oldest_runtime"]
 
@@ -32,12 +33,12 @@ class OnnxCompiler:
             progress(2 * done, 2 * len(programs) + 1, f"{program.graph.name} in ONNX's operators")
             model = lower(program)
             progress(2 * done + 1, 2 * len(programs) + 1, f"{program.graph.name} in ONNX Runtime's own")
-            with quiet():
+            with silence(*LOGGERS):
                 optimize(model, program.graph)
             models.append(model)
             graphs.append(msgspec.structs.replace(program.graph, file=f"{program.graph.name}.onnx"))
         progress(2 * len(programs), 2 * len(programs) + 1, "weights")
-        weights = save(models, [stage / graph.file for graph in graphs], stage / "model.onnx.data")
+        weights = save_models(models, [stage / graph.file for graph in graphs], stage / "model.onnx.data")
         return Compiled(
             graphs=graphs,
             weights=weights,
@@ -46,17 +47,20 @@ class OnnxCompiler:
                 name="torch.onnx",
                 version=version("onnxscript"),
                 options={"opset": models[0].opset_imports[""]},
-                torch=version("torch").split("+")[0],
+                torch=release_of("torch"),
                 transformers=version("transformers"),
             ),
         )
 
 
 def oldest_runtime(graphs: list[Graph], models: list[ir.Model]) -> str:
-    """The oldest ONNX Runtime that gives these answers. Before 1.32, its optimizer takes zeros that are padded before a
-    maximum for padding of the maximum's own, which is the lowest number; before 1.31, GroupQueryAttention's local
-    window sees one key more, and it has no caches in int8. 1.23 is the last for Python 3.10."""
-    if any(_pads_a_maximum(node) for model in models for node in model.graph):
+    """The oldest ONNX Runtime that gives these answers.
+
+    Before 1.32, its optimizer merges a Pad with zeros into the MaxPool after it, whose own padding is the lowest
+    number; before 1.31, GroupQueryAttention's local window is one key wider, and it has no int8 caches. 1.23 is the
+    last for Python 3.10.
+    """
+    if any(_is_padded_max_pool(node) for model in models for node in model.graph):
         return "1.32"
     is_new = any(
         layer.dtype == "int8" or (layer.window is not None and layer.window < graph.capacity)
@@ -66,6 +70,6 @@ def oldest_runtime(graphs: list[Graph], models: list[ir.Model]) -> str:
     return "1.31" if is_new else "1.23"
 
 
-def _pads_a_maximum(node: ir.Node) -> bool:
+def _is_padded_max_pool(node: ir.Node) -> bool:
     source = node.inputs[0].producer() if node.op_type == "MaxPool" and node.inputs[0] is not None else None
     return source is not None and source.op_type == "Pad"

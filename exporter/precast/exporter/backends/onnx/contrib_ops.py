@@ -1,7 +1,6 @@
-"""Schemas of the `com.microsoft` operators that we emit; onnxscript only writes nodes whose schema it knows.
+"""Schemas of the `com.microsoft` operators that we emit: onnxscript writes only nodes whose schema it knows.
 
-After ONNX Runtime's documentation of its contributed operators (docs/ContribOperators.md), inputs and attributes that
-we use.
+They have the inputs and attributes that we use. Source: ONNX Runtime's docs/ContribOperators.md.
 """
 
 from __future__ import annotations

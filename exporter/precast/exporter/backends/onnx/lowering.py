@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -21,17 +17,19 @@ from precast.runtime.errors import ExportError
 from ...kinds.trace import Program
 from ...operators import attention  # noqa: F401  (registers an operator that is lowered here)
 from ...quantize import linear  # noqa: F401  (registers the others)
+from ...quiet import silence
 from .contrib_ops import microsoft
 
-__all__ = ["lower", "quiet"]
+__all__ = ["LOGGERS", "lower"]
 
 OPSET = 20
+LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
 def lower(program: Program) -> ir.Model:
     """Convert to ONNX with the graph's own input and output names. Raises ExportError."""
     try:
-        with quiet():
+        with silence(*LOGGERS):
             converted = _convert(program)
     except OnnxExporterError as error:
         raise ExportError(f"This model cannot be converted to ONNX. {_first_cause(error)}") from error
@@ -57,7 +55,7 @@ def _convert(program: Program) -> torch.onnx.ONNXProgram | None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The first line of what went wrong first, without colours."""
+    """The first line of the error at the end of the chain of causes, without colours."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
@@ -65,7 +63,7 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _attention_for(graph: Graph) -> Any:
-    """The translation of the operator. Windows and chunks that the cache cannot outgrow are plain causal masks."""
+    """Make the translation of cached attention. Windows and chunks of at least the capacity are plain causal masks."""
 
     def cached_attention(  # type: ignore[no-untyped-def]
         q, k, v, k_cache, v_cache, past_lengths, new_lengths,
@@ -74,9 +72,9 @@ def _attention_for(graph: Graph) -> Any:
     ):  # fmt: skip
         """`GroupQueryAttention` of com.microsoft.
 
-        It takes [B, S, heads * D], counts `seqlens_k` up to the last key (total - 1), and knows a first prompt by
-        `total_sequence_length == S`, so the total counts padded queries too. `local_window_size` w sees w keys, the
-        query's own included, as transformers' sliding_window does.
+        It takes [B, S, heads * D]; its `seqlens_k` is the index of the last key (total - 1); it recognizes a first
+        prompt by `total_sequence_length == S`, so the total counts padded queries too. A `local_window_size` of w
+        covers w keys, the query's own included, as transformers' sliding_window does.
         """
         bounded = mask != "causal" and window < graph.capacity
         length = op.Cast(op.Shape(q, start=2, end=3), to=INT32.dtype)
@@ -84,18 +82,18 @@ def _attention_for(graph: Graph) -> Any:
         last = op.Sub(op.Add(past_lengths, new_lengths), op.Constant(value=ir.tensor([1], ir.DataType.INT32)))
         options: dict[str, Any] = {"softcap": softcap} if softcap else {}
         if bias is not None:
-            bias = _up_to(bias, total)
+            bias = _slice_bias(bias, total)
         if slopes is not None:
-            bias = _sum(bias, _slope_bias(slopes, length, total))
+            bias = _add_bias(bias, _slope_bias(slopes, length, total))
         if bounded and mask == "chunk":
-            bias = _sum(bias, _chunk_bias(past_lengths, length, total, window))
+            bias = _add_bias(bias, _chunk_bias(past_lengths, length, total, window))
         elif bounded:
             options["local_window_size"] = window
         if k_scales is not None:
             options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         output, k_new, v_new = microsoft().GroupQueryAttention(
-            _merge(q), _merge(k), _merge(v), k_cache, v_cache, last, total, None, None, None, bias, sinks,
-            k_scales, v_scales,
+            _merge_heads(q), _merge_heads(k), _merge_heads(v), k_cache, v_cache, last, total, None, None, None, bias,
+            sinks, k_scales, v_scales,
             num_heads=q.shape[1], kv_num_heads=k.shape[1], scale=scale, **options,
         )  # fmt: skip
         split = op.Constant(value_ints=[0, 0, q.shape[1], q.shape[3]])
@@ -105,43 +103,43 @@ def _attention_for(graph: Graph) -> Any:
 
 
 def _cross_attention(q, k, v, mask, scale: float):  # type: ignore[no-untyped-def]
-    """`MultiHeadAttention`, which takes keys and values [B, H, L, D] as they are."""
+    """`MultiHeadAttention`, which takes keys and values [B, H, L, D] without a transpose."""
     padding = None if mask is None else op.Cast(mask, to=INT32.dtype)
-    output = microsoft().MultiHeadAttention(_merge(q), k, v, None, padding, num_heads=q.shape[1], scale=scale)
+    output = microsoft().MultiHeadAttention(_merge_heads(q), k, v, None, padding, num_heads=q.shape[1], scale=scale)
     split = op.Constant(value_ints=[0, 0, q.shape[1], v.shape[3]])
     return op.Transpose(op.Reshape(output, split), perm=[0, 2, 1, 3])
 
 
-def _sum(one: Any, other: Any) -> Any:
+def _add_bias(one: Any, other: Any) -> Any:
     return other if one is None else op.Add(one, other)
 
 
-def _up_to(bias: Any, total: Any) -> Any:
-    """[..., C] -> [..., T]: the part over the cache's rows that hold something."""
+def _slice_bias(bias: Any, total: Any) -> Any:
+    """[..., C] -> [..., T]: the part for cache positions in use."""
     end = op.Cast(op.Reshape(total, op.Constant(value_ints=[1])), to=INT64.dtype)
     return op.Slice(bias, op.Constant(value_ints=[0]), end, op.Constant(value_ints=[3]))
 
 
 def _slope_bias(slopes: Any, length: Any, total: Any) -> Any:
-    """[1, H, S, T]: slope times the key's distance from the last key. What the operator means is the distance from the
-    query, but softmax does not see what a query adds to all of its keys alike."""
-    distance = op.Cast(op.Sub(_count(total), op.Sub(total, _int32(1))), to=FLOAT.dtype)
+    """[1, H, S, T]: slope times the key's distance from the last key. The operator defines the distance from the query,
+    but a softmax is unchanged by a constant per query."""
+    distance = op.Cast(op.Sub(_count_up_to(total), op.Sub(total, _int32(1))), to=FLOAT.dtype)
     by_head = op.Mul(op.Reshape(slopes, op.Constant(value_ints=[1, -1, 1, 1])), distance)
     one = op.Constant(value_ints=[1])
     return op.Expand(by_head, op.Concat(one, one, op.Cast(length, to=INT64.dtype), one, axis=0))
 
 
 def _chunk_bias(past_lengths: Any, length: Any, total: Any, chunk: int) -> Any:
-    """[B, 1, S, T]: 0 for keys of the query's own chunk, else the lowest number."""
+    """[B, 1, S, T]: 0 for keys in the query's own chunk, else the lowest number."""
     first = op.Reshape(past_lengths, op.Constant(value_ints=[-1, 1, 1, 1]))
-    steps = op.Reshape(_count(op.Squeeze(length)), op.Constant(value_ints=[1, 1, -1, 1]))
-    is_seen = op.Equal(op.Div(_count(total), _int32(chunk)), op.Div(op.Add(first, steps), _int32(chunk)))
+    steps = op.Reshape(_count_up_to(op.Squeeze(length)), op.Constant(value_ints=[1, 1, -1, 1]))
+    is_seen = op.Equal(op.Div(_count_up_to(total), _int32(chunk)), op.Div(op.Add(first, steps), _int32(chunk)))
     lowest = op.Constant(value=ir.tensor(torch.finfo(torch.float32).min, ir.DataType.FLOAT))
     return op.Where(is_seen, op.Constant(value=ir.tensor(0.0, ir.DataType.FLOAT)), lowest)
 
 
-def _count(limit: Any) -> Any:
-    """int32 0, 1, ... up to a scalar."""
+def _count_up_to(limit: Any) -> Any:
+    """int32 0, 1, … below a scalar."""
     return op.Range(_int32(0), limit, _int32(1))
 
 
@@ -158,15 +156,15 @@ def _quantized_linear(  # type: ignore[no-untyped-def]
 ):
     """`MatMulNBits`; where offsets are held in extra columns, x is followed by the means of its groups."""
     if extra:
-        x = op.Concat(x, _means(x, group), axis=-1)
+        x = op.Concat(x, _group_means(x, group), axis=-1)
     return microsoft().MatMulNBits(
         x, codes, scales, zeros, None, bias,
         K=columns + extra, N=codes.shape[0], bits=bits, block_size=group, accuracy_level=INT8_ACTIVATIONS,
     )  # fmt: skip
 
 
-def _means(x: Any, group: int) -> Any:
-    """`AveragePool`, which wants three dimensions; a router's input has two."""
+def _group_means(x: Any, group: int) -> Any:
+    """`AveragePool`, which needs three dimensions; a router's input has two."""
     if len(x.shape) > 2:
         return op.AveragePool(x, kernel_shape=[group], strides=[group])
     front = op.Constant(value_ints=[0])
@@ -180,22 +178,6 @@ def _quantized_embedding(ids, codes, scales, zeros, bits: int, group: int):  # t
     )
 
 
-def _merge(x: Any) -> Any:
+def _merge_heads(x: Any) -> Any:
     """[B, heads, S, D] -> [B, S, heads * D]."""
     return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """torch.onnx and its helpers talk about their own internals; what matters to the user we say ourselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Quantized layers that read the same input become one: queries, keys and values; gate and up."""
+"""Pack quantized projections of one input into one layer: query, key and value; gate and up."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["PackSiblings"]
+__all__ = ["PackProjections"]
 
 _CODES, _SCALES, _ZEROS, _BIAS = 1, 2, 3, 5
 _SAME = ("K", "bits", "block_size", "accuracy_level")
 
 
-class PackSiblings(ir.passes.InPlacePass):  # type: ignore[misc]
-    """One MatMulNBits over the rows of all, and a Split: the activations are rounded once and threads start once."""
+class PackProjections(ir.passes.InPlacePass):  # type: ignore[misc]
+    """One MatMulNBits over the rows of all, and a Split: activations are quantized once and threads start once."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Pack what reads one value in one format; the order of the outputs is that of the nodes."""
+        """Pack the nodes that read one value in one format; outputs keep the order of the nodes."""
         groups: dict[Any, list[ir.Node]] = defaultdict(list)
         for node in model.graph:
             if node.op_type == "MatMulNBits":
@@ -39,9 +39,9 @@ def _pack(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     first, sizes = nodes[0], [node.attributes["N"].as_int() for node in nodes]
     inputs = [
         first.inputs[0],
-        *(_joined(graph, nodes, index) for index in (_CODES, _SCALES, _ZEROS)),
+        *(_concat_inputs(graph, nodes, index) for index in (_CODES, _SCALES, _ZEROS)),
         None,
-        _joined_bias(graph, nodes, sizes),
+        _concat_bias(graph, nodes, sizes),
     ]
     attributes = [*(first.attributes[name] for name in _SAME), ir.AttrInt64("N", sum(sizes))]
     packed = ir.Node("com.microsoft", "MatMulNBits", inputs, attributes, num_outputs=1, name=f"{first.name}_packed")
@@ -60,14 +60,14 @@ def _pack(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     graph.remove(list(nodes), safe=True)
 
 
-def _joined(graph: ir.Graph, nodes: Sequence[ir.Node], index: int) -> ir.Value | None:
+def _concat_inputs(graph: ir.Graph, nodes: Sequence[ir.Node], index: int) -> ir.Value | None:
     parts = [node.inputs[index] if len(node.inputs) > index else None for node in nodes]
     arrays = [part.const_value.numpy() for part in parts if part is not None and part.const_value is not None]
     return _initializer(graph, f"{nodes[0].name}_{index}", np.concatenate(arrays)) if arrays else None
 
 
-def _joined_bias(graph: ir.Graph, nodes: Sequence[ir.Node], sizes: Sequence[int]) -> ir.Value | None:
-    """Biases, with zeros for a sibling that has none."""
+def _concat_bias(graph: ir.Graph, nodes: Sequence[ir.Node], sizes: Sequence[int]) -> ir.Value | None:
+    """Concatenate biases, with zeros for a layer that has none."""
     given = [node.inputs[_BIAS] if len(node.inputs) > _BIAS else None for node in nodes]
     if not any(given):
         return None

@@ -1,4 +1,4 @@
-"""Graph -> graph: fusions into ONNX Runtime's operators, and the tidying that makes two exports identical."""
+"""Graph passes: fusions into ONNX Runtime's operators, and clean-up that makes two exports identical."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnxscript.rewriter.ort_fusions import _core
 
 from precast.runtime.artifact.schema import Graph
 
-from .pack_projections import PackSiblings
+from .pack_projections import PackProjections
 from .rotary import FoldRotary
 from .split_transposes import SplitBatchTransposes
 
@@ -24,17 +24,17 @@ def optimize(model: ir.Model, graph: Graph) -> None:
     """Rewrite `model` in place. Every rewrite is exact."""
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-    with _sound_fusions():
+    with _without_unsound_fusions():
         fuse_for_onnxruntime(model, "cpu")
     for each in (
         RestoreConstants(),
-        FlattenProducts(),
+        FlattenGemmInputs(),
         SplitBatchTransposes(),
-        RemoveIdleReshapes(),
-        PackSiblings(),
+        RemoveRedundantReshapes(),
+        PackProjections(),
         FoldRotary(graph),
         common.RemoveUnusedNodesPass(),
-        RemoveIdleOutputs(),
+        RemoveUnusedOutputs(),
         common.RemoveUnusedOpsetsPass(),
         RemoveProvenance(),
         common.NameFixPass(),
@@ -43,12 +43,12 @@ def optimize(model: ir.Model, graph: Graph) -> None:
 
 
 @contextmanager
-def _sound_fusions() -> Iterator[None]:
-    """Within this block onnxscript fuses nothing whose conditions it does not ask.
+def _without_unsound_fusions() -> Iterator[None]:
+    """Within this block disable the fusions of onnxscript that do not check their conditions.
 
-    No rotation of a part of each head: where lengths are static, the fusion of attention that follows makes the
-    rotation of its queries anew and forgets that it is of a part. No grouped heads: it takes any mask for a causal one
-    and position 0 for all positions, so that ONNX Runtime refuses what comes of it, or padding is seen.
+    Partial rotary embedding: where lengths are static, the fusion of attention that follows rebuilds the rotation of
+    its queries and forgets that it is partial. Grouped-query attention: it takes any mask for a causal one and position
+    0 for all positions, so that ONNX Runtime refuses the node, or padding is attended to.
     """
     names = ("fuse_partial_rotary_embedding", "fuse_gqa")
     before = {name: getattr(_core, name) for name in names}
@@ -62,10 +62,10 @@ def _sound_fusions() -> Iterator[None]:
 
 
 class RestoreConstants(ir.passes.InPlacePass):
-    """Register constants that nodes read and the graph has lost, as it does where folding gives two one name."""
+    """Register constants that nodes read but the graph has lost: constant folding can give two of them one name."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Give every such constant a name of its own."""
+        """Register every such constant under a unique name."""
         known, modified = model.graph.initializers, False
         for value in [value for node in model.graph for value in node.inputs if value is not None]:
             if value.producer() is not None or value.const_value is None or known.get(value.name or "") is value:
@@ -76,11 +76,11 @@ class RestoreConstants(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-class FlattenProducts(ir.passes.InPlacePass):
-    """Flatten batch and length again where the fusion of attention forgot that a product of matrices wants it.
+class FlattenGemmInputs(ir.passes.InPlacePass):
+    """Flatten batch and length for `Gemm`, where the fusion of attention removed the reshape that did.
 
     GPT-2's `Conv1D` merges heads and flattens batch and length in one reshape, and onnxscript's fusion takes whatever
-    reshape follows attention as one to [batch, length, heads * width]. A `Gemm` of that is a graph that nobody opens.
+    reshape follows attention as one to [batch, length, heads * width]. A `Gemm` of that is an invalid graph.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -106,28 +106,28 @@ def _rank(value: ir.Value) -> int | None:
     return sizes[0] if sizes else None
 
 
-class RemoveIdleReshapes(ir.passes.InPlacePass):
-    """Drop reshapes that lead back to a shape that was there before.
+class RemoveRedundantReshapes(ir.passes.InPlacePass):
+    """Drop reshapes that restore a shape that an earlier value has.
 
-    Attention takes and gives [batch, length, heads * width], modelling code thinks in [batch, length, heads, width]:
-    what lies between is eight reshapes per layer, there and back.
+    Attention takes and returns [batch, length, heads * width], modelling code works in [batch, length, heads, width]:
+    that makes eight reshapes per layer, back and forth.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Read every reshape's result from the earliest value of the same shape that it was made of."""
+        """Replace every reshape's result by the earliest value of the same shape in the chain above it."""
         modified = False
         for node in model.graph:
             if node.op_type == "GroupQueryAttention" and node.outputs[0].shape is None:
                 # Its first output has the shape of its query, which shape inference does not know.
                 node.outputs[0].shape = node.inputs[0].shape if node.inputs[1] is not None else None
-            if node.op_type == "Reshape" and (earlier := _same_before(node)) is not None:
+            if node.op_type == "Reshape" and (earlier := _find_earlier_value(node)) is not None:
                 node.outputs[0].replace_all_uses_with(earlier)
                 modified = True
         return ir.passes.PassResult(model, modified)
 
 
-def _same_before(node: ir.Node) -> ir.Value | None:
-    """The earliest value above a chain of reshapes with the very shape of its result."""
+def _find_earlier_value(node: ir.Node) -> ir.Value | None:
+    """The earliest value above a chain of reshapes that has exactly its result's shape."""
     target, value, found = node.outputs[0], node.inputs[0], None
     if target.is_graph_output() or not target.uses():
         return None
@@ -147,12 +147,12 @@ def _equal_shapes(one: ir.Shape | None, other: ir.Shape | None) -> bool:
     return known and list(one) == list(other)
 
 
-class RemoveIdleOutputs(ir.passes.InPlacePass):
-    """Drop what normalizations give besides and nobody reads: their fusion names all four outputs, and other providers
-    than the CPU refuse those that they have no code for."""
+class RemoveUnusedOutputs(ir.passes.InPlacePass):
+    """Drop unused outputs of fused normalizations: the fusion names all four, and providers other than the CPU refuse
+    outputs that they do not implement."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Cut every fused normalization off after its last output that is read; those before are optional too."""
+        """Cut the outputs of every fused normalization off after the last one that is used."""
         modified = False
         for node in [node for node in model.graph if node.op_type in _NORMALIZATIONS]:
             read = [index for index, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]

@@ -1,4 +1,4 @@
-"""Rotary position embedding into GroupQueryAttention: two operators and a split less per layer."""
+"""Fold rotary position embedding into GroupQueryAttention, which saves two operators and a split per layer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Tables: TypeAlias = tuple[ir.Value, ir.Value]
 
 
 class FoldRotary(ir.passes.InPlacePass):  # type: ignore[misc]
-    """Let the operator rotate queries and keys itself, from constant tables over all positions.
+    """Let the operator rotate queries and keys itself, by constant tables over all positions.
 
-    The tables are what the graph computes for every position up to the capacity, so whatever frequencies, scaling or
-    partial rotation the model has is in them. Angles that depend on more than the position are left as they are.
+    The tables are computed by the graph itself for every position up to the capacity, so they contain whatever
+    frequencies, scaling or partial rotation the model has. Angles that depend on more than the position are not folded.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -29,11 +29,11 @@ class FoldRotary(ir.passes.InPlacePass):  # type: ignore[misc]
         self._graph = graph
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite every attention whose queries and keys are rotated by the same angles."""
+        """Fold the rotation of every attention whose queries and keys have the same angles."""
         tables: dict[tuple[str, str], Tables | None] = {}
         modified = False
         for node in list(model.graph):
-            rotated = _rotated(node) if node.op_type == "GroupQueryAttention" else None
+            rotated = _find_rotation(node) if node.op_type == "GroupQueryAttention" else None
             if rotated is None or _head_size(node) % ROTATED_MULTIPLE:
                 continue
             cos, sin = (_name(value) for value in rotated.inputs[2:4])
@@ -45,12 +45,12 @@ class FoldRotary(ir.passes.InPlacePass):  # type: ignore[misc]
         return ir.passes.PassResult(model, modified)
 
     def _tabulate(self, model: ir.Model, node: ir.Node) -> Tables | None:
-        """cos and sin [capacity, D / 2] as initializers, or None where they are no function of the position."""
+        """cos and sin [capacity, D / 2] as initializers, or None where they depend on more than the position."""
         angles = _Angles(model, node, self._graph)
         if not angles.is_bounded:
             return None
-        table = angles.table()
-        if not angles.follow(table):
+        table = angles.tabulate()
+        if not angles.matches(table):
             return None
         values = [ir.tensor(np.ascontiguousarray(each), name=_name(node.inputs[2 + index]) + "_table")
                   for index, each in enumerate(table)]  # fmt: skip
@@ -58,7 +58,7 @@ class FoldRotary(ir.passes.InPlacePass):  # type: ignore[misc]
 
 
 class _Angles:
-    """The part of the graph that computes rotations, run by itself."""
+    """The subgraph that computes the angles, run by itself."""
 
     def __init__(self, model: ir.Model, node: ir.Node, graph: Graph) -> None:
         self._graph, self.length = graph, graph.capacity if isinstance(graph.length, Dim) else graph.length
@@ -75,49 +75,50 @@ class _Angles:
             ir.to_proto(whole).SerializeToString(), providers=["CPUExecutionProvider"]
         )
 
-    def at(self, past: int, length: int, elsewhere: int = 0) -> Array:
-        """cos and sin of the first row's tokens when it has `past` of them and the others `elsewhere`:
-        [2, length, D / 2]."""
-        lengths = np.array([past] + [elsewhere] * (self._graph.slots - 1), np.int32)
+    def compute(self, past: int, length: int, other_past: int = 0) -> Array:
+        """cos and sin of the first slot's tokens, [2, length, D / 2], where it has `past` tokens in its cache and the
+        others `other_past`."""
+        lengths = np.array([past] + [other_past] * (self._graph.slots - 1), np.int32)
         given = {self._names[0]: np.zeros((len(lengths), length), np.int64), self._names[1]: lengths}
         wanted = {spec.name for spec in self._session.get_inputs()}
         found = self._session.run(None, {name: array for name, array in given.items() if name in wanted})
         positions, cos, sin = found
         return np.stack([cos[positions[0]], sin[positions[0]]])
 
-    def table(self) -> Array:
+    def tabulate(self) -> Array:
         """cos and sin of all positions: [2, capacity, D / 2]."""
         capacity = self._graph.capacity
-        parts = [self.at(past, self.length) for past in range(0, capacity, self.length)]
+        parts = [self.compute(past, self.length) for past in range(0, capacity, self.length)]
         return np.concatenate(parts, axis=1)[:, :capacity]
 
-    def follow(self, table: Array) -> bool:
-        """Whether the angles are those of `table` too for tokens alone, from odd places, beside rows far ahead."""
+    def matches(self, table: Array) -> bool:
+        """Whether single tokens have the angles of `table` as well, at first, second and last position, beside slots
+        with another past."""
         length = 1 if isinstance(self._graph.length, Dim) else self.length
         last = self._graph.capacity - length
         return all(
-            np.allclose(self.at(past, length, last), table[:, past : past + length], rtol=0, atol=SAME)
+            np.allclose(self.compute(past, length, last), table[:, past : past + length], rtol=0, atol=SAME)
             for past in {0, min(1, last), last}
         )
 
 
 SAME = 1e-6
-"""Of a cosine: a vector unit and what is left over for a scalar one may differ in the last bit."""
+"""Tolerance of a cosine: vector and scalar code may differ in the last bit."""
 
 
 ROTATED_MULTIPLE = 16
-"""GroupQueryAttention refuses to rotate heads of other sizes, though it takes them in multiples of 8."""
+"""GroupQueryAttention rotates head sizes in multiples of this only, though it attends with multiples of 8."""
 
 
 def _head_size(node: ir.Node) -> int:
-    """Of an attention's caches, [B, Hkv, C, D]."""
+    """The head size of an attention, read off its caches [B, Hkv, C, D]."""
     shape = node.inputs[3].shape if node.inputs[3] is not None else None
     assert shape is not None, "caches are inputs of the graph, whose sizes are known"
     return int(shape[3])
 
 
-def _rotated(node: ir.Node) -> ir.Node | None:
-    """The RotaryEmbedding of the queries, if the keys have the same."""
+def _find_rotation(node: ir.Node) -> ir.Node | None:
+    """The RotaryEmbedding node of the queries, if the keys' has the same angles."""
     query, key = (value.producer() if value is not None else None for value in node.inputs[:2])
     if query is None or key is None or {query.op_type, key.op_type} != {"RotaryEmbedding"}:
         return None

@@ -1,4 +1,4 @@
-"""Matrix products as ONNX Runtime's CPU kernels take them."""
+"""Split batch transposes off FusedMatMul where ONNX Runtime's CPU kernel does not take them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ __all__ = ["SplitBatchTransposes"]
 
 
 class SplitBatchTransposes(ir.passes.InPlacePass):  # type: ignore[misc]
-    """Write a batch transpose as a node of its own where `FusedMatMul` refuses to do it: its kernel wants both inputs
-    to have one rank of at least 3 (https://github.com/microsoft/onnxscript/issues/3156)."""
+    """Write a batch transpose as a node of its own where `FusedMatMul` refuses it: its kernel needs both inputs to have
+    the same rank, at least 3 (https://github.com/microsoft/onnxscript/issues/3156)."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Every FusedMatMul of the model's graph whose inputs differ in rank."""
+        """Split the transposes of every FusedMatMul whose inputs differ in rank or have less than 3 dimensions."""
         modified = False
         for node in list(model.graph):
-            if node.op_type == "FusedMatMul" and _refused(node):
+            if node.op_type == "FusedMatMul" and _is_refused(node):
                 for index, side in enumerate("AB"):
-                    modified |= _split(node, index, side)
+                    modified |= _split_transpose(node, index, side)
         return ir.passes.PassResult(model, modified)
 
 
-def _refused(node: ir.Node) -> bool:
+def _is_refused(node: ir.Node) -> bool:
     ranks = {len(value.shape) for value in node.inputs[:2] if value is not None and value.shape is not None}
     return len(ranks) > 1 or max(ranks, default=3) < 3
 
 
-def _split(node: ir.Node, index: int, side: str) -> bool:
-    """`transBatchA` moves the first dimension before the last; with `transA` it comes last."""
+def _split_transpose(node: ir.Node, index: int, side: str) -> bool:
+    """Write one input's transpose as a node: `transBatchA` moves the first dimension before the last, with `transA`
+    behind it."""
     source = node.inputs[index]
     if not node.attributes.get_int(f"transBatch{side}", 0) or source is None or source.shape is None:
         return False

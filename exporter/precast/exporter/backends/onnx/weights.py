@@ -1,4 +1,4 @@
-"""Weights of all graphs in one file, each tensor once, and graphs that point into it."""
+"""Weights of all graphs in one file, each tensor once, and graphs that refer to it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import BinaryIO
 
 import onnx_ir as ir
 
-__all__ = ["save"]
+__all__ = ["save_models"]
 
 ALIGNMENT = 4096
-"""Offsets are multiples of a memory page, so that a tensor can be mapped as it is."""
+"""Offsets are multiples of a memory page, so that tensors can be memory-mapped."""
 INLINE_BYTES = 1024
-"""Smaller tensors (shapes, scalars) stay in the graph: runtimes fold them at load."""
+"""Tensors up to this size (shapes, scalars) stay in the graph: runtimes fold them at load."""
 
 
-def save(models: Sequence[ir.Model], paths: Sequence[Path], data: Path) -> list[str]:
+def save_models(models: Sequence[ir.Model], paths: Sequence[Path], data: Path) -> list[str]:
     """Write each model to its path and their weights to `data`; returns the names of the weight files (none if
     everything was small enough to stay in the graphs). Raises OSError."""
     written: dict[str, ir.ExternalTensor] = {}
     with data.open("wb") as file:
         for model in models:
             for value in _large_weights(model):
-                value.const_value = _store(value, written, file, data)
+                value.const_value = _store_once(value, written, file, data)
     for model, path in zip(models, paths, strict=True):
         ir.save(model, path)
     if not written:
@@ -39,13 +39,15 @@ def _large_weights(model: ir.Model) -> Iterator[ir.Value]:
                 yield value
 
 
-def _store(value: ir.Value, written: dict[str, ir.ExternalTensor], file: BinaryIO, data: Path) -> ir.ExternalTensor:
+def _store_once(
+    value: ir.Value, written: dict[str, ir.ExternalTensor], file: BinaryIO, data: Path
+) -> ir.ExternalTensor:
     tensor = value.const_value
     assert tensor is not None
     content = (
         memoryview(tensor.numpy()).cast("B") if tensor.numpy().flags.c_contiguous else memoryview(tensor.tobytes())
     )
-    # Without the shape: an embedding and an output embedding are one table in two shapes.
+    # The shape is no part of the key: an embedding and an output embedding are one table in two shapes.
     key = f"{tensor.dtype} {hashlib.sha256(content).hexdigest()}"
     if key not in written:
         file.write(b"\0" * (-file.tell() % ALIGNMENT))

@@ -1,6 +1,7 @@
-// Products of float32 with numbers of any type, for kernels whose sizes are known when they are compiled.
-#ifndef PRECAST_DOT
-#define PRECAST_DOT
+// SIMD helpers of the kernels: loads with conversion to float32, reductions, dot products. Sizes are compile-time
+// constants.
+#ifndef PRECAST_SIMD
+#define PRECAST_SIMD
 #include <omp.h>
 
 #include <algorithm>
@@ -13,59 +14,61 @@
 
 namespace precast {
 
-// Inductor has compilers make no vectors of loops, having written its own out.
+// Inductor turns the compiler's loop vectorizer off, since its own loops are vectorized already. Ours are not.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("tree-loop-vectorize")
 #endif
 
-// Products; fewer are done by one thread sooner than others are told of them.
-constexpr int64_t WORTH = 1 << 15;
+// Below this many multiply-adds, waking threads costs more than it saves.
+constexpr int64_t MIN_PARALLEL_MACS = 1 << 15;
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int LANES = Vec::size();
 
-// LANES numbers in float32.
+// Load LANES numbers as float32.
 template <typename T>
-Vec in_float(const T* from) {
+Vec load_vec(const T* from) {
   if constexpr (std::is_same_v<T, float>) return Vec::loadu(from);
   else return at::vec::convert<float>(at::vec::Vectorized<T>::loadu(from, LANES));
 }
 
 #ifdef CPU_CAPABILITY_AVX2
-// loadu() of a part clears a buffer, copies the part there and loads all of it, which waits for these stores: ten times
-// as long as a load of LANES numbers alone.
-inline Vec in_float(const uint8_t* from) {
+// loadu() of fewer numbers than a whole vector clears a buffer, copies them there and loads all of it, which waits for
+// these stores: ten times as long as a load of LANES numbers alone.
+inline Vec load_vec(const uint8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 
-inline Vec in_float(const int8_t* from) {
+inline Vec load_vec(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 
-inline Vec in_float(const at::Half* from) {
+inline Vec load_vec(const at::Half* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-inline Vec in_float(const at::BFloat16* from) {
+inline Vec load_vec(const at::BFloat16* from) {
   const __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(high, 16));
 }
 #endif
 
+// COUNT numbers to float32.
 template <typename T, int COUNT>
-void in_floats(float* to, const T* from) {
+void to_floats(float* to, const T* from) {
   constexpr int WHOLE = COUNT - COUNT % LANES;
-  for (int at = 0; at < WHOLE; at += LANES) in_float(from + at).store(to + at);
+  for (int at = 0; at < WHOLE; at += LANES) load_vec(from + at).store(to + at);
   for (int at = WHOLE; at < COUNT; ++at) to[at] = static_cast<float>(from[at]);
 }
 
+// COUNT numbers from float32.
 template <int COUNT>
-void put(float* to, const float* from) {
+void from_floats(float* to, const float* from) {
   std::copy(from, from + COUNT, to);
 }
 
 template <int COUNT>
-void put(at::BFloat16* to, const float* from) {
+void from_floats(at::BFloat16* to, const float* from) {
   constexpr int AT_ONCE = 2 * LANES, WHOLE = COUNT - COUNT % AT_ONCE;
   for (int at = 0; at < WHOLE; at += AT_ONCE) {
     const Vec low = Vec::loadu(from + at), high = Vec::loadu(from + at + LANES);
@@ -79,18 +82,18 @@ void put(at::BFloat16* to, const float* from) {
 }
 
 #ifdef CPU_CAPABILITY_AVX512
-inline float sum_of(Vec each) { return _mm512_reduce_add_ps(each); }
-inline float most_of(Vec each) { return _mm512_reduce_max_ps(each); }
+inline float reduce_sum(Vec each) { return _mm512_reduce_add_ps(each); }
+inline float reduce_max(Vec each) { return _mm512_reduce_max_ps(each); }
 #else
-inline float sum_of(Vec each) {
+inline float reduce_sum(Vec each) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, each);
 }
-inline float most_of(Vec each) {
+inline float reduce_max(Vec each) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, each);
 }
 #endif
 
-// The sum of x * w, in several chains of additions, none of which waits for another.
+// Dot product of x and w, in several independent chains of additions, so that none waits for another.
 template <typename T, int COUNT>
 float dot(const float* x, const T* w) {
   constexpr int CHAINS = 4, WHOLE = COUNT - COUNT % LANES;
@@ -98,24 +101,24 @@ float dot(const float* x, const T* w) {
   int at = 0;
   for (; at + CHAINS * LANES <= WHOLE; at += CHAINS * LANES)
     for (int i = 0; i < CHAINS; ++i)
-      chains[i] = at::vec::fmadd(Vec::loadu(x + at + i * LANES), in_float(w + at + i * LANES), chains[i]);
-  for (; at < WHOLE; at += LANES) chains[0] = at::vec::fmadd(Vec::loadu(x + at), in_float(w + at), chains[0]);
-  float sum = sum_of((chains[0] + chains[1]) + (chains[2] + chains[3]));
+      chains[i] = at::vec::fmadd(Vec::loadu(x + at + i * LANES), load_vec(w + at + i * LANES), chains[i]);
+  for (; at < WHOLE; at += LANES) chains[0] = at::vec::fmadd(Vec::loadu(x + at), load_vec(w + at), chains[0]);
+  float sum = reduce_sum((chains[0] + chains[1]) + (chains[2] + chains[3]));
   for (; at < COUNT; ++at) sum += x[at] * static_cast<float>(w[at]);
   return sum;
 }
 
-// sum += shares[0] * rows[0] + shares[1] * rows[1] + …, for ROWS rows one behind the other.
+// sum += weights[0] * rows[0] + weights[1] * rows[1] + …, for ROWS consecutive rows.
 template <typename T, int COUNT, int ROWS>
-void add(float* sum, const float* shares, const T* rows) {
+void add_weighted_rows(float* sum, const float* weights, const T* rows) {
   constexpr int WHOLE = COUNT - COUNT % LANES;
   for (int at = 0; at < WHOLE; at += LANES) {
     Vec here = Vec::loadu(sum + at);
-    for (int r = 0; r < ROWS; ++r) here = at::vec::fmadd(Vec(shares[r]), in_float(rows + r * COUNT + at), here);
+    for (int r = 0; r < ROWS; ++r) here = at::vec::fmadd(Vec(weights[r]), load_vec(rows + r * COUNT + at), here);
     here.store(sum + at);
   }
   for (int at = WHOLE; at < COUNT; ++at)
-    for (int r = 0; r < ROWS; ++r) sum[at] += shares[r] * static_cast<float>(rows[r * COUNT + at]);
+    for (int r = 0; r < ROWS; ++r) sum[at] += weights[r] * static_cast<float>(rows[r * COUNT + at]);
 }
 
 }  // namespace precast
