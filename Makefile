@@ -15,7 +15,7 @@ FUZZ_SECONDS ?= 600
 NEWEST ?= build/newest
 FOREIGN ?= build/foreign
 
-.PHONY: demo fuzz test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
+.PHONY: demo docs fuzz test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
@@ -55,6 +55,11 @@ constraints:
 # Files that other people write, changed at random, until none is read wrongly: each kind for ten minutes.
 fuzz: $(BIN)/.dev
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
+# The documents as a site in build/site, with the Python API. A broken link or a warning fails.
+docs: $(BIN)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in build/site: open build/site/index.html"
 
 check: $(BIN)/.dev
 	$(BIN)/ruff format --check .
@@ -102,6 +107,11 @@ $(BIN)/.exporter: pyproject.toml constraints.txt | $(BIN)/python
 $(BIN)/.dev: $(BIN)/.exporter
 	@echo "Installing what the tests need …"
 	@$(PIP) install -q --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[export,dev]'
+	@touch $@
+
+$(BIN)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what makes the site of the documents …"
+	@$(PIP) install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 clean:

@@ -21,7 +21,7 @@ def test_the_page_keeps_the_rows_of_what_is_not_tried_again():
     ]
     text = published_page.page(rows)
     assert list(published_page.kept_rows(text).values()) == rows
-    assert "Of the 1 whose type and task [SUPPORT.md](SUPPORT.md) lists, 1 are the same (100.0%)." in text
+    assert "Of the 1 whose type and task [support.md](support.md) lists, 1 are the same (100.0%)." in text
 
 
 @on_the_page

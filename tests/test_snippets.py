@@ -25,12 +25,12 @@ import tiny
 import transformers
 from fakehub import FakeHub
 from snippets import ROOT, Reader, SnippetError, blocks
+from test_docs import DOCUMENTS
 
 from precast.cli import SETTINGS, cli
 
-README = ROOT / "README.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
-NOT_RUN = {"README.md": 1, "docs/NEURON.md": 1}
+README, USAGE = ROOT / "README.md", ROOT / "docs/usage.md"
+NOT_RUN = {"README.md": 1, "docs/neuron.md": 1, "examples/README.md": 1}
 SHAPES = {"batch_size": 1, "sequence_length": (64,)}
 
 
@@ -53,13 +53,13 @@ def local(checkpoint, artifact, tmp_path_factory):
         "Helsinki-NLP/opus-mt-de-en": lambda: _marian(root / "marian"),
         "openai/whisper-tiny": lambda: _whisper(root / "whisper"),
         "user/ner": ner,
+        "build/models/SmolLM2-135M-Instruct.Q4_1.gguf": llama,
         "MODEL": llama,
         "OTHER": lambda: artifact(llama(), **SHAPES),
         "ENCODER": lambda: checkpoint("bert", "AutoModel"),
         "model.gguf": lambda: _gguf(llama(), root / "model.gguf"),
         "PACKED": lambda: _packed(llama(), root / "packed"),
         "ner-out": lambda: artifact(ner(), **SHAPES),
-        "HEARD": lambda: artifact(_whisper(root / "heard"), batch_size=1, sequence_length=()),
     }
     return {name: cache(maker) for name, maker in makers.items()}
 
@@ -147,13 +147,10 @@ def test_the_first_minute(reader):
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name)
 def test_all_snippets_of_a_document(reader, document, tmp_path, monkeypatch):
-    if document.name == "NEURON.md":
+    if document.name == "neuron.md":
         neuron_machine.install(monkeypatch, tmp_path / "neuron", cores=2)
         digest = {"DIGEST": lambda: json.loads((tmp_path / "smollm2/config.json").read_text())["precast"]["digest"]}
         reader.local = {**reader.local, **digest}
-    if document.name == "usage.md":
-        # README's.
-        reader.local = {**reader.local, "whisper": reader.local["HEARD"]}
     if document.name == "CONTRIBUTING.md":
         exec(CONTRIBUTING, reader.names)
     snippets.run(document, reader)
@@ -201,7 +198,7 @@ def test_blocks_that_are_not_run_are_counted():
 TABLE = re.compile(r"^\| you want \| you say \|\n.*\n((?:\|.*\n)+)", re.MULTILINE)
 ROWS = [
     tuple(cell.strip() for cell in line.strip("|").split(" | ", 1))
-    for line in TABLE.search(README.read_text("utf-8"))[1].splitlines()
+    for line in TABLE.search(USAGE.read_text("utf-8"))[1].splitlines()
 ]
 SMALL = "--sequence-length 48 --no-validate"
 NEURON = "--backend neuron --instance-type inf2"
@@ -322,7 +319,10 @@ def test_a_broken_snippet_is_found(tmp_path, text, said):
 def test_a_mark_belongs_to_the_next_block(tmp_path):
     document = tmp_path / "here.md"
     document.write_text("<!-- not run: AWS -->\n```console\n$ x\n```\n\n```python\n1\n```\n")
-    assert [(block.reason, block.language, block.commands()) for block in snippets.blocks(document)] == [
+    assert [
+        (block.reason, block.language, [command for command, _ in block.commands()])
+        for block in snippets.blocks(document)
+    ] == [
         ("AWS", "console", ["x"]),
         (None, "python", ["1"]),
     ]

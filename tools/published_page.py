@@ -454,7 +454,7 @@ def page(rows: Iterable[dict[str, str]]) -> str:
         f"- {count[UNKNOWN]} **unknown** to transformers without code or weights of their own",
         f"- {count[FAILS]} **fails**",
         "",
-        f"Of the {len(listed)} whose type and task [SUPPORT.md](SUPPORT.md) lists, {same} are the same"
+        f"Of the {len(listed)} whose type and task [support.md](support.md) lists, {same} are the same"
         f"{f' ({same / len(listed):.1%})' if listed else ''}.",
         "",
         f"| {' | '.join(COLUMNS)} |",

@@ -1,4 +1,4 @@
-"""Makes the support table, `exporter/precast/exporter/support.json` and `docs/SUPPORT.md`, by trying everything.
+"""Makes the support table, `exporter/precast/exporter/support.json` and `docs/support.md`, by trying everything.
 
     PRECAST_CORPUS=FOLDER python tools/support_table.py [--jobs 2] [TYPE ...]
 
@@ -28,16 +28,22 @@ from corpus import PUBLISHED
 from workers import attempt_all, serve
 from zoo import configurations
 
-from precast.runtime.artifact.tasks import get_task
+from precast.runtime.artifact.tasks import TASKS, get_task
 from precast.runtime.errors import PrecastError
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "exporter/precast/exporter/support.json"
-PAGE = ROOT / "docs/SUPPORT.md"
+PAGE = ROOT / "docs/support.md"
 ZOOS = ("decoders", "language_models", "encoders", "seq2seq")
 KINDS = {"decoders": "decoder", "language_models": "decoder", "encoders": "encoder", "seq2seq": "seq2seq"}
 MEASURED = ("way", "difference", "kl_int8")
 AXES = ("batch_size", "text_batch_size", "num_choices", "sequence_length", "audio_sequence_length")
+WELL_KNOWN = (
+    "llama", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma3_text", "gpt_oss", "phi3", "deepseek_v3",
+    "gpt2", "bloom", "falcon", "mpt", "mamba2", "bert", "roberta", "deberta-v2", "modernbert", "distilbert",
+    "vit", "dinov2", "swin", "convnext", "segformer", "yolos", "clip", "siglip", "wav2vec2", "hubert", "wavlm",
+    "audio-spectrogram-transformer", "t5", "bart", "marian", "pegasus", "whisper",
+)  # fmt: skip
 
 Pair = tuple[str, str, str]
 """The zoo's name, the model type, the task."""
@@ -198,34 +204,55 @@ def write(lines: Iterable[dict[str, Any]]) -> None:
 
 
 def page(table: dict[str, Any]) -> str:
-    """`docs/SUPPORT.md`."""
+    """`docs/support.md`."""
     lines = table["lines"]
     passed = [line for line in lines if "reason" not in line]
     published = sum("configuration" in line for line in passed)
     parts = [
         "# What is supported",
         "",
-        f"Made by `python tools/support_table.py`, which exports a tiny random checkpoint of every model type "
-        f"(transformers {table['transformers']}, backend `onnx`) and compares it with the eager model: padded on "
-        f"either side, at the edges of its shapes, and for decoders token by token. The difference is the largest "
-        f"one, relative to max(1, max|reference|); at most 1e-4 passes. `int8` is the KL divergence that "
-        f"`--quantize int8` costs with random weights and the default configuration: it says that the model can be "
-        f"quantized, not how well a trained one bears it.",
+        f"Every model type of transformers {table['transformers']} was tried: a tiny random checkpoint is exported to "
+        "`onnx` and compared with the eager model, padded on either side, at the edges of its shapes, and for decoders "
+        "token by token. `precast tasks MODEL` answers from this table, and what it refuses is refused before a weight "
+        "is downloaded. Whole files as people publish them are tried in [published.md](published.md).",
+        "",
+        *_summary(lines),
+        "",
+        "Models whose code comes with the checkpoint need `--trust-remote-code`. They, and types that are newer than "
+        "the table, are compared at export like all others. The table is of `--backend onnx`; the tests put "
+        "representatives of every kind through `export` and `aoti` as well.",
         "",
         f"Of the {len(passed)} lines that pass, {published} are measured on a published configuration, with fewer and "
         f"narrower layers and all else as published: the line names the checkpoint it is of, and the type's default "
         f"configuration passes too. The other {len(passed) - published} are measured on that default, made as small.",
         "",
-        "`precast tasks MODEL` answers from this table; what it refuses is refused before a weight is downloaded.",
+        "How to read a line: the *difference* is the largest one, relative to `max(1, max|reference|)`; at most 1e-4 "
+        "passes. `int8` is the KL divergence that `--quantize int8` costs with random weights and the default "
+        "configuration: it says that the model can be quantized, not how well a trained one bears it. The *way* of a "
+        "decoder is how its attention is compiled: as precast's one operator for cached attention (`operator`, or "
+        "`adapter` where code of the model had to be replaced for that), or in `ordinary operators`, with the same "
+        "answers but slower; `states` are models that carry states of a fixed size from token to token.",
+        "",
+        "This page is made by `python tools/support_table.py`.",
     ]
     for task in dict.fromkeys(line["task"] for line in sorted(lines, key=lambda line: line["task"])):
         parts += ["", f"## {task}", "", *_section([line for line in lines if line["task"] == task])]
     return "\n".join(parts) + "\n"
 
 
+def _summary(lines: list[dict[str, Any]]) -> list[str]:
+    """How many model types of each task pass, and the best known among them."""
+    rows = ["| task | model types | among them |", "|---|---|---|"]
+    for task in TASKS:
+        types = {line["model_type"]: "reason" not in line for line in lines if line["task"] == task}
+        known = ", ".join(name for name in WELL_KNOWN if types.get(name))
+        rows.append(f"| {task} | {sum(types.values())} of {len(types)} | {known} |")
+    return rows
+
+
 def _section(lines: list[dict[str, Any]]) -> list[str]:
     passed, refused = ([line for line in lines if ("reason" in line) is wanted] for wanted in (False, True))
-    rows = [f"{len(passed)} model types pass{f', {len(refused)} are refused' if refused else ''}."]
+    rows = [f"{len(passed)} model types pass{f', {len(refused)} refused' if refused else ''}."]
     if passed:
         has_int8 = any("kl_int8" in line for line in passed)
         rows += ["", "| model type | configuration | way | difference |" + (" int8 |" if has_int8 else "")]

@@ -20,6 +20,8 @@ from precast.cli import main
 ROOT = Path(__file__).parents[2]
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_TO_READ = ("text",)
+"""The languages of blocks that are nobody's commands: file trees, help texts."""
 _MARK = re.compile(r"<!-- not run: ([^>]+) -->\s*\Z")
 
 
@@ -33,16 +35,20 @@ class Block:
     text: str
     reason: str | None
 
-    def commands(self) -> list[str]:
-        """Of a console what is typed: the lines after a prompt, or all where there is none."""
+    def commands(self) -> list[tuple[str, list[str]]]:
+        """Of a console what is typed, each with the lines that it answers: the lines after a prompt, or all of them
+        where there is no prompt."""
         lines = self.text.splitlines()
-        return [line[2:] for line in lines if line.startswith("$ ")] or [line for line in lines if line]
+        starts = [index for index, line in enumerate(lines) if line.startswith("$ ")]
+        ends = [*starts[1:], len(lines)]
+        with_prompt = [(lines[start][2:], lines[start + 1 : end]) for start, end in zip(starts, ends, strict=False)]
+        return with_prompt or [(line, []) for line in lines if line]
 
 
 def blocks(document: Path) -> list[Block]:
-    """All fenced blocks of a document, in order."""
+    """The fenced blocks of a document that can be run, in order."""
     text = document.read_text("utf-8")
-    return list(_blocks(text, document.name))
+    return [block for block in _blocks(text, document.name) if block.language not in _TO_READ]
 
 
 def run(document: Path, reader: Reader) -> None:
@@ -71,12 +77,15 @@ class Reader:
         local: of a Hub id or a placeholder, what stands for it here; called when it is first met.
         hub: the address of the Hub that is pushed to.
         names: what Python has defined so far.
+        compares: whether commands have to answer what the document says that they do. `…` stands for lines that are
+            left out, and at the end of a line for what follows there.
     """
 
     folder: Path
     local: Mapping[str, Callable[[], object]]
     hub: str = ""
     names: dict[str, object] = field(default_factory=dict)
+    compares: bool = False
 
     def run(self, block: Block) -> None:
         """Raises SnippetError where a command or a line fails."""
@@ -84,8 +93,8 @@ class Reader:
             if block.language == "python":
                 self._python(block)
             elif block.language == "console":
-                for command in block.commands():
-                    self.type(command, f"{block.place}:{block.line}")
+                for command, answer in block.commands():
+                    self._compare(answer, self.type(command, f"{block.place}:{block.line}"))
             else:
                 raise SnippetError(
                     f"{block.place}:{block.line}: what runs {block.language or 'a block of no language'}?"
@@ -101,6 +110,14 @@ class Reader:
         if code:
             raise SnippetError(f"{place}: {command}\nanswers {code}: {out}{err}")
         return out
+
+    def _compare(self, expected: list[str], answer: str) -> None:
+        if not self.compares:
+            return
+        parts = (re.escape(line.removesuffix("…")) + (".*" if line.endswith("…") else "") for line in expected if line)
+        pattern = r"\n(?:.*\n)*?".join(parts)
+        if not re.search(pattern, answer):
+            raise SnippetError(f"the document has {expected}, and the answer is {answer}")
 
     def _python(self, block: Block) -> None:
         text = block.text

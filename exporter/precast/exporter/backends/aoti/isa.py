@@ -29,7 +29,7 @@ _MATMUL_FLAGS = {
     torch.float16: {"avx512_fp16", "asimdhp"},
 }
 """Flags of which one is enough to multiply matrices of a dtype. Without any, libraries convert back and forth, which
-takes four to thirty times as long as float32 (benchmarks/README.md)."""
+takes four to thirty times as long as float32 (docs/benchmarks.md)."""
 
 
 def cpu_flags_needed(isa: str) -> list[str]:
