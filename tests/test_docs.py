@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import cli_page
@@ -14,6 +17,7 @@ from click.testing import CliRunner
 from support_table import TABLE
 from test_layering import FOR_THE_EXPORTER
 
+from precast import exporter, runtime
 from precast.cli import SETTINGS, cli
 from precast.exporter.support import table
 from precast.runtime.artifact.backends import BACKENDS
@@ -92,6 +96,19 @@ def test_links_lead_somewhere(document):
         file = (document.parent / path).resolve() if path else document
         assert file.exists(), target
         assert not anchor or anchor in _anchors(file), target
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """As by make docs, which leaves it in build/site."""
+    pytest.importorskip("mkdocs", reason="make docs installs what builds the site")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "api.html").read_text("utf-8")
+    public = [f"{package.__name__}.{name}" for package in (exporter, runtime) for name in package.__all__]
+    assert [name for name in public if name not in api] == []
+    assert "results/" in (tmp_path / "index.html").read_text("utf-8")
 
 
 def test_every_document_is_in_the_index():

@@ -145,6 +145,16 @@ def test_the_first_minute(reader):
 
 
 @pytest.mark.slow
+@pytest.mark.models
+def test_the_first_minute_answers_what_the_readme_says(reader):
+    """With the checkpoint that it names, which is no tiny one."""
+    source = "build/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    reader.local, reader.compares = {**reader.local, source: lambda: ROOT / source}, True
+    (block,) = (block for block in blocks(README) if source in block.text)
+    reader.run(block)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name)
 def test_all_snippets_of_a_document(reader, document, tmp_path, monkeypatch):
     if document.name == "neuron.md":

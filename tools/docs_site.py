@@ -1,4 +1,4 @@
-"""The site of mkdocs.yml beside `docs/`: pages and pictures that lie elsewhere, and the Python API of the docstrings."""
+"""Adds to the site of mkdocs.yml what is not in `docs/`: other pages, pictures, and the Python API."""
 
 from __future__ import annotations
 
