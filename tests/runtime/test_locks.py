@@ -14,7 +14,7 @@ import handmade
 import pytest
 
 from precast.runtime.artifact import locks
-from precast.runtime.artifact.locks import Held, Scratch, sweep
+from precast.runtime.artifact.locks import LockedDirectory, Scratch, sweep
 
 MAKERS = ("NamedTemporaryFile", "SpooledTemporaryFile", "TemporaryDirectory", "TemporaryFile", "mkdtemp", "mkstemp")
 ROOT = Path(__file__).parent.parent.parent
@@ -37,8 +37,8 @@ def without_locks(monkeypatch):
 
 
 HOLD = """
-from precast.runtime.artifact.locks import Held
-held = Held(pathlib.Path(sys.argv[1]), "a-")
+from precast.runtime.artifact.locks import LockedDirectory
+held = LockedDirectory(pathlib.Path(sys.argv[1]), "a-")
 (held.path / "half").write_text("made")
 print(held.path, flush=True)
 sys.stdin.read()
@@ -80,7 +80,7 @@ def test_what_another_container_holds_stays(tmp_path):
 
 
 def test_closing_deletes(tmp_path):
-    held = Held(tmp_path, "a-")
+    held = LockedDirectory(tmp_path, "a-")
     assert held.is_locked
     (held.path / "deep").mkdir()
     held.close()
@@ -100,7 +100,7 @@ def test_a_sweeper_between_the_two_steps_costs_another_try(tmp_path, monkeypatch
         return original(path)
 
     monkeypatch.setattr(locks, "_lock", lock)
-    held = Held(tmp_path, "a-")
+    held = LockedDirectory(tmp_path, "a-")
     assert swept != [held.path]
     assert list(tmp_path.iterdir()) == [held.path]
     held.close()
@@ -116,14 +116,14 @@ def test_a_sweeper_right_after_the_opening_costs_another_try(tmp_path, monkeypat
             shutil.rmtree(swept[0])
 
     monkeypatch.setattr(fcntl, "flock", slow)
-    held = Held(tmp_path, "a-")
+    held = LockedDirectory(tmp_path, "a-")
     assert swept != [held.path]
     assert held.path.is_dir()
     held.close()
 
 
 def test_where_there_are_no_locks_age_counts(tmp_path, without_locks):
-    held = Held(tmp_path, "a-")
+    held = LockedDirectory(tmp_path, "a-")
     assert not held.is_locked
     for name in ("old", "written"):
         (tmp_path / name).mkdir()

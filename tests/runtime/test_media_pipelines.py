@@ -24,7 +24,7 @@ from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_M
 from precast.runtime import CompiledModel, pipeline
 from precast.runtime.errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
 from precast.runtime.pipelines.audio import AudioClassificationPipeline
-from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, open_image, resized
+from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, interpolate, open_image
 
 LABELS = {"id2label": {0: "猫", 1: "Hund", 2: "bird"}, "label2id": {"猫": 0, "Hund": 1, "bird": 2}}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -470,7 +470,7 @@ def test_sounds_that_take_transformers_say_so(tmp_path, monkeypatch, kind):
 def test_resizing_is_torchs(old, new):
     values = np.random.default_rng(0).normal(size=(3, *old)).astype(np.float32)
     expected = torch.nn.functional.interpolate(torch.from_numpy(values)[None], new, mode="bilinear")[0].numpy()
-    assert np.abs(resized(values, *new) - expected).max() < 1e-5
+    assert np.abs(interpolate(values, *new) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])

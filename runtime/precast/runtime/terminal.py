@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 
-__all__ = ["escaped_json", "printable", "quoted"]
+__all__ = ["escaped_json", "first_line", "printable", "quoted"]
 
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, marks of direction, line separators, and halves of characters, which cannot be encoded."""
@@ -30,6 +30,11 @@ def quoted(word: object) -> str:
     """Quote one word of a command to paste into a shell, which takes it neither for more words nor for an option."""
     text = str(word)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """The first line of an error's message; where it has none `otherwise`, by default the name of its class."""
+    return (str(error).strip() or otherwise or type(error).__name__).splitlines()[0]
 
 
 def _escape(character: str) -> str:

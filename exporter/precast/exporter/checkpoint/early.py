@@ -12,7 +12,7 @@ from typing import Any
 from precast.runtime.artifact import KEY, read_artifact, strict_json
 from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.artifact.publish import check_target
-from precast.runtime.artifact.tasks import get_task, tasks_named
+from precast.runtime.artifact.tasks import find_tasks, get_task
 from precast.runtime.errors import CheckpointError, UsageError
 from precast.runtime.hosts.reach import hub_or_cache
 
@@ -73,7 +73,7 @@ def _check_sizes(model: str, config: Mapping[str, Any], options: ExportOptions) 
     """Only for tasks that one kind of model does, of types that were tried: all else is for who loads the model."""
     name = get_task(options.task).name if options.task else task_in(config)
     line = supported_tasks(str(config.get("model_type"))).get(name or "")
-    rows = tasks_named(line.task) if line else []
+    rows = find_tasks(line.task) if line else []
     if line is None or len(rows) != 1:
         return
     options.check_task(rows[0])

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.artifact.published_json import parse_object
-from precast.runtime.artifact.tasks import TASK_TABLE, TASKS, Task, get_task, tasks_named
+from precast.runtime.artifact.tasks import TASK_TABLE, TASKS, Task, find_tasks, get_task
 from precast.runtime.errors import CheckpointError, FormatError
 from precast.runtime.hosts.reach import hub_or_cache
 
@@ -226,7 +226,7 @@ class Checkpoint:
         """
         if name is None:
             return self._infer_task()
-        rows = tasks_named(name) or [get_task(name)]
+        rows = find_tasks(name) or [get_task(name)]
         able = [row for row in rows if self._class_names(row)]
         named = (row for row in able if set(self._class_names(row)) & set(self.config.architectures or []))
         return next(named, (able or rows)[0])

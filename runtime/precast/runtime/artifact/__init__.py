@@ -17,7 +17,7 @@ from . import optimum_neuron, strict_json
 from .graphs import CACHE_POSITIONS, DECODER_INPUTS, OF_TEXT, graph_problem, is_cache_positions, variant_problem
 from .integrity import Contents, read_regular
 from .schema import FORMAT_VERSION, Contract, File, Graph, Input, Variant
-from .tasks import kind_of_roles, tasks_named
+from .tasks import find_tasks, kind_of_roles
 
 __all__ = [
     "CACHE_POSITIONS", "DECODER_INPUTS", "UNLISTED", "Artifact", "contract_digest", "is_artifact",
@@ -70,7 +70,7 @@ def parse_artifact(data: bytes, path: Path) -> Artifact:
     """The artifact at `path` that a config.json with the content `data` makes: see read_artifact()."""
     config = strict_json.loads(data, str(path / "config.json"))
     if KEY not in config:
-        if contract := optimum_neuron.imported(config, path):
+        if contract := optimum_neuron.import_contract(config, path):
             return _as_ours(contract, config, path)
         raise ArtifactError(
             f"{path} is not a precast artifact: its config.json has no {KEY!r} key. "
@@ -178,7 +178,7 @@ def _variant_problems(variant: Variant, vocabulary: int | None, batch: int) -> I
 def _check_task(variant: Variant, task: str, path: Path) -> None:
     """Raise FormatError where the graphs are not those of a model for the task."""
     kind = kind_of_roles(graph.role for graph in variant.graphs)
-    kinds = {row.kind for row in tasks_named(task)}
+    kinds = {row.kind for row in find_tasks(task)}
     if not variant.graphs or (kinds and kind not in kinds):
         roles = ", ".join(dict.fromkeys(graph.role for graph in variant.graphs)) or "none"
         raise FormatError(

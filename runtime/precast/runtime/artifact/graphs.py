@@ -1,4 +1,4 @@
-"""What the runtime takes for granted of a graph, and a foreign contract might not keep: shapes that fit each other."""
+"""Check what the runtime assumes of a contract's graphs: names, shapes and axes that fit each other."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _OLD_CACHE_POSITIONS = "rows"
 """Its name in formats 1 and 2."""
 OF_TEXT: tuple[Axis | None, ...] = ("batch", "length")
 """The dimensions of an input that names none: format 1 had no names, as all were of text."""
-_MOST_NUMBERS = 2**40
-"""In one tensor. More is a mistake that numpy answers in ways of its own; whether less fits is seen when it is made."""
-_MOST_ROWS = 2**16
+_MAX_NUMBERS = 2**40
+"""Elements of one tensor: numpy fails on more in ways of its own. Whether fewer fit shows when it is allocated."""
+_MAX_BATCH = 2**16
 _RUNNING: frozenset[Axis | None] = frozenset({"length", "samples", "frames"})
 _RANGES = {"int64": 2**63, "int32": 2**31, "int8": 2**7, "uint8": 2**8, "bool": 2}
 
@@ -31,72 +31,73 @@ def is_cache_positions(spec: Input) -> bool:
 
 
 def graph_problem(graph: Graph, vocabulary: int | None) -> str | None:
-    """What is wrong with a graph of a model with so many tokens, as the end of a sentence; None for a good one."""
-    return next(_problems(graph, vocabulary), None)
+    """The first problem of a graph, as the end of a sentence; None for a good one. `vocabulary` is the number of
+    tokens."""
+    return next(_graph_problems(graph, vocabulary), None)
 
 
 def variant_problem(variant: Variant) -> str | None:
-    """What is wrong with the graphs of a variant together, as the end of a sentence; None for good ones."""
+    """The first problem of a variant's graphs together, as the end of a sentence; None for good ones."""
     names = [graph.name for graph in variant.graphs]
     if len(set(names)) != len(names):
         return f"has two graphs of one name among {', '.join(names[:8])}"
     decoders = [graph for graph in variant.graphs if graph.role != "encode"]
-    if len({_held(graph) for graph in decoders}) > 1:
+    if len({_decoder_signature(graph) for graph in decoders}) > 1:
         return f"has decoders among {', '.join(names[:8])} that differ in their caches or vocabulary"
-    if not decoders and len({_asked(graph) for graph in variant.graphs}) > 1:
+    if not decoders and len({_encoder_signature(graph) for graph in variant.graphs}) > 1:
         return f"has encoders among {', '.join(names[:8])} that differ in the names of their inputs or outputs"
     return None
 
 
-def _held(graph: Graph) -> str:
-    """What all decoders of a variant share: whichever runs, it goes on from what another left."""
+def _decoder_signature(graph: Graph) -> str:
+    """What all decoders of a variant must share, since each continues on the caches of the others."""
     others = graph.inputs[len(DECODER_INPUTS) :]
     kept = [(spec.name, spec.dtype, spec.shape) for spec in others if not is_cache_positions(spec)]
     return repr((graph.capacity, graph.outputs[:1] and graph.outputs[0].shape[-1:], sorted(kept, key=repr)))
 
 
-def _asked(graph: Graph) -> str:
-    """What all encoders of a variant share: a caller's inputs go to whichever is long enough."""
+def _encoder_signature(graph: Graph) -> str:
+    """What all encoders of a variant must share, since an input goes to any that is long enough."""
     inputs = [(spec.name, spec.dtype, spec.axes) for spec in graph.inputs]
     return repr((inputs, [(spec.name, spec.dtype, spec.slice) for spec in graph.outputs]))
 
 
-def _problems(graph: Graph, vocabulary: int | None) -> Iterator[str]:
+def _graph_problems(graph: Graph, vocabulary: int | None) -> Iterator[str]:
     if isinstance(graph.batch, Dim):
         yield f"has a free batch, of {graph.batch.min} to {graph.batch.max}, which this precast does not run"
-    elif not 1 <= graph.batch <= _MOST_ROWS:
-        yield f"has a batch of {graph.batch}, not of 1 to {_MOST_ROWS}"
+    elif not 1 <= graph.batch <= _MAX_BATCH:
+        yield f"has a batch of {graph.batch}, not of 1 to {_MAX_BATCH}"
     tensors: list[Input | Output] = [*graph.inputs, *graph.outputs]
     for spec in tensors:
-        yield from _tensor(spec)
+        yield from _tensor_problems(spec)
     for given in graph.inputs:
-        yield from _padding(given, vocabulary)
+        yield from _padding_problems(given, vocabulary)
     for names in ([spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]):
         if len(set(names)) != len(names):
             yield f"has two tensors of one name among {', '.join(names[:8])}"
     if not graph.inputs or not graph.outputs:
         yield "has no inputs or no outputs"
     else:
-        yield from _encoder(graph) if graph.role == "encode" else _decoder(graph)
+        yield from _encoder_problems(graph) if graph.role == "encode" else _decoder_problems(graph)
 
 
-def _tensor(spec: Input | Output) -> Iterator[str]:
-    """What arrays of numpy cannot be."""
+def _tensor_problems(spec: Input | Output) -> Iterator[str]:
+    """Problems of a tensor's shape that numpy could not allocate."""
     sizes = [size if isinstance(size, int) else size.max for size in spec.shape]
     lows = [size if isinstance(size, int) else size.min for size in spec.shape]
     if not all(1 <= low <= size for low, size in zip(lows, sizes, strict=True)):
-        yield f"gives {spec.name} the shape {_words(spec)}, whose sizes are not all 1 or more"
-    if len(sizes) > 8 or prod(sizes) > _MOST_NUMBERS:
-        yield f"gives {spec.name} the shape {_words(spec)}: more than 8 dimensions, or than {_MOST_NUMBERS} numbers"
+        yield f"gives {spec.name} the shape {_show_shape(spec)}, whose sizes are not all 1 or more"
+    if len(sizes) > 8 or prod(sizes) > _MAX_NUMBERS:
+        yield f"gives {spec.name} the shape {_show_shape(spec)}: more than 8 dimensions, or than {_MAX_NUMBERS} numbers"
     if isinstance(spec, Output) and len(spec.slice) != len(spec.shape):
         yield f"cuts {spec.name} along {len(spec.slice)} dimensions where it has {len(spec.shape)}"
 
 
-def _words(spec: Input | Output) -> list[int | str]:
+def _show_shape(spec: Input | Output) -> list[int | str]:
     return [size if isinstance(size, int) else f"{size.min} to {size.max}" for size in spec.shape]
 
 
-def _padding(spec: Input, vocabulary: int | None) -> Iterator[str]:
+def _padding_problems(spec: Input, vocabulary: int | None) -> Iterator[str]:
     limit = _RANGES.get(spec.dtype)
     if limit is not None and not (isinstance(spec.pad, int) and -limit <= spec.pad < limit):
         yield f"pads {spec.name}, {spec.dtype}, with {spec.pad}"
@@ -104,7 +105,7 @@ def _padding(spec: Input, vocabulary: int | None) -> Iterator[str]:
         yield f"pads input_ids with {spec.pad}, which is none of the model's {vocabulary or 2**31} tokens"
 
 
-def _encoder(graph: Graph) -> Iterator[str]:
+def _encoder_problems(graph: Graph) -> Iterator[str]:
     sizes = [graph.length, *(size for spec in graph.inputs for size in spec.shape)]
     sizes += [size for spec in graph.outputs for size in spec.shape]
     if any(isinstance(size, Dim) for size in sizes):
@@ -127,7 +128,7 @@ def _encoder(graph: Graph) -> Iterator[str]:
             yield f"cuts {output.name} along {', '.join(map(str, unknown))}, which no input has"
 
 
-def _decoder(graph: Graph) -> Iterator[str]:
+def _decoder_problems(graph: Graph) -> Iterator[str]:
     if [spec.name for spec in graph.inputs[:4]] != list(DECODER_INPUTS) or not (graph.cache or graph.states):
         yield f"is a decoder whose inputs are not {', '.join(DECODER_INPUTS)} and caches"
     logits = graph.outputs[0]
@@ -136,7 +137,7 @@ def _decoder(graph: Graph) -> Iterator[str]:
     by_rows: list[Input | Output] = [*graph.inputs[:4], logits]
     for spec in by_rows:
         if spec.shape[:1] != [graph.batch]:
-            yield f"has the batch {graph.batch}, its {spec.name} the shape {_words(spec)}"
+            yield f"has the batch {graph.batch}, its {spec.name} the shape {_show_shape(spec)}"
     given = {spec.name: spec for spec in graph.inputs[4:]}
     made = {spec.name: spec for spec in graph.outputs[1:]}
     for layer in graph.cache:
@@ -145,7 +146,7 @@ def _decoder(graph: Graph) -> Iterator[str]:
                 yield f"lacks the cache tensors of layer {layer.layer}"
             elif not _is_cache(given[name_in], made[name_out], graph):
                 yield (
-                    f"has the cache {name_in} {_words(given[name_in])}, not [{graph.batch}, heads, "
+                    f"has the cache {name_in} {_show_shape(given[name_in])}, not [{graph.batch}, heads, "
                     f"{graph.capacity}, head_dim] in and out"
                 )
     if graph.states and graph.length != 1:
@@ -158,7 +159,7 @@ def _decoder(graph: Graph) -> Iterator[str]:
 
 
 def _is_cache(given: Input, made: Output, graph: Graph) -> bool:
-    """Keys or values of every position; some backends write those of resting rows behind the last."""
+    """Whether these are keys or values of every position; some backends add one for idle rows behind the last."""
     sizes = [size for size in given.shape if isinstance(size, int)]
     fits = len(sizes) == len(given.shape) == 4 and sizes[0] == graph.slots and sizes[2] >= graph.capacity
     return fits and _is_same(given, made)

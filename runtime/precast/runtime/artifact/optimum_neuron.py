@@ -32,7 +32,7 @@ from .schema import (
     Variant,
 )
 
-__all__ = ["FILE", "LAYOUT", "SECTION", "TASKS", "imported", "text_inputs"]
+__all__ = ["FILE", "LAYOUT", "SECTION", "TASKS", "import_contract", "text_inputs"]
 
 LAYOUT = "optimum-neuron"
 SECTION, FILE = "neuron", "model.neuron"
@@ -71,7 +71,7 @@ def text_inputs(model_type: str, config: Mapping[str, Any]) -> list[str] | None:
     return ["input_ids", "attention_mask", "token_type_ids"] if model_type in _THREE_INPUTS else None
 
 
-def imported(config: Mapping[str, Any], path: Path) -> Contract | None:
+def import_contract(config: Mapping[str, Any], path: Path) -> Contract | None:
     """Make the contract, but for its digest, of an artifact of optimum-neuron at `path`; None where it is none. Its
     files are hashed.
 

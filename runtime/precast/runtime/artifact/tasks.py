@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 
-__all__ = ["TASK_TABLE", "TASKS", "Task", "get_task", "kind_of_roles", "tasks_named"]
+__all__ = ["TASK_TABLE", "TASKS", "Task", "get_task", "kind_of_roles", "find_tasks"]
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ def get_task(name: str, kind: str | None = None) -> Task:
         close = difflib.get_close_matches(name, TASKS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UsageError(f"There is no task {name!r}.{hint} The tasks are: {', '.join(TASKS)}.")
-    rows = tasks_named(name)
+    rows = find_tasks(name)
     return next((row for row in rows if row.kind == kind), rows[0])
 
 
-def tasks_named(name: str) -> list[Task]:
+def find_tasks(name: str) -> list[Task]:
     """All rows of a name, one per kind of model that does it; none for an unknown name."""
     return [row for row in TASK_TABLE if row.name == _ALIASES.get(name, name)]
 

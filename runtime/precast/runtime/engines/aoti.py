@@ -19,6 +19,7 @@ from ..artifact import Artifact
 from ..artifact.schema import Graph, Variant
 from ..errors import ArtifactError, FormatError
 from ..hosts.machine import usable_cores
+from ..terminal import first_line
 from . import Arrays, Settings, Step, move_rows
 from .device import Device
 from .elf import check_library
@@ -88,7 +89,7 @@ def _load_library(path: Path, library_path: str, opened: Callable[[str], Any]) -
     try:
         return opened(library_path)
     except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0].replace(library_path, str(path))
+        reason = first_line(error).replace(library_path, str(path))
         raise ArtifactError(
             f"PyTorch {torch.__version__} cannot open {path}: {reason} It may have been compiled for another release: "
             f"export the model again with this one."
@@ -145,8 +146,7 @@ def _report_failures(run: _Run, graph: str) -> _Run:
         try:
             return run(inputs)
         except RuntimeError as error:
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            raise ArtifactError(f"The graph {graph} failed: {reason}") from error
+            raise ArtifactError(f"The graph {graph} failed: {first_line(error, 'no reason given')}") from error
 
     return call
 

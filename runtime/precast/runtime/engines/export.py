@@ -23,6 +23,7 @@ from ..artifact.schema import Graph as Contract
 from ..artifact.schema import Input, Output, Variant
 from ..errors import ArtifactError, FormatError
 from ..hosts.machine import usable_cores
+from ..terminal import first_line
 from . import Arrays, Settings, Step
 from .operator_checks import bound_arithmetic, guard_operator
 from .safetensors_map import weight_of
@@ -199,8 +200,8 @@ class _Interpreter:
                 _copy_exactly(registers[value], registers[into])
         except Exception as error:
             # What torch's operators raise has no common base.
-            reason = str(error).strip().splitlines()[0] if str(error) else "no reason given"
-            raise ArtifactError(f"{self._path} failed at {target}: {type(error).__name__}: {reason}") from error
+            reason = f"{type(error).__name__}: {first_line(error, 'no reason given')}"
+            raise ArtifactError(f"{self._path} failed at {target}: {reason}") from error
 
     def _compile_node(self, node: Node) -> list[_Call]:
         """Compile a node to calls: one for each list of values among its arguments, and its own."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import PrecastWarning
+from ..terminal import first_line
 from .device import Compute
 
 __all__ = ["Gpu"]
@@ -57,10 +58,9 @@ class Gpu:
 
     def _warn_once(self, error: RuntimeError) -> None:
         self._is_refused = True
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"This GPU cannot record the model's kernels as a CUDA graph, so each is started on its own: answers are "
-            f"the same, and come later. {reason}",
+            f"the same, and come later. {first_line(error)}",
             PrecastWarning,
             stacklevel=2,
         )

@@ -19,6 +19,7 @@ __all__ = [
     "row_ends",
     "fill_padded",
     "real_rows",
+    "scatter_rows",
     "unalign_rows",
 ]
 
@@ -100,6 +101,14 @@ def real_rows(ids: Array, mask: Array) -> list[Array]:
     A causal model with positions counted over the mask gives a row with padding the very answer of the row without.
     """
     return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+
+
+def scatter_rows(values: Sequence[Array], mask: Array) -> Array:
+    """Put each row's values [tokens, size] where its mask [batch, length] has tokens: [batch, length, size], else 0."""
+    result = np.zeros((*mask.shape, values[0].shape[-1]), values[0].dtype)
+    for target, keep, own in zip(result, mask, values, strict=True):
+        target[keep] = own
+    return result
 
 
 def align_rows(tensor: Array, shifts: Array) -> Array:

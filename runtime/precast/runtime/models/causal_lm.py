@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..generation.config import GenerationConfig
 from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
-from ..inputs.padding import as_array, as_ids, as_mask, real_rows
+from ..inputs.padding import as_array, as_ids, as_mask, real_rows, scatter_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy
 from .call_options import check_positions
 from .generative import Generation, GenerativeModel, check_streamer
@@ -52,11 +52,8 @@ class CompiledModelForCausalLM(GenerativeModel):
         check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         self._check_room(rows, 0)
-        found = self.logits_at(rows, [range(len(row)) for row in rows])
-        logits = np.zeros((*ids.shape, found[0].shape[-1]), found[0].dtype)
-        for target, keep, values in zip(logits, mask, found, strict=True):
-            target[keep] = values
-        return ModelOutput(logits=convert_like(input_ids, logits))
+        logits = self.logits_at(rows, [range(len(row)) for row in rows])
+        return ModelOutput(logits=convert_like(input_ids, scatter_rows(logits, mask)))
 
     @only_known
     def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:

@@ -16,7 +16,7 @@ from ..generation.config import GenerationConfig
 from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
 from ..generation.session import Session
-from ..inputs.padding import as_ids, as_mask, real_rows
+from ..inputs.padding import as_ids, as_mask, real_rows, scatter_rows
 from ..inputs.tensors import ModelOutput, allocate, convert_like, to_numpy
 from .generative import Generation, GenerativeModel, check_streamer
 from .training_loss import with_labels
@@ -76,10 +76,7 @@ class EncoderDecoder(GenerativeModel, Generic[Source]):
             for part in self._batch_slices(len(rows)):
                 self._load_contexts(sources[part], 1)
                 found += self._session.logits_at(rows[part], [range(len(row)) for row in rows[part]])
-        logits = np.zeros((*ids.shape, found[0].shape[-1]), found[0].dtype)
-        for target, keep, values in zip(logits, mask, found, strict=True):
-            target[keep] = values
-        return logits
+        return scatter_rows(found, mask)
 
     def start_token(self, config: GenerationConfig) -> int:
         """The token that an answer begins with."""

@@ -21,6 +21,7 @@ from ..artifact.store import home
 from ..errors import ArtifactError, HubError, IntegrityError, PublishError
 from ..hosts.reach import hub_or_cache
 from ..progress import progress, say, wanted
+from ..terminal import first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -228,7 +229,7 @@ def _calling_the_hub(failed: str) -> Iterator[None]:
 def _describe_error(error: BaseException) -> str:
     answered = _find_response(error)
     if answered is None:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     status, said = answered.response.status_code, " ".join((getattr(answered, "server_message", None) or "").split())
     return f"the Hub answered {status}{said and ': '}{said.rstrip('.')}.{_status_hint(status)}"
 
