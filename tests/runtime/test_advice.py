@@ -1,4 +1,4 @@
-"""What is proposed about a request that is suggest_larger than compiled for can be pasted, and then works."""
+"""What is proposed about a request that is larger than compiled for can be pasted, and then works."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def made(decoder):
 def test_a_hub_model_is_named_and_a_local_one_is_not_where_it_was(made):
     command = "--task text-generation --batch-size 2 -o OUT"
     assert suggest_larger(made("user/tiny", "abc"), "--batch-size 2") == (
-        f"Compile a suggest_larger one: precast export user/tiny {command}"
+        f"Compile a larger one: precast export user/tiny {command}"
     )
     assert suggest_larger(made("my model"), "--batch-size 2") == (
-        f"Compile a suggest_larger one, where CHECKPOINT is my model: precast export CHECKPOINT {command}"
+        f"Compile a larger one, where CHECKPOINT is my model: precast export CHECKPOINT {command}"
     )
 
 
