@@ -162,7 +162,7 @@ def write_config(stage: Path, config: dict[str, Any], contract: Contract) -> Art
 
 
 def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
-    """Copy an artifact as it was opened, all or nothing: what its contract lists, and what `unlisted` gives.
+    """Copy an artifact as it was opened, all or nothing: what its contract lists, and what `read_unlisted` gives.
 
     Raises PublishError, IntegrityError.
     """

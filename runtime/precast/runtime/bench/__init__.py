@@ -1,1 +1,1 @@
-"""How fast artifacts are, measured in processes of their own, and which lengths to compile for."""
+"""Measuring artifacts in processes of their own, and choosing the lengths to compile for."""

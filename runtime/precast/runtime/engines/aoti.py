@@ -83,7 +83,7 @@ def _open_on_cpu(library_path: str) -> Any:
 
 
 def _load_library(path: Path, library_path: str, opened: Callable[[str], Any]) -> Any:
-    """The runner of the library at `path`, opened as `library`. Raises ArtifactError where it is none, or one for
+    """The runner of the library at `path`, opened as `library_path`. Raises ArtifactError where it is none, or one for
     another PyTorch."""
     check_library(path, library_path)
     try:

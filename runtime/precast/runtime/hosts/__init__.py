@@ -1,1 +1,1 @@
-"""What this machine is, and which variant of an artifact runs on it."""
+"""Facts about this machine, and the choice of the variant that runs on it."""

@@ -1,1 +1,1 @@
-"""What the caller gives, as arrays of the compiled sizes."""
+"""Tokenizing, checking, aligning and padding the caller's inputs."""

@@ -91,7 +91,7 @@ class CompiledModel(ForTransformers):
         Args:
             model: the directory or `user/repo`.
             revision, token, cache_dir, local_files_only, force_download: of a Hub download, as in huggingface_hub.
-            subfolder: where in the directory or repository the artifact lies.
+            subfolder: the artifact's folder in the directory or repository.
             device: where to run: "cpu", "cuda", and what else a provider serves ("gpu", "npu", "coreml"). By default
                 where the variant was compiled to run, or the provider's own.
             provider: what runs an `onnx` artifact: "cpu", "cuda", "tensorrt", "openvino" or "coreml", by default the

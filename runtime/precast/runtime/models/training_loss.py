@@ -47,7 +47,7 @@ def class_loss(logits: Array, labels: Array) -> np.float32:
 
 
 def next_token_loss(logits: Array, labels: Array) -> np.float32:
-    """`classes` of logits [batch, length, vocabulary], each against the label [batch, length] of the next position."""
+    """`class_loss` of logits [batch, length, vocabulary] against the labels [batch, length] of the next positions."""
     if labels.shape != logits.shape[:-1]:
         raise InputError(f"labels has the shape {list(labels.shape)}, input_ids {list(logits.shape[:-1])}.")
     return class_loss(logits[:, :-1], labels[:, 1:])

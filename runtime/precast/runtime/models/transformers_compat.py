@@ -71,7 +71,7 @@ class ForTransformers:
 
     @property
     def name_or_path(self) -> str:
-        """Where the artifact lies."""
+        """The artifact's directory."""
         return str(self.artifact.path)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -96,8 +96,8 @@ class TranscriptionPipeline(_SoundPipeline, GeneratingPipeline):
 
 
 class SpeechRecognitionPipeline(_SoundPipeline):
-    """What is said, by connectionist temporal classification (Graves et al. 2006): the likeliest character of every
-    frame, repetitions and blanks taken out. Models that generate have a pipeline of their own."""
+    """Speech recognition by connectionist temporal classification (Graves et al. 2006): the likeliest character of
+    every frame, repetitions and blanks taken out. Models that generate have a pipeline of their own."""
 
     @classmethod
     def of(cls, model: Any) -> type[Pipeline]:

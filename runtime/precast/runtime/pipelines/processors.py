@@ -323,7 +323,7 @@ def _read_wave(path: Path) -> tuple[Array, int]:
 
 
 def _read_settings(path: Path, files: Readable, what: str, *parts: str) -> dict[str, Any]:
-    """What the files say of images or sounds: a part of processor_config.json, else preprocessor_config.json."""
+    """Read the settings for images or sounds: a part of processor_config.json, else preprocessor_config.json."""
     name = str(path / "processor_config.json")
     whole = parse_object(files.get("processor_config.json") or b"{}", name)
     part = next((whole[each] for each in parts if each in whole), None)
@@ -366,8 +366,8 @@ def _from_transformers(name: str, kind: Any, files: Readable) -> Any:
 
 @contextmanager
 def _library_errors(what: str, kind: type[PrecastError], theirs: str | None = None) -> Iterator[None]:
-    """Within, whatever a library raises is of our `kind`; for what is not installed, which transformers' processor
-    `theirs` may notice at any time, a UsageError."""
+    """Turn whatever a library raises within into a `kind`, and a missing package, which transformers' processor
+    `theirs` may notice at any time, into a UsageError."""
     try:
         yield
     except (MemoryError, PrecastError):

@@ -78,7 +78,7 @@ KINDS = {
 
 
 def place(kind: str) -> Path:
-    """Where the directories of a kind lie."""
+    """The folder that holds the directories of a kind."""
     return home() / KINDS[kind].folder
 
 

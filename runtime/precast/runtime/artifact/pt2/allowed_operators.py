@@ -1,4 +1,4 @@
-"""What the graph of a `.pt2` may call: operators whose result is a function of their arguments, and nothing else.
+"""The operators that the graph of a `.pt2` may call: those whose result depends on their arguments alone.
 
 Absent, for a reason each: what reads or writes files (`from_file`), takes storages and addresses apart (`set_`,
 `resize_`, `_from_blob`), leaves memory as it finds it (`empty_strided`), draws random numbers, changes an argument in
