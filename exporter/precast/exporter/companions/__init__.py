@@ -1,1 +1,3 @@
 """What an artifact holds beside its graphs and weights."""
+
+__all__: list[str] = []

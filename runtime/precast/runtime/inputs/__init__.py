@@ -1,1 +1,3 @@
 """Tokenizing, checking, aligning and padding the caller's inputs."""
+
+__all__: list[str] = []
