@@ -111,6 +111,25 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert "results/" in (tmp_path / "index.html").read_text("utf-8")
 
 
+_FILE = re.compile(r"`([\w.-]*(?:/[\w.-]+)+\.(?:py|h|c|sh|txt|jinja)|(?:[\w.-]+/)+)`")
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
+)
+def test_files_that_a_document_names_are_there(document):
+    """By the end of their paths: `quantize/methods.py`."""
+    ours = [ROOT / part for part in ("exporter", "runtime", "cli", "tests", "tools", "benchmarks", "docs", "examples")]
+    there = {f"/{path.relative_to(ROOT).as_posix()}{'/' * path.is_dir()}" for top in ours for path in top.rglob("*")}
+    there |= {f"/{top.name}/" for top in ours}
+    missing = {
+        name
+        for name in _FILE.findall(document.read_text("utf-8"))
+        if not any(each.endswith(f"/{name}") for each in there)
+    }
+    assert missing <= {"precast/__init__.py"}
+
+
 def test_every_document_is_in_the_index():
     index = _links(ROOT / "docs/README.md")
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} <= index
