@@ -17,7 +17,7 @@ from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.kinds.plan import make_plan
 from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.kinds.trace import Program, trace
-from precast.exporter.precision import Cast, cast, cast_of
+from precast.exporter.precision import Cast, cast_programs, choose_cast
 from precast.exporter.validation.metrics import Floor, floor_for
 from precast.exporter.validation.reference import Reference
 from precast.exporter.validation.revalidate import validate_again
@@ -26,7 +26,7 @@ from precast.runtime.errors import AccuracyError
 
 aten: Any = torch.ops.aten
 BF16 = torch.bfloat16
-MODES = [(what, dtype) for what in ("products", "all", "weights") for dtype in (BF16, torch.float16)]
+MODES = [(what, dtype) for what in ("matmul", "all", "weights") for dtype in (BF16, torch.float16)]
 FAMILIES = {
     "llama": ("AutoModelForCausalLM", {"sequence_length": (24,)}),
     "gpt2": ("AutoModelForCausalLM", {"sequence_length": (24,)}),
@@ -86,22 +86,22 @@ def test_answers_are_close_and_typed_as_described(programs, family, what, dtype)
     [program] = programs(family)
     args = arguments(program)
     expected = run(program, args)
-    [less] = cast([program], Cast(what, dtype))
+    [less] = cast_programs([program], Cast(what, dtype))
     found = run(less, recast(args, less))
     difference = float((found[0] - expected[0]).abs().max() / expected[0].abs().max())
     assert 1e-6 < difference < (0.03 if dtype == BF16 else 0.004)
     for tensor, spec in zip(found, less.graph.outputs, strict=True):
         assert tensor.dtype == getattr(torch, spec.dtype)
-    is_low = what != "products" and family != "bert"
+    is_low = what != "matmul" and family != "bert"
     assert less.graph.outputs[0].dtype == "float32"
     assert {layer.dtype for layer in less.graph.cache} <= {Cast(what, dtype).name if is_low else "float32"}
 
 
-@pytest.mark.parametrize("what", ["products", "all", "weights"])
+@pytest.mark.parametrize("what", ["matmul", "all", "weights"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_node_says_its_type_truly(programs, family, what):
     """Backends read the types off the graph."""
-    [less] = cast(programs(family), Cast(what, BF16))
+    [less] = cast_programs(programs(family), Cast(what, BF16))
 
     class Checked(torch.fx.Interpreter):
         def run_node(self, node):
@@ -120,7 +120,7 @@ def test_every_node_says_its_type_truly(programs, family, what):
 
 def test_products_only(programs):
     """Linear layers in bfloat16 with their weights; norms, softmax, caches and what is added up in float32."""
-    [less] = cast(programs("llama"), Cast("products", BF16))
+    [less] = cast_programs(programs("llama"), Cast("matmul", BF16))
     for node in nodes(less, aten.linear.default):
         assert {dtype_of(each) for each in node.all_input_nodes} == {BF16}
     for target in (aten.rsqrt.default, aten.silu.default, aten.add.Tensor, torch.ops.precast.cached_attention.default):
@@ -133,7 +133,7 @@ def test_products_only(programs):
 
 def test_all_leaves_norms_and_positions_in_float32(programs):
     """bfloat16 cannot count beyond 256, and a variance of 1e-5 is nothing in float16."""
-    [less] = cast(programs("llama"), Cast("all", BF16))
+    [less] = cast_programs(programs("llama"), Cast("all", BF16))
     for target in (aten.cos.default, aten.sin.default, aten.rsqrt.default, aten.mean.dim, aten.pow.Tensor_Scalar):
         assert nodes(less, target)
         for node in nodes(less, target):
@@ -152,14 +152,14 @@ def test_far_positions_are_told_apart(checkpoint):
     args[0] = torch.randint(3, tiny.VOCABULARY, (1, 420), generator=torch.Generator().manual_seed(1))
     args[2], args[3] = torch.tensor([420], dtype=torch.int32), torch.arange(300, 420)[None]
     expected = run(program, args)[0]
-    [less] = cast([program], Cast("all", BF16))
+    [less] = cast_programs([program], Cast("all", BF16))
     assert float((run(less, recast(args, less))[0] - expected).abs().max() / expected.abs().max()) < 0.03
 
 
 @pytest.mark.parametrize(("what", "dtype"), MODES)
 def test_padding_never_counts(programs, what, dtype):
     """A mask's lowest number is infinite in less than float32: rows would be no numbers."""
-    [less] = cast(programs("bert"), Cast(what, dtype))
+    [less] = cast_programs(programs("bert"), Cast(what, dtype))
     args = arguments(less)
     args[1][0, :10], args[1][1, 3:] = 0, 0
     first = run(less, args)[0]
@@ -172,7 +172,7 @@ def test_padding_never_counts(programs, what, dtype):
 
 def test_weights_are_cast_once_for_all_graphs(programs):
     """Two prompts' graphs and the decode step; the table of the embedding is the output layer's too."""
-    made = cast(programs("llama", {"tie_word_embeddings": True}, prefill_lengths=(4, 8)), Cast("products", BF16))
+    made = cast_programs(programs("llama", {"tie_word_embeddings": True}, prefill_lengths=(4, 8)), Cast("matmul", BF16))
     assert len(made) == 3
     places = [{name: each.data_ptr() for name, each in it.exported.state_dict.items()} for it in made]
     assert places[0] == places[1] == places[2]
@@ -191,7 +191,7 @@ def test_a_table_that_another_graph_multiplies_by_is_cast_in_all(tmp_path):
     expected = run(made[0], arguments(made[0]))
     args = arguments(made[1])
     reference = run(made[1], args)
-    less = cast(made, Cast("all", BF16))
+    less = cast_programs(made, Cast("all", BF16))
     handed = {spec.name: spec.dtype for spec in less[0].graph.outputs}
     assert handed
     assert set(handed.values()) == {"bfloat16"}
@@ -210,10 +210,10 @@ def test_a_table_that_another_graph_multiplies_by_is_cast_in_all(tmp_path):
 
 
 def test_what_options_mean():
-    assert cast_of(ExportOptions()) is None
-    assert cast_of(ExportOptions(dtype="float16")) == Cast("weights", torch.float16)
-    assert cast_of(ExportOptions(auto_cast="matmul")) == Cast("products", BF16)
-    assert cast_of(ExportOptions(auto_cast="all", auto_cast_type="fp16")) == Cast("all", torch.float16)
+    assert choose_cast(ExportOptions()) is None
+    assert choose_cast(ExportOptions(dtype="float16")) == Cast("weights", torch.float16)
+    assert choose_cast(ExportOptions(auto_cast="matmul")) == Cast("matmul", BF16)
+    assert choose_cast(ExportOptions(auto_cast="all", auto_cast_type="fp16")) == Cast("all", torch.float16)
     assert floor_for(ExportOptions(dtype="bfloat16")) == Floor(0.005, 0.94)
     assert floor_for(ExportOptions(auto_cast="all", auto_cast_type="fp16")) == Floor(0.0005, 0.98)
     assert floor_for(ExportOptions(auto_cast="matmul", max_kl=0.5)) == Floor(0.5, None)
@@ -293,7 +293,7 @@ def test_no_number_is_never_accepted(value):
 def test_a_lost_mask_is_seen(checkpoint, programs):
     """The same graph without its mask, judged on padded rows."""
     [program] = programs("bert")
-    [less] = cast([program], Cast("products", BF16))
+    [less] = cast_programs([program], Cast("matmul", BF16))
     model = transformers.AutoModel.from_pretrained(checkpoint("bert", "AutoModel"), attn_implementation="eager").eval()
     rows = [torch.tensor([[5, 9, 30, 7]]), torch.tensor([[80, 3, 3, 12, 40, 41]])]
     ids, mask = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64)

@@ -27,7 +27,7 @@ from .companions.files import config_of, write_companions
 from .kinds.plan import Plan, make_plan
 from .kinds.trace import Program, trace
 from .options import ExportOptions
-from .precision import cast, cast_of
+from .precision import cast_programs, choose_cast
 from .progress import OnStep, no_progress, progress_to
 from .quantize.choose import calibration_rows, quantize_model
 from .quantize.kv_cache import cache_scales
@@ -132,8 +132,8 @@ def _trace(
             quantization = quantize_model(loaded.model, checkpoint, options, listener or no_progress)
     with on_step("trace"):
         programs = list(trace(loaded.model, plan, scales))
-        if how := cast_of(options):
-            programs = cast(programs, how)
+        if how := choose_cast(options):
+            programs = cast_programs(programs, how)
     return programs, quantization
 
 
