@@ -2,8 +2,8 @@
 
 A decoder's attention, cache included, is a single node `precast::cached_attention` in every traced program. The
 eager code here defines its meaning and is the oracle of its tests; each backend lowers the node its own way. The
-operator is functional (it returns the updated caches) because `torch.onnx` drops the mutation of an input without
-a word; backends update the caches in place.
+operator is functional (it returns the updated caches) because `torch.onnx` drops mutations of inputs silently; backends
+update the caches in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["MASKS", "Scales", "cached_attention", "cross_attention"]
 
 MASKS = ("causal", "window", "chunk")
 Scales = list[Tensor]
-"""Of int8 caches: per layer two tensors in turn, of keys and of values, each float32 [Hkv, D]."""
+"""Scales of int8 caches: for each layer those of keys, then those of values, each float32 [Hkv, D]."""
 
 
 @torch.library.custom_op("precast::cached_attention", mutates_args=())
@@ -62,19 +62,19 @@ def cached_attention(
         The output [B, H, S, D], undefined at padded queries, and both caches [B, Hkv, C, D], undefined at rows
         `>= past + new`.
     """
-    k_cache = _append(k_cache, _rounded(k, k_scales), past_lengths, new_lengths)
-    v_cache = _append(v_cache, _rounded(v, v_scales), past_lengths, new_lengths)
-    keys, values = _restored(k_cache, k_scales).to(q.dtype), _restored(v_cache, v_scales).to(v.dtype)
-    scores = _scores(q, keys, scale, softcap)
-    distance = _distances(past_lengths, q.shape[2], k_cache.shape[2])
+    k_cache = _append_to_cache(k_cache, _quantize(k, k_scales), past_lengths, new_lengths)
+    v_cache = _append_to_cache(v_cache, _quantize(v, v_scales), past_lengths, new_lengths)
+    keys, values = _dequantize(k_cache, k_scales).to(q.dtype), _dequantize(v_cache, v_scales).to(v.dtype)
+    scores = _compute_scores(q, keys, scale, softcap)
+    distance = _key_distances(past_lengths, q.shape[2], k_cache.shape[2])
     if slopes is not None:
         scores = scores + slopes.view(1, -1, 1, 1) * distance[:, None]
     if bias is not None:
         scores = scores + bias
-    visible = _visible(distance, past_lengths, mask, window)
+    visible = _visible_mask(distance, past_lengths, mask, window)
     scores = scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
     probabilities = _softmax(scores, sinks).to(v.dtype)
-    return probabilities @ _repeat(values, q.shape[1]), k_cache, v_cache
+    return probabilities @ _repeat_heads(values, q.shape[1]), k_cache, v_cache
 
 
 @cached_attention.register_fake
@@ -84,8 +84,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any
 
 @torch.library.custom_op("precast::cross_attention", mutates_args=())
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attend to what an encoder made, `softmax(q·k * scale)·v`; an operator, so that no backend copies `k` and `v`,
-    which stay the same from step to step.
+    """Attend to an encoder's keys and values, `softmax(q·k * scale)·v`; an operator, so that no backend copies `k` and
+    `v`, which stay the same from step to step.
 
     Args:
         q: [B, H, S, D].
@@ -106,38 +106,38 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Ten
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
-def _rounded(x: Tensor, scales: Tensor | None) -> Tensor:
+def _quantize(x: Tensor, scales: Tensor | None) -> Tensor:
     return x if scales is None else (x / scales[None, :, None]).round().clamp(-128, 127).to(torch.int8)
 
 
-def _restored(cache: Tensor, scales: Tensor | None) -> Tensor:
+def _dequantize(cache: Tensor, scales: Tensor | None) -> Tensor:
     return cache if scales is None else cache * scales[None, :, None]
 
 
-def _append(cache: Tensor, new: Tensor, past: Tensor, count: Tensor) -> Tensor:
-    """The cache with `new` at rows past..past+count. A gather, so that no padded row is ever written."""
+def _append_to_cache(cache: Tensor, new: Tensor, past: Tensor, count: Tensor) -> Tensor:
+    """The cache with `new` at positions past..past+count. By a gather, so that padding is never written."""
     offset = torch.arange(cache.shape[2])[None] - past[:, None]
     index = offset.clamp(0, new.shape[2] - 1)[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
     is_new = ((offset >= 0) & (offset < count[:, None]))[:, None, :, None]
     return torch.where(is_new, new.gather(2, index.long()).to(cache.dtype), cache)
 
 
-def _repeat(cache: Tensor, heads: int) -> Tensor:
+def _repeat_heads(cache: Tensor, heads: int) -> Tensor:
     return cache.repeat_interleave(heads // cache.shape[1], dim=1)
 
 
-def _scores(q: Tensor, k_cache: Tensor, scale: float, softcap: float) -> Tensor:
-    scores = (q @ _repeat(k_cache, q.shape[1]).transpose(2, 3)).float() * scale
+def _compute_scores(q: Tensor, k_cache: Tensor, scale: float, softcap: float) -> Tensor:
+    scores = (q @ _repeat_heads(k_cache, q.shape[1]).transpose(2, 3)).float() * scale
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
-def _distances(past: Tensor, length: int, capacity: int) -> Tensor:
-    """[B, S, C]: cache row minus query position, 0 for a token and itself, negative for what came before."""
+def _key_distances(past: Tensor, length: int, capacity: int) -> Tensor:
+    """[B, S, C]: cache position minus query position, 0 for a token and itself, negative for earlier tokens."""
     position = past[:, None] + torch.arange(length)[None]
     return torch.arange(capacity)[None, None] - position[:, :, None]
 
 
-def _visible(distance: Tensor, past: Tensor, mask: str, window: int) -> Tensor:
+def _visible_mask(distance: Tensor, past: Tensor, mask: str, window: int) -> Tensor:
     visible = distance <= 0
     if mask == "window":
         return visible & (distance > -window)

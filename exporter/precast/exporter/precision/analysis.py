@@ -1,4 +1,4 @@
-"""Which operators and weights of a program get the cast type."""
+"""Analysis of a program: the operators and weights that get the cast type."""
 
 from __future__ import annotations
 

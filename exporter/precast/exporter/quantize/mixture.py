@@ -65,7 +65,7 @@ def group_families(layers: Iterable[Layer]) -> list[Family]:
 
 
 def _count_affordable(costs: Sequence[float], budget: float) -> int:
-    """How many of the ascending costs add up to at most the budget."""
+    """Count the first of the ascending costs that add up to at most the budget."""
     spent = torch.tensor(costs).cumsum(0)
     return int((spent <= budget).sum())
 

@@ -20,7 +20,7 @@ __all__ = ["save_tensors", "save_weights", "share"]
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
 IN_ONE_WRITE = 32 * 2**20
-"""Bytes: what is written in large pieces lies in memory in large pages, and is read faster."""
+"""Bytes: files written in large pieces are cached in large pages, and are read faster."""
 
 _DTYPES = {
     torch.bool: "BOOL",
@@ -52,19 +52,20 @@ def save_weights(programs: Sequence[_Lowered], path: Path) -> list[str]:
     A tensor's name is its full name in the program, or `graph:name` where graphs hold different tensors under one
     name. Memory that several tensors share is stored once. The same weights give the same bytes.
     """
-    return save_tensors(share({program.graph.name: dict(_used(program.exported)) for program in programs}), path)
+    return save_tensors(
+        share({program.graph.name: dict(_used_tensors(program.exported)) for program in programs}), path
+    )
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> list[str]:
     """Write these tensors under their names, as `save_weights` does, and return the names."""
-    regions = sorted(_regions(tensors), key=lambda region: region.place)
-    _write(regions, path)
+    regions = sorted(_regions(tensors), key=lambda region: region.sort_key)
+    _write_file(regions, path)
     return sorted(tensors)
 
 
 def share(held_by: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors that graphs hold, by graph and name: under its name alone where all hold the same, else each as
-    `graph:name`."""
+    """Merge the tensors of graphs: under its name alone where all graphs have the same tensor, else as `graph:name`."""
     held: dict[str, dict[str, torch.Tensor]] = {}
     for graph, tensors in held_by.items():
         for name, tensor in tensors.items():
@@ -79,7 +80,7 @@ def share(held_by: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.
     return found
 
 
-def _used(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, torch.Tensor]]:
+def _used_tensors(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, torch.Tensor]]:
     users = {node.name: len(node.users) for node in exported.graph.nodes if node.op == "placeholder"}
     for spec in exported.graph_signature.input_specs:
         if spec.kind in _HELD and users[spec.arg.name]:
@@ -100,7 +101,7 @@ def _layout(tensor: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Region:
-    """One piece of memory and the tensors in it: `flat` is what is stored, under the first one's name."""
+    """A region of memory and the tensors in it: `flat` is stored, under the first tensor's name."""
 
     flat: torch.Tensor
     shape: tuple[int, ...]
@@ -115,27 +116,27 @@ class _Region:
         return self.flat.numel() * self.flat.element_size()
 
     @property
-    def place(self) -> Any:
-        """Whole lines first, so that each begins a line; the rest from wide to narrow elements."""
+    def sort_key(self) -> Any:
+        """Sort key: whole cache lines first, so that each begins a line; the rest from wide to narrow elements."""
         is_whole = self.nbytes % ALIGNMENT == 0
         return not is_whole, 0 if is_whole else -self.flat.element_size(), self.name
 
 
 def _regions(tensors: Mapping[str, torch.Tensor]) -> Iterator[_Region]:
-    """The tensors by the memory that they lie in, overlapping ones together."""
+    """Group tensors by the memory that they use, overlapping ones together."""
     spans = sorted((*_span(tensor), name) for name, tensor in tensors.items())
     group: list[tuple[Any, int, int, str]] = []
     for memory, begin, end, name in spans:
         if group and (memory != group[0][0] or begin >= max(span[2] for span in group)):
-            yield _region(group, tensors)
+            yield _make_region(group, tensors)
             group = []
         group.append((memory, begin, end, name))
     if group:
-        yield _region(group, tensors)
+        yield _make_region(group, tensors)
 
 
 def _span(tensor: torch.Tensor) -> tuple[Any, int, int]:
-    """Which memory, and from which element to which."""
+    """The memory of a tensor, and its first element and end in it."""
     if tensor.numel() == 0:
         return (str(tensor.dtype), id(tensor)), 0, 0
     begin = int(tensor.storage_offset())
@@ -143,7 +144,7 @@ def _span(tensor: torch.Tensor) -> tuple[Any, int, int]:
     return (str(tensor.dtype), tensor.untyped_storage().data_ptr()), begin, begin + reach + 1
 
 
-def _region(group: Iterable[tuple[Any, int, int, str]], tensors: Mapping[str, torch.Tensor]) -> _Region:
+def _make_region(group: Iterable[tuple[Any, int, int, str]], tensors: Mapping[str, torch.Tensor]) -> _Region:
     group = sorted(group, key=lambda span: span[3])
     begin, end = min(span[1] for span in group), max(span[2] for span in group)
     views = {
@@ -161,7 +162,7 @@ def _region(group: Iterable[tuple[Any, int, int, str]], tensors: Mapping[str, to
     return _Region(flat, tuple(first.shape) if is_whole else (end - begin,), views)
 
 
-def _write(regions: Sequence[_Region], path: Path) -> None:
+def _write_file(regions: Sequence[_Region], path: Path) -> None:
     header: dict[str, Any] = {}
     views: dict[str, Any] = {}
     offset = 0
@@ -172,7 +173,7 @@ def _write(regions: Sequence[_Region], path: Path) -> None:
         header[region.name] = {
             "dtype": _DTYPES[region.flat.dtype], "shape": list(region.shape), "data_offsets": where,
         }  # fmt: skip
-        views |= {name: view for name, view in region.views.items() if not _is_stored(name, view, region)}
+        views |= {name: view for name, view in region.views.items() if not _is_plain(name, view, region)}
         offset = where[1]
     if views:
         header["__metadata__"] = {"precast.views": json.dumps(views, sort_keys=True, separators=(",", ":"))}
@@ -184,8 +185,8 @@ def _write(regions: Sequence[_Region], path: Path) -> None:
             file.write(region.flat.view(torch.uint8).numpy().data)
 
 
-def _is_stored(name: str, view: dict[str, Any], region: _Region) -> bool:
-    """What is stored under this name is this tensor, so nothing more needs to be said."""
+def _is_plain(name: str, view: dict[str, Any], region: _Region) -> bool:
+    """Whether the stored tensor of this name is the tensor itself, so that no view has to be described."""
     shape = view["shape"]
     strides = [math.prod(shape[index + 1 :]) for index in range(len(shape))]
     plain = all(

@@ -33,7 +33,7 @@ class Item(Struct, frozen=True):
 
 
 class Job(Struct, frozen=True):
-    """What one child process compiles.
+    """A job: one file for a child process to compile.
 
     Attributes:
         strategy: one of STRATEGIES.
