@@ -14,7 +14,7 @@ from torch import nn
 
 from precast.exporter.backends.aten.lowering import Lowered
 from precast.exporter.backends.aten.safetensors import save_weights
-from precast.exporter.backends.export import WEIGHTS, _file
+from precast.exporter.backends.export import WEIGHTS, _archive
 from precast.runtime.artifact.integrity import Contents
 from precast.runtime.artifact.publish import hash_files
 from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Host, Input, Output
@@ -89,7 +89,7 @@ def write(folder: Path) -> Path:
     """The program's two files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     program = lowered()
-    (folder / GRAPH.file).write_bytes(_file(program))
+    (folder / GRAPH.file).write_bytes(_archive(program))
     save_weights([program], folder / WEIGHTS)
     return folder
 
