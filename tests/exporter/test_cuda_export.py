@@ -9,8 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.backends import aoti
-from precast.exporter.backends.aoti import gpu, library
+from precast.exporter.backends.aoti import compiler, gpu, library
 from precast.runtime.engines.safetensors_map import open_weights
 from precast.runtime.errors import ExportError
 from precast.runtime.hosts.cuda import CudaHost
@@ -31,7 +30,7 @@ def test_without_triton_nothing_is_begun(monkeypatch):
     monkeypatch.setattr(gpu, "cuda_host", lambda: CudaHost("12.8", "9.0"))
     monkeypatch.setattr(gpu, "has_triton", lambda: False)
     with pytest.raises(ExportError, match="pip install triton"):
-        aoti.AotiCompiler().check_tools(ExportOptions(**ASKED))
+        compiler.AotiCompiler().check_tools(ExportOptions(**ASKED))
 
 
 @pytest.fixture
@@ -46,8 +45,8 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(gpu, "cuda_host", lambda: CudaHost("12.8", "9.0"))
     monkeypatch.setattr(gpu, "has_triton", lambda: True)
-    monkeypatch.setattr(aoti, "move_to_device", lambda exported, device: gpu.move_to_device(exported, "meta"))
-    monkeypatch.setattr(aoti, "build_library", build)
+    monkeypatch.setattr(compiler, "move_to_device", lambda exported, device: gpu.move_to_device(exported, "meta"))
+    monkeypatch.setattr(compiler, "build_library", build)
     return built
 
 

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from precast.exporter import ExportOptions
-from precast.exporter.backends import aoti
-from precast.exporter.backends.aoti import isa, library
+from precast.exporter.backends.aoti import compiler, isa, library
 from precast.exporter.backends.aten import linear, lowering
 from precast.exporter.quantize.linear import Packed
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
@@ -138,12 +137,12 @@ def test_codes_are_multiplied_as_the_level_does(scheme, level):
 def test_a_dtype_that_is_not_multiplied_is_said(recwarn):
     forms = library.lowering_options_for("cpu", "avx2")
     with pytest.warns(PrecastWarning, match=r"--isa avx2 has no instructions that multiply float16: .* float32"):
-        aoti._warn_of_float32_matmuls(ExportOptions(isa="avx2", auto_cast="matmul", auto_cast_type="fp16"), forms)
+        compiler._warn_of_float32_matmuls(ExportOptions(isa="avx2", auto_cast="matmul", auto_cast_type="fp16"), forms)
     with pytest.warns(PrecastWarning, match="multiply bfloat16"):
-        aoti._warn_of_float32_matmuls(ExportOptions(isa="avx2", dtype="bfloat16"), forms)
+        compiler._warn_of_float32_matmuls(ExportOptions(isa="avx2", dtype="bfloat16"), forms)
     recwarn.clear()
-    aoti._warn_of_float32_matmuls(ExportOptions(isa="avx2", quantize="int8"), forms)
-    aoti._warn_of_float32_matmuls(
+    compiler._warn_of_float32_matmuls(ExportOptions(isa="avx2", quantize="int8"), forms)
+    compiler._warn_of_float32_matmuls(
         ExportOptions(device="cuda", dtype="bfloat16"), library.lowering_options_for("cuda", "native")
     )
     assert not recwarn

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.schema import Compiler, Graph, Host
 from precast.runtime.artifact.tasks import Task
 
-from ..checkpoint.resolve import Checkpoint
-from ..kinds.trace import Program
-from ..options import ExportOptions
+if TYPE_CHECKING:
+    # Both import torch, and the options of a backend, which lie below, are checked before that.
+    from ..checkpoint.resolve import Checkpoint
+    from ..kinds.trace import Program
+    from ..options import ExportOptions
 
 __all__ = ["Compiled", "HasLayouts", "NeedsTools", "ProgramCompiler", "compiler_of", "release_of"]
 

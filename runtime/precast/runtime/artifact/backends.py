@@ -52,7 +52,7 @@ BACKENDS: dict[str, Backend] = {
     "aoti": Backend(
         "aoti",
         "native",
-        "precast.exporter.backends.aoti:AotiCompiler",
+        "precast.exporter.backends.aoti.compiler:AotiCompiler",
         "precast.runtime.engines.aoti:AotiEngine",
         takes=frozenset({"dtype", "auto_cast", "isa", "device"}),
         decodes_apart=True,
@@ -72,7 +72,7 @@ BACKENDS: dict[str, Backend] = {
     "neuron": Backend(
         "neuron",
         "native",
-        "precast.exporter.backends.neuron:NeuronCompiler",
+        "precast.exporter.backends.neuron.compiler:NeuronCompiler",
         "precast.runtime.engines.neuron:NeuronEngine",
         takes=frozenset(
             {

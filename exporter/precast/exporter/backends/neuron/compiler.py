@@ -1,0 +1,132 @@
+"""The compiler of the `neuron` backend: programs lowered to ATen, then the Neuron SDK in child processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from msgspec.structs import replace
+
+from precast.runtime.artifact.locks import Scratch
+from precast.runtime.artifact.schema import Compiler, Host
+from precast.runtime.errors import UsageError
+
+from ...kinds.trace import Program
+from ...options import ExportOptions
+from ...options.neuron import chosen_strategy
+from ...progress import progress
+from .. import Compiled, release_of
+from ..aten.lowering import Lowered, lower
+from ..aten.safetensors import save_tensors
+from .compile_job import compile_job, sdk_versions
+from .flags import flags_of
+from .optimum_layout import OptimumLayout
+from .strategies import STRATEGIES, Item, Job
+from .xla_program import NEURON_LOWERING, build_body
+
+__all__ = ["NeuronCompiler"]
+
+WEIGHTS = "model.safetensors"
+
+
+class NeuronCompiler(OptimumLayout):
+    """Programs lowered to ATen, traced and compiled by the Neuron SDK in child processes."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, str] = {}
+
+    def check_tools(self, options: ExportOptions) -> None:
+        """See NeedsTools."""
+        self._versions = sdk_versions(chosen_strategy(options), str(options.instance_type))
+
+    def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
+        """See ProgramCompiler."""
+        if not self._versions:
+            self.check_tools(options)
+        strategy = STRATEGIES[chosen_strategy(options)]
+        lowered = {program.graph.name: lower(program, NEURON_LOWERING) for program in programs}
+        if not options.inline_weights:
+            bodies = [build_body(each) for each in lowered.values()]
+            save_tensors(strategy.weights(bodies, options.tensor_parallel), stage / WEIGHTS)
+        files = strategy.files([each.graph for each in lowered.values()])
+        for done, (file, graphs) in enumerate(files.items()):
+            progress(done, len(files), ", ".join(graph.name for graph in graphs))
+            _compile([lowered[graph.name] for graph in graphs], stage / file, options)
+        return Compiled(
+            graphs=[replace(graph, file=file) for file, graphs in files.items() for graph in graphs],
+            weights=[] if options.inline_weights else [WEIGHTS],
+            host=_make_host(self._versions),
+            compiler=Compiler(
+                name="neuronx-cc",
+                version=self._versions["neuronx-cc"],
+                options=_describe_options(options),
+                torch=release_of("torch"),
+                transformers=version("transformers"),
+            ),
+        )
+
+
+def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None:
+    """Write one file. Programs are passed to the child process as temporary files."""
+    with Scratch() as folder, _workdir(options) as workdir:
+        items = []
+        for each in lowered:
+            program = folder / f"{each.graph.name}.pt2"
+            torch.export.save(each.exported, program)
+            items.append(Item(graph=each.graph, program=str(program)))
+        job = Job(
+            strategy=chosen_strategy(options),
+            items=items,
+            file=str(file),
+            arguments=flags_of(options),
+            cores=options.tensor_parallel,
+            inline_weights=options.inline_weights,
+            workdir=str(workdir),
+        )
+        compile_job(job, folder, str(options.instance_type))
+
+
+@contextmanager
+def _workdir(options: ExportOptions) -> Iterator[Path]:
+    """The folder for neuronx-cc's files: the user's, or a temporary one. Raises UsageError."""
+    if options.compiler_workdir is None:
+        with Scratch() as folder:
+            yield folder
+        return
+    try:
+        options.compiler_workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--compiler-workdir {options.compiler_workdir} cannot be made: {error.strerror}.") from None
+    yield options.compiler_workdir
+
+
+def _make_host(versions: dict[str, str]) -> Host:
+    """The hosts that can run the files: the SDK that made them, or a later one."""
+    needed = {name: _major_minor(found) for name, found in versions.items() if name != "neuronx-cc"}
+    return Host(
+        platforms=["linux-x86_64"],
+        device="neuron",
+        isa=[],
+        min_versions={"torch": _major_minor(release_of("torch")), **needed},
+    )
+
+
+def _describe_options(options: ExportOptions) -> dict[str, str | int | float | bool]:
+    """The compiler's options for the record: the runtime checks them, and they repeat the export."""
+    return {
+        "instance_type": str(options.instance_type),
+        "strategy": chosen_strategy(options),
+        "cores": options.tensor_parallel,
+        "inline_weights": options.inline_weights,
+        "dynamic_batch_size": options.dynamic_batch_size,
+        "optlevel": options.optlevel or 2,
+        "arguments": " ".join(flags_of(options)),
+    }
+
+
+def _major_minor(found: str) -> str:
+    """The first two numbers of a version."""
+    return ".".join(found.split(".")[:2])
