@@ -11,6 +11,7 @@ import torch
 
 from precast.exporter import ExportOptions, export
 from precast.exporter.backends.aoti import freezing
+from precast.exporter.backends.aoti.options import AotiOptions
 from precast.runtime import CompiledModelForFeatureExtraction
 
 ROWS = [[5, 9, 30, 7, 200, 41, 17], [80, 3, 3]]
@@ -25,18 +26,16 @@ def lowered(role="encode", cache=(), count=100):
 
 
 def test_when_it_pays():
-    options = ExportOptions(backend="aoti")
-    assert freezing.should_freeze([lowered(), lowered()], options)
-    assert not freezing.should_freeze([lowered(), lowered(role="decoder")], options), (
+    native = AotiOptions()
+    assert freezing.should_freeze([lowered(), lowered()], native)
+    assert not freezing.should_freeze([lowered(), lowered(role="decoder")], native), (
         "an encoder-decoder shares its table"
     )
-    assert not freezing.should_freeze([lowered()], ExportOptions(backend="aoti", isa="avx2")), (
-        "packed for this CPU only"
-    )
-    assert not freezing.should_freeze([lowered()], ExportOptions(backend="aoti", device="cuda"))
+    assert not freezing.should_freeze([lowered()], AotiOptions(isa="avx2")), "packed for this CPU only"
+    assert not freezing.should_freeze([lowered()], AotiOptions(device="cuda"))
     half = freezing.MAX_BYTES // 4 // 2
-    assert freezing.should_freeze([lowered(count=half)] * 2, options)
-    assert not freezing.should_freeze([lowered(count=half)] * 3, options), "a copy in every library is too much"
+    assert freezing.should_freeze([lowered(count=half)] * 2, native)
+    assert not freezing.should_freeze([lowered(count=half)] * 3, native), "a copy in every library is too much"
 
 
 def check(path, source, tolerance):

@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from precast.exporter import ExportOptions
 from precast.exporter.backends.aoti import compiler, isa, library
+from precast.exporter.backends.aoti.options import AotiOptions
 from precast.exporter.backends.aten import linear, lowering
+from precast.exporter.options import PrecisionOptions
 from precast.exporter.quantize.linear import Packed
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
 from precast.runtime.errors import PrecastWarning
@@ -135,14 +136,14 @@ def test_codes_are_multiplied_as_the_level_does(scheme, level):
 
 
 def test_a_dtype_that_is_not_multiplied_is_said(recwarn):
-    forms = library.lowering_options_for("cpu", "avx2")
+    avx2, forms = AotiOptions(isa="avx2"), library.lowering_options_for("cpu", "avx2")
     with pytest.warns(PrecastWarning, match=r"--isa avx2 has no instructions that multiply float16: .* float32"):
-        compiler._warn_of_float32_matmuls(ExportOptions(isa="avx2", auto_cast="matmul", auto_cast_type="fp16"), forms)
+        compiler._warn_of_float32_matmuls(avx2, PrecisionOptions(auto_cast="matmul", auto_cast_type="fp16"), forms)
     with pytest.warns(PrecastWarning, match="multiply bfloat16"):
-        compiler._warn_of_float32_matmuls(ExportOptions(isa="avx2", dtype="bfloat16"), forms)
+        compiler._warn_of_float32_matmuls(avx2, PrecisionOptions(dtype="bfloat16"), forms)
     recwarn.clear()
-    compiler._warn_of_float32_matmuls(ExportOptions(isa="avx2", quantize="int8"), forms)
+    compiler._warn_of_float32_matmuls(avx2, PrecisionOptions(), forms)
     compiler._warn_of_float32_matmuls(
-        ExportOptions(device="cuda", dtype="bfloat16"), library.lowering_options_for("cuda", "native")
+        AotiOptions(device="cuda"), PrecisionOptions(dtype="bfloat16"), library.lowering_options_for("cuda", "native")
     )
     assert not recwarn

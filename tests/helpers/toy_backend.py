@@ -6,16 +6,32 @@ it is used. Its tier is `native`: opening a `.pt2` runs what it holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from precast.exporter.options import BackendOptions, describe
 from precast.runtime.artifact.backends import Backend
 from precast.runtime.artifact.schema import Compiler, Host
 
-ROW = Backend("toy", "native", "toy_backend:ToyCompiler", "toy_backend:ToyEngine")
+ROW = Backend(
+    "toy", "native", "toy_backend:ToyCompiler", "toy_backend:ToyEngine", options="toy_backend:ToyOptions",
+    because="it keeps programs as they are",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyOptions(BackendOptions):
+    """An option that every backend may have, and this one alone has: `--toy-note`, `ExportOptions(toy_note=…)`."""
+
+    toy_note: str = field(default="", metadata=describe(metavar="TEXT", help_text="Kept in the artifact, in one line."))
+
+    def problems(self) -> Iterator[str]:
+        if len(self.toy_note.splitlines()) > 1:
+            yield "--toy-note is one line; leave out its line breaks."
 
 
 class ToyCompiler:
@@ -32,7 +48,8 @@ class ToyCompiler:
             torch.export.save(program.exported, stage / graph.file)
             graphs.append(graph)
         host = Host(platforms=[], device="cpu", isa=[], min_versions={"torch": "2.9"})
-        compiler = Compiler(name="toy", version="1", options={}, torch=str(torch.__version__), transformers="any")
+        note = {"toy_note": options.backend_options.toy_note} if options.backend_options.toy_note else {}
+        compiler = Compiler(name="toy", version="1", options=note, torch=str(torch.__version__), transformers="any")
         return Compiled(graphs=graphs, weights=[], host=host, compiler=compiler)
 
 

@@ -49,7 +49,7 @@ class _Lazy(click.Group):
             return super().invoke(ctx)
         except PrecastError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            error.args = (in_flags(str(error), command.params if command else []),)
+            error.args = (in_flags(str(error), command.get_params(ctx) if command else []),)
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .backend_options import ExportCommand
 from .exporting import check_installed, load_exporter
 from .options import (
     LENGTHS,
-    Sections,
     cast_options,
     hub_options,
     json_option,
-    neuron_options,
     option_in,
     quantize_options,
     quiet_option,
@@ -28,7 +26,9 @@ __all__ = ["command"]
 _shape = option_in("Shapes")
 
 
-@click.command("export", cls=Sections, epilog="precast export user/model --batch-size 1 --sequence-length 512 -o out")
+@click.command(
+    "export", cls=ExportCommand, epilog="precast export user/model --batch-size 1 --sequence-length 512 -o out"
+)
 @click.argument("model")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="The directory to make.")
 @click.option("--task", metavar="TASK", help="Inferred from the checkpoint if not given; all: precast tasks.")
@@ -59,7 +59,6 @@ _shape = option_in("Shapes")
 )
 @cast_options
 @quantize_options
-@neuron_options
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
 @click.option(
     "--also", multiple=True, metavar="NAME", help="Compile with this backend, too, into one artifact; repeatable."
@@ -121,7 +120,7 @@ def _show_plans(exporter: Any, model: str, settings: Any, as_json: bool) -> None
     found: dict[str, Any] = {}
     if settings.backend == "auto":
         choice = exporter.choose_backends(settings)
-        settings = replace(settings, backend=choice.names[0])
+        settings = settings.replace(backend=choice.names[0])
         found = {"backends": choice.names, "left_out": choice.left_out}
     plan = exporter.preview(model, settings)
     if as_json:

@@ -12,13 +12,13 @@ import click
 
 __all__ = [
     "LENGTHS",
+    "InSection",
     "Sections",
     "cast_options",
     "hub_options",
     "in_flags",
     "json_option",
     "model_options",
-    "neuron_options",
     "option_in",
     "quantize_options",
     "quiet_option",
@@ -68,7 +68,7 @@ class Sections(click.Command):
                 formatter.write_dl(records)
 
 
-class _InSection(click.Option):
+class InSection(click.Option):
     """An option with a place in the help of `Sections`."""
 
     def __init__(self, *args: Any, section: str, **attributes: Any) -> None:
@@ -78,10 +78,10 @@ class _InSection(click.Option):
 
 def option_in(section: str) -> Callable[..., Callable[[F], F]]:
     """click.option for that section."""
-    return partial(click.option, cls=_InSection, section=section)
+    return partial(click.option, cls=InSection, section=section)
 
 
-_precision, _quantization, _neuron = map(option_in, ("Precision", "Quantization", "With --backend neuron"))
+_precision, _quantization = map(option_in, ("Precision", "Quantization"))
 
 
 def hub_options(function: F) -> F:
@@ -91,7 +91,7 @@ def hub_options(function: F) -> F:
 
 
 def cast_options(function: F) -> F:
-    """What is computed in, and on what."""
+    """The dtype of computation."""
     for option in reversed(
         [
             _precision("--dtype", default="float32", show_default=True, metavar="DTYPE",
@@ -100,32 +100,6 @@ def cast_options(function: F) -> F:
                          help="Compute in less than float32: matmul (products and their weights), all."),
             _precision("--auto-cast-type", metavar="TYPE",
                          help="What --auto-cast casts to: bf16 (default), fp16; neuron: tf32."),
-            _precision("--isa", default="native", show_default=True, metavar="LEVEL",
-                         help="Native code for CPUs with: avx2, avx512, or what this one has."),
-            _precision("--device", default="cpu", show_default=True, metavar="DEVICE",
-                         help="Native code for: cpu, cuda."),
-        ]
-    ):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def neuron_options(function: F) -> F:
-    """What --backend neuron compiles for, and how."""
-    for option in reversed(
-        [
-            _neuron("--instance-type", metavar="TYPE", help="Compile for inf2, trn1, trn1n or trn2."),
-            _neuron("--strategy", metavar="NAME",
-                         help="As: trace, or model-builder (one set of weights, several cores)."),
-            _neuron("--tensor-parallel", "--num-cores", type=int, default=1, metavar="N",
-                         help="Spread each layer's weights over N NeuronCores."),
-            _neuron("--inline-weights/--no-inline-weights", default=False,
-                         help="Weights within each graph, or once beside them (default)."),
-            _neuron("-O", "optlevel", type=int, metavar="1|2|3", help="How hard to optimise; 2."),
-            _neuron("--compiler-arg", "compiler_args", multiple=True, metavar="ARG",
-                         help="Passed to neuronx-cc, as --compiler-arg=--verbose=info; repeatable."),
-            _neuron("--compiler-workdir", type=click.Path(path_type=Path), metavar="DIR",
-                         help="Keep neuronx-cc's files and log here."),
         ]
     ):  # fmt: skip
         function = option(function)

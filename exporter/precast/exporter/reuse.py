@@ -10,7 +10,6 @@ import json
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -47,13 +46,13 @@ def export_once(model: str, folder: Path, options: ExportOptions) -> Path:
     options.check()
     checkpoint = resolve(model, options)
     # What was looked at is what is exported, whatever is published meanwhile.
-    options = replace(options, revision=checkpoint.revision, force=False)
+    options = options.replace(revision=checkpoint.revision, force=False)
     target = folder / f"{checkpoint.name.rpartition('/')[2]}-{_key(checkpoint, options)}"
     if _is_whole(target):
         return target
     try:
         # Only what is damaged is there.
-        export(model, target, replace(options, force=target.exists()))
+        export(model, target, options.replace(force=target.exists()))
     except PublishError:
         # Another process may have made it meanwhile.
         if not _is_whole(target):
@@ -76,8 +75,8 @@ def _key(checkpoint: Checkpoint, options: ExportOptions) -> str:
         "revision": checkpoint.revision,
         "weights": checkpoint.weights_sha256(),
         "files": files,
-        "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_EFFECT},
-        "calibration": sha256_of(options.calibration) if options.calibration else None,
+        "options": {name: value for name, value in options.as_keywords().items() if name not in _WITHOUT_EFFECT},
+        "calibration": sha256_of(text) if (text := options.quantization.calibration) else None,
         "versions": dict(_versions(options)),
         "machine": [platform.machine(), sorted(cpu_flags()), *_device(options)],
     }

@@ -2,113 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from precast.runtime.arguments import refuse_unknown
-from precast.runtime.artifact.backends import BACKENDS, Backend, get_backend
-from precast.runtime.artifact.schema import Dtype
+from precast.runtime.artifact.backends import BACKENDS, Backend, backend_rows, get_backend
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
 from precast.runtime.terminal import quoted
 
-from .layout import LAYOUTS, layout_problems
-from .neuron import NEURON_FLAGS, neuron_problems
+from .accuracy import AccuracyOptions
+from .backend_options import BackendOptions, backends_that_take, fill, find_option, options_class, taken_by
+from .declaration import OptionsPart, choice_problems, describe, flag_of
+from .layout import LAYOUTS, OPTIMUM_NEURON
+from .precision import BY_BACKEND, PrecisionOptions
+from .quantization import GROUP_SIZES, QUANTIZE_METHODS, QuantizationOptions
+from .shapes import SIZE_EXAMPLES, SIZES, ShapeOptions
 
 __all__ = [
-    "AUTO", "AUTO_CAST", "AUTO_CAST_TYPES", "DEVICES", "DTYPES", "GROUP_SIZES", "ISAS", "KV_CACHES", "QUANTIZE",
-    "QUANTIZE_METHODS", "SIZE_EXAMPLES", "ExportOptions", "flag_of",
+    "AUTO", "GROUP_SIZES", "QUANTIZE_METHODS", "SIZES", "SIZE_EXAMPLES", "AccuracyOptions", "BackendOptions",
+    "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions", "describe", "flag_of",
 ]  # fmt: skip
 
 AUTO = "auto"
 """A backend's name that stands for all of them."""
-DTYPES = ("float32", "bfloat16", "float16")
-AUTO_CAST = ("none", "matmul", "all")
-AUTO_CAST_TYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32"}
-"""In tf32 numbers keep their 32 bits, and products read 19 of them: a compiler's own, for hardware that has it."""
-ISAS = ("native", "avx2", "avx512")
-DEVICES = ("cpu", "cuda")
-QUANTIZE = ("none", "source", "int8", "int4", "auto")
-QUANTIZE_METHODS = ("rtn", "search", "gptq", "awq")
-"""The names of quantize.METHODS, which are made of torch."""
-KV_CACHES = ("float32", "float16", "int8")
-GROUP_SIZES = (16, 32, 64, 128, 256)
 
-SIZE_EXAMPLES = {
-    "batch_size": 1,
-    "text_batch_size": 8,
-    "num_choices": 4,
-    "sequence_length": 128,
-    "audio_sequence_length": 160000,
-    "image_size": 224,
+PARTS: dict[str, type[OptionsPart]] = {
+    "shapes": ShapeOptions,
+    "precision": PrecisionOptions,
+    "quantization": QuantizationOptions,
+    "accuracy": AccuracyOptions,
 }
-"""What is proposed where a size has to be given, by the names of ExportOptions."""
-
-SIZES = {
-    "encoder": (
-        "batch_size", "sequence_length", "num_choices", "text_batch_size", "audio_sequence_length", "image_size",
-    ),
-    "decoder": ("batch_size", "sequence_length", "prefill_lengths"),
-    "seq2seq": ("batch_size", "sequence_length", "decoder_sequence_length"),
-}  # fmt: skip
-"""The sizes that models of each kind can be compiled for; which of them one model has, its inputs decide."""
-_LISTS = ("sequence_length", "prefill_lengths", "audio_sequence_length", "image_size", "skip", "compiler_args", "also")
-_OWN_AXES = ("num_choices", "text_batch_size")
-"""Those that single tasks have."""
+"""The parts of ExportOptions that every backend has, by their names there."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False)
 class ExportOptions:
     """The arguments of `export()`.
 
+    They lie in parts, and are given by their own names: `ExportOptions(batch_size=1, dtype="bfloat16")` has
+    `shapes.batch_size` and `precision.dtype`, which `options.batch_size` and `options.dtype` find as well. Options of a
+    single backend are given in the same way, as in `ExportOptions(backend="neuron", instance_type="trn1")`; they are
+    declared by the class that the backend's row names.
+
     Attributes:
         task: a task name; None infers it from the checkpoint.
-        batch_size: rows per call; required for encoders, which may be compiled for several, 1 for decoders if None.
-        sequence_length: encoders: one or more compiled lengths (buckets); decoders: the cache's capacity in tokens,
-            prompt and answer together, by default the model's max_position_embeddings.
-        decoder_sequence_length: encoder-decoders: the capacity of the answer in tokens, its start included, by default
-            as many as the model has positions for; sequence_length is then that of the source.
-        num_choices: multiple-choice: choices per row.
-        text_batch_size: zero-shot-image-classification: texts per call, where batch_size counts images.
-        audio_sequence_length: sound: one or more compiled lengths, in samples (or frames, for models of spectrograms).
-        image_size: pixels, (height, width) or (side,); by default what the checkpoint's configuration or its
-            preprocessor_config.json says.
-        prefill_lengths: decoders: compile fully static graphs with these prompt lengths and one for decoding.
-        dynamic_batch_size: at run time, split larger batches into slices of `batch_size`.
+        shapes: the sizes that graphs are compiled for.
         backend: what compiles, one of the backends' names; "auto" tries all that take these options, and keeps the
             fastest here.
-        dtype: the dtype of weights, caches and computation; results are float32 always.
-        auto_cast: what is computed in less than float32 all the same: "matmul", products of matrices and convolutions,
-            their weights stored so; "all", everything but norms, softmax and sums.
-        auto_cast_type: what to compute it in, one of AUTO_CAST_TYPES; None is "bf16".
-        isa: the instructions of the CPU that native code may use: those that this machine has, or a level.
-        device: where native code runs.
-        instance_type: neuron: what to compile for, one of INSTANCE_TYPES; required.
-        strategy: neuron: how to compile, one of STRATEGIES; None is "trace", or "model-builder" for several cores.
-        tensor_parallel: neuron: over how many NeuronCores to spread each layer's weights.
-        inline_weights: neuron: weights within every compiled graph, rather than once beside all of them.
-        optlevel: neuron: how hard neuronx-cc optimises, 1 to 3; None is its own default, 2.
-        compiler_args: neuron: further arguments of neuronx-cc, as they are.
-        compiler_workdir: neuron: where neuronx-cc is to leave its files; None is a folder that goes away again.
-        atol: the allowed difference from the reference, relative to max(1, max|reference|).
-        validate: compare with the eager model before publishing.
+        precision: the dtype of weights and computation.
+        backend_keywords: options of single backends that are not as by default, by name: those of `backend`, and those
+            that backends in `also` take.
         revision, token: of a Hub checkpoint.
         trust_remote_code: run modelling code that comes with the checkpoint.
-        quantize: "none"; "int8" or "int4", the linear layers' and embedding's weights on a grid; "source", the grid
-            that the checkpoint's weights lie on already; "auto", the smallest mixture of int8 and int4 within `max_kl`.
-        quantize_method: how weights get onto the grid, one of QUANTIZE_METHODS; None is "rtn" for int8, "awq" where a
-            row shares a scale, "search" for int4.
-        group_size: weights that share a scale; None is 32, or a whole row for int8 where the backend prefers that.
-        symmetric: zero in the middle of each grid, or anywhere; None is True for int8 in groups, False for int4 and
-            for rows that share a scale.
-        skip: patterns of layers' names that stay as they are.
-        calibration: a text file for methods that look at activations; None is a small text of our own.
-        kv_cache: the caches' dtype; "float16" where the backend takes it, "int8" with scales from the calibration text.
-        max_kl: the largest mean KL divergence from the eager fp32 model, in nats per token of held-out text.
-        min_agreement: the smallest share of tokens for which the likeliest is the same.
-        accept_loss: write the artifact even if it is below these floors, and record that.
+        quantization: how weights and caches are rounded.
+        accuracy: the bounds that validation holds the artifact to.
         also: further backends to compile with, into the same artifact; the loader takes the first that runs on a host.
             They are given what they take of these options.
         layout: how the files are named, one of LAYOUTS; "optimum-neuron" can be opened by that library as well.
@@ -116,46 +65,41 @@ class ExportOptions:
     """
 
     task: str | None = None
-    batch_size: int | tuple[int, ...] | None = None
-    sequence_length: tuple[int, ...] = ()
-    decoder_sequence_length: int | None = None
-    num_choices: int | None = None
-    text_batch_size: int | None = None
-    audio_sequence_length: tuple[int, ...] = ()
-    image_size: tuple[int, ...] = ()
-    prefill_lengths: tuple[int, ...] = ()
-    dynamic_batch_size: bool = False
+    shapes: ShapeOptions = field(default=ShapeOptions())
     backend: str = "onnx"
-    dtype: Dtype = "float32"
-    auto_cast: str = "none"
-    auto_cast_type: str | None = None
-    isa: str = "native"
-    device: str = "cpu"
-    instance_type: str | None = None
-    strategy: str | None = None
-    tensor_parallel: int = 1
-    inline_weights: bool = False
-    optlevel: int | None = None
-    compiler_args: tuple[str, ...] = ()
-    compiler_workdir: Path | None = None
-    atol: float = 1e-4
-    validate: bool = True
+    precision: PrecisionOptions = field(default=PrecisionOptions())
+    backend_keywords: tuple[tuple[str, Any], ...] = ()
     revision: str | None = None
     token: str | None = None
     trust_remote_code: bool = False
-    quantize: str = "none"
-    quantize_method: str | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
-    skip: tuple[str, ...] = ()
-    calibration: Path | None = None
-    kv_cache: Dtype = "float32"
-    max_kl: float | None = None
-    min_agreement: float | None = None
-    accept_loss: bool = False
+    quantization: QuantizationOptions = field(default=QuantizationOptions())
+    accuracy: AccuracyOptions = field(default=AccuracyOptions())
     also: tuple[str, ...] = ()
-    layout: str = "precast"
+    layout: str = field(default="precast", metadata=describe(choices=LAYOUTS))
     force: bool = False
+
+    def __init__(self, **keywords: Any) -> None:
+        """Take whole parts or single options by name; a single one goes over that of its part.
+
+        Raises TypeError for a name that there is not.
+        """
+        values = {each.name: keywords.pop(each.name, each.default) for each in fields(self)}
+        for name, part in PARTS.items():
+            mine = {each.name: keywords.pop(each.name) for each in fields(part) if each.name in keywords}
+            values[name] = replace(values[name], **mine)
+        values["backend_keywords"] = _differing({**dict(values["backend_keywords"]), **keywords})
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """A single option or property of a part, or an option of a backend, by its own name."""
+        if not name.startswith("_"):
+            for part, kind in PARTS.items():
+                if hasattr(kind, name):
+                    return getattr(getattr(self, part), name)
+            if declared := find_option(name):
+                return dict(self.backend_keywords).get(name, declared.default)
+        raise AttributeError(f"ExportOptions has no option {name!r}")
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any], asked_by: str = "export()") -> ExportOptions:
@@ -163,91 +107,82 @@ class ExportOptions:
 
         Raises UsageError for a name that there is not, with the nearest.
         """
-        refuse_unknown(asked_by, keywords, [each.name for each in fields(cls)])
-        lists = (name for name in _LISTS if isinstance(keywords.get(name), int | str))
-        return cls(**{**keywords, **{name: (keywords[name],) for name in lists}})
+        defaults = cls.defaults()
+        refuse_unknown(asked_by, keywords, defaults)
+        lists = (name for name, default in defaults.items() if isinstance(default, tuple))
+        single = {name: (keywords[name],) for name in lists if isinstance(keywords.get(name), int | str)}
+        return cls(**{**keywords, **single})
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every option by its own name, with its default: of the request, of its parts, of all backends."""
+        found: dict[str, Any] = {}
+        for each in fields(cls):
+            if each.name in PARTS:
+                found.update((one.name, one.default) for one in fields(PARTS[each.name]))
+            elif each.name == "backend_keywords":
+                declared = (one for row in backend_rows() for one in fields(options_class(row)))
+                found.update((one.name, one.default) for one in declared if one.name not in found)
+            else:
+                found[each.name] = each.default
+        return found
+
+    def as_keywords(self) -> dict[str, Any]:
+        """The options by their own names, of backends those alone that are not as by default: `ExportOptions(**them)`
+        is this."""
+        parts = {name: value for part in PARTS for name, value in vars(getattr(self, part)).items()}
+        own = {name: value for name, value in vars(self).items() if name not in (*PARTS, "backend_keywords")}
+        return {**own, **parts, **dict(self.backend_keywords)}
+
+    def replace(self, **keywords: Any) -> ExportOptions:
+        """These options but for those that are given, by name or in whole parts."""
+        return replace(self, **keywords)
 
     def for_backend(self, backend: str) -> ExportOptions:
         """The same request of one backend alone: what others take and it does not is as by default."""
-        taken = frozenset[str]().union(*(row.takes for row in BACKENDS.values()))
-        given = {name: getattr(ExportOptions, name) for name in taken - get_backend(backend).takes}
+        row, defaults = get_backend(backend), self.defaults()
+        others = set(dict(self.backend_keywords)).union(*map(taken_by, BACKENDS.values()))
+        given = {name: defaults[name] for name in others - taken_by(row)}
         if "auto_cast" in given:
             given["auto_cast_type"] = None
         if backend != self.backend:
-            given["layout"] = ExportOptions.layout
-        asked = replace(self, backend=backend, also=(), **given)
+            given["layout"] = defaults["layout"]
+        asked = self.replace(backend=backend, also=(), **given)
         if self.is_lossy and not asked.is_lossy:
-            return replace(asked, max_kl=None, min_agreement=None, accept_loss=False)
-        return replace(asked, atol=ExportOptions.atol) if asked.is_lossy else asked
+            return asked.replace(max_kl=None, min_agreement=None, accept_loss=False)
+        return asked.replace(atol=AccuracyOptions.atol) if asked.is_lossy else asked
 
     @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """All batch sizes that were given, from the smallest to the largest."""
-        given = self.batch_size
-        return () if given is None else (given,) if isinstance(given, int) else tuple(sorted(given))
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether weights or caches are stored in less than float32."""
-        return self.quantize != "none" or self.kv_cache != "float32"
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether anything is put on a grid, which text may help to choose."""
-        return self.quantize != "none" or self.kv_cache == "int8"
-
-    @property
-    def is_cast(self) -> bool:
-        """Whether less than float32 is computed in."""
-        return self.dtype != "float32" or self.auto_cast != "none"
+    def backend_options(self) -> Any:
+        """The options of the backend, an instance of the class that its row names. Raises UsageError where there is no
+        such backend."""
+        return fill(options_class(get_backend(self.backend)), dict(self.backend_keywords))
 
     @property
     def is_lossy(self) -> bool:
         """Whether less than fp32 is asked for, so that the artifact is held to a loss rather than to a difference."""
-        return self.is_rounded or self.is_cast
-
-    @property
-    def cast_dtype(self) -> Dtype:
-        """The dtype of what is computed in where `is_cast`."""
-        return self.dtype if self.dtype != "float32" else AUTO_CAST_TYPES[self.auto_cast_type or "bf16"]
-
-    @property
-    def cast_type(self) -> str:
-        """What is computed in where `is_cast`, in short: one of AUTO_CAST_TYPES."""
-        if self.dtype == "float32":
-            return self.auto_cast_type or "bf16"
-        return next(short for short, dtype in AUTO_CAST_TYPES.items() if dtype == self.dtype)
+        return self.quantization.is_rounded or self.precision.is_cast
 
     def check(self) -> None:
         """Raise one UsageError that lists everything wrong with these options; with the backend "auto" what is wrong
         with the first that it stands for, where none takes them."""
         backends = list(BACKENDS) if self.backend == AUTO and not self.also else [self.backend]
-        problems = [list(replace(self, backend=name)._problems()) for name in backends]
+        problems = [list(self.replace(backend=name).problems()) for name in backends]
         if all(problems):
             raise UsageError(" ".join(problems[0]))
 
     def check_task(self, task: Task) -> None:
         """Raise UsageError for what these options ask of a task that has no place for it."""
-        self._check_sizes_of(task)
-        if task.kind != "decoder" and (useless := self._given("max_kl", "min_agreement")):
+        self.shapes.check_task(task, is_inferred=not self.task)
+        if task.kind != "decoder" and (useless := self.accuracy.given("max_kl", "min_agreement")):
             raise UsageError(
                 f"{' and '.join(useless)} bound what is lost on the text that a decoder predicts, and {task.name!r} "
                 f"predicts none: what --dtype and --auto-cast may cost it is fixed, and --accept-loss takes more."
             )
-        if self.is_rounded and task.kind != "decoder":
+        if self.quantization.is_rounded and task.kind != "decoder":
             raise UsageError(
                 f"--quantize and --kv-cache are for decoders: what they cost is measured on the text that a model "
                 f"predicts, and {task.name!r} predicts none. Leave them out."
-            )
-
-    def _check_sizes_of(self, task: Task) -> None:
-        taken = [name for name in SIZES[task.kind] if name not in _OWN_AXES or name in task.axes]
-        every = dict.fromkeys(name for names in SIZES.values() for name in names)
-        if useless := [flag_of(name) for name in every if getattr(self, name) and name not in taken]:
-            inferred = "" if self.task else ", which is inferred from the checkpoint (--task names another)"
-            raise UsageError(
-                f"{' and '.join(useless)} {'is' if len(useless) == 1 else 'are'} not for the task {task.name!r}"
-                f"{inferred}. Of such sizes it takes: {', '.join(map(flag_of, taken))}."
             )
 
     def check_sizes(self, model: str, task: str, needed: Sequence[str], longest: int | None) -> None:
@@ -255,91 +190,68 @@ class ExportOptions:
 
         `longest` is the sequence that the model was made for, if that is known.
         """
-        missing = [name for name in needed if not getattr(self, name)]
-        if not missing:
-            return
-        examples = {**SIZE_EXAMPLES, "sequence_length": min(SIZE_EXAMPLES["sequence_length"], longest or 128)}
-        flags = " and ".join(f"{flag_of(name)} N" for name in missing)
-        example = " ".join(f"{flag_of(name)} {examples[name]}" for name in needed)
         given = f" --task {quoted(self.task)}" if self.task else ""
-        raise UsageError(
-            f"The task {task!r} is compiled for fixed shapes: {', '.join(needed)}. Add {flags}, for example: "
-            f"precast export {quoted(model)}{given} {example} -o OUT"
-        )
+        self.shapes.check_needed(needed, task, longest, model, task_flag=given)
 
-    def _problems(self) -> Iterator[str]:
-        for flag, values in self._sizes().items():
-            for value in values:
-                if value < 1:
-                    yield f"--{flag} must be at least 1, not {value}."
-            if len(set(values)) != len(values) and flag != "image-size":
-                what = "length" if "length" in flag else "size"
-                yield f"--{flag} names a {what} twice: {','.join(map(str, values))}."
-        if len(self.image_size) > 2:
-            yield f"--image-size is HEIGHT,WIDTH or one number for both, not {','.join(map(str, self.image_size))}."
+    def problems(self) -> Iterator[str]:
+        """Describe everything that is wrong with these options, a sentence each."""
+        for part in (self.shapes, self.precision, self.quantization):
+            yield from part.problems()
+        yield from self._combination_problems()
         yield from self._choice_problems()
-        yield from self._cast_problems()
         if AUTO in (self.backend, *self.also):
             yield f"--backend {AUTO} keeps one backend's files, and --also adds another's: name both of them."
             return
         yield from self._backend_problems()
         yield from self._also_problems()
-        yield from layout_problems(self)
-        yield from self._quantization_problems()
-        if not self.atol > 0:
-            yield f"--atol must be above 0, not {self.atol}."
-
-    def _sizes(self) -> dict[str, tuple[int, ...]]:
-        """Every size that was given, by its flag."""
-        return {
-            "batch-size": self.batch_sizes,
-            "sequence-length": self.sequence_length,
-            "prefill-lengths": self.prefill_lengths,
-            "decoder-sequence-length": () if self.decoder_sequence_length is None else (self.decoder_sequence_length,),
-            "num-choices": () if self.num_choices is None else (self.num_choices,),
-            "text-batch-size": () if self.text_batch_size is None else (self.text_batch_size,),
-            "audio-sequence-length": self.audio_sequence_length,
-            "image-size": self.image_size,
-        }
+        yield from self._layout_problems()
+        yield from self._bound_problems()
+        yield from self.accuracy.problems()
 
     def _choice_problems(self) -> Iterator[str]:
-        for name, allowed in _CHOICES.items():
-            if (value := getattr(self, name)) not in allowed and value is not None:
-                known = ", ".join(map(str, allowed))
-                yield f"--{name.replace('_', '-')} {value!r} is not supported; the choices are: {known}."
+        """Options that lie in no part, and of backends whether it takes them or not."""
+        for name, value in self.backend_keywords:
+            if declared := find_option(name):
+                yield from choice_problems(declared, value)
+        for each in fields(self):
+            yield from choice_problems(each, getattr(self, each.name))
 
-    def _cast_problems(self) -> Iterator[str]:
-        if self.auto_cast_type is not None and self.auto_cast == "none":
-            yield f"--auto-cast-type {self.auto_cast_type} says what --auto-cast casts to; give it matmul or all, too."
-        if self.dtype != "float32" and self.auto_cast != "none":
-            yield (
-                f"--auto-cast {self.auto_cast} casts what is in float32, and --dtype {self.dtype} leaves nothing in "
-                f"it; give one of them."
-            )
-        if self.is_cast and self.is_rounded:
-            given = f"--dtype {self.dtype}" if self.dtype != "float32" else f"--auto-cast {self.auto_cast}"
-            rounded = f"--quantize {self.quantize}" if self.quantize != "none" else f"--kv-cache {self.kv_cache}"
+    def _combination_problems(self) -> Iterator[str]:
+        cast, rounding = self.precision, self.quantization
+        if cast.is_cast and rounding.is_rounded:
+            given = f"--dtype {cast.dtype}" if cast.dtype != "float32" else f"--auto-cast {cast.auto_cast}"
+            is_quantized = rounding.quantize != "none"
+            rounded = f"--quantize {rounding.quantize}" if is_quantized else f"--kv-cache {rounding.kv_cache}"
             yield f"{given} cannot be combined with {rounded}, whose operators compute in float32; give one of them."
 
     def _backend_problems(self) -> Iterator[str]:
         row = self._backend_row()
-        taken = row.takes.union(*(get_backend(name).takes for name in self.also))
-        for name in ("dtype", "auto_cast", "isa", "device", *NEURON_FLAGS):
-            value = getattr(self, name)
-            if value != getattr(ExportOptions, name) and name not in taken:
-                others = ", ".join(each.name for each in BACKENDS.values() if name in each.takes) or "none"
-                given = NEURON_FLAGS.get(name) or f"--{name.replace('_', '-')} {value}"
-                yield f"{given} is not for --backend {row.name}: {row.because}. Backends that take it: {others}."
-        if self.kv_cache == "float16" and not row.halves_caches:
+        yield from self._foreign_problems(row)
+        if self.quantization.kv_cache == "float16" and not row.halves_caches:
             others = ", ".join(each.name for each in BACKENDS.values() if each.halves_caches)
             yield (
                 f"--kv-cache float16 is not for --backend {row.name}, whose attention computes in what its caches "
                 f"hold. Backends that take it: {others}; int8 is for all."
             )
-        if row.name == "neuron":
-            yield from neuron_problems(self)
-        elif self.auto_cast_type == "tf32":
-            yield f"--auto-cast-type tf32 is for --backend neuron; with --backend {row.name} it is bf16 or fp16."
+        yield from self.backend_options.problems()
+        if self.precision.auto_cast_type == "tf32" and not row.casts_itself:
+            others = ", ".join(each.name for each in BACKENDS.values() if each.casts_itself)
+            yield f"--auto-cast-type tf32 is for --backend {others}; with --backend {row.name} it is bf16 or fp16."
+
+    def _foreign_problems(self, row: Backend) -> Iterator[str]:
+        """Options that neither the backend nor another that is asked for takes."""
+        taken = taken_by(row).union(*(taken_by(get_backend(name)) for name in self.also))
+        shared = [
+            each for each in fields(PrecisionOptions) if each.name in BY_BACKEND and self.precision.is_given(each)
+        ]
+        for each in [*shared, *filter(None, (find_option(name) for name, _ in self.backend_keywords))]:
+            if each.name not in taken:
+                # A choice is a word, as others need not be.
+                value = f" {getattr(self, each.name)}" if each.metadata.get("choices") else ""
+                yield (
+                    f"{flag_of(each)}{value} is not for --backend {row.name}: {row.because}. Backends that take it: "
+                    f"{backends_that_take(each.name)}."
+                )
 
     def _backend_row(self) -> Backend:
         try:
@@ -355,55 +267,36 @@ class ExportOptions:
             if get_backend(name).name != self.backend:
                 yield from self.for_backend(name)._backend_problems()
 
-    def _quantization_problems(self) -> Iterator[str]:
-        if self.quantize_method not in (None, *QUANTIZE_METHODS):
-            known = ", ".join(QUANTIZE_METHODS)
-            yield f"--method {self.quantize_method!r} is not supported; the choices are: {known}."
-        if self.quantize == "none" and (useless := self._given("group_size", "skip")):
-            yield f"{', '.join(useless)} say how weights are rounded; give --quantize, too."
-        if self.quantize in ("none", "source") and (useless := self._only_for_rounding()):
-            yield f"{', '.join(useless)} say how weights are rounded, which --quantize {self.quantize} does not do."
-        if not self.is_calibrated and self.calibration is not None:
-            yield "--calibration says how weights and caches are rounded; give --quantize or --kv-cache int8, too."
-        if not self.is_lossy and (useless := self._given("max_kl", "min_agreement", "accept_loss")):
+    def _layout_problems(self) -> Iterator[str]:
+        if "layout" in get_backend(self.backend).takes:
+            yield from self.backend_options.layout_problems(self.layout, self.shapes)
+        elif self.layout == OPTIMUM_NEURON:
+            yield (
+                f"--layout {OPTIMUM_NEURON} is that of Neuron artifacts; give --backend neuron, too, or leave it out."
+            )
+
+    def _bound_problems(self) -> Iterator[str]:
+        """Bounds of a loss where nothing is lost, and of a difference where something is."""
+        bounds = self.accuracy
+        if not self.is_lossy and (useless := bounds.given("max_kl", "min_agreement", "accept_loss")):
             yield (
                 f"{', '.join(useless)} bound what is lost; without --quantize, --kv-cache, --dtype and --auto-cast "
                 f"nothing is, and --atol is the bound."
             )
-        if self.is_lossy and not self.also and self._given("atol") and self.atol > 0:
+        if self.is_lossy and not self.also and bounds.given("atol") and bounds.atol > 0:
             yield (
-                f"--atol {self.atol:g} bounds the difference of a model that computes in float32; what --quantize, "
+                f"--atol {bounds.atol:g} bounds the difference of a model that computes in float32; what --quantize, "
                 f"--kv-cache, --dtype and --auto-cast cost is bounded by --max-kl and --min-agreement."
             )
-        if self.max_kl is not None and not self.max_kl > 0:
-            yield f"--max-kl must be above 0, not {self.max_kl}."
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            yield f"--min-agreement must lie between 0 and 1, not {self.min_agreement}."
-        if self.calibration is not None and not self.calibration.is_file():
-            yield f"--calibration: there is no file {self.calibration}."
-
-    def _only_for_rounding(self) -> list[str]:
-        given = {"--method": self.quantize_method, "--symmetric/--asymmetric": self.symmetric}
-        return [flag for flag, value in given.items() if value is not None]
-
-    def _given(self, *names: str) -> list[str]:
-        """The flags of those options that are not as they are by default."""
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(ExportOptions, name)]
 
 
-def flag_of(name: str) -> str:
-    """An option of ExportOptions as it is typed."""
-    return f"--{name.replace('_', '-')}"
-
-
-_CHOICES: dict[str, Collection[object]] = {
-    "dtype": DTYPES,
-    "auto_cast": AUTO_CAST,
-    "auto_cast_type": AUTO_CAST_TYPES,
-    "isa": ISAS,
-    "device": DEVICES,
-    "quantize": QUANTIZE,
-    "kv_cache": KV_CACHES,
-    "layout": LAYOUTS,
-    "group_size": GROUP_SIZES,
-}
+def _differing(keywords: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options of backends that are not as by default. Raises TypeError for a name that there is not."""
+    kept = []
+    for name, value in sorted(keywords.items()):
+        declared = find_option(name)
+        if declared is None:
+            raise TypeError(f"ExportOptions.__init__() got an unexpected keyword argument {name!r}")
+        if value != declared.default:
+            kept.append((name, value))
+    return tuple(kept)

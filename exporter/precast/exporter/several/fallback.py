@@ -9,7 +9,6 @@ that are the same in both, byte by byte, lie there once.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -37,7 +36,7 @@ def export_with_others(model: str, target: Path, options: ExportOptions, on_step
     options.check()
     check_target(target, force=options.force)
     with staging(target) as folder:
-        alone = replace(options, force=False)
+        alone = options.replace(force=False)
         first = export_variant(model, folder / "first", alone.for_backend(options.backend), on_step, on_plan)
         for backend in options.also:
             made, told = folder / backend, prefixed(on_step, backend)

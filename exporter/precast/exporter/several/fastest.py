@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def choose_backends(options: ExportOptions) -> Choice:
     names, left_out, refused = [], {}, []
     for name in BACKENDS:
         try:
-            replace(options, backend=name).check()
+            options.replace(backend=name).check()
             compiler_of(name)
         except UsageError as error:
             left_out[name] = _describe_error(error)
@@ -142,7 +142,7 @@ def _compile(
     for name in names:
         try:
             found.made[name] = export_variant(
-                model, folder / name, replace(options, backend=name, force=False),
+                model, folder / name, options.replace(backend=name, force=False),
                 prefixed(on_step, name), on_plan if name == names[0] else lambda plan: None,
             )  # fmt: skip
         except Exception as error:

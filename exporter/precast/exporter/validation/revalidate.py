@@ -48,9 +48,9 @@ def validate_again(
     chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant, root=path)
     task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in chosen.graphs))
     words, options = describe_loss(chosen), _as_compiled(options, chosen)
-    if words is not None and options.atol != ExportOptions.atol:
+    if words is not None and options.accuracy.given("atol"):
         raise UsageError(
-            f"--atol {options.atol:g} bounds the difference of a model that computes in float32; the variant "
+            f"--atol {options.accuracy.atol:g} bounds the difference of a model that computes in float32; the variant "
             f"{chosen.name} is {words}, and what that costs is measured on answers as a whole. Leave --atol out."
         )
     made = {spec.name for graph in chosen.graphs for spec in graph.outputs}
@@ -85,7 +85,7 @@ def _as_compiled(options: ExportOptions, variant: Variant) -> ExportOptions:
             if name in variant.compiler.options}  # fmt: skip
     floor = {name: value for name, value in asdict(Floor.within(variant.accuracy.reason)).items() if value is not None}
     accepts = variant.accuracy.status == "accepted"
-    return replace(options, dtype=variant.dtype, accept_loss=accepts, **told, **floor)  # type: ignore[arg-type]
+    return options.replace(dtype=variant.dtype, accept_loss=accepts, **told, **floor)
 
 
 def _rewrite(artifact: Artifact, variant: str, accuracy: Accuracy) -> None:

@@ -5,13 +5,18 @@ A package can add a row of its own through the entry point group `precast.backen
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
-from ..errors import UsageError
+from ..errors import PrecastWarning, UsageError
 
-__all__ = ["BACKENDS", "Backend", "get_backend"]
+__all__ = ["BACKENDS", "Backend", "backend_rows", "get_backend"]
+
+GROUP = "precast.backends"
+"""The entry points by which packages add rows."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,9 @@ class Backend:
     """What turns programs into files (`compiler`), and what runs those files (`engine`).
 
     `trust` is the tier of the files: `graph` is interpreted data, `native` is code of the machine. `takes` names
-    the export options that its compiler reads besides those of every export ("dtype", "auto_cast", "isa",
-    "device"); `because` says, after a colon, why it takes no others. With `decodes_apart` a decoder has a graph of
+    the export options that its compiler reads and not every one does ("dtype", "auto_cast"); `options` is the class of
+    those that only it has, derived from `precast.exporter.options.BackendOptions`, in a module that imports nothing
+    heavy; `because` says, after a colon, why it takes no others. With `decodes_apart` a decoder has a graph of
     its own for one new token per row, which is compiled otherwise than a prompt. With `scales_rows` weights of 8
     bits have one scale per row unless groups are asked for. With `halves_caches` caches may be float16. With
     `is_static` every dimension is fixed. With `casts_itself` its compiler does what auto_cast asks for, and the
@@ -38,6 +44,7 @@ class Backend:
     halves_caches: bool = False
     is_static: bool = False
     casts_itself: bool = False
+    options: str | None = None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -54,7 +61,8 @@ BACKENDS: dict[str, Backend] = {
         "native",
         "precast.exporter.backends.aoti.compiler:AotiCompiler",
         "precast.runtime.engines.aoti:AotiEngine",
-        takes=frozenset({"dtype", "auto_cast", "isa", "device"}),
+        takes=frozenset({"dtype", "auto_cast"}),
+        options="precast.exporter.backends.aoti.options:AotiOptions",
         decodes_apart=True,
         scales_rows=True,
         halves_caches=True,
@@ -74,19 +82,8 @@ BACKENDS: dict[str, Backend] = {
         "native",
         "precast.exporter.backends.neuron.compiler:NeuronCompiler",
         "precast.runtime.engines.neuron:NeuronEngine",
-        takes=frozenset(
-            {
-                "dtype",
-                "auto_cast",
-                "instance_type",
-                "strategy",
-                "tensor_parallel",
-                "inline_weights",
-                "optlevel",
-                "compiler_args",
-                "compiler_workdir",
-            }
-        ),
+        takes=frozenset({"dtype", "auto_cast", "layout"}),
+        options="precast.exporter.backends.neuron.options:NeuronOptions",
         because="it compiles for the Neuron devices that --instance-type names",
         decodes_apart=True,
         is_static=True,
@@ -95,14 +92,35 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def backend_rows() -> Iterator[Backend]:
+    """All rows, those of plug-ins last; one that cannot be loaded is left out, with a PrecastWarning."""
+    yield from BACKENDS.values()
+    for plugin in entry_points(group=GROUP):
+        if plugin.name in BACKENDS:
+            continue
+        try:
+            row = _load_row(plugin)
+        except Exception as error:
+            # Importing a plug-in runs foreign code, which raises anything.
+            said = f"The backend {plugin.name} cannot be loaded from {plugin.value} ({type(error).__name__}: {error})."
+            warnings.warn(said, PrecastWarning, stacklevel=2)
+        else:
+            yield row
+
+
 def get_backend(name: str) -> Backend:
     """The row of backend `name`, built in or from a plug-in. Raises UsageError, which lists the valid names."""
     if name in BACKENDS:
         return BACKENDS[name]
-    plugins = entry_points(group="precast.backends")
+    plugins = entry_points(group=GROUP)
     for plugin in plugins.select(name=name):
-        row = plugin.load()
-        assert isinstance(row, Backend), f"the entry point {plugin.value} is not a precast Backend"
-        return row
+        return _load_row(plugin)
     names = [*BACKENDS, *(plugin.name for plugin in plugins)]
     raise UsageError(f"There is no backend {name!r}. The backends are: {', '.join(names)}.")
+
+
+def _load_row(plugin: EntryPoint) -> Backend:
+    row = plugin.load()
+    if not isinstance(row, Backend):
+        raise UsageError(f"The entry point {plugin.value} of the backend {plugin.name} is no precast Backend.")
+    return row

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -310,8 +310,6 @@ def _export_once(model: str | Path, **options: Any) -> Path:
         export_once, settings = exporter.export_once, exporter.ExportOptions
     except ImportError as error:
         raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
-    refuse_unknown(
-        "from_pretrained(export=True)", options, [each.name for each in fields(settings) if each.name != "force"]
-    )
+    refuse_unknown("from_pretrained(export=True)", options, [name for name in settings.defaults() if name != "force"])
     made: Path = export_once(str(model), home() / "exports", settings.of(options))
     return made

@@ -17,6 +17,7 @@ from precast.runtime.errors import PrecastWarning
 
 from ...kinds.trace import Program
 from ...options import ExportOptions
+from ...options.precision import PrecisionOptions
 from ...progress import progress
 from .. import Compiled, release_of
 from ..aten.lowering import Lowered, LoweringOptions, lower
@@ -25,6 +26,7 @@ from . import freezing
 from .gpu import check_gpu, free_gpu_memory, gpu_facts, move_to_device
 from .isa import cpu_flags_needed
 from .library import build_library, check_compiler, compiler_workspace, lowering_options_for, matmul_dtype_names
+from .options import AotiOptions
 
 __all__ = ["AotiCompiler"]
 
@@ -38,20 +40,21 @@ class AotiCompiler:
     def check_tools(self, options: ExportOptions) -> None:
         """See NeedsTools."""
         check_compiler()
-        if options.device == "cuda":
+        if options.backend_options.device == "cuda":
             check_gpu()
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler. Raises ExportError where there is no compiler, or where it fails."""
-        lowering = lowering_options_for(options.device, options.isa)
-        _warn_of_float32_matmuls(options, lowering)
+        native: AotiOptions = options.backend_options
+        lowering = lowering_options_for(native.device, native.isa)
+        _warn_of_float32_matmuls(native, options.precision, lowering)
         lowered = [lower(program, lowering) for program in programs]
-        is_frozen, is_cpu = freezing.should_freeze(lowered, options), options.device == "cpu"
+        is_frozen, is_cpu = freezing.should_freeze(lowered, native), native.device == "cpu"
         if not is_frozen:
             # Before anything moves to a GPU: here all graphs still hold the same tensors.
             save_weights(lowered, stage / WEIGHTS)
         with compiler_workspace():
-            graphs = list(_build_libraries(lowered, stage, options, freezing.FREEZING_OPTIONS if is_frozen else {}))
+            graphs = list(_build_libraries(lowered, stage, native, freezing.FREEZING_OPTIONS if is_frozen else {}))
         if not is_cpu:
             free_gpu_memory()
         return Compiled(
@@ -59,15 +62,15 @@ class AotiCompiler:
             weights=[] if is_frozen else [WEIGHTS],
             host=Host(
                 platforms=[f"{platform.system().lower()}-{platform.machine()}"],
-                device=options.device,
-                isa=cpu_flags_needed(options.isa),
+                device=native.device,
+                isa=cpu_flags_needed(native.isa),
                 min_versions={"torch": release_of("torch")},
             ),
             compiler=Compiler(
                 name="aotinductor",
                 version=release_of("torch"),
                 options={
-                    "isa": options.isa,
+                    "isa": native.isa,
                     "frozen": is_frozen,
                     **({"products": matmul_dtype_names(lowering)} if is_cpu else gpu_facts()),
                 },
@@ -77,27 +80,27 @@ class AotiCompiler:
         )
 
 
-def _warn_of_float32_matmuls(options: ExportOptions, lowering: LoweringOptions) -> None:
+def _warn_of_float32_matmuls(native: AotiOptions, precision: PrecisionOptions, lowering: LoweringOptions) -> None:
     """Warn where the CPU has no matrix instructions for the dtype that was asked for."""
-    if options.is_cast and getattr(torch, options.cast_dtype) in lowering.float32_matmuls:
-        subject = "This CPU" if options.isa == "native" else f"--isa {options.isa}"
+    if precision.is_cast and getattr(torch, precision.cast_dtype) in lowering.float32_matmuls:
+        subject = "This CPU" if native.isa == "native" else f"--isa {native.isa}"
         warnings.warn(
-            f"{subject} has no instructions that multiply {options.cast_dtype}: prompts and encoders are multiplied in "
-            f"float32 and gain nothing from it; a decoder's steps read half the bytes.",
+            f"{subject} has no instructions that multiply {precision.cast_dtype}: prompts and encoders are multiplied "
+            f"in float32 and gain nothing from it; a decoder's steps read half the bytes.",
             PrecastWarning,
             stacklevel=2,
         )
 
 
 def _build_libraries(
-    lowered: list[Lowered], stage: Path, options: ExportOptions, extra: Mapping[str, Any]
+    lowered: list[Lowered], stage: Path, native: AotiOptions, extra: Mapping[str, Any]
 ) -> Iterator[Graph]:
     """Compile the programs one by one, and release each afterwards."""
     total = len(lowered)
     while lowered:
         progress(total - len(lowered), total, f"{lowered[0].graph.name} as native code")
         each = lowered.pop(0)
-        exported = each.exported if options.device == "cpu" else move_to_device(each.exported, options.device)
+        exported = each.exported if native.device == "cpu" else move_to_device(each.exported, native.device)
         file = f"{each.graph.name}.so"
-        build_library(exported, stage / file, options.isa, options.device, extra)
+        build_library(exported, stage / file, native.isa, native.device, extra)
         yield replace(each.graph, file=file)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...options import ExportOptions
 from ..aten.lowering import Lowered
+from .options import AotiOptions
 
 __all__ = ["FREEZING_OPTIONS", "should_freeze"]
 
@@ -25,14 +25,14 @@ MAX_BYTES = 2**30
 """Of weights, in all libraries together."""
 
 
-def should_freeze(programs: Sequence[Lowered], options: ExportOptions) -> bool:
+def should_freeze(programs: Sequence[Lowered], native: AotiOptions) -> bool:
     """Whether to freeze: encoders that are small enough to be stored once per graph, for the machine that compiles
     them.
 
     A decoder's weights are shared by prefill and decode step, which reads each of them once whatever its layout.
     """
     is_encoder = all(program.graph.role == "encode" and not program.graph.cache for program in programs)
-    is_here = options.isa == "native" and options.device == "cpu"
+    is_here = native.isa == "native" and native.device == "cpu"
     return is_encoder and is_here and sum(map(_weight_bytes, programs)) <= MAX_BYTES
 
 

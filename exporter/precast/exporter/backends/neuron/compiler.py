@@ -16,7 +16,6 @@ from precast.runtime.errors import UsageError
 
 from ...kinds.trace import Program
 from ...options import ExportOptions
-from ...options.neuron import chosen_strategy
 from ...progress import progress
 from .. import Compiled, release_of
 from ..aten.lowering import Lowered, lower
@@ -24,6 +23,7 @@ from ..aten.safetensors import save_tensors
 from .compile_job import compile_job, sdk_versions
 from .flags import flags_of
 from .optimum_layout import OptimumLayout
+from .options import NeuronOptions
 from .strategies import STRATEGIES, Item, Job
 from .xla_program import NEURON_LOWERING, build_body
 
@@ -40,24 +40,26 @@ class NeuronCompiler(OptimumLayout):
 
     def check_tools(self, options: ExportOptions) -> None:
         """See NeedsTools."""
-        self._versions = sdk_versions(chosen_strategy(options), str(options.instance_type))
+        neuron: NeuronOptions = options.backend_options
+        self._versions = sdk_versions(neuron.chosen_strategy, str(neuron.instance_type))
 
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler."""
         if not self._versions:
             self.check_tools(options)
-        strategy = STRATEGIES[chosen_strategy(options)]
+        neuron: NeuronOptions = options.backend_options
+        strategy = STRATEGIES[neuron.chosen_strategy]
         lowered = {program.graph.name: lower(program, NEURON_LOWERING) for program in programs}
-        if not options.inline_weights:
+        if not neuron.inline_weights:
             bodies = [build_body(each) for each in lowered.values()]
-            save_tensors(strategy.weights(bodies, options.tensor_parallel), stage / WEIGHTS)
+            save_tensors(strategy.weights(bodies, neuron.tensor_parallel), stage / WEIGHTS)
         files = strategy.files([each.graph for each in lowered.values()])
         for done, (file, graphs) in enumerate(files.items()):
             progress(done, len(files), ", ".join(graph.name for graph in graphs))
             _compile([lowered[graph.name] for graph in graphs], stage / file, options)
         return Compiled(
             graphs=[replace(graph, file=file) for file, graphs in files.items() for graph in graphs],
-            weights=[] if options.inline_weights else [WEIGHTS],
+            weights=[] if neuron.inline_weights else [WEIGHTS],
             host=_make_host(self._versions),
             compiler=Compiler(
                 name="neuronx-cc",
@@ -71,36 +73,37 @@ class NeuronCompiler(OptimumLayout):
 
 def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None:
     """Write one file. Programs are passed to the child process as temporary files."""
-    with Scratch() as folder, _workdir(options) as workdir:
+    neuron: NeuronOptions = options.backend_options
+    with Scratch() as folder, _workdir(neuron) as workdir:
         items = []
         for each in lowered:
             program = folder / f"{each.graph.name}.pt2"
             torch.export.save(each.exported, program)
             items.append(Item(graph=each.graph, program=str(program)))
         job = Job(
-            strategy=chosen_strategy(options),
+            strategy=neuron.chosen_strategy,
             items=items,
             file=str(file),
-            arguments=flags_of(options),
-            cores=options.tensor_parallel,
-            inline_weights=options.inline_weights,
+            arguments=flags_of(neuron, options.precision),
+            cores=neuron.tensor_parallel,
+            inline_weights=neuron.inline_weights,
             workdir=str(workdir),
         )
-        compile_job(job, folder, str(options.instance_type))
+        compile_job(job, folder, str(neuron.instance_type))
 
 
 @contextmanager
-def _workdir(options: ExportOptions) -> Iterator[Path]:
+def _workdir(neuron: NeuronOptions) -> Iterator[Path]:
     """The folder for neuronx-cc's files: the user's, or a temporary one. Raises UsageError."""
-    if options.compiler_workdir is None:
+    if neuron.compiler_workdir is None:
         with Scratch() as folder:
             yield folder
         return
     try:
-        options.compiler_workdir.mkdir(parents=True, exist_ok=True)
+        neuron.compiler_workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--compiler-workdir {options.compiler_workdir} cannot be made: {error.strerror}.") from None
-    yield options.compiler_workdir
+        raise UsageError(f"--compiler-workdir {neuron.compiler_workdir} cannot be made: {error.strerror}.") from None
+    yield neuron.compiler_workdir
 
 
 def _make_host(versions: dict[str, str]) -> Host:
@@ -116,14 +119,15 @@ def _make_host(versions: dict[str, str]) -> Host:
 
 def _describe_options(options: ExportOptions) -> dict[str, str | int | float | bool]:
     """The compiler's options for the record: the runtime checks them, and they repeat the export."""
+    neuron: NeuronOptions = options.backend_options
     return {
-        "instance_type": str(options.instance_type),
-        "strategy": chosen_strategy(options),
-        "cores": options.tensor_parallel,
-        "inline_weights": options.inline_weights,
-        "dynamic_batch_size": options.dynamic_batch_size,
-        "optlevel": options.optlevel or 2,
-        "arguments": " ".join(flags_of(options)),
+        "instance_type": str(neuron.instance_type),
+        "strategy": neuron.chosen_strategy,
+        "cores": neuron.tensor_parallel,
+        "inline_weights": neuron.inline_weights,
+        "dynamic_batch_size": options.shapes.dynamic_batch_size,
+        "optlevel": neuron.optlevel or 2,
+        "arguments": " ".join(flags_of(neuron, options.precision)),
     }
 
 

@@ -23,6 +23,7 @@ from ...checkpoint.resolve import Checkpoint
 from ...options import ExportOptions
 from ...options.layout import OPTIMUM_NEURON
 from .. import Compiled
+from .options import NeuronOptions
 
 __all__ = ["OptimumLayout"]
 
@@ -77,6 +78,9 @@ class OptimumLayout:
 
 
 def _section(compiled: Compiled, graph: Graph, task: str, model_type: str, options: ExportOptions) -> dict[str, Any]:
+    neuron: NeuronOptions = options.backend_options
+    precision = options.precision
+    cast = None if precision.auto_cast == "none" else precision
     return {
         "compiler_type": compiled.compiler.name,
         "compiler_version": compiled.compiler.version,
@@ -85,12 +89,12 @@ def _section(compiled: Compiled, graph: Graph, task: str, model_type: str, optio
         # The file takes the compiled batch alone; slices of larger ones are our runtime's.
         "dynamic_batch_size": False,
         "tensor_parallel_size": 1,
-        "optlevel": str(options.optlevel or 2),
-        "auto_cast": None if options.auto_cast == "none" else options.auto_cast,
-        "auto_cast_type": None if options.auto_cast == "none" else options.cast_type,
-        "instance_type": options.instance_type,
+        "optlevel": str(neuron.optlevel or 2),
+        "auto_cast": cast and cast.auto_cast,
+        "auto_cast_type": cast and cast.cast_type,
+        "instance_type": neuron.instance_type,
         "int_dtype": "int64",
-        "float_dtype": _SHORT[options.dtype],
+        "float_dtype": _SHORT[precision.dtype],
         "model_type": model_type,
         "output_attentions": False,
         "output_hidden_states": False,
