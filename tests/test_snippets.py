@@ -296,8 +296,8 @@ def test_commands_within_sentences_exist(place, command):
     elif not name.startswith("-"):
         found = cli.get_command(None, name)
         assert found is not None
-        options = {option for param in found.params for option in param.opts}
         context = click.Context(cli, **SETTINGS)
+        options = {option for param in found.get_params(context) for option in param.opts}
         if "…" not in words and words:
             found.make_context(name, words, parent=context, resilient_parsing=True)
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options

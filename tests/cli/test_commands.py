@@ -177,7 +177,7 @@ def test_every_command_has_help_and_hyphens(run, name):
     assert code == 0
     assert out.startswith("Usage: precast")
     command = cli.get_command(None, name)
-    for parameter in command.params:
+    for parameter in command.get_params(click.Context(command)):
         for option in parameter.opts:
             assert "_" not in option or not option.startswith("-")
 
