@@ -168,8 +168,10 @@ def test_all_snippets_of_a_document(reader, document, tmp_path, monkeypatch):
 
 # What its snippets are pieces of.
 CONTRIBUTING = """
+from dataclasses import dataclass, field
 import torch
 from precast.exporter.architectures.bloom import BloomAttention, _get_alibi_slopes, attend, dropout_add, replace_method
+from precast.exporter.options import BackendOptions, describe
 from precast.runtime.artifact.backends import Backend
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.models.encoder_base import Encoder
