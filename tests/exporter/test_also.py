@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from precast.cli import cli
 from precast.exporter import ExportOptions, export, validate_again
 from precast.exporter.several.fallback import _joined
-from precast.exporter.validation.record import record
+from precast.exporter.validation.record import record_accuracy
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import copy_artifact
@@ -120,7 +120,7 @@ def test_if_one_fails_nothing_is_written(checkpoint, tmp_path, toy, monkeypatch)
         run = step(self, graph, inputs, outputs)
         return lambda: (run(), outputs["logits"].fill(1))
 
-    monkeypatch.setattr("precast.exporter.validation.ask", _asked_here)
+    monkeypatch.setattr("precast.exporter.validation.run_samples", _asked_here)
     monkeypatch.setattr(toy_backend.ToyEngine, "bind", wrong)
     with pytest.raises(AccuracyError):
         export(str(checkpoint("llama")), tmp_path / "sub/out", ExportOptions(also=("toy",), **SIZES))
@@ -162,7 +162,7 @@ def test_validating_later_records_the_verdict_on_that_variant(checkpoint, both, 
     copy = read_artifact(tmp_path / "copy")
     skipped = Accuracy(status="skipped", reason="no device: none", figures={})
     for name in ("export", "onnx"):
-        copy = record(copy, name, skipped)
+        copy = record_accuracy(copy, name, skipped)
     accuracy = validate_again(copy.path, str(checkpoint("llama")), ExportOptions(), keep=True, variant="onnx")
     first, second = read_artifact(copy.path).contract.variants
     assert (first.accuracy, second.accuracy) == (skipped, accuracy)

@@ -12,7 +12,7 @@ import transformers
 from precast.exporter import ExportOptions, export, preview, validate_again
 from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.validation.reference import Reference
-from precast.exporter.validation.rules import judge
+from precast.exporter.validation.rules import judge_float32
 from precast.runtime import CompiledModel
 from precast.runtime.artifact import read_artifact
 from precast.runtime.errors import AccuracyError, CheckpointError, UsageError
@@ -111,7 +111,7 @@ def _judged(expected, found, *, margins=None, atol=1e-4):
         [{"logits": np.array([[1.0, 5e-5]])}],
     )
     reference = Reference([steady[0], sample], [steady[1], [answers]])
-    return judge(reference, [steady[2], [{name: np.asarray(found)}]], atol)
+    return judge_float32(reference, [steady[2], [{name: np.asarray(found)}]], atol)
 
 
 def test_the_rule_is_relative_to_the_largest_value():
@@ -129,7 +129,7 @@ def test_nan_fails_wherever_it_stands():
     for place in range(3):
         found = [[{"logits": np.array([[1.0, np.nan if index == place else 0.0]])}] for index in range(3)]
         with pytest.raises(AccuracyError, match=f"'{'abc'[place]}, logits' holds NaN"):
-            judge(Reference(samples, answers), found, 1e-4)
+            judge_float32(Reference(samples, answers), found, 1e-4)
 
 
 def test_a_token_may_differ_only_where_the_reference_was_in_two_minds():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from precast.exporter import ExportOptions
 from precast.exporter.kinds.samples import Answer, ValidationSample
-from precast.exporter.validation.metrics import Floor, Scores, check, floor_for, log_softmax, score
+from precast.exporter.validation.metrics import Floor, Scores, check_floor, floor_for, log_softmax, score_rows
 from precast.exporter.validation.reference import Reference
 from precast.exporter.validation.rules import judge_loss
 from precast.runtime.errors import AccuracyError
@@ -32,7 +32,7 @@ def made(seed: int, lengths: list[int], noise: float):
 @given(seed=seeds, lengths=st.lists(st.integers(2, 12), min_size=1, max_size=4), noise=st.sampled_from([0.0, 0.1, 3.0]))
 def test_figures_are_those_of_torch(seed, lengths, noise):
     rows = list(made(seed, lengths, noise))
-    found = score(rows)
+    found = score_rows(rows)
     mine, theirs = (torch.from_numpy(np.concatenate([row[which] for row in rows])).double() for which in (1, 2))
     kl = torch.nn.functional.kl_div(
         theirs.log_softmax(-1), mine.log_softmax(-1), reduction="batchmean", log_target=True
@@ -51,7 +51,7 @@ def test_figures_are_those_of_torch(seed, lengths, noise):
 
 
 def test_the_same_model_loses_nothing():
-    found = score(made(0, [5, 9], 0.0))
+    found = score_rows(made(0, [5, 9], 0.0))
     assert (found.kl_divergence, found.top1_agreement) == (0, 1)
     assert found.perplexity == found.reference_perplexity
 
@@ -89,7 +89,7 @@ def scores(kl: float, agreement: float) -> Scores:
 def test_below_a_floor_both_numbers_are_said(kl, agreement, max_kl, least):
     is_fine = kl <= max_kl and agreement >= least
     try:
-        check(scores(kl, agreement), Floor(max_kl, least), "quantized to int4 in groups of 32")
+        check_floor(scores(kl, agreement), Floor(max_kl, least), "quantized to int4 in groups of 32")
     except AccuracyError as error:
         message = str(error)
         assert not is_fine
@@ -102,7 +102,7 @@ def test_below_a_floor_both_numbers_are_said(kl, agreement, max_kl, least):
 
 def test_the_message_word_by_word():
     with pytest.raises(AccuracyError) as caught:
-        check(scores(0.25, 0.6), Floor(0.01, 0.95), "quantized to int8 in groups of 64")
+        check_floor(scores(0.25, 0.6), Floor(0.01, 0.95), "quantized to int8 in groups of 64")
     assert str(caught.value) == (
         "Quantized to int8 in groups of 64, the model loses too much on 500 tokens of held-out text: a KL divergence "
         "of 0.25 where --max-kl allows 0.01 and a top-1 agreement of 0.6 where --min-agreement asks for 0.95 "
@@ -121,7 +121,7 @@ def test_the_message_word_by_word():
 )
 def test_two_numbers_that_differ_look_different(kl, agreement, words):
     with pytest.raises(AccuracyError) as caught:
-        check(scores(kl, agreement), Floor(0.01, 0.95), "int8")
+        check_floor(scores(kl, agreement), Floor(0.01, 0.95), "int8")
     assert words in str(caught.value)
 
 

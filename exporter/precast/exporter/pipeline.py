@@ -32,7 +32,7 @@ from .progress import OnStep, no_progress, progress_to
 from .quantize.choose import calibration_rows, quantize_model
 from .quantize.kv_cache import cache_scales
 from .validation import compare
-from .validation.record import describe_loss, record, without_device
+from .validation.record import describe_loss, record_accuracy, skip_without_device
 from .validation.reference import Reference, make_reference
 
 __all__ = ["OnPlan", "export_variant", "plan_variant", "publish_with_card"]
@@ -220,7 +220,7 @@ def _validate(artifact: Artifact, reference: Reference | None, options: ExportOp
     (variant,) = artifact.contract.variants
     with on_step("validate"):
         asked = (variant.name, reference, options, describe_loss(variant), artifact.contract.digest)
-        return record(artifact, variant.name, without_device(artifact) or compare(artifact.path, *asked))
+        return record_accuracy(artifact, variant.name, skip_without_device(artifact) or compare(artifact.path, *asked))
 
 
 def publish_with_card(

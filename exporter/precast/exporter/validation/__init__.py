@@ -1,4 +1,4 @@
-"""Does the artifact give the reference's answers? It is asked in a fresh process, and it fails closed."""
+"""Compare an artifact with the eager reference, in a fresh process. Fails closed: no verdict is no artifact."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from precast.runtime.artifact.schema import Accuracy
 
 from ..options import ExportOptions
 from .reference import Reference
-from .rules import judge, judge_cast, judge_loss
-from .worker import ask
+from .rules import judge_cast, judge_float32, judge_loss
+from .worker import run_samples
 
 __all__ = ["compare"]
 
@@ -22,15 +22,19 @@ def compare(
     loss: str | None,
     sha256: str | None = None,
 ) -> Accuracy:
-    """Ask a variant of the artifact at `artifact` and judge its answers. Raises AccuracyError with the figures if they
-    differ.
+    """Run the reference's samples through a variant of the artifact at `artifact`, and judge its answers.
 
-    `loss` says in words how it is less than float32; `sha256` is the artifact's digest where the caller built it and
-    so trusts the code in it.
+    Args:
+        loss: how the variant is less than float32, in words; None where it is not.
+        sha256: the artifact's digest where the caller built it and so trusts the code in it.
+
+    Raises:
+        AccuracyError: the answers differ by more than is allowed; it holds the figures.
+        ExportError: the artifact could not be run.
     """
-    answers = ask(artifact, variant, reference.samples, sha256)
+    answers = run_samples(artifact, variant, reference.samples, sha256)
     if loss is None:
-        return judge(reference, answers, options.atol)
+        return judge_float32(reference, answers, options.atol)
     if any(sample.kind == "score" for sample in reference.samples):
         return judge_loss(reference, answers, options, loss)
     return judge_cast(reference, answers, options, loss)

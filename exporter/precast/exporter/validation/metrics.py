@@ -1,4 +1,4 @@
-"""What rounding costs: perplexity, KL divergence and agreement on held-out text, against the eager fp32 model."""
+"""Accuracy lost to rounding: perplexity, KL divergence and top-1 agreement on held-out text, and their floors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ from precast.runtime.errors import AccuracyError
 
 from ..options import ExportOptions
 
-__all__ = ["CAST_ADVICE", "Floor", "Scores", "check", "divergence", "floor_for", "log_softmax", "score"]
+__all__ = [
+    "CAST_ADVICE",
+    "QUANTIZED_ADVICE",
+    "Floor",
+    "Scores",
+    "check_floor",
+    "floor_for",
+    "kl_divergence",
+    "log_softmax",
+    "score_rows",
+]
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What an artifact may lose: mean KL divergence in nats per token, and the share of tokens for which the likeliest
-    must be the same. None asks for nothing."""
+    """Bounds on what an artifact may lose: the largest mean KL divergence, in nats per token, and the smallest share of
+    tokens with the same likeliest token. None is no bound."""
 
     max_kl: float | None
     min_agreement: float | None
@@ -31,16 +41,16 @@ class Floor:
         return ", ".join(kl + ([] if self.min_agreement is None else [f"top-1 agreement >= {self.min_agreement:g}"]))
 
     @classmethod
-    def within(cls, words: str) -> Floor:
-        """The one that `str` wrote among these words, as an artifact records it; of nothing where there is none."""
+    def parse(cls, words: str) -> Floor:
+        """Read the floor that `str` wrote within these words, as artifacts record it; without bounds where none is."""
         found = (re.search(rf"{said} ([\d.e-]+)", words) for said in ("KL divergence <=", "top-1 agreement >="))
         return cls(*(None if each is None else float(each[1]) for each in found))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of two models that read the same text: perplexities, and how far the second's distributions are from the
-    first's."""
+    """Two models on the same text: their perplexities, and the distance of the second's distributions from those of the
+    first, the reference."""
 
     tokens: int
     reference_perplexity: float
@@ -64,56 +74,57 @@ _CAST_FLOORS: dict[str, tuple[float, float | None]] = {
     "fp16": (0.0005, 0.98),
     "tf32": (0.0005, 0.98),
 }
-# What `auto` may lose is a choice, of KL divergence alone.
+# For `auto` the KL divergence is the budget by which it chooses; agreement has no floor.
 _FLOORS: dict[str, tuple[float, float | None]] = {"int4": (0.1, None), "auto": (0.01, None)}
 
 
 def floor_for(options: ExportOptions) -> Floor:
-    """The floors that the user named, else those of the scheme: what one can ship without thinking."""
+    """The floor that the user named, else the default of the scheme."""
     found = _CAST_FLOORS[options.cast_type] if options.is_cast else _FLOORS.get(options.quantize, (0.01, 0.95))
     if options.max_kl is not None or options.min_agreement is not None:
         return Floor(options.max_kl, options.min_agreement)
     return Floor(*found)
 
 
-def score(rows: Iterable[tuple[list[int], Array, Array]]) -> Scores:
-    """Each row: token ids, the reference's logits and the other's, both [tokens, vocabulary]."""
-    parts = [np.stack(list(_row(*row))) for row in rows]
-    surprise, other_surprise, divergence, agreement = np.concatenate(parts, axis=1)
-    said = ~np.isnan(surprise)
+def score_rows(rows: Iterable[tuple[list[int], Array, Array]]) -> Scores:
+    """Score rows of (token ids, the reference's logits, the other model's logits), both logits [tokens, vocabulary]."""
+    parts = [np.stack(list(_score_tokens(*row))) for row in rows]
+    reference_nll, nll, divergence, agreement = np.concatenate(parts, axis=1)
+    is_predicted = ~np.isnan(reference_nll)
     return Scores(
         tokens=len(agreement),
-        reference_perplexity=_perplexity(surprise[said]),
-        perplexity=_perplexity(other_surprise[said]),
+        reference_perplexity=_perplexity(reference_nll[is_predicted]),
+        perplexity=_perplexity(nll[is_predicted]),
         kl_divergence=max(0.0, float(divergence.mean())),
         top1_agreement=float(agreement.mean()),
     )
 
 
-def _perplexity(surprise: Array) -> float:
-    """Of a text of one token, which says nothing that could surprise, it is 1."""
-    return float(np.exp(surprise.mean())) if surprise.size else 1.0
+def _perplexity(nll: Array) -> float:
+    """exp of the mean negative log-likelihood; 1 for a text of one token, in which nothing is predicted."""
+    return float(np.exp(nll.mean())) if nll.size else 1.0
 
 
-def _row(ids: list[int], reference: Array, other: Array) -> Iterator[Array]:
-    mine, theirs = log_softmax(reference), log_softmax(other)
-    for logs in (mine, theirs):
-        # The last token's logits are about a token that is not there.
-        said = np.full(len(ids), np.nan)
-        said[:-1] = -logs[np.arange(len(ids) - 1), ids[1:]]
-        yield said
-    yield divergence(mine, theirs)
-    yield (reference.argmax(-1) == other.argmax(-1)).astype(np.float64)
+def _score_tokens(ids: list[int], expected: Array, found: Array) -> Iterator[Array]:
+    """Per token: both negative log-likelihoods, NaN for the last one; KL divergence; whether the likeliest agree."""
+    expected_logs, found_logs = log_softmax(expected), log_softmax(found)
+    for logs in (expected_logs, found_logs):
+        # The last token's logits predict a token that is not in the text.
+        nll = np.full(len(ids), np.nan)
+        nll[:-1] = -logs[np.arange(len(ids) - 1), ids[1:]]
+        yield nll
+    yield kl_divergence(expected_logs, found_logs)
+    yield (expected.argmax(-1) == found.argmax(-1)).astype(np.float64)
 
 
-def divergence(mine: Array, theirs: Array) -> Array:
-    """Per token the KL divergence in nats; both are logarithms of probabilities [..., vocabulary]."""
-    result: Array = (np.exp(mine) * (mine - theirs)).sum(-1)
+def kl_divergence(expected: Array, found: Array) -> Array:
+    """KL divergence per token, in nats, of `found` from `expected`: log-probabilities [..., vocabulary]."""
+    result: Array = (np.exp(expected) * (expected - found)).sum(-1)
     return result
 
 
 def log_softmax(logits: Array) -> Array:
-    """Over the last dimension, in float64."""
+    """Log-softmax over the last dimension, in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result
@@ -129,24 +140,25 @@ CAST_ADVICE = (
 )
 
 
-def check(scores: Scores, floor: Floor, what: str, advice: str = QUANTIZED_ADVICE) -> None:
-    """Raise AccuracyError, with the figures and `advice`, if `scores` of a model that is `what` are below `floor`."""
+def check_floor(scores: Scores, floor: Floor, loss: str, advice: str = QUANTIZED_ADVICE) -> None:
+    """Raise AccuracyError, with the figures and `advice`, where `scores` do not keep to `floor`. `loss` says how the
+    model is less than float32."""
     problems = []
     if floor.max_kl is not None and not scores.kl_divergence <= floor.max_kl:
-        found = _beyond(scores.kl_divergence, floor.max_kl)
+        found = _show_beyond(scores.kl_divergence, floor.max_kl)
         problems.append(f"a KL divergence of {found} where --max-kl allows {floor.max_kl}")
     if floor.min_agreement is not None and not scores.top1_agreement >= floor.min_agreement:
-        found = _beyond(scores.top1_agreement, floor.min_agreement)
+        found = _show_beyond(scores.top1_agreement, floor.min_agreement)
         problems.append(f"a top-1 agreement of {found} where --min-agreement asks for {floor.min_agreement}")
     if problems:
         raise AccuracyError(
-            f"{what[0].upper()}{what[1:]}, the model loses too much on {scores.tokens} tokens of held-out text: "
+            f"{loss[0].upper()}{loss[1:]}, the model loses too much on {scores.tokens} tokens of held-out text: "
             f"{' and '.join(problems)} (perplexity {scores.perplexity:.4g}, in fp32 {scores.reference_perplexity:.4g})"
             f". Nothing was written. {advice}"
         )
 
 
-def _beyond(value: float, bound: float) -> str:
-    """`value` in two digits, or as many as it takes to see on which side of `bound` it is."""
+def _show_beyond(value: float, bound: float) -> str:
+    """`value` in two digits, or in as many as show on which side of `bound` it is."""
     texts = (f"{value:.{digits}g}" for digits in range(2, 18))
     return next((text for text in texts if (float(text) < bound) == (value < bound) and float(text) != bound), "nan")

@@ -1,4 +1,4 @@
-"""The eager model's answers: the truth that a compiled model is held to."""
+"""The eager model's answers to the validation samples, to which a compiled model is held."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ __all__ = ["Reference", "answer", "make_reference"]
 
 @dataclass(frozen=True)
 class Reference:
-    """Samples and the eager model's answers. Those to score, a vocabulary per token, are on disk, and go
-    with this object."""
+    """Samples, and the eager model's answers per row. Logits to score, a vocabulary per token, lie on disk and are
+    deleted with this object."""
 
     samples: list[ValidationSample]
     answers: list[list[Answer]]
@@ -35,21 +35,21 @@ class Reference:
 def make_reference(
     model: nn.Module, checkpoint: Checkpoint, task: Task, graphs: list[Graph], *, is_scored: bool
 ) -> Reference:
-    """Ask the eager model everything that an artifact with these graphs will be asked."""
-    asked = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
-    samples = make_samples(*asked)
+    """Answer all samples for an artifact with these graphs by the eager model; with `is_scored` held-out texts, too."""
+    arguments = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
+    samples = make_samples(*arguments)
     if pools_last_eos(model):
         samples = [each.ending_in(model.config.eos_token_id) for each in samples]  # type: ignore[union-attr, arg-type]
     folder = None
     if is_scored:
-        samples += make_held_out_samples(*asked)
+        samples += make_held_out_samples(*arguments)
         folder = Scratch()
     answers = []
     for index, sample in enumerate(samples):
         progress(index, len(samples), sample.name)
         found = answer(model, sample, task)
         if sample.kind == "score" and folder:
-            found = [_on_disk(found[0], folder.path / f"{index}.npy")]
+            found = [_move_to_disk(found[0], folder.path / f"{index}.npy")]
         answers.append(found)
     reference = Reference(samples, answers)
     if folder:
@@ -57,13 +57,13 @@ def make_reference(
     return reference
 
 
-def _on_disk(found: Answer, path: Path) -> Answer:
+def _move_to_disk(found: Answer, path: Path) -> Answer:
     np.save(path, found.outputs["logits"])
     return Answer({"logits": np.load(path, mmap_mode="r")})
 
 
 def answer(model: nn.Module, sample: ValidationSample, task: Task) -> list[Answer]:
-    """What the eager `model` says, one row at a time and without padding."""
+    """Answer a sample by the eager `model`, one row at a time and without padding."""
     with torch.inference_mode():
         answers: list[Answer] = kind_of(task).answer(model, sample, task.outputs)
         return answers

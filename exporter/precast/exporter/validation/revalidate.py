@@ -1,4 +1,4 @@
-"""An artifact that exists already, compared with a checkpoint: `precast validate`."""
+"""Validate an existing artifact against a checkpoint: `precast validate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..checkpoint.sentence_transformers import OUTPUT as SENTENCES
 from ..options import ExportOptions
 from . import compare
 from .metrics import Floor
-from .record import describe_loss, record
+from .record import describe_loss, record_accuracy
 from .reference import make_reference
 
 __all__ = ["validate_again"]
@@ -34,38 +34,44 @@ def validate_again(
     sha256: str | None = None,
     variant: str | None = None,
 ) -> Accuracy:
-    """Compare a variant of an existing artifact, by default the first that runs here, with a checkpoint; with `keep`
-    the verdict goes into its `config.json`.
+    """Compare a variant of an existing artifact with a checkpoint.
 
-    Native code runs only with proof, as in `from_pretrained`; `sha256` is one. The variant is held to the floor that it
-    was made with, and a loss that was accepted then is accepted again.
+    The variant is held to the floor that it was made with, and a loss that was accepted then is accepted again. Native
+    code runs only with proof, as in `from_pretrained`.
 
-    Raises UsageError for a bound that is not of this variant, AccuracyError where the answers differ, ArtifactError and
-    CheckpointError where either cannot be opened.
+    Args:
+        keep: write the verdict into the artifact's `config.json`.
+        sha256: the artifact's digest, as proof.
+        variant: its name; None is the first that runs here.
+
+    Raises:
+        UsageError: a bound that does not apply to this variant.
+        AccuracyError: the answers differ.
+        ArtifactError, CheckpointError: either cannot be opened.
     """
     artifact = read_artifact(path)
     checkpoint = resolve(model, options)
     chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant, root=path)
     task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in chosen.graphs))
-    words, options = describe_loss(chosen), _as_compiled(options, chosen)
-    if words is not None and options.accuracy.given("atol"):
+    loss, options = describe_loss(chosen), _as_compiled(options, chosen)
+    if loss is not None and options.accuracy.given("atol"):
         raise UsageError(
             f"--atol {options.accuracy.atol:g} bounds the difference of a model that computes in float32; the variant "
-            f"{chosen.name} is {words}, and what that costs is measured on answers as a whole. Leave --atol out."
+            f"{chosen.name} is {loss}, and what that costs is measured on answers as a whole. Leave --atol out."
         )
-    made = {spec.name for graph in chosen.graphs for spec in graph.outputs}
-    checkpoint = replace(checkpoint, embeds_sentences=SENTENCES in made)
+    outputs = {spec.name for graph in chosen.graphs for spec in graph.outputs}
+    checkpoint = replace(checkpoint, embeds_sentences=SENTENCES in outputs)
     loaded = checkpoint.load(task, "float32")
-    is_scored = words is not None and task.kind == "decoder"
+    is_scored = loss is not None and task.kind == "decoder"
     reference = make_reference(loaded, checkpoint, task, chosen.graphs, is_scored=is_scored)
     del loaded
     try:
-        accuracy = compare(path, chosen.name, reference, options, words, sha256)
+        accuracy = compare(path, chosen.name, reference, options, loss, sha256)
     except ExportError as error:
         _check_source(artifact, checkpoint, error)
         raise
     if keep:
-        _rewrite(artifact, chosen.name, accuracy)
+        _rewrite_contract(artifact, chosen.name, accuracy)
     return accuracy
 
 
@@ -81,16 +87,16 @@ def _check_source(artifact: Artifact, checkpoint: Checkpoint, error: ExportError
 
 def _as_compiled(options: ExportOptions, variant: Variant) -> ExportOptions:
     """The options, cast as the variant is, with the floor that it was held to and whether its loss was accepted."""
-    told = {name: variant.compiler.options[name] for name in ("auto_cast", "auto_cast_type")
+    cast = {name: variant.compiler.options[name] for name in ("auto_cast", "auto_cast_type")
             if name in variant.compiler.options}  # fmt: skip
-    floor = {name: value for name, value in asdict(Floor.within(variant.accuracy.reason)).items() if value is not None}
+    floor = {name: value for name, value in asdict(Floor.parse(variant.accuracy.reason)).items() if value is not None}
     accepts = variant.accuracy.status == "accepted"
-    return options.replace(dtype=variant.dtype, accept_loss=accepts, **told, **floor)
+    return options.replace(dtype=variant.dtype, accept_loss=accepts, **cast, **floor)
 
 
-def _rewrite(artifact: Artifact, variant: str, accuracy: Accuracy) -> None:
+def _rewrite_contract(artifact: Artifact, variant: str, accuracy: Accuracy) -> None:
     """Replace config.json in one step, and vouch for the new digest."""
     with Scratch() as folder:
-        renewed = record(Artifact(folder, artifact.config, artifact.contract), variant, accuracy)
+        renewed = record_accuracy(Artifact(folder, artifact.config, artifact.contract), variant, accuracy)
         write_atomically(artifact.path / "config.json", (folder / "config.json").read_bytes(), 0o644)
     vouch(renewed.contract.digest)

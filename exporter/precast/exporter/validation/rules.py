@@ -1,9 +1,9 @@
-"""What a compiled model's answers may differ by, and the verdict on them."""
+"""Rules for how far a compiled model's answers may be from the reference's, and the verdict on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,40 +12,47 @@ from precast.runtime.errors import AccuracyError
 
 from ..kinds.samples import Answer, ValidationSample
 from ..options import ExportOptions
-from .metrics import CAST_ADVICE, QUANTIZED_ADVICE, check, divergence, floor_for, log_softmax, score
+from .metrics import CAST_ADVICE, QUANTIZED_ADVICE, check_floor, floor_for, kl_divergence, log_softmax, score_rows
 from .reference import Reference
 
-__all__ = ["judge", "judge_cast", "judge_loss"]
+__all__ = ["judge_cast", "judge_float32", "judge_loss"]
 
 Array = np.ndarray[Any, Any]
-Pair: TypeAlias = tuple[ValidationSample, Answer, dict[str, Array]]
+Answers = list[list[dict[str, Array]]]
+"""The compiled model's outputs by name, per sample and row."""
 
 
-def judge_loss(
-    reference: Reference, answers: list[list[dict[str, Array]]], options: ExportOptions, loss: str
-) -> Accuracy:
-    """The rule for decoders that are less than float32: floors on what is lost on held-out text.
+class Comparison(NamedTuple):
+    """One row of a sample: the reference's answer, and the compiled model's outputs by name."""
 
-    At the edges of shapes (padding, one token, a full cache) the loss may be as large as short texts make it, but not
-    of another kind: a mask that is wrong there costs nats.
+    sample: ValidationSample
+    expected: Answer
+    found: dict[str, Array]
+
+
+def judge_loss(reference: Reference, answers: Answers, options: ExportOptions, loss: str) -> Accuracy:
+    """Judge a decoder that is less than float32, by floors on its loss on held-out text.
+
+    At the edges of shapes (padding, one token, a full cache) the loss may be as large as short texts make it, but a
+    wrong mask or position, which costs whole nats, is found.
     """
-    pairs = list(_pairs(reference, answers))
-    measured = [pair for pair in pairs if pair[0].kind != "greedy"]
+    rows = list(_compare_rows(reference, answers))
+    measured, greedy = _split_greedy(rows)
     worst, _ = max(_differences(measured))
-    scores = score((sample.rows[0], mine.outputs["logits"], theirs["logits"])
-                   for sample, mine, theirs in pairs if sample.kind == "score")  # fmt: skip
+    scores = score_rows((row.sample.rows[0], row.expected.outputs["logits"], row.found["logits"])
+                        for row in rows if row.sample.kind == "score")  # fmt: skip
     edges = _agreement(measured)["kl_divergence"]
     figures: dict[str, int | float] = {
         **scores.as_figures(),
         "kl_divergence_at_edges": edges,
         "max_abs_difference": _two_digits(worst),
-        **_count_greedy([pair for pair in pairs if pair[0].kind == "greedy"]),
+        **_count_greedy(greedy),
     }
     floor = floor_for(options)
-    # A faulty graph is no loss that could be accepted.
+    # First of all: a faulty graph is not accepted, whatever the options say.
     _check_edges(edges, scores.kl_divergence)
     try:
-        check(scores, floor, loss, CAST_ADVICE if options.is_cast else QUANTIZED_ADVICE)
+        check_floor(scores, floor, loss, CAST_ADVICE if options.is_cast else QUANTIZED_ADVICE)
     except AccuracyError:
         if not options.accept_loss:
             raise
@@ -54,20 +61,17 @@ def judge_loss(
 
 
 ROW_ERRORS = {"bf16": 0.045, "fp16": 0.01, "tf32": 0.01}
-"""‖difference‖ / ‖row‖; 0.045 is a cosine of 0.999."""
-
+"""The largest ‖difference‖ / ‖row‖, by type; 0.045 is a cosine of 0.999."""
 
 LARGEST_DIFFERENCES = {"bf16": 0.05, "fp16": 0.01, "tf32": 0.01}
-"""max|difference| / max|reference|."""
+"""The largest max|difference| / max|reference|, by type."""
 
 
-def judge_cast(
-    reference: Reference, answers: list[list[dict[str, Array]]], options: ExportOptions, loss: str
-) -> Accuracy:
-    """The rule for encoders and encoder-decoders that are less than float32: bounds on the error of every output's
-    every row, and of every number. A row that is shorter than others is measured by the length that they have."""
-    pairs = list(_pairs(reference, answers))
-    measured, greedy = ([pair for pair in pairs if (pair[0].kind == "greedy") is it] for it in (False, True))
+def judge_cast(reference: Reference, answers: Answers, options: ExportOptions, loss: str) -> Accuracy:
+    """Judge an encoder or encoder-decoder that is less than float32, by bounds on the errors of every row of every
+    output, and of every number. A row's error is relative to its norm, or to the rows' mean norm where that is larger.
+    """
+    measured, greedy = _split_greedy(list(_compare_rows(reference, answers)))
     worst, _ = max(_differences(measured))
     row_error, where = max(_row_errors(measured))
     difference, place = max(_relative_differences(measured))
@@ -97,25 +101,25 @@ def judge_cast(
 
 
 FAULT = 0.5
-"""An answer that is half another one is no rounding that could be accepted."""
+"""The row error from which on a difference is a faulty graph rather than rounding, and cannot be accepted."""
 
 
-def _row_errors(measured: list[Pair]) -> Iterator[tuple[float, str]]:
-    for where, expected, found in _rows_of_outputs(measured):
+def _row_errors(measured: list[Comparison]) -> Iterator[tuple[float, str]]:
+    for where, expected, found in _rows_by_output(measured):
         typical = np.mean([np.linalg.norm(row) for row in expected])
         for row, other in zip(expected, found, strict=True):
             yield float(np.linalg.norm(other - row) / max(np.linalg.norm(row), typical, TINY)), where
 
 
-def _relative_differences(measured: list[Pair]) -> Iterator[tuple[float, str]]:
-    for where, expected, found in _rows_of_outputs(measured):
+def _relative_differences(measured: list[Comparison]) -> Iterator[tuple[float, str]]:
+    for where, expected, found in _rows_by_output(measured):
         largest = max(float(np.abs(row).max()) for row in expected)
         for row, other in zip(expected, found, strict=True):
             yield float(np.abs(other - row).max()) / max(largest, TINY), where
 
 
-def _cosines(measured: list[Pair]) -> Iterator[float]:
-    for _, expected, found in _rows_of_outputs(measured):
+def _cosines(measured: list[Comparison]) -> Iterator[float]:
+    for _, expected, found in _rows_by_output(measured):
         for row, other in zip(expected, found, strict=True):
             yield float(row.ravel() @ other.ravel() / max(np.linalg.norm(row) * np.linalg.norm(other), TINY))
 
@@ -123,19 +127,20 @@ def _cosines(measured: list[Pair]) -> Iterator[float]:
 TINY = 1e-30
 
 
-def _rows_of_outputs(measured: list[Pair]) -> Iterator[tuple[str, list[Array], list[Array]]]:
-    """Per sample and output: its rows, of the reference and of the other."""
+def _rows_by_output(measured: list[Comparison]) -> Iterator[tuple[str, list[Array], list[Array]]]:
+    """Per sample and output: where it is, the reference's rows, and the compiled model's."""
     grouped: dict[str, tuple[list[Array], list[Array]]] = {}
-    for sample, mine, theirs in measured:
-        for name, expected in mine.outputs.items():
-            rows, others = grouped.setdefault(f"{sample.name}, {name}", ([], []))
-            rows.append(expected.astype(np.float64))
-            others.append(theirs[name].astype(np.float64))
+    for sample, expected, found in measured:
+        for name, output in expected.outputs.items():
+            expected_rows, found_rows = grouped.setdefault(f"{sample.name}, {name}", ([], []))
+            expected_rows.append(output.astype(np.float64))
+            found_rows.append(found[name].astype(np.float64))
     return ((where, *rows) for where, rows in grouped.items())
 
 
 EDGE_NATS = 1.0
-"""What a few tokens without context may lose on average; the wrong mask or position costs several times as much."""
+"""The KL divergence that a few tokens without context may have on average; a wrong mask or position costs several times
+as much."""
 
 
 def _check_edges(divergence: float, held_out: float) -> None:
@@ -148,10 +153,11 @@ def _check_edges(divergence: float, held_out: float) -> None:
         )
 
 
-def _count_greedy(pairs: list[Pair]) -> dict[str, int | float]:
-    """Tokens before the first that differs; rounding moves close decisions, so this is a figure and no rule."""
-    equal = sum(_first_difference(mine.outputs["tokens"], theirs["tokens"]) for _, mine, theirs in pairs)
-    return {"greedy_tokens_equal": equal, "greedy_tokens": sum(len(mine.outputs["tokens"]) for _, mine, _ in pairs)}
+def _count_greedy(greedy: list[Comparison]) -> dict[str, int | float]:
+    """How many greedy tokens come before the first that differs. A figure only: rounding moves close decisions."""
+    tokens = [(expected.outputs["tokens"], found["tokens"]) for _, expected, found in greedy]
+    equal = sum(_first_difference(*pair) for pair in tokens)
+    return {"greedy_tokens_equal": equal, "greedy_tokens": sum(len(expected) for expected, _ in tokens)}
 
 
 def _first_difference(expected: Array, found: Array) -> int:
@@ -159,13 +165,13 @@ def _first_difference(expected: Array, found: Array) -> int:
     return int(differing[0]) if len(differing) else len(expected)
 
 
-def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: float) -> Accuracy:
-    """The rule for fp32: max|difference| <= atol * max(1, max|reference|) over all outputs, and greedy tokens equal
-    except where the eager model's own lead was below twice that difference, where either token is right."""
-    pairs = list(_pairs(reference, answers))
-    measured = [pair for pair in pairs if pair[0].kind != "greedy"]
+def judge_float32(reference: Reference, answers: Answers, atol: float) -> Accuracy:
+    """Judge a model that computes in float32: max|difference| <= atol * max(1, max|reference|) over all outputs, and
+    greedy tokens equal except where the eager model's own margin was below twice that difference."""
+    measured, greedy = _split_greedy(list(_compare_rows(reference, answers)))
     worst, where = max(_differences(measured), default=(0.0, "nothing"))
-    scale = max((float(np.abs(each).max()) for _, mine, _ in measured for each in mine.outputs.values()), default=0.0)
+    outputs = [output for _, expected, _ in measured for output in expected.outputs.values()]
+    scale = max((float(np.abs(output).max()) for output in outputs), default=0.0)
     allowed = atol * max(1.0, scale)
     if worst > allowed:
         raise AccuracyError(
@@ -178,13 +184,13 @@ def judge(reference: Reference, answers: list[list[dict[str, Array]]], atol: flo
         "max_abs_reference": _two_digits(scale),
         "questions": len(reference.samples),
         **_agreement(measured),
-        **_judge_greedy([pair for pair in pairs if pair[0].kind == "greedy"], worst),
+        **_judge_greedy(greedy, worst),
     }
     return Accuracy(status="passed", reason=f"compared with the eager model, atol {atol:g}", figures=figures)
 
 
 LARGEST_ATOL = 0.01
-"""Of the largest value. What differs by more is no rounding of float32."""
+"""Of the largest value: a larger difference is a fault rather than rounding, and no --atol is advised for it."""
 
 
 def _atol_advice(difference: float) -> str:
@@ -193,56 +199,60 @@ def _atol_advice(difference: float) -> str:
     return f"If that is good enough for you, --atol {difference * 1.1:.2g} allows it."
 
 
-def _pairs(reference: Reference, answers: list[list[dict[str, Array]]]) -> Iterator[Pair]:
-    for sample, mine, theirs in zip(reference.samples, reference.answers, answers, strict=True):
-        for one, other in zip(mine, theirs, strict=True):
-            yield sample, one, other
+def _compare_rows(reference: Reference, answers: Answers) -> Iterator[Comparison]:
+    for sample, expected_rows, found_rows in zip(reference.samples, reference.answers, answers, strict=True):
+        for expected, found in zip(expected_rows, found_rows, strict=True):
+            yield Comparison(sample, expected, found)
 
 
-def _differences(measured: list[Pair]) -> Iterator[tuple[float, str]]:
-    """The largest difference of every output, and where. Raises AccuracyError where one is no number at all."""
-    for sample, mine, theirs in measured:
-        for name, expected in mine.outputs.items():
-            found, where = theirs[name], f"{sample.name}, {name}"
-            if found.shape != expected.shape:
-                shapes = f"{list(found.shape)} where the reference has {list(expected.shape)}"
+def _split_greedy(rows: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
+    """Rows whose numbers are compared, and rows of greedy tokens."""
+    measured = [row for row in rows if row.sample.kind != "greedy"]
+    return measured, [row for row in rows if row.sample.kind == "greedy"]
+
+
+def _differences(measured: list[Comparison]) -> Iterator[tuple[float, str]]:
+    """The largest difference of every output, and where. Raises AccuracyError for other shapes, NaN and infinity."""
+    for sample, expected, found in measured:
+        for name, output in expected.outputs.items():
+            other, where = found[name], f"{sample.name}, {name}"
+            if other.shape != output.shape:
+                shapes = f"{list(other.shape)} where the reference has {list(output.shape)}"
                 raise AccuracyError(f"The compiled model's answer to {where!r} has the shape {shapes}.")
-            difference = float(np.abs(found.astype(np.float64) - expected).max())
+            difference = float(np.abs(other.astype(np.float64) - output).max())
             # NaN is neither above nor below any bound, so it must not reach a comparison.
             if not np.isfinite(difference):
                 raise AccuracyError(f"The compiled model's answer to {where!r} holds NaN or infinity.")
             yield difference, where
 
 
-def _agreement(measured: list[Pair]) -> dict[str, float]:
-    """For decoders: how often the likeliest token is the same, and the mean KL divergence from the reference."""
-    logits = [
-        (mine.outputs["logits"], theirs["logits"]) for sample, mine, theirs in measured if sample.kind == "logits"
-    ]
+def _agreement(measured: list[Comparison]) -> dict[str, float]:
+    """For models that generate: top-1 agreement and mean KL divergence over the samples of logits."""
+    logits = [(row.expected.outputs["logits"], row.found["logits"]) for row in measured if row.sample.kind == "logits"]
     if not logits:
         return {}
     expected, found = (np.concatenate(each).astype(np.float64) for each in zip(*logits, strict=True))
-    mine, theirs = log_softmax(expected), log_softmax(found)
+    divergence = kl_divergence(log_softmax(expected), log_softmax(found))
     return {
         "top1_agreement": round(float((expected.argmax(-1) == found.argmax(-1)).mean()), 3),
-        "kl_divergence": _two_digits(max(0.0, float(divergence(mine, theirs).mean()))),
+        "kl_divergence": _two_digits(max(0.0, float(divergence.mean()))),
     }
 
 
-def _judge_greedy(pairs: list[Pair], difference: float) -> dict[str, int | float]:
+def _judge_greedy(greedy: list[Comparison], difference: float) -> dict[str, int | float]:
     equal = total = 0
-    for sample, mine, theirs in pairs:
-        expected, found, margins = mine.outputs["tokens"], theirs["tokens"], mine.margins
+    for sample, expected, found in greedy:
+        tokens, other, margins = expected.outputs["tokens"], found["tokens"], expected.margins
         assert margins is not None, "greedy answers carry margins"
-        first = _first_difference(expected, found)
-        equal, total = equal + first, total + len(expected)
-        if first < len(expected) and margins[first] >= 2 * difference:
+        first = _first_difference(tokens, other)
+        equal, total = equal + first, total + len(tokens)
+        if first < len(tokens) and margins[first] >= 2 * difference:
             raise AccuracyError(
                 f"The compiled model generates other tokens than the reference: at {sample.name!r}, token "
-                f"{first + 1} is {found[first]} instead of {expected[first]}, where the reference leads by "
+                f"{first + 1} is {other[first]} instead of {tokens[first]}, where the reference leads by "
                 f"{margins[first]:.2g} and logits differ by {difference:.2g} at most. Nothing was written."
             )
-    return {"greedy_tokens_equal": equal, "greedy_tokens": total} if pairs else {}
+    return {"greedy_tokens_equal": equal, "greedy_tokens": total} if greedy else {}
 
 
 def _two_digits(value: float) -> float:
