@@ -185,13 +185,13 @@ def _fill(row: dict[str, Any], source: Path, raw: dict[str, Any], config: Any) -
 def _class(raw: dict[str, Any], config: Any) -> Any:
     import transformers
 
-    from precast.exporter.support import task_in
+    from precast.exporter.support import infer_task
     from precast.runtime.artifact.tasks import get_task
 
     for name in raw.get("architectures") or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    task = task_in(raw) or (None if raw.get("architectures") else "text-generation")
+    task = infer_task(raw) or (None if raw.get("architectures") else "text-generation")
     if task is None:
         return None
     mapping = getattr(transformers, get_task(task).auto)._model_mapping

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from precast.exporter import ExportOptions
-from precast.exporter.checkpoint.gguf import check_whole
+from precast.exporter.checkpoint.gguf import check_not_truncated
 from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
@@ -79,7 +79,7 @@ def test_a_file_is_parsed_once(
 def test_a_download_that_broke_off_is_called_truncated(tmp_path, checkpoint):
     whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
     write_gguf(checkpoint("llama"), whole)
-    check_whole(whole)
+    check_not_truncated(whole)
     data = whole.read_bytes()
     end = len(data.rstrip(b"\0"))
     for size in (end - 1, len(data) // 2):
@@ -89,7 +89,7 @@ def test_a_download_that_broke_off_is_called_truncated(tmp_path, checkpoint):
     for size in range(4, 2000, 97):
         cut.write_bytes(data[:size])
         with pytest.raises(CheckpointError, match="truncated: it ends within its header"):
-            check_whole(cut)
+            check_not_truncated(cut)
 
 
 @pytest.mark.parametrize("kind", [99, 9])
@@ -98,6 +98,6 @@ def test_an_odd_header_is_for_whoever_parses_it(tmp_path, kind):
     path = tmp_path / "odd.gguf"
     entry = struct.pack("<QIIQ", 0, 9, kind, 2**63)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
-    check_whole(path)
+    check_not_truncated(path)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<QI", 0, 2**32 - 1))
-    check_whole(path)
+    check_not_truncated(path)

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from precast.exporter import ExportOptions
+from precast.exporter.checkpoint.checkpoint import Checkpoint
 from precast.exporter.checkpoint.prequantized import (
     SourceScheme,
     find_packing,
     find_quantization_settings,
     strip_quantization,
 )
-from precast.exporter.checkpoint.resolve import Checkpoint, resolve
+from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
 

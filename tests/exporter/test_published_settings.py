@@ -12,7 +12,8 @@ import transformers
 from corpus import PUBLISHED, needs_corpus
 
 from precast.exporter import ExportOptions
-from precast.exporter.checkpoint.resolve import Checkpoint, resolve
+from precast.exporter.checkpoint.checkpoint import Checkpoint
+from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.companions.files import write_companions
 from precast.runtime import GenerationConfig
 from precast.runtime.artifact.tasks import get_task

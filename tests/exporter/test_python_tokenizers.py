@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from precast.cli import main
 from precast.exporter import ExportOptions, export
-from precast.exporter.checkpoint.python_tokenizers import converted
-from precast.exporter.checkpoint.tokenizer_files import tokenizer_settings
+from precast.exporter.checkpoint.python_tokenizers import convert_tokenizer
+from precast.exporter.checkpoint.tokenizer_files import save_tokenizer
 from precast.runtime.errors import ArtifactError
 from precast.runtime.inputs.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def both(request, tmp_path_factory):
     """transformers' own, and ours of what an export writes of it."""
     theirs = MAKERS[request.param](tmp_path_factory.mktemp("tokenizer"))
     out = tmp_path_factory.mktemp("out")
-    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings(theirs, out)))
+    (out / "tokenizer_config.json").write_text(json.dumps(save_tokenizer(theirs, out)))
     return theirs, Tokenizer(out)
 
 
@@ -81,17 +81,17 @@ def test_batches_cuts_and_single_tokens(both):
 
 def test_one_that_cannot_be_converted_is_left_to_ids(tmp_path):
     theirs = transformers.PerceiverTokenizer()
-    assert converted(theirs) is None
-    tokenizer_settings(theirs, tmp_path / "out")
+    assert convert_tokenizer(theirs) is None
+    save_tokenizer(theirs, tmp_path / "out")
     with pytest.raises(ArtifactError, match="carries no tokenizer, or one that only transformers runs"):
         Tokenizer(tmp_path / "out")
 
 
 def test_what_answers_differently_is_not_used(tmp_path, monkeypatch):
     theirs = pieces.marian(tmp_path)
-    assert converted(theirs) is not None
+    assert convert_tokenizer(theirs) is not None
     monkeypatch.setattr(type(theirs), "remove_language_code", lambda self, text: ([], text.upper()))
-    assert converted(theirs) is None
+    assert convert_tokenizer(theirs) is None
 
 
 @pytest.mark.slow

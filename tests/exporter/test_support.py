@@ -10,7 +10,7 @@ import pytest
 
 from precast.exporter import support
 from precast.exporter.checkpoint.early import check_supported, read_config
-from precast.exporter.support import Support, supported_tasks, supported_types, task_in
+from precast.exporter.support import Support, infer_task, supported_tasks, supported_types
 from precast.runtime.errors import CheckpointError, UsageError
 
 TABLE = (
@@ -111,9 +111,9 @@ def test_tasks_and_types_are_looked_up(known):
     assert list(supported_tasks("mixed")) == ["text-generation", "fill-mask"]
     assert supported_tasks("never-tried") == {}
     assert supported_types("text-generation") == ["llama"]
-    assert task_in({"architectures": ["BertForMaskedLM"]}) == "fill-mask"
-    assert task_in({"architectures": ["GPT2LMHeadModel"]}) == "text-generation"
-    assert task_in({}) is None
+    assert infer_task({"architectures": ["BertForMaskedLM"]}) == "fill-mask"
+    assert infer_task({"architectures": ["GPT2LMHeadModel"]}) == "text-generation"
+    assert infer_task({}) is None
 
 
 def test_the_command_refuses_without_torch_and_before_any_weights(checkpoint_of, tmp_path):

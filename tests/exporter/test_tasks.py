@@ -14,7 +14,7 @@ from zoo import seq2seq as zoo
 from precast.exporter import ExportOptions, preview
 from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.options import SIZES
-from precast.exporter.support import meant, supported_tasks, task_in
+from precast.exporter.support import choose_task, infer_task, supported_tasks
 from precast.runtime.artifact.tasks import TASK_TABLE
 from precast.runtime.errors import CheckpointError, UsageError
 
@@ -62,14 +62,14 @@ def _checkpoint(path, config):
 
 
 def test_a_class_of_several_tasks_is_for_the_one_it_is_published_for():
-    several = {name: meant(rows, {}).name for (_, name), rows in CLASSES.items() if len(rows) > 1}
+    several = {name: choose_task(rows, {}).name for (_, name), rows in CLASSES.items() if len(rows) > 1}
     assert several.items() >= MEANT.items()
     # Nobody publishes an encoder-decoder to fill masks, or a head to be left out.
     assert not {"fill-mask", "feature-extraction"} & {
         task for name, task in several.items() if name != "XLMWithLMHeadModel"
     }
     xlm = CLASSES["xlm", "XLMWithLMHeadModel"]
-    assert meant(xlm, {"causal": True}).name == "text-generation"
+    assert choose_task(xlm, {"causal": True}).name == "text-generation"
 
 
 def test_what_a_name_alone_says_is_what_is_inferred():
@@ -77,8 +77,8 @@ def test_what_a_name_alone_says_is_what_is_inferred():
     for (model_type, name), rows in CLASSES.items():
         for causal in (False, True):
             config = {"model_type": model_type, "architectures": [name], "causal": causal}
-            if (task := task_in(config)) in supported_tasks(model_type):
-                assert task == meant(rows, config).name, config
+            if (task := infer_task(config)) in supported_tasks(model_type):
+                assert task == choose_task(rows, config).name, config
 
 
 @pytest.mark.parametrize("model_type", ["bart", "mbart", "mvp"])

@@ -10,7 +10,7 @@ import tiny
 import transformers
 from corpus import PUBLISHED, needs_corpus
 
-from precast.exporter.checkpoint.tokenizer_files import tokenizer_settings
+from precast.exporter.checkpoint.tokenizer_files import save_tokenizer
 from precast.runtime.inputs.tokenizer import Tokenizer
 
 TEXTS = ["Hello <s>world</s> don't stop .", " naïve  Café <mask> x", "a <extra> b <X> c", "É"]
@@ -65,7 +65,7 @@ def _both(source, folder, settings, file="tokenizer_config.json"):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     out = folder / "out"
     out.mkdir()
-    written = tokenizer_settings(theirs, out)
+    written = save_tokenizer(theirs, out)
     (out / "tokenizer_config.json").write_text(json.dumps(written))
     return theirs, Tokenizer(out)
 

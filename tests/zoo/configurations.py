@@ -13,8 +13,8 @@ import transformers
 from corpus import PUBLISHED
 from zoo.published import make_model, narrow
 
-from precast.exporter.checkpoint.language_model import READS_MORE, wider_class
-from precast.exporter.support import task_in
+from precast.exporter.checkpoint.language_model import MULTIMODAL_CLASSES, multimodal_class
+from precast.exporter.support import infer_task
 from precast.runtime.artifact.tasks import Task
 
 __all__ = ["make", "published_for"]
@@ -45,7 +45,7 @@ def make(path: Path, folder: Path, task: Task) -> Path:
         shutil.copy(folder / "generation_config.json", path)
     config = transformers.AutoConfig.from_pretrained(path)
     auto = getattr(transformers, task.auto)
-    found = (auto if type(config) in auto._model_mapping else wider_class(config))._model_mapping[type(config)]
+    found = (auto if type(config) in auto._model_mapping else multimodal_class(config))._model_mapping[type(config)]
     # Weights are published of the whole model, where the task takes a part of it.
     whole = [getattr(transformers, name) for name in small.get("architectures") or () if name in _classes(small, task)]
     make_model(path, next(iter(whole), found[0] if isinstance(found, tuple) else found), config)
@@ -88,11 +88,11 @@ def _config(folder: Path) -> Any:
 
 def _is_for(raw: dict[str, Any], task: Task) -> bool:
     """Whether the class that it names does the task, by transformers' tables or by its name."""
-    return task_in(raw) == task.name or bool(_classes(raw, task) & set(raw.get("architectures") or ()))
+    return infer_task(raw) == task.name or bool(_classes(raw, task) & set(raw.get("architectures") or ()))
 
 
 def _classes(raw: dict[str, Any], task: Task) -> set[str]:
     """Those that do the task for its type, by transformers' tables."""
-    autos = (task.auto, *(READS_MORE if task.kind == "decoder" else ()))
+    autos = (task.auto, *(MULTIMODAL_CLASSES if task.kind == "decoder" else ()))
     found = [getattr(transformers, auto)._model_mapping._model_mapping.get(raw["model_type"], ()) for auto in autos]
     return {name for names in found for name in ([names] if isinstance(names, str) else names)}

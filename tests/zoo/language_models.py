@@ -10,7 +10,7 @@ import tiny
 from zoo import decoders
 from zoo.shrink import tiny_config
 
-from precast.exporter.checkpoint.language_model import wider_class
+from precast.exporter.checkpoint.language_model import multimodal_class
 
 
 def _sections(*sizes: int, **more: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def pairs() -> list[tuple[str, str]]:
 def make(path: Path, model_type: str, task: str = "text-generation") -> Path:
     """A tiny random checkpoint at `path`, with what reads images or sounds."""
     config = tiny_config(model_type, CONFIGS.get(model_type))
-    auto = wider_class(config)
+    auto = multimodal_class(config)
     assert auto is not None, f"transformers has no language model in {model_type}"
     return tiny.save_checkpoint(path, config, auto)
 

@@ -35,7 +35,7 @@ def command(model: str | None, task: str | None, revision: str | None, token: st
 
 def _lines_of(model: str, tasks: list[str], revision: str | None, token: str | None) -> list[dict[str, Any]]:
     from precast.exporter.checkpoint.early import read_config
-    from precast.exporter.support import supported_tasks, task_in
+    from precast.exporter.support import infer_task, supported_tasks
     from precast.runtime.errors import CheckpointError
 
     known = supported_tasks(model)
@@ -48,7 +48,7 @@ def _lines_of(model: str, tasks: list[str], revision: str | None, token: str | N
             note(f"Models of type {model_type!r} were never tried; an export compares each with its original anyway.")
     elif not known:
         raise CheckpointError(f"{model} has no config.json that can be read, and is no model type of the table.")
-    inferred = task_in(config or {})
+    inferred = infer_task(config or {})
     return [
         {
             "task": line.task,

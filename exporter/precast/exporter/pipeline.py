@@ -21,7 +21,8 @@ from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, 
 from precast.runtime.errors import ExportError
 
 from .backends import Compiled, HasLayouts, NeedsTools, ProgramCompiler, compiler_of
-from .checkpoint.resolve import Checkpoint, resolve
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.resolve import resolve
 from .companions.card import render_card
 from .companions.files import config_of, write_companions
 from .kinds.plan import Plan, make_plan

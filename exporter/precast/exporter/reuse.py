@@ -21,8 +21,9 @@ from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.errors import ArtifactError, PublishError
 from precast.runtime.hosts.machine import cpu_flags, installed_version
 
+from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.files import read_files
-from .checkpoint.resolve import Checkpoint, resolve
+from .checkpoint.resolve import resolve
 from .dispatch import export
 from .options import AUTO, ExportOptions
 

@@ -18,11 +18,11 @@ from precast.runtime.artifact.tasks import Task
 
 __all__ = [
     "Support",
-    "meant",
+    "choose_task",
     "supported_tasks",
     "supported_types",
     "table",
-    "task_in",
+    "infer_task",
 ]
 
 _ENDINGS: dict[str, tuple[str, ...]] = {
@@ -102,7 +102,7 @@ def supported_types(task: str) -> list[str]:
     return [line.model_type for line in table() if line.task == task and line.passes]
 
 
-def task_in(config: Mapping[str, Any]) -> str | None:
+def infer_task(config: Mapping[str, Any]) -> str | None:
     """The task of the class that a configuration names, where the name says it."""
     known = supported_tasks(str(config.get("model_type")))
     for name in config.get("architectures") or []:
@@ -115,7 +115,7 @@ def task_in(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def meant(rows: Sequence[Task], config: Mapping[str, Any]) -> Task:
+def choose_task(rows: Sequence[Task], config: Mapping[str, Any]) -> Task:
     """Which of the tasks of one class a checkpoint with this configuration is published for."""
     left_out = "fill-mask" if _is_causal(config) else "text-generation"
     both = {"fill-mask", "text-generation"} <= {row.name for row in rows}

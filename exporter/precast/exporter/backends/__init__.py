@@ -15,7 +15,7 @@ from precast.runtime.artifact.tasks import Task
 
 if TYPE_CHECKING:
     # Both import torch, and the options of a backend, which lie below, are checked before that.
-    from ..checkpoint.resolve import Checkpoint
+    from ..checkpoint.checkpoint import Checkpoint
     from ..kinds.trace import Program
     from ..options import ExportOptions
 

@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported, which takes longer than all that is checked here."""
+"""Checks before torch is imported, which takes longer than all of them together."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from precast.runtime.errors import CheckpointError, UsageError
 from precast.runtime.hosts.reach import hub_or_cache
 
 from ..options import ExportOptions
-from ..support import Support, supported_tasks, supported_types, task_in
-from .locate import find_local, is_compiled, not_given
+from ..support import Support, infer_task, supported_tasks, supported_types
+from .locate import compiled_error, find_local, not_found_error
 
 __all__ = ["check_comparison", "check_length", "check_request", "check_supported", "read_config"]
 
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
-"""Model types whose tables of positions hold some that no token has."""
+"""Model types whose max_position_embeddings counts positions that no token has."""
 
 
 def check_request(model: str, target: Path | None, options: ExportOptions) -> None:
-    """Check options, target and MODEL, and what MODEL's configuration alone says about the sizes asked for.
+    """Check options, target and MODEL, and the sizes as far as MODEL's config.json alone says what is possible.
 
     Raises PrecastError, as the export itself would later.
     """
@@ -43,7 +43,7 @@ def check_request(model: str, target: Path | None, options: ExportOptions) -> No
 
 
 def check_comparison(artifact: Path, model: str, options: ExportOptions) -> None:
-    """As `check_request`, for an artifact that is to be compared with MODEL. Raises PrecastError."""
+    """Check options, an artifact, and the MODEL that it is to be compared with. Raises PrecastError."""
     options.check()
     compiled = read_artifact(artifact)
     local = find_local(model, options.revision)
@@ -62,7 +62,7 @@ def check_comparison(artifact: Path, model: str, options: ExportOptions) -> None
 
 
 def check_length(name: str, longest: int | None, length: int) -> None:
-    """Raise UsageError for a sequence that is longer than the model of that name was made for, if that is known."""
+    """Raise UsageError for a sequence longer than the model was made for, `longest`, where that is known."""
     if longest is not None and length > longest:
         raise UsageError(
             f"--sequence-length {length} is more than {name} was made for: its max_position_embeddings allow {longest}."
@@ -70,20 +70,20 @@ def check_length(name: str, longest: int | None, length: int) -> None:
 
 
 def _check_sizes(model: str, config: Mapping[str, Any], options: ExportOptions) -> None:
-    """Only for tasks that one kind of model does, of types that were tried: all else is for who loads the model."""
-    name = get_task(options.task).name if options.task else task_in(config)
+    """Check sizes for tasks that one kind of model does, of types that were tried; planning checks all others."""
+    name = get_task(options.task).name if options.task else infer_task(config)
     line = supported_tasks(str(config.get("model_type"))).get(name or "")
     rows = find_tasks(line.task) if line else []
     if line is None or len(rows) != 1:
         return
     options.check_task(rows[0])
-    longest = _longest(config)
+    longest = _max_length(config)
     options.check_sizes(model, line.task, line.axes, longest)
     if "sequence_length" in line.axes or rows[0].kind == "decoder":
         check_length(Path(model).name, longest, max(options.sequence_length, default=0))
 
 
-def _longest(config: Mapping[str, Any]) -> int | None:
+def _max_length(config: Mapping[str, Any]) -> int | None:
     found = config.get("max_position_embeddings")
     is_plain = type(found) is int and found > 0 and config.get("model_type") not in _OFFSET_POSITIONS
     return found if is_plain else None
@@ -99,48 +99,49 @@ def check_supported(
 ) -> dict[str, Any] | None:
     """Raise CheckpointError for a checkpoint that is known not to work, with the reason and what works instead.
 
-    Reads its configuration only, and says nothing about one that cannot be read or was never tried. Returns that
-    configuration; None where nothing can be concluded from it.
+    Reads its config.json only, and accepts one that cannot be read or whose type was never tried. Returns that
+    configuration; None where it says nothing.
     """
     config = read_config(model, revision=revision, token=token)
     if config is None or (trust_remote_code and "auto_map" in config):
         return None
     if KEY in config:
-        raise is_compiled(model)
+        raise compiled_error(model)
     model_type = str(config.get("model_type"))
     known = supported_tasks(model_type)
-    task = get_task(task).name if task else task_in(config)
+    task = get_task(task).name if task else infer_task(config)
     found = known.get(task) if task else None
     if found is None and known and not any(line.passes for line in known.values()):
         found = next(iter(known.values()))
     if found is not None and not found.passes:
         raise CheckpointError(
             f"{model} cannot be exported for {found.task}: models of type {model_type!r} are refused because "
-            f"{found.reason}. {_instead(found, known)}"
+            f"{found.reason}. {_suggest_instead(found, known)}"
         )
     return config
 
 
 def read_config(model: str, *, revision: str | None = None, token: str | None = None) -> dict[str, Any] | None:
-    """The checkpoint's config.json, alone, or as much of one as the head of a GGUF file says; None where there is none.
+    """Read the checkpoint's config.json alone, or as much of one as the head of a GGUF file says; None where there is
+    none.
 
     Raises CheckpointError for a name that is neither here nor on the Hub.
     """
     path: Path | None = Path(model).expanduser() / "config.json"
     if model.endswith(".gguf"):
-        return _gguf_config(Path(model).expanduser())
+        return _read_gguf_head(Path(model).expanduser())
     if not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
-        path = _from_hub(model, revision, token)
+        path = _download_config(model, revision, token)
     try:
         config = json.loads(read_regular(path, strict_json.MAX_BYTES)) if path else None
     except (OSError, ValueError):
-        # Whoever opens it next says what is wrong with it.
+        # Loading the checkpoint will say what is wrong with it.
         return None
     return config if isinstance(config, dict) else None
 
 
-def _gguf_config(path: Path) -> dict[str, Any] | None:
-    """What the first entry of a GGUF file says: `general.architecture`, in most cases transformers' model type."""
+def _read_gguf_head(path: Path) -> dict[str, Any] | None:
+    """The first entry of a GGUF file, `general.architecture`: in most cases transformers' model type."""
     try:
         head = read_regular(path, 256)
     except OSError:
@@ -152,7 +153,7 @@ def _gguf_config(path: Path) -> dict[str, Any] | None:
     return {"model_type": found[2][: found[1][0]].decode(), "architectures": ["ForCausalLM"]}
 
 
-def _from_hub(model: str, revision: str | None, token: str | None) -> Path | None:
+def _download_config(model: str, revision: str | None, token: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -170,10 +171,10 @@ def _from_hub(model: str, revision: str | None, token: str | None) -> Path | Non
         except RemoteEntryNotFoundError:
             return None
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            raise not_given(model, problem or str(error).splitlines()[0]) from error
+            raise not_found_error(model, problem or str(error).splitlines()[0]) from error
 
 
-def _instead(found: Support, known: Mapping[str, Support]) -> str:
+def _suggest_instead(found: Support, known: Mapping[str, Support]) -> str:
     others = [line.task for line in known.values() if line.passes]
     if others:
         return f"It can be exported for: {', '.join(others)}."

@@ -1,7 +1,7 @@
-"""Which files a checkpoint consists of, and that they are its own: a checkpoint is written by others.
+"""The files of a checkpoint, which is untrusted: only regular files within it, of bounded size, are read.
 
-What it names or links to elsewhere on this machine would be read with the user's rights, compiled, and published under
-the hash of something else. A pipe would be waited for, and a device may never end.
+A name or link that leads elsewhere on this machine would be read with the user's rights, compiled, and published under
+the hash of something else. A pipe would block, and a device may never end.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 
 from precast.runtime.errors import CheckpointError
 
-__all__ = ["check_files", "own_path", "read_files", "weight_files"]
+__all__ = ["check_files", "path_within", "read_files", "weight_files"]
 
 MAX_BYTES = 256 * 2**20
-"""Of a file that is read as a whole: the largest published vocabularies have a tenth of that."""
+"""The largest file that is read as a whole: the largest published vocabularies have a tenth of it."""
 _READ = (".codes", ".jinja", ".json", ".md", ".model", ".py", ".spm", ".tiktoken", ".txt")
 _MAPPED = (".bin", ".gguf", ".safetensors")
 _FOLDERS = ("", "additional_chat_templates", "custom_generate")
-"""Where transformers looks."""
+"""Folders in which transformers looks for files."""
 
 
 def check_files(directory: Path, name: str, folders: Sequence[str] = _FOLDERS) -> None:
-    """Raise CheckpointError for a file of a kind that is read, in these folders, that is not a regular file, is a link
-    to somewhere else, or is larger than can be read."""
-    for path in _files(directory, folders):
+    """Raise CheckpointError for a file in these folders, of a kind that is read, that is not a regular file, is a link
+    out of the checkpoint, or is too large."""
+    for path in _list_files(directory, folders):
         shown = f"{path.relative_to(directory).as_posix()} of {name}"
         if not path.exists():
-            # A link to nothing is nothing.
+            # A dangling link counts as no file.
             continue
         if not _is_own(path, directory):
             raise CheckpointError(
@@ -46,17 +46,14 @@ def check_files(directory: Path, name: str, folders: Sequence[str] = _FOLDERS) -
 
 
 def read_files(directory: Path) -> list[Path]:
-    """The files of kinds that are read as a whole, in the directory and the folders in it, but for what is written
-    about them."""
+    """The files that are read as a whole, in the directory and the folders in it, except Markdown."""
     found = (path for pattern in ("*", "*/*") for path in directory.glob(pattern))
     return sorted(path for path in found if path.suffix in _READ and path.suffix != ".md" and path.is_file())
 
 
-def own_path(directory: Path, entry: str, name: str, where: str) -> Path:
-    """The file or folder of the checkpoint that `entry`, in its file `where`, stands for.
-
-    Raises CheckpointError where it leads out of the checkpoint.
-    """
+def path_within(directory: Path, entry: str, name: str, where: str) -> Path:
+    """The path of `entry`, which the checkpoint's file `where` names. Raises CheckpointError where it leads out of the
+    checkpoint."""
     path = directory / entry
     if not Path(os.path.abspath(path)).is_relative_to(directory) or not _is_own(path, directory):
         raise CheckpointError(f"{where} of {name} names {entry}, which is outside of the checkpoint.")
@@ -64,25 +61,27 @@ def own_path(directory: Path, entry: str, name: str, where: str) -> Path:
 
 
 def weight_files(directory: Path, name: str, config: Mapping[str, Any]) -> list[Path]:
-    """The files that hold the model's weights: those that transformers loads, else all, as AutoGPTQ had names of its
-    own. Raises CheckpointError where there are none, or one is not the checkpoint's own."""
+    """The weight files: those that transformers loads, else all there are, as AutoGPTQ had names of its own.
+
+    Raises CheckpointError where there are none, or one lies outside of the checkpoint.
+    """
     chosen = config.get("transformers_weights")
     if isinstance(chosen, str):
-        first = _weights(directory, chosen, name, "config.json")
-        return _of_index(first, directory, name) if first.name.endswith(".index.json") else [first]
+        first = _weight_path(directory, chosen, name, "config.json")
+        return _read_index(first, directory, name) if first.name.endswith(".index.json") else [first]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{whole}.index.json"
         if (directory / whole).is_file():
             return [directory / whole]
         if index.is_file():
-            return _of_index(index, directory, name)
+            return _read_index(index, directory, name)
     for pattern in ("*.safetensors", "*.bin"):
         if files := sorted(directory.glob(pattern)):
             return files
     raise CheckpointError(f"{name} has no weights: no *.safetensors or *.bin file in it.")
 
 
-def _of_index(index: Path, directory: Path, name: str) -> list[Path]:
+def _read_index(index: Path, directory: Path, name: str) -> list[Path]:
     shown = index.relative_to(directory).as_posix()
     try:
         entries = json.loads(index.read_bytes())["weight_map"]
@@ -92,26 +91,26 @@ def _of_index(index: Path, directory: Path, name: str) -> list[Path]:
         raise CheckpointError(
             f"{shown} of {name}, which lists the files of its weights, cannot be used: {reason}"
         ) from error
-    return [_weights(directory, entry, name, shown) for entry in names]
+    return [_weight_path(directory, entry, name, shown) for entry in names]
 
 
-def _weights(directory: Path, entry: str, name: str, where: str) -> Path:
-    path = own_path(directory, entry, name, where)
+def _weight_path(directory: Path, entry: str, name: str, where: str) -> Path:
+    path = path_within(directory, entry, name, where)
     if not path.is_file():
         raise CheckpointError(f"{name} lacks the file {entry}, which its {where} names.")
     return path
 
 
-def _files(directory: Path, folders: Sequence[str]) -> Iterator[Path]:
+def _list_files(directory: Path, folders: Sequence[str]) -> Iterator[Path]:
     for folder in folders:
         if (directory / folder).is_dir():
             yield from (path for path in sorted((directory / folder).iterdir()) if path.suffix in _READ + _MAPPED)
 
 
 def _is_own(path: Path, directory: Path) -> bool:
-    """Does it lie in the checkpoint, or is it a link to where the Hub's cache keeps the files of a repository?"""
+    """Whether a path lies in the checkpoint, or is a link to where the Hub's cache keeps a repository's files."""
     if path.resolve().is_relative_to(directory.resolve()):
         return True
-    # From there huggingface_hub may link on, to a store for all repositories.
+    # Only the first link counts: from there huggingface_hub may link on, to a store for all repositories.
     blob = Path(os.path.abspath(path.parent / os.readlink(path))) if path.is_symlink() else path
     return blob.parent.name == "blobs" and blob.parent.parent.name.startswith("models--")

@@ -1,7 +1,7 @@
-"""The language model within one that reads images or sound too: its own code, without what text never reaches.
+"""The language model within a model of images or sound and text: the same code without the parts that text never uses.
 
-Asked for text, the whole model's forward pass goes through its language model and head alone. Those are traced and
-compiled as of any decoder; what else there is goes, and whatever calls it after all fails.
+Given text only, the whole model's forward pass goes through its language model and head alone. These are traced and
+compiled like any decoder; all other parts are taken out, and a call of one fails.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from torch import nn
 
 from precast.runtime.errors import ExportError
 
-__all__ = ["READS_MORE", "keep_language_model", "wider_class"]
+__all__ = ["MULTIMODAL_CLASSES", "keep_language_model", "multimodal_class"]
 
-READS_MORE = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""transformers' classes of models that are given texts, and images or sound with them."""
+MULTIMODAL_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""transformers' auto classes for models of texts with images or sound."""
 
 
 class _Absent(nn.Module):
-    """What stands where a part was that is for images or sound."""
+    """In the place of a part for images or sound: raises ExportError when it is called."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         super().__init__()
-        # Qwen2-Audio asks where its ears are, and sends texts there.
+        # Qwen2-Audio moves texts to the device of its audio encoder.
         self.name, self.device = name, device
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
         raise ExportError(f"its {self.name} is part of how it reads text, too")
 
 
-def wider_class(config: Any) -> Any | None:
-    """transformers' class for models of this type whose language model can be had alone; None where there is none: an
-    encoder-decoder's answers hang on what it encodes."""
+def multimodal_class(config: Any) -> Any | None:
+    """transformers' auto class for models of this type, where their language model can be compiled alone; None where it
+    cannot, as an encoder-decoder's answers depend on what it encodes."""
     text = config.get_text_config(decoder=True)
     if text is config or config.is_encoder_decoder or text.is_encoder_decoder:
         return None
-    autos = [getattr(transformers, name) for name in READS_MORE]
+    autos = [getattr(transformers, name) for name in MULTIMODAL_CLASSES]
     return next((auto for auto in autos if type(config) in auto._model_mapping), None)
 
 
 def keep_language_model(model: Any) -> None:
-    """Take the parts out of `model` that lie beside its decoder and its output embedding."""
+    """Take out of `model` all parts but its decoder and its output embedding."""
     kept = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
     inner = {id(module) for part in kept for module in part.modules()}
     for parent in [module for module in model.modules() if id(module) not in inner]:

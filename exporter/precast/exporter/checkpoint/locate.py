@@ -1,4 +1,4 @@
-"""MODEL as it is typed: a checkpoint's directory, a .gguf file, or a name on the Hub. Found without torch."""
+"""Find the local checkpoint that MODEL names: a directory or a .gguf file. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from precast.runtime.errors import CheckpointError, UsageError
 from precast.runtime.terminal import quoted
 
 from .files import check_files
-from .gguf import check_whole
+from .gguf import check_not_truncated
 from .peft_adapters import check_no_adapter
 
-__all__ = ["Local", "check_is_checkpoint", "find_local", "is_compiled", "not_given"]
+__all__ = ["Local", "check_is_checkpoint", "find_local", "compiled_error", "not_found_error"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def _find(model: str) -> Local | None:
     return None
 
 
-def not_given(model: str, reason: str) -> CheckpointError:
+def not_found_error(model: str, reason: str) -> CheckpointError:
     """The error for a name under which neither this machine nor the Hub has a checkpoint."""
     return CheckpointError(
         f"{model} is neither a local path nor a checkpoint that the Hub would give: {reason.rstrip('.')}."
     )
 
 
-def is_compiled(model: str) -> CheckpointError:
+def compiled_error(model: str) -> CheckpointError:
     """The error for an artifact where a checkpoint is meant."""
     return CheckpointError(
         f"{model} is an artifact, compiled already, and this takes the checkpoint that it came from. What it is and "
@@ -80,10 +80,10 @@ def is_compiled(model: str) -> CheckpointError:
 def check_is_checkpoint(path: Path, given: str) -> None:
     """Raise CheckpointError for a directory that is no checkpoint: an artifact, which has a command of its own, one
     without a configuration, with files from elsewhere, or with an adapter."""
-    # Asked first: a pipe would be waited for.
+    # Checked first: opening a pipe would block.
     is_there = (path / "config.json").is_file()
     if is_there and is_artifact(path):
-        raise is_compiled(given)
+        raise compiled_error(given)
     check_no_adapter(path.resolve(), given)
     if not is_there:
         ggufs = sorted(found.name for found in path.glob("*.gguf"))
@@ -104,7 +104,7 @@ def _from_file(path: Path) -> Local:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
-    check_whole(path)
+    check_not_truncated(path)
     path = path.resolve()
     check_no_adapter(path.parent, str(path.parent))
     return Local(path.stem, path.parent, path.name)

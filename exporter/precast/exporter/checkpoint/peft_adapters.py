@@ -1,7 +1,7 @@
-"""PEFT adapters: weights that change a model's without being merged into them. They are found, and refused in words.
+"""Find PEFT adapters that are not merged into a model's weights, and refuse them with advice.
 
-transformers adds one that lies beside a model where the library peft is installed, and else does not; tensors of one
-among the model's own it leaves out.
+transformers applies an adapter that lies beside a model only where peft is installed, and ignores an adapter's tensors
+among the model's own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _AUTO = {
 }
 """peft's class that loads the adapter and the model that it names, by `task_type`."""
 _OF_PROMPTS = ("ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-"""Kinds that are put before a prompt, of `peft_type`."""
+"""Values of `peft_type` for adapters that are put before a prompt."""
 
 
 def check_no_adapter(path: Path, given: str) -> None:
@@ -41,14 +41,14 @@ def check_no_adapter(path: Path, given: str) -> None:
     found = next((name for name in _FILES if (path / name).is_file()), None)
     if found is None:
         return
-    config = _settings(path)
+    config = _read_settings(path)
     is_alone = not (path / "config.json").is_file() and not any(path.glob("*.gguf"))
     if is_alone:
         what, without = f"{given} is an adapter ({found}) without the model that it changes", ""
     else:
         what = f"{given} holds an adapter ({found}) beside the model, which counts where peft is installed only"
         without = f". Or move {found} away to export the model without it."
-    raise CheckpointError(f"{what}. {_advice(given, config)}{without}")
+    raise CheckpointError(f"{what}. {_give_advice(given, config)}{without}")
 
 
 def check_merged(unexpected: Iterable[str], name: str) -> None:
@@ -62,15 +62,15 @@ def check_merged(unexpected: Iterable[str], name: str) -> None:
         )
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         return strict_json.loads(read_regular(path / _CONFIG, strict_json.MAX_BYTES), _CONFIG)
     except (OSError, FormatError):
-        # It is refused in any case; only the advice depends on what it says.
+        # The adapter is refused in any case; only the advice depends on its settings.
         return {}
 
 
-def _advice(given: str, config: dict[str, Any]) -> str:
+def _give_advice(given: str, config: dict[str, Any]) -> str:
     kind = config.get("peft_type")
     if kind in _OF_PROMPTS:
         return f"It is put before every prompt (peft_type {kind}) and cannot be merged, which precast would need"

@@ -1,9 +1,9 @@
-"""Tokenizers that transformers has in Python over sentencepiece (Marian, M2M100, PLBart, …) or over bytes (ByT5) as one
-tokenizer.json.
+"""Convert tokenizers that transformers has in Python only to a tokenizer.json: those over sentencepiece (Marian,
+M2M100, PLBart, …) and over bytes (ByT5).
 
-Such a tokenizer takes the pieces from sentencepiece and their ids from a vocabulary of its own. transformers builds a
-tokenizer of the model's file; here its pieces get the ids of that vocabulary. Whatever that does not decide is asked of
-the Python tokenizer itself, and the result is used only if it gives that tokenizer's own answers on many texts.
+A tokenizer over sentencepiece takes pieces from that library, and their ids from a vocabulary of its own. transformers
+can build a tokenizer from the sentencepiece file; here its pieces get the ids of that vocabulary. Special tokens and
+templates are read off the Python tokenizer, and the result is used only if both agree on many texts.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-__all__ = ["Converted", "converted"]
+__all__ = ["ConvertedTokenizer", "convert_tokenizer"]
 
 _SPACE = "▁"
-# Characters of private use, which no vocabulary has: texts that have them get another one, unknown as well.
+# Private-use characters serve as marks; in texts they are replaced by one that is no mark, and unknown as well.
 _PRIVATE = "[\U000f0000-\U000ffffd]"
 _OTHER = "\U0010fffd"
 _UNMATCHED = "\U000ffffd"
-"""Stands before a token of the vocabulary that no text may become."""
+"""Marks a token of the vocabulary that no text may become."""
 _ENDED = "\U000ffffc"
-"""Stands behind a special token in decoded text."""
+"""Marks the end of a special token in decoded text."""
 _KEPT = "\U000ffffb"
-"""The space of a token that sentencepiece does not know: it is not taken off where a stretch of text begins."""
+"""The space of a token that sentencepiece does not know, which decoding keeps at the beginning of a text."""
 _CODES = 0xF0000
 _UNIGRAM, _PAIRS = 1, 2
 _NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6
@@ -39,43 +39,45 @@ _TEXTS = [
 ]  # fmt: skip
 
 
-class Converted:
-    """Attributes:
-    tokenizer: of the tokenizers library.
-    vocabulary: how many ids are the vocabulary's; what has higher ones are pieces that it lacks, so unknown tokens.
+class ConvertedTokenizer:
+    """A tokenizer of the tokenizers library that answers as one in Python does.
+
+    Attributes:
+        tokenizer: of the tokenizers library.
+        vocabulary: the size of the vocabulary; higher ids are pieces that it lacks, so unknown tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, unknown: int, *, end: str | None = None) -> None:
         self.tokenizer, self.vocabulary, self._unknown = tokenizer, vocabulary, unknown
-        # What a text may end in of its own accord, and is then not added.
+        # The end token, where one at the end of a text is not repeated.
         self._end = end
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the runtime must know beside tokenizer.json, in tokenizer_config.json."""
+        """The keys of tokenizer_config.json that the runtime needs beside tokenizer.json."""
         own = {"size": self.vocabulary, "unknown": self._unknown, "mark": _UNMATCHED, "end": self._end}
         return {"own_vocabulary": {name: value for name, value in own.items() if value is not None}}
 
-    def ids(self, text: str, pair: str | None = None) -> list[int]:
-        """The ids of a text, or of a pair of texts, as the runtime finds them."""
+    def encode(self, text: str, pair: str | None = None) -> list[int]:
+        """The ids of a text, or of a pair of texts, as `precast.runtime.inputs.tokenizer` computes them."""
         if self._end and text.rstrip().endswith(self._end):
             text = text.rstrip().removesuffix(self._end).rstrip()
         found = self.tokenizer.encode(text, pair)
-        return [self._own(*each) for each in zip(found.ids, found.tokens, strict=True)]
+        return [self._vocabulary_id(*each) for each in zip(found.ids, found.tokens, strict=True)]
 
-    def _own(self, index: int, token: str) -> int:
-        """Text that sentencepiece has no piece for may be a token of the vocabulary all the same."""
+    def _vocabulary_id(self, index: int, token: str) -> int:
+        """The id of a token in the vocabulary, which may have tokens that sentencepiece has no piece for."""
         if index < self.vocabulary and index != self._unknown:
             return index
         known = self.tokenizer.token_to_id(_UNMATCHED + token)
         return self._unknown if known is None else int(known)
 
 
-def converted(tokenizer: Any) -> Converted | None:
-    """The same tokenizer of the tokenizers library; None where there is none that answers the same."""
+def convert_tokenizer(tokenizer: Any) -> ConvertedTokenizer | None:
+    """Convert a tokenizer in Python to one of the tokenizers library; None where that would answer otherwise."""
     if type(tokenizer).__name__ == "ByT5Tokenizer":
-        found = _of_bytes(tokenizer)
-        return found if _is_same(found, tokenizer, []) else None
+        found = _convert_bytes(tokenizer)
+        return found if _answers_alike(found, tokenizer, []) else None
     model = getattr(tokenizer, "spm_source", None) or getattr(tokenizer, "sp_model", None)
     if model is None or getattr(tokenizer, "separate_vocabs", False):
         return None
@@ -84,14 +86,14 @@ def converted(tokenizer: Any) -> Converted | None:
     proto = import_protobuf().ModelProto.FromString(model.serialized_model_proto())
     if proto.trainer_spec.model_type not in (_UNIGRAM, _PAIRS):
         return None
-    names = _Names(tokenizer, proto)
+    names = _PieceNames(tokenizer, proto)
     if proto.trainer_spec.model_type == _PAIRS and names.has_unknown_text:
         return None
-    found = _build(tokenizer, proto, names)
-    return found if _is_same(found, tokenizer, [piece.piece for piece in proto.pieces]) else None
+    found = _convert_sentencepiece(tokenizer, proto, names)
+    return found if _answers_alike(found, tokenizer, [piece.piece for piece in proto.pieces]) else None
 
 
-def _build(tokenizer: Any, proto: Any, names: _Names) -> Converted:
+def _convert_sentencepiece(tokenizer: Any, proto: Any, names: _PieceNames) -> ConvertedTokenizer:
     from transformers.convert_slow_tokenizer import SpmConverter
 
     is_unigram = proto.trainer_spec.model_type == _UNIGRAM
@@ -99,18 +101,18 @@ def _build(tokenizer: Any, proto: Any, names: _Names) -> Converted:
     vocabulary = plain if is_unigram else {piece: index for index, (piece, _) in enumerate(plain)}
     base = json.loads(SpmConverter.build_tokenizer_from_spm_proto(proto, vocabulary).to_str())
     if is_unigram:
-        base["model"].update(vocab=names.scored(), unk_id=tokenizer.unk_token_id)
+        base["model"].update(vocab=names.with_scores(), unk_id=tokenizer.unk_token_id)
     else:
         base["model"].update(vocab={name: index for index, name in enumerate(names.all)}, unk_token=tokenizer.unk_token)
     made = Tokenizer.from_str(json.dumps(base))
-    _read_codes(made, names.codes)
-    _decode_alike(made, tokenizer, names.codes)
-    _add_special(made, tokenizer)
-    return Converted(made, names.vocabulary, tokenizer.unk_token_id)
+    _add_language_codes(made, names.codes)
+    _set_decoder(made, tokenizer, names.codes)
+    _add_special_tokens(made, tokenizer)
+    return ConvertedTokenizer(made, names.vocabulary, tokenizer.unk_token_id)
 
 
-def _of_bytes(tokenizer: Any) -> Converted:
-    """ByT5's tokens are the bytes of a text, and what makes no character is left out of one."""
+def _convert_bytes(tokenizer: Any) -> ConvertedTokenizer:
+    """Convert ByT5's tokenizer: tokens are the bytes of a text, and bytes that make no character decode to nothing."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
@@ -118,12 +120,12 @@ def _of_bytes(tokenizer: Any) -> Converted:
     made = Tokenizer(models.BPE({**special, **text}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\ufffd", "")])
-    _add_special(made, tokenizer)
-    return Converted(made, len(tokenizer), tokenizer.unk_token_id, end=tokenizer.eos_token)
+    _add_special_tokens(made, tokenizer)
+    return ConvertedTokenizer(made, len(tokenizer), tokenizer.unk_token_id, end=tokenizer.eos_token)
 
 
-class _Names:
-    """What the model calls each id: the piece it stands for, or what no text can become."""
+class _PieceNames:
+    """The name of each id in the model: its piece, or a marked token that no text can become."""
 
     def __init__(self, tokenizer: Any, proto: Any) -> None:
         self._scores = {piece.piece: piece.score for piece in proto.pieces
@@ -139,7 +141,7 @@ class _Names:
         self.codes = {code: before + chr(_CODES + at) for at, code in enumerate(codes, 1)}
         kept = {**added, **special}
         self.all = [
-            kept[index] if index in kept else self._name(own.get(index, str(index)))
+            kept[index] if index in kept else self._name_of(own.get(index, str(index)))
             for index in range(max(own.keys() | kept.keys()) + 1)
         ]
         known = set(self.all)
@@ -147,21 +149,21 @@ class _Names:
         beyond += [before + chr(_CODES)] if hasattr(tokenizer, "supported_language_codes") else []
         self.vocabulary = len(self.all)
         self.all += beyond
-        # Byte pairs do not say which text an unknown token was.
+        # A model of byte pairs does not tell which text an unknown token was.
         marked = [name.removeprefix(_UNMATCHED) for name in self.all if name.startswith(_UNMATCHED)]
         self.has_unknown_text = any(not self._scores.keys() & set(name) for name in marked)
 
-    def scored(self) -> list[tuple[str, float]]:
-        """Each with its score; a code's is the best there can be."""
+    def with_scores(self) -> list[tuple[str, float]]:
+        """Every name with its score; language codes have the best score there is."""
         codes = {*self.codes.values(), _SPACE + chr(_CODES), chr(_CODES)}
         return [(name, 0.0 if name in codes else self._scores.get(name, self._lowest)) for name in self.all]
 
-    def _name(self, token: str) -> str:
+    def _name_of(self, token: str) -> str:
         return self.codes.get(token) or (token if token in self._scores else _UNMATCHED + token)
 
 
-def _read_codes(made: Tokenizer, codes: dict[str, str]) -> None:
-    """Marian takes >>fr<< at the very beginning for one token, and leaves the rest to sentencepiece."""
+def _add_language_codes(made: Tokenizer, codes: dict[str, str]) -> None:
+    """Read a language code such as Marian's >>fr<< at the very beginning as one token."""
     first: list[Any] = [normalizers.Replace(Regex(_PRIVATE), _OTHER)]
     if codes or made.token_to_id(_SPACE + chr(_CODES)) is not None or made.token_to_id(chr(_CODES)) is not None:
         first += [normalizers.Replace(Regex(rf"\A{re.escape(code)}"), name[-1]) for code, name in codes.items()]
@@ -172,8 +174,8 @@ def _read_codes(made: Tokenizer, codes: dict[str, str]) -> None:
     made.normalizer = normalizers.Sequence([*first, *([made.normalizer] if made.normalizer else [])])
 
 
-def _decode_alike(made: Tokenizer, tokenizer: Any, codes: dict[str, str]) -> None:
-    """Each stretch between special tokens is decoded by itself, and the whole is stripped."""
+def _set_decoder(made: Tokenizer, tokenizer: Any, codes: dict[str, str]) -> None:
+    """Decode the parts between special tokens one by one, as the Python tokenizer does, and strip the whole."""
     special = dict.fromkeys(tokenizer.all_special_tokens)
     first = [decoders.Replace(_UNMATCHED + _SPACE, _KEPT), decoders.Replace(_UNMATCHED, "")]
     first += [decoders.Replace(name, code) for code, name in codes.items()]
@@ -187,7 +189,7 @@ def _decode_alike(made: Tokenizer, tokenizer: Any, codes: dict[str, str]) -> Non
     made.decoder = decoders.Sequence([*first, made.decoder, *last])
 
 
-def _add_special(made: Tokenizer, tokenizer: Any) -> None:
+def _add_special_tokens(made: Tokenizer, tokenizer: Any) -> None:
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     for content in tokenizer.all_special_tokens:
         added.setdefault(content, AddedToken(content, special=True, normalized=False))
@@ -206,23 +208,23 @@ def _add_special(made: Tokenizer, tokenizer: Any) -> None:
     )  # fmt: skip
 
 
-def _is_same(found: Converted, tokenizer: Any, pieces: Sequence[str]) -> bool:
-    """Ids of texts and pairs, and texts of ids, with special tokens and without."""
-    texts = [*_TEXTS, *_of_pieces(pieces)]
+def _answers_alike(found: ConvertedTokenizer, tokenizer: Any, pieces: Sequence[str]) -> bool:
+    """Whether both tokenizers agree on ids of texts and pairs, and on texts of ids, with special tokens and without."""
+    texts = [*_TEXTS, *_texts_of_pieces(pieces)]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
-        if found.ids(text) != ids or any(_differs(found, tokenizer, ids, skip) for skip in (True, False)):
+        if found.encode(text) != ids or any(_decodes_otherwise(found, tokenizer, ids, skip) for skip in (True, False)):
             return False
-    return bool(found.ids(texts[2], texts[4]) == tokenizer(texts[2], texts[4])["input_ids"])
+    return bool(found.encode(texts[2], texts[4]) == tokenizer(texts[2], texts[4])["input_ids"])
 
 
-def _differs(found: Converted, tokenizer: Any, ids: list[int], skip: bool) -> bool:
+def _decodes_otherwise(found: ConvertedTokenizer, tokenizer: Any, ids: list[int], skip: bool) -> bool:
     wanted = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     return bool(found.tokenizer.decode(ids, skip_special_tokens=skip) != wanted)
 
 
-def _of_pieces(pieces: Sequence[str]) -> Iterator[str]:
-    """Texts in which pieces from all over the vocabulary stand."""
+def _texts_of_pieces(pieces: Sequence[str]) -> Iterator[str]:
+    """Texts of pieces from all over the vocabulary."""
     step = max(1, len(pieces) // 300)
     for start in range(0, len(pieces), step):
         yield "".join(pieces[start : start + 7]).replace(_SPACE, " ")

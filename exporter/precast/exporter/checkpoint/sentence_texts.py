@@ -1,6 +1,6 @@
-"""What sentence-transformers does to texts before the transformer sees them: prompts, lower case, a longest length.
+"""How sentence-transformers prepares texts before the transformer: prompts, lower case, a maximum length.
 
-It is read once, here, and written into the artifact as that library writes it, with the length that holds.
+The settings are read once, here, and written into the artifact as that library writes them, with the length in effect.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _TYPES: dict[str, dict[str, Any]] = {
     },
     TRANSFORMER: {"max_seq_length": int, "do_lower_case": bool},
 }
-"""What is used of both files."""
+"""The keys that are used, with their types, by file."""
 _KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _NAMES = [f"sentence_{kind}_config.json" for kind in _KINDS]
-"""The first that there is counts."""
+"""Older names of that file, of which the first that is there counts."""
 _ARGUMENTS = ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
 _HARMLESS = {"add_pooling_layer", "attn_implementation", "dtype", "padding_side", "torch_dtype", "trust_remote_code",
              "use_fast", "use_safetensors"}  # fmt: skip
-"""What these may name without changing an embedding."""
+"""Keys in `_ARGUMENTS` that do not change an embedding."""
 
 
 def sentence_files(directory: Path, name: str, longest: int | None) -> dict[str, dict[str, Any]]:
-    """The two files of settings, by their names, for the artifact.
+    """Read the two files of settings, by name, as they go into the artifact.
 
     Args:
         directory: of the checkpoint.
@@ -59,7 +59,7 @@ def sentence_files(directory: Path, name: str, longest: int | None) -> dict[str,
             f"Correct it, or set default_prompt_name to null."
         )
     check_prompt(directory, name, prompts.get("prompts", {}).get(default, ""))
-    rules = _transformer(directory, name)
+    rules = _read_transformer(directory, name)
     length = rules.setdefault("max_seq_length", longest)
     if length is not None and length < 1:
         raise CheckpointError(f"The max_seq_length of {name} is {length}; texts are cut to 1 token or more.")
@@ -80,7 +80,7 @@ def lower_case(tokenizer: Any, name: str) -> None:
         inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, parts)])
 
 
-def _transformer(directory: Path, name: str) -> dict[str, Any]:
+def _read_transformer(directory: Path, name: str) -> dict[str, Any]:
     path = next((directory / each for each in _NAMES if (directory / each).is_file()), directory / TRANSFORMER)
     whole, rules = _read(path, name, _TYPES[TRANSFORMER])
     for key, is_fine in _CHECKS.items():
@@ -111,18 +111,18 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def _read(path: Path, name: str, types: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All that the file says, and what is used of it; null is like no value. Raises CheckpointError."""
+    """The whole file, and the keys that are used; null is like no value. Raises CheckpointError."""
     if not path.is_file():
         return {}, {}
     try:
         whole = msgspec.convert(json.loads(path.read_bytes()), dict[str, Any])
     except ValueError as error:
         raise CheckpointError(f"{path.name} of {name} cannot be used: {error}") from error
-    return whole, {key: _checked(whole[key], kind, f"{path.name} of {name} has {key}")
+    return whole, {key: _convert_value(whole[key], kind, f"{path.name} of {name} has {key}")
                    for key, kind in types.items() if whole.get(key) is not None}  # fmt: skip
 
 
-def _checked(value: Any, kind: Any, where: str) -> Any:
+def _convert_value(value: Any, kind: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

@@ -1,8 +1,8 @@
 """sentence-transformers checkpoints: token vectors to one vector per text, inside the graph.
 
-What `modules.json` lists after the transformer is computed as the modules Pooling, Dense, LayerNorm, Dropout and
-Normalize of https://github.com/huggingface/sentence-transformers compute it. That library is not needed. What is done
-to texts before is in texts.py.
+The modules that `modules.json` lists after the transformer are computed as Pooling, Dense, LayerNorm, Dropout and
+Normalize of https://github.com/huggingface/sentence-transformers compute them, without that library. How texts are
+prepared before is in sentence_texts.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from precast.runtime.artifact import strict_json
 from precast.runtime.errors import ArtifactError, CheckpointError
 
-from .files import check_files, own_path
+from .files import check_files, path_within
 
 __all__ = ["OUTPUT", "attach_sentences", "check_prompt", "embeds_sentences", "output_names", "sentence_weights"]
 
@@ -40,26 +40,26 @@ def attach_sentences(model: nn.Module, directory: Path, name: str) -> None:
 
     Raises CheckpointError for other modules than those above.
     """
-    modules = _listed(directory, name)
+    modules = _read_modules(directory, name)
     if not modules:
         return
     device = next(model.parameters()).device
     head = nn.ModuleList(_MAKERS[kind](directory / path, name) for kind, path in modules)
     _check_order(head, name)
     model.sentence_head = head.to(device).eval().requires_grad_(False)
-    model.register_forward_hook(_embed, with_kwargs=True)
+    model.register_forward_hook(_add_embedding, with_kwargs=True)
 
 
 def sentence_weights(directory: Path, name: str) -> list[Path]:
     """The weight files of the modules after the transformer."""
-    folders = [directory / path for kind, path in _listed(directory, name) if kind in ("Dense", "LayerNorm")]
+    folders = [directory / path for kind, path in _read_modules(directory, name) if kind in ("Dense", "LayerNorm")]
     return [_weight_file(folder, name) for folder in folders]
 
 
 def check_prompt(directory: Path, name: str, prompt: str) -> None:
-    """Raise CheckpointError where the prompt's own tokens would have to be left out of what is pooled."""
-    for kind, path in _listed(directory, name):
-        if kind == "Pooling" and prompt and _read(directory / path, name).get("include_prompt") is False:
+    """Raise CheckpointError where pooling would have to leave out the prompt's tokens."""
+    for kind, path in _read_modules(directory, name):
+        if kind == "Pooling" and prompt and _read_config(directory / path, name).get("include_prompt") is False:
             raise CheckpointError(
                 f"{path}/config.json of {name} leaves its default prompt, {prompt!r:.60}, out of the embedding "
                 f"(include_prompt: false), which a compiled graph cannot tell from the text. Set default_prompt_name "
@@ -67,13 +67,13 @@ def check_prompt(directory: Path, name: str, prompt: str) -> None:
             )
 
 
-def _listed(directory: Path, name: str) -> list[tuple[str, str]]:
-    """(kind, folder) of every module after the transformer; none without a modules.json."""
+def _read_modules(directory: Path, name: str) -> list[tuple[str, str]]:
+    """Read modules.json: (kind, folder) of every module after the transformer; none without that file."""
     path = directory / "modules.json"
     if not path.is_file():
         return []
     try:
-        # A list is no contract's document: it is wrapped to be read by the same rules.
+        # The strict parser takes objects only, so the list is wrapped in one.
         listed = strict_json.loads(b'{"modules": ' + path.read_bytes() + b"}", f"{name}/modules.json")["modules"]
         if own := [each["type"] for each in listed if not str(each["type"]).startswith("sentence_transformers.")]:
             raise CheckpointError(
@@ -94,13 +94,13 @@ def _listed(directory: Path, name: str) -> list[tuple[str, str]]:
             f"{', '.join(_MAKERS)}."
         )
     for _, folder in found[1:]:
-        own_path(directory, folder, name, "modules.json")
+        path_within(directory, folder, name, "modules.json")
     check_files(directory, name, [folder for _, folder in found[1:]])
     return found[1:]
 
 
 def _check_order(head: nn.ModuleList, name: str) -> None:
-    """Raise CheckpointError where a module does not go on with what the one before it answers."""
+    """Raise CheckpointError where a module does not take the output of the one before it."""
     at = "token_embeddings"
     for module in head:
         if isinstance(module, _Pooling):
@@ -112,25 +112,25 @@ def _check_order(head: nn.ModuleList, name: str) -> None:
             )
 
 
-def _names(config: Mapping[str, Any]) -> tuple[str, str]:
-    """What a module reads, and what it makes of it."""
+def _tensor_names(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The names of a module's input and output."""
     source = config.get("module_input_name") or OUTPUT
     return source, config.get("module_output_name") or source
 
 
-def _embed(model: Any, args: Any, named: Mapping[str, Any], result: Any) -> Any:
+def _add_embedding(model: Any, args: Any, named: Mapping[str, Any], result: Any) -> Any:
     states, mask = result["last_hidden_state"], named.get("attention_mask")
     mask = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.to(states.dtype)
     value = states
     for module in model.sentence_head:
-        # Whatever stands before it, pooling is of the tokens.
+        # Pooling takes the tokens' vectors, whatever module comes before it.
         value = module(states if isinstance(module, _Pooling) else value, mask)
     result[OUTPUT] = value
     return result
 
 
 class _Pooling(nn.Module):
-    """Several ways at once are joined, in sentence-transformers' order."""
+    """Pooling in one or several ways, whose results are concatenated in sentence-transformers' order."""
 
     def __init__(self, ways: list[str]) -> None:
         super().__init__()
@@ -140,40 +140,40 @@ class _Pooling(nn.Module):
         return torch.cat([_WAYS[way](states, mask) for way in self.ways], -1)
 
 
-def _first(states: Tensor, mask: Tensor) -> Tensor:
+def _pool_first(states: Tensor, mask: Tensor) -> Tensor:
     return states[:, 0]
 
 
-def _largest(states: Tensor, mask: Tensor) -> Tensor:
+def _pool_max(states: Tensor, mask: Tensor) -> Tensor:
     return states.masked_fill(mask[:, :, None] == 0, -1e9).amax(1)
 
 
-def _mean(states: Tensor, mask: Tensor) -> Tensor:
+def _pool_mean(states: Tensor, mask: Tensor) -> Tensor:
     return (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def _mean_by_root(states: Tensor, mask: Tensor) -> Tensor:
+def _pool_mean_sqrt(states: Tensor, mask: Tensor) -> Tensor:
     return (states * mask[:, :, None]).sum(1) / torch.sqrt(mask.sum(1, keepdim=True))
 
 
-def _weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
+def _pool_weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
     """Later tokens count more: position i counts i times (SGPT, https://arxiv.org/abs/2202.08904)."""
-    return _mean(states, mask * torch.arange(1, states.shape[1] + 1, device=states.device))
+    return _pool_mean(states, mask * torch.arange(1, states.shape[1] + 1, device=states.device))
 
 
-def _last(states: Tensor, mask: Tensor) -> Tensor:
-    """The last real token; rows stand at position 0."""
+def _pool_last(states: Tensor, mask: Tensor) -> Tensor:
+    """The last real token of each row."""
     last = (mask * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(1)
     return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
 
 
 _WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cls": _first,
-    "max": _largest,
-    "mean": _mean,
-    "mean_sqrt_len_tokens": _mean_by_root,
-    "weightedmean": _weighted_mean,
-    "lasttoken": _last,
+    "cls": _pool_first,
+    "max": _pool_max,
+    "mean": _pool_mean,
+    "mean_sqrt_len_tokens": _pool_mean_sqrt,
+    "weightedmean": _pool_weighted_mean,
+    "lasttoken": _pool_last,
 }
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -185,8 +185,8 @@ _FLAGS = {
 }
 
 
-def _pooling(folder: Path, name: str) -> nn.Module:
-    config = _read(folder, name)
+def _make_pooling(folder: Path, name: str) -> nn.Module:
+    config = _read_config(folder, name)
     given = config.get("pooling_mode") or [way for flag, way in _FLAGS.items() if config.get(flag)] or "mean"
     ways = [given] if isinstance(given, str) else list(given)
     if any(way not in _WAYS for way in ways):
@@ -197,12 +197,12 @@ def _pooling(folder: Path, name: str) -> nn.Module:
 
 
 class _Dense(nn.Module):
-    """A linear layer and an activation over the last dimension; with `residual`, what it was given is added."""
+    """A linear layer and an activation over the last dimension, with a residual connection where config.json asks."""
 
     def __init__(self, config: Mapping[str, Any], activation: nn.Module) -> None:
         super().__init__()
         width, size = config["in_features"], config["out_features"]
-        self.names = _names(config)
+        self.names = _tensor_names(config)
         self.activation = activation
         self.linear = nn.Linear(width, size, bias=config.get("bias", True))
         self.is_residual = bool(config.get("use_residual"))
@@ -217,8 +217,8 @@ class _Dense(nn.Module):
 _ACTIVATIONS = {"Tanh": nn.Tanh, "Identity": nn.Identity, "ReLU": nn.ReLU, "GELU": nn.GELU, "SiLU": nn.SiLU}
 
 
-def _dense(folder: Path, name: str) -> nn.Module:
-    config = _read(folder, name)
+def _make_dense(folder: Path, name: str) -> nn.Module:
+    config = _read_config(folder, name)
     written = str(config.get("activation_function", "torch.nn.Tanh"))
     activation = written.rpartition(".")[2]
     if activation not in _ACTIVATIONS or not written.startswith("torch."):
@@ -240,14 +240,14 @@ class _LayerNorm(nn.Module):
         return found
 
 
-def _layer_norm(folder: Path, name: str) -> nn.Module:
-    config = _read(folder, name)
+def _make_layer_norm(folder: Path, name: str) -> nn.Module:
+    config = _read_config(folder, name)
     return _with_weights(lambda: _LayerNorm(config["dimension"]), folder, name)
 
 
 def _with_weights(make: Callable[[], nn.Module], folder: Path, name: str) -> nn.Module:
-    """Raises CheckpointError where config.json and weights do not make a module."""
-    weights = _load(_weight_file(folder, name))
+    """Make a module and load its weights. Raises CheckpointError where config.json and weights do not fit."""
+    weights = _load_weights(_weight_file(folder, name))
     try:
         module = make()
         module.load_state_dict({key: value.float() for key, value in weights.items()})
@@ -257,7 +257,7 @@ def _with_weights(make: Callable[[], nn.Module], folder: Path, name: str) -> nn.
     return module
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -274,23 +274,23 @@ def _weight_file(folder: Path, name: str) -> Path:
 
 
 class _Normalize(nn.Module):
-    """To length 1."""
+    """Scale vectors to length 1."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.names = _names(config)
+        self.names = _tensor_names(config)
 
     def forward(self, vector: Tensor, mask: Tensor) -> Tensor:
         return nn.functional.normalize(vector, p=2.0, dim=-1)
 
 
-def _normalize(folder: Path, name: str) -> nn.Module:
-    # Before sentence-transformers 5 it has no file, and no folder either where git carried the checkpoint.
-    return _Normalize(_read(folder, name) if (folder / "config.json").is_file() else {})
+def _make_normalize(folder: Path, name: str) -> nn.Module:
+    # Before sentence-transformers 5 it had no config.json, so its folder is empty or, after git, missing.
+    return _Normalize(_read_config(folder, name) if (folder / "config.json").is_file() else {})
 
 
 class _Dropout(nn.Module):
-    """Nothing, but for training."""
+    """The identity: dropout is for training only."""
 
     names = (OUTPUT, OUTPUT)
 
@@ -298,20 +298,20 @@ class _Dropout(nn.Module):
         return vector
 
 
-def _dropout(folder: Path, name: str) -> nn.Module:
+def _make_dropout(folder: Path, name: str) -> nn.Module:
     return _Dropout()
 
 
 _MAKERS: dict[str, Callable[[Path, str], nn.Module]] = {
-    "Pooling": _pooling,
-    "Dense": _dense,
-    "LayerNorm": _layer_norm,
-    "Dropout": _dropout,
-    "Normalize": _normalize,
+    "Pooling": _make_pooling,
+    "Dense": _make_dense,
+    "LayerNorm": _make_layer_norm,
+    "Dropout": _make_dropout,
+    "Normalize": _make_normalize,
 }
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         return strict_json.loads((folder / "config.json").read_bytes(), f"{name}/{folder.name}/config.json")
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from precast.runtime.artifact import Artifact
 from precast.runtime.terminal import printable
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 
 __all__ = ["render_card"]
 

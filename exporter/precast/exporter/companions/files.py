@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.sentence_texts import lower_case
 from ..checkpoint.sentence_transformers import embeds_sentences
-from ..checkpoint.tokenizer_files import tokenizer_settings
+from ..checkpoint.tokenizer_files import save_tokenizer
 
 __all__ = ["config_of", "write_companions"]
 
@@ -52,7 +52,7 @@ def write_companions(stage: Path, tokenizer: Any | None, checkpoint: Checkpoint,
     for name, settings in checkpoint.processor_files.items():
         _write_json(stage / name, _without_paths(settings))
     if tokenizer is not None:
-        _write_json(stage / "tokenizer_config.json", _without_paths(tokenizer_settings(tokenizer, stage)))
+        _write_json(stage / "tokenizer_config.json", _without_paths(save_tokenizer(tokenizer, stage)))
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         said = _without_paths(json.loads(generation.to_json_string(ignore_metadata=True)))

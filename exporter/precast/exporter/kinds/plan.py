@@ -20,7 +20,7 @@ from precast.runtime.hosts.machine import memory_bytes
 
 from ..architectures.scaled_rotary import longrope_limit
 from ..checkpoint import early
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..options import ExportOptions
 from . import kind_of
 

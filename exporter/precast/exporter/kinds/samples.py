@@ -21,7 +21,7 @@ from precast.runtime.artifact.schema import Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError
 
-from ..checkpoint.resolve import first_line
+from ..checkpoint.describe import describe_error
 from . import kind_of
 
 __all__ = [
@@ -121,7 +121,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
         found: list[int] = tokenizer(text, verbose=False)["input_ids"]
     except Exception as error:
         # Each tokenizer has code of its own, which may raise anything.
-        raise CheckpointError(f"{type(tokenizer).__name__} cannot read plain text: {first_line(error)}") from error
+        raise CheckpointError(f"{type(tokenizer).__name__} cannot read plain text: {describe_error(error)}") from error
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.errors import CheckpointError, UsageError
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..kinds.samples import token_ids
 from ..options import GROUP_SIZES, ExportOptions
 from ..validation.metrics import floor_for

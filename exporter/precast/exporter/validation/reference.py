@@ -15,7 +15,7 @@ from precast.runtime.artifact.schema import Graph
 from precast.runtime.artifact.tasks import Task
 
 from ..architectures.last_eos_pooling import pools_last_eos
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..kinds import kind_of
 from ..kinds.samples import Answer, ValidationSample, make_held_out_samples, make_samples
 from ..progress import progress

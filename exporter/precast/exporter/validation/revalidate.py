@@ -14,7 +14,8 @@ from precast.runtime.artifact.tasks import get_task, kind_of_roles
 from precast.runtime.errors import AccuracyError, ExportError, UsageError
 from precast.runtime.hosts.select import choose_variant, this_machine
 
-from ..checkpoint.resolve import Checkpoint, resolve
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.resolve import resolve
 from ..checkpoint.sentence_transformers import OUTPUT as SENTENCES
 from ..options import ExportOptions
 from . import compare

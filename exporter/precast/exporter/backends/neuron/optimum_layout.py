@@ -19,7 +19,7 @@ from precast.runtime.artifact.schema import Axis, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import ExportError
 
-from ...checkpoint.resolve import Checkpoint
+from ...checkpoint.checkpoint import Checkpoint
 from ...options import ExportOptions
 from ...options.layout import OPTIMUM_NEURON
 from .. import Compiled

@@ -13,7 +13,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
 
 from ...architectures.scaled_rotary import longrope_limit
-from ...checkpoint.resolve import Checkpoint
+from ...checkpoint.checkpoint import Checkpoint
 from ...options import ExportOptions
 from ..plan import GraphPlan, Plan, check_length, common_fields, single_batch_size
 from .eager_attention import EAGER_NOTE, CacheLayout, TensorLayout, find_cache_layout, fused_blocker

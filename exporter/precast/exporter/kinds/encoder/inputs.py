@@ -14,7 +14,7 @@ from precast.runtime.artifact.schema import Axis
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
 
-from ...checkpoint.resolve import Checkpoint
+from ...checkpoint.checkpoint import Checkpoint
 from ...options import SIZE_EXAMPLES, ExportOptions, flag_of
 from ..plan import TensorPlan, check_blocks, check_length
 from .frames import read_convolutions

@@ -13,7 +13,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, ExportError
 
 from ...architectures import make_traceable
-from ...checkpoint.resolve import Checkpoint
+from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.sentence_transformers import output_names
 from ...options import ExportOptions
 from ..plan import GraphPlan, Plan, TensorPlan, common_fields, run_skeleton

@@ -20,7 +20,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ...architectures.cache_names import find_cache
-from ...checkpoint.resolve import Checkpoint
+from ...checkpoint.checkpoint import Checkpoint
 from ...options import ExportOptions
 from ..decoder.plan import CachedPlan, CachePlan, round_head_size
 from ..plan import (
