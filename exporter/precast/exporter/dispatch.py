@@ -34,27 +34,27 @@ def export(
         model: a Hub id, a checkpoint directory, or a .gguf file.
         target: the directory to make.
         options: see ExportOptions; or its fields as `keywords`, as in `export(model, "out", batch_size=1)`.
-        on_step: called with the name of each step; what it returns is entered for as long as the step takes. If that
-            gives a function, long steps call it with how many of how many parts are done, and what comes now.
+        on_step: called with the name of each step; returns a context manager that is entered while the step runs. If
+            it yields a function, long steps call that with the parts done, the total, and the name of the current part.
         on_plan: called with the plan before the long work begins.
 
     Raises:
-        UsageError: an option that there is not, or one that is out of place.
-        PrecastError: its subclasses say which step failed; `target` is then as it was.
+        UsageError: an unknown option, or one that does not fit the others.
+        PrecastError: a step failed, as its subclasses say; `target` is then as it was.
     """
-    options = _options(options, keywords)
+    options = _merge_options(options, keywords)
     if options.also:
         return export_with_others(model, Path(target), options, on_step, on_plan)
-    several = export_fastest if options.backend == AUTO else export_variant
-    return several(model, Path(target), options, on_step, on_plan)
+    export_one = export_fastest if options.backend == AUTO else export_variant
+    return export_one(model, Path(target), options, on_step, on_plan)
 
 
 def preview(model: str, options: ExportOptions | None = None, **keywords: Any) -> Plan:
-    """What `export` would compile, without reading weights. Raises PrecastError as `export` does."""
-    return plan_variant(model, _options(options, keywords))
+    """The plan of `export`, made without reading weights. Raises PrecastError as `export` does."""
+    return plan_variant(model, _merge_options(options, keywords))
 
 
-def _options(options: ExportOptions | None, keywords: dict[str, Any]) -> ExportOptions:
+def _merge_options(options: ExportOptions | None, keywords: dict[str, Any]) -> ExportOptions:
     if options is None:
         return ExportOptions.of(keywords)
     if keywords:

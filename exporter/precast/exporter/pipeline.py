@@ -39,25 +39,25 @@ from .validation.reference import Reference, make_reference
 __all__ = ["OnPlan", "export_variant", "plan_variant", "publish_with_card"]
 
 OnPlan: TypeAlias = Callable[[Plan], None]
-"""Called with the plan of an export before the long work begins."""
+"""A callback that gets the plan of an export before the long work begins."""
 
 _UNCHECKED = Accuracy(status="skipped", reason="not validated", figures={})
 
 
 def export_variant(model: str, target: Path, options: ExportOptions, on_step: OnStep, on_plan: OnPlan) -> Artifact:
-    """`export` with one backend, which is named. Arguments and errors are those of `export`."""
+    """Export with the one backend that the options name. Arguments and errors are those of `export`."""
     compiler = _ready_compiler(options)
     check_target(target, force=options.force)
     with on_step("resolve"):
-        checkpoint = _prepared(resolve(model, options), options, compiler)
+        checkpoint = _resolve(model, options, compiler)
     with on_step("plan"):
         plan = make_plan(checkpoint, options)
     on_plan(plan)
-    with _explained(plan), staging(target) as stage:
+    with _explain_failures(plan), staging(target) as stage:
         loaded, reference = _load(checkpoint, plan, options, on_step)
         programs, quantization = _trace(loaded, checkpoint, plan, options, on_step)
         artifact = _compile(programs, loaded, checkpoint, plan, options, compiler, quantization, stage, on_step)
-        # The reference is all that is needed of them, and validation opens the compiled model beside it.
+        # Only the reference is still needed; memory must be free before validation opens the compiled model.
         del loaded, programs
         gc.collect()
         artifact = _validate(artifact, reference, options, on_step)
@@ -66,14 +66,14 @@ def export_variant(model: str, target: Path, options: ExportOptions, on_step: On
 
 
 def plan_variant(model: str, options: ExportOptions) -> Plan:
-    """What `export_variant` would compile, without reading weights. Raises PrecastError as it does."""
+    """The plan of `export_variant`, made without reading weights. Raises PrecastError as it does."""
     options.check()
     compiler = compiler_of(options.backend)
-    return make_plan(_prepared(resolve(model, options), options, compiler), options)
+    return make_plan(_resolve(model, options, compiler), options)
 
 
 def _ready_compiler(options: ExportOptions) -> ProgramCompiler:
-    """The backend's compiler, with the tools that it needs at hand. Raises UsageError, ExportError."""
+    """The backend's compiler, after checking the options and its tools. Raises UsageError, ExportError."""
     options.check()
     compiler = compiler_of(options.backend)
     if isinstance(compiler, NeedsTools):
@@ -81,13 +81,14 @@ def _ready_compiler(options: ExportOptions) -> ProgramCompiler:
     return compiler
 
 
-def _prepared(checkpoint: Checkpoint, options: ExportOptions, compiler: ProgramCompiler) -> Checkpoint:
+def _resolve(model: str, options: ExportOptions, compiler: ProgramCompiler) -> Checkpoint:
+    checkpoint = resolve(model, options)
     return compiler.prepare(checkpoint, options) if isinstance(compiler, HasLayouts) else checkpoint
 
 
 @contextmanager
-def _explained(plan: Plan) -> Iterator[None]:
-    """Add to a failure why attention is in ordinary operators, where it is: the one may come of the other."""
+def _explain_failures(plan: Plan) -> Iterator[None]:
+    """Add to an ExportError why attention is in ordinary operators, where it is: that may be the cause."""
     try:
         yield
     except ExportError as error:
@@ -107,7 +108,7 @@ class _Loaded:
 def _load(
     checkpoint: Checkpoint, plan: Plan, options: ExportOptions, on_step: OnStep
 ) -> tuple[_Loaded, Reference | None]:
-    """The eager model, and its answers, that the artifact will be held to; None where it will not be."""
+    """Load the eager model, and make the reference from its answers; None without validation."""
     with on_step("load"):
         tokenizer = checkpoint.tokenizer
         loaded = _Loaded(checkpoint.load(plan.task, plan.dtype), tokenizer)
@@ -122,8 +123,8 @@ def _load(
 def _trace(
     loaded: _Loaded, checkpoint: Checkpoint, plan: Plan, options: ExportOptions, on_step: OnStep
 ) -> tuple[list[Program], str | None]:
-    """The programs, of a model that is quantized first and cast afterwards where that is asked for, and how its weights
-    are quantized, in words."""
+    """Quantize the model, trace it, and cast the programs, as far as the options ask; returns the programs, and how the
+    weights are quantized, in words."""
     scales, quantization = None, None
     if options.kv_cache == "int8":
         with on_step("calibrate"):
@@ -149,7 +150,7 @@ def _compile(
     stage: Path,
     on_step: OnStep,
 ) -> Artifact:
-    """All of the artifact in `stage`, but its card: graphs, weights, companions, and the contract over them."""
+    """Write the artifact into `stage`, all but its card: graphs, weights, companion files, and the contract."""
     layouts = compiler if isinstance(compiler, HasLayouts) else None
     if layouts:
         layouts.check_graphs([program.graph for program in programs], plan.task, checkpoint, options)
@@ -202,7 +203,7 @@ def _contract(
 
 
 def _name_parts(options: ExportOptions) -> list[str]:
-    """What tells this variant from the plain one."""
+    """What the variant's name has beside the backend: quantization, cache and precision, where they are not plain."""
     parts = [] if options.quantize == "none" else [options.quantize]
     parts += [] if options.kv_cache == "float32" else [f"kv-{options.kv_cache}"]
     parts += [options.cast_type] if options.is_cast else []
@@ -215,13 +216,16 @@ def _cast_notes(options: ExportOptions) -> dict[str, str]:
 
 
 def _validate(artifact: Artifact, reference: Reference | None, options: ExportOptions, on_step: OnStep) -> Artifact:
-    """The artifact with the verdict on it; skipped where what it was compiled for is not here. Raises AccuracyError."""
+    """Record the verdict in the artifact: "skipped" where the device it was compiled for is not here. Raises
+    AccuracyError."""
     if reference is None:
         return artifact
     (variant,) = artifact.contract.variants
     with on_step("validate"):
-        asked = (variant.name, reference, options, describe_loss(variant), artifact.contract.digest)
-        return record_accuracy(artifact, variant.name, skip_without_device(artifact) or compare(artifact.path, *asked))
+        arguments = (variant.name, reference, options, describe_loss(variant), artifact.contract.digest)
+        return record_accuracy(
+            artifact, variant.name, skip_without_device(artifact) or compare(artifact.path, *arguments)
+        )
 
 
 def publish_with_card(

@@ -1,4 +1,4 @@
-"""Progress of long steps, told to whoever listens, so that what they call needs no argument for it."""
+"""Report the progress of long steps to a listener in the context, without an argument through every call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Protocol, TypeAlias
 __all__ = ["OnStep", "Progress", "no_progress", "prefixed", "progress", "progress_to"]
 
 OnStep: TypeAlias = Callable[[str], AbstractContextManager[Any]]
-"""Called with the name of each step of an export; what it returns is entered for as long as the step takes. Where that
-gives a function, it is the step's `Progress`."""
+"""Called with the name of each step of an export; returns a context manager that is entered while the step runs. Where
+it yields a function, that is the step's `Progress`."""
 
 
 class Progress(Protocol):
-    """Told how many parts of a step are done, of how many, and what is done now."""
+    """Called with how many parts of a step are done, the total, and the name of the current part."""
 
     def __call__(self, done: int, total: int, what: str = "") -> None: ...
 
@@ -29,7 +29,7 @@ _listener: ContextVar[Progress] = ContextVar("listener", default=no_progress)
 
 @contextmanager
 def progress_to(listener: Progress | None) -> Iterator[None]:
-    """Within this block `progress` tells this listener, if there is one."""
+    """Within this block `progress` calls `listener`, if there is one."""
     token = _listener.set(listener or no_progress)
     try:
         yield
@@ -38,12 +38,12 @@ def progress_to(listener: Progress | None) -> Iterator[None]:
 
 
 def progress(done: int, total: int, what: str = "") -> None:
-    """Say that `done` of `total` parts are done, and what comes now."""
+    """Report that `done` of `total` parts are done, and the name of the current one."""
     _listener.get()(done, total, what)
 
 
 def prefixed(on_step: OnStep, name: str) -> OnStep:
-    """The same, with `name` before the name of each step."""
+    """`on_step` with `name` before the name of each step."""
 
     def step(what: str) -> AbstractContextManager[Any]:
         return on_step(f"{name}: {what}")

@@ -1,4 +1,4 @@
-"""Keep the libraries underneath from drawing bars and logging over what we report."""
+"""Keep libraries from drawing progress bars and logging between our own output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def silence(*loggers: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """For command lines: transformers says nothing below an error and shows no bars."""
+    """For command lines: let transformers log errors only, and draw no progress bars."""
     import transformers.modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as transformers_logging
 

@@ -1,6 +1,7 @@
-"""Exports that are kept: one per content of the checkpoint, options, versions and machine.
+"""Keep exports and reuse them: one per content of the checkpoint, options, versions and machine.
 
-A model that is open is never replaced: whoever asks for the same gets the same, and anything else has another name.
+An artifact that a process has open is never replaced: the same request gets the same artifact, and any other request
+one of another name.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ __all__ = ["export_once"]
 
 _NAME = re.compile(r"[\w.-]+")
 _WITHOUT_EFFECT = ("token", "force", "revision")
-"""Options that say how to get the files, whose content counts, or where to put them."""
+"""Options without effect on the artifact: they say how to get the files, or where to put it."""
 
 
 def export_once(model: str, folder: Path, options: ExportOptions) -> Path:
-    """The artifact in `folder` that `export` makes of this checkpoint with these options, made if it is not there.
+    """The directory in `folder` of the artifact of this checkpoint with these options, exported if it is not there.
 
     Args:
         model: a Hub id, a checkpoint directory, or a .gguf file.
-        folder: where such artifacts are kept, each in a directory that is named after all that it depends on.
+        folder: where artifacts are kept, each in a directory named by a hash of all that it depends on.
 
     Raises:
         PrecastError: as `export` does.
     """
     options.check()
     checkpoint = resolve(model, options)
-    # What was looked at is what is exported, whatever is published meanwhile.
+    # Pinned: exactly the revision that the key is made of is exported, whatever is published meanwhile.
     options = options.replace(revision=checkpoint.revision, force=False)
     target = folder / f"{checkpoint.name.rpartition('/')[2]}-{_key(checkpoint, options)}"
     if _is_whole(target):
         return target
     try:
-        # Only what is damaged is there.
+        # An artifact that is there is damaged.
         export(model, target, options.replace(force=target.exists()))
     except PublishError:
         # Another process may have made it meanwhile.
@@ -79,13 +80,13 @@ def _key(checkpoint: Checkpoint, options: ExportOptions) -> str:
         "options": {name: value for name, value in options.as_keywords().items() if name not in _WITHOUT_EFFECT},
         "calibration": sha256_of(text) if (text := options.quantization.calibration) else None,
         "versions": dict(_versions(options)),
-        "machine": [platform.machine(), sorted(cpu_flags()), *_device(options)],
+        "machine": [platform.machine(), sorted(cpu_flags()), *_gpu_name(options)],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _versions(options: ExportOptions) -> Iterator[tuple[str, str | None]]:
-    """Of precast, of all that it is made with, and of what brings the backends that are not its own."""
+    """Versions of precast, of its requirements, and of the packages that bring the options' plug-in backends."""
     asked = BACKENDS if AUTO in (options.backend, *options.also) else (options.backend, *options.also)
     packages = {get_backend(name).compiler.partition(":")[0].partition(".")[0] for name in asked} - {"precast"}
     found = metadata.packages_distributions() if packages else {}
@@ -94,6 +95,6 @@ def _versions(options: ExportOptions) -> Iterator[tuple[str, str | None]]:
     return ((name, installed_version(name)) for name in ("precast", *sorted(names)))
 
 
-def _device(options: ExportOptions) -> list[str]:
-    """What code is compiled for besides the CPU."""
+def _gpu_name(options: ExportOptions) -> list[str]:
+    """The GPU that code is compiled for, besides the CPU."""
     return [torch.cuda.get_device_name()] if options.device == "cuda" and torch.cuda.is_available() else []

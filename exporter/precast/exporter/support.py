@@ -1,4 +1,4 @@
-"""What is known to work, and what is not and why: a table that ships with precast.
+"""The support table that ships with precast: which model types work, and which are refused and why.
 
 `tools/support_table.py` makes it: every model type of transformers is exported from a tiny random checkpoint and
 compared with the eager model. It is read without torch, so that a model that cannot be exported is refused before
@@ -47,12 +47,12 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
     # One without a head: CLIP's is what compares images and texts.
     "Model": ("zero-shot-image-classification", "feature-extraction"),
 }
-"""What a class is for, by how its name ends: of several tasks, the first that its type is known for. What is not here
-is inferred later, with the library's help."""
+"""The tasks of a model class by the end of its name: of several, the first that the table has for its type. Classes
+that are not here are looked up later, in transformers."""
 
-_LESS_TELLING = ("text2text-generation", "fill-mask", "feature-extraction")
-"""Tasks that transformers lists classes under that are published for another: speech models generate text from what
-they hear, BART can fill masks, and some classes with a head are their type's AutoModel."""
+_LAST_CHOICES = ("text2text-generation", "fill-mask", "feature-extraction")
+"""Tasks that a class with several is least likely published for: speech models are also text2text-generation, BART
+also fill-mask, and some classes with a head are their type's AutoModel."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Support:
     """One line of the table.
 
     Attributes:
-        model_type, task: what was tried.
+        model_type, task: the pair that was tried.
         way: how it is compiled: "operator" and "adapter" (cached attention as one operator), "ordinary operators",
             "encoder", …; empty where it is refused.
         difference: the largest from eager fp32, relative to max(1, max|reference|).
@@ -87,13 +87,13 @@ class Support:
 
 @cache
 def table() -> tuple[Support, ...]:
-    """All lines, by type and task."""
+    """All lines of the table, ordered by type and task."""
     raw = json.loads(resources.files(__package__).joinpath("support.json").read_text("utf-8"))
     return tuple(Support(**{**line, "axes": tuple(line.get("axes", ()))}) for line in raw["lines"])
 
 
 def supported_tasks(model_type: str) -> dict[str, Support]:
-    """What is known of a model type, by task; empty where it was never tried."""
+    """The lines of a model type, by task; empty where it was never tried."""
     return {line.task: line for line in table() if line.model_type == model_type}
 
 
@@ -103,7 +103,7 @@ def supported_types(task: str) -> list[str]:
 
 
 def infer_task(config: Mapping[str, Any]) -> str | None:
-    """The task of the class that a configuration names, where the name says it."""
+    """The task of the class that a configuration names, by that name; None where the name does not say."""
     known = supported_tasks(str(config.get("model_type")))
     for name in config.get("architectures") or []:
         for ending, tasks in _ENDINGS.items():
@@ -116,13 +116,13 @@ def infer_task(config: Mapping[str, Any]) -> str | None:
 
 
 def choose_task(rows: Sequence[Task], config: Mapping[str, Any]) -> Task:
-    """Which of the tasks of one class a checkpoint with this configuration is published for."""
+    """Choose the task that a checkpoint with this configuration is published for, of those of its class."""
     left_out = "fill-mask" if _is_causal(config) else "text-generation"
     both = {"fill-mask", "text-generation"} <= {row.name for row in rows}
     able = [row for row in rows if not both or row.name != left_out]
-    return min(able, key=lambda row: _LESS_TELLING.index(row.name) if row.name in _LESS_TELLING else -1)
+    return min(able, key=lambda row: _LAST_CHOICES.index(row.name) if row.name in _LAST_CHOICES else -1)
 
 
 def _is_causal(config: Mapping[str, Any]) -> bool:
-    """XLM's one head predicts the next token in checkpoints that say so, and masked ones in others."""
+    """Whether XLM's one head predicts the next token, as checkpoints with this key do, or masked tokens."""
     return config.get("causal") is True

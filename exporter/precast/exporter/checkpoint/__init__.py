@@ -1,3 +1,3 @@
-"""What an export starts from: files that other people wrote, found, checked and read."""
+"""Checkpoints: find, check and read them. Their files are untrusted input."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""What an artifact holds beside its graphs and weights."""
+"""The companion files of an artifact, beside its graphs and weights: configuration, tokenizer, model card."""
 
 __all__: list[str] = []

@@ -18,7 +18,7 @@ _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 
 
 def render_card(artifact: Artifact, checkpoint: Checkpoint) -> str:
-    """The card's text. What the checkpoint's own card says of licence and language is carried over."""
+    """The card's text, with the licence, language and data sets of the checkpoint's own card."""
     from huggingface_hub import ModelCardData
 
     contract = artifact.contract
@@ -28,9 +28,9 @@ def render_card(artifact: Artifact, checkpoint: Checkpoint) -> str:
         base_model=checkpoint.name if checkpoint.revision else None,
         pipeline_tag=contract.task,
         tags=["precast", "static-shapes", variant.backend, variant.dtype],
-        **_inherited(checkpoint),
+        **_inherited_metadata(checkpoint),
     )
-    # Markdown, which HTML's escapes would spoil.
+    # Markdown: escapes for HTML would be shown as they are.
     template = Environment(  # noqa: S701
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -40,7 +40,7 @@ def render_card(artifact: Artifact, checkpoint: Checkpoint) -> str:
     )
 
 
-def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
+def _inherited_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     path = checkpoint.directory / "README.md"
@@ -49,6 +49,6 @@ def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         data = ModelCard.load(path).data.to_dict()
     except Exception:
-        # A card with broken metadata, of which YAML has errors of its own, says nothing that could be carried over.
+        # Broken metadata, at which YAML raises errors of its own: there is nothing to carry over.
         return {}
     return {name: data[name] for name in _INHERITED if data.get(name)}

@@ -28,19 +28,19 @@ def config_of(checkpoint: Checkpoint, model: Any) -> dict[str, Any]:
 
 
 def _without_paths(value: Any) -> Any:
-    """Without the traces, at any depth, that transformers leaves of where something was loaded from."""
+    """Drop the paths, at any depth, that transformers writes of where something was loaded from."""
     if isinstance(value, dict):
         return {key: _without_paths(each) for key, each in value.items() if not _is_path(key, each)}
     return [_without_paths(each) for each in value] if isinstance(value, list) else value
 
 
 def _is_path(key: str, value: Any) -> bool:
-    # A label of this name would have a number.
+    # A label may have this name, but then its value is a number.
     return key.endswith("name_or_path") and (value is None or isinstance(value, str))
 
 
 def write_companions(stage: Path, tokenizer: Any | None, checkpoint: Checkpoint, model: Any) -> None:
-    """Write them into `stage`, with what sentence-transformers does to texts; lower case becomes the tokenizer's own.
+    """Write the companion files into `stage`. Where sentence-transformers lower-cases texts, the tokenizer will do so.
 
     Raises CheckpointError.
     """
@@ -60,5 +60,5 @@ def write_companions(stage: Path, tokenizer: Any | None, checkpoint: Checkpoint,
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """As transformers writes it."""
+    """Write JSON as transformers does."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")

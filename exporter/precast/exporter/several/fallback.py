@@ -1,9 +1,9 @@
 """`--also BACKEND`: the model compiled by further backends, too, for hosts that lack the first's device.
 
-    export each into a folder beside the target -> lay the further ones into the first -> publish
+    export each into a folder beside the target -> move the further ones into the first -> publish
 
-Every variant was validated by itself. The first lies at the top, each further one in a folder named after it; weights
-that are the same in both, byte by byte, lie there once.
+Every variant is validated by itself. The first lies at the top, each further one in a folder named after it; weights
+that are equal byte by byte are stored once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..progress import OnStep, prefixed
 __all__ = ["export_with_others"]
 
 _SHARED = ".safetensors"
-"""Weights that engines find wherever the contract says; a graph of ONNX names its own, which lie beside it."""
+"""Weights that variants can share: engines find them by the contract. An ONNX graph names its own, beside it."""
 
 
 def export_with_others(model: str, target: Path, options: ExportOptions, on_step: OnStep, on_plan: OnPlan) -> Artifact:
@@ -39,38 +39,38 @@ def export_with_others(model: str, target: Path, options: ExportOptions, on_step
         alone = options.replace(force=False)
         first = export_variant(model, folder / "first", alone.for_backend(options.backend), on_step, on_plan)
         for backend in options.also:
-            made, told = folder / backend, prefixed(on_step, backend)
-            other = export_variant(model, made, alone.for_backend(backend), told, lambda plan: None)
-            first = _joined(first, other)
-            shutil.rmtree(made)
+            place, named = folder / backend, prefixed(on_step, backend)
+            other = export_variant(model, place, alone.for_backend(backend), named, lambda plan: None)
+            first = _add_variant(first, other)
+            shutil.rmtree(place)
         publish_with_card(first, resolve(model, options), target, options, on_step)
     return read_artifact(target)
 
 
-def _joined(first: Artifact, other: Artifact) -> Artifact:
-    """Lay the files of the other's variant into the first artifact, and add it to the contract."""
+def _add_variant(first: Artifact, other: Artifact) -> Artifact:
+    """Move the files of the other's variant into the first artifact, and add it to the contract."""
     (variant,) = other.contract.variants
-    names = {name: _place(name, variant, first.contract, other.contract) for name in _own_files(variant)}
-    for name, place in names.items():
-        if place not in first.contract.files:
-            (first.path / place).parent.mkdir(parents=True, exist_ok=True)
-            (other.path / name).rename(first.path / place)
-    moved = msgspec.structs.replace(
+    names = {name: _new_path(name, variant, first.contract, other.contract) for name in _variant_files(variant)}
+    for name, path in names.items():
+        if path not in first.contract.files:
+            (first.path / path).parent.mkdir(parents=True, exist_ok=True)
+            (other.path / name).rename(first.path / path)
+    added = msgspec.structs.replace(
         variant,
         weights=[names[name] for name in variant.weights],
         graphs=[msgspec.structs.replace(graph, file=names[graph.file]) for graph in variant.graphs],
     )
-    variants = [*first.contract.variants, moved]
+    variants = [*first.contract.variants, added]
     contract = msgspec.structs.replace(first.contract, variants=variants, files=hash_files(first.path))
     return write_config(first.path, first.config, contract)
 
 
-def _own_files(variant: Variant) -> list[str]:
+def _variant_files(variant: Variant) -> list[str]:
     return list(dict.fromkeys([*variant.weights, *(graph.file for graph in variant.graphs)]))
 
 
-def _place(name: str, variant: Variant, first: Contract, other: Contract) -> str:
-    """Where a file of the further variant lies: where the very same weights are already, or in the variant's folder."""
+def _new_path(name: str, variant: Variant, first: Contract, other: Contract) -> str:
+    """The path of a further variant's file: that of equal weights that are there already, else in its own folder."""
     if name.endswith(_SHARED):
         for held, file in first.files.items():
             if file == other.files[name] and held.endswith(_SHARED):

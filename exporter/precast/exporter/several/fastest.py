@@ -1,8 +1,8 @@
-"""`backend="auto"`: every backend that takes the options compiles, each is timed on this host, the fastest is kept.
+"""`backend="auto"`: compile with every backend that takes the options, time each on this host, keep the fastest.
 
     candidates -> export each, validated, into a folder beside the target -> time them in turns -> publish one
 
-What was found lies in the artifact's `bench.json`, which its digest does not cover: timings are this machine's.
+The timings go into the artifact's `bench.json`, which its digest does not cover, since they are this machine's.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from ..progress import OnStep, prefixed
 __all__ = ["ROUNDS", "Choice", "choose_backends", "export_fastest"]
 
 ROUNDS = 3
-"""Of timing, each in processes of their own; the median counts."""
+"""Rounds of timing, each in processes of their own; the median counts."""
 
 _FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/'\"]+/)+")
-"""Of absolute paths, the part before the last name; nothing of addresses."""
+"""The folders of an absolute path, without its last name; does not match URLs."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Attributes:
-    names: backends to compile with, in the order of the table.
-    left_out: why the others are none, by name.
+    """The candidates of `backend="auto"`.
+
+    Attributes:
+        names: backends to compile with, in the order of the table.
+        left_out: why each other backend is none, by name.
     """
 
     names: list[str]
@@ -55,23 +57,23 @@ class _LostError(Exception):
 
 
 @dataclass
-class _Found:
-    """What became of the candidates."""
+class _Results:
+    """What became of the candidates: artifacts that were made, errors, and by name why a backend is left out."""
 
     left_out: dict[str, str]
     made: dict[str, Artifact] = field(default_factory=dict)
     errors: list[Exception] = field(default_factory=list)
 
     def reject_candidate(self, name: str, error: Exception) -> None:
-        """Leave a candidate out, with what it raised."""
+        """Leave a candidate out because of the error that it raised."""
         self.left_out[name] = _describe_error(error)
         self.errors.append(error)
 
 
 def choose_backends(options: ExportOptions) -> Choice:
-    """The backends that take these options and whose compilers can be imported.
+    """Choose the backends that take these options and whose compilers can be imported.
 
-    Raises UsageError where none takes them: that of the first.
+    Raises UsageError where none takes them: the error of the first backend.
     """
     names, left_out, refused = [], {}, []
     for name in BACKENDS:
@@ -86,7 +88,7 @@ def choose_backends(options: ExportOptions) -> Choice:
         else:
             names.append(name)
     if not names:
-        raise refused[0] if refused else UsageError(f"No backend can compile here. {_listed(left_out)}")
+        raise refused[0] if refused else UsageError(f"No backend can compile here. {_list_reasons(left_out)}")
     return Choice(names, left_out)
 
 
@@ -117,11 +119,11 @@ def export_fastest(
     """
     choice = choice or choose_backends(options)
     check_target(target, force=options.force)
-    found = _Found(dict(choice.left_out))
+    results = _Results(dict(choice.left_out))
     with staging(target) as folder:
-        _compile(model, folder, options, choice.names, found, on_step, on_plan)
-        result = _compare(found, on_step, ask)
-        best = found.made[result["backend"]].path
+        _compile(model, folder, options, choice.names, results, on_step, on_plan)
+        result = _compare(results, on_step, ask)
+        best = results.made[result["backend"]].path
         text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"
         (best / "bench.json").write_text(text, "utf-8")
         with on_step("publish"):
@@ -134,44 +136,47 @@ def _compile(
     folder: Path,
     options: ExportOptions,
     names: list[str],
-    found: _Found,
+    results: _Results,
     on_step: OnStep,
     on_plan: OnPlan,
 ) -> None:
     """Export with each backend into the folder of its name. Raises what the first raised, if all did."""
     for name in names:
         try:
-            found.made[name] = export_variant(
+            results.made[name] = export_variant(
                 model, folder / name, options.replace(backend=name, force=False),
                 prefixed(on_step, name), on_plan if name == names[0] else lambda plan: None,
             )  # fmt: skip
         except Exception as error:
-            # Whatever a compiler raises is a reason to do without it.
-            found.reject_candidate(name, error)
-    if not found.made:
-        raise found.errors[0]
+            # Compilers may raise anything; the other candidates go on.
+            results.reject_candidate(name, error)
+    if not results.made:
+        raise results.errors[0]
 
 
-def _compare(found: _Found, on_step: OnStep, ask: Ask) -> dict[str, Any]:
-    """Time what was made; what fails is left out, and the others are timed anew. Returns what `bench.json` holds."""
-    while found.made:
-        subjects = [Subject(name, artifact, artifact.contract.variants[0], {}) for name, artifact in found.made.items()]
+def _compare(results: _Results, on_step: OnStep, ask: Ask) -> dict[str, Any]:
+    """Time the artifacts; one that fails is left out, and the others are timed anew. Returns the content of
+    `bench.json`."""
+    while results.made:
+        subjects = [
+            Subject(name, artifact, artifact.contract.variants[0], {}) for name, artifact in results.made.items()
+        ]
         try:
-            return _result(subjects, found, on_step, _naming(ask))
+            return _time(subjects, results, on_step, _name_failures(ask))
         except _LostError as lost:
-            del found.made[lost.name]
-            found.left_out[lost.name] = lost.reason
-    raise PrecastError(f"No backend's artifact could be timed. {_listed(found.left_out)}")
+            del results.made[lost.name]
+            results.left_out[lost.name] = lost.reason
+    raise PrecastError(f"No backend's artifact could be timed. {_list_reasons(results.left_out)}")
 
 
-def _result(subjects: list[Subject], found: _Found, on_step: OnStep, ask: Ask) -> dict[str, Any]:
-    requests = _requests(subjects)
+def _time(subjects: list[Subject], results: _Results, on_step: OnStep, ask: Ask) -> dict[str, Any]:
+    requests = _choose_requests(subjects)
     ids = [token_ids(subject) if requests[0].prompt_length else [] for subject in subjects]
     rounds = [bench(subjects, request, ids, ROUNDS, on_step, ask) for request in requests]
     entries: dict[str, dict[str, Any]] = {
         subject.name: {
             "milliseconds": [
-                _milliseconds(request, each[index]) for request, each in zip(requests, rounds, strict=True)
+                _request_milliseconds(request, each[index]) for request, each in zip(requests, rounds, strict=True)
             ],
             "benches": [each[index] for each in rounds],
         }
@@ -182,16 +187,16 @@ def _result(subjects: list[Subject], found: _Found, on_step: OnStep, ask: Ask) -
         "machine": describe_machine(),
         "threads": usable_cores(),
         "rounds": ROUNDS,
-        "backend": min(entries, key=lambda name: _relative(entries[name]["milliseconds"], first)),
+        "backend": min(entries, key=lambda name: _relative_time(entries[name]["milliseconds"], first)),
         "requests": [asdict(request) for request in requests],
         "candidates": entries,
-        "left_out": found.left_out,
+        "left_out": results.left_out,
     }
 
 
-def _requests(subjects: list[Subject]) -> list[Request]:
-    """What is timed: a decoder's answer; an encoder of text at its smallest and its largest sizes, full; of models of
-    anything else the graphs."""
+def _choose_requests(subjects: list[Subject]) -> list[Request]:
+    """The requests to time: a decoder's answer; of an encoder of text full batches of its smallest and of its largest
+    sizes; of other models one run of the graphs."""
     first = subjects[0]
     try:
         whole = plan(subjects)
@@ -199,47 +204,49 @@ def _requests(subjects: list[Subject]) -> list[Request]:
         return [Request("graphs", first.batch_size, 0, None, 0)]
     if whole.kind == "decoder":
         return [whole]
-    sizes = sorted((graph.slots, _length(graph.length)) for graph in first.variant.graphs)
+    sizes = sorted((graph.slots, _max_length(graph.length)) for graph in first.variant.graphs)
     return [plan(subjects, batch, length) for batch, length in dict.fromkeys((sizes[0], sizes[-1]))]
 
 
-def _length(length: Any) -> int:
+def _max_length(length: Any) -> int:
     return length if isinstance(length, int) else int(length.max)
 
 
-def _milliseconds(request: Request, entry: dict[str, Any]) -> float:
-    """The median over the rounds of what a request takes."""
+def _request_milliseconds(request: Request, entry: dict[str, Any]) -> float:
+    """The median time of a request over the rounds."""
     figures = entry["figures"]
     if request.kind != "decoder":
         return float(figures["call_p50_ms"]["median"])
-    # Speed is that of all tokens after the first; there is none where only one is asked for.
+    # The speed is that of all tokens after the first; a request for one token has none.
     speeds = (figures["tokens_per_second"] or {"rounds": []})["rounds"]
     rest = [1e3 * request.batch_size * ((request.new_tokens or 1) - 1) / speed for speed in speeds]
     first = figures["first_token_ms"]["rounds"]
     return float(f"{statistics.median(map(sum, zip(first, rest or [0.0] * len(first), strict=True))):.4g}")
 
 
-def _relative(mine: list[float], first: list[float]) -> float:
-    """How much of the first candidate's time is taken, in the geometric mean over the requests."""
-    return statistics.geometric_mean([one / other for one, other in zip(mine, first, strict=True)])
+def _relative_time(times: list[float], first: list[float]) -> float:
+    """The geometric mean over the requests of a candidate's time relative to the first candidate's."""
+    return statistics.geometric_mean([one / other for one, other in zip(times, first, strict=True)])
 
 
-def _naming(ask: Ask) -> Ask:
-    def asked(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
+def _name_failures(ask: Ask) -> Ask:
+    """`ask` with failures raised as _LostError, which names the candidate."""
+
+    def ask_named(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
         try:
             return ask(subject, job)
         except PrecastError as error:
             raise _LostError(subject.name, _describe_error(error)) from error
 
-    return asked
+    return ask_named
 
 
 def _describe_error(error: Exception) -> str:
-    """A message written for the user, or the exception, in a line that goes into the artifact: where files lie here is
-    nobody else's business."""
+    """The error in one line, without folders of this machine, since it goes into the artifact; with its type unless its
+    message was written for users."""
     text = _FOLDERS.sub("", " ".join(str(error).split()))
     return text if isinstance(error, PrecastError) else f"{type(error).__name__}: {text}"
 
 
-def _listed(reasons: dict[str, str]) -> str:
+def _list_reasons(reasons: dict[str, str]) -> str:
     return " ".join(f"{name}: {reason}" for name, reason in reasons.items())
