@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.backends import aoti
-from precast.exporter.backends.aoti import isa, kernel_template, library
+from precast.exporter.backends.aoti import compiler, isa, kernel_template, library
 from precast.exporter.backends.aoti.attention import decode_attention, prefill_attention
 from precast.exporter.backends.aoti.dequantize import dequantize
 from precast.exporter.backends.aoti.gemv import gemv
@@ -337,7 +336,7 @@ def test_layers_of_one_input_are_one_call(checkpoint, tmp_path, monkeypatch, met
         multiplied.update(node.args[-1] for node in nodes if node.target is torch.ops.precast.prefill_attention.default)
         target.write_bytes(b"\x7fELF")
 
-    monkeypatch.setattr(aoti, "build_library", build)
+    monkeypatch.setattr(compiler, "build_library", build)
     monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({*isa._V4, "avx512_bf16"}))
     model = checkpoint("llama", num_hidden_layers=2)
     rounded = {"quantize": "int8", "quantize_method": method}

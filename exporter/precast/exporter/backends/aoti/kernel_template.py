@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# First: torch's modules import each other in a circle that opens from here only.
+import torch._inductor.lowering
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
