@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from precast.cli import cli
 from precast.exporter import ExportOptions, export, validate_again
-from precast.exporter.several.fallback import _joined
+from precast.exporter.several.fallback import _add_variant
 from precast.exporter.validation.record import record_accuracy
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
@@ -70,7 +70,7 @@ def test_the_same_weights_lie_there_once(checkpoint, tmp_path):
     one = export(source, tmp_path / "one", ExportOptions(backend="export", **SIZES))
     other = export(source, tmp_path / "other", ExportOptions(backend="export", **SIZES))
     named = replace(other.contract, variants=[replace(other.contract.variants[0], name="second")])
-    joined = _joined(one, type(other)(other.path, other.config, named))
+    joined = _add_variant(one, type(other)(other.path, other.config, named))
     assert joined.contract.variants[1].weights == ["model.safetensors"]
     assert [name for name in joined.contract.files if name.endswith(".safetensors")] == ["model.safetensors"]
     model = CompiledModelForCausalLM.from_pretrained(one.path, variant="second")

@@ -22,7 +22,7 @@ from zoo.shrink import tiny_config
 from precast.exporter import ExportOptions, export, preview
 from precast.exporter.architectures import attention_interface
 from precast.exporter.architectures.patching import replace_method
-from precast.exporter.pipeline import _explained
+from precast.exporter.pipeline import _explain_failures
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.errors import AccuracyError, CheckpointError, ExportError
@@ -146,7 +146,7 @@ def test_falcon_with_alibi_gives_the_answers_that_transformers_gives_by_itself(t
 def test_what_fails_says_why_attention_is_in_ordinary_operators():
     plan = SimpleNamespace(notes={"attention_because": "its masks are drawn by hand"})
     reason = r"They differ\. Attention is .* because: its masks are drawn by hand"
-    with pytest.raises(AccuracyError, match=reason), _explained(plan):
+    with pytest.raises(AccuracyError, match=reason), _explain_failures(plan):
         raise AccuracyError("They differ.")
 
 
