@@ -328,6 +328,27 @@ def test_a_broken_snippet_is_found(tmp_path, text, said):
         snippets.run(document, Reader(tmp_path, {}))
 
 
+@pytest.mark.parametrize(
+    ("shown", "is_answered"),
+    [
+        ("  fill-mask…", False),
+        ("…\n  fill-mask…", True),
+        ("…\n  fill-mask", False),
+        ("…\n  fill-mask…\n  multiple-choice…", False),
+        ("…\n  fill-mask…\n…\n  multiple-choice…", True),
+    ],
+)
+def test_an_answer_is_compared_with_what_is_shown(tmp_path, shown, is_answered):
+    document = tmp_path / "here.md"
+    document.write_text(f"```console\n$ precast tasks bert\n{shown}\n```\n")
+    reader = Reader(tmp_path, {}, compares=True)
+    if is_answered:
+        snippets.run(document, reader)
+    else:
+        with pytest.raises(SnippetError, match="the document has"):
+            snippets.run(document, reader)
+
+
 def test_a_mark_belongs_to_the_next_block(tmp_path):
     document = tmp_path / "here.md"
     document.write_text("<!-- not run: AWS -->\n```console\n$ x\n```\n\n```python\n1\n```\n")

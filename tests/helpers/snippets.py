@@ -114,9 +114,8 @@ class Reader:
     def _compare(self, expected: list[str], answer: str) -> None:
         if not self.compares:
             return
-        parts = (re.escape(line.removesuffix("…")) + (".*" if line.endswith("…") else "") for line in expected if line)
-        pattern = r"\n(?:.*\n)*?".join(parts)
-        if not re.search(pattern, answer.replace(self.hub or "nowhere", "https://huggingface.co")):
+        pattern = "".join(_shown(line) for line in expected if line)
+        if not re.match(pattern, answer.replace(self.hub or "nowhere", "https://huggingface.co") + "\n"):
             raise SnippetError(f"the document has {expected}, and the answer is {answer}")
 
     def _python(self, block: Block) -> None:
@@ -131,6 +130,13 @@ class Reader:
                 exec(code, self.names)
         except Exception as error:
             raise SnippetError(f"{block.place}:{block.line}: {type(error).__name__}: {error}") from error
+
+
+def _shown(line: str) -> str:
+    """The pattern of a line that a document shows."""
+    if line == "…":
+        return r"(?:.*\n)*?"
+    return re.escape(line.removesuffix("…")) + (r".*\n" if line.endswith("…") else r"\n")
 
 
 @contextlib.contextmanager
