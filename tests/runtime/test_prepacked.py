@@ -617,8 +617,9 @@ def test_a_limit_is_a_number(encoder, monkeypatch, limit):
 _CHILD = """
 import hashlib, signal
 import numpy as np
-from precast.runtime import CompiledModel, cache, prepacked
-from precast.runtime.engines import onnx
+from precast.runtime import CompiledModel
+from precast.runtime.engines import onnx, onnx_prepack as prepacked
+from precast.runtime.storage import cache
 prepacked.MIN_BYTES, onnx.SHARED_BYTES = 0, 1024
 die = lambda *words, **options: os.kill(os.getpid(), signal.SIGKILL)
 FAULT
