@@ -23,6 +23,10 @@ demo: $(BIN)/.exporter models
 test: $(BIN)/.dev models
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# The slowest 30 of them, with their seconds.
+durations: $(BIN)/.dev models
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=1 -q
+
 test-slow: $(BIN)/.dev models
 	$(BIN)/python -m pytest -m slow
 
