@@ -24,6 +24,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import with_tests  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 ZOOS = ("decoders", "encoders", "seq2seq")
 FEW = (
@@ -163,6 +165,4 @@ def _differing(one: Any, other: Any, at: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    # An interpreter that only exports: the revision that it runs comes first on its path.
-    sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "tests")]
     sys.exit(main())

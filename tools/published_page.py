@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import with_tests  # noqa: F401
 from workers import attempt_all, serve
 
 ROOT = Path(__file__).parents[1]
@@ -506,5 +507,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "tests")]
     sys.exit(main())

@@ -24,6 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import with_tests  # noqa: F401
 from corpus import PUBLISHED
 from workers import attempt_all, serve
 from zoo import configurations
@@ -305,5 +306,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "tests")]
     sys.exit(main())
