@@ -11,18 +11,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
-from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from source_tree import FILES, PARTS, ROOT, imported_names, module_name
 
-ROOT = Path(__file__).parent.parent
-PARTS = ("exporter", "runtime", "cli")
-FILES = [path for part in PARTS for path in sorted((ROOT / part / "precast").rglob("*.py"))]
 HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
 
 _ENGINES = ("aoti", "device", "export", "gpu", "neuron", "operator_checks", "operator_sizes", "safetensors_map")
@@ -43,23 +39,6 @@ DISTRIBUTIONS = {
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-def _module(path: Path) -> str:
-    """`cli/precast/cli/env.py` -> `precast.cli.env`."""
-    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _imports(path: Path, tree: ast.AST) -> Iterator[str]:
-    """The absolute dotted names that `tree`, a part of the file at `path`, imports."""
-    package = _module(path) if path.name == "__init__.py" else _module(path).rpartition(".")[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = resolve_name("." * node.level + (node.module or ""), package)
-            yield from (f"{base}.{name.name}" for name in node.names)
-
-
 def _within(name: str, *packages: str) -> bool:
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
@@ -73,7 +52,7 @@ def _statements(path: Path) -> list[ast.stmt]:
 def _imported_on_load(path: Path) -> list[str]:
     """What importing the file imports: nothing of what its functions do."""
     statements = (node for node in _statements(path) if not isinstance(node, ast.FunctionDef | ast.ClassDef))
-    return [name for node in statements for name in _imports(path, node)]
+    return [name for node in statements for name in imported_names(path, node)]
 
 
 def _may_import(part: str, name: str, module: str) -> bool:
@@ -89,16 +68,15 @@ def _may_import(part: str, name: str, module: str) -> bool:
 def test_there_is_something_to_check():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PARTS)
     path = ROOT / "runtime/precast/runtime/artifact/new.py"
-    names = list(
-        _imports(path, ast.parse("from ..storage import hub\nfrom .schema import File\ndef f():\n import os.path"))
-    )
+    tree = ast.parse("from ..storage import hub\nfrom .schema import File\ndef f():\n import os.path")
+    names = list(imported_names(path, tree))
     assert names == ["precast.runtime.storage.hub", "precast.runtime.artifact.schema.File", "os.path"]
 
 
 @every_file
 def test_imports_point_downwards(path):
-    part, names = path.relative_to(ROOT).parts[0], _imports(path, ast.parse(path.read_text("utf-8")))
-    assert [name for name in names if not _may_import(part, name, _module(path))] == []
+    part, names = path.relative_to(ROOT).parts[0], imported_names(path, ast.parse(path.read_text("utf-8")))
+    assert [name for name in names if not _may_import(part, name, module_name(path))] == []
 
 
 @pytest.mark.parametrize(
@@ -112,14 +90,14 @@ def test_the_command_line_starts_without_the_heavy_libraries(path):
 def test_what_is_imported_is_declared(path):
     """The metadata asks for it, in its `export` extra where the exporter needs it. That another brings it is luck."""
     extras = ("", "export") if path.is_relative_to(ROOT / "exporter") else ("",)
-    extras += ("torch",) if _module(path) in NATIVE else ()
+    extras += ("torch",) if module_name(path) in NATIVE else ()
     asked = [Requirement(line) for line in metadata.requires("precast") or ()]
     declared = {
         canonicalize_name(one.name)
         for one in asked
         if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras)
     }
-    imported = {name.partition(".")[0] for node in _statements(path) for name in _imports(path, node)}
+    imported = {name.partition(".")[0] for node in _statements(path) for name in imported_names(path, node)}
     for name in imported - sys.stdlib_module_names - {"precast"}:
         assert DISTRIBUTIONS[name] & declared, f"{name} comes with {DISTRIBUTIONS[name]}"
 
@@ -131,7 +109,7 @@ def test_the_namespace_has_no_init_file():
 @every_file
 def test_nothing_is_pickled_and_no_error_is_swallowed(path):
     tree = ast.parse(path.read_text("utf-8"))
-    assert not any(_within(name, "pickle", "cloudpickle", "dill", "shelve") for name in _imports(path, tree))
+    assert not any(_within(name, "pickle", "cloudpickle", "dill", "shelve") for name in imported_names(path, tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             # numpy.load and torch.load unpickle when they are told to.

@@ -6,47 +6,26 @@ import ast
 import re
 import statistics
 from collections.abc import Iterator
-from importlib.util import resolve_name
-from pathlib import Path
 
 import pytest
+from source_tree import FILES, ROOT, imported_names, module_name
 
-ROOT = Path(__file__).parent.parent
 MISLEADING = ("hole", "hindrance", "settle", "stretch", "question")
 """Words that stood for something else than they say, or for several things; docs/architecture.md has those instead."""
 
 
-def _named(path: Path) -> str:
-    """`cli/precast/cli/env.py` -> `precast.cli.env`."""
-    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {
-    _named(path): path
-    for part in ("runtime", "exporter", "cli")
-    for path in sorted((ROOT / part / "precast" / part).rglob("*.py"))
-}
+MODULES = {module_name(path): path for path in FILES}
 TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.items()}
 
 
 def _imported(name: str, tree: ast.AST) -> Iterator[str]:
     """The modules of ours that the tree of the module `name` imports anywhere."""
-    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(tree):
-        found: list[str] = []
-        if isinstance(node, ast.Import):
-            found = [each.name for each in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = resolve_name("." * node.level + (node.module or ""), package)
-            found = [f"{base}.{each.name}" for each in node.names]
-        for one in found:
-            parts = one.split(".")
-            longest = next(
-                (each for end in range(len(parts), 0, -1) if (each := ".".join(parts[:end])) in MODULES), name
-            )
-            if longest != name:
-                yield longest
+    for one in imported_names(MODULES[name], tree):
+        parts = one.split(".")
+        prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        longest = next((each for each in prefixes if each in MODULES), name)
+        if longest != name:
+            yield longest
 
 
 ARROWS = {name: set(_imported(name, tree)) for name, tree in TREES.items()}
