@@ -11,21 +11,23 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
 NEURON_HLO ?= build/neuron-hlo
+# The fast lane: two processes, each with whole files.
+FAST := -n 2 --dist loadfile --no-loadscope-reorder
 FUZZ_SECONDS ?= 600
 NEWEST ?= build/newest
 FOREIGN ?= build/foreign
 
-.PHONY: demo docs fuzz test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
+.PHONY: demo docs durations fuzz test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
 
 test: $(BIN)/.dev models
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(FAST)
 
 # The slowest 30 of them, with their seconds.
 durations: $(BIN)/.dev models
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=1 -q
+	$(BIN)/python -m pytest $(FAST) --durations=30 --durations-min=1 -q
 
 test-slow: $(BIN)/.dev models
 	$(BIN)/python -m pytest -m slow
@@ -38,7 +40,7 @@ test-newest: models
 	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager $(INDEX) \
 		$(TORCH) -e '.[export,dev]'
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
-	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(NEWEST)/bin/python -m pytest $(FAST)
 
 # Test suites of other projects, with ours in the place of what they test. They are cloned into $(FOREIGN); whoever has
 # them elsewhere names that folder. Some of them only: make foreign SUITES="generation processors".
