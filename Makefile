@@ -11,13 +11,19 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
 NEURON_HLO ?= build/neuron-hlo
-# The fast lane: two processes, each with whole files.
+# Two processes: each with whole files, or with whatever shares what takes long to make.
 FAST := -n 2 --dist loadfile --no-loadscope-reorder
+SLOW := -n 2 --dist loadgroup -m slow
+# Some of the slow tests: make test-slow PART=2/5
+PART ?=
+PYTEST_FLAGS ?=
 FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 600
+SOAK_KILLS ?= 200
 NEWEST ?= build/newest
 FOREIGN ?= build/foreign
 
-.PHONY: demo docs durations fuzz test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
+.PHONY: demo docs durations fuzz soak test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
@@ -30,7 +36,7 @@ durations: $(BIN)/.dev models
 	$(BIN)/python -m pytest $(FAST) --durations=30 --durations-min=1 -q
 
 test-slow: $(BIN)/.dev models
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(SLOW) $(if $(PART),--part $(PART)) $(PYTEST_FLAGS)
 
 # The same tests with the newest release of everything, without constraints.txt, in an environment of their own. The
 # newest torch on PyPI is a CUDA build of several gigabytes; what takes one of them from elsewhere: TORCH_INDEX, or
@@ -61,6 +67,11 @@ constraints:
 # Files that other people write, changed at random, until none is read wrongly: each kind for ten minutes.
 fuzz: $(BIN)/.dev
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
+# Long use of one model after the other, and exports that are killed at any moment.
+soak: $(BIN)/.dev
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m soak --seconds $(SOAK_SECONDS)
+	PRECAST_KILLS=$(SOAK_KILLS) $(BIN)/python -m pytest -m slow tests/exporter/test_kill.py
 
 # The documents as a site in build/site, with the Python API. A broken link or a warning fails.
 docs: $(BIN)/.docs

@@ -27,7 +27,7 @@ from precast.exporter.backends.aoti import library
 from precast.exporter.backends.aoti.isa import cpu_flags_needed
 from precast.exporter.backends.aten import linear
 from precast.exporter.backends.aten.attention import AttentionContext, cached_attention
-from precast.exporter.backends.aten.lowering import LoweringOptions
+from precast.exporter.backends.aten.lowered import LoweringOptions
 from precast.exporter.quantize.linear import Packed
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
 from precast.runtime.hosts.machine import cpu_flags

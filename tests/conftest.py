@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # Before huggingface_hub is imported: no test reaches the network, and its xet client only speaks to the real Hub.
 os.environ.update(
@@ -16,54 +21,88 @@ os.environ.update(
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One thread per worker: torch's would otherwise fight over the cores.
+    # A core for each worker, and a thread for each core: threads of several pools that wait for each other by spinning
+    # would slow the other worker tenfold. Child processes and ONNX Runtime go by the cores that they are given.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new folder, which all workers of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _private_home(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> Iterator[None]:
     """Keys, stamps and pulled artifacts go to a folder of this run, also for child processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PRECAST_HOME", str(tmp_path_factory.mktemp("precast-home")))
+        patch.setenv("PRECAST_HOME", str(run_folder / "precast-home"))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
+        # Otherwise each process that compiles asks its compiler anew what it can.
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(run_folder / "inductor"))
         yield
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint("llama", num_hidden_layers=1)`: the directory of a tiny random checkpoint."""
+def checkpoint(run_folder: Path) -> Callable[..., Path]:
+    """`checkpoint("llama", num_hidden_layers=2)`: the directory of a tiny random checkpoint."""
     import tiny
     import transformers
 
-    root, made = tmp_path_factory.mktemp("checkpoints"), {}
-
     def make(model_type: str, auto: str = "AutoModelForCausalLM", **changes: Any) -> Path:
-        key = (model_type, auto, repr(sorted(changes.items())))
-        if key not in made:
-            path = root / f"{model_type}-{len(made)}"
-            made[key] = tiny.save_checkpoint(path, tiny.config_for(model_type, **changes), getattr(transformers, auto))
-        return made[key]
+        path = run_folder / "checkpoints" / f"{model_type}-{_digest(model_type, auto, repr(sorted(changes.items())))}"
+        with _made_once(path) as staged:
+            if staged:
+                tiny.save_checkpoint(staged, tiny.config_for(model_type, **changes), getattr(transformers, auto))
+        return path
 
     return make
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`artifact(checkpoint, batch_size=2, sequence_length=(48,))`: the directory of its (unvalidated) export."""
+def artifact(run_folder: Path) -> Callable[..., Path]:
+    """`artifact(checkpoint, batch_size=2, sequence_length=(48,))`: the directory of its (unvalidated) export.
+
+    Named by what the checkpoint's files hold and by the options, so that whichever worker asks first makes it for all,
+    and a checkpoint that changes has another.
+    """
     from precast.exporter import ExportOptions, export, quiet_libraries
 
     quiet_libraries()
-    root, made = tmp_path_factory.mktemp("artifacts"), {}
 
     def make(source: Path, **options: Any) -> Path:
-        key = (source, repr(sorted(options.items())))
-        if key not in made:
-            path = root / f"{source.name}-{len(made)}"
-            settings = {"sequence_length": (48,), "validate": False, **options}
-            made[key] = export(str(source), path, ExportOptions(**settings)).path
-        return made[key]
+        settings = {"sequence_length": (48,), "validate": False, **options}
+        held = [f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sorted(source.iterdir())]
+        path = run_folder / "artifacts" / _digest(*held, repr(sorted(settings.items())))
+        with _made_once(path) as staged, pytest.MonkeyPatch.context() as patch:
+            if staged:
+                # Its code is vouched for by the user of this run, whoever the test at hand pretends to be.
+                patch.setenv("PRECAST_HOME", str(run_folder / "precast-home"))
+                export(str(source), staged, ExportOptions(**settings))
+        return path
 
     return make
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _made_once(path: Path) -> Iterator[Path | None]:
+    """Gives a path to write to, which becomes `path`; or None where that is there. Other workers wait."""
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            yield None
+            return
+        staged = path.with_name(f"{path.name}.part")
+        yield staged
+        staged.rename(path)
 
 
 @pytest.fixture(scope="session")
@@ -90,13 +129,42 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, so that no worker is left alone with it."""
-    items.sort(key=lambda item: item.get_closest_marker("models") is None)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="Write the goldens instead of comparing with them.")
+    parser.addoption("--part", metavar="K/N", help="Of N equal parts of the tests, run the K-th, counted from 1.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: item.get_closest_marker("models") is None)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+    if part := config.getoption("--part"):
+        number, count = map(int, part.split("/"))
+        parts = [(item, zlib.crc32(_group_of(item).encode()) % count + 1) for item in items]
+        items[:] = [item for item, its in parts if its == number]
+        config.hook.pytest_deselected(items=[item for item, its in parts if its != number])
+
+
+def _group_of(item: pytest.Item) -> str:
+    """The tests that belong together: those of a file that have a fixture with the same parameters, which is then made
+    once. Any other is alone."""
+    tested = {
+        name.strip()
+        for mark in item.iter_markers("parametrize")
+        if not mark.kwargs.get("indirect")
+        for name in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    shared = sorted((name, str(value)) for name, value in given.items() if name not in tested)
+    return f"{item.path.name} {shared}" if shared else item.nodeid
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that was imported is garbage: without this, a fifth of the time goes into looking for it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture

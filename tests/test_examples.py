@@ -48,7 +48,7 @@ def test_sentiment_is_said_of_every_text(call, checkpoint):
 
 @pytest.mark.slow
 def test_a_chat_answers(call, checkpoint):
-    lines = call("chat", checkpoint("llama", max_position_embeddings=1024, num_hidden_layers=1))
+    lines = call("chat", checkpoint("llama", max_position_embeddings=1024))
     assert "".join(lines)
 
 

@@ -40,17 +40,16 @@ def smollm2():
     return checkpoint.load(get_task("text-generation"), "float32"), checkpoint.tokenizer
 
 
-@pytest.fixture(scope="module", params=[(6, 24), pytest.param((20, 64), marks=pytest.mark.slow)], ids=["few", "all"])
-def expected(request, smollm2):
-    """Per prompt its ids and the tokens that eager transformers appends; so many prompts, so many tokens."""
+@pytest.fixture(scope="module")
+def expected(smollm2):
+    """Per prompt its ids and the 64 tokens that eager transformers appends."""
     model, tokenizer = smollm2
-    count, length = request.param
-    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:count]]
+    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     answers = []
     for row in rows:
         with torch.inference_mode():
             whole = model.generate(
-                torch.tensor([row]), attention_mask=torch.ones(1, len(row)), do_sample=False, max_new_tokens=length,
+                torch.tensor([row]), attention_mask=torch.ones(1, len(row)), do_sample=False, max_new_tokens=64,
                 pad_token_id=0,
             )  # fmt: skip
         answers.append(whole[0, len(row) :].tolist())
@@ -59,7 +58,7 @@ def expected(request, smollm2):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The artifact by batch size; the one of the slow lane validated, which takes as long as the export."""
+    """The artifact by batch size; one of them validated, which takes as long as the export."""
     root, made = tmp_path_factory.mktemp("smollm2"), {}
 
     def make(batch):
@@ -71,7 +70,8 @@ def compiled(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
 def test_smollm2_writes_what_eager_writes(expected, compiled, batch):
     """Greedy tokens: alone, and in batches of rows of different lengths padded on either side."""
     rows, answers = expected
@@ -85,6 +85,7 @@ def test_smollm2_writes_what_eager_writes(expected, compiled, batch):
                 assert values[ids.shape[1] :][: len(answer)].tolist() == answer
 
 
+@pytest.mark.slow
 def test_smollm2_speaks_as_in_the_demo(smollm2, compiled):
     """The whole prompt of a conversation is transformers' own, and the answer is right."""
     _, theirs = smollm2
@@ -97,9 +98,9 @@ def test_smollm2_speaks_as_in_the_demo(smollm2, compiled):
 
 
 def test_minilm_embeds_as_eager_does(tmp_path):
-    """36 sentences of up to 3 lines in smaller and larger batches on a model compiled for 4."""
+    """12 sentences of up to 3 lines in smaller and larger batches on a model compiled for 4."""
     lines = resources.files("precast.exporter.kinds").joinpath("texts.txt").read_text("utf-8").splitlines()
-    sentences = [" ".join([lines[index % 20], *lines[: index // 12]]) for index in range(36)]
+    sentences = [" ".join([lines[index % 20], *lines[: index // 4]]) for index in range(12)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
     eager = transformers.AutoModel.from_pretrained(MINILM, attn_implementation="eager")
     truth = []
@@ -112,7 +113,7 @@ def test_minilm_embeds_as_eager_does(tmp_path):
     options = ExportOptions(batch_size=4, sequence_length=(128,), dynamic_batch_size=True)
     export(str(MINILM), tmp_path / "out", options)
     model = CompiledModelForFeatureExtraction.from_pretrained(tmp_path / "out")
-    for size in (1, 3, 4, 5, 9):
+    for size in (1, 4, 9):
         found = np.concatenate(
             [model.embed(sentences[start : start + size]) for start in range(0, len(sentences), size)]
         )

@@ -33,6 +33,8 @@ FAMILIES = {
     "bert": ("AutoModel", {"batch_size": 2, "sequence_length": (16,)}),
 }
 
+families = pytest.mark.parametrize("family", ["llama", "bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+
 
 def traced(source, **options) -> list[Program]:
     asked = ExportOptions(**options)
@@ -81,7 +83,7 @@ def dtype_of(node: Any) -> torch.dtype:
 
 
 @pytest.mark.parametrize(("what", "dtype"), MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@families
 def test_answers_are_close_and_typed_as_described(programs, family, what, dtype):
     [program] = programs(family)
     args = arguments(program)
@@ -98,7 +100,7 @@ def test_answers_are_close_and_typed_as_described(programs, family, what, dtype)
 
 
 @pytest.mark.parametrize("what", ["matmul", "all", "weights"])
-@pytest.mark.parametrize("family", FAMILIES)
+@families
 def test_every_node_says_its_type_truly(programs, family, what):
     """Backends read the types off the graph."""
     [less] = cast_programs(programs(family), Cast(what, BF16))
@@ -315,6 +317,7 @@ def test_a_lost_mask_is_seen(checkpoint, programs):
 # ---------------------------------------------------------------- as a whole
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_in_bfloat16_as_a_whole(tmp_path):
     """What the encoder made, and the caches, are held in it; the logits are float32 and within the bounds."""
     source = zoo.make(tmp_path / "bart", "bart", zoo.TEXT)

@@ -68,7 +68,7 @@ def places(exported):
     ("family", "auto", "options"),
     [
         ("llama", "AutoModelForCausalLM", {}),
-        ("gemma2", "AutoModelForCausalLM", {"quantize": "int8", "group_size": 16}),
+        ("gpt2", "AutoModelForCausalLM", {"quantize": "int8", "group_size": 16}),
         ("bert", "AutoModel", {"batch_size": 2, "sequence_length": (16, 32)}),
     ],
 )

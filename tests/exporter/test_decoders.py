@@ -34,11 +34,20 @@ sides = st.sampled_from(["left", "right", "middle"])
 many = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module", params=[*tiny.DECODERS, *zoo.REPRESENTATIVES])
+FAST = ("llama", "mistral", "qwen2", "gpt2", "gemma2", "gptj", "bloom", "gpt_oss", "llama4_text")
+"""One of each way into the operator: plain, windows, windows in some layers, learned positions, soft caps, rotation in
+interleaved pairs, ALiBi, sinks, chunks."""
+FAMILIES = [
+    pytest.param(each, marks=() if each in FAST else pytest.mark.slow)
+    for each in (*tiny.DECODERS, *zoo.REPRESENTATIVES)
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request, checkpoint, artifact, tmp_path_factory):
     """One checkpoint and its artifact: batch 3, more rows in slices."""
     if request.param in tiny.DECODERS:
-        source = checkpoint(request.param)
+        source = checkpoint(request.param, num_hidden_layers=2)
     else:
         source = zoo.make(tmp_path_factory.mktemp("zoo") / request.param, request.param)
     compiled = artifact(source, batch_size=3, sequence_length=(CAPACITY,), dynamic_batch_size=True)
@@ -58,7 +67,7 @@ def test_greedy_tokens_are_transformers_own(family, side):
     oracle.check_greedy(source, model, side, 20)
 
 
-@pytest.mark.parametrize("family", tiny.DECODERS, indirect=True)
+@pytest.mark.parametrize("family", FAMILIES[: len(tiny.DECODERS)], indirect=True)
 def test_census(family):
     """One GroupQueryAttention per layer, caches straight from input to it and from it to output."""
     _, model = family
@@ -76,7 +85,7 @@ def test_census(family):
     assert not any(node.metadata_props or node.doc_string for node in graph.all_nodes())
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_static_graphs_take_prompts_of_any_length(checkpoint, artifact, batch):
     """Prefill at 4 and 16 tokens and decode: padded first chunks, whole later ones, token by token for the rest."""
     source = checkpoint("llama")

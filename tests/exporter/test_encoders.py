@@ -41,14 +41,17 @@ rows_of_any_length = st.lists(
 many = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FAST = (
     ("bert", "fill-mask"),
-    ("roberta", "token-classification"),
     ("distilbert", "text-classification"),
-    ("electra", "question-answering"),
     ("convbert", "token-classification"),
 )
 
 
-@pytest.fixture(scope="module", params=FAST, ids="-".join)
+SLOW = (("roberta", "token-classification"), ("electra", "question-answering"))
+
+
+@pytest.fixture(
+    scope="module", params=[*FAST, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)], ids="-".join
+)
 def pair(request, tmp_path_factory):
     """Checkpoint, class and artifact with lengths 16 and 48 at batch 3; more rows run in slices."""
     family, task = request.param
@@ -167,9 +170,13 @@ sounds = st.lists(st.integers(60, LONGEST), min_size=1, max_size=4)
 
 @pytest.mark.parametrize(
     ("family", "task"),
-    [("wav2vec2", "automatic-speech-recognition"), ("wav2vec2", "audio-xvector"), ("sew", "audio-classification"),
-     ("data2vec-audio", "feature-extraction")],
-)  # fmt: skip
+    [
+        ("wav2vec2", "automatic-speech-recognition"),
+        ("data2vec-audio", "feature-extraction"),
+        pytest.param("wav2vec2", "audio-xvector", marks=pytest.mark.slow),
+        pytest.param("sew", "audio-classification", marks=pytest.mark.slow),
+    ],
+)
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=sounds, side=st.sampled_from(["left", "right"]), numbers=st.integers(0, 99))
 def test_sound_of_any_length(made, family, task, lengths, side, numbers):

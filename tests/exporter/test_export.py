@@ -20,7 +20,7 @@ from precast.runtime.errors import AccuracyError, CheckpointError, UsageError
 
 @pytest.mark.parametrize("options", [{"sequence_length": (16,)}, {"sequence_length": (16,), "prefill_lengths": (4,)}])
 def test_two_exports_are_identical_to_the_byte(checkpoint, tmp_path, options):
-    source = checkpoint("qwen2")
+    source = checkpoint("llama")
     one, two = (export(str(source), tmp_path / name, ExportOptions(**options)).path for name in ("one", "two"))
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in two.iterdir())

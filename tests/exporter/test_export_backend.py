@@ -47,7 +47,9 @@ def test_rows_of_a_batch_do_not_see_each_other(checkpoint, made):
     assert found.tolist() == [oracle.greedy(checkpoint("llama"), row, max_new_tokens=8) for row in ROWS[:2]]
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "qwen2"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gemma2", "qwen2"))]
+)
 def test_static_graphs_of_other_architectures_pass_validation(checkpoint, tmp_path, model_type):
     """Tied embeddings and learned positions; soft caps and windows; biases."""
     options = ExportOptions(backend="export", sequence_length=(24,), prefill_lengths=(8,))
@@ -80,7 +82,7 @@ def test_weights_are_stored_once_for_all_graphs(checkpoint, made):
 
 
 def test_two_exports_are_identical_and_name_nothing_of_the_machine(checkpoint, tmp_path):
-    source = checkpoint("qwen2")
+    source = checkpoint("llama")
     options = ExportOptions(backend="export", sequence_length=(16,), prefill_lengths=(4,), validate=False)
     one, two = (export(str(source), tmp_path / name, options).path for name in ("one", "two"))
     for path in one.iterdir():

@@ -17,10 +17,10 @@ from precast.runtime.artifact import read_artifact
 ROWS = [[5, 9, 3, 40, 41, 42, 7], [11, 12], [100, 3, 3, 9, 60, 61]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_answers_stay_close(checkpoint, artifact, family, side):
-    source = checkpoint(family)
+    source = checkpoint(family, num_hidden_layers=2)
     path = artifact(source, batch_size=3, kv_cache="int8")
     variant = read_artifact(path).contract.variants[0]
     assert (variant.kv_cache, {layer.dtype for layer in variant.graphs[0].cache}) == ("int8", {"int8"})
@@ -33,9 +33,9 @@ def test_answers_stay_close(checkpoint, artifact, family, side):
 
 
 @pytest.mark.parametrize("backend", ["export", pytest.param("aoti", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_caches_of_float16_are_closer(checkpoint, artifact, backend, family):
-    source = checkpoint(family)
+    source = checkpoint(family, num_hidden_layers=2)
     path = artifact(source, batch_size=3, backend=backend, kv_cache="float16")
     variant = read_artifact(path).contract.variants[0]
     assert (variant.kv_cache, {layer.dtype for layer in variant.graphs[0].cache}) == ("float16", {"float16"})
@@ -50,7 +50,9 @@ def test_caches_of_float16_are_closer(checkpoint, artifact, backend, family):
 @pytest.mark.parametrize("stored", [{"kv_cache": "int8"}, {"kv_cache": "float16", "backend": "export"}])
 def test_decoding_reads_what_was_written(checkpoint, artifact, stored):
     """Token by token, from the cache, the logits are those of one step over all."""
-    model = CompiledModelForCausalLM.from_pretrained(artifact(checkpoint("llama"), **stored))
+    model = CompiledModelForCausalLM.from_pretrained(
+        artifact(checkpoint("llama", num_hidden_layers=2), batch_size=3, **stored)
+    )
     whole = model.logits_at([np.array(ROWS[0])], [list(range(len(ROWS[0])))])[0]
     model.reset()
     session = model._session
@@ -62,7 +64,9 @@ def test_decoding_reads_what_was_written(checkpoint, artifact, stored):
 def test_scales_just_fit_what_is_cached(checkpoint):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint("llama", num_hidden_layers=2), attn_implementation="eager"
+    ).eval()
     row = torch.tensor(ROWS[0])
     with torch.no_grad():
         layer = find_cache(model(input_ids=row[None], use_cache=True)).layers[0]

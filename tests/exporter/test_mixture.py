@@ -16,7 +16,9 @@ FOUR = Scheme(4, 32, "symmetric")
 def model(checkpoint):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(checkpoint("llama"), attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint("llama", num_hidden_layers=2), attn_implementation="eager"
+    ).eval()
 
 
 def chosen(model, budget):

@@ -147,7 +147,8 @@ def shared_out(tmp_path_factory):
         yield
 
 
-LEVELS = ["native", pytest.param("avx2", marks=pytest.mark.slow), pytest.param("avx512", marks=pytest.mark.slow)]
+LEVEL_NAMES = ("native", "avx2", "avx512")
+LEVELS = ["native", *(pytest.param(each, marks=pytest.mark.slow) for each in LEVEL_NAMES[1:])]
 
 
 @pytest.fixture(scope="module", params=LEVELS)
@@ -226,13 +227,16 @@ ASKED = [
     Asked(4, 2, 16, 16, torch.int8, mask="chunk", sinks=True),
     Asked(4, 4, 8, 8, torch.float32, slopes=True),
 ]
+FEWER = ASKED[::2]
+"""Of the fast lane, as each takes seconds to compile: grouped heads; narrow caches, soft caps; int8, chunks, sinks."""
 
 
 class Attentions(nn.Module):
     """Every case by operators, or by kernels: once for each dtype of a prompt's products."""
 
-    def __init__(self, *products: torch.dtype) -> None:
+    def __init__(self, asked: list[Asked], *products: torch.dtype) -> None:
         super().__init__()
+        self.asked = asked
         kernels = Kernels(gemv, dequantize, decode_attention, prefill_attention)
         self.kinds = [{"kernels": kernels, "matmul_dtype": product} for product in products] or [{}]
 
@@ -242,7 +246,7 @@ class Attentions(nn.Module):
     def found(self, kind: dict, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> list[Tensor]:
         step, taken = AttentionContext(looked, lambda x: x, **kind), iter(given)
         found = []
-        for asked in ASKED:
+        for asked in self.asked:
             q, k, v, keys, values = (next(taken) for _ in range(5))
             sinks = next(taken) if asked.sinks else None
             slopes = next(taken) if asked.slopes else None
@@ -254,10 +258,10 @@ class Attentions(nn.Module):
         return found
 
 
-def tensors(seed, length):
+def tensors(cases, seed, length):
     torch.manual_seed(seed)
     found = []
-    for asked in ASKED:
+    for asked in cases:
         found += [
             torch.randn(BATCH, asked.heads, length, asked.key),
             torch.randn(BATCH, asked.shared, length, asked.key),
@@ -272,24 +276,35 @@ def tensors(seed, length):
     return found
 
 
-def attentions(folder, isa, length, *products):
+def attentions(folder, isa, cases, length, *products):
     """Attention of so many tokens, or of any number."""
     rows_, tokens = torch.export.Dim("rows", min=2, max=CAPACITY), torch.export.Dim("tokens", min=2, max=CAPACITY)
-    example = (torch.arange(50), *(torch.ones(BATCH, dtype=torch.int32) for _ in range(2)), *tensors(0, length or 9))
+    example = (
+        torch.arange(50),
+        *(torch.ones(BATCH, dtype=torch.int32) for _ in range(2)),
+        *tensors(cases, 0, length or 9),
+    )
     # Queries, keys and values come as [B, heads, tokens, width]; caches are longer than any of them.
     free = [{2: tokens} if length is None and each.ndim == 4 and each.shape[2] == 9 else None for each in example[3:]]
-    exported = torch.export.export(Attentions(*products), example, dynamic_shapes=({0: rows_}, None, None, tuple(free)))
+    exported = torch.export.export(
+        Attentions(cases, *products), example, dynamic_shapes=({0: rows_}, None, None, tuple(free))
+    )
     with library.compiler_workspace():
         library.build_library(exported, folder / "attend.so", isa)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "attend.so"), 1)
     return lambda *given: runner.run(list(given))
 
 
-@pytest.fixture(scope="module", params=LEVELS)
+@pytest.fixture(
+    scope="module",
+    params=[("native", FEWER), *(pytest.param((each, ASKED), marks=pytest.mark.slow) for each in LEVEL_NAMES)],
+    ids=lambda given: f"{given[0]}-{len(given[1])}",
+)
 def attending(request, tmp_path_factory):
-    """Attention of one token, and of any number with products in float32 and in bfloat16."""
+    """The cases, and their attention of one token, and of any number with products in float32 and in bfloat16."""
+    level, cases = request.param
     products = [(1, torch.float32), (None, torch.float32, torch.bfloat16)]
-    return [attentions(tmp_path_factory.mktemp("attend"), request.param, *each) for each in products]
+    return cases, [attentions(tmp_path_factory.mktemp("attend"), level, cases, *each) for each in products]
 
 
 @settings(max_examples=40, deadline=None)
@@ -305,11 +320,12 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
     new = data.draw(st.lists(st.integers(1, length), min_size=BATCH, max_size=BATCH))
     looked = min(max(2, *(each + length for each in past)) + more, CAPACITY)
     common = (torch.arange(looked), torch.tensor(past, dtype=torch.int32), torch.tensor(new, dtype=torch.int32))
-    expected = Attentions()(*common, *tensors(seed, length))
+    cases, libraries = attending
+    expected = Attentions(cases)(*common, *tensors(cases, seed, length))
     with counted(threads):
-        found = attending[length > 1](*common, *tensors(seed, length))
-    for start, bound in zip(range(0, len(found), len(ASKED)), (3e-5, 0.02), strict=False):
-        for asked, one, other in zip(ASKED, found[start : start + len(ASKED)], expected, strict=True):
+        found = libraries[length > 1](*common, *tensors(cases, seed, length))
+    for start, bound in zip(range(0, len(found), len(cases)), (3e-5, 0.02), strict=False):
+        for asked, one, other in zip(cases, found[start : start + len(cases)], expected, strict=True):
             for row, count in enumerate(new):
                 assert torch.allclose(one[row, :, :count], other[row, :, :count], atol=bound), (asked, row, bound)
 

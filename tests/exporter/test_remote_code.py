@@ -39,7 +39,9 @@ def _private_modules(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=["baichuan", "chatglm", pytest.param("baichuan-plain-head", marks=pytest.mark.slow)]
+)
 def remote(request, tmp_path_factory):
     """The directory of a tiny random checkpoint with its own code."""
     return make(tmp_path_factory.mktemp("remote") / request.param, request.param)

@@ -31,10 +31,7 @@ text_types = [
     for model_type, task in zoo.pairs()
     if task == zoo.TEXT and model_type not in zoo.REFUSED
 ]
-native = [
-    ("t5", "export"),
-    *(pytest.param(each, marks=pytest.mark.slow) for each in (("bart", "export"), ("t5", "aoti"))),
-]
+native = [pytest.param(each, marks=pytest.mark.slow) for each in (("t5", "export"), ("bart", "export"), ("t5", "aoti"))]
 
 
 @pytest.fixture(scope="module")

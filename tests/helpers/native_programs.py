@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from precast.exporter.backends.aten.lowering import Lowered
+from precast.exporter.backends.aten.lowered import Lowered
 from precast.exporter.backends.aten.safetensors import save_weights
 from precast.exporter.backends.export import WEIGHTS, _archive
 from precast.runtime.artifact.integrity import Contents

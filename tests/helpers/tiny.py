@@ -22,7 +22,7 @@ _SHARED = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -35,23 +35,23 @@ _SMALL_WINDOW = {"sliding_window": 8}
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": _SMALL_WINDOW,
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, **_SMALL_WINDOW},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2, **_SMALL_WINDOW},
     "qwen3": {"head_dim": 16},
     "phi3": {},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_positions": 64},
     "gpt_neox": {"rotary_pct": 0.5},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "gemma": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **_SMALL_WINDOW},
-    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **_SMALL_WINDOW},
-    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+    "gemma2": {"num_hidden_layers": 2, "head_dim": 16, "query_pre_attn_scalar": 16, **_SMALL_WINDOW},
+    "gemma3_text": {"num_hidden_layers": 2, "head_dim": 16, "query_pre_attn_scalar": 16, **_SMALL_WINDOW},
+    "gptj": {"n_embd": 64, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
 }
 ODD_HEADS = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12}
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"type_vocab_size": 1},
-    "distilbert": {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4},
+    "distilbert": {"dim": 64, "hidden_dim": 96, "n_heads": 4},
     "electra": {"embedding_size": 48},
 }
 

@@ -39,7 +39,7 @@ options = st.fixed_dictionaries(
 )
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def family(request, checkpoint, artifact):
     source = checkpoint(request.param)
     compiled = artifact(source, batch_size=BATCH, dynamic_batch_size=True)

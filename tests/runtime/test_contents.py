@@ -81,7 +81,7 @@ def test_the_same_content_under_other_times_is_no_replacement(copied, encoder):
 def test_a_folder_that_takes_the_artifacts_place_for_a_moment_is_not_opened(copied, encoder, checkpoint, artifact,
                                                                             monkeypatch):  # fmt: skip
     """Nothing of the artifact's own files changes, not even a time."""
-    other = artifact(checkpoint("bert", "AutoModel", num_hidden_layers=1), batch_size=3, sequence_length=(16,))
+    other = artifact(checkpoint("bert", "AutoModel", num_hidden_layers=2), batch_size=3, sequence_length=(16,))
 
     def exchanging(path, options, *rest, start=engine._start_session):
         copied.rename(copied.parent / "aside")

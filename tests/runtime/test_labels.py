@@ -105,10 +105,10 @@ def test_tokens(pair, auto, model_type, classes, rows, seed):
 @pytest.mark.parametrize(
     ("problem", "count"),
     [
-        (None, 3), ("single_label_classification", 3), ("multi_label_classification", 3), ("regression", 3),
-        ("regression", 1), (None, 1),
+        *((kind, 3) for kind in (None, "single_label_classification", "multi_label_classification", "regression")),
+        *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in ("regression", None)),
     ],
-)  # fmt: skip
+)
 def test_sequences_by_problem_type(pair, problem, count, rows, seed):
     ids, mask = oracle.padded(rows, "right")
     random = np.random.default_rng(seed)
@@ -160,7 +160,8 @@ def test_choices(pair, rows, seed):
 
 @few
 @given(rows=rows, seed=st.integers(0, 99))
-@pytest.mark.parametrize("family", ["T5", pytest.param("MBart", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["T5", "MBart"])
 def test_answers_of_encoder_decoders(summarizer, family, rows, seed):
     ids, mask = oracle.padded(rows, "right")
     labels = some_labels(ids, mask, tiny.VOCABULARY, seed)

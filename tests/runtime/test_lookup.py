@@ -25,12 +25,12 @@ prompts = st.lists(st.integers(3, 319), min_size=1, max_size=12)
 
 @pytest.fixture(scope="module")
 def source(checkpoint):
-    return checkpoint("llama")
+    return checkpoint("llama", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
-def model(decoder):
-    return CompiledModelForCausalLM.from_pretrained(decoder)
+def model(source, artifact):
+    return CompiledModelForCausalLM.from_pretrained(artifact(source))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ SAID = {
 
 @pytest.fixture(scope="module")
 def source(checkpoint):
-    return checkpoint("llama")
+    return checkpoint("llama", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,7 @@ def test_without_hard_links_each_has_its_own(checkpoint, artifact, home, monkeyp
 
 def test_different_weights_are_not_shared(encoder, checkpoint, artifact, home):
     answer(encoder)
-    answer(artifact(checkpoint("bert", "AutoModel", num_hidden_layers=1), batch_size=3, sequence_length=(16,)))
+    answer(artifact(checkpoint("bert", "AutoModel", num_hidden_layers=2), batch_size=3, sequence_length=(16,)))
     one, other = entries(home)
     assert (one / DATA).stat().st_ino != (other / DATA).stat().st_ino
 
@@ -380,7 +380,7 @@ def test_an_entry_of_another_user_is_foreign(encoder, packed, expected, home, op
 
 def test_an_entry_under_another_key_is_foreign(encoder, packed, expected, checkpoint, artifact, home, opened, caplog):
     """Signed by this user, but for another model."""
-    other = artifact(checkpoint("bert", "AutoModel", num_hidden_layers=1), batch_size=3, sequence_length=(16,))
+    other = artifact(checkpoint("bert", "AutoModel", num_hidden_layers=2), batch_size=3, sequence_length=(16,))
     answer(other)
     [foreign] = set(entries(home)) - {packed}
     shutil.rmtree(packed)
@@ -569,7 +569,7 @@ def test_without_another_thread_nothing_is_saved(encoder, home, expected, monkey
 
 
 def _others(checkpoint, artifact) -> list[Path]:
-    changes = [{"num_hidden_layers": 1}, {"num_hidden_layers": 1, "intermediate_size": 72}]
+    changes = [{"num_hidden_layers": 2}, {"num_hidden_layers": 2, "intermediate_size": 72}]
     return [artifact(checkpoint("bert", "AutoModel", **each), batch_size=3, sequence_length=(16,)) for each in changes]
 
 

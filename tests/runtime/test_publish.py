@@ -391,7 +391,7 @@ def test_a_file_replaced_after_it_was_verified_is_not_opened(decoder, artifact, 
     """A session opens its graph when first used, perhaps long after loading."""
     import numpy as np
 
-    another = artifact(checkpoint("llama", num_hidden_layers=1))
+    another = artifact(checkpoint("llama", num_hidden_layers=2))
     publish.copy_artifact(read_artifact(decoder), parent / "out", force=False)
     model = CompiledModel.from_pretrained(parent / "out")
     publish.copy_artifact(read_artifact(another), parent / "out", force=True)

@@ -88,7 +88,7 @@ def test_any_conversation_is_answered_as_from_scratch(model, turns):
         rows = [row + answer for row, answer in zip(rows, found, strict=True)]
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("family", ["mistral", "gpt2", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_windows_and_learned_positions_can_go_back(family, checkpoint, artifact):
     """Windows of 8 tokens: what a longer text pushed out of sight is in sight again after going back."""
     source = checkpoint(family)

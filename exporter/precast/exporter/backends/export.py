@@ -21,7 +21,8 @@ from ..kinds.trace import Program
 from ..options import ExportOptions
 from ..progress import progress
 from . import Compiled, release_of
-from .aten.lowering import Lowered, LoweringOptions, lower
+from .aten.lowered import Lowered, LoweringOptions
+from .aten.lowering import lower
 from .aten.safetensors import save_weights
 
 __all__ = ["ExportCompiler"]

@@ -122,8 +122,10 @@ def _give_weights(
 
 
 def _empty_tensors(tensors: Sequence[torch.Tensor]) -> None:
-    for each in tensors:
-        each.set_()  # type: ignore[call-overload]
+    # Whenever garbage is collected, which may be while somebody traces or makes tensors on another device.
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        for each in tensors:
+            each.set_()  # type: ignore[call-overload]
 
 
 _ORDER = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64]

@@ -20,7 +20,8 @@ from ...options import ExportOptions
 from ...options.precision import PrecisionOptions
 from ...progress import progress
 from .. import Compiled, release_of
-from ..aten.lowering import Lowered, LoweringOptions, lower
+from ..aten.lowered import Lowered, LoweringOptions
+from ..aten.lowering import lower
 from ..aten.safetensors import save_weights
 from . import freezing
 from .gpu import check_gpu, free_gpu_memory, gpu_facts, move_to_device

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..aten.lowering import Lowered
+from ..aten.lowered import Lowered
 from .options import AotiOptions
 
 __all__ = ["FREEZING_OPTIONS", "should_freeze"]

@@ -24,7 +24,7 @@ from precast.runtime.errors import ExportError
 
 from ...quiet import silence
 from ..aten.kernel_set import Kernels
-from ..aten.lowering import LoweringOptions
+from ..aten.lowered import LoweringOptions
 from ..aten.materialize import materialize
 from .attention import decode_attention, prefill_attention
 from .dequantize import dequantize

@@ -1,7 +1,7 @@
 """Shared by the backends `export`, `aoti` and `neuron`: programs of ATen operators that update caches in place, and
-weights in one file for all of them."""
+weights in one file for all of them.
 
-from .lowering import Lowered, LoweringOptions, lower
-from .safetensors import save_weights
+Nothing is imported here: a child process that reads lowered programs has no need of what makes them.
+"""
 
-__all__ = ["Lowered", "LoweringOptions", "lower", "save_weights"]
+__all__: list[str] = []

@@ -19,7 +19,7 @@ import torch
 
 from precast.runtime.errors import PrecastError
 
-from ..aten.lowering import Lowered
+from ..aten.lowered import Lowered
 from .strategies import STRATEGIES, Job
 from .xla_program import build_body
 

@@ -18,7 +18,8 @@ from ...kinds.trace import Program
 from ...options import ExportOptions
 from ...progress import progress
 from .. import Compiled, release_of
-from ..aten.lowering import Lowered, lower
+from ..aten.lowered import Lowered
+from ..aten.lowering import lower
 from ..aten.safetensors import save_tensors
 from .compile_job import compile_job, sdk_versions
 from .flags import flags_of

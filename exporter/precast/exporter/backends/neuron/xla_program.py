@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from precast.runtime.artifact.schema import Graph, Input
 from precast.runtime.errors import ExportError
 
-from ..aten.lowering import Lowered, LoweringOptions
+from ..aten.lowered import Lowered, LoweringOptions
 
 __all__ = ["NEURON_LOWERING", "Body", "OneGraph", "build_body", "cache_inputs", "example_inputs", "step_inputs"]
 

@@ -19,6 +19,7 @@ from ...operators import attention  # noqa: F401  (registers an operator that is
 from ...quantize import linear  # noqa: F401  (registers the others)
 from ...quiet import silence
 from .contrib_ops import microsoft
+from .torch_patches import keep_translations
 
 __all__ = ["LOGGERS", "lower"]
 
@@ -29,7 +30,7 @@ LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
 def lower(program: Program) -> ir.Model:
     """Convert to ONNX with the graph's own input and output names. Raises ExportError."""
     try:
-        with silence(*LOGGERS):
+        with silence(*LOGGERS), keep_translations():
             converted = _convert(program)
     except OnnxExporterError as error:
         raise ExportError(f"This model cannot be converted to ONNX. {_first_cause(error)}") from error
