@@ -23,6 +23,9 @@ SOAK_KILLS ?= 200
 NEWEST ?= build/newest
 FOREIGN ?= build/foreign
 
+# Where it is set, thousands of child processes of the tests would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo docs durations fuzz soak test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
 
 demo: $(BIN)/.exporter models

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,18 +138,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no worker is left alone with it."""
     items.sort(key=lambda item: item.get_closest_marker("models") is None)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
     if part := config.getoption("--part"):
         number, count = map(int, part.split("/"))
-        parts = [(item, zlib.crc32(_group_of(item).encode()) % count + 1) for item in items]
+        parts = [(item, _group_of(item) % count + 1) for item in items]
         items[:] = [item for item, its in parts if its == number]
         config.hook.pytest_deselected(items=[item for item, its in parts if its != number])
 
 
-def _group_of(item: pytest.Item) -> str:
-    """The tests that belong together: those of a file that have a fixture with the same parameters, which is then made
-    once. Any other is alone."""
+def _group_of(item: pytest.Item) -> int:
+    """The number of the tests that belong together: those of a file that have a fixture with the same parameters, which
+    is then made once. Any other is alone."""
     tested = {
         name.strip()
         for mark in item.iter_markers("parametrize")
@@ -157,7 +156,23 @@ def _group_of(item: pytest.Item) -> str:
     }
     given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     shared = sorted((name, str(value)) for name, value in given.items() if name not in tested)
-    return f"{item.path.name} {shared}" if shared else item.nodeid
+    return zlib.crc32((f"{item.path.name} {shared}" if shared else item.nodeid).encode())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadgroup`: tests of a file that have the same parameters, the side of padding apart, go to the same
+    worker, as they share what takes long to make. (The marks of xdist for that have no effect with pytest 9.2.)"""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySameParameters(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return file + re.sub(r"-?\b(left|right|middle)\b", "", test.partition("[")[2])
+
+    return BySameParameters(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -42,11 +42,10 @@ many = settings(max_examples=10, deadline=None, suppress_health_check=[HealthChe
 FAST = (
     ("bert", "fill-mask"),
     ("distilbert", "text-classification"),
-    ("convbert", "token-classification"),
 )
 
 
-SLOW = (("roberta", "token-classification"), ("electra", "question-answering"))
+SLOW = (("convbert", "token-classification"), ("roberta", "token-classification"), ("electra", "question-answering"))
 
 
 @pytest.fixture(

@@ -60,15 +60,21 @@ GRIDS = [
     Case(Scheme(8, 16, "integer"), 21 * 16, 11, False),
     Case(Scheme(4, 48, "integer"), 96, 1, True),
 ]  # fmt: skip
+FEWER_GRIDS = [*GRIDS[::3], GRIDS[5]]
+"""Of the fast lane: every kind of number, each with another kind of zeros, columns and rows."""
 
 
 class Products(nn.Module):
     """Every case's products, then every grid's first layer as matrices. Weights are inputs: then there is one library
     and nothing beside it."""
 
+    def __init__(self, cases: list[Case]) -> None:
+        super().__init__()
+        self.cases = cases
+
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         taken, found, widened = iter(given), [], []
-        for case in GRIDS:
+        for case in self.cases:
             xs, weights, scales, zeros = ([next(taken) for _ in range(count)] for count in counts(case))
             found.append(gemv(xs, weights, scales, zeros, bits(case)))
             if bits(case):
@@ -147,34 +153,37 @@ def shared_out(tmp_path_factory):
         yield
 
 
-LEVEL_NAMES = ("native", "avx2", "avx512")
-LEVELS = ["native", *(pytest.param(each, marks=pytest.mark.slow) for each in LEVEL_NAMES[1:])]
+LEVELS = ("native", "avx2", "avx512")
 
 
-@pytest.fixture(scope="module", params=LEVELS)
-def library_of_rows(request, tmp_path_factory):
-    arguments = tuple(each for case in GRIDS for each in [*inputs_of(case, 0, 1), *parts(case)])
-    run = compiled(Products(), arguments, tmp_path_factory.mktemp("rows"), request.param)
-    fixed = {index: parts(case) for index, case in enumerate(GRIDS)}
+def levels(fewer, all_):
+    """Parameters of a fixture: fewer cases on this machine's level, all of them on every level in the slow lane."""
+    rare = [pytest.param((each, all_), marks=pytest.mark.slow) for each in LEVELS]
+    return {"params": [("native", fewer), *rare], "ids": lambda given: f"{given[0]}-{len(given[1])}"}
+
+
+@pytest.fixture(scope="module", **levels(FEWER_GRIDS, GRIDS))
+def rows(request, tmp_path_factory):
+    """The cases, and a function of their inputs."""
+    level, cases = request.param
+    arguments = tuple(each for case in cases for each in [*inputs_of(case, 0, 1), *parts(case)])
+    run = compiled(Products(cases), arguments, tmp_path_factory.mktemp("rows"), level)
+    fixed = {index: parts(case) for index, case in enumerate(cases)}
 
     def found(xs):
         return run(*(each for index, given in enumerate(xs) for each in [*given, *fixed[index]]))
 
-    return found
-
-
-@pytest.fixture(scope="module")
-def products(library_of_rows):
-    return lambda xs: library_of_rows(xs)[: len(GRIDS)]
+    return cases, found
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**16), size=st.sampled_from([0.0, 1e-38, 1e-12, 1.0, 1e20]), threads=st.integers(1, 5))
-def test_products_are_those_of_the_matrices(products, seed, size, threads):
-    xs = [inputs_of(case, seed, size) for case in GRIDS]
+def test_products_are_those_of_the_matrices(rows, seed, size, threads):
+    cases, answer = rows
+    xs = [inputs_of(case, seed, size) for case in cases]
     with counted(threads):
-        results = products(xs)
-    for case, given_, result in zip(GRIDS, xs, results, strict=True):
+        results = answer(xs)[: len(cases)]
+    for case, given_, result in zip(cases, xs, results, strict=True):
         expected = torch.cat([(x.double() @ w.T).flatten() for x, w in zip(given_, matrices(case), strict=True)])
         # Of the products' own size, since they may cancel out.
         least = torch.cat(
@@ -185,18 +194,20 @@ def test_products_are_those_of_the_matrices(products, seed, size, threads):
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_is_not_lost(products, odd):
-    xs = [inputs_of(case, 1, 1) for case in GRIDS]
+def test_what_is_no_number_is_not_lost(rows, odd):
+    cases, answer = rows
+    xs = [inputs_of(case, 1, 1) for case in cases]
     for given_ in xs:
         given_[0][0, 3] = odd
-    for case, result in zip(GRIDS, products(xs), strict=True):
+    for case, result in zip(cases, answer(xs)[: len(cases)], strict=True):
         assert not result[: OUTPUTS[0]].isfinite().any(), case
         assert case.rows == 1 or result[OUTPUTS[0] : OUTPUTS[0] * case.rows].isfinite().all(), case
 
 
-def test_a_matrix_of_codes_is_what_they_mean(library_of_rows):
-    found = library_of_rows([inputs_of(case, 0, 1) for case in GRIDS])[len(GRIDS) :]
-    grids = [case for case in GRIDS if bits(case)]
+def test_a_matrix_of_codes_is_what_they_mean(rows):
+    cases, answer = rows
+    found = answer([inputs_of(case, 0, 1) for case in cases])[len(cases) :]
+    grids = [case for case in cases if bits(case)]
     for (case, dtype), result in zip(product(grids, MATRICES), found, strict=True):
         assert torch.equal(result, matrices(case)[0].to(dtype)), (case, dtype)
 
@@ -295,11 +306,7 @@ def attentions(folder, isa, cases, length, *products):
     return lambda *given: runner.run(list(given))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("native", FEWER), *(pytest.param((each, ASKED), marks=pytest.mark.slow) for each in LEVEL_NAMES)],
-    ids=lambda given: f"{given[0]}-{len(given[1])}",
-)
+@pytest.fixture(scope="module", **levels(FEWER, ASKED))
 def attending(request, tmp_path_factory):
     """The cases, and their attention of one token, and of any number with products in float32 and in bfloat16."""
     level, cases = request.param

@@ -40,7 +40,8 @@ def _private_modules(tmp_path_factory):
 
 
 @pytest.fixture(
-    scope="module", params=["baichuan", "chatglm", pytest.param("baichuan-plain-head", marks=pytest.mark.slow)]
+    scope="module",
+    params=["chatglm", *(pytest.param(each, marks=pytest.mark.slow) for each in ("baichuan", "baichuan-plain-head"))],
 )
 def remote(request, tmp_path_factory):
     """The directory of a tiny random checkpoint with its own code."""

@@ -116,7 +116,7 @@ def steps(graph) -> list[tuple[list[int], list[int]]]:
     return [([0, 0], [5, 3]), *decode]
 
 
-@pytest.mark.parametrize("case", [_rare(each, ("norms", "batch", "linear")) for each in FOLDED])
+@pytest.mark.parametrize("case", [_rare(each, ("norms", "batch", "linear", "llama3")) for each in FOLDED])
 def test_attention_rotates_by_itself(checkpoint, monkeypatch, case):
     model_type, changes, options = FOLDED[case]
     for program in programs(checkpoint(model_type, **changes), **options):
@@ -130,7 +130,7 @@ def test_attention_rotates_by_itself(checkpoint, monkeypatch, case):
             assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), (past, new)
 
 
-@pytest.mark.parametrize("case", [_rare(each, ("interleaved", "windows", "yarn")) for each in LEFT])
+@pytest.mark.parametrize("case", [_rare(each, ("interleaved", "windows", "yarn", "partial")) for each in LEFT])
 def test_what_is_left_is_left_whole(checkpoint, monkeypatch, case):
     model_type, changes = LEFT[case]
     program = next(programs(checkpoint(model_type, **changes), batch_size=2))

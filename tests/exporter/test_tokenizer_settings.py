@@ -117,6 +117,16 @@ def test_cleaning_up_byte_pairs_takes_both_keys(plain, tmp_path, key):
     assert ours.decode(ours.encode("Stop .")) == "Stop."
 
 
+def test_every_template_of_several_is_written(plain, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(plain)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with {{ tools | length }} tools"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(save_tokenizer(tokenizer, tmp_path)))
+    ours, talk = Tokenizer(tmp_path), [{"role": "user", "content": "Hi"}]
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        expected = tokenizer.apply_chat_template(talk, tools=tools, tokenize=False)
+        assert ours.apply_chat_template(talk, tools=tools) == expected
+
+
 def test_the_longest_input_is_known(plain, tmp_path):
     assert _both(plain, tmp_path / "x", {"model_max_length": 12})[1].max_length == 12
     assert Tokenizer(plain).max_length is None

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.integrity import verify_files
 from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
@@ -124,6 +126,12 @@ def rewrite(target: Path, change: Any, *, seal: bool = True) -> None:
         bare = {key: value for key, value in raw["precast"].items() if key != "digest"}
         raw["precast"]["digest"] = canonical_digest({**raw, "precast": bare})
     (target / "config.json").write_bytes(dumps(raw))
+
+
+def relist(target: Path) -> None:
+    """List the files as they are now, as an attacker would who changed some."""
+    artifact = read_artifact(target)
+    write_config(target, artifact.config, msgspec.structs.replace(artifact.contract, files=hash_files(target)))
 
 
 UNPRIVILEGED = """

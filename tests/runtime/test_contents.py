@@ -129,6 +129,12 @@ def test_weights_beside_those_that_are_listed_are_not_opened(copied, encoder, tm
         CompiledModel.from_pretrained(copied, verify=True)(SHORT)
 
 
+def test_an_artifact_may_be_reached_through_a_link(encoder, tmp_path):
+    (tmp_path / "link").symlink_to(encoder)
+    found = CompiledModel.from_pretrained(tmp_path / "link")(SHORT).last_hidden_state
+    assert np.array_equal(found, CompiledModel.from_pretrained(encoder)(SHORT).last_hidden_state)
+
+
 # ---------------------------------------------------------------- what a graph opens
 
 
@@ -141,6 +147,95 @@ def _tensor(location: str, name: str = "w") -> TensorProto:
 
 def _graph(*, nodes=(), tensors=(), sparse=()) -> onnx.GraphProto:
     return helper.make_graph(list(nodes), "g", [], [], list(tensors), sparse_initializer=list(sparse))
+
+
+OLD = Path(__file__).parents[1] / "artifacts" / "0.1.0" / "encoder"
+"""A BERT of batch 2, length 16 and width 16 in one graph."""
+NAMES, STATES = ("input_ids", "attention_mask", "token_type_ids"), ("last_hidden_state", TensorProto.FLOAT, [2, 16, 16])
+
+
+def _with_graph(path: Path, content: bytes) -> Path:
+    """A copy of the old artifact with another graph, whose hash is made to fit."""
+    shutil.copytree(OLD, path)
+    (path / "model.onnx").write_bytes(content)
+    handmade.relist(path)
+    return path
+
+
+def _answering(*tensors, nodes=(), names=NAMES, width=16, output=STATES, operator="Identity", domain="") -> bytes:
+    """A graph that answers with the tensor w."""
+    given = [helper.make_tensor_value_info(name, TensorProto.INT64, [2, width]) for name in names]
+    last = helper.make_node(operator, ["w"], [output[0]], domain=domain)
+    graph = helper.make_graph([*nodes, last], "g", given, [helper.make_tensor_value_info(*output)], list(tensors))
+    domains = [helper.make_opsetid("", 20), helper.make_opsetid("odd", 1)]
+    return helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
+
+
+def _outside(location: str = WEIGHTS, dims: tuple[int, ...] = (2, 16, 16), **entries: object) -> TensorProto:
+    """The tensor w, whose values are in another file."""
+    tensor = TensorProto(name="w", dims=dims, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, "offset": 0, "length": 2048, **entries}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def test_a_graph_of_ours_answers(tmp_path):
+    """So it is for their reasons alone that those below are refused."""
+    found = CompiledModel.from_pretrained(_with_graph(tmp_path / "copy", _answering(_outside())), prepack=False)(IDS)
+    expected = np.frombuffer((OLD / WEIGHTS).read_bytes()[:2048], np.float32).reshape(2, 16, 16)
+    assert np.array_equal(found.last_hidden_state, expected[:1, :4])
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["../private", f"sub/../{WEIGHTS}", "/etc/passwd", "/dev/zero", "/proc/self/environ", "..", ".", "", "config.json",
+     "tokenizer.json", "README.md", "unlisted", f"./{WEIGHTS}", f"{WEIGHTS}\0", f"..\\{WEIGHTS}", f"file:{WEIGHTS}",
+     "*/_ORT_MEM_ADDR_/*"],
+)  # fmt: skip
+def test_weights_come_from_the_files_that_are_listed_as_weights(tmp_path, location):
+    path = _with_graph(tmp_path / "copy", _answering(_outside(location)))
+    for name in ("private", "copy/unlisted"):
+        (tmp_path / name).write_bytes(bytes(2048))
+    with pytest.raises(FormatError, match=r"model\.onnx is refused: it takes weights from .*lists: model\.onnx\.data"):
+        CompiledModel.from_pretrained(path, prepack=False)(IDS)
+
+
+W = helper.make_tensor("w", TensorProto.FLOAT, [2, 16, 16], np.zeros(512))
+TWICE = [helper.make_node("Concat", ["v", "v"], ["w"], axis=0)]
+V = helper.make_tensor("v", TensorProto.FLOAT, [2, 16, 16], np.zeros(512))
+CYCLE = [helper.make_node("Add", ["a", "v"], ["b"]), helper.make_node("Add", ["b", "v"], ["a"]),
+         helper.make_node("Identity", ["a"], ["w"])]  # fmt: skip
+FREE = ("last_hidden_state", TensorProto.FLOAT, ["a", "b", "c"])
+BROKEN = {
+    "nothing": b"",
+    "no graph": b"\0\1nonsense" * 100,
+    "cut off": _answering(W)[:500],
+    "a field of 4 GB": b"\x08\x0a\x3a\xff\xff\xff\xff\x0fabc",
+    "values behind the end": _answering(_outside(offset=2**20)),
+    "values behind 64 bits": _answering(_outside(offset=2**64)),
+    "values before the beginning": _answering(_outside(offset=-8)),
+    "more values than there are": _answering(_outside(length=2**62)),
+    "fewer values than sizes": _answering(_outside(length=4)),
+    "sizes beyond 64 bits": _answering(_outside(dims=(2**33, 2**33))),
+    "a negative size": _answering(_outside(dims=(-1, 16, 16))),
+    "a tensor of a terabyte": _answering(TensorProto(name="w", dims=[2**38], data_type=TensorProto.FLOAT)),
+    "an operator of others": _answering(W, operator="Evil", domain="odd"),
+    "a circle": _answering(V, nodes=CYCLE),
+    "other inputs": _answering(W, names=("x",)),
+    "inputs of another size": _answering(W, width=99),
+    "another output": _answering(W, output=("x", *STATES[1:])),
+    "an output of another type": _answering(W, output=("last_hidden_state", TensorProto.DOUBLE, [2, 16, 16])),
+    "a larger output": _answering(V, nodes=TWICE),
+    "a larger output of free sizes": _answering(V, nodes=TWICE, output=FREE),
+    "a smaller output": _answering(helper.make_tensor("w", TensorProto.FLOAT, [1, 1, 1], [0]), output=FREE),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_graph_that_is_broken_or_another_is_an_artifacts_error(tmp_path, name):
+    path = _with_graph(tmp_path / "copy", BROKEN[name])
+    with pytest.raises(ArtifactError, match=r"copy/model\.onnx|cannot (run the graph|bind \w+): \S"):
+        CompiledModel.from_pretrained(path, prepack=False, threads=1)(IDS)
 
 
 def test_all_places_of_external_data_are_found():

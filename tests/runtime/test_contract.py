@@ -74,6 +74,13 @@ DECODERS = {
     "a padding beyond the vocabulary": (_first("inputs", pad=320), "with 320, which is none of"),
     "two of one name": (lambda c, p, g: g["inputs"][5].update(name=g["inputs"][4]["name"]), "two tensors of one name"),
     "logits as a cache": (lambda c, p, g: g["cache"][0].update(key_out="logits"), "lacks the cache tensors of layer 0"),
+    "no tokens": (_graph(length={"min": 0, "max": 0}), "takes 0 to 0 tokens at a time, not 1 or more"),
+    "no tokens in one size": (_graph(length=0), "takes 0 to 0 tokens"),
+    "lengths the wrong way": (_graph(length={"min": 5, "max": 2}), "takes 5 to 2 tokens"),
+    "values as keys": (
+        lambda c, p, g: g["cache"][0].update(key_in=g["cache"][0]["value_in"]), "no encoder .* makes the input",
+    ),
+    "ids as a cache": (lambda c, p, g: g["cache"][0].update(key_in="input_ids"), "lacks the cache tensors of layer 0"),
     "no graphs": (lambda c, p, g: p["variants"][0].update(graphs=[]), "the roles none"),
     "another task": (lambda c, p, g: p.update(task="fill-mask"), "the roles decoder, which do not do fill-mask"),
 }  # fmt: skip

@@ -215,6 +215,8 @@ def test_results_own_their_memory(model, encoder):
         kept = first.copy()
         opened(np.array([PROMPT[::-1]]))
         assert np.array_equal(first, kept)
+        first.fill(9)
+        assert np.array_equal(opened(np.array([PROMPT]))[0], kept), "what a caller does to an answer stays with it"
 
 
 def test_an_abandoned_stream_leaves_the_next_call_right(model):
@@ -289,8 +291,16 @@ BAD_REQUESTS = [
     ({"input_ids": [[5], [6, 7]]}, "different lengths"),
     ({"input_ids": [[320]]}, r"the id 320; the model's vocabulary is 0\.\.319"),
     ({"input_ids": [[-1]]}, "the id -1"),
+    ({"input_ids": np.array([[2**63 + 5]], np.uint64)}, f"the id {2**63 + 5}; the model's"),
+    ({"input_ids": [[True]]}, "whole numbers.*bool"),
+    ({"input_ids": "abc"}, r"must be \[batch, length\]; this has 0 dimensions"),
+    ({"input_ids": {"input_ids": [[5]]}}, r"must be \[batch, length\]; this has 0 dimensions"),
     ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, r"shape \[1, 1\], input_ids \[1, 2\]"),
-    ({"input_ids": [[5, 6]], "attention_mask": [[1, 2]]}, "0 .padding. and 1"),
+    ({"input_ids": [[5, 6]], "attention_mask": [[[[1, 1]]]]}, r"shape \[1, 1, 1, 2\], input_ids \[1, 2\]"),
+    *(
+        ({"input_ids": [[5, 6]], "attention_mask": mask}, "0 .padding. and 1")
+        for mask in ([[1, 2]], [[0.5, 1]], [[np.nan, 1]], [[0, -np.inf]], [["1", "1"]])
+    ),
     ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, "Row 0 of attention_mask has no token"),
     ({"input_ids": [[5]], "num_beams": 4}, r"takes 4 rows .num_beams.*compiled for 1.*--batch-size 4"),
     ({"input_ids": [[5]], "max_tokens": 4}, r"does not know\. Did you mean 'max_new_tokens'\? It takes: max_"),
@@ -308,14 +318,30 @@ def test_bad_requests_are_explained_and_harmless(model, request_, message):
     assert model.generate(np.array([PROMPT]), max_new_tokens=2).shape == (1, 8)
 
 
+@pytest.mark.parametrize(
+    "make", [np.ones, torch.ones, lambda shape: np.ones(shape, bool)], ids=["numpy", "torch", "bool"]
+)
+def test_ids_and_masks_may_be_of_any_type_that_holds_them(model, make):
+    expected = new_tokens(model, max_new_tokens=4)
+    small = np.array([PROMPT], np.uint8)
+    assert model.generate(small, make((1, len(PROMPT))), max_new_tokens=4)[0, len(PROMPT) :].tolist() == expected
+
+
 def test_an_encoder_explains_bad_requests(encoder):
     model = CompiledModel.from_pretrained(encoder)
     with pytest.raises(InputError, match=r"A row has 49 tokens; the model was compiled for 48.*--sequence-length 49"):
         model(np.ones((1, 49), int))
     with pytest.raises(InputError, match=r"The batch has 4 rows; the model was compiled for 3"):
         model(np.ones((4, 5), int))
-    with pytest.raises(InputError, match=r"token_type_ids holds the id 2; .* 0\.\.1"):
-        model(np.ones((1, 2), int), token_type_ids=np.array([[0, 2]]))
+    for segment in (2, -1):
+        with pytest.raises(InputError, match=rf"token_type_ids holds the id {segment}; .* 0\.\.1"):
+            model(np.ones((1, 2), int), token_type_ids=np.array([[0, segment]]))
+    with pytest.raises(InputError, match=r"input_ids holds the id 320; .* 0\.\.319"):
+        model(np.full((1, 2), 320))
+    with pytest.raises(InputError, match=r"0 .padding. and 1"):
+        model(np.ones((1, 2), int), np.full((1, 2), 2))
+    with pytest.raises(InputError, match="Row 1 of attention_mask has no token"):
+        model(np.ones((2, 3), int), np.array([[1, 1, 1], [0, 0, 0]]))
     padded = np.zeros((1, 60), int)
     padded[0, 20:60] = 1
     assert model(np.ones((1, 60), int), padded).last_hidden_state.shape == (1, 60, 64), "padding costs no capacity"

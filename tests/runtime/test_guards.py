@@ -24,8 +24,8 @@ def tensor(*shape, dtype="float32", **more):
     return {"tensor": dtype, "shape": list(shape), **more}
 
 
-def call(target, *args, **kwargs):
-    operators.run(json.dumps({"target": target, "args": args, "kwargs": kwargs}).encode())
+def call(target, *args, results=1, **kwargs):
+    operators.run(json.dumps({"target": target, "args": args, "kwargs": kwargs, "results": results}).encode())
 
 
 IMAGE = tensor(1, 2, 4, 5)
@@ -116,6 +116,44 @@ def test_nothing_is_no_tensor(given):
 def test_arithmetic_of_torchscript_is_not_called(target):
     with pytest.raises(ArtifactError, match="which computes without tensors"):
         call(ATEN + target, 2, 10**9)
+
+
+FAR = tensor(1, dtype="int64", values=[10**9])
+OUTSIDE = {
+    "embedding.default": (tensor(4, 4), FAR),
+    "gather.default": (tensor(4), 0, FAR),
+    "index_select.default": (tensor(4), 0, FAR),
+    "index.Tensor": (tensor(4), [FAR]),
+    "index_put.default": (tensor(4), [FAR], tensor(1)),
+    "index_add.default": (tensor(4), 0, FAR, tensor(1)),
+    "index_copy.default": (tensor(4), 0, FAR, tensor(1)),
+    "scatter.src": (tensor(4), 0, FAR, tensor(1)),
+    "take.default": (tensor(4), FAR),
+    "select.int": (tensor(4), 0, 10**9),
+    "select_scatter.default": (tensor(4), tensor(), 0, 10**9),
+    "kthvalue.default": (tensor(4), 10**9),
+    "_softmax.default": (tensor(4), 9, False),
+    "masked_scatter.default": (tensor(64), tensor(64, dtype="bool"), tensor(1)),
+    "_weight_int8pack_mm.default": (tensor(1, 64), tensor(4096, 64, dtype="int8"), tensor(1)),
+    "_int_mm.default": (tensor(32, 64, dtype="int8"), tensor(32, 64, dtype="int8")),
+    "native_layer_norm.default": (tensor(2, 64), [64], tensor(1), tensor(1), 1e-5),
+    "native_group_norm.default": (tensor(1, 64, 1), tensor(1), tensor(1), 1, 64, 1, 1, 1e-5),
+    "grid_sampler_2d.default": (IMAGE, tensor(1000, 4, 4, 2), 0, 0, False),
+    "bilinear.default": (tensor(1, 4), tensor(1, 4), tensor(2, 9, 9), None),
+    "istft.default": (tensor(1, 5, 4, dtype="complex64"), 8, 2, 8, tensor(3)),
+    "unfold.default": (tensor(4), 0, 2**62, 1),
+    "reflection_pad1d.default": (tensor(1, 4), [-10, 20]),
+    "upsample_nearest2d.default": (IMAGE, [-5, 5]),
+    "view.dtype": (tensor(3, dtype="uint8"), {"dtype": "float64"}),
+    "cdist.default": (tensor(2, 3), tensor(2, 4)),
+}
+"""What torch itself refuses."""
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_lies_outside_a_tensor_is_neither_read_nor_written(name):
+    with pytest.raises(ArtifactError, match=rf"model\.pt2 failed at {ATEN}{name}: \w"):
+        call(ATEN + name, *OUTSIDE[name], results=2 if name == "kthvalue.default" else 1)
 
 
 HUGE = {

@@ -15,7 +15,7 @@ import pytest
 from precast.runtime import CompiledModel
 from precast.runtime.artifact import backends, integrity, read_artifact
 from precast.runtime.artifact.integrity import require_trust, verify_files, vouch
-from precast.runtime.errors import ArtifactError, IntegrityError, TrustError
+from precast.runtime.errors import ArtifactError, IntegrityError, TrustError, UsageError
 
 FILES = [
     "model.onnx", "model.onnx.data", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -330,6 +330,14 @@ def test_a_claim_in_the_file_is_no_proof(native, claim):
     assert CompiledModel.from_pretrained(native, trust_native_code=True)
     vouch(digest)
     assert CompiledModel.from_pretrained(native)
+
+
+@pytest.mark.parametrize("name", ["os:system", "precast.runtime.engines.onnx:OnnxEngine", "evil"])
+def test_an_artifact_names_no_code(copied, name):
+    """Its backend is one that is known here."""
+    handmade.rewrite(copied, lambda raw: raw["precast"]["variants"][0].update(backend=name))
+    with pytest.raises(UsageError, match=rf"There is no backend '{name}'\. The backends are: onnx, aoti"):
+        CompiledModel.from_pretrained(copied)
 
 
 def test_the_native_tier_counts_for_any_backend(copied):

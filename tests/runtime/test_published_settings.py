@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import types
 
+import handmade
 import numpy as np
 import oracle
 import pytest
@@ -12,7 +14,7 @@ import torch
 import transformers
 
 from precast.runtime import CompiledModelForCausalLM, GenerationConfig, pipeline, validation_worker
-from precast.runtime.errors import InputError
+from precast.runtime.errors import FormatError, InputError
 from precast.runtime.generation.unsupported import UNSUPPORTED
 from precast.runtime.models.languages import language_id
 
@@ -86,6 +88,40 @@ def test_outputs_that_a_file_asks_for_are_refused_where_they_would_be_missing(re
     tokens = list(model.stream([PROMPT], max_new_tokens=4))
     assert model.generate([PROMPT], max_new_tokens=4, return_dict_in_generate=False)[0, 6:].tolist() == tokens
     assert pipeline("text-generation", model)("The", max_new_tokens=4)[0]["generated_text"].startswith("The")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("[]", FormatError, r"generation_config\.json holds \[\], not an object"),
+        ("null", FormatError, "holds None, not an object"),
+        ("{", FormatError, r"generation_config\.json is not valid JSON"),
+        ("\ufeff{}", FormatError, "not valid JSON"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", FormatError, "nests more than 100 levels"),
+        ('{"max_new_tokens": ' + "9" * 5000 + "}", FormatError, "not valid JSON"),
+        ('{"max_new_tokens": 5.5}', InputError, r"generation_config\.json.* max_new_tokens=5\.5 is of the wrong type"),
+        ('{"max_new_tokens": 0}', InputError, "max_new_tokens must be a whole number of at least 1, not 0"),
+        ('{"do_sample": true, "temperature": NaN}', InputError, "temperature must be above 0, not nan"),
+        ('{"do_sample": true, "seed": -1}', InputError, "seed must be a whole number of at least 0"),
+        (f'{{"num_beams": {2**62}}}', InputError, "takes .* rows .num_beams"),
+    ],
+    ids=range(11),
+)
+def test_a_file_that_holds_no_settings_is_named(decoder, tmp_path, content, error, message):
+    path = shutil.copytree(decoder, tmp_path / "copy")
+    (path / "generation_config.json").write_text(content)
+    handmade.relist(path)
+    with pytest.raises(error, match=message):
+        CompiledModelForCausalLM.from_pretrained(path).generate([PROMPT])
+
+
+def test_numbers_beyond_all_bounds_in_a_file_are_bounded_by_the_model(reading):
+    huge = {"max_length": 2**62, "top_k": 2**62, "no_repeat_ngram_size": 2**62, "max_matching_ngram_size": 2**40,
+            "prompt_lookup_num_tokens": 2**62, "min_new_tokens": 2**62, "eos_token_id": 2}  # fmt: skip
+    plain = reading({"eos_token_id": []}).generate([PROMPT], max_new_tokens=48 - len(PROMPT)).tolist()
+    found = reading(huge).generate([PROMPT])
+    assert found.shape == (1, 48)
+    assert reading({"eos_token_id": [], "max_length": 2**62}).generate([PROMPT]).tolist() == plain
 
 
 def test_validation_goes_by_settings_of_its_own(reading):

@@ -101,7 +101,9 @@ def test_the_one_asked_for_is_not_replaced_by_another():
 
 
 def test_this_machine_is_asked_only_for_what_matters():
-    contract = handmade.contract(variants=[ONNX, _variant("other", numpy="1", no_such_library="1")])
+    contract = handmade.contract(
+        variants=[ONNX, _variant("other", **{"numpy": "1", "no_such_library": "1", "../numpy": "1"})]
+    )
     machine = this_machine(contract)
     assert set(machine.versions) == {"onnxruntime", "numpy"}
     assert machine.devices == {"cpu"}

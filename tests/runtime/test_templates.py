@@ -183,6 +183,25 @@ def test_a_template_is_given_what_transformers_gives_it(pair, template, talk):
     assert expected != "refused" or talk in ("goes on", "parts", "image")
 
 
+ESCAPES = [
+    "{{ ''.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ ''|attr('__class__') }}",
+    "{{ cycler.__init__.__globals__ }}", "{{ lipsum.__globals__['os'].getcwd() }}", "{{ strftime_now.__globals__ }}",
+    "{{ raise_exception.__closure__ }}", "{{ '{0.__class__}'.format(1) }}",
+    "{% set f = '{0.__class__.__mro__}'.format %}{{ f(1) }}", "{{ ('{0.__class__}'|attr('format'))(1) }}",
+    "{{ messages.append(1) }}", "{{ messages[0].update({'role': 'system'}) }}", "{% import '/etc/passwd' as x %}",
+    "{% extends 'x' %}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_nothing_leads_out_of_the_sandbox(pair, template):
+    ours, theirs = pair
+    found = _texts(ours, template, HELLO, {})
+    assert found in ("", "refused")
+    assert found == _expected(theirs, template, HELLO, {})
+    assert HELLO == [{"role": "user", "content": "Hello"}]
+
+
 @pytest.mark.slow
 @needs_corpus
 def test_published_templates_give_the_texts_of_transformers(pair):

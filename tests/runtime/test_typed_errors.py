@@ -47,12 +47,23 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"
 UNKNOWN_TOKEN = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}], "pair": [],
                  "special_tokens": {}}  # fmt: skip
 NO_CHARACTERS = {"type": "Precompiled", "precompiled_charsmap": ""}
+LARGE_CHARACTERS = {"type": "Precompiled", "precompiled_charsmap": "AAAA////"}
+"""Of 8 GB, by its own account."""
 NO_UNKNOWN = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+NO_PATTERN = SPLIT | {"pattern": {"Regex": "(("}}
+NO_MODEL = {"type": "Guess", "vocab": {}}
+NO_SUCH_PIECE = {"type": "Unigram", "unk_id": 99, "vocab": [["a", -1.0]], "byte_fallback": False}
 
 
 @pytest.mark.parametrize(
-    "content", ["", "nonsense", "[]", "[" * 100_000, "\ufeff{}", b"\xff\xfe", {"normalizer": NO_CHARACTERS}]
-)
+    "content",
+    [
+        "", "nonsense", "[]", "[" * 100_000, "\ufeff{}", b"\xff\xfe", {"normalizer": NO_CHARACTERS},
+        {"normalizer": LARGE_CHARACTERS},
+        {"normalizer": {"type": "Sequence", "normalizers": [LARGE_CHARACTERS]}},
+        {"pre_tokenizer": NO_PATTERN}, {"model": NO_MODEL}, {"model": NO_SUCH_PIECE},
+    ],
+)  # fmt: skip
 def test_a_tokenizer_that_the_library_cannot_read_is_named(files, parts, content):
     whole = {**parts, **content} if isinstance(content, dict) else content
     with pytest.raises(FormatError, match=r"tokenizer\.json cannot be read as a tokenizer: \w"):
@@ -68,6 +79,17 @@ def test_a_tokenizer_that_fails_at_work_says_at_which_text(files, parts, change)
     for _ in range(2):
         with pytest.raises(InputError, match=r"The tokenizer of .* cannot encode 'aaaaaaaaaa"):
             broken.encode("a" * 40 + "!")
+
+
+def test_lengths_that_a_tokenizers_own_file_fixes_do_not_count(files, parts):
+    """The compiled model decides."""
+    fixed = {"strategy": {"Fixed": 2**31}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+             "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    plain, told = (
+        Tokenizer(files({"tokenizer.json": {**parts, **each}})) for each in ({}, {"padding": fixed, "truncation": cut})
+    )
+    assert told.encode("the capital of France") == plain.encode("the capital of France")
 
 
 @pytest.mark.parametrize(
@@ -266,6 +288,18 @@ def test_what_a_processor_does_to_the_tokens_it_is_shown_stays_with_it(model):
 
     spoilt = {"logits_processor": [spoil], "stopping_criteria": [lambda tokens, logits: tokens.fill(0) is not None]}
     assert model.generate([[5, 6, 7]], max_new_tokens=6, repetition_penalty=2.0, **spoilt).tolist() == plain
+
+
+def test_what_a_processor_writes_into_logits_counts_in_its_own_call_alone(model):
+    plain = model.generate([[5, 6, 7]], max_new_tokens=4).tolist()
+
+    def only(tokens, logits):
+        logits[:] = np.where(np.arange(logits.shape[1]) == 77, 1, 0)
+        return logits
+
+    assert model.generate([[5, 6, 7]], max_new_tokens=2, logits_processor=[only])[0, 3:].tolist() == [77, 77]
+    for opened in (model, model.new_session()):
+        assert opened.generate([[5, 6, 7]], max_new_tokens=4).tolist() == plain
 
 
 def test_long_matches_cost_no_more_than_short_ones():

@@ -131,6 +131,7 @@ def _encoder_problems(graph: Graph) -> Iterator[str]:
 def _decoder_problems(graph: Graph) -> Iterator[str]:
     if [spec.name for spec in graph.inputs[:4]] != list(DECODER_INPUTS) or not (graph.cache or graph.states):
         yield f"is a decoder whose inputs are not {', '.join(DECODER_INPUTS)} and caches"
+    yield from _length_problems(graph.length)
     logits = graph.outputs[0]
     if len(logits.shape) != 3 or not isinstance(logits.shape[-1], int) or logits.dtype not in ("float32", "float16"):
         yield "does not give logits [batch, positions, vocabulary] in float32 or float16 first"
@@ -156,6 +157,13 @@ def _decoder_problems(graph: Graph) -> Iterator[str]:
             yield f"lacks {state.name_in}"
         elif not _is_state(state, given[state.name_in], made[state.name_out], graph.slots):
             yield f"has the state {state.name_in} in other shapes than {state.shape}, batch first"
+
+
+def _length_problems(length: int | Dim) -> Iterator[str]:
+    """Problems of a decoder that would not get on with a prompt."""
+    few, many = (length.min, length.max) if isinstance(length, Dim) else (length, length)
+    if not 1 <= few <= many:
+        yield f"takes {few} to {many} tokens at a time, not 1 or more"
 
 
 def _is_cache(given: Input, made: Output, graph: Graph) -> bool:

@@ -20,6 +20,7 @@ import tokenizers
 from ..arguments import only_known
 from ..artifact.published_json import parse_object, select
 from ..errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError, UsageError
+from .character_maps import check_character_maps
 from .chat_templates import Conversation, is_batch, render_chat
 from .companions import Readable, companions_at
 from .tensors import as_tensors
@@ -96,6 +97,7 @@ class Tokenizer:
                 f"{self.path} has no tokenizer.json: its checkpoint carries no tokenizer, or one that only "
                 f"transformers runs. Give token ids instead of text."
             )
+        check_character_maps(data, str(self.path / "tokenizer.json"))
         with _calling_the_library(f"{self.path / 'tokenizer.json'} cannot be read as a tokenizer", FormatError):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         self._data = data
