@@ -142,6 +142,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="repeats a run")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    from precast.exporter import quiet_libraries
+
+    quiet_libraries()
     seed = random.randrange(2**31) if options.seed is None else options.seed
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
