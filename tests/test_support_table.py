@@ -113,6 +113,8 @@ def test_as_much_passes_as_was_promised():
 
 
 @pytest.mark.slow
+# What a model's own code warns of is not what the table says.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(pair[1:]))
 def test_every_line_of_the_table_is_so(pair):
     """Made anew, each pair passes or is refused as the zoo says."""

@@ -21,6 +21,7 @@ from zoo.shrink import tiny_config
 
 from precast.exporter import ExportOptions, export, preview, quiet_libraries
 from precast.exporter.checkpoint.resolve import resolve
+from precast.exporter.kinds.encoder.inner_padding import compact, compaction_index
 from precast.exporter.quantize.choose import calibration_rows
 from precast.runtime import CompiledModel
 from precast.runtime.artifact.tasks import get_task
@@ -283,6 +284,15 @@ def test_attention_holes_mean_what_they_mean_to_transformers(checkpoint, artifac
         expected = oracle.eager(source, "AutoModel")(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
     found = model(ids, mask).last_hidden_state
     assert np.abs(found - expected.last_hidden_state.numpy())[mask == 1].max() < 1e-4
+
+
+def test_tokens_are_moved_to_the_front_of_their_own_text():
+    """Of every choice of a row, too."""
+    mask = torch.tensor([[[0, 1, 0, 1], [1, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 1]]])
+    ids = torch.arange(16).reshape(2, 2, 4)
+    moved = compact(ids, compaction_index(mask))
+    assert moved.tolist() == [[[1, 3, 0, 2], [4, 5, 6, 7]], [[8, 9, 10, 11], [15, 12, 13, 14]]]
+    assert compact(ids[0], compaction_index(mask[0])).tolist() == moved[0].tolist()
 
 
 DECODERS_AT_ONCE = [

@@ -26,14 +26,14 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def compaction_index(mask: Tensor) -> Tensor:
-    """The target position of each token, int64 [B, L]: real tokens first, in their order, then padding."""
+    """The target position of each token, int64 [B, L] or [B, choices, L]: real tokens in their order, then padding."""
     count = mask.sum(-1, keepdim=True)
     return torch.where(mask == 1, mask.cumsum(-1) - 1, count + (1 - mask).cumsum(-1) - 1)
 
 
 def compact(tensor: Tensor, index: Tensor) -> Tensor:
-    """Move the tokens of `tensor` [B, L] to their positions in `index`."""
-    return torch.zeros_like(tensor).scatter(1, index, tensor)
+    """Move the tokens of `tensor`, of the shape of `index`, to their positions in it."""
+    return torch.zeros_like(tensor).scatter(-1, index, tensor)
 
 
 def restore(output: Tensor, index: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ def _text_inputs(checkpoint: Checkpoint, rows: tuple[Axis, ...]) -> list[TensorP
 def _has_segments(checkpoint: Checkpoint, config: Any) -> bool:
     """Whether `token_type_ids` are an input: where the configuration counts them, or the tokenizer makes them. GPT-2
     and its relatives take them too, but their answer without any is not the answer to segments of 0."""
+    if kinds := getattr(config, "type_vocab_sizes", None):
+        raise CheckpointError(
+            f"A model of type {checkpoint.config.model_type!r} reads {len(kinds)} token_type_ids per token, made from "
+            f"tables; precast passes one."
+        )
     count = getattr(config, "type_vocab_size", None)
     if count is not None:
         return bool(count >= 2)
