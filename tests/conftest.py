@@ -176,7 +176,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Nothing that was imported is garbage: without this, a fifth of the time goes into looking for it."""
+    """Nothing that was imported is garbage: without this, a sixth of the time goes into looking for it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

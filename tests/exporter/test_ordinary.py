@@ -142,7 +142,7 @@ def test_a_plan_says_it_before_weights_are_read(source):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_static_graphs(source, artifact, batch):
     checkpoint = source("diffllama")
     compiled = artifact(checkpoint, batch_size=batch, sequence_length=(CAPACITY,), prefill_lengths=(16,))
