@@ -140,39 +140,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("models") is None)
     if part := config.getoption("--part"):
         number, count = map(int, part.split("/"))
-        parts = [(item, _group_of(item) % count + 1) for item in items]
+        parts = [(item, zlib.crc32(_group_of(item.nodeid).encode()) % count + 1) for item in items]
         items[:] = [item for item, its in parts if its == number]
         config.hook.pytest_deselected(items=[item for item, its in parts if its != number])
 
 
-def _group_of(item: pytest.Item) -> int:
-    """The number of the tests that belong together: those of a file that have a fixture with the same parameters, which
-    is then made once. Any other is alone."""
-    tested = {
-        name.strip()
-        for mark in item.iter_markers("parametrize")
-        if not mark.kwargs.get("indirect")
-        for name in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
-    }
-    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    shared = sorted((name, str(value)) for name, value in given.items() if name not in tested)
-    return zlib.crc32((f"{item.path.name} {shared}" if shared else item.nodeid).encode())
+def _group_of(nodeid: str) -> str:
+    """What belongs together, in a part and on a worker: the tests of a file that have the same parameters, the side of
+    padding apart, as they share what takes long to make. Those without parameters are one group."""
+    file, _, test = nodeid.partition("::")
+    return file + re.sub(r"-?\b(left|right|middle)\b", "", test.partition("[")[2])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `--dist loadgroup`: tests of a file that have the same parameters, the side of padding apart, go to the same
-    worker, as they share what takes long to make. (The marks of xdist for that have no effect with pytest 9.2.)"""
+    """For `--dist loadgroup`: tests of a group go to the same worker. (The marks of xdist for that have no effect with
+    pytest 9.2.)"""
     if config.getvalue("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class BySameParameters(LoadScopeScheduling):
+    class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file, _, test = nodeid.partition("::")
-            return file + re.sub(r"-?\b(left|right|middle)\b", "", test.partition("[")[2])
+            return _group_of(nodeid)
 
-    return BySameParameters(config, log)
+    return ByGroup(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -50,18 +50,31 @@ def test_minilm_embeds_as_eager_does(tmp_path):
         assert np.abs(vector - (mean / mean.norm()).numpy()).max() < 1e-4
 
 
+@pytest.fixture
+def first_layers(tmp_path):
+    """The first six of SmolLM2's thirty layers, real ones, which compile in a fifth of the time."""
+    checkpoint = resolve(str(SMOLLM2), ExportOptions())
+    whole = checkpoint.load(get_task("text-generation"), "float32")
+    facts = {name: value for name, value in whole.config.to_dict().items() if name != "quantization_config"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**facts | {"num_hidden_layers": 6}))
+    model.load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
+    model.save_pretrained(tmp_path / "source")
+    checkpoint.tokenizer.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [{}, {"tensor_parallel": 2}], ids=["trace", "spread"])
-def test_smollm2_writes_what_eager_writes(tmp_path, strategy):
+def test_smollm2_writes_what_eager_writes(first_layers, tmp_path, strategy):
     options = ExportOptions(
         backend="neuron", instance_type="inf2", sequence_length=(64,), prefill_lengths=(8, 16), **strategy
     )
-    made = export(str(SMOLLM2), tmp_path / "out", options)
+    made = export(str(first_layers), tmp_path / "out", options)
     assert made.contract.variants[0].accuracy.status == "passed"
     CompiledModelForCausalLM.from_pretrained(made.path).save_pretrained(tmp_path / "saved")
     model = CompiledModelForCausalLM.from_pretrained(tmp_path / "saved")
-    checkpoint = resolve(str(SMOLLM2), ExportOptions())
-    eager, tokenizer = checkpoint.load(get_task("text-generation"), "float32"), checkpoint.tokenizer
+    eager = transformers.AutoModelForCausalLM.from_pretrained(first_layers, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(first_layers)
     for prompt in PROMPTS:
         row = tokenizer(prompt)["input_ids"]
         asked = {"do_sample": False, "max_new_tokens": 24}

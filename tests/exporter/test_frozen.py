@@ -56,6 +56,8 @@ def made(source, target, **options):
 
 
 @pytest.mark.slow
+# Which is right where it has none, and a test of its own.
+@pytest.mark.filterwarnings("ignore:This CPU has no instructions that multiply bfloat16")
 def test_a_frozen_encoder_in_bfloat16(checkpoint, tmp_path):
     source = checkpoint("bert", "AutoModel")
     variant = made(source, tmp_path / "out", auto_cast="matmul")
