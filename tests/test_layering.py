@@ -21,8 +21,7 @@ from source_tree import FILES, PARTS, ROOT, imported_names, module_name
 
 HEAVY = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf", "accelerate")
 
-_ENGINES = ("aoti", "device", "export", "gpu", "neuron", "operator_checks", "operator_sizes", "safetensors_map")
-_ENGINES += ("torch_views", "verified_files")
+_ENGINES = ("aoti_torch", "device", "export", "gpu", "neuron", "operator_checks", "operator_sizes", "torch_views")
 NATIVE = tuple(f"precast.runtime.engines.{name}" for name in _ENGINES)
 """What runs on torch: imported when an artifact of these backends is opened."""
 

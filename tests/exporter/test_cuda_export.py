@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from precast.exporter import ExportOptions, export
 from precast.exporter.backends.aoti import compiler, gpu, library
 from precast.runtime.engines.safetensors_map import open_weights
+from precast.runtime.engines.torch_views import view_weights
 from precast.runtime.errors import ExportError
 from precast.runtime.hosts.cuda import CudaHost
 
@@ -38,8 +39,8 @@ def compiled(monkeypatch):
     """`export` for a GPU where PyTorch has none: programs go to its device without memory, and are not compiled."""
     built = {}
 
-    def build(exported, target, isa, device, more):
-        assert (device, more) == ("cuda", {})
+    def build(exported, target, isa, device, more, linker):
+        assert (device, more, linker) == ("cuda", {}, None)
         built[target.stem] = exported
         target.write_bytes(b"\x7fELF")
 
@@ -84,7 +85,7 @@ def test_all_of_a_program_goes_to_the_device(checkpoint, tmp_path, compiled, fam
             "precast.gemv.default",
             "precast.decode_attention.default",
         } == set()
-    weights = open_weights([made.path / name for name in variant.weights])
+    weights = view_weights(open_weights([made.path / name for name in variant.weights]))
     needed = {name for each in compiled.values() for name in (*each.state_dict, *each.constants)}
     assert weights
     assert {name.rpartition(":")[2] for name in weights} <= needed

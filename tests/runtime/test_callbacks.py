@@ -131,9 +131,13 @@ def test_classes_of_transformers_do_what_they_do_there(wide, source, rows, proce
     # One token forced and ruled out leaves none, which is an error here.
     assume(not any(isinstance(each, Theirs) for each in processors) or "forced" not in repr(asked))
     asked = {"max_new_tokens": 8, "eos_token_id": [*range(4, 320, 4)], **asked}
+    limits = criteria(tokenizer)
+    # transformers' beams have no room for more than max_new_tokens, and end in an IndexError.
+    is_beyond = any(isinstance(each, stopping.MaxLengthCriteria) for each in limits) and ids.shape[1] + 8 < 11
+    assume(not is_beyond or "num_beams" not in asked)
     given_ = {
         "logits_processor": theirs.LogitsProcessorList(processors),
-        "stopping_criteria": stopping.StoppingCriteriaList(criteria(tokenizer)),
+        "stopping_criteria": stopping.StoppingCriteriaList(limits),
     }
     found = wide.generate(ids, mask, pad_token_id=0, **asked, **given_).tolist()
     for row, answer, keep in zip(ids, found, mask, strict=True):

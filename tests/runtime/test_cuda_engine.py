@@ -21,12 +21,13 @@ from msgspec.structs import replace
 from zoo import seq2seq as zoo
 
 from precast.exporter import ExportOptions, export
+from precast.exporter.backends.aoti.standalone import link
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import write_config
 from precast.runtime.artifact.schema import Input
-from precast.runtime.engines import aoti
+from precast.runtime.engines import aoti_torch
 from precast.runtime.engines.device import Device
 from precast.runtime.engines.gpu import Gpu
 from precast.runtime.errors import HostError, UsageError
@@ -71,7 +72,7 @@ class Pretended:
 @pytest.fixture(autouse=True)
 def _pretended(monkeypatch, request):
     if "gpu" not in request.keywords:
-        monkeypatch.setattr(aoti, "Gpu", Pretended)
+        monkeypatch.setattr(aoti_torch, "Gpu", Pretended)
         monkeypatch.setattr(selecting, "cuda_host", lambda: HERE)
 
 
@@ -89,10 +90,17 @@ def said_to_be_for_cuda(native, target, capability="9.0", release="12.8"):
     return target
 
 
+def export_with_torch(source, target, **options):
+    """An artifact for the CPU whose libraries PyTorch's runner opens, as it does those for a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(link.Linker, "_link_alone", lambda linker, _: linker.missing.add("a test"))
+        return export(str(source), target, ExportOptions(backend="aoti", validate=False, **options)).path
+
+
 @pytest.fixture(scope="module")
-def native(checkpoint, artifact):
+def native(checkpoint, tmp_path_factory):
     options = {"batch_size": 3, "sequence_length": (CAPACITY,), "dynamic_batch_size": True}
-    return artifact(checkpoint("llama"), backend="aoti", **options)
+    return export_with_torch(checkpoint("llama"), tmp_path_factory.mktemp("native") / "llama", **options)
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +236,7 @@ def test_what_an_encoder_made_is_brought_when_it_changes():
 @pytest.mark.slow
 def test_encoder_decoders_look_at_what_is_on_the_device(tmp_path):
     source = zoo.make(tmp_path / "bart", "bart", zoo.TEXT)
-    options = ExportOptions(task=zoo.TEXT, validate=False, backend="aoti", **zoo.OPTIONS[zoo.TEXT])
-    made = export(str(source), tmp_path / "native", options).path
+    made = export_with_torch(source, tmp_path / "native", task=zoo.TEXT, **zoo.OPTIONS[zoo.TEXT])
     model = CompiledModel.from_pretrained(said_to_be_for_cuda(made, tmp_path / "cuda"))
     asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
     for beams in (1, 3):

@@ -24,7 +24,7 @@ from native_programs import GRAPH, arrays, engine
 
 from precast.runtime.artifact.pt2.format import pack, unpack
 from precast.runtime.artifact.schema import Host
-from precast.runtime.engines.aoti import AotiEngine
+from precast.runtime.engines.aoti_torch import TorchAotiEngine
 from precast.runtime.engines.elf import check_library
 from precast.runtime.engines.safetensors_map import open_weights
 from precast.runtime.errors import ArtifactError, FormatError, HostError
@@ -602,11 +602,11 @@ LIBRARY = """
 import sys
 import native_programs
 from native_programs import arrays
-from precast.runtime.engines import aoti
+from precast.runtime.engines import aoti_torch
 from precast.runtime.errors import ArtifactError
 
 try:
-    native_programs.engine(sys.argv[1], kind=aoti.AotiEngine).bind("model", *arrays(3))
+    native_programs.engine(sys.argv[1], kind=aoti_torch.TorchAotiEngine).bind("model", *arrays(3))
 except ArtifactError as error:
     print(error)
 """
@@ -629,7 +629,7 @@ def test_source_or_an_archive_in_place_of_a_library_is_refused_and_not_compiled(
         library.write_bytes(content)
         before = sorted(folder.iterdir())
         with pytest.raises(FormatError, match=r"model\.pt2 is no shared library"):
-            native_programs.engine(folder, AotiEngine).bind("model", *arrays(3))
+            native_programs.engine(folder, TorchAotiEngine).bind("model", *arrays(3))
         assert sorted(folder.iterdir()) == before
 
 

@@ -347,7 +347,7 @@ def test_what_onnx_runtime_cannot_run_is_an_artifacts_error(decoder, monkeypatch
 
 @pytest.mark.parametrize(("said", "message"), [("no memory\nat 0x0", "no memory$"), ("", "no reason given$")])
 def test_what_a_library_raises_is_an_artifacts_error(said, message):
-    from precast.runtime.engines.aoti import _report_failures
+    from precast.runtime.engines.aoti_torch import _report_failures
 
     def fail(inputs):
         raise RuntimeError(said)

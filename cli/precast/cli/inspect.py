@@ -76,6 +76,7 @@ def _print_facts(artifact: Any, runs: list[str | None], headers: list[list[Any]]
             (f"variant {variant.name}", f"{variant.backend}, {variant.dtype}, trust tier {variant.trust}"),
             *([("  weights", variant.quantization)] if variant.quantization else []),
             *([("  key/value cache", variant.kv_cache)] if variant.kv_cache else []),
+            *([("  libraries", _describe_libraries(variant))] if variant.backend == "aoti" else []),
             ("  runs here", "yes" if reason is None else f"no: {reason}"),
             ("  accuracy", f"{accuracy.status}: {accuracy.reason}"),
             *((f"    {name}", value) for name, value in accuracy.figures.items()),
@@ -85,6 +86,13 @@ def _print_facts(artifact: Any, runs: list[str | None], headers: list[list[Any]]
     for name, value in rows:
         # In one line each: a value with lines of its own could pass for others.
         echo(f"{printable(name, keep=''):<27} {printable(value, keep='')}")
+
+
+def _describe_libraries(variant: Any) -> str:
+    if variant.abi:
+        return f"stand alone, interface {variant.abi}"
+    calls = ", ".join(variant.requires_torch[:8])
+    return f"need PyTorch{f': they call {calls}' if calls else ''}"
 
 
 def _describe_neff(header: Any) -> str:

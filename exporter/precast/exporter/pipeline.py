@@ -184,6 +184,8 @@ def _contract(
         accuracy=_UNCHECKED,
         weights=compiled.weights,
         graphs=compiled.graphs,
+        abi=compiled.abi,
+        requires_torch=list(compiled.requires_torch),
     )
     return Contract(
         format_version=FORMAT_VERSION,

@@ -24,12 +24,15 @@ __all__ = ["Compiled", "HasLayouts", "NeedsTools", "ProgramCompiler", "compiler_
 
 @dataclass(frozen=True)
 class Compiled:
-    """The files that a compiler wrote: `graphs` and `weights` name them, relative to the stage."""
+    """The files that a compiler wrote: `graphs` and `weights` name them, relative to the stage. `abi` and
+    `requires_torch` are those of a Variant."""
 
     graphs: list[Graph]
     weights: list[str]
     host: Host
     compiler: Compiler
+    abi: int = 0
+    requires_torch: Sequence[str] = ()
 
 
 class ProgramCompiler(Protocol):

@@ -60,7 +60,7 @@ BACKENDS: dict[str, Backend] = {
         "aoti",
         "native",
         "precast.exporter.backends.aoti.compiler:AotiCompiler",
-        "precast.runtime.engines.aoti:AotiEngine",
+        "precast.runtime.engines.aoti:open_aoti",
         takes=frozenset({"dtype", "auto_cast"}),
         options="precast.exporter.backends.aoti.options:AotiOptions",
         decodes_apart=True,

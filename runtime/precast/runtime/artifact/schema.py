@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 __all__ = [
     "FORMAT_VERSION",
     "PATH_PATTERN",
+    "STANDALONE_ABI",
     "Accuracy",
     "CacheLayer",
     "Compiler",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 3
+STANDALONE_ABI = 1
+"""The version of the interface between the runtime and native libraries that stand alone."""
 
 Size = Annotated[int, Meta(ge=0, le=2**31)]
 Bytes = Annotated[int, Meta(ge=0, le=2**50)]
@@ -165,8 +168,12 @@ class Accuracy(_Closed, frozen=True, kw_only=True):
     figures: dict[Name, int | float]
 
 
-class Variant(_Closed, frozen=True, kw_only=True):
-    """One compiled form of the model."""
+class Variant(_Closed, frozen=True, kw_only=True, omit_defaults=True):
+    """One compiled form of the model.
+
+    Native libraries that stand alone have the version `abi` of the interface to the runtime; those that do not call
+    what `requires_torch` names, which only PyTorch has.
+    """
 
     name: Name
     backend: Name
@@ -179,6 +186,8 @@ class Variant(_Closed, frozen=True, kw_only=True):
     accuracy: Accuracy
     weights: list[Path]
     graphs: list[Graph]
+    abi: Size = 0
+    requires_torch: list[Name] = []
 
 
 class Source(_Closed, frozen=True, kw_only=True):

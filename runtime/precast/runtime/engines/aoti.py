@@ -1,169 +1,208 @@
-"""Native code of AOTInductor: a shared library per graph, opened in place, and one mapping of the weights for all.
+"""Native code of AOTInductor that stands alone: a shared library per graph, called by ctypes over numpy arrays.
 
-No compiler, no archive, no temporary copy: PyTorch's own runner takes the path of a library and the addresses of the
-weights. Compiled code checks none of its inputs, so that is done here, when they are bound. Code for a GPU is given the
-GPU's copies of weights and inputs.
+Such a library has PyTorch's part in it (`precast.exporter.backends.aoti.standalone`): memory, threads, functions. It
+maps the same weights as every other, is opened in place, and copies only outputs. Compiled code checks none of its
+inputs, so that is done here, when they are bound. Libraries that call more than that are PyTorch's to run.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from ..artifact import Artifact
-from ..artifact.schema import Graph, Variant
+from ..artifact.schema import STANDALONE_ABI, Graph, Input, Output, Variant
 from ..errors import ArtifactError, FormatError
 from ..hosts.machine import usable_cores
-from ..terminal import first_line
-from . import Arrays, Settings, Step, move_rows
-from .device import Device
-from .elf import check_library
-from .gpu import Gpu
-from .safetensors_map import weight_of
-from .torch_views import bind_tensors, guard_threads
+from . import Arrays, Engine, Settings, Step
+from .binding import order_arrays
+from .elf import check_imports, check_library
+from .safetensors_map import Weight, weight_of
 from .verified_files import VerifiedFiles
 
-__all__ = ["AotiEngine"]
+__all__ = ["StandaloneEngine", "open_aoti"]
+
+_MAX_DIMS = 8
 
 
-class AotiEngine:
-    """One library per graph, opened when first bound and shared by all who bind it. A variant without weight files has
-    them in its libraries."""
+def open_aoti(artifact: Artifact, variant: Variant, settings: Settings) -> Engine:
+    """The engine of a variant: the one below where its libraries stand alone, else PyTorch's, imported now."""
+    if variant.abi:
+        return StandaloneEngine(artifact, variant, settings)
+    engine: Engine = import_module(f"{__package__}.aoti_torch").TorchAotiEngine(artifact, variant, settings)
+    return engine
+
+
+class StandaloneEngine:
+    """One library per graph, opened when first bound and shared by all who bind it."""
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
+        if variant.abi != STANDALONE_ABI:
+            raise ArtifactError(
+                f"The libraries of {artifact.path} have version {variant.abi} of the interface to this runtime, which "
+                f"has version {STANDALONE_ABI}. Export the model again with this release of precast."
+            )
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        self._files, self._has_weights = VerifiedFiles(artifact, variant), bool(variant.weights)
+        self._files = VerifiedFiles(artifact, variant)
         self._lock = threading.Lock()
-        self._opened: dict[str, Any] = {}
-        self._weights: Mapping[str, torch.Tensor] | None = None
+        self._opened: dict[str, _Library] = {}
+        self._weights: Mapping[str, Weight] | None = None
         self._threads = settings.threads or usable_cores()
-        self._device = Device(Gpu()) if variant.host.device == "cuda" else None
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
-        run, described = _report_failures(self._get_runner(graph).run, graph), self._graphs[graph]
-        if self._device is not None:
-            return self._device.bind(run, described, inputs, outputs)
-        return _Bound(run, described, inputs, outputs, self._threads)
+        return _Bound(self._get_library(graph), self._graphs[graph], inputs, outputs, self._threads)
 
-    def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
-        """See OwnsCaches."""
-        move = move_rows if self._device is None else self._device.move_rows
-        move(caches, to, parents, live)
-
-    def _get_runner(self, name: str) -> Any:
+    def _get_library(self, name: str) -> _Library:
         with self._lock:
             if name not in self._opened:
                 self._opened[name] = self._open_library(name)
             return self._opened[name]
 
-    def _open_library(self, name: str) -> Any:
+    def _open_library(self, name: str) -> _Library:
         path = self._files.path(name)
         if self._weights is None:
             self._weights = self._files.weights()
         with self._files.library_path(name) as library_path:
-            if self._device is None:
-                runner = _load_library(path, library_path, _open_on_cpu)
-            else:
-                with self._device.turn():
-                    runner = _load_library(path, library_path, self._device.backend.open)
-        if self._has_weights:
-            copied = self._device.copy_weight if self._device else None
-            _give_weights(runner, self._weights, name, path, copied)
-        return runner
+            check_library(path, library_path)
+            check_imports(path, library_path)
+            library = _Library(path, library_path, name)
+        library.set_weights(self._weights)
+        return library
 
 
-def _open_on_cpu(library_path: str) -> Any:
-    return torch._C._aoti.AOTIModelContainerRunnerCpu(library_path, 1)
+class _CArray(ctypes.Structure):
+    """`PrecastArray`: where elements are, and how they lie."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("dims", c_int32),
+        ("sizes", c_int64 * _MAX_DIMS),
+        ("strides", c_int64 * _MAX_DIMS),
+    ]
 
 
-def _load_library(path: Path, library_path: str, opened: Callable[[str], Any]) -> Any:
-    """The runner of the library at `path`, opened as `library_path`. Raises ArtifactError where it is none, or one for
-    another PyTorch."""
-    check_library(path, library_path)
-    try:
-        return opened(library_path)
-    except (RuntimeError, TypeError) as error:
-        reason = first_line(error).replace(library_path, str(path))
-        raise ArtifactError(
-            f"PyTorch {torch.__version__} cannot open {path}: {reason} It may have been compiled for another release: "
-            f"export the model again with this one."
-        ) from error
+class _CConstant(ctypes.Structure):
+    """`PrecastConstant`: a weight that a library needs, by its own name for it and by the model's."""
+
+    _fields_ = [("name", c_char_p), ("model_name", c_char_p), ("dtype", c_int32)]
 
 
-def _give_weights(
-    runner: Any,
-    weights: Mapping[str, torch.Tensor],
-    graph: str,
-    path: Path,
-    copied: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> None:
-    """Hand the library the addresses of its weights, or of those that `copied` returns; it copies none."""
-    names: dict[str, str] = runner.get_constant_names_to_original_fqns()
-    dtypes: dict[str, int] = runner.get_constant_names_to_dtypes()
-    found = {}
-    for inner, name in names.items():
-        tensor = weight_of(weights, graph, name)
-        if tensor is None:
-            raise FormatError(f"{path} needs the weight {name}, which the artifact's weight files lack.")
-        if dtypes.get(inner, _NUMBERS[tensor.dtype]) != _NUMBERS[tensor.dtype]:
-            raise FormatError(f"{path} needs the weight {name} in another dtype than {tensor.dtype}.")
-        # Of its own, to be emptied below; the memory is shared.
-        found[inner] = (copied(tensor) if copied else tensor).detach()
-    if found:
-        runner.update_constant_buffer(found, False, True, True)
-        # PyTorch never lets go of tensors that it was given so, and they of the file's mapping.
-        weakref.finalize(runner, _empty_tensors, list(found.values())).atexit = False
-
-
-def _empty_tensors(tensors: Sequence[torch.Tensor]) -> None:
-    # Whenever garbage is collected, which may be while somebody traces or makes tensors on another device.
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        for each in tensors:
-            each.set_()  # type: ignore[call-overload]
-
-
-_ORDER = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64]
-_NUMBERS = {
-    **{dtype: number for number, dtype in enumerate(_ORDER)},
-    torch.bool: 11,
-    torch.bfloat16: 15,
-    torch.complex64: 9,
-}
+_ORDER = ["uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
+_NUMBERS = {**{dtype: number for number, dtype in enumerate(_ORDER)}, "complex64": 9, "bool": 11, "bfloat16": 15}
 """PyTorch's own numbers of dtypes (c10/core/ScalarType.h)."""
 
 
-_Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+class _Library:
+    """An opened library with its one graph."""
 
+    def __init__(self, path: Path, library_path: str, graph: str) -> None:
+        self._path, self._graph = path, graph
+        self._functions = self._load(library_path)
+        self._opened = c_void_p()
+        self._check(self._functions.precast_open(byref(self._opened)))
+        weakref.finalize(self, self._functions.precast_close, self._opened).atexit = False
+        self._held: list[Any] = []
+        """What the library was given the addresses of."""
 
-def _report_failures(run: _Run, graph: str) -> _Run:
-    """Turn what a library raises, for lack of memory too, into an ArtifactError."""
-
-    def call(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _load(self, library_path: str) -> ctypes.CDLL:
         try:
-            return run(inputs)
-        except RuntimeError as error:
-            raise ArtifactError(f"The graph {graph} failed: {first_line(error, 'no reason given')}") from error
+            functions = ctypes.CDLL(library_path)
+            version = functions.precast_abi()
+        except (OSError, AttributeError) as error:
+            reason = str(error).replace(library_path, str(self._path))
+            raise ArtifactError(f"{self._path} cannot be opened: {reason}. Export the model again.") from error
+        if version != STANDALONE_ABI:
+            raise FormatError(
+                f"{self._path} has version {version} of the interface, where config.json says {STANDALONE_ABI}."
+            )
+        functions.precast_failure.restype = c_char_p
+        functions.precast_constants.argtypes = [c_void_p, POINTER(_CConstant), c_size_t]
+        functions.precast_constants.restype = c_size_t
+        functions.precast_set_constants.argtypes = [c_void_p, POINTER(c_char_p), POINTER(_CArray), c_size_t]
+        arrays = POINTER(_CArray)
+        functions.precast_run.argtypes = [c_void_p, arrays, c_size_t, arrays, c_size_t, c_int32]
+        return functions
 
-    return call
+    def _check(self, status: int) -> None:
+        if status:
+            reason = self._functions.precast_failure().decode("utf-8", "replace")
+            raise ArtifactError(f"The graph {self._graph} failed: {reason}")
+
+    def set_weights(self, weights: Mapping[str, Weight]) -> None:
+        """Hand over the addresses of the weights that the graph uses. Raises FormatError where one does not fit."""
+        found = [(each.name, self._select_weight(each, weights)) for each in self._list_constants()]
+        if not found:
+            return
+        names = (c_char_p * len(found))(*(name for name, _ in found))
+        arrays = (_CArray * len(found))(*(self._weight_array(weight) for _, weight in found))
+        self._check(self._functions.precast_set_constants(self._opened, names, arrays, len(found)))
+
+    def _list_constants(self) -> Iterable[_CConstant]:
+        count = self._functions.precast_constants(self._opened, None, 0)
+        constants: Any = (_CConstant * count)()
+        self._functions.precast_constants(self._opened, constants, count)
+        yield from constants
+
+    def _select_weight(self, constant: _CConstant, weights: Mapping[str, Weight]) -> Weight:
+        name = constant.model_name.decode("utf-8", "replace")
+        weight = weight_of(weights, self._graph, name)
+        if weight is None:
+            raise FormatError(f"{self._path} needs the weight {name}, which the artifact's weight files lack.")
+        if _NUMBERS[weight.dtype] != constant.dtype:
+            raise FormatError(f"{self._path} needs the weight {name} in another dtype than {weight.dtype}.")
+        return weight
+
+    def _weight_array(self, weight: Weight) -> _CArray:
+        address = None
+        if weight.held:
+            first = ctypes.c_char.from_buffer(weight.memory, weight.start)
+            self._held.append(first)
+            address = ctypes.addressof(first)
+        return _c_array(address, weight.dtype, weight.shape, weight.strides)
+
+    def bind(self, inputs: Sequence[_CArray], outputs: Sequence[_CArray], threads: int) -> Step:
+        """A step over these arrays, which lie where they are for as long as it is called."""
+        run, opened, check = self._functions.precast_run, self._opened, self._check
+        given, made = (_CArray * len(inputs))(*inputs), (_CArray * len(outputs))(*outputs)
+
+        def step() -> None:
+            if status := run(opened, given, len(given), made, len(made), threads):
+                check(status)
+
+        return step
+
+
+def _c_array(address: int | None, dtype: str, shape: Sequence[int], strides: Sequence[int]) -> _CArray:
+    if len(shape) > _MAX_DIMS:
+        raise FormatError(f"A tensor has {len(shape)} dimensions, more than the {_MAX_DIMS} of compiled code.")
+    sizes = c_int64 * _MAX_DIMS
+    return _CArray(address, _NUMBERS[dtype], len(shape), sizes(*shape), sizes(*strides))
+
+
+def _session_array(spec: Input | Output, array: np.ndarray[Any, Any]) -> _CArray:
+    strides = [step // array.itemsize for step in array.strides]
+    return _c_array(array.ctypes.data, spec.dtype, array.shape, strides)
 
 
 class _Bound:
-    """A graph bound to arrays: a step reads them in place, and copies its outputs there."""
+    """A graph bound to arrays, which it holds: a step reads and writes them in place."""
 
-    def __init__(self, run: _Run, graph: Graph, inputs: Arrays, outputs: Arrays, threads: int) -> None:
-        self._run, self._threads, self._process = run, threads, guard_threads(threads)
-        self._inputs, self._outputs = bind_tensors(graph, inputs, outputs)
+    def __init__(self, library: _Library, graph: Graph, inputs: Arrays, outputs: Arrays, threads: int) -> None:
+        given, made = order_arrays(graph, inputs, outputs)
+        self._held = [array for _, array in [*given, *made]]
+        self._step = library.bind(
+            [_session_array(*each) for each in given], [_session_array(*each) for each in made], threads
+        )
 
     def __call__(self) -> None:
-        self._process.check()
-        # A setting of the calling thread, of which a server has several.
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-        for target, found in zip(self._outputs, self._run(self._inputs), strict=True):
-            target.copy_(found)
+        self._step()

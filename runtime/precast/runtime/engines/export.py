@@ -27,7 +27,7 @@ from ..terminal import first_line
 from . import Arrays, Settings, Step
 from .operator_checks import bound_arithmetic, guard_operator
 from .safetensors_map import weight_of
-from .torch_views import bind_tensors, guard_threads
+from .torch_views import bind_tensors, guard_threads, view_weights
 from .verified_files import VerifiedFiles
 
 __all__ = ["ExportEngine"]
@@ -59,7 +59,7 @@ class ExportEngine:
     def _open_graph(self, name: str) -> _Interpreter:
         path = self._files.path(name)
         if self._weights is None:
-            self._weights = self._files.weights()
+            self._weights = view_weights(self._files.weights())
         graph = parse_program(unpack(self._files.read(name), str(path)), str(path))
         _check_contract(graph, self._graphs[name], path)
         graph = _remove_repeats(graph)

@@ -33,7 +33,7 @@ from ..hosts.neuron_sdk import without_sdk
 from ..terminal import quoted
 from . import Arrays, Settings, Step, move_rows
 from .fork import ForkGuard
-from .torch_views import bind_tensor, bind_tensors
+from .torch_views import bind_tensor, bind_tensors, view_weights
 from .verified_files import VerifiedFiles
 
 __all__ = ["NeuronEngine"]
@@ -200,7 +200,7 @@ class _TracedReplica:
         return _Module(graph, module, path)
 
     def _own_weights(self, graph: str) -> Iterator[tuple[str, Tensor]]:
-        return (item for item in self._files.weights().items() if item[0].startswith(f"{graph}:"))
+        return (item for item in view_weights(self._files.weights()).items() if item[0].startswith(f"{graph}:"))
 
 
 _PLACING = threading.Lock()
@@ -260,7 +260,7 @@ class _NxdReplica:
     def _load_file(self, graph: Graph) -> Any:
         _import_sdk("torch_neuronx")
         path = self._files.path(graph.name)
-        weights = self._files.weights()
+        weights = view_weights(self._files.weights())
         try:
             with self._files.by_path(graph.name) as file, _exclusive_loading():
                 model = _import_sdk("neuronx_distributed").NxDModel.load(str(file))

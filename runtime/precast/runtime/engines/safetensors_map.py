@@ -13,33 +13,52 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from ..artifact import strict_json
 from ..errors import FormatError
 from ..hosts.machine import memory_bytes
 
-__all__ = ["open_weights", "weight_of"]
+__all__ = ["Weight", "open_weights", "weight_of"]
 
 VIEWS = "precast.views"
 _DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "I16": ("int16", 2),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "C64": ("complex64", 8),
 }
+"""Safetensors' names of dtypes: ours, and the bytes of an element."""
+
+_ITEMSIZES = dict(_DTYPES.values())
+
+_Memory = mmap.mmap | bytearray
+_T = TypeVar("_T")
 
 
-def open_weights(paths: Sequence[Path], sources: Iterable[int | Path] | None = None) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Weight:
+    """A tensor in mapped memory: its first element is at byte `start` of `memory`; `strides` count elements.
+
+    `held` are the elements from there to the end of the tensor that it is, or is a view of.
+    """
+
+    memory: _Memory
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    held: int
+
+
+def open_weights(paths: Sequence[Path], sources: Iterable[int | Path] | None = None) -> dict[str, Weight]:
     """Map every tensor of these files, by name, without reading them. `sources` are the descriptors of files that are
     open already; errors call them by the paths.
 
@@ -47,7 +66,7 @@ def open_weights(paths: Sequence[Path], sources: Iterable[int | Path] | None = N
     writes into one changes a copy of its own. Raises FormatError where a file is not what safetensors allows, and
     OSError where it cannot be read.
     """
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Weight] = {}
     for path, source in zip(paths, paths if sources is None else sources, strict=True):
         tensors = _File(path, source).tensors()
         if twice := found.keys() & tensors.keys():
@@ -63,7 +82,7 @@ def _ask_for_large_pages(data: mmap.mmap) -> None:
         data.madvise(mmap.MADV_HUGEPAGE)
 
 
-def weight_of(weights: Mapping[str, torch.Tensor], graph: str, name: str) -> torch.Tensor | None:
+def weight_of(weights: Mapping[str, _T], graph: str, name: str) -> _T | None:
     """The tensor that `graph` knows as `name`: its own, or the one that all graphs share."""
     own = weights.get(f"{graph}:{name}")
     return weights.get(name) if own is None else own
@@ -71,7 +90,8 @@ def weight_of(weights: Mapping[str, torch.Tensor], graph: str, name: str) -> tor
 
 @dataclass(frozen=True)
 class _Entry:
-    dtype: torch.dtype
+    dtype: str
+    itemsize: int
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -96,7 +116,7 @@ class _File:
         self._header = strict_json.loads(self._data[8 : 8 + length], str(path))
         self._start = 8 + length
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Weight]:
         """By name, views included. Raises FormatError."""
         metadata = self._header.pop("__metadata__", {})
         entries = {name: self._parse_entry(name, value) for name, value in self._header.items()}
@@ -112,7 +132,7 @@ class _File:
         shape, offsets = self._parse_shape(name, value["shape"]), self._parse_numbers(name, value["data_offsets"])
         if len(offsets) != 2 or offsets[0] > offsets[1]:
             raise self._format_error(f"{name[:80]!r} lies between the offsets {offsets[:4]}")
-        return _Entry(_DTYPES[value["dtype"]], shape, *offsets)
+        return _Entry(*_DTYPES[value["dtype"]], shape, *offsets)
 
     def _parse_numbers(self, name: str, values: Any) -> tuple[int, ...]:
         is_good = isinstance(values, list) and len(values) <= 64
@@ -138,7 +158,7 @@ class _File:
                 raise self._format_error(
                     f"{name[:80]!r} begins at {entry.begin:,}, where the tensor before it ends at {reached:,}"
                 )
-            if entry.end - entry.begin != math.prod(entry.shape) * entry.dtype.itemsize:
+            if entry.end - entry.begin != math.prod(entry.shape) * entry.itemsize:
                 given = f"{entry.end - entry.begin:,} bytes"
                 raise self._format_error(
                     f"{name[:80]!r} has {given} for the shape {list(entry.shape)[:8]} of {entry.dtype}"
@@ -147,26 +167,24 @@ class _File:
         if reached != len(self._data) - self._start:
             raise self._format_error(f"its tensors take {reached:,} bytes of {len(self._data) - self._start:,}")
 
-    def _map_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
-        if entry.begin == entry.end:
-            return torch.zeros(entry.shape, dtype=entry.dtype)
+    def _map_tensor(self, name: str, entry: _Entry) -> Weight:
         begin, end = self._start + entry.begin, self._start + entry.end
         # Other values are undefined behaviour of the code that reads them.
-        if entry.dtype is torch.bool and max(self._data[begin:end]) > 1:
+        if entry.dtype == "bool" and max(self._data[begin:end], default=0) > 1:
             raise self._format_error(f"{name[:80]!r} has truth values that are neither 0 nor 1")
-        is_aligned = begin % entry.dtype.itemsize == 0
-        source, offset = (self._data, begin) if is_aligned else (bytearray(self._data[begin:end]), 0)
-        flat = torch.frombuffer(source, dtype=entry.dtype, count=math.prod(entry.shape), offset=offset)
-        return flat.view(entry.shape)
+        is_aligned = begin % entry.itemsize == 0
+        memory, start = (self._data, begin) if is_aligned else (bytearray(self._data[begin:end]), 0)
+        strides = tuple(math.prod(entry.shape[d + 1 :]) for d in range(len(entry.shape)))
+        return Weight(memory, start, entry.dtype, entry.shape, strides, math.prod(entry.shape))
 
-    def _make_views(self, metadata: Any, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _make_views(self, metadata: Any, stored: dict[str, Weight]) -> dict[str, Weight]:
         text = metadata.get(VIEWS, "{}") if isinstance(metadata, dict) else None
         if not isinstance(text, str):
             raise self._format_error("its metadata are not names with texts")
         views = strict_json.loads(text.encode("utf-8", "replace"), f"{VIEWS} of {self._path}")
         return {name: self._make_view(name, view, stored) for name, view in views.items()}
 
-    def _make_view(self, name: str, view: Any, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _make_view(self, name: str, view: Any, stored: dict[str, Weight]) -> Weight:
         keys = {"of", "shape", "strides", "offset"}
         if not isinstance(view, dict) or set(view) != keys or not isinstance(view["of"], str):
             raise self._format_error(f"the view {name[:80]!r} is not described by {', '.join(sorted(keys))}")
@@ -176,11 +194,12 @@ class _File:
             raise self._format_error(
                 f"the view {name[:80]!r} is of {view['of'][:80]!r}, which is not there or of another rank"
             )
-        base = stored[view["of"]].view(-1)
+        base = stored[view["of"]]
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if 0 in shape or last >= base.numel():
-            raise self._format_error(f"the view {name[:80]!r} reaches element {last:,} of {base.numel():,}")
-        return base.as_strided(shape, strides, base.storage_offset() + offset)
+        if 0 in shape or last >= base.held:
+            raise self._format_error(f"the view {name[:80]!r} reaches element {last:,} of {base.held:,}")
+        start = base.start + offset * _ITEMSIZES[base.dtype]
+        return Weight(base.memory, start, base.dtype, shape, strides, base.held - offset)
 
     def _format_error(self, reason: str) -> FormatError:
         return FormatError(

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
-
 from ..artifact import Artifact
 from ..artifact.schema import Variant
-from .safetensors_map import open_weights
+from .safetensors_map import Weight, open_weights
 
 __all__ = ["VerifiedFiles"]
 
@@ -60,7 +58,7 @@ class VerifiedFiles:
             yield path
         self._contents.check(*self._weights)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Weight]:
         """The weights, mapped into memory, by name. Raises IntegrityError where a file cannot be read."""
         with self._contents.open(*self._weights) as descriptors:
             return open_weights([self._root / name for name in self._weights], descriptors)

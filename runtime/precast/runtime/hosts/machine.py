@@ -9,7 +9,10 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["cpu_flags", "installed_version", "memory_bytes", "usable_cores"]
+__all__ = ["GLIBC", "cpu_flags", "installed_version", "memory_bytes", "usable_cores"]
+
+GLIBC = "glibc"
+"""No distribution, but the system's C library, of which native code needs a version too."""
 
 _STAND_INS = {
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm"),
@@ -24,13 +27,23 @@ def usable_cores() -> int:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a distribution, or of one that stands in for it; None where there is neither."""
+    """The version of a distribution, or of one that stands in for it, or of glibc; None where there is neither."""
+    if name == GLIBC:
+        return _glibc_version()
     for each in (name, *_STAND_INS.get(name, ())):
         try:
             return metadata.version(each)
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _glibc_version() -> str | None:
+    try:
+        # "glibc 2.36"
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")[2] or None
+    except (ValueError, OSError):
+        return None
 
 
 def memory_bytes() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..artifact.schema import Contract, Variant
 from ..errors import HostError
 from .cuda import CudaHost, cuda_host, gpu_blockers
-from .machine import cpu_flags, installed_version
+from .machine import GLIBC, cpu_flags, installed_version
 from .neff import NeffHeader, find_headers
 from .neuron import NeuronHost, neuron_blockers, neuron_host
 from .neuron_sdk import INDEX
@@ -82,10 +82,14 @@ def _find_reasons(variant: Variant, machine: Machine, headers: Sequence[NeffHead
     if flags := sorted(set(host.isa) - machine.isa):
         yield f"this CPU lacks {', '.join(flags)}"
     for name, minimum in sorted(host.min_versions.items()):
-        if name not in machine.versions:
+        have = machine.versions.get(name)
+        if have is not None and _version_numbers(have) >= _version_numbers(minimum):
+            continue
+        if name == GLIBC:
+            yield f"it needs glibc {minimum}, here is {have or 'none'} (export it here, or on a system as old)"
+        elif have is None:
             yield f"{name} is not installed (pip install {_pip_requirement(name, minimum)})"
-        elif _version_numbers(machine.versions[name]) < _version_numbers(minimum):
-            have = machine.versions[name]
+        else:
             yield f"{name} is {have}, it needs {minimum} (pip install -U {_pip_requirement(name, minimum)})"
 
 

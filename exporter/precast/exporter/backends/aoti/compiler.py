@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from precast.runtime.artifact.schema import Compiler, Graph, Host
+from precast.runtime.artifact.schema import STANDALONE_ABI, Compiler, Graph, Host
 from precast.runtime.errors import PrecastWarning
 
 from ...kinds.trace import Program
@@ -26,8 +27,16 @@ from ..aten.safetensors import save_weights
 from . import freezing
 from .gpu import check_gpu, free_gpu_memory, gpu_facts, move_to_device
 from .isa import cpu_flags_needed
-from .library import build_library, check_compiler, compiler_workspace, lowering_options_for, matmul_dtype_names
+from .library import (
+    build_library,
+    check_compiler,
+    compiler_workspace,
+    finish_library,
+    lowering_options_for,
+    matmul_dtype_names,
+)
 from .options import AotiOptions
+from .standalone.link import Linker
 
 __all__ = ["AotiCompiler"]
 
@@ -55,7 +64,15 @@ class AotiCompiler:
             # Before anything moves to a GPU: here all graphs still hold the same tensors.
             save_weights(lowered, stage / WEIGHTS)
         with compiler_workspace():
-            graphs = list(_build_libraries(lowered, stage, native, freezing.FREEZING_OPTIONS if is_frozen else {}))
+            if is_cpu and not is_frozen:
+                graphs, missing = _build_alone(lowered, stage, native)
+            else:
+                # What is frozen calls oneDNN, through PyTorch, and a GPU's code calls its runtime.
+                extra = freezing.FREEZING_OPTIONS if is_frozen else {}
+                graphs, missing = (
+                    list(_build_libraries(lowered, stage, native, extra)),
+                    ["oneDNN" if is_frozen else "CUDA"],
+                )
         if not is_cpu:
             free_gpu_memory()
         return Compiled(
@@ -65,7 +82,7 @@ class AotiCompiler:
                 platforms=[f"{platform.system().lower()}-{platform.machine()}"],
                 device=native.device,
                 isa=cpu_flags_needed(native.isa),
-                min_versions={"torch": release_of("torch")},
+                min_versions=_versions_needed(graphs, stage) if not missing else {"torch": release_of("torch")},
             ),
             compiler=Compiler(
                 name="aotinductor",
@@ -78,6 +95,8 @@ class AotiCompiler:
                 torch=release_of("torch"),
                 transformers=version("transformers"),
             ),
+            abi=0 if missing else STANDALONE_ABI,
+            requires_torch=missing,
         )
 
 
@@ -93,8 +112,33 @@ def _warn_of_float32_matmuls(native: AotiOptions, precision: PrecisionOptions, l
         )
 
 
+def _build_alone(lowered: list[Lowered], stage: Path, native: AotiOptions) -> tuple[list[Graph], list[str]]:
+    """Compile the programs so that all libraries stand alone; where one cannot, all are linked with PyTorch. Also
+    returns why."""
+    with Linker(native.isa) as linker:
+        graphs = list(_build_libraries(lowered, stage, native, {}, linker))
+        if linker.missing:
+            for graph, library in zip(graphs, linker.link_with_torch(), strict=False):
+                finish_library(library, stage / graph.file)
+        return graphs, sorted(linker.missing)
+
+
+def _versions_needed(graphs: list[Graph], stage: Path) -> dict[str, str]:
+    """The glibc that libraries that stand alone need: the newest release that one of their functions names."""
+    named = {
+        tuple(map(int, found.split(b".")))
+        for graph in graphs
+        for found in re.findall(rb"\0GLIBC_(\d+\.\d+)(?=\0)", (stage / graph.file).read_bytes())
+    }
+    return {"glibc": ".".join(map(str, max(named)))} if named else {}
+
+
 def _build_libraries(
-    lowered: list[Lowered], stage: Path, native: AotiOptions, extra: Mapping[str, Any]
+    lowered: list[Lowered],
+    stage: Path,
+    native: AotiOptions,
+    extra: Mapping[str, Any],
+    linker: Linker | None = None,
 ) -> Iterator[Graph]:
     """Compile the programs one by one, and release each afterwards."""
     total = len(lowered)
@@ -103,5 +147,5 @@ def _build_libraries(
         each = lowered.pop(0)
         exported = each.exported if native.device == "cpu" else move_to_device(each.exported, native.device)
         file = f"{each.graph.name}.so"
-        build_library(exported, stage / file, native.isa, native.device, extra)
+        build_library(exported, stage / file, native.isa, native.device, extra, linker)
         yield replace(each.graph, file=file)

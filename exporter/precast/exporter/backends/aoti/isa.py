@@ -10,7 +10,7 @@ import torch
 from precast.runtime.errors import UsageError
 from precast.runtime.hosts.machine import cpu_flags
 
-__all__ = ["compiler_options", "cpu_flags_needed", "matmul_dtypes"]
+__all__ = ["compiler_options", "cpu_flags_needed", "march", "matmul_dtypes"]
 
 _V3 = ["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]
 _V4 = [*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"]
@@ -46,6 +46,11 @@ def compiler_options(isa: str) -> dict[str, Any]:
         return {}
     _check_platform(isa)
     return dict(_LEVELS[isa][1])
+
+
+def march(isa: str) -> str:
+    """The compiler's name for this level."""
+    return str(compiler_options(isa).get("cpp.march", "native"))
 
 
 def matmul_dtypes(isa: str) -> frozenset[torch.dtype]:

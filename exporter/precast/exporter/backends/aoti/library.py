@@ -32,8 +32,12 @@ from .gemv import gemv
 from .gpu import GPU_OPTIONS, check_kernels_embedded
 from .inductor_patches import keep_short_loops_serial
 from .isa import compiler_options, matmul_dtypes
+from .standalone.link import Linker
 
-__all__ = ["build_library", "check_compiler", "compiler_workspace", "lowering_options_for", "matmul_dtype_names"]
+__all__ = [
+    "build_library", "check_compiler", "compiler_workspace", "finish_library", "lowering_options_for",
+    "matmul_dtype_names",
+]  # fmt: skip
 
 _LOWERING = LoweringOptions(
     materialize=materialize, reduce_small_matmul=True, matmul_dtype=torch.bfloat16, functional=False
@@ -86,11 +90,15 @@ def build_library(
     isa: str,
     device: str = "cpu",
     extra: Mapping[str, Any] = MappingProxyType({}),
+    linker: Linker | None = None,
 ) -> None:
     """Compile a program, whose weights are on `device`, to the library `target`, which is given the weights at run time
-    unless Inductor's options in `extra` say otherwise. Raises ExportError."""
+    unless Inductor's options in `extra` say otherwise. Without a `linker` it is linked with PyTorch.
+
+    Raises ExportError.
+    """
     by_device = _CPU_OPTIONS if device == "cpu" else GPU_OPTIONS
-    with silence("torch"):
+    with silence("torch"), linker.linking() if linker else nullcontext():
         try:
             files = _compile(exported, {**_OPTIONS, **by_device, **compiler_options(isa), **extra}, device)
         except Exception as error:
@@ -99,6 +107,11 @@ def build_library(
     _check_constants(exported, files)
     check_kernels_embedded(files)
     library = next(Path(file) for file in files if isinstance(file, str) and file.endswith(".so"))
+    finish_library(library, target)
+
+
+def finish_library(library: Path, target: Path) -> None:
+    """Write a library that Inductor linked to where it is to be, without what tells of this machine."""
     folders = [os.environ[_FOLDER], os.path.dirname(torch.__file__)]
     target.write_bytes(_remove_paths(library.read_bytes(), folders))
 

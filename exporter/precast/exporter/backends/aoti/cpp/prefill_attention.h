@@ -238,7 +238,7 @@ void prefill_attention(const Prefill<Fma, T, GROUP, KEY, VALUE>& prefill, const 
 #pragma omp parallel if (keys * GROUP * prefill.length * (KEY + VALUE) >= MIN_PARALLEL_MACS)
   {
     std::unique_ptr<typename Kind::Scratch> scratch(new typename Kind::Scratch);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t task = 0; task < blocks * pairs; ++task) {
       // The blocks that attend to most keys first.
       const int64_t first = (blocks - 1 - task / pairs) * size;

@@ -1,0 +1,300 @@
+// Matrix products for prompts: what Inductor calls as mm, addmm and bmm.
+//
+// A thread takes a panel of NR columns of b at a time, packs it so that it is read in one stream, and multiplies all
+// rows of a with it, MR at a time: their sums fit into registers (Goto and van de Geijn 2008, "Anatomy of
+// High-Performance Matrix Multiplication"). All sums are float32, to which packing converts.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "standalone.h"
+
+#define ABI extern "C"
+
+using namespace precast;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;
+#else
+constexpr int LANES = 8, VECTORS = 2;
+#endif
+constexpr int MR = 6, NR = LANES * VECTORS;
+// Rows of a panel: 128 KiB, which stay in the second cache.
+constexpr int64_t DEPTH = 512;
+// Below this many multiply-adds, waking threads costs more than it saves.
+constexpr int64_t MIN_PARALLEL_MACS = 1 << 15;
+
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// A matrix whose elements may lie anyhow.
+struct Matrix {
+  const char* data;
+  int64_t rows, columns, row_stride, column_stride;
+  int32_t dtype;
+
+  const char* at(int64_t row, int64_t column) const {
+    return data + (row * row_stride + column * column_stride) * static_cast<int64_t>(element_size(dtype));
+  }
+};
+
+#if defined(__F16C__)
+float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
+uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+float half_to_float(uint16_t bits) {
+  __fp16 half;
+  std::memcpy(&half, &bits, sizeof(half));
+  return half;
+}
+uint16_t float_to_half(float value) {
+  const __fp16 half = value;
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof(bits));
+  return bits;
+}
+#endif
+
+float to_float(const char* from, int32_t dtype) {
+  if (dtype == FLOAT32) {
+    float value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  if (dtype == BFLOAT16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+  }
+  return half_to_float(bits);
+}
+
+void from_float(char* to, float value, int32_t dtype) {
+  if (dtype == FLOAT32) {
+    std::memcpy(to, &value, sizeof(value));
+  } else if (dtype == BFLOAT16) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof(wide));
+    // To nearest, to even on a tie; a NaN stays one.
+    const uint16_t bits = value != value ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+    std::memcpy(to, &bits, sizeof(bits));
+  } else {
+    const uint16_t bits = float_to_half(value);
+    std::memcpy(to, &bits, sizeof(bits));
+  }
+}
+
+// Copies `count` elements, `stride` apart, to float32.
+void gather(float* to, const char* from, int64_t count, int64_t stride, int32_t dtype) {
+  const int64_t step = stride * static_cast<int64_t>(element_size(dtype));
+  if (dtype == FLOAT32 && stride == 1) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else if (dtype == BFLOAT16 && stride == 1) {
+    const auto bits = reinterpret_cast<const uint16_t*>(from);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+      std::memcpy(to + i, &wide, sizeof(float));
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from + i * step, dtype);
+  }
+}
+
+// ------------------------------------------------------------------ float32
+
+// sums [ROWS, NR] += a [ROWS, depth] panel [depth, NR].
+template <int ROWS>
+void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* sums) {
+  Vec tile[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) tile[r][v] = *reinterpret_cast<const Vec*>(sums + r * NR + v * LANES);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) row[v] = *reinterpret_cast<const Vec*>(panel + k * NR + v * LANES);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+      const float x = a[r * a_stride + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) tile[r][v] += x * row[v];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Vec*>(sums + r * NR + v * LANES) = tile[r][v];
+}
+
+// Packs columns `first` to `first + count` of b, rows `k` to `k + depth`, with zeros up to NR columns.
+void pack_panel(const Matrix& b, int64_t first, int64_t count, int64_t k, int64_t depth, float* to) {
+  if (count < NR) std::memset(to, 0, depth * NR * sizeof(float));
+  if (b.column_stride == 1) {
+    for (int64_t i = 0; i < depth; ++i) gather(to + i * NR, b.at(k + i, first), count, 1, b.dtype);
+    return;
+  }
+  // A weight [N, K] seen from its other side: squares of it, which are read along k.
+  constexpr int64_t BLOCK = 16;
+  float square[BLOCK][BLOCK];
+  for (int64_t i = 0; i < depth; i += BLOCK)
+    for (int64_t n = 0; n < count; n += BLOCK) {
+      const int64_t rows = std::min(BLOCK, depth - i), columns = std::min(BLOCK, count - n);
+      for (int64_t c = 0; c < columns; ++c)
+        gather(square[c], b.at(k + i, first + n + c), rows, b.row_stride, b.dtype);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) to[(i + r) * NR + n + c] = square[c][r];
+    }
+}
+
+void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* panel, int64_t depth, float* sums) {
+  switch (rows) {
+    case 1: return multiply_tile<1>(a, a_stride, panel, depth, sums);
+    case 2: return multiply_tile<2>(a, a_stride, panel, depth, sums);
+    case 3: return multiply_tile<3>(a, a_stride, panel, depth, sums);
+    case 4: return multiply_tile<4>(a, a_stride, panel, depth, sums);
+    case 5: return multiply_tile<5>(a, a_stride, panel, depth, sums);
+    default: return multiply_tile<MR>(a, a_stride, panel, depth, sums);
+  }
+}
+
+// c = alpha * a b + beta * added, which is c's size or broadcast by strides of 0.
+struct Product {
+  Matrix a, b, c, added;
+  float alpha, beta;
+
+  // Columns `first` to `first + NR`, rows `begin` to `end`. `space` holds a panel, sums and rows of a.
+  void compute(int64_t first, int64_t begin, int64_t end, float* space) const {
+    const int64_t count = std::min<int64_t>(NR, b.columns - first), rows = end - begin;
+    float *panel = space, *sums = panel + DEPTH * NR, *buffer = sums + round_rows(rows) * NR;
+    std::fill(sums, sums + rows * NR, 0.0f);
+    for (int64_t k = 0; k < a.columns; k += DEPTH) {
+      const int64_t depth = std::min(DEPTH, a.columns - k);
+      pack_panel(b, first, count, k, depth, panel);
+      for (int64_t r = 0; r < rows; r += MR)
+        multiply_block(begin + r, std::min<int64_t>(MR, rows - r), k, depth, panel, sums + r * NR, buffer);
+    }
+    for (int64_t r = 0; r < rows; ++r) store_row(begin + r, first, count, sums + r * NR);
+  }
+
+  static int64_t round_rows(int64_t rows) { return (rows + MR - 1) / MR * MR; }
+  static int64_t space_for(int64_t rows) { return DEPTH * NR + round_rows(rows) * NR + MR * DEPTH; }
+
+ private:
+  void multiply_block(
+      int64_t row, int64_t rows, int64_t k, int64_t depth, const float* panel, float* sums, float* buffer) const {
+    if (a.dtype == FLOAT32 && a.column_stride == 1)
+      return multiply_rows(rows, reinterpret_cast<const float*>(a.at(row, k)), a.row_stride, panel, depth, sums);
+    for (int64_t r = 0; r < rows; ++r) gather(buffer + r * DEPTH, a.at(row + r, k), depth, a.column_stride, a.dtype);
+    multiply_rows(rows, buffer, DEPTH, panel, depth, sums);
+  }
+
+  void store_row(int64_t row, int64_t first, int64_t count, const float* sums) const {
+    char* to = const_cast<char*>(c.at(row, first));
+    const int64_t step = c.column_stride * static_cast<int64_t>(element_size(c.dtype));
+    if (beta == 0.0f && alpha == 1.0f && c.dtype == FLOAT32 && c.column_stride == 1) {
+      std::memcpy(to, sums, count * sizeof(float));
+      return;
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      float sum = alpha * sums[n];
+      if (beta != 0.0f) sum += beta * to_float(added.at(row, first + n), added.dtype);
+      from_float(to + n * step, sum, c.dtype);
+    }
+  }
+};
+
+// Rows that a task computes at most: many, so that a panel is packed seldom.
+constexpr int64_t MAX_ROWS = 192;
+
+struct Free {
+  void operator()(float* space) const { std::free(space); }
+};
+
+void multiply(const std::vector<Product>& products) {
+  if (products.empty() || products[0].a.rows == 0) return;
+  const Product& shape = products[0];
+  const int64_t panels = (shape.b.columns + NR - 1) / NR, blocks = (shape.a.rows + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t block = Product::round_rows((shape.a.rows + blocks - 1) / blocks);
+  const int64_t tasks = products.size() * panels * blocks;
+  const int64_t macs = products.size() * shape.a.rows * shape.a.columns * shape.b.columns;
+#pragma omp parallel if (macs >= MIN_PARALLEL_MACS)
+  {
+    const size_t bytes = Product::space_for(block) * sizeof(float);
+    std::unique_ptr<float[], Free> space(static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t begin = task % blocks * block;
+      products[task / (panels * blocks)].compute(
+          task / blocks % panels * NR, begin, std::min(begin + block, shape.a.rows), space.get());
+    }
+  }
+}
+
+bool is_float(const AtenTensorOpaque* tensor) {
+  return tensor->dtype == FLOAT32 || tensor->dtype == BFLOAT16 || tensor->dtype == FLOAT16;
+}
+
+// The last two dimensions of a tensor, of the batch `index`.
+Matrix matrix_of(const AtenTensorOpaque* tensor, int64_t index) {
+  const int64_t d = tensor->dims - 2;
+  Matrix made{data_of(tensor), tensor->sizes[d], tensor->sizes[d + 1], tensor->strides[d],
+              tensor->strides[d + 1], tensor->dtype};
+  if (d == 1) made.data += index * tensor->strides[0] * static_cast<int64_t>(element_size(tensor->dtype));
+  return made;
+}
+
+// What is added to a matrix of such a size, of fewer dimensions or of size 1 where it is broadcast.
+Matrix broadcast(const AtenTensorOpaque* tensor, int64_t index, int64_t rows, int64_t columns) {
+  const auto stride = [&](int64_t from_last) {
+    const int64_t d = tensor->dims - 1 - from_last;
+    return d < 0 || tensor->sizes[d] == 1 ? 0 : tensor->strides[d];
+  };
+  Matrix made{data_of(tensor), rows, columns, stride(1), stride(0), tensor->dtype};
+  made.data += index * stride(2) * static_cast<int64_t>(element_size(tensor->dtype));
+  return made;
+}
+
+// out = alpha * a b + beta * added, for matrices or batches of them.
+Status multiply(
+    const char* call, int64_t dims, Tensor out, Tensor a, Tensor b, Tensor added, double beta, double alpha) {
+  if (a->dims != dims || b->dims != dims || out->dims != dims) return fail(call, "not so many dimensions");
+  if (!is_float(a) || !is_float(b) || !is_float(out) || (added && !is_float(added)))
+    return fail(call, "a product of numbers that are no floats");
+  const int64_t batch = dims == 3 ? out->sizes[0] : 1, d = dims - 2;
+  const bool same_batch = dims == 2 || (a->sizes[0] == batch && b->sizes[0] == batch);
+  const bool fits = a->sizes[d + 1] == b->sizes[d] && out->sizes[d] == a->sizes[d] && out->sizes[d + 1] == b->sizes[d + 1];
+  if (!same_batch || !fits) return fail(call, "matrices whose sizes do not fit");
+  std::vector<Product> products;
+  for (int64_t index = 0; index < batch; ++index) {
+    const Matrix c = matrix_of(out, index);
+    const Matrix plus = added ? broadcast(added, index, c.rows, c.columns) : c;
+    products.push_back({matrix_of(a, index), matrix_of(b, index), c, plus, static_cast<float>(alpha),
+                        added ? static_cast<float>(beta) : 0.0f});
+  }
+  multiply(products);
+  return 0;
+}
+
+}  // namespace
+
+ABI Status aoti_torch_cpu_mm_out(Tensor out, Tensor a, Tensor b) {
+  return multiply(__func__, 2, out, a, b, nullptr, 0, 1);
+}
+
+ABI Status aoti_torch_cpu_bmm_out(Tensor out, Tensor a, Tensor b) {
+  return multiply(__func__, 3, out, a, b, nullptr, 0, 1);
+}
+
+ABI Status aoti_torch_cpu_addmm_out(Tensor out, Tensor added, Tensor a, Tensor b, double beta, double alpha) {
+  return multiply(__func__, 2, out, a, b, added, beta, alpha);
+}
+
+ABI Status aoti_torch_cpu_baddbmm_out(Tensor out, Tensor added, Tensor a, Tensor b, double beta, double alpha) {
+  return multiply(__func__, 3, out, a, b, added, beta, alpha);
+}
