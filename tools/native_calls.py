@@ -10,7 +10,6 @@ JSON.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import with_tests  # noqa: F401
-from support_table import KINDS, ZOOS, Pair, expected_reason, pairs
+from support_table import KINDS, Pair, chosen_pairs, expected_reason, parse_arguments
 from workers import attempt_all, serve
 
 from precast.exporter.backends.aoti import compiler, library
@@ -82,17 +81,11 @@ def attempt(pair: Pair) -> dict[str, Any]:
 
 def main() -> int:
     """Count, and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", help="only these model types")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--zoo", choices=ZOOS, help="only this part")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parse_arguments(__doc__)
     if asked.worker:
         serve(lambda pair: attempt(tuple(pair)))
         return 0
-    todo = [pair for zoo in ZOOS if asked.zoo in (None, zoo) for pair in pairs(zoo) if not expected_reason(pair)]
-    todo = [pair for pair in todo if not asked.types or pair[1] in asked.types]
+    todo = [pair for pair in chosen_pairs(asked) if not expected_reason(pair)]
     have, lacking, alone, tried = covered(), Counter[str](), Counter[str](), Counter[str]()
     for pair, answer in zip(todo, attempt_all(__file__, todo, asked.jobs), strict=True):
         missing = sorted(set(answer.get("calls", [])) - have)

@@ -272,19 +272,29 @@ def _row(line: dict[str, Any], has_int8: bool) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> int:
-    """Try what was asked for, say how it goes, write the table; 1 where something is not as the zoo says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(doc: str) -> argparse.Namespace:
+    """The arguments of a program that tries what the zoo has."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("types", nargs="*", help="only these model types")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--zoo", choices=ZOOS, help="only this part")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def chosen_pairs(asked: argparse.Namespace) -> list[Pair]:
+    """All that the zoo has, of the part and the types that were named."""
+    found = [pair for zoo in ZOOS if asked.zoo in (None, zoo) for pair in pairs(zoo)]
+    return [pair for pair in found if not asked.types or pair[1] in asked.types]
+
+
+def main() -> int:
+    """Try what was asked for, say how it goes, write the table; 1 where something is not as the zoo says."""
+    asked = parse_arguments(__doc__)
     if asked.worker:
         serve(lambda pair: attempt(tuple(pair)))
         return 0
-    todo = [pair for zoo in ZOOS if asked.zoo in (None, zoo) for pair in pairs(zoo)]
-    todo = [pair for pair in todo if not asked.types or pair[1] in asked.types]
+    todo = chosen_pairs(asked)
     kept = kept_lines()
     made: dict[tuple[str, str], dict[str, Any]] = {}
     surprises = []
