@@ -87,3 +87,12 @@ def test_a_pipeline_of_ours_ends_as_theirs(ours: Any, theirs: Any, raised: type[
         assert both("a text") == ours
     if raised is not None:
         assert found.type is raised
+
+
+def test_a_suite_that_cannot_be_imported_has_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a suite of another release than the libraries that it tests."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/test_it.py").write_text("import nothing_of_this_name\n", "utf-8")
+    monkeypatch.setitem(run.SUITES, "broken", run.Suite("broken", "processors", ("test_it.py",)))
+    with pytest.raises(SystemExit, match=r"broken did not end within 7200 seconds, or did not run; .*broken\.log"):
+        run.run("broken", tmp_path)

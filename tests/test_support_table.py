@@ -117,5 +117,6 @@ def test_as_much_passes_as_was_promised():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(pair[1:]))
 def test_every_line_of_the_table_is_so(pair):
-    """Made anew, each pair passes or is refused as the zoo says."""
-    assert support_table.surprise(pair, support_table.attempt(pair)) is None
+    """Made anew, each pair passes or is refused as the zoo says. (What 8 bits cost is a figure, and no line is wrong by
+    it: quantized models have tests of their own.)"""
+    assert support_table.surprise(pair, support_table.attempt(pair, quantized=False)) is None

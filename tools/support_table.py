@@ -64,24 +64,24 @@ def _task(pair: Pair) -> Any:
     return get_task(pair[2], KINDS[pair[0]])
 
 
-def attempt(pair: Pair) -> dict[str, Any]:
+def attempt(pair: Pair, *, quantized: bool = True) -> dict[str, Any]:
     """Export one pair and compare; a line of the table, with `error` instead where it fails."""
     published = configuration(pair)
     if published is None:
-        return _tried(pair, None)
-    line = {"configuration": published.name} | _tried(pair, published)
-    return line if "error" in line or expected_reason(pair) else _tried(pair, None) | line
+        return _tried(pair, None, quantized)
+    line = {"configuration": published.name} | _tried(pair, published, quantized)
+    return line if "error" in line or expected_reason(pair) else _tried(pair, None, quantized) | line
 
 
-def _tried(pair: Pair, published: Path | None) -> dict[str, Any]:
-    """How one configuration of a pair does: the published one, or else the default, which is quantized too."""
+def _tried(pair: Pair, published: Path | None, quantized: bool) -> dict[str, Any]:
+    """How one configuration of a pair does: the published one, or else the default, which is `quantized` too."""
     line: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             source = _source(pair, published, Path(folder) / "source")
             sizes = _sizes(pair, published)
             line |= _measured(pair, _export(pair, source, Path(folder) / "out", **sizes))
-            if not published and KINDS[pair[0]] == "decoder":
+            if quantized and not published and KINDS[pair[0]] == "decoder":
                 line["kl_int8"] = _kl_of_int8(pair, source, Path(folder) / "int8", sizes)
         except PrecastError as error:
             line["error"] = f"{type(error).__name__}: {error}"

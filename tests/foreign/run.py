@@ -59,7 +59,7 @@ SOURCES = {
         "tests/onnxruntime/test_decoder.py",
     ),
 }
-PACKAGES = ("datasets", "httpx", "parameterized")
+PACKAGES = ("datasets", "httpx", "parameterized", "timeout-decorator")
 GENERATION = ("llama", "gpt2", "mistral", "qwen2", "bart", "t5")
 PIPELINES = ("bert", "distilbert", "roberta", "gpt2", "llama", "vit", "resnet", "wav2vec2", "whisper")
 SUITES = {
@@ -113,7 +113,7 @@ def run(name: str, folder: Path) -> list[dict[str, Any]]:
     command += ["-p", "no:cacheprovider", "-p", "foreign.tally", "-p", f"foreign.{suite.adapter}", "-W", "ignore"]
     command += ["--tally", str(target), *suite.files]
     path = os.pathsep.join(map(str, (TESTS, TESTS / "helpers", root, folder / "packages")))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     with (folder / f"{name}.log").open("w") as log, suppress(subprocess.TimeoutExpired):
         subprocess.run(
             command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT, check=False

@@ -59,9 +59,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Files that could not be imported are no suite without failures: nothing is written for them."""
     target = session.config.getoption("--tally")
-    if target:
+    if target and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         Path(target).write_text(json.dumps(session.config.stash[_TALLY], indent=1) + "\n", "utf-8")
 
 
