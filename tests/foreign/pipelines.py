@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,7 +109,9 @@ def run_pipeline_test(self: Any, task: str, repo_name: str, model_architecture: 
         self.skipTest(f"{names['dtype']} is not what these artifacts are compiled in")
     compiled_for = model_architecture.config_class.model_type, TASKS[task][0]
     source, artifact = checkpoints.source_of(*compiled_for), checkpoints.artifact_of(*compiled_for)
-    tests = pipeline_test_mapping[task]["test"]()
+    named = pipeline_test_mapping[task]["test"]
+    # Older ones have the class itself.
+    tests = (pkgutil.resolve_name(named) if isinstance(named, str) else named)()
     _put_both(sys.modules[type(tests).__module__], task, artifact)
     # What these two get from the Hub is images, made here, and sounds, left out.
     tests._dataset = [{"image": Image.open(_PICTURE).convert(mode)} for mode in ("RGBA", "LA", "L")]
