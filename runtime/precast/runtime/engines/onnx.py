@@ -23,7 +23,7 @@ from ..artifact import Artifact
 from ..artifact.onnx_graph import external_files
 from ..artifact.schema import Graph, Variant
 from ..errors import ArtifactError, FormatError, HostError
-from ..hosts.machine import usable_cores
+from ..hosts.machine import usable_cores, version_numbers
 from . import Arrays, Settings, Step
 from .fork import ForkGuard
 from .onnx_prepack import DATA, GRAPH, Entry, is_wanted
@@ -81,10 +81,8 @@ class OnnxEngine:
 
     def _open_graph(self, graph: Graph) -> onnxruntime.InferenceSession:
         external = self._external_files(graph)
-        # Saved and opened again, packed MatMulNBits weights gave NaN or zeros with ONNX Runtime 1.31, in some graphs
-        # and without an error. Quantized weights are small and packed quickly; they do without.
         wanted = self._settings.prepack and is_wanted() and self._choice.is_cpu_provider
-        if self._variant.quantization is not None or not wanted:
+        if not wanted or (self._variant.quantization is not None and not _opens_packed_codes(onnxruntime.__version__)):
             return self._open_verified(graph, external, self._session_options())
         entry = Entry(self._artifact, self._variant, graph, _BUILD)
         return (
@@ -164,6 +162,13 @@ def _keep_all() -> None:
 
 # In a child that was forked their threads are not there.
 os.register_at_fork(after_in_child=_keep_all)
+
+
+def _opens_packed_codes(version: str) -> bool:
+    """Whether this release opens what it saved of MatMulNBits' weights. Before 1.32 it gave NaN or zeros in some
+    graphs, without an error: a session did not learn the size of weights that it was given packed
+    (https://github.com/microsoft/onnxruntime/pull/29654)."""
+    return version_numbers(version) >= (1, 32)
 
 
 def _with_saving(options: onnxruntime.SessionOptions, folder: Path) -> onnxruntime.SessionOptions:

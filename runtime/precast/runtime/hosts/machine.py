@@ -9,7 +9,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["GLIBC", "cpu_flags", "installed_version", "memory_bytes", "usable_cores"]
+__all__ = ["GLIBC", "cpu_flags", "installed_version", "memory_bytes", "usable_cores", "version_numbers"]
 
 GLIBC = "glibc"
 """No distribution, but the system's C library, of which native code needs a version too."""
@@ -36,6 +36,12 @@ def installed_version(name: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The release's numbers without zeros at the end: 1.31 is 1.31.0."""
+    plain = re.sub(r"(\.0+)+$", "", version.split("+", maxsplit=1)[0])
+    return tuple(int(part) for part in re.findall(r"\d+", plain)[:4])
 
 
 def _glibc_version() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from ..artifact.schema import Contract, Variant
 from ..errors import HostError
 from .cuda import CudaHost, cuda_host, gpu_blockers
-from .machine import GLIBC, cpu_flags, installed_version
+from .machine import GLIBC, cpu_flags, installed_version, version_numbers
 from .neff import NeffHeader, find_headers
 from .neuron import NeuronHost, neuron_blockers, neuron_host
 from .neuron_sdk import INDEX
@@ -83,7 +82,7 @@ def _find_reasons(variant: Variant, machine: Machine, headers: Sequence[NeffHead
         yield f"this CPU lacks {', '.join(flags)}"
     for name, minimum in sorted(host.min_versions.items()):
         have = machine.versions.get(name)
-        if have is not None and _version_numbers(have) >= _version_numbers(minimum):
+        if have is not None and version_numbers(have) >= version_numbers(minimum):
             continue
         if name == GLIBC:
             yield f"it needs glibc {minimum}, here is {have or 'none'} (export it here, or on a system as old)"
@@ -169,9 +168,3 @@ def this_machine(contract: Contract) -> Machine:
     there = {"cpu": True, "neuron": neuron is not None, "cuda": cuda is not None and bool(cuda.capability)}
     devices = frozenset(name for name, is_there in there.items() if is_there)
     return Machine(f"{platform.system().lower()}-{platform.machine()}", cpu_flags(), devices, versions, neuron, cuda)
-
-
-def _version_numbers(version: str) -> tuple[int, ...]:
-    """The release's numbers without zeros at the end: 1.31 is 1.31.0."""
-    plain = re.sub(r"(\.0+)+$", "", version.split("+", maxsplit=1)[0])
-    return tuple(int(part) for part in re.findall(r"\d+", plain)[:4])
