@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor import cpp_builder
+from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512, VecAVX512VNNI, VecISA
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from precast.exporter.backends.aoti import compiler, isa, library
+from precast.exporter.backends.aoti import compiler, inductor_patches, isa, library
 from precast.exporter.backends.aoti.options import AotiOptions
 from precast.exporter.backends.aten import linear, lowering
 from precast.exporter.options import PrecisionOptions
@@ -147,3 +150,54 @@ def test_a_dtype_that_is_not_multiplied_is_said(recwarn):
         AotiOptions(device="cuda"), PrecisionOptions(dtype="bfloat16"), library.lowering_options_for("cuda", "native")
     )
     assert not recwarn
+
+
+# ---------------------------------------------------------------- trial programs
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The trial programs that were compiled: a function of the release of GCC, 0 for another compiler."""
+
+    def ask(gcc, code):
+        programs = []
+        monkeypatch.setattr(VecISA, "check_build", lambda isa, code: programs.append(code))
+        monkeypatch.setattr(inductor_patches, "_gcc_release", lambda compiler: gcc)
+        with inductor_patches.know_the_compiler():
+            answer = VecAVX512().check_build(code)
+        return answer, programs
+
+    return ask
+
+
+BF16 = VecAVX512._avx512_bf16_code
+
+
+@pytest.mark.parametrize(("gcc", "code"), [(9, BF16), (0, BF16), (14, "another program")])
+def test_a_compiler_that_is_not_known_to_manage_is_tried(tried, gcc, code):
+    assert tried(gcc, code) == (None, [code])
+
+
+@pytest.mark.parametrize("gcc", [10, 14])
+def test_a_compiler_that_is_known_to_manage_is_not_tried(tried, gcc):
+    assert tried(gcc, BF16) == (True, [])
+
+
+FLAGS = {
+    VecISA._avx_code: "-mavx2",
+    BF16: "-mavx512bf16",
+    VecAVX512VNNI._avx512_vnni_code: "-mavx512vnni -mavx512vl",
+    VecAMX._amx_code: "-mamx-tile -mamx-bf16 -mamx-int8",
+    VecAMX._amx_fp16_code: "-mamx-tile -mamx-fp16",
+}
+
+
+@pytest.mark.parametrize("code", FLAGS, ids=FLAGS.get)
+def test_this_compiler_manages_what_it_is_known_to(code, tmp_path):
+    """On whatever CPU: the first of the programs, which is PyTorch's own headers, by its flags alone."""
+    compiler = cpp_builder.get_cpp_compiler()
+    if inductor_patches._gcc_release(compiler) < inductor_patches._FIRST_GCC[code]:
+        pytest.skip("GCC is older, or the compiler is another")
+    (tmp_path / "trial.cpp").write_text("#include <immintrin.h>" if code is VecISA._avx_code else code, "utf-8")
+    flags = ["-mavx512f", "-mavx512vl", *FLAGS[code].split()]
+    subprocess.run([compiler, *flags, "-c", tmp_path / "trial.cpp", "-o", tmp_path / "trial.o"], check=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch._inductor
+from torch._inductor import cpp_builder
 from torch._inductor.codegen.cpp import CppKernel
+from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512, VecAVX512VNNI, VecISA
 
-__all__ = ["keep_short_loops_serial"]
+__all__ = ["keep_short_loops_serial", "know_the_compiler"]
 
 
 @contextmanager
@@ -31,3 +36,42 @@ def keep_short_loops_serial() -> Iterator[None]:
         yield
     finally:
         CppKernel.decide_parallel_depth = decide  # type: ignore[method-assign]
+
+
+_FIRST_GCC = {
+    VecISA._avx_code: 9,
+    VecAVX512._avx512_bf16_code: 10,
+    VecAVX512VNNI._avx512_vnni_code: 9,
+    VecAMX._amx_code: 11,
+    VecAMX._amx_fp16_code: 13,
+}
+"""The releases of GCC that compile Inductor's trial programs (https://gcc.gnu.org/releases.html)."""
+
+
+@contextmanager
+def know_the_compiler() -> Iterator[None]:
+    """Within this block, Inductor asks GCC for its version, and not for up to five trial programs with PyTorch's
+    headers, which take longer to compile than a small model. Other compilers are tried as ever."""
+    compile_trial: Any = VecISA.check_build
+
+    def check_build(isa: VecISA, code: str) -> Any:
+        first = _FIRST_GCC.get(code)
+        return (
+            compile_trial(isa, code) if first is None or _gcc_release(cpp_builder.get_cpp_compiler()) < first else True
+        )
+
+    VecISA.check_build = check_build  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        VecISA.check_build = compile_trial  # type: ignore[method-assign]
+
+
+@cache
+def _gcc_release(compiler: str) -> int:
+    """0 where it is another compiler."""
+    if not cpp_builder.is_gcc():
+        return 0
+    said = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=False).stdout
+    found = re.match(r"\d+", said)
+    return int(found[0]) if found else 0

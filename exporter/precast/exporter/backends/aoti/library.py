@@ -30,7 +30,7 @@ from .attention import decode_attention, prefill_attention
 from .dequantize import dequantize
 from .gemv import gemv
 from .gpu import GPU_OPTIONS, check_kernels_embedded
-from .inductor_patches import keep_short_loops_serial
+from .inductor_patches import keep_short_loops_serial, know_the_compiler
 from .isa import compiler_options, matmul_dtypes
 from .standalone.link import Linker
 
@@ -143,7 +143,8 @@ def compiler_workspace() -> Iterator[None]:
 
 def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], device: str) -> list[Any]:
     arguments, keywords = exported.example_inputs
-    with torch.no_grad(), keep_short_loops_serial() if device == "cpu" else nullcontext():
+    serial = keep_short_loops_serial() if device == "cpu" else nullcontext()
+    with torch.no_grad(), know_the_compiler(), serial:
         files: Any = torch._inductor.aot_compile(
             exported.module(check_guards=False), arguments, keywords, options=options
         )
