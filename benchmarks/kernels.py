@@ -2,6 +2,9 @@
 
 python benchmarks/kernels.py [--isa avx2,avx512,native] [--only WORD]
 
+Beside each stands how fast its largest input is read, and how fast as much is read by a sum of integers that does
+nothing else. A prompt is compared with a matrix of numbers, written by a kernel, and PyTorch's own product.
+
 One thread, and the processor's time, so that neighbours disturb little. Ends with status 1 where a kernel is clearly
 slower than AOTInductor's loop for the same operators, else 0; the last line of standard output is JSON.
 """
@@ -41,6 +44,7 @@ GRIDS = {
 }
 NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+OWN: Any = library.lowering_options_for("cpu", "native").kernels
 REPETITIONS = 9
 TOLERATED = 0.8
 """Of a loop's speed: both may read as fast as memory gives, and a machine is never quite quiet."""
@@ -60,6 +64,7 @@ def cases() -> Iterator[Case]:
         sizes = (packed.bits, packed.group, packed.columns, packed.extra)
         yield f"a token, weights {name}", partial(_codes_product, sizes), (x, *given)
         yield f"a prompt's matrix of {name}", partial(_matrix, sizes), given
+        yield f"a prompt, weights {name}", partial(_prompt_product, sizes), (torch.randn(PROMPT, COLUMNS), *given)
     for name, dtype in CACHES.items():
         for length, what in ((1, "a token"), (PROMPT, "a prompt")):
             yield (
@@ -92,6 +97,16 @@ def _codes_product(sizes: tuple[int, ...], options: LoweringOptions) -> Compute:
 def _matrix(sizes: tuple[int, ...], options: LoweringOptions) -> Compute:
     def compute(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         return linear.PackedWeight(codes, scales, zeros, *sizes).dequantize(options.matmul_dtype, options.kernels)[0]
+
+    return compute
+
+
+def _prompt_product(sizes: tuple[int, ...], options: LoweringOptions) -> Compute:
+    kernels = options.kernels or replace(OWN, quantized_gemm=lambda *_: None)
+
+    def compute(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+        weight = linear.PackedWeight(codes, scales, zeros, *sizes)
+        return linear.quantized_linear(x, weight, None, options.materialize, options.matmul_dtype, kernels, False)
 
     return compute
 
@@ -130,10 +145,14 @@ def measured(compute: Compute, given: Sequence[Tensor], isa: str) -> float:
         file = Path(folder) / "case.so"
         library.build_library(exported, file, isa)
         runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(file), 1)
+    return _shortest(lambda: runner.run(list(given)))
+
+
+def _shortest(call: Callable[[], Any]) -> float:
     times = []
     for _ in range(REPETITIONS):
         start = time.thread_time()
-        runner.run(list(given))
+        call()
         times.append(time.thread_time() - start)
     return min(times)
 
@@ -147,8 +166,11 @@ def measure(isa: str, only: str) -> dict[str, dict[str, float]]:
             continue
         kernel, loop = (measured(compute(options), given, isa) for options in (own, _without(own)))
         read = max(each.nbytes for each in given)
+        numbers = torch.zeros(read // 8, dtype=torch.int64)
         found[name] = {"kernel_ms": round(kernel * 1e3, 3), "loop_ms": round(loop * 1e3, 3),
-                       "gb_per_s": round(read / kernel / 1e9, 2), "times_as_fast": round(loop / kernel, 2)}  # fmt: skip
+                       "gb_per_s": round(read / kernel / 1e9, 2),
+                       "reading_gb_per_s": round(read / _shortest(numbers.sum) / 1e9, 2),
+                       "times_as_fast": round(loop / kernel, 2)}  # fmt: skip
         print(isa, name, found[name], file=sys.stderr, flush=True)
     return found
 

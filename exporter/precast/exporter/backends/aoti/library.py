@@ -32,6 +32,7 @@ from .gemv import gemv
 from .gpu import GPU_OPTIONS, check_kernels_embedded
 from .inductor_patches import keep_short_loops_serial, know_the_compiler
 from .isa import compiler_options, matmul_dtypes
+from .quantized_gemm import quantized_gemm
 from .standalone.link import Linker
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 _LOWERING = LoweringOptions(
     materialize=materialize, reduce_small_matmul=True, matmul_dtype=torch.bfloat16, functional=False
 )
-_KERNELS = Kernels(gemv, dequantize, decode_attention, prefill_attention)
+_KERNELS = Kernels(gemv, quantized_gemm, dequantize, decode_attention, prefill_attention)
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 
 

@@ -17,12 +17,14 @@ class Kernels:
 
     Attributes:
         gemv: weights times few rows.
+        quantized_gemm: a quantized weight times many rows; None where there is no kernel for its groups.
         dequantize: codes to a matrix of the dtype in the last argument.
         decode_attention: attention of one token per slot to caches.
         prefill_attention: attention of several tokens per slot; the last argument is the dtype of its matrix products.
     """
 
     gemv: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
+    quantized_gemm: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor | None]
     dequantize: Callable[[Tensor, Tensor, Tensor | None, int, torch.dtype], Tensor]
     decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
     prefill_attention: Callable[

@@ -114,9 +114,15 @@ def quantized_linear(
     kernels: Kernels | None,
     few_rows: bool,
 ) -> Tensor:
-    """float [..., K] -> [..., N]: a GEMV for few rows, else a GEMM in `matmul_dtype`."""
+    """float [..., K] -> [..., N]: a GEMV for few rows, else a GEMM in `matmul_dtype`, or by a kernel of the same
+    precision, which is float32's but for the rounding of x to 16 bits."""
     if few_rows:
         return _add_bias(_multiply_rows(weight.extend_input(x), weight.multiply_rows, materialize), bias)
+    if kernels and matmul_dtype is torch.float32:
+        rows = weight.extend_input(x).float().flatten(0, -2)
+        y = kernels.quantized_gemm(rows, weight.codes, weight.scales, weight.packed_zeros, weight.bits)
+        if y is not None:
+            return _add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), bias)
     matrix, scales = weight.dequantize(matmul_dtype, kernels)
     y = (weight.extend_input(x).to(matmul_dtype) @ matrix.T).to(x.dtype)
     return _add_bias(y if scales is None else y * scales, bias)

@@ -5,8 +5,10 @@
 // streams are half as fast.
 #ifndef PRECAST_GEMV
 #define PRECAST_GEMV
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define PRECAST_GEMV_VNNI
 #endif
 
@@ -95,8 +97,8 @@ struct FloatDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
 #ifdef PRECAST_GEMV_VNNI
 
 // Dot products in integers by AVX-512 VNNI, which multiplies 64 codes by 64 digits per instruction: x is rounded to
-// integers of 24 bits, the precision of a float, with one scale per block, and split into three digits of 8 bits. A
-// block is as many codes as 64 bytes hold.
+// integers of 16 bits, with one scale per block, and split into two digits of 8 bits: off by 2^-16 of the block's largest
+// number at most, where codes of 8 bits are off by 2^-8. A block is as many codes as 64 bytes hold.
 template <int K, int GROUP, int BITS, bool ZEROS>
 struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
   using Base = QuantizedWeight<K, GROUP, BITS, ZEROS>;
@@ -106,9 +108,9 @@ struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
   static constexpr int CODES_PER_SCALE = GROUPS == 1 ? BLOCK : GROUP % BLOCK == 0 ? BLOCK : GROUP;
   static constexpr int SCALES_PER_BLOCK = BLOCK / CODES_PER_SCALE;
   static constexpr bool FITS = CODES_PER_SCALE * BITS >= 64 && BLOCK % CODES_PER_SCALE == 0;
-  static constexpr int DIGITS = 3;
-  // A little less than three digits can hold, since the division below may round up.
-  static constexpr float MAX_INTEGER = (127 * 256 + 126) * 256;
+  static constexpr int DIGITS = 2;
+  // A little less than two digits can hold, since the division below may round up.
+  static constexpr float MAX_INTEGER = 127 * 256 + 126;
 
   struct alignas(64) Input {
     int8_t digits[BLOCKS][DIGITS][BLOCK];  // the highest first
@@ -137,10 +139,9 @@ struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
       for (int part = 0; part < CODES_PER_BYTE; ++part) {
         int8_t* to = digits[b][0] + part * 64;
         for (int i = 0; i < 64; ++i) {
-          const int32_t low = integers[i * CODES_PER_BYTE + part], middle = (low + 128) >> 8;
-          to[i + 2 * BLOCK] = static_cast<int8_t>(low);
-          to[i + BLOCK] = static_cast<int8_t>(middle);
-          to[i] = static_cast<int8_t>((middle + 128) >> 8);
+          const int32_t low = integers[i * CODES_PER_BYTE + part];
+          to[i + BLOCK] = static_cast<int8_t>(low);
+          to[i] = static_cast<int8_t>((low + 128) >> 8);
         }
       }
       for (int s = 0; s < SCALES_PER_BLOCK; ++s) {
@@ -176,11 +177,7 @@ struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
     const bool is_whole = REST == 0 || b + 1 < BLOCKS;
     const __m512i bytes = is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << REST) - 1, from);
     const auto times = [&](__m512i sum, int digit) { return dot_digit(sum, bytes, input.digits[b][digit]); };
-    const __m512i highest = _mm512_slli_epi32(times(_mm512_setzero_si512(), 0), 8);
-    // Sums over 8 codes below 16 have room for all digits.
-    if constexpr (BITS == 4) return _mm512_cvtepi32_ps(times(_mm512_slli_epi32(times(highest, 1), 8), 2));
-    const __m512 high = _mm512_cvtepi32_ps(times(highest, 1));
-    return _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(times(_mm512_setzero_si512(), 2)));
+    return _mm512_cvtepi32_ps(times(_mm512_slli_epi32(times(_mm512_setzero_si512(), 0), 8), 1));
   }
 
   // Add the dot products of 64 bytes of codes with one digit of x.
@@ -216,8 +213,121 @@ struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
 };
 
 template <int K, int GROUP, int BITS, bool ZEROS>
+using IntegerDot = VnniDot<K, GROUP, BITS, ZEROS>;
+
+#elif defined(__AVX2__)
+
+// Dot products in integers of 16 bits: x is rounded to them, with one scale per block, and codes are widened to them;
+// two products at a time go into a sum of 32 bits. Off by 2^-16 of the block's largest number at most, and half as many
+// instructions as widening codes to floats.
+template <int K, int GROUP, int BITS, bool ZEROS>
+struct MaddDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
+  using Base = QuantizedWeight<K, GROUP, BITS, ZEROS>;
+  static constexpr int GROUPS = Base::GROUPS, CODES_PER_BYTE = 8 / BITS;
+  static constexpr int STEP = 16 * CODES_PER_BYTE;  // codes of 16 bytes
+  static constexpr int BLOCK = GROUPS == 1 ? 64 : GROUP % 64 == 0 ? 64 : STEP, BLOCKS = (K + BLOCK - 1) / BLOCK;
+  static constexpr bool FITS = GROUPS == 1 || GROUP % BLOCK == 0;
+  static constexpr float MAX_INTEGER = 32766;  // since the division below may round up
+
+  struct alignas(32) Input {
+    int16_t integers[BLOCKS * BLOCK];  // in the order in which codes are unpacked
+    float scales[BLOCKS], sums[(GROUPS + 15) / 16 * 16];
+
+    explicit Input(const float* x) {
+      std::fill(std::begin(sums), std::end(sums), 0.0f);
+      for (int b = 0; b < BLOCKS; ++b) {
+        float block[BLOCK];
+        for (int i = 0; i < BLOCK; ++i) block[i] = b * BLOCK + i < K ? x[b * BLOCK + i] : 0.0f;
+        float largest = 0, nonfinite = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : nonfinite)
+        for (int i = 0; i < BLOCK; ++i) {
+          largest = std::max(largest, std::abs(block[i]));
+          nonfinite += block[i] * 0.0f;  // NaN where an input is infinite or NaN: the output has to be NaN, too.
+        }
+        const float inverse = largest > 1e-30f ? MAX_INTEGER / largest : 0.0f;
+        scales[b] = largest / MAX_INTEGER + nonfinite;
+        int32_t rounded[BLOCK], sum = 0;
+        for (int i = 0; i < BLOCK; ++i) rounded[i] = static_cast<int32_t>(std::nearbyint(block[i] * inverse));
+        for (int i = 0; i < BLOCK; ++i) sum += rounded[i];
+        for (int i = 0; i < BLOCK; ++i) {
+          const int within = i % STEP, part = within % CODES_PER_BYTE;
+          integers[b * BLOCK + i - within + part * 16 + within / CODES_PER_BYTE] = static_cast<int16_t>(rounded[i]);
+        }
+        sums[GROUPS == 1 ? 0 : b * BLOCK / GROUP] += sum * scales[b];
+      }
+    }
+  };
+
+  float output(const Input& input, int64_t n) const {
+    constexpr int WHOLE = K / BLOCK;
+    const uint8_t* from = this->codes + n * Base::BYTES;
+    const float* scales = this->scales + n * GROUPS;
+    __m256 sums = _mm256_setzero_ps();
+    for (int b = 0; b < WHOLE; ++b) sums = add_block(input, from + b * BLOCK / CODES_PER_BYTE, scales, b, sums);
+    if constexpr (WHOLE < BLOCKS) {
+      uint8_t rest[BLOCK / CODES_PER_BYTE] = {};
+      std::memcpy(rest, from + WHOLE * BLOCK / CODES_PER_BYTE, Base::BYTES - WHOLE * BLOCK / CODES_PER_BYTE);
+      sums = add_block(input, rest, scales, WHOLE, sums);
+    }
+    if constexpr (GROUPS == 1) return scales[0] * (reduce_eight(sums) - this->zero(n, 0) * input.sums[0]);
+    return reduce_eight(sums) - offsets(input, scales, n);
+  }
+
+  static float reduce_eight(__m256 each) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(each), _mm256_extractf128_ps(each, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+
+  // Add the dot products of a block, times its scales.
+  static __m256 add_block(const Input& input, const uint8_t* from, const float* scales, int b, __m256 sums) {
+    const int16_t* x = input.integers + b * BLOCK;
+    __m256i found = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int i = 0; i < BLOCK; i += STEP) {
+      const __m256i bytes = _mm256_cvtepu8_epi16(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i / CODES_PER_BYTE)));
+      const auto times = [&](__m256i codes, int part) {
+        return _mm256_madd_epi16(codes, _mm256_load_si256(reinterpret_cast<const __m256i*>(x + i + part * 16)));
+      };
+      if constexpr (BITS == 8) {
+        found = _mm256_add_epi32(found, times(bytes, 0));
+      } else {
+        found = _mm256_add_epi32(found, times(_mm256_and_si256(bytes, _mm256_set1_epi16(15)), 0));
+        found = _mm256_add_epi32(found, times(_mm256_srli_epi16(bytes, 4), 1));
+      }
+    }
+    const float scale = GROUPS == 1 ? input.scales[b] : input.scales[b] * scales[b * BLOCK / GROUP];
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(found), _mm256_set1_ps(scale), sums);
+  }
+
+  // The sum of all groups' scale * zero * sum of x.
+  float offsets(const Input& input, const float* scales, int64_t n) const {
+    float zeros[(GROUPS + 1) / 2 * 2];
+    if constexpr (!ZEROS) {
+      std::fill(std::begin(zeros), std::end(zeros), static_cast<float>(1 << (BITS - 1)));
+    } else {
+      const uint8_t* from = this->zeros + n * Base::ZERO_BYTES;
+      for (int i = 0; i < Base::ZERO_BYTES; ++i) {
+        if constexpr (BITS == 8) zeros[i] = from[i];
+        else zeros[2 * i] = from[i] & 15, zeros[2 * i + 1] = from[i] >> 4;
+      }
+    }
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int g = 0; g < GROUPS; ++g) sum += scales[g] * zeros[g] * input.sums[g];
+    return sum;
+  }
+};
+
+template <int K, int GROUP, int BITS, bool ZEROS>
+using IntegerDot = MaddDot<K, GROUP, BITS, ZEROS>;
+#endif
+
+#if defined(PRECAST_GEMV_VNNI) || defined(__AVX2__)
+template <int K, int GROUP, int BITS, bool ZEROS>
 using QuantizedDot = std::conditional_t<
-    VnniDot<K, GROUP, BITS, ZEROS>::FITS, VnniDot<K, GROUP, BITS, ZEROS>, FloatDot<K, GROUP, BITS, ZEROS>>;
+    IntegerDot<K, GROUP, BITS, ZEROS>::FITS, IntegerDot<K, GROUP, BITS, ZEROS>, FloatDot<K, GROUP, BITS, ZEROS>>;
 #else
 template <int K, int GROUP, int BITS, bool ZEROS>
 using QuantizedDot = FloatDot<K, GROUP, BITS, ZEROS>;
