@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 from foreign import run, tally
 from foreign.pipelines import Both, Different
 
@@ -45,6 +46,13 @@ def test_how_a_test_ended(raised: Exception | None, is_ours: bool, end: str, mon
     """An error of ours by name is a refusal, any other a failure, and what never came to ours counts for nothing."""
     monkeypatch.setattr(tally.Running, "reached", is_ours)
     assert tally.verdict(raised, "a_test", {})["end"] == end
+
+
+def test_what_eager_refuses_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally.Running, "reached", True)
+    with pytest.raises(KeyError) as raised:
+        transformers.activations.get_activation("none of this name")
+    assert tally.verdict(raised.value, "a_test", {})["end"] == "not ours"
 
 
 def test_an_expected_failure_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,17 +343,44 @@ def test_segments_are_an_input_where_a_tokenizer_makes_them(checkpoint, tmp_path
 
 
 def test_segments_of_nothing_are_not_segments_of_0_to_all():
-    """To GPT-2, XLM and their kin, which embed segments as words; to BERT they are the same."""
+    """To GPT-2, XLM and their kin, which embed segments as words, and to BigBird, which finds where a question ends; to
+    BERT they are the same."""
     names = ["input_ids", "attention_mask"]
     segments = {"token_type_ids": [[0, 0]]}
-    for kind in ("gpt2", "xlm"):
+    answers = "question-answering"
+    for kind in ("gpt2", "xlm", "big_bird"):
         with pytest.raises(InputError, match=rf"This {kind} model needs token_type_ids: its tokenizer makes them"):
-            _check_segments(kind, [*names, "token_type_ids"], {"input_ids": [[5, 6]]})
+            _check_segments(kind, answers, [*names, "token_type_ids"], {"input_ids": [[5, 6]]})
         with pytest.raises(InputError, match=rf"This {kind} model was compiled without token_type_ids"):
-            _check_segments(kind, names, segments)
-        _check_segments(kind, [*names, "token_type_ids"], segments)
-    _check_segments("bert", names, segments)
-    _check_segments("bert", [*names, "token_type_ids"], {})
+            _check_segments(kind, answers, names, segments)
+        _check_segments(kind, answers, [*names, "token_type_ids"], segments)
+    for kind, task in (("bert", answers), ("big_bird", "fill-mask")):
+        _check_segments(kind, task, names, segments)
+        _check_segments(kind, task, [*names, "token_type_ids"], {})
+
+
+@pytest.mark.parametrize("makes", [False, True])
+def test_bigbird_tells_a_question_from_its_text(tmp_path, makes):
+    """By its first separator where its tokenizer makes no segments, as transformers' own does not."""
+    source = zoo.make(tmp_path / "source", "big_bird", "question-answering")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if makes else [])]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": names}))
+    options = ExportOptions(task="question-answering", batch_size=2, sequence_length=(16,))
+    model = CompiledModel.from_pretrained(export(str(source), tmp_path / "out", options).path)
+    assert list(model.inputs) == names
+    eager = oracle.eager(source, "AutoModelForQuestionAnswering")
+    separator = eager.config.sep_token_id
+    row = [5, 9, separator, 30, 7, 200, separator]
+    for padded in ([row, [8, separator, 9, separator, 0, 0, 0]], [[8, separator, 9, separator], [6, 7, 8, 9]]):
+        mask = [[int(token != 0) for token in each] for each in padded]
+        found = model(padded, mask, **({"token_type_ids": np.zeros_like(padded)} if makes else {}))
+        for index, each in enumerate(padded):
+            kept = torch.tensor([[token for token in each if token != 0]])
+            with torch.inference_mode():
+                expected = eager(kept, **({"token_type_ids": torch.zeros_like(kept)} if makes else {})).start_logits[0]
+            # Those of the question are less a million.
+            np.testing.assert_allclose(found.start_logits[index][: len(expected)], expected, rtol=1e-6, atol=1e-4)
 
 
 def test_positions_that_transformers_caches_without_values(tmp_path):

@@ -67,6 +67,11 @@ class ORTModel:
     def save_pretrained(self, folder: Any) -> None:
         self._ours.save_pretrained(folder, force=True)
 
+    @property
+    def input_names(self) -> dict[str, int]:
+        """As optimum numbers them."""
+        return {name: index for index, name in enumerate(self._ours.inputs)}
+
     def __call__(self, **inputs: Any) -> Any:
         answer = self._ours(**inputs)
         is_features = Running.task == "feature-extraction" and inputs.get("return_dict") is not False
@@ -79,17 +84,18 @@ class ORTModel:
 class Piped:
     """A pipeline of ours, with the device that theirs have."""
 
-    def __init__(self, task: str, model: ORTModel, **options: Any) -> None:
+    def __init__(self, task: str, model: ORTModel | str, **options: Any) -> None:
+        model = ORTModel.from_pretrained(model) if isinstance(model, str) else model
         # The tokenizer and the processors are the checkpoint's own, which the artifact holds.
         self._ours = pipeline(task, model._ours, **{k: v for k, v in options.items() if k not in _PREPARING})
-        self.device, self.model = model.device, model
+        self.device, self.model, self.save_pretrained = model.device, model, self._ours.save_pretrained
 
     def __call__(self, inputs: Any, *given: Any, **options: Any) -> Any:
         is_url = isinstance(inputs, str) and inputs.startswith("http")
         return self._ours(_picture() if is_url else inputs, *given, **options)
 
 
-_PREPARING = ("tokenizer", "image_processor", "feature_extractor", "sampling_rate")
+_PREPARING = ("tokenizer", "image_processor", "feature_extractor", "sampling_rate", "model_kwargs")
 
 
 class Checkpoints:

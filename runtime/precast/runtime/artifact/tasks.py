@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 
-__all__ = ["TASK_TABLE", "TASKS", "Task", "get_task", "kind_of_roles", "find_tasks"]
+__all__ = ["TASK_TABLE", "TASKS", "Task", "find_tasks", "get_task", "kind_of_roles", "makes_segments"]
 
 
 @dataclass(frozen=True)
@@ -131,3 +131,9 @@ def kind_of_roles(roles: Iterable[str]) -> str:
     if "encode" not in found:
         return "decoder"
     return "encoder" if found == {"encode"} else "seq2seq"
+
+
+def makes_segments(model_type: str, task: str) -> bool:
+    """Whether a model that is given no token_type_ids makes some of its own: BigBird tells a question from its text by
+    the first separator, where transformers' tokenizer for it says nothing."""
+    return (model_type, task) == ("big_bird", "question-answering")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..advice import suggest_larger
 from ..artifact.schema import Axis, Graph, Output
+from ..artifact.tasks import makes_segments
 from ..engines import replicas_of
 from ..errors import InputError
 from ..inputs.encoder_inputs import RUNNING, Rows, axes_of, input_names, named_inputs, read_rows
@@ -60,7 +61,8 @@ class Encoder(CompiledModel):
         """
         specs = self.variant.graphs[0].inputs
         given = named_inputs(specs, tensors, named)
-        _check_segments(self.config.get("model_type"), self.inputs, {**named, **given})
+        kind = self.config.get("model_type")
+        _check_segments(kind, self.artifact.contract.task, self.inputs, {**named, **given})
         limits = {"input_ids": self._vocabulary_size(), "token_type_ids": self._segment_count()}
         frames = self.variant.graphs[0].frames
         rows = read_rows(specs, {name: to_numpy(value) for name, value in given.items()}, limits, frames)
@@ -193,10 +195,11 @@ _WORDS_FOR_SEGMENTS = (
 """Model types that embed segments as words: to them those of 0 are not the same as none."""
 
 
-def _check_segments(kind: Any, inputs: Sequence[str], given: Mapping[str, Any]) -> None:
+def _check_segments(kind: Any, task: str, inputs: Sequence[str], given: Mapping[str, Any]) -> None:
     """Raise InputError where token_type_ids are missed, or given to a model that was compiled without."""
     has = "token_type_ids" in inputs
-    if kind not in _WORDS_FOR_SEGMENTS or has == (given.get("token_type_ids") is not None):
+    differs = kind in _WORDS_FOR_SEGMENTS or makes_segments(kind, task)
+    if not differs or has == (given.get("token_type_ids") is not None):
         return
     if has:
         raise InputError(

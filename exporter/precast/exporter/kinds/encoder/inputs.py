@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from precast.runtime.artifact.schema import Axis
-from precast.runtime.artifact.tasks import Task
+from precast.runtime.artifact.tasks import Task, makes_segments
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ...checkpoint.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def _inputs_by_modality(
 ) -> list[TensorPlan]:
     main = getattr(model, "main_input_name", "input_ids")
     if "text_batch_size" in task.axes:
-        return [*_text_inputs(checkpoint, ("texts",)), *_image_inputs(checkpoint, options)]
+        return [*_text_inputs(checkpoint, task, ("texts",)), *_image_inputs(checkpoint, options)]
     parts = {"text_config", "vision_config"}
     if main != "pixel_values" and all(hasattr(checkpoint.config, part) for part in parts):
         raise CheckpointError(
@@ -64,7 +64,7 @@ def _inputs_by_modality(
             f"zero-shot-image-classification: its answer has image_embeds and text_embeds too."
         )
     if main == "input_ids":
-        return _text_inputs(checkpoint, ("batch", "choices") if "num_choices" in task.axes else ("batch",))
+        return _text_inputs(checkpoint, task, ("batch", "choices") if "num_choices" in task.axes else ("batch",))
     if main == "pixel_values":
         return _image_inputs(checkpoint, options)
     if main in ("input_values", "input_features"):
@@ -75,30 +75,31 @@ def _inputs_by_modality(
     )
 
 
-def _text_inputs(checkpoint: Checkpoint, rows: tuple[Axis, ...]) -> list[TensorPlan]:
+def _text_inputs(checkpoint: Checkpoint, task: Task, rows: tuple[Axis, ...]) -> list[TensorPlan]:
     axes: tuple[Axis, ...] = (*rows, "length")
     config = checkpoint.text_config
     if checkpoint.config.model_type in READS_PADDING:
         names = {"input_ids": _padding_id(checkpoint)}
     else:
         names = {"input_ids": _padding_id(checkpoint), "attention_mask": 0}
-    if _has_segments(checkpoint, config):
+    if _has_segments(checkpoint, config, task):
         names["token_type_ids"] = 0
     exact: tuple[Axis, ...] = () if "attention_mask" in names else ("length",)
     plain = [TensorPlan(name, "int64", axes, pad, exact) for name, pad in names.items()]
     return [*plain, TensorPlan("bbox", "int64", (*axes, 4), 0, exact)]
 
 
-def _has_segments(checkpoint: Checkpoint, config: Any) -> bool:
+def _has_segments(checkpoint: Checkpoint, config: Any, task: Task) -> bool:
     """Whether `token_type_ids` are an input: where the configuration counts them, or the tokenizer makes them. GPT-2
-    and its relatives take them too, but their answer without any is not the answer to segments of 0."""
+    and its relatives take them too, but their answer without any is not the answer to segments of 0, nor is that of a
+    model that makes some of its own."""
     if kinds := getattr(config, "type_vocab_sizes", None):
         raise CheckpointError(
             f"A model of type {checkpoint.config.model_type!r} reads {len(kinds)} token_type_ids per token, made from "
             f"tables; precast passes one."
         )
     count = getattr(config, "type_vocab_size", None)
-    if count is not None:
+    if count is not None and not makes_segments(checkpoint.config.model_type, task.name):
         return bool(count >= 2)
     return checkpoint.tokenizer is not None and "token_type_ids" in checkpoint.tokenizer.model_input_names
 
