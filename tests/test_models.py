@@ -42,14 +42,14 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def expected(smollm2):
-    """Per prompt its ids and the 64 tokens that eager transformers appends."""
+    """Of every other prompt its ids and the 48 tokens that eager transformers appends."""
     model, tokenizer = smollm2
-    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[::2]]
     answers = []
     for row in rows:
         with torch.inference_mode():
             whole = model.generate(
-                torch.tensor([row]), attention_mask=torch.ones(1, len(row)), do_sample=False, max_new_tokens=64,
+                torch.tensor([row]), attention_mask=torch.ones(1, len(row)), do_sample=False, max_new_tokens=48,
                 pad_token_id=0,
             )  # fmt: skip
         answers.append(whole[0, len(row) :].tolist())
@@ -76,7 +76,7 @@ def test_smollm2_writes_what_eager_writes(expected, compiled, batch):
     """Greedy tokens: alone, and in batches of rows of different lengths padded on either side."""
     rows, answers = expected
     model, length = compiled(batch), max(map(len, answers))
-    assert [model.tokenizer.encode(prompt) for prompt in PROMPTS[: len(rows)]] == rows
+    assert [model.tokenizer.encode(prompt) for prompt in PROMPTS[::2]] == rows
     for start in range(0, len(rows), batch):
         for side in ("left", "right") if batch > 1 else ("left",):
             ids, mask = oracle.padded(rows[start : start + batch], side)
