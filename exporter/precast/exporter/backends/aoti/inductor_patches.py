@@ -54,11 +54,9 @@ def know_the_compiler() -> Iterator[None]:
     headers, which take longer to compile than a small model. Other compilers are tried as ever."""
     compile_trial: Any = VecISA.check_build
 
-    def check_build(isa: VecISA, code: str) -> Any:
-        first = _FIRST_GCC.get(code)
-        return (
-            compile_trial(isa, code) if first is None or _gcc_release(cpp_builder.get_cpp_compiler()) < first else True
-        )
+    def check_build(self: VecISA, code: str) -> bool:
+        is_known = code in _FIRST_GCC and _gcc_release(cpp_builder.get_cpp_compiler()) >= _FIRST_GCC[code]
+        return is_known or bool(compile_trial(self, code))
 
     VecISA.check_build = check_build  # type: ignore[method-assign]
     try:
