@@ -13,7 +13,8 @@ import pytest
 import toy_backend
 
 from precast.cli import main
-from precast.exporter import ExportOptions, choose_backends, export
+from precast.exporter import ExportOptions, choose_backends, export, faster_here
+from precast.exporter.several import fastest as fastest_module
 from precast.exporter.several.fastest import Choice, export_fastest
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
@@ -228,6 +229,43 @@ def test_one_whose_libraries_are_missing_is_left_out(two, monkeypatch):
 def test_options_that_nobody_takes_are_refused_as_by_the_first(two):
     with pytest.raises(UsageError, match="--dtype 'int3' is not supported"):
         choose_backends(replace(OPTIONS, dtype="int3"))
+
+
+# ---------------------------------------------------------------- what an export by one backend says of another
+
+
+@pytest.mark.parametrize(
+    ("quantize", "flags", "compiler", "is_faster"),
+    [
+        ("int8", {"avx2"}, "g++", True),
+        ("int8", set(), "g++", False),
+        ("int8", {"avx2"}, "no-such-compiler", False),
+        ("int4", {"avx2"}, "g++", False),
+        ("int4", {"avx2", "avx512_vnni"}, "g++", True),
+        ("none", {"avx2", "avx512_vnni"}, "g++", False),
+    ],
+)
+def test_faster_is_what_was_measured_to_be(checkpoint, artifact, monkeypatch, quantize, flags, compiler, is_faster):
+    asked = {"sequence_length": (16,), "quantize": quantize}
+    loose = {} if quantize == "none" else {"accept_loss": True, "max_kl": 9.0}
+    made = read_artifact(artifact(checkpoint("llama"), **asked, **loose))
+    monkeypatch.setattr(fastest_module, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setenv("CXX", compiler)
+    advice = faster_here(made, ExportOptions(validate=False, **asked, **loose))
+    assert advice == (
+        "Native code of such a model decodes faster on this CPU: --backend aoti compiles it, --backend auto measures "
+        "both."
+        if is_faster
+        else None
+    )
+
+
+def test_nothing_is_advised_that_cannot_be_done(checkpoint, artifact, monkeypatch):
+    asked = {"sequence_length": (16,), "quantize": "int8", "accept_loss": True, "max_kl": 9.0}
+    made = read_artifact(artifact(checkpoint("llama"), **asked))
+    monkeypatch.setattr(fastest_module, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.delitem(BACKENDS, "aoti")
+    assert faster_here(made, ExportOptions(validate=False, **asked)) is None
 
 
 # ---------------------------------------------------------------- graphs timed for themselves

@@ -113,6 +113,8 @@ def command(
         with on_step("push"):
             url = push(artifact, push_to_hub, private=private or None, token=options["token"])
     _show_result(artifact, url, _comparison(artifact, settings), as_json)
+    if not quiet and settings.backend == "onnx" and (advice := exporter.faster_here(artifact, settings)):
+        note(advice)
 
 
 def _show_plans(exporter: Any, model: str, settings: Any, as_json: bool) -> None:

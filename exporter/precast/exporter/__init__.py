@@ -18,6 +18,7 @@ _EXPORTS = {
     "choose_backends": "several.fastest",
     "export": "dispatch",
     "export_once": "reuse",
+    "faster_here": "several.fastest",
     "preview": "dispatch",
     "quiet_libraries": "quiet",
     "supported_tasks": "support",

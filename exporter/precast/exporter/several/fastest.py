@@ -8,7 +8,9 @@ The timings go into the artifact's `bench.json`, which its digest does not cover
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,14 +21,14 @@ from precast.runtime.artifact.backends import BACKENDS
 from precast.runtime.artifact.publish import check_target, publish, staging
 from precast.runtime.bench.compare import Ask, Request, Subject, ask_child, bench, describe_machine, plan, token_ids
 from precast.runtime.errors import PrecastError, UsageError
-from precast.runtime.hosts.machine import usable_cores
+from precast.runtime.hosts.machine import cpu_flags, usable_cores
 
 from ..backends import compiler_of
 from ..options import ExportOptions
 from ..pipeline import OnPlan, export_variant
 from ..progress import OnStep, prefixed
 
-__all__ = ["ROUNDS", "Choice", "choose_backends", "export_fastest"]
+__all__ = ["ROUNDS", "Choice", "choose_backends", "export_fastest", "faster_here"]
 
 ROUNDS = 3
 """Rounds of timing, each in processes of their own; the median counts."""
@@ -90,6 +92,24 @@ def choose_backends(options: ExportOptions) -> Choice:
     if not names:
         raise refused[0] if refused else UsageError(f"No backend can compile here. {_list_reasons(left_out)}")
     return Choice(names, left_out)
+
+
+def faster_here(artifact: Artifact, options: ExportOptions) -> str | None:
+    """A sentence on what is faster than the artifact on this CPU, where native code was so in every measurement
+    (docs/benchmarks.md): quantized decoders with AVX-512 VNNI, and those of int8 with AVX2. None where nothing is."""
+    variant, flags = artifact.contract.variants[0], cpu_flags()
+    codes = variant.quantization if any(graph.cache for graph in variant.graphs) else None
+    is_measured = codes is not None and ("avx512_vnni" in flags or ("avx2" in flags and codes == "int8"))
+    if variant.backend != "onnx" or not is_measured or not shutil.which(os.environ.get("CXX", "g++")):
+        return None
+    try:
+        options.replace(backend="aoti").check()
+    except UsageError:
+        return None
+    return (
+        "Native code of such a model decodes faster on this CPU: --backend aoti compiles it, --backend auto measures "
+        "both."
+    )
 
 
 def export_fastest(
