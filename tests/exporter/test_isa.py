@@ -121,21 +121,29 @@ def test_an_encoder_is_written_anew_only_where_it_has_to():
     "scheme", [Scheme(8, 64, "integer"), Scheme(8, 32, "symmetric"), Scheme(4, 32, "symmetric")], ids=str
 )
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
-def test_codes_are_multiplied_as_the_level_does(scheme, level):
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_codes_are_multiplied_as_the_level_does(scheme, level, has_kernel):
+    """By the kernel, and where it does not take such groups as a matrix of float32."""
     asked = []
+
+    def gemm(x, codes, scales, zeros, bits):
+        asked.append("kernel")
+        return x.new_full((len(x), len(codes)), 7.0) if has_kernel else None
 
     def matrix(codes, scales, zeros, bits, dtype):
         asked.append(dtype)
         return codes.new_zeros(codes.shape[0], 64, dtype=dtype)
 
     forms = library.lowering_options_for("cpu", level)
-    kernels = replace(forms.kernels, dequantize=matrix)
+    kernels = replace(forms.kernels, quantized_gemm=gemm, dequantize=matrix)
     packed = Packed(round_to_nearest(torch.randn(5, 64), scheme))
     codes = linear.PackedWeight(
         packed.codes, packed.scales, packed.zeros, packed.bits, packed.group, packed.columns, packed.extra
     )
-    linear.quantized_linear(torch.randn(30, 64), codes, None, lambda x: x, forms.matmul_dtype, kernels, False)
-    assert asked == [torch.float32]
+    x = torch.randn(3, 10, 64)
+    found = linear.quantized_linear(x, codes, torch.ones(5), lambda x: x, forms.matmul_dtype, kernels, False)
+    assert asked == (["kernel"] if has_kernel else ["kernel", torch.float32])
+    assert torch.equal(found, torch.full((3, 10, 5), 8.0 if has_kernel else 1.0))
 
 
 def test_a_dtype_that_is_not_multiplied_is_said(recwarn):
@@ -170,22 +178,22 @@ def tried(monkeypatch):
     return ask
 
 
-BF16 = VecAVX512._avx512_bf16_code
+TRIAL = VecAVX512._avx512_bf16_code
 
 
-@pytest.mark.parametrize(("gcc", "code"), [(9, BF16), (0, BF16), (14, "another program")])
+@pytest.mark.parametrize(("gcc", "code"), [(9, TRIAL), (0, TRIAL), (14, "another program")])
 def test_a_compiler_that_is_not_known_to_manage_is_tried(tried, gcc, code):
-    assert tried(gcc, code) == (None, [code])
+    assert tried(gcc, code) == (False, [code])
 
 
 @pytest.mark.parametrize("gcc", [10, 14])
 def test_a_compiler_that_is_known_to_manage_is_not_tried(tried, gcc):
-    assert tried(gcc, BF16) == (True, [])
+    assert tried(gcc, TRIAL) == (True, [])
 
 
 FLAGS = {
     VecISA._avx_code: "-mavx2",
-    BF16: "-mavx512bf16",
+    TRIAL: "-mavx512bf16",
     VecAVX512VNNI._avx512_vnni_code: "-mavx512vnni -mavx512vl",
     VecAMX._amx_code: "-mamx-tile -mamx-bf16 -mamx-int8",
     VecAMX._amx_fp16_code: "-mamx-tile -mamx-fp16",

@@ -98,9 +98,9 @@ def faster_here(artifact: Artifact, options: ExportOptions) -> str | None:
     """A sentence on what is faster than the artifact on this CPU, where native code was so in every measurement
     (docs/benchmarks.md): quantized decoders with AVX-512 VNNI, and those of int8 with AVX2. None where nothing is."""
     variant, flags = artifact.contract.variants[0], cpu_flags()
-    codes = variant.quantization if any(graph.cache for graph in variant.graphs) else None
-    is_measured = codes is not None and ("avx512_vnni" in flags or ("avx2" in flags and codes == "int8"))
-    if variant.backend != "onnx" or not is_measured or not shutil.which(os.environ.get("CXX", "g++")):
+    has_codes = variant.quantization is not None and any(graph.cache for graph in variant.graphs)
+    is_measured = "avx512_vnni" in flags or ("avx2" in flags and options.quantization.quantize == "int8")
+    if variant.backend != "onnx" or not (has_codes and is_measured) or not shutil.which(os.environ.get("CXX", "g++")):
         return None
     try:
         options.replace(backend="aoti").check()
