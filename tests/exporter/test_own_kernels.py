@@ -198,12 +198,17 @@ sizes = st.sampled_from([0.0, 1e-38, 1e-12, 1.0, 1e20])
 @some
 @given(seed=st.integers(0, 2**16), size=sizes, threads=st.integers(1, 5))
 def test_products_are_those_of_the_matrices(rows, seed, size, threads):
+    cases, xs, results = computed(rows, seed, size, threads)
+    for case, given_, result in zip(cases, xs, results[: len(cases)], strict=True):
+        check_products(case, given_[:2], result)
+
+
+def computed(rows, seed, size, threads):
+    """The cases, inputs of such a size, and what the kernels make of them."""
     cases, answer = rows
     xs = [inputs_of(case, seed, size) for case in cases]
     with counted(threads):
-        results = answer(xs)[: len(cases)]
-    for case, given_, result in zip(cases, xs, results, strict=True):
-        check_products(case, given_[:2], result)
+        return cases, xs, answer(xs)
 
 
 def check_products(case, xs, result):
@@ -220,10 +225,7 @@ def check_products(case, xs, result):
 @some
 @given(seed=st.integers(0, 2**16), size=sizes, threads=st.integers(1, 5))
 def test_many_rows_are_multiplied_as_few_are(rows, seed, size, threads):
-    cases, answer = rows
-    xs = [inputs_of(case, seed, size) for case in cases]
-    with counted(threads):
-        results = answer(xs)
+    cases, xs, results = computed(rows, seed, size, threads)
     grids = [(case, given_) for case, given_ in zip(cases, xs, strict=True) if bits(case)]
     for (case, given_), result in zip(grids, results[-len(grids) :], strict=True):
         assert result.shape == (many(case), OUTPUTS[0])

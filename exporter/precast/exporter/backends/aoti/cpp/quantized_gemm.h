@@ -43,7 +43,7 @@ struct QuantizedGemm : QuantizedWeight<K, GROUP, BITS, ZEROS> {
 
   static constexpr int MR = 6, VECTORS = LANES == 16 ? 4 : 2, PANEL = VECTORS * LANES;
   // Blocks of a panel that are laid out at a time: 128 KiB or less, which stay in the second cache.
-  static constexpr int CHUNK = BLOCK >= 1024 ? 1 : 1024 / BLOCK;
+  static constexpr int CHUNK = 1024 / BLOCK;
   // Rows that a task computes at most, a multiple of MR: many, so that a panel is laid out seldom.
   static constexpr int64_t MAX_ROWS = 42 * MR;
 
