@@ -14,7 +14,8 @@ from msgspec.structs import replace
 
 from precast.cli import cli
 from precast.exporter import ExportOptions, export, validate_again
-from precast.exporter.several.fallback import _add_variant
+from precast.exporter.backends.aoti.isa import cpu_flags_needed
+from precast.exporter.several.variants import _add_variant
 from precast.exporter.validation.record import record_accuracy
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
@@ -22,9 +23,11 @@ from precast.runtime.artifact.publish import copy_artifact
 from precast.runtime.artifact.schema import Accuracy, Host
 from precast.runtime.errors import AccuracyError, HostError, UsageError
 from precast.runtime.hosts import select
+from precast.runtime.hosts.machine import cpu_flags
 
 ROW = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 SIZES = {"batch_size": 1, "sequence_length": (24,)}
+LEVELS = {flag for level in ("avx2", "avx512") for flag in cpu_flags_needed(level)}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,7 @@ def test_each_is_given_what_it_takes(checkpoint):
     bounded.check()
     bounded.for_backend("onnx").check()
     assert bounded.for_backend("aoti").max_kl == 0.01
+    assert [one.isa for one in asked.per_variant()] == ["avx2", "native"]
     mine = asked.for_backend("aoti")
     assert (mine.isa, mine.auto_cast, mine.auto_cast_type) == ("avx2", "matmul", "bf16")
     reverse = ExportOptions(backend="onnx", also=("aoti",), isa="avx2", **SIZES)
@@ -105,12 +109,37 @@ def test_each_is_given_what_it_takes(checkpoint):
         ({"also": ("tpu",)}, "There is no backend 'tpu'"),
         ({"also": ("export",), "isa": "avx2"}, "--isa avx2 is not for --backend onnx"),
         ({"backend": "auto", "also": ("onnx",)}, "--backend auto keeps one backend's files, and --also adds another's"),
+        ({"backend": "auto", "isa": "avx2,avx512"}, "--backend auto keeps one variant, .* name --backend aoti"),
+        ({"backend": "aoti", "isa": "avx2,sse2"}, "--isa 'sse2' is not supported; the choices are: native, avx2"),
+        ({"backend": "aoti", "isa": "avx2,"}, "--isa '' is not supported"),
+        ({"backend": "aoti", "isa": "avx2,avx2"}, "--isa names a level twice: avx2,avx2"),
+        ({"backend": "aoti", "isa": "avx2,avx512", "device": "cuda"}, "with --device cuda give one"),
+        ({"isa": "avx2,avx512"}, "--isa avx2,avx512 is not for --backend onnx"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_any_work(checkpoint, tmp_path, options, words):
     with pytest.raises(UsageError, match=words):
         export(str(checkpoint("llama")), tmp_path / "out", ExportOptions(**SIZES, **options))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not cpu_flags() >= LEVELS, reason="this CPU does not have both levels")
+def test_several_levels_of_instructions_share_their_weights(checkpoint, tmp_path, monkeypatch):
+    source = str(checkpoint("llama", num_hidden_layers=1))
+    made = export(source, tmp_path / "out", ExportOptions(backend="aoti", isa="avx2,avx512", **SIZES))
+    assert [each.name for each in made.contract.variants] == ["aoti-avx2", "aoti-avx512"]
+    assert {each.accuracy.status for each in made.contract.variants} == {"passed"}
+    assert {name for each in made.contract.variants for name in each.weights} == {"model.safetensors"}
+    libraries = [graph.file for each in made.contract.variants for graph in each.graphs]
+    assert sorted(libraries) == ["aoti-avx512/decode.so", "aoti-avx512/prefill.so", "decode.so", "prefill.so"]
+    best = CompiledModelForCausalLM.from_pretrained(made.path)
+    assert best.variant.name == "aoti-avx512"
+    monkeypatch.setattr(select, "cpu_flags", lambda: frozenset(made.contract.variants[0].host.isa))
+    other = CompiledModelForCausalLM.from_pretrained(made.path)
+    assert other.variant.name == "aoti-avx2"
+    expected = oracle.greedy(source, ROW, max_new_tokens=8)
+    for model in (best, other):
+        assert model.generate(np.array([ROW]), max_new_tokens=8, do_sample=False)[0, len(ROW) :].tolist() == expected
 
 
 def test_if_one_fails_nothing_is_written(checkpoint, tmp_path, toy, monkeypatch):

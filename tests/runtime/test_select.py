@@ -71,6 +71,14 @@ def test_versions_are_numbers(have, minimum, runs):
     assert isinstance(verdict, Accepted) == runs
 
 
+def test_of_one_backend_the_most_instructions_are_chosen():
+    old, new = (_variant(f"native-{len(isa)}", ["linux-x86_64"], isa=isa) for isa in (["avx2"], ["avx2", "avx512f"]))
+    contract = handmade.contract(variants=[old, new])
+    assert choose_variant(contract, XEON) == new
+    assert choose_variant(contract, Machine("linux-x86_64", frozenset({"avx2"}))) == old
+    assert choose_variant(contract, XEON, old.name) == old
+
+
 def test_the_first_that_runs_is_chosen():
     contract = handmade.contract(variants=[CUDA, NATIVE, ONNX])
     assert choose_variant(contract, XEON) == NATIVE

@@ -13,8 +13,8 @@ from .kinds.plan import Plan
 from .options import AUTO, ExportOptions
 from .pipeline import OnPlan, export_variant, plan_variant
 from .progress import OnStep
-from .several.fallback import export_with_others
 from .several.fastest import export_fastest
+from .several.variants import export_variants
 
 __all__ = ["export", "preview"]
 
@@ -42,11 +42,12 @@ def export(
         UsageError: an unknown option, or one that does not fit the others.
         PrecastError: a step failed, as its subclasses say; `target` is then as it was.
     """
-    options = _merge_options(options, keywords)
-    if options.also:
-        return export_with_others(model, Path(target), options, on_step, on_plan)
-    export_one = export_fastest if options.backend == AUTO else export_variant
-    return export_one(model, Path(target), options, on_step, on_plan)
+    options, target = _merge_options(options, keywords), Path(target)
+    options.check()
+    if options.backend == AUTO:
+        return export_fastest(model, target, options, on_step, on_plan)
+    export_all = export_variants if len(options.per_variant()) > 1 else export_variant
+    return export_all(model, target, options, on_step, on_plan)
 
 
 def preview(model: str, options: ExportOptions | None = None, **keywords: Any) -> Plan:

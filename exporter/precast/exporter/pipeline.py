@@ -205,11 +205,13 @@ def _contract(
 
 
 def _name_parts(options: ExportOptions) -> list[str]:
-    """What the variant's name has beside the backend: quantization, cache and precision, where they are not plain."""
+    """What the variant's name has beside the backend: quantization, cache, precision and what the backend adds, where
+    they are not plain."""
     parts = [] if options.quantize == "none" else [options.quantize]
     parts += [] if options.kv_cache == "float32" else [f"kv-{options.kv_cache}"]
     parts += [options.cast_type] if options.is_cast else []
-    return parts + ([options.auto_cast] if options.auto_cast != "none" else [])
+    parts += [options.auto_cast] if options.auto_cast != "none" else []
+    return [*parts, *options.backend_options.name_parts()]
 
 
 def _cast_notes(options: ExportOptions) -> dict[str, str]:

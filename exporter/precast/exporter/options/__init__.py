@@ -158,6 +158,11 @@ class ExportOptions:
         such backend."""
         return fill(options_class(get_backend(self.backend)), dict(self.backend_keywords))
 
+    def per_variant(self) -> list[ExportOptions]:
+        """The request of each variant of the artifact. Raises UsageError where there is no such backend."""
+        requests = [self.for_backend(name) for name in (self.backend, *self.also)]
+        return [one.replace(**vars(own)) for one in requests for own in one.backend_options.variants()]
+
     @property
     def is_lossy(self) -> bool:
         """Whether less than fp32 is asked for, so that the artifact is held to a loss rather than to a difference."""
@@ -167,9 +172,16 @@ class ExportOptions:
         """Raise one UsageError that lists everything wrong with these options; with the backend "auto" what is wrong
         with the first that it stands for, where none takes them."""
         backends = list(BACKENDS) if self.backend == AUTO and not self.also else [self.backend]
-        problems = [list(self.replace(backend=name).problems()) for name in backends]
+        asked = [self.replace(backend=name) for name in backends]
+        problems = [list(each.problems()) for each in asked]
         if all(problems):
             raise UsageError(" ".join(problems[0]))
+        fitting = [each for each, wrong in zip(asked, problems, strict=True) if not wrong]
+        if self.backend == AUTO and (several := [each.backend for each in fitting if len(each.per_variant()) > 1]):
+            raise UsageError(
+                f"--backend {AUTO} keeps one variant, the fastest here, and several are asked for: name --backend "
+                f"{several[0]} for all of them."
+            )
 
     def check_task(self, task: Task) -> None:
         """Raise UsageError for what these options ask of a task that has no place for it."""

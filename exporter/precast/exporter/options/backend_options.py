@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from functools import cache
 from importlib import import_module
@@ -28,6 +28,15 @@ class BackendOptions(OptionsPart):
     def problems(self) -> Iterator[str]:
         """See OptionsPart; choices are checked before, whether this backend is asked for or another."""
         yield from ()
+
+    def variants(self) -> Sequence[BackendOptions]:
+        """The options of each variant that these ask for: by default of one, these."""
+        return [self]
+
+    def name_parts(self) -> Sequence[str]:
+        """What the name of the variant has beside the backend's and that of its precision, where these options tell
+        variants apart."""
+        return []
 
     def layout_problems(self, layout: str, shapes: ShapeOptions) -> Iterator[str]:
         """Describe all that a layout which the backend's row takes has no place for, a sentence each."""

@@ -16,6 +16,7 @@ def describe(
     flags: tuple[str, ...] = (),
     metavar: str | None = None,
     section: str | None = None,
+    several: bool = False,
 ) -> dict[str, Any]:
     """The metadata of an option: `isa: str = field(default="native", metadata=describe(choices=ISAS))`.
 
@@ -25,8 +26,12 @@ def describe(
         flags: how it is typed, the usual spelling first; by default its name with dashes.
         metavar: stands for the value in the help.
         section: of the help; by default that of its backend.
+        several: whether it can be several of the choices, separated by commas.
     """
-    return {"choices": choices, "help": help_text, "flags": flags, "metavar": metavar, "section": section}
+    return {
+        "choices": choices, "help": help_text, "flags": flags, "metavar": metavar, "section": section,
+        "several": several,
+    }  # fmt: skip
 
 
 def flag_of(each: Field[Any] | str) -> str:
@@ -40,8 +45,10 @@ def flag_of(each: Field[Any] | str) -> str:
 def choice_problems(each: Field[Any], value: object) -> Iterator[str]:
     """Say so where the value is none of the choices that the field declares."""
     choices = each.metadata.get("choices", ())
-    if choices and value is not None and value not in choices:
-        yield f"{flag_of(each)} {value!r} is not supported; the choices are: {', '.join(map(str, choices))}."
+    values = str(value).split(",") if each.metadata.get("several") else [value]
+    for one in values:
+        if choices and one is not None and one not in choices:
+            yield f"{flag_of(each)} {one!r} is not supported; the choices are: {', '.join(map(str, choices))}."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,13 +116,15 @@ def choose_variant(
     provider: str | None = None,
     root: Path | None = None,
 ) -> Variant:
-    """The first variant that runs on `machine`, or the one called `name`, where `device` and `provider` ask for it.
-    `root` is the artifact's directory, where headers of its files are looked at.
+    """The first variant that runs on `machine`, or the one called `name`, where `device` and `provider` ask for it; of
+    several of one backend that with the most of this CPU's instructions. `root` is the artifact's directory, where
+    headers of its files are looked at.
 
     Raises HostError with every reason.
     """
     if name is not None and name not in (known := [variant.name for variant in contract.variants]):
         raise HostError(f"The artifact has no variant {name!r}. It has: {', '.join(known)}.")
+    accepted: list[Variant] = []
     rejected = []
     for variant in contract.variants:
         if name is not None and variant.name != name:
@@ -130,8 +132,12 @@ def choose_variant(
         headers = neff_headers(root, variant) if root else []
         verdict = _reject_device(variant, device, provider) or judge(variant, machine, headers)
         if isinstance(verdict, Accepted):
-            return variant
-        rejected.append(verdict)
+            accepted.append(variant)
+        else:
+            rejected.append(verdict)
+    if accepted:
+        alike = (variant for variant in accepted if variant.backend == accepted[0].backend)
+        return max(alike, key=lambda variant: len(variant.host.isa))
     reasons = "; ".join(f"{verdict.variant.name}: {verdict.reason}" for verdict in rejected)
     raise HostError(f"No variant of this artifact runs here. {reasons}.")
 

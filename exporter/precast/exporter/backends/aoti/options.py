@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from ...options.backend_options import BackendOptions
 from ...options.declaration import describe
@@ -18,7 +19,8 @@ class AotiOptions(BackendOptions):
     """What native code is compiled for.
 
     Attributes:
-        isa: the instructions of the CPU that native code may use: those that this machine has, or a level.
+        isa: the instructions of the CPU that native code may use: those that this machine has, or a level; of several,
+            separated by commas, each is a variant of its own.
         device: where native code runs.
     """
 
@@ -27,8 +29,9 @@ class AotiOptions(BackendOptions):
         metadata=describe(
             choices=ISAS,
             section="Precision",
-            metavar="LEVEL",
-            help_text="Native code for CPUs with: avx2, avx512, or what this one has.",
+            metavar="LEVEL[,LEVEL…]",
+            help_text="Native code for CPUs with: avx2, avx512, what this one has (native); or for several.",
+            several=True,
         ),
     )
     device: str = field(
@@ -37,3 +40,23 @@ class AotiOptions(BackendOptions):
             choices=DEVICES, section="Precision", metavar="DEVICE", help_text="Native code for: cpu, cuda."
         ),
     )
+
+    @property
+    def levels(self) -> list[str]:
+        """The levels of instructions, one or several."""
+        return self.isa.split(",")
+
+    def problems(self) -> Iterator[str]:
+        """See OptionsPart."""
+        if len(set(self.levels)) != len(self.levels):
+            yield f"--isa names a level twice: {self.isa}."
+        if len(self.levels) > 1 and self.device != "cpu":
+            yield f"--isa {self.isa} are several levels of a CPU's instructions; with --device {self.device} give one."
+
+    def variants(self) -> Sequence[AotiOptions]:
+        """See BackendOptions: one per level."""
+        return [replace(self, isa=level) for level in self.levels]
+
+    def name_parts(self) -> Sequence[str]:
+        """See BackendOptions."""
+        return [] if self.isa == "native" else [self.isa]

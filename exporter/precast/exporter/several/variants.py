@@ -1,4 +1,5 @@
-"""`--also BACKEND`: the model compiled by further backends, too, for hosts that lack the first's device.
+"""Several variants in one artifact: `--also BACKEND` for hosts that lack the first's device, `--isa LEVEL,LEVEL` for
+CPUs of several kinds.
 
     export each into a folder beside the target -> move the further ones into the first -> publish
 
@@ -22,27 +23,27 @@ from ..options import ExportOptions
 from ..pipeline import OnPlan, export_variant, publish_with_card
 from ..progress import OnStep, prefixed
 
-__all__ = ["export_with_others"]
+__all__ = ["export_variants"]
 
 _SHARED = ".safetensors"
 """Weights that variants can share: engines find them by the contract. An ONNX graph names its own, beside it."""
 
 
-def export_with_others(model: str, target: Path, options: ExportOptions, on_step: OnStep, on_plan: OnPlan) -> Artifact:
-    """Export with `options.backend` and with all of `options.also`, and publish one artifact, all or nothing.
+def export_variants(model: str, target: Path, options: ExportOptions, on_step: OnStep, on_plan: OnPlan) -> Artifact:
+    """Export each of `options.per_variant()`, and publish one artifact, all or nothing.
 
     Raises PrecastError: what the first export raised that failed; `target` is then as it was.
     """
     options.check()
     check_target(target, force=options.force)
     with staging(target) as folder:
-        alone = options.replace(force=False)
-        first = export_variant(model, folder / "first", alone.for_backend(options.backend), on_step, on_plan)
-        for backend in options.also:
-            place, named = folder / backend, prefixed(on_step, backend)
-            other = export_variant(model, place, alone.for_backend(backend), named, lambda plan: None)
+        request, *others = options.replace(force=False).per_variant()
+        first = export_variant(model, folder / "first", request, on_step, on_plan)
+        for request in others:
+            name = "-".join([request.backend, *request.backend_options.name_parts()])
+            other = export_variant(model, folder / name, request, prefixed(on_step, name), lambda plan: None)
             first = _add_variant(first, other)
-            shutil.rmtree(place)
+            shutil.rmtree(folder / name)
         publish_with_card(first, resolve(model, options), target, options, on_step)
     return read_artifact(target)
 
