@@ -1,4 +1,5 @@
-"""Encoders as native code: weights packed into the library where that pays, and shared by the libraries elsewhere."""
+"""Encoders as native code: libraries that stand alone and share their weights, or have them packed within where that
+pays."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch import nn
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.backends.aoti import freezing
+from precast.exporter.backends.aoti import freezing, isa
 from precast.exporter.backends.aoti.options import AotiOptions
+from precast.exporter.backends.aoti.standalone import link
 from precast.runtime import CompiledModelForFeatureExtraction
 
 ROWS = [[5, 9, 30, 7, 200, 41, 17], [80, 3, 3]]
@@ -25,17 +28,32 @@ def lowered(role="encode", cache=(), count=100):
     )
 
 
-def test_when_it_pays():
+def test_what_can_be_frozen():
     native = AotiOptions()
-    assert freezing.should_freeze([lowered(), lowered()], native)
-    assert not freezing.should_freeze([lowered(), lowered(role="decoder")], native), (
-        "an encoder-decoder shares its table"
-    )
-    assert not freezing.should_freeze([lowered()], AotiOptions(isa="avx2")), "packed for this CPU only"
-    assert not freezing.should_freeze([lowered()], AotiOptions(device="cuda"))
+    assert freezing.can_freeze([lowered(), lowered()], native)
+    assert not freezing.can_freeze([lowered(), lowered(role="decoder")], native), "an encoder-decoder shares its table"
+    assert not freezing.can_freeze([lowered()], AotiOptions(isa="avx2")), "packed for this CPU only"
+    assert not freezing.can_freeze([lowered()], AotiOptions(device="cuda"))
     half = freezing.MAX_BYTES // 4 // 2
-    assert freezing.should_freeze([lowered(count=half)] * 2, native)
-    assert not freezing.should_freeze([lowered(count=half)] * 3, native), "a copy in every library is too much"
+    assert freezing.can_freeze([lowered(count=half)] * 2, native)
+    assert not freezing.can_freeze([lowered(count=half)] * 3, native), "a copy in every library is too much"
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "flags", "narrow", "pays"),
+    [
+        (nn.Linear(4, 4), torch.zeros(2, 4), {"avx512_bf16"}, False, False),
+        (nn.Linear(4, 4).bfloat16(), torch.zeros(2, 4).bfloat16(), {"avx512_bf16"}, True, True),
+        (nn.Linear(4, 4).bfloat16(), torch.zeros(2, 4).bfloat16(), set(), False, False),
+        (nn.Linear(4, 4).half(), torch.zeros(2, 4).half(), {"avx512_bf16"}, False, False),
+        (nn.Conv1d(4, 4, 3), torch.zeros(2, 4, 8), set(), False, True),
+    ],
+)  # fmt: skip
+def test_when_it_pays(monkeypatch, module, x, flags, narrow, pays):
+    monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({*isa._V4, *flags}))
+    program = SimpleNamespace(exported=torch.export.export(module, (x,)))
+    assert freezing.multiplies_narrow([program], "native") == narrow
+    assert freezing.pays([program], "native") == pays
 
 
 def check(path, source, tolerance):
@@ -55,10 +73,18 @@ def made(source, target, **options):
     return export(str(source), target, ExportOptions(**asked)).contract.variants[0]
 
 
-@pytest.mark.slow
 # Which is right where it has none, and a test of its own.
-@pytest.mark.filterwarnings("ignore:This CPU has no instructions that multiply bfloat16")
-def test_a_frozen_encoder_in_bfloat16(checkpoint, tmp_path):
+WARNED = pytest.mark.filterwarnings("ignore:.*has no instructions that multiply bfloat16")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    monkeypatch.setattr(freezing, "pays", lambda *_: True)
+
+
+@pytest.mark.slow
+@WARNED
+def test_a_frozen_encoder_in_bfloat16(checkpoint, tmp_path, onednn):
     source = checkpoint("bert", "AutoModel")
     variant = made(source, tmp_path / "out", auto_cast="matmul")
     assert (variant.name, variant.dtype, variant.weights) == ("aoti-bf16-matmul", "float32", [])
@@ -69,15 +95,41 @@ def test_a_frozen_encoder_in_bfloat16(checkpoint, tmp_path):
     check(tmp_path / "out", source, 0.05)
 
 
+def test_an_encoder_in_float32_stands_alone(checkpoint, tmp_path):
+    source = checkpoint("bert", "AutoModel")
+    variant = made(source, tmp_path / "out", sequence_length=(8, 16))
+    assert (variant.requires_torch, variant.weights) == ([], ["model.safetensors"])
+    check(tmp_path / "out", source, 1e-4)
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*has no instructions")
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"isa": "avx2"}, {"isa": "avx2", "dtype": "bfloat16"}, {"dtype": "bfloat16"}, {"sequence_length": (8, 16)}],
-)
-def test_frozen_or_not_the_answers_are_the_reference(checkpoint, tmp_path, options):
+@WARNED
+@pytest.mark.parametrize("options", [{"isa": "avx2"}, {"isa": "avx2", "dtype": "bfloat16"}])
+def test_for_other_machines_nothing_is_frozen(checkpoint, tmp_path, onednn, options):
     source = checkpoint("bert", "AutoModel")
     variant = made(source, tmp_path / "out", **options)
-    assert variant.compiler.options["frozen"] == (not variant.weights) == ("isa" not in options)
+    assert (variant.compiler.options["frozen"], bool(variant.weights)) == (False, True)
     assert variant.dtype == options.get("dtype", "float32")
     check(tmp_path / "out", source, 0.05 if "dtype" in options else 1e-4)
+
+
+@pytest.mark.slow
+@WARNED
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"sequence_length": (8, 16)}])
+def test_frozen_answers_are_the_reference(checkpoint, tmp_path, onednn, options):
+    source = checkpoint("bert", "AutoModel")
+    variant = made(source, tmp_path / "out", **options)
+    assert (variant.compiler.options["frozen"], variant.weights, variant.requires_torch) == (True, [], ["oneDNN"])
+    check(tmp_path / "out", source, 0.05 if "dtype" in options else 1e-4)
+
+
+@pytest.mark.slow
+def test_what_cannot_stand_alone_is_frozen(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(link, "_MATMUL_PIECE", "math")
+    source = checkpoint("bert", "AutoModel")
+    variant = made(source, tmp_path / "out", sequence_length=(8, 16))
+    assert (variant.compiler.options["frozen"], variant.weights) == (True, [])
+    assert variant.requires_torch[0] == "oneDNN"
+    assert any("mm" in name for name in variant.requires_torch[1:])
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    check(tmp_path / "out", source, 1e-4)

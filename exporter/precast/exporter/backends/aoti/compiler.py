@@ -6,6 +6,7 @@ import platform
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,25 +60,19 @@ class AotiCompiler:
         lowering = lowering_options_for(native.device, native.isa)
         _warn_of_float32_matmuls(native, options.precision, lowering)
         lowered = [lower(program, lowering) for program in programs]
-        is_frozen, is_cpu = freezing.should_freeze(lowered, native), native.device == "cpu"
-        if not is_frozen:
-            # Before anything moves to a GPU: here all graphs still hold the same tensors.
-            save_weights(lowered, stage / WEIGHTS)
+        is_cpu = native.device == "cpu"
         with compiler_workspace():
-            if is_cpu and not is_frozen:
-                graphs, missing = _build_alone(lowered, stage, native)
+            if not is_cpu:
+                # Before anything moves to a GPU: here all graphs still hold the same tensors.
+                save_weights(lowered, stage / WEIGHTS)
+                built = _Built(list(_build_libraries(lowered, stage, native, {})), ["CUDA"])
+                free_gpu_memory()
             else:
-                # What is frozen calls oneDNN, through PyTorch, and a GPU's code calls its runtime.
-                extra = freezing.FREEZING_OPTIONS if is_frozen else {}
-                graphs, missing = (
-                    list(_build_libraries(lowered, stage, native, extra)),
-                    ["oneDNN" if is_frozen else "CUDA"],
-                )
-        if not is_cpu:
-            free_gpu_memory()
+                built = _build_for_cpu(lowered, stage, native)
+        graphs, missing = built.graphs, built.missing
         return Compiled(
             graphs=graphs,
-            weights=[] if is_frozen else [WEIGHTS],
+            weights=[] if built.is_frozen else [WEIGHTS],
             host=Host(
                 platforms=[f"{platform.system().lower()}-{platform.machine()}"],
                 device=native.device,
@@ -89,7 +84,7 @@ class AotiCompiler:
                 version=release_of("torch"),
                 options={
                     "isa": native.isa,
-                    "frozen": is_frozen,
+                    "frozen": built.is_frozen,
                     **({"products": matmul_dtype_names(lowering)} if is_cpu else gpu_facts()),
                 },
                 torch=release_of("torch"),
@@ -112,15 +107,43 @@ def _warn_of_float32_matmuls(native: AotiOptions, precision: PrecisionOptions, l
         )
 
 
-def _build_alone(lowered: list[Lowered], stage: Path, native: AotiOptions) -> tuple[list[Graph], list[str]]:
-    """Compile the programs so that all libraries stand alone; where one cannot, all are linked with PyTorch. Also
-    returns why."""
-    with Linker(native.isa) as linker:
-        graphs = list(_build_libraries(lowered, stage, native, {}, linker))
-        if linker.missing:
-            for graph, library in zip(graphs, linker.link_with_torch(), strict=False):
-                finish_library(library, stage / graph.file)
-        return graphs, sorted(linker.missing)
+@dataclass(frozen=True)
+class _Built:
+    """Libraries, what they call that only PyTorch has, and whether their weights are within."""
+
+    graphs: list[Graph]
+    missing: list[str]
+    is_frozen: bool = False
+
+
+def _build_for_cpu(lowered: list[Lowered], stage: Path, native: AotiOptions) -> _Built:
+    """Compile the programs so that all libraries stand alone. Where one cannot, or where oneDNN is faster, they are
+    frozen if they can be, and else linked with PyTorch."""
+    can_freeze, missing = freezing.can_freeze(lowered, native), ["oneDNN"]
+    if not (can_freeze and freezing.pays(lowered, native.isa)):
+        save_weights(lowered, stage / WEIGHTS)
+        # Each is released when it is compiled, unless it may be compiled once more.
+        built = _build_alone(list(lowered) if can_freeze else lowered, stage, native, gives_up=can_freeze)
+        if not (built.missing and can_freeze):
+            return built
+        (stage / WEIGHTS).unlink()
+        missing += built.missing
+    graphs = list(_build_libraries(lowered, stage, native, freezing.FREEZING_OPTIONS))
+    return _Built(graphs, missing, is_frozen=True)
+
+
+def _build_alone(lowered: list[Lowered], stage: Path, native: AotiOptions, *, gives_up: bool) -> _Built:
+    """Compile the programs so that all libraries stand alone. Where one cannot, all are linked with PyTorch, or the
+    others are not even compiled, if it `gives_up`."""
+    with Linker(native.isa, has_products=not freezing.multiplies_narrow(lowered, native.isa)) as linker:
+        graphs = []
+        for graph in _build_libraries(lowered, stage, native, {}, linker):
+            graphs.append(graph)
+            if linker.missing and gives_up:
+                return _Built(graphs, sorted(linker.missing))
+        for graph, library in zip(graphs, linker.link_with_torch() if linker.missing else (), strict=False):
+            finish_library(library, stage / graph.file)
+        return _Built(graphs, sorted(linker.missing))
 
 
 def _versions_needed(graphs: list[Graph], stage: Path) -> dict[str, str]:

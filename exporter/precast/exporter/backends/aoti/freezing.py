@@ -1,18 +1,23 @@
 """Freezing: encoders' weights packed at export for this CPU's kernels, within their libraries.
 
-GEMMs then call oneDNN with weights in its own layout, bias and activation fused: twice as fast as with plain weights.
-The price is a copy of the weights in every library, and libraries that only CPUs of the same kind can open.
+Products then call oneDNN, through PyTorch, with weights in its own layout. The price is a copy of the weights in every
+library, and libraries that only CPUs of the same kind can open: so only what oneDNN computes faster than our own
+products is frozen, convolutions and products in dtypes that the CPU has matrix instructions for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import fx
+
+from ...precision import MATMULS, operator_of
 from ..aten.lowered import Lowered
+from .isa import matmul_dtypes
 from .options import AotiOptions
 
-__all__ = ["FREEZING_OPTIONS", "should_freeze"]
+__all__ = ["FREEZING_OPTIONS", "can_freeze", "multiplies_narrow", "pays"]
 
 FREEZING_OPTIONS: dict[str, Any] = {
     "freezing": True,
@@ -25,15 +30,30 @@ MAX_BYTES = 2**30
 """Of weights, in all libraries together."""
 
 
-def should_freeze(programs: Sequence[Lowered], native: AotiOptions) -> bool:
-    """Whether to freeze: encoders that are small enough to be stored once per graph, for the machine that compiles
-    them.
+def can_freeze(programs: Sequence[Lowered], native: AotiOptions) -> bool:
+    """Whether they are encoders that are small enough to be stored once per graph, for the machine that compiles them.
 
     A decoder's weights are shared by prefill and decode step, which reads each of them once whatever its layout.
     """
     is_encoder = all(program.graph.role == "encode" and not program.graph.cache for program in programs)
     is_here = native.isa == "native" and native.device == "cpu"
     return is_encoder and is_here and sum(map(_weight_bytes, programs)) <= MAX_BYTES
+
+
+def pays(programs: Sequence[Lowered], isa: str) -> bool:
+    """Whether oneDNN computes them faster than the products of libraries that stand alone."""
+    return multiplies_narrow(programs, isa) or any("conv" in str(node.target) for node in _products(programs))
+
+
+def multiplies_narrow(programs: Sequence[Lowered], isa: str) -> bool:
+    """Whether products are taken in a dtype narrower than float32 that a CPU of this level has instructions for."""
+    dtypes = matmul_dtypes(isa)
+    return any(node.meta["val"].dtype in dtypes for node in _products(programs))
+
+
+def _products(programs: Sequence[Lowered]) -> Iterator[fx.Node]:
+    nodes = (node for program in programs for node in program.exported.graph.nodes)
+    return (node for node in nodes if operator_of(node) in MATMULS)
 
 
 def _weight_bytes(program: Lowered) -> int:

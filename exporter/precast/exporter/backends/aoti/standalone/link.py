@@ -25,7 +25,7 @@ from torch._inductor import cpp_builder
 
 from precast.runtime.errors import ExportError
 
-from ..isa import cpu_flags_needed, march, matmul_dtypes
+from ..isa import cpu_flags_needed, march
 
 __all__ = ["Linker"]
 
@@ -45,13 +45,17 @@ class Linker:
     """Links the libraries of a variant: all so that they stand alone, or all with PyTorch. Used as a context, within
     the compiler's workspace.
 
+    With `has_products` our own products of matrices are among the pieces; their sums are float32, and PyTorch is faster
+    in dtypes that the CPU has instructions for.
+
     Attributes:
         missing: why they do not stand alone: the calls that only PyTorch answers, so far, or what the tools refuse.
     """
 
-    def __init__(self, isa: str) -> None:
+    def __init__(self, isa: str, *, has_products: bool) -> None:
         self.missing: set[str] = set()
         self._isa = isa
+        self._pieces = (*_PIECES, _MATMUL_PIECE) if has_products else _PIECES
         # Inductor makes it when it first writes there.
         cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         cache.mkdir(parents=True, exist_ok=True)
@@ -111,10 +115,7 @@ class Linker:
         return [str(shutil.copy(word, folder)) if word.endswith(".o") else word for word in command]
 
     def _compile_pieces(self) -> list[Path]:
-        """The pieces' object files for this level of instructions, kept beside what Inductor keeps.
-
-        Where the CPU multiplies bfloat16, products are left to PyTorch, which does so.
-        """
+        """The pieces' object files for this level of instructions, kept beside what Inductor keeps."""
         flags = [*_FLAGS, f"-march={march(self._isa)}", "-isystem", str(Path(torch.__file__).parent / "include")]
         texts = b"".join(file.read_bytes() for file in sorted(_SOURCES.iterdir()))
         compiler = _run([cpp_builder.get_cpp_compiler(), "--version"]).stdout
@@ -123,8 +124,7 @@ class Linker:
             Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / f"precast-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         )
         folder.mkdir(parents=True, exist_ok=True)
-        names = _PIECES if torch.bfloat16 in matmul_dtypes(self._isa) else (*_PIECES, _MATMUL_PIECE)
-        return [self._compile_piece(_SOURCES / f"{name}.cpp", folder, flags) for name in names]
+        return [self._compile_piece(_SOURCES / f"{name}.cpp", folder, flags) for name in self._pieces]
 
     def _compile_piece(self, source: Path, folder: Path, flags: Sequence[str]) -> Path:
         target = folder / f"{source.stem}.o"

@@ -2,7 +2,8 @@
 //
 // A thread takes a panel of NR columns of b at a time, packs it so that it is read in one stream, and multiplies all
 // rows of a with it, MR at a time: their sums fit into registers (Goto and van de Geijn 2008, "Anatomy of
-// High-Performance Matrix Multiplication"). All sums are float32, to which packing converts.
+// High-Performance Matrix Multiplication"). All sums are float32, to which packing converts. A few rows are multiplied
+// with a weight as it lies.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -115,21 +116,67 @@ void gather(float* to, const char* from, int64_t count, int64_t stride, int32_t 
 template <int ROWS>
 void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* sums) {
   Vec tile[ROWS][VECTORS];
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) tile[r][v] = *reinterpret_cast<const Vec*>(sums + r * NR + v * LANES);
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) row[v] = *reinterpret_cast<const Vec*>(panel + k * NR + v * LANES);
-#pragma GCC unroll 6
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const float x = a[r * a_stride + k];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) tile[r][v] += x * row[v];
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Vec*>(sums + r * NR + v * LANES) = tile[r][v];
+}
+
+// A step of a transposition: of two rows that are SIZE apart, what lies beside the diagonal of blocks of that size
+// changes places.
+template <int SIZE>
+void swap_across(Vec& upper, Vec& lower) {
+  typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
+  // The second row's lanes are counted from LANES on.
+  Lanes up, down;
+  for (int i = 0; i < LANES; ++i) {
+    up[i] = i & SIZE ? LANES + i - SIZE : i;
+    down[i] = i & SIZE ? LANES + i : i + SIZE;
+  }
+  const Vec above = __builtin_shuffle(upper, lower, up);
+  lower = __builtin_shuffle(upper, lower, down);
+  upper = above;
+}
+
+template <int SIZE>
+void transpose_blocks(Vec (&rows)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & SIZE)) swap_across<SIZE>(rows[i], rows[i + SIZE]);
+  if constexpr (SIZE > 1) transpose_blocks<SIZE / 2>(rows);
+}
+
+// A square of a weight [N, K], LANES of each, written as [K, NR].
+void transpose_square(const float* from, int64_t stride, float* to) {
+  Vec rows[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) rows[i] = *reinterpret_cast<const Vec*>(from + i * stride);
+  transpose_blocks<LANES / 2>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) *reinterpret_cast<Vec*>(to + i * NR) = rows[i];
+}
+
+// The same of `columns` times `depth` numbers that may lie anyhow.
+void transpose_anyhow(const Matrix& b, int64_t k, int64_t first, int64_t depth, int64_t columns, float* to) {
+  float square[LANES][LANES];
+  for (int64_t c = 0; c < columns; ++c) gather(square[c], b.at(k, first + c), depth, b.row_stride, b.dtype);
+  for (int64_t r = 0; r < depth; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[r * NR + c] = square[c][r];
 }
 
 // Packs columns `first` to `first + count` of b, rows `k` to `k + depth`, with zeros up to NR columns.
@@ -140,27 +187,85 @@ void pack_panel(const Matrix& b, int64_t first, int64_t count, int64_t k, int64_
     return;
   }
   // A weight [N, K] seen from its other side: squares of it, which are read along k.
-  constexpr int64_t BLOCK = 16;
-  float square[BLOCK][BLOCK];
-  for (int64_t i = 0; i < depth; i += BLOCK)
-    for (int64_t n = 0; n < count; n += BLOCK) {
-      const int64_t rows = std::min(BLOCK, depth - i), columns = std::min(BLOCK, count - n);
-      for (int64_t c = 0; c < columns; ++c)
-        gather(square[c], b.at(k + i, first + n + c), rows, b.row_stride, b.dtype);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) to[(i + r) * NR + n + c] = square[c][r];
+  const bool is_weight = b.dtype == FLOAT32 && b.row_stride == 1;
+  for (int64_t n = 0; n < count; n += LANES)
+    for (int64_t i = 0; i < depth; i += LANES) {
+      const int64_t rows = std::min<int64_t>(LANES, depth - i), columns = std::min<int64_t>(LANES, count - n);
+      float* const square = to + i * NR + n;
+      if (is_weight && rows == LANES && columns == LANES)
+        transpose_square(reinterpret_cast<const float*>(b.at(k + i, first + n)), b.column_stride, square);
+      else
+        transpose_anyhow(b, k + i, first + n, rows, columns, square);
     }
 }
 
+template <int ROWS>
 void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const float* panel, int64_t depth, float* sums) {
-  switch (rows) {
-    case 1: return multiply_tile<1>(a, a_stride, panel, depth, sums);
-    case 2: return multiply_tile<2>(a, a_stride, panel, depth, sums);
-    case 3: return multiply_tile<3>(a, a_stride, panel, depth, sums);
-    case 4: return multiply_tile<4>(a, a_stride, panel, depth, sums);
-    case 5: return multiply_tile<5>(a, a_stride, panel, depth, sums);
-    default: return multiply_tile<MR>(a, a_stride, panel, depth, sums);
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return multiply_rows<ROWS - 1>(rows, a, a_stride, panel, depth, sums);
   }
+  multiply_tile<ROWS>(a, a_stride, panel, depth, sums);
+}
+
+// ------------------------------------------------------------------ few rows
+
+// Up to so many rows a weight is not packed, which would take longer than multiplying them.
+constexpr int64_t FEW_ROWS = 8;
+// The tile of dot products whose sums fit into registers.
+constexpr int DOT_ROWS = LANES == 16 ? 4 : 3, DOT_COLUMNS = 4;
+static_assert(NR % DOT_COLUMNS == 0);
+
+// Replaces each of LANES vectors by the sum of its lanes, which is the lane of its number in the result.
+Vec sum_lanes(Vec (&each)[LANES]) {
+  transpose_blocks<LANES / 2>(each);
+#pragma GCC unroll 16
+  for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) each[i] += each[i + half];
+  return each[0];
+}
+
+// sums [ROWS, NR] of DOT_COLUMNS columns = a [ROWS, depth] times rows of a weight, w [DOT_COLUMNS, depth].
+template <int ROWS>
+void dot_tile(const float* a, int64_t a_stride, const float* w, int64_t w_stride, int64_t depth, float* sums) {
+  // As many as whole groups of LANES.
+  constexpr int COUNT = (ROWS * DOT_COLUMNS + LANES - 1) / LANES * LANES;
+  Vec tile[COUNT] = {};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    Vec column[DOT_COLUMNS];
+#pragma GCC unroll 4
+    for (int c = 0; c < DOT_COLUMNS; ++c) column[c] = *reinterpret_cast<const Vec*>(w + c * w_stride + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec x = *reinterpret_cast<const Vec*>(a + r * a_stride + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < DOT_COLUMNS; ++c) tile[r * DOT_COLUMNS + c] += x * column[c];
+    }
+  }
+  float found[COUNT];
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; i += LANES) {
+    Vec some[LANES];
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; ++j) some[j] = tile[i + j];
+    *reinterpret_cast<Vec*>(found + i) = sum_lanes(some);
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < DOT_COLUMNS; ++c) {
+      float sum = found[r * DOT_COLUMNS + c];
+      for (int64_t rest = k; rest < depth; ++rest) sum += a[r * a_stride + rest] * w[c * w_stride + rest];
+      sums[r * NR + c] = sum;
+    }
+}
+
+template <int ROWS>
+void dot_rows(
+    int64_t rows, const float* a, int64_t a_stride, const float* w, int64_t w_stride, int64_t depth, float* sums) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return dot_rows<ROWS - 1>(rows, a, a_stride, w, w_stride, depth, sums);
+  }
+  dot_tile<ROWS>(a, a_stride, w, w_stride, depth, sums);
 }
 
 // c = alpha * a b + beta * added, which is c's size or broadcast by strides of 0.
@@ -172,13 +277,10 @@ struct Product {
   void compute(int64_t first, int64_t begin, int64_t end, float* space) const {
     const int64_t count = std::min<int64_t>(NR, b.columns - first), rows = end - begin;
     float *panel = space, *sums = panel + DEPTH * NR, *buffer = sums + round_rows(rows) * NR;
-    std::fill(sums, sums + rows * NR, 0.0f);
-    for (int64_t k = 0; k < a.columns; k += DEPTH) {
-      const int64_t depth = std::min(DEPTH, a.columns - k);
-      pack_panel(b, first, count, k, depth, panel);
-      for (int64_t r = 0; r < rows; r += MR)
-        multiply_block(begin + r, std::min<int64_t>(MR, rows - r), k, depth, panel, sums + r * NR, buffer);
-    }
+    if (takes_dots() && count % DOT_COLUMNS == 0)
+      multiply_few(first, count, begin, end, sums);
+    else
+      multiply_packed(first, count, begin, end, panel, sums, buffer);
     for (int64_t r = 0; r < rows; ++r) store_row(begin + r, first, count, sums + r * NR);
   }
 
@@ -186,20 +288,62 @@ struct Product {
   static int64_t space_for(int64_t rows) { return DEPTH * NR + round_rows(rows) * NR + MR * DEPTH; }
 
  private:
+  // Few rows of numbers that lie along k, as those of a weight do.
+  bool takes_dots() const {
+    const bool along_k = a.column_stride == 1 && b.row_stride == 1;
+    return a.rows <= FEW_ROWS && along_k && a.dtype == FLOAT32 && b.dtype == FLOAT32;
+  }
+
+  void multiply_few(int64_t first, int64_t count, int64_t begin, int64_t end, float* sums) const {
+    const int64_t rows = end - begin, tiles = (rows + DOT_ROWS - 1) / DOT_ROWS;
+    for (int64_t n = 0; n < count; n += DOT_COLUMNS)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t r = rows * tile / tiles, next = rows * (tile + 1) / tiles;
+        dot_rows<DOT_ROWS>(next - r, reinterpret_cast<const float*>(a.at(begin + r, 0)), a.row_stride,
+                           reinterpret_cast<const float*>(b.at(0, first + n)), b.column_stride, a.columns,
+                           sums + r * NR + n);
+      }
+  }
+
+  void multiply_packed(
+      int64_t first, int64_t count, int64_t begin, int64_t end, float* panel, float* sums, float* buffer) const {
+    const int64_t rows = end - begin;
+    std::fill(sums, sums + rows * NR, 0.0f);
+    for (int64_t k = 0; k < a.columns; k += DEPTH) {
+      const int64_t depth = std::min(DEPTH, a.columns - k);
+      pack_panel(b, first, count, k, depth, panel);
+      // Tiles of much the same height: a low one for the rest would take as long as a high one.
+      const int64_t tiles = (rows + MR - 1) / MR;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t r = rows * tile / tiles, next = rows * (tile + 1) / tiles;
+        multiply_block(begin + r, next - r, k, depth, panel, sums + r * NR, buffer);
+      }
+    }
+  }
+
   void multiply_block(
       int64_t row, int64_t rows, int64_t k, int64_t depth, const float* panel, float* sums, float* buffer) const {
     if (a.dtype == FLOAT32 && a.column_stride == 1)
-      return multiply_rows(rows, reinterpret_cast<const float*>(a.at(row, k)), a.row_stride, panel, depth, sums);
+      return multiply_rows<MR>(rows, reinterpret_cast<const float*>(a.at(row, k)), a.row_stride, panel, depth, sums);
     for (int64_t r = 0; r < rows; ++r) gather(buffer + r * DEPTH, a.at(row + r, k), depth, a.column_stride, a.dtype);
-    multiply_rows(rows, buffer, DEPTH, panel, depth, sums);
+    multiply_rows<MR>(rows, buffer, DEPTH, panel, depth, sums);
   }
 
   void store_row(int64_t row, int64_t first, int64_t count, const float* sums) const {
     char* to = const_cast<char*>(c.at(row, first));
     const int64_t step = c.column_stride * static_cast<int64_t>(element_size(c.dtype));
-    if (beta == 0.0f && alpha == 1.0f && c.dtype == FLOAT32 && c.column_stride == 1) {
-      std::memcpy(to, sums, count * sizeof(float));
-      return;
+    if (c.dtype == FLOAT32 && c.column_stride == 1) {
+      float* const out = reinterpret_cast<float*>(to);
+      if (beta == 0.0f && alpha == 1.0f) {
+        std::memcpy(out, sums, count * sizeof(float));
+        return;
+      }
+      if (beta == 0.0f || (added.dtype == FLOAT32 && added.column_stride == 1)) {
+        const float* const plus = beta == 0.0f ? sums : reinterpret_cast<const float*>(added.at(row, first));
+#pragma omp simd
+        for (int64_t n = 0; n < count; ++n) out[n] = alpha * sums[n] + beta * plus[n];
+        return;
+      }
     }
     for (int64_t n = 0; n < count; ++n) {
       float sum = alpha * sums[n];
