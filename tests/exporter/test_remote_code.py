@@ -31,12 +31,15 @@ OPTIONS = {"sequence_length": (CAPACITY,), "batch_size": 3, "trust_remote_code":
 
 @pytest.fixture(autouse=True, scope="module")
 def _private_modules(tmp_path_factory):
-    """transformers copies the code into a folder of its own before it imports it: one of this run."""
+    """transformers copies the code into a folder of its own before it imports it: one of this run. The package there
+    is forgotten afterwards: tests of this module may go on, with another folder, after some of others."""
     folder = str(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
         patch.setattr(sys, "path", [*sys.path])
         yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(
