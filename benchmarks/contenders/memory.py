@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["forget_peak", "peak", "private", "proportional", "resident", "tree"]
+__all__ = ["beside", "forget_peak", "peak", "private", "proportional", "resident", "tree"]
 
 
 def resident() -> int:
@@ -26,6 +26,16 @@ def proportional(process: int | str = "self") -> int:
 def private(process: int | str = "self") -> int:
     """Bytes now that no other process shares."""
     return sum(_field(name, process, "smaps_rollup") for name in ("Private_Clean", "Private_Dirty"))
+
+
+def beside(process: int, *folders: Path) -> int:
+    """Resident bytes now, less those of files below `folders` that are mapped."""
+    maps = Path(f"/proc/{process}/smaps").read_text()
+    resident = re.findall(
+        r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)\n(?:.*\n){2,5}?Rss: +(\d+) kB", maps, re.MULTILINE
+    )
+    within = [str(folder.resolve()) + "/" for folder in folders]
+    return sum(int(count) * 1024 for file, count in resident if not any(file.startswith(each) for each in within))
 
 
 def tree(process: int) -> int:
