@@ -26,7 +26,7 @@ import torch
 from machine import describe
 from torch import Tensor, nn
 
-from precast.exporter.backends.aoti import library
+from precast.exporter.backends.aoti import library, workspace
 from precast.exporter.backends.aoti.isa import cpu_flags_needed
 from precast.exporter.backends.aten import linear
 from precast.exporter.backends.aten.attention import AttentionContext, cached_attention
@@ -141,7 +141,7 @@ class _Module(nn.Module):
 def measured(compute: Compute, given: Sequence[Tensor], isa: str) -> float:
     """Seconds, the shortest of some repetitions."""
     exported = torch.export.export(_Module(compute), tuple(given))
-    with tempfile.TemporaryDirectory() as folder, library.compiler_workspace():
+    with tempfile.TemporaryDirectory() as folder, workspace.compiler_workspace():
         file = Path(folder) / "case.so"
         library.build_library(exported, file, isa)
         runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(file), 1)

@@ -82,8 +82,8 @@ def test_python_m_precast_from_within_a_foreign_folder(trap):
 
 
 def test_a_child_of_inductor_does_not_import_from_the_current_directory(trap):
-    library = pytest.importorskip("precast.exporter.backends.aoti.library")
-    with library.compiler_workspace():
+    workspace = pytest.importorskip("precast.exporter.backends.aoti.workspace")
+    with workspace.compiler_workspace():
         subprocess.run([sys.executable, "-c", "from ctypes import cdll"], check=True)
     assert trap() == ""
 

@@ -128,6 +128,7 @@ def test_shared_files_count_once(run, full):
         (["--prepacked"], ["artifacts", "exports"]),
         (["--hub"], ["exports", "prepacked"]),
         (["--exports"], ["artifacts", "prepacked"]),
+        (["--compiler"], ["artifacts", "exports", "prepacked"]),
         (["--hub", "--prepacked"], ["exports"]),
         (["--all"], []),
     ],

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.backends.aoti import compiler, gpu, library
+from precast.exporter.backends.aoti import compiler, gpu, library, workspace
 from precast.runtime.engines.safetensors_map import open_weights
 from precast.runtime.engines.torch_views import view_weights
 from precast.runtime.errors import ExportError
@@ -110,7 +110,7 @@ def asked(monkeypatch, tmp_path):
 
 
 def test_kernels_are_within_the_library(asked, tmp_path):
-    with library.compiler_workspace():
+    with workspace.compiler_workspace():
         library.build_library(ALONE, tmp_path / "out.so", "native", "cuda")
     options = asked["options"]
     assert options["aot_inductor.embed_kernel_binary"] is True
@@ -121,7 +121,7 @@ def test_kernels_are_within_the_library(asked, tmp_path):
 def test_kernels_beside_the_library_are_not_lost(asked, tmp_path):
     asked["files"] += ["/cache/ab/cabc.cubin", "/cache/ab/cdef.cubin"]
     with (
-        library.compiler_workspace(),
+        workspace.compiler_workspace(),
         pytest.raises(ExportError, match=r"left 2 kernels beside the library.*cabc\.cubin"),
     ):
         library.build_library(ALONE, tmp_path / "out.so", "native", "cuda")
@@ -129,7 +129,7 @@ def test_kernels_beside_the_library_are_not_lost(asked, tmp_path):
 
 
 def test_code_for_the_cpu_is_told_nothing_of_gpus(asked, tmp_path):
-    with library.compiler_workspace():
+    with workspace.compiler_workspace():
         library.build_library(ALONE, tmp_path / "out.so", "native")
     assert asked["options"]["cpp.dynamic_threads"] is True
     assert "aot_inductor.embed_kernel_binary" not in asked["options"]

@@ -20,7 +20,7 @@ from precast.runtime.artifact import publish
 pytestmark = pytest.mark.slow
 
 STEPS = ["resolve", "plan", "load", "trace", "reference", "compile", "validate", "publish"]
-KILLS = int(os.environ.get("PRECAST_KILLS", "15"))
+KILLS = int(os.environ.get("PRECAST_KILLS", "8"))
 """How often an export is killed at a random moment: more by `make soak`."""
 
 

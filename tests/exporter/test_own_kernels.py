@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.backends.aoti import compiler, isa, kernel_template, library
+from precast.exporter.backends.aoti import compiler, isa, kernel_template, library, workspace
 from precast.exporter.backends.aoti.attention import decode_attention, prefill_attention
 from precast.exporter.backends.aoti.dequantize import dequantize
 from precast.exporter.backends.aoti.gemv import gemv
@@ -132,7 +132,7 @@ def many(case):
 def compiled(module, arguments, folder, isa):
     """The module's native code as a function."""
     exported = torch.export.export(module, arguments)
-    with library.compiler_workspace():
+    with workspace.compiler_workspace():
         library.build_library(exported, folder / "kernels.so", isa)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "kernels.so"), 1)
     return lambda *given: runner.run(list(given))
@@ -359,7 +359,7 @@ def attentions(folder, isa, cases, length, *products):
     exported = torch.export.export(
         Attentions(cases, *products), example, dynamic_shapes=({0: rows_}, None, None, tuple(free))
     )
-    with library.compiler_workspace():
+    with workspace.compiler_workspace():
         library.build_library(exported, folder / "attend.so", isa)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "attend.so"), 1)
     return lambda *given: runner.run(list(given))

@@ -26,6 +26,7 @@ def command() -> None:
     prepacked  weights in the form of this machine's kernels, saved on first load
     hub        artifacts pulled from the Hub (the Hub's own cache is not touched)
     exports    artifacts that from_pretrained(export=True) made
+    compiler   headers and pieces of native code, compiled at the first export
     """
 
 
@@ -48,6 +49,7 @@ def _list_kept(as_json: bool) -> None:
 @click.option("--prepacked", is_flag=True, help="Remove packed weights; the default.")
 @click.option("--hub", is_flag=True, help="Remove artifacts pulled from the Hub.")
 @click.option("--exports", is_flag=True, help="Remove artifacts that export=True made.")
+@click.option("--compiler", is_flag=True, help="Remove compiled headers and pieces of native code.")
 @click.option("--all", "everything", is_flag=True, help="Remove all of these.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed.")
 @json_option

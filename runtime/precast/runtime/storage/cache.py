@@ -73,8 +73,10 @@ KINDS = {
     "prepacked": _Kind("prepacked", _packed_name, _packed_last_use),
     "hub": _Kind("artifacts", _artifact_name, _artifact_last_use),
     "exports": _Kind("exports", _artifact_name, _artifact_last_use),
+    "compiler": _Kind("compiler", lambda path: path.name, _artifact_last_use),
 }
-"""Weights in the form of this machine's kernels; artifacts pulled from the Hub; those that `export=True` made."""
+"""Weights in the form of this machine's kernels; artifacts pulled from the Hub; those that `export=True` made; what the
+compiler of native code made that is the same for every model."""
 
 
 def place(kind: str) -> Path:

@@ -30,14 +30,13 @@ from .gpu import check_gpu, free_gpu_memory, gpu_facts, move_to_device
 from .isa import cpu_flags_needed
 from .library import (
     build_library,
-    check_compiler,
-    compiler_workspace,
     finish_library,
     lowering_options_for,
     matmul_dtype_names,
 )
 from .options import AotiOptions
 from .standalone.link import Linker
+from .workspace import check_compiler, compiler_workspace
 
 __all__ = ["AotiCompiler"]
 
@@ -61,14 +60,14 @@ class AotiCompiler:
         _warn_of_float32_matmuls(native, options.precision, lowering)
         lowered = [lower(program, lowering) for program in programs]
         is_cpu = native.device == "cpu"
-        with compiler_workspace():
+        with compiler_workspace() as kept:
             if not is_cpu:
                 # Before anything moves to a GPU: here all graphs still hold the same tensors.
                 save_weights(lowered, stage / WEIGHTS)
                 built = _Built(list(_build_libraries(lowered, stage, native, {})), ["CUDA"])
                 free_gpu_memory()
             else:
-                built = _build_for_cpu(lowered, stage, native)
+                built = _build_for_cpu(lowered, stage, native, kept)
         graphs, missing = built.graphs, built.missing
         return Compiled(
             graphs=graphs,
@@ -116,14 +115,14 @@ class _Built:
     is_frozen: bool = False
 
 
-def _build_for_cpu(lowered: list[Lowered], stage: Path, native: AotiOptions) -> _Built:
+def _build_for_cpu(lowered: list[Lowered], stage: Path, native: AotiOptions, kept: Path) -> _Built:
     """Compile the programs so that all libraries stand alone. Where one cannot, or where oneDNN is faster, they are
     frozen if they can be, and else linked with PyTorch."""
     can_freeze, missing = freezing.can_freeze(lowered, native), ["oneDNN"]
     if not (can_freeze and freezing.pays(lowered, native.isa)):
         save_weights(lowered, stage / WEIGHTS)
         # Each is released when it is compiled, unless it may be compiled once more.
-        built = _build_alone(list(lowered) if can_freeze else lowered, stage, native, gives_up=can_freeze)
+        built = _build_alone(list(lowered) if can_freeze else lowered, stage, native, kept, gives_up=can_freeze)
         if not (built.missing and can_freeze):
             return built
         (stage / WEIGHTS).unlink()
@@ -132,10 +131,11 @@ def _build_for_cpu(lowered: list[Lowered], stage: Path, native: AotiOptions) -> 
     return _Built(graphs, missing, is_frozen=True)
 
 
-def _build_alone(lowered: list[Lowered], stage: Path, native: AotiOptions, *, gives_up: bool) -> _Built:
+def _build_alone(lowered: list[Lowered], stage: Path, native: AotiOptions, kept: Path, *, gives_up: bool) -> _Built:
     """Compile the programs so that all libraries stand alone. Where one cannot, all are linked with PyTorch, or the
     others are not even compiled, if it `gives_up`."""
-    with Linker(native.isa, has_products=not freezing.multiplies_narrow(lowered, native.isa)) as linker:
+    has_products = not freezing.multiplies_narrow(lowered, native.isa)
+    with Linker(native.isa, kept, has_products=has_products) as linker:
         graphs = []
         for graph in _build_libraries(lowered, stage, native, {}, linker):
             graphs.append(graph)

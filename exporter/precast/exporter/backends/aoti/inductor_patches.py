@@ -7,14 +7,16 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch._inductor
-from torch._inductor import cpp_builder
+from torch._inductor import codecache, cpp_builder
 from torch._inductor.codegen.cpp import CppKernel
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512, VecAVX512VNNI, VecISA
 
-__all__ = ["keep_short_loops_serial", "know_the_compiler"]
+__all__ = ["keep_short_loops_serial", "know_the_compiler", "leave_out_input_checks", "precompile_headers_in"]
 
 
 @contextmanager
@@ -36,6 +38,43 @@ def keep_short_loops_serial() -> Iterator[None]:
         yield
     finally:
         CppKernel.decide_parallel_depth = decide  # type: ignore[method-assign]
+
+
+@contextmanager
+def precompile_headers_in(folder: Path) -> Iterator[None]:
+    """Within this block, let Inductor keep the headers that it has compiled in this folder. By default they are in one
+    in /tmp, where another user can be the first to make it and put what they like into our libraries."""
+    names: Any = codecache
+    before = names._HEADER_DIR, names._HEADER_LOCK_DIR
+    names._HEADER_DIR, names._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
+    # It remembers where they are, and somebody may have removed them.
+    names._precompile_header.cache_clear()
+    try:
+        yield
+    finally:
+        names._HEADER_DIR, names._HEADER_LOCK_DIR = before
+        names._precompile_header.cache_clear()
+
+
+@contextmanager
+def leave_out_input_checks() -> Iterator[None]:
+    """Within this block, let Inductor write no checks of a library's inputs: much of the source for a model with many
+    caches, and run only where an environment variable asks for them. The runtime checks arrays when they are bound."""
+    write: Any = CppWrapperCpu.generate_input_output_runtime_checks
+
+    def write_none(self: Any) -> None:
+        self.prefix.splice_aot(
+            """
+            static constexpr bool _check_aoti_runtime_check_inputs_env() { return false; }
+            static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
+            """
+        )
+
+    CppWrapperCpu.generate_input_output_runtime_checks = write_none  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CppWrapperCpu.generate_input_output_runtime_checks = write  # type: ignore[method-assign]
 
 
 _FIRST_GCC = {

@@ -7,8 +7,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +16,7 @@ from typing import Any
 
 import torch
 import torch._inductor
-from torch._inductor import cpp_builder
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from precast.runtime.artifact.locks import Scratch
 from precast.runtime.errors import ExportError
 
 from ...quiet import silence
@@ -34,10 +31,10 @@ from .inductor_patches import keep_short_loops_serial, know_the_compiler
 from .isa import compiler_options, matmul_dtypes
 from .quantized_gemm import quantized_gemm
 from .standalone.link import Linker
+from .workspace import FOLDER
 
 __all__ = [
-    "build_library", "check_compiler", "compiler_workspace", "finish_library", "lowering_options_for",
-    "matmul_dtype_names",
+    "build_library", "finish_library", "lowering_options_for", "matmul_dtype_names",
 ]  # fmt: skip
 
 _LOWERING = LoweringOptions(
@@ -113,33 +110,8 @@ def build_library(
 
 def finish_library(library: Path, target: Path) -> None:
     """Write a library that Inductor linked to where it is to be, without what tells of this machine."""
-    folders = [os.environ[_FOLDER], os.path.dirname(torch.__file__)]
+    folders = [os.environ[FOLDER], os.path.dirname(torch.__file__)]
     target.write_bytes(_remove_paths(library.read_bytes(), folders))
-
-
-_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
-
-
-@contextmanager
-def compiler_workspace() -> Iterator[None]:
-    """Within this block Inductor keeps its files in a temporary folder, or in the one that the user set. Raises
-    ExportError where there is no compiler."""
-    check_compiler()
-    before = dict(os.environ)
-    # Inductor tests what it compiles by `python -c`, which otherwise imports from the current directory (before Python
-    # 3.11, which does not know this variable, in any case).
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        # Inductor itself sets the variable to its default.
-        if os.environ.get(_FOLDER, default_cache_dir()) != default_cache_dir():
-            yield
-            return
-        with Scratch() as folder:
-            os.environ[_FOLDER] = str(folder)
-            yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], device: str) -> list[Any]:
@@ -162,17 +134,6 @@ def _check_constants(exported: torch.export.ExportedProgram, files: list[Any]) -
             )
 
 
-def check_compiler() -> None:
-    """Raise ExportError, with what to install, where there is no C++ compiler."""
-    try:
-        cpp_builder.get_cpp_compiler()
-    except Exception as error:
-        raise ExportError(
-            "Native code needs a C++ compiler, and none was found: install g++ (Debian, Ubuntu: apt install g++) or "
-            "name one in the environment variable CXX. Running what was compiled needs none."
-        ) from error
-
-
 def _remove_paths(library: bytes, folders: list[str]) -> bytes:
     """Overwrite the names of these folders, which messages and build records contain: nothing that runs reads them."""
     strip = shutil.which("strip")
@@ -185,7 +146,7 @@ def _remove_paths(library: bytes, folders: list[str]) -> bytes:
 
 def _strip_symbols(strip: str, library: bytes) -> bytes:
     """Remove debugging symbols and the compiler's record, which nothing needs to run."""
-    with tempfile.NamedTemporaryFile(suffix=".so", dir=os.environ[_FOLDER]) as file:
+    with tempfile.NamedTemporaryFile(suffix=".so", dir=os.environ[FOLDER]) as file:
         file.write(library)
         file.flush()
         subprocess.run([strip, "--strip-unneeded", file.name], check=True, capture_output=True)

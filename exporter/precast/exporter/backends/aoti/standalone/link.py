@@ -45,16 +45,16 @@ class Linker:
     """Links the libraries of a variant: all so that they stand alone, or all with PyTorch. Used as a context, within
     the compiler's workspace.
 
-    With `has_products` our own products of matrices are among the pieces; their sums are float32, and PyTorch is faster
-    in dtypes that the CPU has instructions for.
+    Compiled pieces stay in the folder `kept`. With `has_products` our own products of matrices are among them; their
+    sums are float32, and PyTorch is faster in dtypes that the CPU has instructions for.
 
     Attributes:
         missing: why they do not stand alone: the calls that only PyTorch answers, so far, or what the tools refuse.
     """
 
-    def __init__(self, isa: str, *, has_products: bool) -> None:
+    def __init__(self, isa: str, kept: Path, *, has_products: bool) -> None:
         self.missing: set[str] = set()
-        self._isa = isa
+        self._isa, self._kept = isa, kept
         self._pieces = (*_PIECES, _MATMUL_PIECE) if has_products else _PIECES
         # Inductor makes it when it first writes there.
         cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
@@ -115,14 +115,12 @@ class Linker:
         return [str(shutil.copy(word, folder)) if word.endswith(".o") else word for word in command]
 
     def _compile_pieces(self) -> list[Path]:
-        """The pieces' object files for this level of instructions, kept beside what Inductor keeps."""
+        """The pieces' object files for this level of instructions."""
         flags = [*_FLAGS, f"-march={march(self._isa)}", "-isystem", str(Path(torch.__file__).parent / "include")]
         texts = b"".join(file.read_bytes() for file in sorted(_SOURCES.iterdir()))
         compiler = _run([cpp_builder.get_cpp_compiler(), "--version"]).stdout
         key = repr((texts, flags, torch.__version__, compiler, cpu_flags_needed(self._isa)))
-        folder = (
-            Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / f"precast-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        )
+        folder = self._kept / f"pieces-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         return [self._compile_piece(_SOURCES / f"{name}.cpp", folder, flags) for name in self._pieces]
 
