@@ -230,6 +230,9 @@ TYPED = {
         "precast export MODEL -o fixed --sequence-length 512 --no-validate --prefill-lengths 64,256"
     ],
     "native code instead of a graph": [f"precast export MODEL -o native {SMALL} --backend aoti"],
+    "native code for CPUs of several kinds": [
+        f"precast export MODEL -o levels {SMALL} --backend aoti --isa avx2,avx512"
+    ],
     "the fastest backend for this machine": [f"precast export MODEL -o fastest {SMALL} --backend auto"],
     "bfloat16 or float16, in all or in products of matrices only": [
         f"precast export MODEL -o narrow {SMALL} --backend export --dtype bfloat16",

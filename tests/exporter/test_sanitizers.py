@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 # Warnings may differ with them; none of the findings is forgiven.
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -Wno-error -g1"
+FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-error -g1"
 WRONG = """
 #include <climits>
 extern "C" int read(const int* x) { return x[4]; }
@@ -73,6 +73,6 @@ def test_they_find_what_is_wrong(sanitized, tmp_path, function, finding):
     ],
 )
 def test_they_find_nothing(sanitized, file, chosen):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", str(HERE / file), "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:xdist", str(HERE / file), "-k", chosen]
     done = subprocess.run(command, check=False, env=sanitized, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]

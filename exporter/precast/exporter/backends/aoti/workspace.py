@@ -11,8 +11,8 @@ from torch._inductor import cpp_builder
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from precast.runtime.artifact.locks import Scratch
+from precast.runtime.artifact.store import home
 from precast.runtime.errors import ExportError
-from precast.runtime.storage.cache import place
 
 from .inductor_patches import leave_out_input_checks, precompile_headers_in
 
@@ -65,7 +65,7 @@ def compiler_workspace() -> Iterator[Path]:
 def _kept_folder(scratch: Path) -> Path:
     """In precast's cache, which nobody else may write to, as they may to Inductor's in /tmp; or where that cannot be,
     what is gone after the export."""
-    folder = place("compiler")
+    folder = home() / "compiler"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:

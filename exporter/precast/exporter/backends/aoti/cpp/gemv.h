@@ -135,7 +135,7 @@ struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
       const float inverse = largest > 1e-30f ? MAX_INTEGER / largest : 0.0f;
       scales[b] = largest / MAX_INTEGER + nonfinite;
       int32_t integers[BLOCK];
-      for (int i = 0; i < BLOCK; ++i) integers[i] = static_cast<int32_t>(std::nearbyint(block[i] * inverse));
+      for (int i = 0; i < BLOCK; ++i) integers[i] = round_to_int(block[i] * inverse);
       for (int part = 0; part < CODES_PER_BYTE; ++part) {
         int8_t* to = digits[b][0] + part * 64;
         for (int i = 0; i < 64; ++i) {
@@ -247,7 +247,7 @@ struct MaddDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
         const float inverse = largest > 1e-30f ? MAX_INTEGER / largest : 0.0f;
         scales[b] = largest / MAX_INTEGER + nonfinite;
         int32_t rounded[BLOCK], sum = 0;
-        for (int i = 0; i < BLOCK; ++i) rounded[i] = static_cast<int32_t>(std::nearbyint(block[i] * inverse));
+        for (int i = 0; i < BLOCK; ++i) rounded[i] = round_to_int(block[i] * inverse);
         for (int i = 0; i < BLOCK; ++i) sum += rounded[i];
         for (int i = 0; i < BLOCK; ++i) {
           const int within = i % STEP, part = within % CODES_PER_BYTE;

@@ -67,7 +67,7 @@ struct QuantizedGemm : QuantizedWeight<K, GROUP, BITS, ZEROS> {
         const float inverse = largest > 1e-30f ? MAX_INTEGER / largest : 0.0f;
         scales[row * BLOCKS + b] = largest / MAX_INTEGER + nonfinite;
         int16_t* to = integers.get() + row * WIDTH + b * BLOCK;
-        for (int i = 0; i < BLOCK; ++i) to[i] = static_cast<int16_t>(std::nearbyint(block[i] * inverse));
+        for (int i = 0; i < BLOCK; ++i) to[i] = static_cast<int16_t>(round_to_int(block[i] * inverse));
       }
     }
   };

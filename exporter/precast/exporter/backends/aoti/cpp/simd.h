@@ -26,6 +26,12 @@ constexpr int64_t MIN_PARALLEL_MACS = 1 << 15;
 using Vec = at::vec::Vectorized<float>;
 constexpr int LANES = Vec::size();
 
+// The nearest integer; 0 for NaN, for which there is none.
+inline int32_t round_to_int(float value) {
+  const float rounded = std::nearbyint(value);
+  return rounded == rounded ? static_cast<int32_t>(rounded) : 0;
+}
+
 // Load LANES numbers as float32.
 template <typename T>
 Vec load_vec(const T* from) {

@@ -13,12 +13,14 @@ template <int N>
 struct Types {
   typedef float Floats __attribute__((vector_size(4 * N)));
   typedef int32_t Integers __attribute__((vector_size(4 * N)));
+  typedef uint32_t Words __attribute__((vector_size(4 * N)));
   typedef double Doubles __attribute__((vector_size(8 * N)));
   typedef int64_t Longs __attribute__((vector_size(8 * N)));
 };
 
 template <int N> using Floats = typename Types<N>::Floats;
 template <int N> using Integers = typename Types<N>::Integers;
+template <int N> using Words = typename Types<N>::Words;
 template <int N> using Doubles = typename Types<N>::Doubles;
 template <int N> using Longs = typename Types<N>::Longs;
 
@@ -104,7 +106,8 @@ template <int N>
 Floats<N> logarithm(Floats<N> x) {
   const Integers<N> is_small = x < 1.17549435e-38f;
   const Floats<N> scaled = is_small ? x * 8388608.0f : x;
-  const Integers<N> shifted = as_bits<N>(scaled) - 0x3f3504f3;  // the bits of sqrt(1/2)
+  // Less the bits of sqrt(1/2). Those of a negative number wrap around, and are not looked at.
+  const Integers<N> shifted = (Integers<N>)((Words<N>)as_bits<N>(scaled) - 0x3f3504f3u);
   const Floats<N> n = __builtin_convertvector((shifted >> 23), Floats<N>) - (is_small ? all<N>(23.0f) : all<N>(0.0f));
   const Floats<N> f = as_floats<N>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
   const Floats<N> p =
