@@ -1,7 +1,7 @@
 """Freezing: encoders' weights packed at export for this CPU's kernels, within their libraries.
 
 Products then call oneDNN, through PyTorch, with weights in its own layout. The price is a copy of the weights in every
-library, and libraries that only CPUs of the same kind can open: so only what oneDNN computes faster than our own
+library, and libraries that only CPUs of the same kind can open: so only what oneDNN computes much faster than our own
 products is frozen, convolutions and products in dtypes that the CPU has matrix instructions for.
 """
 
