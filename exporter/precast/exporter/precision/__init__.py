@@ -19,10 +19,10 @@ from precast.runtime.artifact.schema import Graph
 from ..kinds.trace import Program
 from ..options import ExportOptions
 from .analysis import Analysis, Cast, WeightKey
-from .operators import MATMULS, operator_of
+from .operators import MATMULS
 from .rewrite import Rewrite
 
-__all__ = ["MATMULS", "Cast", "cast_programs", "choose_cast", "operator_of"]
+__all__ = ["MATMULS", "Cast", "cast_programs", "choose_cast"]
 
 
 def choose_cast(options: ExportOptions) -> Cast | None:

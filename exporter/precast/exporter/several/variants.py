@@ -34,7 +34,6 @@ def export_variants(model: str, target: Path, options: ExportOptions, on_step: O
 
     Raises PrecastError: what the first export raised that failed; `target` is then as it was.
     """
-    options.check()
     check_target(target, force=options.force)
     with staging(target) as folder:
         request, *others = options.replace(force=False).per_variant()

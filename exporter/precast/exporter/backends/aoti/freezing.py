@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import fx
 
-from ...precision import MATMULS, operator_of
 from ..aten.lowered import Lowered
+from ..aten.lowering import products_of
 from .isa import matmul_dtypes
 from .options import AotiOptions
 
@@ -52,8 +52,7 @@ def multiplies_narrow(programs: Sequence[Lowered], isa: str) -> bool:
 
 
 def _products(programs: Sequence[Lowered]) -> Iterator[fx.Node]:
-    nodes = (node for program in programs for node in program.exported.graph.nodes)
-    return (node for node in nodes if operator_of(node) in MATMULS)
+    return (node for program in programs for node in products_of(program.exported))
 
 
 def _weight_bytes(program: Lowered) -> int:

@@ -33,9 +33,7 @@ from .quantized_gemm import quantized_gemm
 from .standalone.link import Linker
 from .workspace import FOLDER
 
-__all__ = [
-    "build_library", "finish_library", "lowering_options_for", "matmul_dtype_names",
-]  # fmt: skip
+__all__ = ["build_library", "finish_library", "lowering_options_for", "matmul_dtype_names"]
 
 _LOWERING = LoweringOptions(
     materialize=materialize, reduce_small_matmul=True, matmul_dtype=torch.bfloat16, functional=False

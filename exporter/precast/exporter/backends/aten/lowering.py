@@ -25,7 +25,7 @@ from . import linear
 from .attention import AttentionContext, cached_attention, cross_attention
 from .lowered import Lowered, LoweringOptions
 
-__all__ = ["lower"]
+__all__ = ["lower", "products_of"]
 
 
 def lower(program: Program, options: LoweringOptions) -> Lowered:
@@ -52,8 +52,12 @@ def _has_own_operators(exported: torch.export.ExportedProgram) -> bool:
 
 
 def _has_float32_matmul(exported: torch.export.ExportedProgram, options: LoweringOptions) -> bool:
-    narrow = options.float32_matmuls
-    return any(_is_matmul(node.target) and node.meta["val"].dtype in narrow for node in exported.graph.nodes)
+    return any(node.meta["val"].dtype in options.float32_matmuls for node in products_of(exported))
+
+
+def products_of(exported: torch.export.ExportedProgram) -> Iterator[fx.Node]:
+    """The nodes that multiply matrices, convolutions included."""
+    return (node for node in exported.graph.nodes if _is_matmul(node.target))
 
 
 def _is_matmul(target: Any) -> bool:

@@ -26,6 +26,7 @@ from torch._inductor import cpp_builder
 from precast.runtime.errors import ExportError
 
 from ..isa import cpu_flags_needed, march
+from ..workspace import FOLDER
 
 __all__ = ["Linker"]
 
@@ -57,7 +58,7 @@ class Linker:
         self._isa, self._kept = isa, kept
         self._pieces = (*_PIECES, _MATMUL_PIECE) if has_products else _PIECES
         # Inductor makes it when it first writes there.
-        cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        cache = Path(os.environ[FOLDER])
         cache.mkdir(parents=True, exist_ok=True)
         self._folder = tempfile.TemporaryDirectory(dir=cache)
         self._alone: list[tuple[list[str], Path]] = []
