@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from precast.exporter.options import QUANTIZE_METHODS
 from precast.exporter.quantize import Recipe, quantize
+from precast.exporter.quantize.calibration import Calibration
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
 from precast.exporter.quantize.methods import METHODS, Scheme, awq, get_method, gptq, round_to_nearest, search
 from precast.exporter.quantize.scheme import split_groups
@@ -235,6 +236,52 @@ class Reader(torch.nn.Module):
         for layer in self.layers:
             x = layer["up"](x)
         return self.head(x)
+
+
+class Block(torch.nn.Module):
+    """A layer that counts how often it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.computed = torch.nn.Linear(16, 16), 0
+
+    def forward(self, x, told):
+        self.computed += 1
+        told.append(x.mean())
+        return torch.relu(self.up(x))
+
+
+class Stack(Reader):
+    """Five blocks in the given order, with a sum in place; with `tells` each needs what the one before has told."""
+
+    def __init__(self, order, *, tells=False):
+        torch.manual_seed(0)
+        super().__init__()
+        self.layers, self.order, self.tells = torch.nn.ModuleList(Block() for _ in range(5)), order, tells
+
+    def forward(self, input_ids, use_cache):
+        x, told = self.embed(input_ids), []
+        for i in self.order:
+            x = self.layers[i](x, told)
+            x += told.pop() if self.tells else 1
+        return self.head(x)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq"])
+@pytest.mark.parametrize(("order", "tells"), [(range(5), False), ((3, 1, 0, 4, 2), False), (range(5), True)])
+def test_blocks_that_are_quantized_answer_once(name, order, tells, monkeypatch):
+    """And what is learned is as if all of the text had been read anew for each block; as it is where blocks tell each
+    other more than they return."""
+    rows = [torch.arange(6), torch.arange(3)]
+    models = [Stack(order, tells=tells) for _ in range(2)]
+    quantize(models[0], Recipe(Scheme(8, 16, "integer"), name), rows)
+    monkeypatch.setattr(Calibration, "_replay", lambda *_: lambda: None)
+    quantize(models[1], Recipe(Scheme(8, 16, "integer"), name), rows)
+    if order == range(5) and not tells:
+        # For the head, which comes first in this model, for itself, and once more when it is quantized.
+        assert [layer.computed for layer in models[0].layers] == [3 * len(rows)] * 4 + [2 * len(rows)]
+    for key, value in models[1].state_dict().items():
+        assert torch.equal(models[0].state_dict()[key], value), key
 
 
 def test_the_options_know_the_methods_by_name():

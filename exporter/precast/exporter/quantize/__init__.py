@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .calibration import collect_hessians, group_blocks
+from .calibration import Calibration, group_blocks
 from .linear import Packed, QuantizedEmbedding, QuantizedLinear
 from .methods import METHODS, WHOLE_ROW, Scheme, get_method
 from .recipe import Layer, Recipe, find_layers
@@ -40,15 +40,18 @@ def quantize(
     """
     method, done = get_method(recipe.method), dict[str, str]()
     layers = {layer.name: layer for layer in find_layers(model, recipe.skipped)}
-    for names in group_blocks(list(layers)):
+    blocks = group_blocks(list(layers))
+    text = Calibration(model, calibration, blocks)
+    for block, names in blocks.items():
         asked = [name for name in names if layers[name].linear] if method.is_calibrated else []
-        learned = collect_hessians(model, asked, calibration) if asked else {}
+        learned = text.collect_hessians(asked) if asked else {}
         for name in names:
             layer = layers.pop(name)
             weight, words = _quantize_layer(layer, recipe, learned.pop(name, None))
             _replace(model, layer, Packed(weight))
             done[name] = words
             progress(len(done), len(done) + len(layers))
+        text.finish(block)
     return done
 
 

@@ -76,11 +76,13 @@ def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
 @register_lowering(torch.ops.precast.decode_attention.default, type_promotion_kind=None)
 def _lower_decode(q: Any, keys: Any, values: Any, bias: Any, sinks: Any, softcap: float) -> Any:
     types, sizes = _template_arguments(q, keys, values)
-    caches = f"precast::Caches<{types}>{{k, v, {sizes}, {{count}}, bias, {_bias_strides(bias.get_size())}, {softcap}f}}"
+    caches = (
+        f"precast::Caches<{types}>{{k, v, {sizes}, {{bias:2}}, bias, {_bias_strides(bias.get_size())}, {softcap}f}}"
+    )
     call = f"precast::decode_attention({caches}, q, {_sinks_pointer(sinks)}, y);"
     inputs = _name_inputs(sinks, q=q, k=keys, v=values, bias=bias)
     size = [*q.get_size()[:2], values.get_size()[3]]
-    return KernelTemplate(inputs, size, call, ["simd.h", "decode_attention.h"], count=("bias", 2)).make_node()
+    return KernelTemplate(inputs, size, call, ["simd.h", "decode_attention.h"]).make_node()
 
 
 @register_lowering(torch.ops.precast.prefill_attention.default, type_promotion_kind=None)
@@ -91,12 +93,12 @@ def _lower_prefill(
     types, sizes = _template_arguments(q, keys, values)
     fma = {torch.float32: "precast::Float32Fma", torch.bfloat16: "precast::Bfloat16Fma"}[matmul_dtype]
     rest = f"past_lengths, new_lengths, precast::Mask::{mask}, {window}, {softcap}f, {_sinks_pointer(sinks)}"
-    prefill = f"precast::Prefill<{fma}, {types}>{{k, v, {sizes}, {{count}}, {rest}}}"
+    prefill = f"precast::Prefill<{fma}, {types}>{{k, v, {sizes}, {{q:2}}, {rest}}}"
     call = f"precast::prefill_attention({prefill}, q, y);"
     inputs = _name_inputs(sinks, q=q, k=keys, v=values, past_lengths=past_lengths, new_lengths=new_lengths)
     size = [*q.get_size()[:3], values.get_size()[3]]
     headers = ["simd.h", "decode_attention.h", "prefill_attention.h"]
-    return KernelTemplate(inputs, size, call, headers, count=("q", 2)).make_node()
+    return KernelTemplate(inputs, size, call, headers).make_node()
 
 
 def _name_inputs(sinks: Any, **nodes: Any) -> dict[str, Any]:
@@ -118,4 +120,4 @@ def _template_arguments(q: Any, keys: Any, values: Any) -> tuple[str, str]:
 def _bias_strides(size: list[Any]) -> str:
     """Strides of [B or 1, H or 1, n] along batch and heads, 0 where it is broadcast."""
     batch, heads = int(size[0]), int(size[1])
-    return f"{heads if batch > 1 else 0} * {{count}}, {1 if heads > 1 else 0} * {{count}}"
+    return f"{heads if batch > 1 else 0} * {{bias:2}}, {1 if heads > 1 else 0} * {{bias:2}}"

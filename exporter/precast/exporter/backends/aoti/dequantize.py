@@ -36,6 +36,6 @@ def _lower(codes: Any, scales: Any, zeros: Any, bits: int, dtype: torch.dtype) -
     given = {"w": codes, "s": scales} | ({} if zeros is None else {"z": zeros})
     inputs = {name: realize_contiguous(node) for name, node in given.items()}
     weight = quantized_type("QuantizedWeight", columns, groups, bits, has_zeros=zeros is not None)
-    call = f"precast::dequantize(y, {weight}{{w, s, {'nullptr' if zeros is None else 'z'}, {{count}}}});"
+    call = f"precast::dequantize(y, {weight}{{w, s, {'nullptr' if zeros is None else 'z'}, {{w:0}}}});"
     headers = ["simd.h", "gemv.h", "dequantize.h"]
-    return KernelTemplate(inputs, [outputs, columns], call, headers, count=("w", 0), dtype=dtype).make_node()
+    return KernelTemplate(inputs, [outputs, columns], call, headers, dtype=dtype).make_node()

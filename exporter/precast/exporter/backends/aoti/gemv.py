@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._inductor.lowering import register_lowering
 
-from .kernel_template import KernelTemplate, cpp_type, number_names, realize_contiguous
+from .kernel_template import KernelTemplate, cpp_type, number_names, pointer_names, realize_contiguous
 
 __all__ = ["gemv", "quantized_type"]
 
@@ -40,21 +40,20 @@ def _lower(xs: list[Any], weights: list[Any], scales: list[Any], zeros: list[Any
     xs, weights, scales, zeros = (
         [realize_contiguous(node) for node in nodes] for nodes in (xs, weights, scales, zeros)
     )
-    names = list(dict.fromkeys(x.get_name() for x in xs))
-    distinct = {x.get_name(): x for x in xs}
+    inputs = number_names(x=xs, w=weights, s=scales, z=zeros)
+    pointers = pointer_names(inputs)
     outputs = [int(weight.get_size()[0]) for weight in weights]
     columns = int(xs[0].get_size()[1])
     weight_type = f"precast::FloatWeight<{cpp_type(weights[0])}, {columns}>"
     if bits:
         weight_type = quantized_type("QuantizedDot", columns, int(scales[0].get_size()[1]), bits, has_zeros=bool(zeros))
     layers = [
-        f"{{x{names.index(x.get_name())}, {_weight_members(i, count, bool(bits), bool(zeros))}}}"
-        for i, (x, count) in enumerate(zip(xs, outputs, strict=True))
+        f"{{{pointers[f'x{i}']}, {_weight_members(i, count, bool(bits), bool(zeros))}}}"
+        for i, count in enumerate(outputs)
     ]
-    call = f"precast::gemv<{columns}, {weight_type}>(y, {{count}}, {{{', '.join(layers)}}});"
-    inputs = number_names(x=list(distinct.values()), w=weights, s=scales, z=zeros)
+    call = f"precast::gemv<{columns}, {weight_type}>(y, {{x0:0}}, {{{', '.join(layers)}}});"
     size = [xs[0].get_size()[0] * sum(outputs)]
-    return KernelTemplate(inputs, size, call, ["simd.h", "gemv.h"], count=("x0", 0)).make_node()
+    return KernelTemplate(inputs, size, call, ["simd.h", "gemv.h"]).make_node()
 
 
 def quantized_type(name: str, columns: int, groups: int, bits: int, *, has_zeros: bool) -> str:

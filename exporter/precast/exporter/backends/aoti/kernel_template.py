@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,42 +15,50 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
-__all__ = ["KernelTemplate", "cpp_type", "number_names", "realize_contiguous"]
+__all__ = ["KernelTemplate", "cpp_type", "number_names", "pointer_names", "realize_contiguous"]
 
 _SOURCES = Path(__file__).parent / "cpp"
+_SIZE = re.compile(r"\{(\w+):(\d)\}")
 
 
 class KernelTemplate(CppTemplate):
-    """A C++ function of named `inputs` that fills a new tensor `y` of `size` by the statement `call`.
+    """A C++ function of named `inputs` that fills a new tensor `y` of `size` by the statements `body`.
 
-    `{count}` in the statement stands for a size that may be known at run time only: `count` names the input and the
-    dimension. Functions with the same text are merged.
+    `{x:0}` in them stands for the size of the input `x` in its first dimension, which may be known at run time only.
+    Functions with the same text are merged.
     """
 
     def __init__(
         self,
         inputs: Mapping[str, Any],
         size: Sequence[Any],
-        call: str,
+        body: str,
         headers: Sequence[str],
-        count: tuple[str, int],
         dtype: torch.dtype = torch.float32,
+        declarations: str = "",
     ) -> None:
         first = next(iter(inputs.values()))
         super().__init__("own", list(inputs.values()), ir.FixedLayout(first.get_device(), dtype, size), 1)
-        self.inputs, self.call, self.headers, self.count = inputs, call, headers, count
+        self.inputs, self.body, self.headers, self.declarations = inputs, body, headers, declarations
 
     def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:  # type: ignore[override]
-        define = kernel.def_kernel(inputs=dict(self.inputs), outputs={"y": template_buffer_node or self.output_node})
-        name, dimension = self.count
-        call = self.call.replace("{count}", kernel.size(self.inputs[name], dimension))
-        texts = [self.header().getvalue(), *((_SOURCES / each).read_text() for each in self.headers)]
-        return "\n".join([*texts, f'extern "C" {define}\n{{\n{call}\n}}\n'])
+        pointers = pointer_names(self.inputs)
+        given = {name: node for name, node in self.inputs.items() if pointers[name] == name}
+        define = kernel.def_kernel(inputs=given, outputs={"y": template_buffer_node or self.output_node})
+        body = _SIZE.sub(lambda found: kernel.size(self.inputs[found[1]], int(found[2])), self.body)
+        texts = [self.header().getvalue(), *((_SOURCES / each).read_text() for each in self.headers), self.declarations]
+        return "\n".join([*texts, f'extern "C" {define}\n{{\n{body}\n}}\n'])
 
     def make_node(self) -> Any:
         """The node of the call, for a lowering to return."""
         generate: Any = self.generate
         return generate().output_node()
+
+
+def pointer_names(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """The parameter of the function for each input: the first one's for all that are views of one buffer."""
+    first: dict[str, str] = {}
+    return {name: first.setdefault(node.get_name(), name) for name, node in inputs.items()}
 
 
 def number_names(**kinds: Sequence[Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from .gemv import gemv
 from .gpu import GPU_OPTIONS, check_kernels_embedded
 from .inductor_patches import keep_short_loops_serial, know_the_compiler
 from .isa import compiler_options, matmul_dtypes
+from .layers import extract_layers
 from .quantized_gemm import quantized_gemm
 from .standalone.link import Linker
 from .workspace import FOLDER
@@ -94,11 +95,14 @@ def build_library(
     Raises ExportError.
     """
     by_device = _CPU_OPTIONS if device == "cpu" else GPU_OPTIONS
-    with silence("torch"), linker.linking() if linker else nullcontext():
+    options = {**_OPTIONS, **by_device, **compiler_options(isa), **extra}
+    with silence("torch"), torch.no_grad(), know_the_compiler(), _thread_rule(device):
         try:
-            files = _compile(exported, {**_OPTIONS, **by_device, **compiler_options(isa), **extra}, device)
+            files = _compile(exported, options, linker)
         except Exception as error:
-            # Inductor and the compiler that it calls raise errors of many types.
+            # Inductor and the compiler that it calls raise errors of many types, and wrap those of our linker.
+            if isinstance(cause := getattr(error, "inner_exception", error), ExportError):
+                raise cause from None
             raise ExportError(f"AOTInductor cannot compile this model. {_first_line(error)}") from error
     _check_constants(exported, files)
     check_kernels_embedded(files)
@@ -112,13 +116,19 @@ def finish_library(library: Path, target: Path) -> None:
     target.write_bytes(_remove_paths(library.read_bytes(), folders))
 
 
-def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], device: str) -> list[Any]:
+def _thread_rule(device: str) -> AbstractContextManager[None]:
+    return keep_short_loops_serial() if device == "cpu" else nullcontext()
+
+
+def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], linker: Linker | None) -> list[Any]:
     arguments, keywords = exported.example_inputs
-    serial = keep_short_loops_serial() if device == "cpu" else nullcontext()
-    with torch.no_grad(), know_the_compiler(), serial:
-        files: Any = torch._inductor.aot_compile(
-            exported.module(check_guards=False), arguments, keywords, options=options
-        )
+    module: Any = exported.module(check_guards=False)
+    if linker and linker.can_call_layers:
+        for layer in extract_layers(module, "precast_layer"):
+            with linker.linking(layer.name):
+                torch._inductor.aot_compile(layer.module, layer.inputs, options=options)
+    with linker.linking() if linker else nullcontext():
+        files: Any = torch._inductor.aot_compile(module, arguments, keywords, options=options)
     return list(files)
 
 

@@ -48,6 +48,6 @@ def _lower(x: Any, codes: Any, scales: Any, zeros: Any, bits: int) -> Any:
     given = {"x": x, "w": codes, "s": scales} | ({} if zeros is None else {"z": zeros})
     inputs = {name: realize_contiguous(node) for name, node in given.items()}
     weight = quantized_type("QuantizedGemm", groups * width * 8 // bits, groups, bits, has_zeros=zeros is not None)
-    call = f"precast::gemm(y, x, {{count}}, {weight}{{{{w, s, {'nullptr' if zeros is None else 'z'}, {outputs}}}}});"
+    call = f"precast::gemm(y, x, {{x:0}}, {weight}{{{{w, s, {'nullptr' if zeros is None else 'z'}, {outputs}}}}});"
     headers = ["simd.h", "gemv.h", "quantized_gemm.h"]
-    return KernelTemplate(inputs, [x.get_size()[0], outputs], call, headers, count=("x", 0)).make_node()
+    return KernelTemplate(inputs, [x.get_size()[0], outputs], call, headers).make_node()

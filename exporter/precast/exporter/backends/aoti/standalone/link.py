@@ -31,8 +31,10 @@ from ..workspace import FOLDER
 __all__ = ["Linker"]
 
 _SOURCES = Path(__file__).parent / "cpp"
+_SHARED_HEADER = _SOURCES.parent.parent / "cpp" / "array.h"
 _PIECES = ("tensors", "threads", "math", "run")
 _MATMUL_PIECE = "gemm"
+_LAYER_PIECE, _LAYER_SYMBOL = "layer", "precast_layer"
 _FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffunction-sections")
 # Nothing may stay open that no library answers; nothing is seen from outside but what the runtime calls.
 _LINK_FLAGS = (
@@ -63,6 +65,8 @@ class Linker:
         self._folder = tempfile.TemporaryDirectory(dir=cache)
         self._alone: list[tuple[list[str], Path]] = []
         """Commands that would link with PyTorch what is linked otherwise so far."""
+        self._layers: list[Path] = []
+        """Objects of layers that the next library calls."""
         if not sys.platform.startswith("linux") or not cpp_builder.is_gcc():
             self.missing.add("OpenMP of another compiler than GCC")
 
@@ -73,15 +77,20 @@ class Linker:
         self._folder.cleanup()
 
     @contextmanager
-    def linking(self) -> Iterator[None]:
-        """Within this block Inductor's libraries are linked alone, unless something is missing already."""
+    def linking(self, layer: str = "") -> Iterator[None]:
+        """Within this block Inductor's libraries are linked alone, unless something is missing already. What it would
+        link for a `layer` is kept for the next library, as a function of that name."""
         build: Any = cpp_builder.CppBuilder.build
         linker = self
 
         def build_alone(self: cpp_builder.CppBuilder) -> None:
             command = shlex.split(self.get_command_line())
-            if linker.missing or not _is_link(command) or not linker._link_alone(command):
+            if not _is_link(command):
                 build(self)
+            elif layer:
+                linker._layers.append(linker._combine(command, layer))
+            else:
+                linker._link(command)
 
         cpp_builder.CppBuilder.build = build_alone  # type: ignore[method-assign]
         try:
@@ -92,14 +101,36 @@ class Linker:
     def link_with_torch(self) -> Iterator[Path]:
         """Link with PyTorch what was linked alone: the libraries, in their order. Raises ExportError."""
         for command, library in self._alone:
-            done = _run(command)
-            if done.returncode:
-                raise ExportError(f"The library cannot be linked: {_first_error(done.stderr)}")
+            _check(_run(command))
             yield library
+
+    @property
+    def can_call_layers(self) -> bool:
+        """Whether layers can be compiled by themselves."""
+        return not self.missing and all(map(shutil.which, ("objcopy", "nm")))
+
+    def _combine(self, command: Sequence[str], layer: str) -> Path:
+        """One object of a layer's objects, in which only the function `layer` can be seen: everything else is there
+        for each layer."""
+        (piece,) = self._compile_pieces([_LAYER_PIECE])
+        objects = [*(word for word in command if word.endswith(".o")), str(piece)]
+        target = Path(self._folder.name) / f"{layer}.o"
+        # Without groups: the linker would keep one of those that all layers have, which then nobody else can see.
+        compiler = cpp_builder.get_cpp_compiler()
+        _check(_run([compiler, "-r", "-nostdlib", "-Wl,--force-group-allocation", *objects, "-o", str(target)]))
+        _check(_run(["objcopy", f"--keep-global-symbol={_LAYER_SYMBOL}", str(target)]))
+        renamed = {_LAYER_SYMBOL: layer, **{name: f"{layer}_{name}" for name in _unique_symbols(target)}}
+        _check(_run(["objcopy", *(f"--redefine-sym={old}={new}" for old, new in renamed.items()), str(target)]))
+        return target
+
+    def _link(self, command: Sequence[str]) -> None:
+        layers, self._layers = [str(layer) for layer in self._layers], []
+        if self.missing or not self._link_alone([*command, *layers]):
+            _check(_run([*command, *layers]))
 
     def _link_alone(self, command: list[str]) -> bool:
         """Whether that succeeded; if not, `missing` says why."""
-        pieces = self._compile_pieces()
+        pieces = self._compile_pieces(self._pieces)
         if self.missing:
             return False
         done = _run([*(word for word in command if not _REPLACED.fullmatch(word)), *map(str, pieces), *_LINK_FLAGS])
@@ -115,15 +146,15 @@ class Linker:
         folder = tempfile.mkdtemp(dir=self._folder.name)
         return [str(shutil.copy(word, folder)) if word.endswith(".o") else word for word in command]
 
-    def _compile_pieces(self) -> list[Path]:
-        """The pieces' object files for this level of instructions."""
+    def _compile_pieces(self, names: Sequence[str]) -> list[Path]:
+        """Pieces' object files for this level of instructions."""
         flags = [*_FLAGS, f"-march={march(self._isa)}", "-isystem", str(Path(torch.__file__).parent / "include")]
-        texts = b"".join(file.read_bytes() for file in sorted(_SOURCES.iterdir()))
+        texts = b"".join(file.read_bytes() for file in [*sorted(_SOURCES.iterdir()), _SHARED_HEADER])
         compiler = _run([cpp_builder.get_cpp_compiler(), "--version"]).stdout
         key = repr((texts, flags, torch.__version__, compiler, cpu_flags_needed(self._isa)))
         folder = self._kept / f"pieces-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
-        return [self._compile_piece(_SOURCES / f"{name}.cpp", folder, flags) for name in self._pieces]
+        return [self._compile_piece(_SOURCES / f"{name}.cpp", folder, flags) for name in names]
 
     def _compile_piece(self, source: Path, folder: Path, flags: Sequence[str]) -> Path:
         target = folder / f"{source.stem}.o"
@@ -146,6 +177,18 @@ def _is_link(command: Sequence[str]) -> bool:
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     # Messages are read, and the compiler translates them otherwise.
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, check=False)
+
+
+def _unique_symbols(file: Path) -> list[str]:
+    """Variables of inline definitions, which GCC gives a kind of symbol that objcopy does not hide."""
+    listed = _run(["nm", "--format=posix", "--defined-only", str(file)])
+    _check(listed)
+    return [words[0] for words in map(str.split, listed.stdout.splitlines()) if words[1] == "u"]
+
+
+def _check(done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode:
+        raise ExportError(f"The library cannot be linked: {_first_error(done.stderr)}")
 
 
 def _first_error(text: str) -> str:

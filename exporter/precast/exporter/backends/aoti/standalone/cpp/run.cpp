@@ -1,6 +1,5 @@
 // What the runtime calls (precast/runtime/engines/aoti.py): the constants and a step of one graph, over arrays that the
 // caller owns. ABI_VERSION counts changes of this interface; the artifact says which one its libraries have.
-#include <torch/csrc/inductor/aoti_runtime/interface.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,16 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "standalone.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
-
-// `dtype` is a number of c10/core/ScalarType.h; `strides` count elements.
-struct PrecastArray {
-  void* data;
-  int32_t dtype, dims;
-  int64_t sizes[precast::MAX_DIMS], strides[precast::MAX_DIMS];
-};
 
 // A weight that the graph needs: the library's own name for it, and the model's.
 struct PrecastConstant {
@@ -43,6 +36,8 @@ struct PrecastGraph {
 
 namespace {
 
+using precast::check, precast::copy_out, precast::Tensors, precast::wrap;
+
 constexpr int32_t ABI_VERSION = 1;
 
 thread_local std::string failure;
@@ -51,40 +46,6 @@ int32_t report(const std::string& what) {
   const std::string within = precast::take_failure();
   failure = within.empty() ? what : within;
   return 1;
-}
-
-void check(AOTIRuntimeError error, const char* what) {
-  if (error == 0) return;
-  const char* said = nullptr;
-  AOTInductorGetLastError(&said);
-  throw std::runtime_error(said != nullptr && *said != 0 ? said : what);
-}
-
-// Tensors that are deleted at the end of a block. A graph that returns a tensor twice returns its handle twice.
-struct Tensors {
-  std::vector<AtenTensorHandle> all;
-
-  explicit Tensors(size_t count) : all(count, nullptr) {}
-  ~Tensors() {
-    std::sort(all.begin(), all.end());
-    all.erase(std::unique(all.begin(), all.end()), all.end());
-    for (AtenTensorHandle each : all) aoti_torch_delete_tensor_object(each);
-  }
-};
-
-AtenTensorHandle wrap(const PrecastArray& array) {
-  AtenTensorHandle made = nullptr;
-  if (aoti_torch_create_tensor_from_blob(
-          array.data, array.dims, array.sizes, array.strides, 0, array.dtype, 0, 0, &made) != 0)
-    throw std::runtime_error("an array cannot be wrapped");
-  return made;
-}
-
-void copy_out(AtenTensorHandle from, const PrecastArray& to) {
-  Tensors target(1);
-  target.all[0] = wrap(to);
-  if (aoti_torch_copy_(target.all[0], from, 0) != 0)
-    throw std::runtime_error("an output has another dtype or shape than the artifact says");
 }
 
 template <typename Work>

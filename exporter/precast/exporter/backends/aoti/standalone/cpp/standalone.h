@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <string>
 
-namespace precast {
+#include "../../cpp/array.h"
 
-constexpr int MAX_DIMS = 8;
+namespace precast {
 
 // Numbers of dtypes as in c10/core/ScalarType.h.
 enum Dtype : int32_t {
