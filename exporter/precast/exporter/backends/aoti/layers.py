@@ -39,13 +39,37 @@ class Layer:
 def extract_layers(module: fx.GraphModule, prefix: str) -> list[Layer]:
     """Replace what repeats in a program by calls, in place, and so on in what is called. Returns the layers, each
     before its callers; their names begin with `prefix`."""
+    _compute_once(module.graph)
+    return _extract(module, prefix)
+
+
+def _extract(module: fx.GraphModule, prefix: str) -> list[Layer]:
     layers: list[Layer] = []
     while run := _longest_run(module.graph):
         name = f"{prefix}_{len(layers)}"
         extracted = Layer(name, _make_module(module, run))
         _replace_by_calls(module, run, name)
-        layers += [*extract_layers(extracted.module, name), extracted]
+        layers += [*_extract(extracted.module, name), extracted]
     return layers
+
+
+def _compute_once(graph: fx.Graph) -> None:
+    """Compute what follows from inputs alone (positions, masks) before everything else, and once for all layers."""
+    written = {_written(target) for node in graph.nodes for target in _mutated(node)}
+    known: set[fx.Node] = {node for node in graph.nodes if node.op == "placeholder" and node not in written}
+    same: dict[str, fx.Node] = {}
+    rest: fx.Node | None = None
+    for node in [node for node in graph.nodes if node.op == "call_function"]:
+        if node.is_impure() or not known.issuperset(node.all_input_nodes):
+            rest = rest or node
+            continue
+        known.add(node)
+        before = same.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+        if before is not node:
+            node.replace_all_uses_with(before)
+            graph.erase_node(node)
+        elif rest:
+            rest.prepend(node)
 
 
 @dataclass
@@ -67,8 +91,17 @@ class _Run:
     own: list[tuple[fx.Node, ...]] = field(default_factory=list)
 
     @property
-    def shared_tensors(self) -> list[fx.Node]:
-        return [node for node in self.shared if isinstance(_value(node), Tensor)]
+    def inputs(self) -> list[fx.Node]:
+        """What the second copy is given, or has as its own: tensors."""
+        shared: dict[fx.Node, None] = {}
+        for node in self.shared:
+            shared.update(dict.fromkeys(_dense_sources(node)))
+        return [self.result(0), *shared, *(mine[1] for mine in self.own)]
+
+    def inputs_of(self, copy: int, result: fx.Node) -> list[fx.Node]:
+        """The same for another copy, given the result of the one before."""
+        own = {mine[1]: mine[copy] for mine in self.own}
+        return [result, *(own.get(node, node) for node in self.inputs[1:])]
 
     def result(self, copy: int) -> fx.Node:
         """The node of a copy that the next one takes."""
@@ -173,13 +206,11 @@ def _is_callable(run: _Run) -> bool:
     """Whether each copy can be a call that takes dense tensors and returns one."""
     if len(run.carried) != 1 or not _returns_one(run) or not _writes_its_own(run):
         return False
-    (source,) = run.carried.values()
-    template = [mine[1] for mine in run.own]
-    tensors = [source, run.result(0), *run.shared_tensors, *template]
+    inputs = run.inputs
     return (
-        len({*template, *run.shared}) == len(template) + len(run.shared)
-        and all(_is_dense(node) for node in tensors)
-        and all(_is_size(node, run.shared_tensors) for node in run.shared if node not in run.shared_tensors)
+        all(_is_dense(node) for node in [*run.carried.values(), *inputs])
+        and len({*inputs}) == len(inputs)
+        and all(_is_derivable(node, inputs) for node in run.shared)
     )
 
 
@@ -223,38 +254,62 @@ def _is_dense(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dim() <= MAX_DIMS and value.is_contiguous()
 
 
-def _is_size(node: fx.Node, tensors: Sequence[fx.Node]) -> bool:
-    """Whether a number is a dimension of one of these tensors."""
-    return _dimension_of(node, [_value(each) for each in tensors]) is not None
+def _dense_sources(node: fx.Node) -> list[fx.Node]:
+    """The dense tensors that a node is a view of, or itself; none for what follows from sizes alone."""
+    if not _is_computed_from_tensors(node):
+        return []
+    if _is_dense(node) or node.op != "call_function":
+        return [node]
+    return [source for each in node.all_input_nodes for source in _dense_sources(each)]
 
 
-def _dimension_of(node: fx.Node, tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """The tensor, by its place, and the dimension that a node's number is the size of."""
+def _is_computed_from_tensors(node: fx.Node) -> bool:
+    return isinstance(_value(node), Tensor) and (
+        node.op != "call_function" or any(map(_is_computed_from_tensors, node.all_input_nodes))
+    )
+
+
+def _is_derivable(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:
+    """Whether a node is one of these inputs, the size of one, or follows from such."""
+    if node in inputs or _dimension_of(node, inputs):
+        return True
+    return (
+        node.op == "call_function"
+        and not node.is_impure()
+        and all(_is_derivable(each, inputs) for each in node.all_input_nodes)
+    )
+
+
+def _dimension_of(node: fx.Node, inputs: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
+    """The input and the dimension that a node's number is the size of."""
     value = _value(node)
     if not isinstance(value, torch.SymInt):
         return None
     wanted = value.node.expr
-    for i, tensor in enumerate(tensors):
-        sizes: list[Any] = list(tensor.shape)
+    for source in inputs:
+        sizes: list[Any] = list(_value(source).shape)
         for dimension, size in enumerate(sizes):
             if isinstance(size, torch.SymInt) and size.node.expr == wanted:
-                return i, dimension
+                return source, dimension
     return None
 
 
 def _make_module(root: fx.GraphModule, run: _Run) -> fx.GraphModule:
     """The program of one copy, made of the second: in the first what is carried may be what is shared, too."""
-    graph = fx.Graph()
-    tensors = [run.result(0), *run.shared_tensors, *(mine[1] for mine in run.own)]
-    made = {node: _add_input(graph, f"x{i}", _value(node)) for i, node in enumerate(tensors)}
-    inputs = list(made.values())
-    for node in run.shared:
+    graph, inputs = fx.Graph(), run.inputs
+    made = {node: _add_input(graph, f"x{i}", _value(node)) for i, node in enumerate(inputs)}
+
+    def derive(node: fx.Node) -> fx.Node:
         if node not in made:
-            i, dimension = _dimension_of(node, [_value(each) for each in inputs])  # type: ignore[misc]
-            made[node] = graph.call_function(torch.ops.aten.sym_size.int, (inputs[i], dimension))
-            made[node].meta["val"] = _value(node)
+            if found := _dimension_of(node, inputs):
+                made[node] = graph.call_function(torch.ops.aten.sym_size.int, (made[found[0]], found[1]))
+                made[node].meta["val"] = _value(node)
+            else:
+                made[node] = graph.node_copy(node, derive)
+        return made[node]
+
     for node in run.bodies[1]:
-        made[node] = graph.node_copy(node, made.__getitem__)
+        derive(node)
     graph.output((made[run.result(1)],))
     return fx.GraphModule(root, graph)
 
@@ -268,7 +323,7 @@ def _add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
 def _replace_by_calls(module: fx.GraphModule, run: _Run, name: str) -> None:
     (result,) = run.carried.values()
     for i, body in enumerate(run.bodies):
-        inputs = [result, *run.shared_tensors, *(mine[i] for mine in run.own)]
+        inputs = run.inputs_of(i, result)
         with module.graph.inserting_after(body[-1]):
             result = module.graph.call_function(torch.ops.precast.layer.default, (inputs, name))
         result.meta["val"] = _value(run.result(i))
