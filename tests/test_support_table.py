@@ -118,8 +118,8 @@ def test_as_much_passes_as_was_promised():
 @pytest.mark.slow
 # What a model's own code warns of is not what the table says.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("pair", [*FIRST, *REFUSED], ids=lambda pair: "-".join(pair[1:]))
-def test_the_table_is_so_for_every_type(pair):
-    """Made anew, a line of each type passes, and what the zoo says is refused; `python tools/support_table.py` makes
+@pytest.mark.parametrize("pair", [*FIRST[::3], *REFUSED], ids=lambda pair: "-".join(pair[1:]))
+def test_the_table_is_so_for_every_third_type(pair):
+    """Made anew, their lines pass, and what the zoo says is refused; `python tools/support_table.py` makes
     all lines. (What 8 bits cost is a figure, and no line is wrong by it: quantized models have tests of their own.)"""
     assert support_table.surprise(pair, support_table.attempt(pair, quantized=False)) is None

@@ -55,6 +55,9 @@ def _extract(module: fx.GraphModule, prefix: str) -> list[Layer]:
 
 def _compute_once(graph: fx.Graph) -> None:
     """Compute what follows from inputs alone (positions, masks) before everything else, and once for all layers."""
+    # What they check of dtypes was known when the program was traced.
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
     written = {_written(target) for node in graph.nodes for target in _mutated(node)}
     known: set[fx.Node] = {node for node in graph.nodes if node.op == "placeholder" and node not in written}
     same: dict[str, fx.Node] = {}

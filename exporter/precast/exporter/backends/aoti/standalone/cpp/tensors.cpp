@@ -72,11 +72,11 @@ thread_local std::string last_failure;
 
 Storage* new_storage(size_t bytes) {
   const size_t rounded = Blocks::round_up(bytes);
-  return new Storage{blocks.take(rounded), rounded, true, {1}};
+  return new Storage{{}, blocks.take(rounded), rounded, true, {1}};
 }
 
 Storage* borrow(void* data, size_t bytes) {
-  return new Storage{static_cast<char*>(data), bytes, false, {1}};
+  return new Storage{{}, static_cast<char*>(data), bytes, false, {1}};
 }
 
 Storage* share(Storage* storage) {
