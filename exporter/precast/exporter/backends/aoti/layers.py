@@ -21,6 +21,9 @@ __all__ = ["Layer", "extract_layers"]
 MIN_NODES_SAVED = 200
 """Fewer take less time than two more C++ files."""
 
+MAX_PERIODS = 8
+"""How many are tried, by what they save."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -142,15 +145,16 @@ def _value(node: fx.Node) -> Any:
 
 
 def _repetitions(numbers: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, int]]:
-    """Start, period and copies of what repeats in a sequence, for the period that saves most, if that is enough: all
+    """Start, period and copies of what repeats in a sequence, for the periods that save most, if that is enough: all
     copies, and one less, since the first or the last may be connected otherwise."""
     found = [(period, *_longest_true(numbers[:-period] == numbers[period:])) for period in range(1, len(numbers) // 2)]
-    period, start, length = max(found, key=lambda each: (each[2] // each[0] * each[0], -each[0]), default=(1, 0, 0))
-    most = length // period + 1
-    for copies in (most, most - 1):
-        if (copies - 1) * period >= MIN_NODES_SAVED:
-            for offset in range(length - (copies - 1) * period + 1):
-                yield start + offset, period, copies
+    found.sort(key=lambda each: (-(each[2] // each[0] * each[0]), each[0]))
+    for period, start, length in found[:MAX_PERIODS]:
+        most = length // period + 1
+        for copies in (most, most - 1):
+            if (copies - 1) * period >= MIN_NODES_SAVED:
+                for offset in range(length - (copies - 1) * period + 1):
+                    yield start + offset, period, copies
 
 
 def _longest_true(flags: np.ndarray[Any, Any]) -> tuple[int, int]:
