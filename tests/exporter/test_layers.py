@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch.export import Dim
 
 from precast.exporter.backends.aoti import layers
 from precast.exporter.backends.aoti.layers import extract_layers
+from precast.exporter.backends.aoti.standalone import link
+from precast.exporter.backends.aoti.workspace import FOLDER
 
 WIDTH, CAPACITY = 4, 6
 
@@ -184,3 +187,15 @@ def test_what_is_connected_otherwise_stays_as_it_is(model):
 def test_few_nodes_are_not_worth_two_more_files(monkeypatch):
     monkeypatch.setattr(layers, "MIN_NODES_SAVED", 200)
     assert extract(Model())[1] == []
+
+
+@pytest.mark.parametrize("lacking", ["objcopy", "nm", "the linker's option"])
+def test_every_layer_is_compiled_where_tools_are_others(lacking, monkeypatch, tmp_path):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    which, text = shutil.which, link._linker_help()
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == lacking else which(name))
+    monkeypatch.setattr(link, "_linker_help", lambda: "" if lacking == "the linker's option" else text)
+    with link.Linker("native", tmp_path, has_products=False) as linker:
+        assert not linker.can_call_layers
+        monkeypatch.undo()
+        assert linker.can_call_layers

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _SOURCES = Path(__file__).parent / "cpp"
 _SHARED_HEADER = _SOURCES.parent.parent / "cpp" / "array.h"
 _PIECES = ("tensors", "threads", "math", "run")
 _MATMUL_PIECE = "gemm"
+_WITHOUT_GROUPS = "--force-group-allocation"
 _LAYER_PIECE, _LAYER_SYMBOL = "layer", "precast_layer"
 _FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffunction-sections")
 # Nothing may stay open that no library answers; nothing is seen from outside but what the runtime calls.
@@ -106,8 +108,8 @@ class Linker:
 
     @property
     def can_call_layers(self) -> bool:
-        """Whether layers can be compiled by themselves."""
-        return not self.missing and all(map(shutil.which, ("objcopy", "nm")))
+        """Whether layers can be compiled by themselves: by GNU's linker, as others lack what that takes."""
+        return not self.missing and all(map(shutil.which, ("objcopy", "nm"))) and _WITHOUT_GROUPS in _linker_help()
 
     def _combine(self, command: Sequence[str], layer: str) -> Path:
         """One object of a layer's objects, in which only the function `layer` can be seen: everything else is there
@@ -117,7 +119,7 @@ class Linker:
         target = Path(self._folder.name) / f"{layer}.o"
         # Without groups: the linker would keep one of those that all layers have, which then nobody else can see.
         compiler = cpp_builder.get_cpp_compiler()
-        _check(_run([compiler, "-r", "-nostdlib", "-Wl,--force-group-allocation", *objects, "-o", str(target)]))
+        _check(_run([compiler, "-r", "-nostdlib", f"-Wl,{_WITHOUT_GROUPS}", *objects, "-o", str(target)]))
         _check(_run(["objcopy", f"--keep-global-symbol={_LAYER_SYMBOL}", str(target)]))
         renamed = {_LAYER_SYMBOL: layer, **{name: f"{layer}_{name}" for name in _unique_symbols(target)}}
         _check(_run(["objcopy", *(f"--redefine-sym={old}={new}" for old, new in renamed.items()), str(target)]))
@@ -177,6 +179,11 @@ def _is_link(command: Sequence[str]) -> bool:
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     # Messages are read, and the compiler translates them otherwise.
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, check=False)
+
+
+@cache
+def _linker_help() -> str:
+    return _run([cpp_builder.get_cpp_compiler(), "-Wl,--help"]).stdout
 
 
 def _unique_symbols(file: Path) -> list[str]:
