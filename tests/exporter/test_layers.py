@@ -101,6 +101,36 @@ class OneCache(Model):
         return self.head(x)
 
 
+class Scratch(Model):
+    """Every block writes to zeros of its own, and to what it made of the result before."""
+
+    def connect(self, block: nn.Module, x: Tensor, mask: Tensor, cache: Tensor) -> Tensor:
+        sums = torch.zeros(1, x.shape[1], WIDTH)
+        sums += x
+        x = block(sums, mask, cache)
+        x *= 2
+        return x + sums
+
+
+class InPlace(Model):
+    """Every block writes to the result of the one before: so a layer ends with that."""
+
+    def connect(self, block: nn.Module, x: Tensor, mask: Tensor, cache: Tensor) -> Tensor:
+        x += 1
+        return block(x, mask, cache)
+
+
+class Rotating(Model):
+    """All blocks take parts of complex numbers, which no call can be given: so each computes them."""
+
+    def forward(self, ids: Tensor, caches: list[Tensor]) -> Any:
+        turned = torch.polar(self.embed.weight[0], self.embed.weight[1])
+        x = self.embed(ids)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x * (turned * turned).real, turned.imag, cache)
+        return self.head(x)
+
+
 class SharedCaches(Model):
     """The last two of five blocks write to caches of the first."""
 
@@ -159,6 +189,9 @@ def called(module: fx.GraphModule) -> list[str]:
         (Model(1.0, 1.0, 1.0, 1.0, 3.0), 4),
         (Skipping(), 5),
         (SharedCaches(), 5),
+        (Scratch(), 5),
+        (InPlace(), 4),
+        (Rotating(), 5),
     ],
 )
 def test_equal_layers_are_called(model, calls):

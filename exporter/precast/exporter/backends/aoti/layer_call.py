@@ -11,7 +11,7 @@ from torch._inductor.lowering import register_lowering
 
 from .kernel_template import KernelTemplate, number_names, pointer_names, realize_contiguous
 
-__all__ = ["MAX_DIMS", "layer"]
+__all__ = ["can_be_given", "layer"]
 
 MAX_DIMS = 8
 """Of a tensor that libraries are given, as in cpp/array.h."""
@@ -21,6 +21,11 @@ _DTYPES = {
     torch.float64: 7, torch.bool: 11, torch.bfloat16: 15,
 }  # fmt: skip
 """PyTorch's own numbers of dtypes (c10/core/ScalarType.h)."""
+
+
+def can_be_given(value: Tensor) -> bool:
+    """Whether libraries can be given tensors of this dtype with as many dimensions."""
+    return value.dtype in _DTYPES and value.dim() <= MAX_DIMS
 
 
 @torch.library.custom_op("precast::layer", mutates_args=())

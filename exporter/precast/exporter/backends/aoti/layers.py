@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .layer_call import MAX_DIMS
+from .layer_call import can_be_given
 
 __all__ = ["Layer", "extract_layers"]
 
@@ -66,7 +66,7 @@ def _compute_once(graph: fx.Graph) -> None:
     same: dict[str, fx.Node] = {}
     rest: fx.Node | None = None
     for node in [node for node in graph.nodes if node.op == "call_function"]:
-        if node.is_impure() or not known.issuperset(node.all_input_nodes):
+        if node in written or not _is_pure(node) or not known.issuperset(node.all_input_nodes):
             rest = rest or node
             continue
         known.add(node)
@@ -76,6 +76,11 @@ def _compute_once(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif rest:
             rest.prepend(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return not node.is_impure() and torch.Tag.nondeterministic_seeded not in tags
 
 
 @dataclass
@@ -233,7 +238,7 @@ def _writes_its_own(run: _Run) -> bool:
     for node in run.bodies[1]:
         for target in map(_written, _mutated(node)):
             mine = [sources for sources in run.own if sources[1] is target]
-            if target in run.places:
+            if run.places.get(target, (None,))[0] == 1:
                 continue
             if not mine or any(user not in run.places for source in mine[0] for user in source.users):
                 return False
@@ -258,7 +263,7 @@ def _written(node: fx.Node) -> fx.Node:
 
 def _is_dense(node: fx.Node) -> bool:
     value = _value(node)
-    return isinstance(value, Tensor) and value.dim() <= MAX_DIMS and value.is_contiguous()
+    return isinstance(value, Tensor) and can_be_given(value) and value.is_contiguous()
 
 
 def _dense_sources(node: fx.Node) -> list[fx.Node]:
@@ -282,7 +287,7 @@ def _is_derivable(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:
         return True
     return (
         node.op == "call_function"
-        and not node.is_impure()
+        and _is_pure(node)
         and all(_is_derivable(each, inputs) for each in node.all_input_nodes)
     )
 
