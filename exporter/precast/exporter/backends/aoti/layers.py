@@ -1,6 +1,6 @@
 """Layers that are equal but for their weights and caches: compiled once, and called for each.
 
-Inductor spends seconds on a layer, and on the next that is the same the same again. So the longest run of nodes that
+Inductor spends seconds on each layer, also where it writes the same code again. So the longest run of nodes that
 repeats in a program becomes a program of its own, whose weights and caches are inputs.
 """
 
@@ -108,11 +108,6 @@ class _Run:
         for node in self.shared:
             shared.update(dict.fromkeys(_dense_sources(node)))
         return [self.result(0), *shared, *(mine[1] for mine in self.own)]
-
-    def inputs_of(self, copy: int, result: fx.Node) -> list[fx.Node]:
-        """The same for another copy, given the result of the one before."""
-        own = {mine[1]: mine[copy] for mine in self.own}
-        return [result, *(own.get(node, node) for node in self.inputs[1:])]
 
     def result(self, copy: int) -> fx.Node:
         """The node of a copy that the next one takes."""
@@ -334,8 +329,10 @@ def _add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
 
 def _replace_by_calls(module: fx.GraphModule, run: _Run, name: str) -> None:
     (result,) = run.carried.values()
+    _, *rest = run.inputs
     for i, body in enumerate(run.bodies):
-        inputs = run.inputs_of(i, result)
+        own = {mine[1]: mine[i] for mine in run.own}
+        inputs = [result, *(own.get(node, node) for node in rest)]
         with module.graph.inserting_after(body[-1]):
             result = module.graph.call_function(torch.ops.precast.layer.default, (inputs, name))
         result.meta["val"] = _value(run.result(i))

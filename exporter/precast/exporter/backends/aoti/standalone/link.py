@@ -62,9 +62,9 @@ class Linker:
         self._isa, self._kept = isa, kept
         self._pieces = (*_PIECES, _MATMUL_PIECE) if has_products else _PIECES
         # Inductor makes it when it first writes there.
-        cache = Path(os.environ[FOLDER])
-        cache.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(dir=cache)
+        folder = Path(os.environ[FOLDER])
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(dir=folder)
         self._alone: list[tuple[list[str], Path]] = []
         """Commands that would link with PyTorch what is linked otherwise so far."""
         self._layers: list[Path] = []
