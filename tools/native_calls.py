@@ -49,7 +49,7 @@ def attempt(pair: Pair) -> dict[str, Any]:
 
     def write_sources(exported: Any, target: Path, isa: str, device: str = "cpu", *_: Any) -> None:
         options = library._OPTIONS | library._CPU_OPTIONS | {"aot_inductor.package_cpp_only": True}
-        files = library._compile(exported, options, device)
+        files = library._compile(exported, options, device == "cpu", None)
         sources = [Path(each).read_text("utf-8") for each in files if isinstance(each, str) and each.endswith(".cpp")]
         called.update(name for text in sources for name in _CALL.findall(text))
         target.write_bytes(b"")

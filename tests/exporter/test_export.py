@@ -55,6 +55,13 @@ def test_config_json_says_everything(checkpoint, tmp_path):
     assert made.contract == read_artifact(tmp_path / "out").contract
 
 
+def test_a_number_or_word_stands_for_a_list_of_one():
+    asked = ExportOptions(backend="aoti", sequence_length=64, also="onnx", isa="avx2")
+    assert asked == ExportOptions(backend="aoti", sequence_length=(64,), also=("onnx",), isa="avx2")
+    assert asked.shapes.sequence_length == (64,)
+    assert asked.replace(sequence_length=32).sequence_length == (32,)
+
+
 def test_the_model_card_has_the_metadata_of_the_hub(checkpoint, tmp_path):
     from huggingface_hub import ModelCard
 

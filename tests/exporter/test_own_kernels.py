@@ -7,10 +7,10 @@ One library holds every case, since each takes a compiler's time.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
+import native_code
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.backends.aoti import compiler, isa, kernel_template, library, workspace
-from precast.exporter.backends.aoti.attention import decode_attention, prefill_attention
+from precast.exporter.backends.aoti import compiler, isa, kernel_template, library
+from precast.exporter.backends.aoti.attention import attention, decode_attention, prefill_attention
 from precast.exporter.backends.aoti.dequantize import dequantize
 from precast.exporter.backends.aoti.gemv import gemv
 from precast.exporter.backends.aoti.quantized_gemm import quantized_gemm
@@ -129,25 +129,6 @@ def many(case):
     return 300 if case.rows == 11 else 9 + case.columns % 7
 
 
-def compiled(module, arguments, folder, isa):
-    """The module's native code as a function."""
-    exported = torch.export.export(module, arguments)
-    with workspace.compiler_workspace():
-        library.build_library(exported, folder / "kernels.so", isa)
-    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "kernels.so"), 1)
-    return lambda *given: runner.run(list(given))
-
-
-@contextmanager
-def counted(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def shared_out(tmp_path_factory):
     """However little there is to do, all threads do it."""
@@ -175,7 +156,7 @@ def rows(request, tmp_path_factory):
     """The cases, and a function of their inputs."""
     level, cases = request.param
     arguments = tuple(each for case in cases for each in [*inputs_of(case, 0, 1), *parts(case)])
-    run = compiled(Products(cases), arguments, tmp_path_factory.mktemp("rows"), level)
+    run = native_code.compiled(Products(cases), arguments, tmp_path_factory.mktemp("rows"), level)
     fixed = {index: parts(case) for index, case in enumerate(cases)}
 
     def found(xs):
@@ -207,7 +188,7 @@ def computed(rows, seed, size, threads):
     """The cases, inputs of such a size, and what the kernels make of them."""
     cases, answer = rows
     xs = [inputs_of(case, seed, size) for case in cases]
-    with counted(threads):
+    with native_code.threads_set_to(threads):
         return cases, xs, answer(xs)
 
 
@@ -307,7 +288,7 @@ class Attentions(nn.Module):
     def __init__(self, asked: list[Asked], *products: torch.dtype) -> None:
         super().__init__()
         self.asked = asked
-        kernels = Kernels(gemv, quantized_gemm, dequantize, decode_attention, prefill_attention)
+        kernels = Kernels(gemv, quantized_gemm, dequantize, decode_attention, prefill_attention, attention)
         self.kinds = [{"kernels": kernels, "matmul_dtype": product} for product in products] or [{}]
 
     def forward(self, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
@@ -356,13 +337,9 @@ def attentions(folder, isa, cases, length, *products):
     )
     # Queries, keys and values come as [B, heads, tokens, width]; caches are longer than any of them.
     free = [{2: tokens} if length is None and each.ndim == 4 and each.shape[2] == 9 else None for each in example[3:]]
-    exported = torch.export.export(
-        Attentions(cases, *products), example, dynamic_shapes=({0: rows_}, None, None, tuple(free))
+    return native_code.compiled(
+        Attentions(cases, *products), example, folder, isa, ({0: rows_}, None, None, tuple(free))
     )
-    with workspace.compiler_workspace():
-        library.build_library(exported, folder / "attend.so", isa)
-    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "attend.so"), 1)
-    return lambda *given: runner.run(list(given))
 
 
 @pytest.fixture(scope="module", **levels(FEWER, ASKED))
@@ -388,7 +365,7 @@ def test_attention_by_the_kernel_is_attention_by_operators(attending, seed, leng
     common = (torch.arange(looked), torch.tensor(past, dtype=torch.int32), torch.tensor(new, dtype=torch.int32))
     cases, libraries = attending
     expected = Attentions(cases)(*common, *tensors(cases, seed, length))
-    with counted(threads):
+    with native_code.threads_set_to(threads):
         found = libraries[length > 1](*common, *tensors(cases, seed, length))
     for start, bound in zip(range(0, len(found), len(cases)), (3e-5, 0.02), strict=False):
         for asked, one, other in zip(cases, found[start : start + len(cases)], expected, strict=True):

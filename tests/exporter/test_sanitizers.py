@@ -69,7 +69,12 @@ def test_they_find_what_is_wrong(sanitized, tmp_path, function, finding):
     ("file", "chosen"),
     [
         ("test_own_kernels.py", "products_are or many_rows or no_number or attention_by_the_kernel"),
-        ("test_standalone.py", "functions or iteration or threads or regions or callers or view or copies or products"),
+        (
+            "test_standalone.py",
+            "functions or iteration or threads or regions or callers or view or copies or products or convolutions or "
+            "windows or largest",
+        ),
+        ("test_fuse_attention.py", "kernel_computes or hidden or no_number"),
     ],
 )
 def test_they_find_nothing(sanitized, file, chosen):

@@ -22,7 +22,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
@@ -45,6 +45,8 @@ LEVELS = [level for level in ("avx2", "avx512") if set(isa.cpu_flags_needed(leve
 _OWN = ("-Wl,-z,defs", "-Wl,--as-needed", "-Wl,-Bsymbolic")
 """Or functions that can be seen are those of PyTorch's OpenMP, which this process has, too."""
 DTYPES = {torch.float32: 6, torch.bfloat16: 15, torch.float16: 5}
+"""Of products. Numbers of c10/core/ScalarType.h."""
+OTHER_DTYPES = {torch.int64: 4, torch.int32: 3, torch.int8: 1, torch.float64: 7}
 
 
 @pytest.fixture(
@@ -53,7 +55,8 @@ DTYPES = {torch.float32: 6, torch.bfloat16: 15, torch.float16: 5}
 def pieces(request, tmp_path_factory):
     """The pieces and the driver in one library, whose functions can be seen."""
     target = tmp_path_factory.mktemp("pieces") / f"{request.param}.so"
-    sources = [link._SOURCES / f"{name}.cpp" for name in ("tensors", "threads", "math", "gemm")]
+    sources = [link._SOURCES / f"{name}.cpp" for name in link._PIECES if name != "run"]
+    sources += [link._SOURCES / f"{name}.cpp" for name in link._MATMUL_PIECES]
     compiler = [cpp_builder.get_cpp_compiler(), f"-march={isa.march(request.param)}"]
     flags = [*(each for each in link._FLAGS if not each.startswith("-fvisibility")), "-Wall", "-Wextra", "-Werror"]
     objects = []
@@ -76,7 +79,7 @@ def handle(pieces, tensor: torch.Tensor) -> c_void_p:
     """The C ABI's tensor over a tensor's memory."""
     sizes, strides = ((c_int64 * 8)(*values) for values in (tensor.shape, tensor.stride()))
     made = c_void_p()
-    dtype = DTYPES.get(tensor.dtype, {torch.int64: 4, torch.int8: 1, torch.float64: 7}.get(tensor.dtype))
+    dtype = {**DTYPES, **OTHER_DTYPES}[tensor.dtype]
     assert not pieces.aoti_torch_create_tensor_from_blob(
         c_void_p(tensor.data_ptr()), c_int64(tensor.dim()), sizes, strides, c_int64(0), dtype, 0, 0, byref(made)
     )
@@ -234,6 +237,132 @@ def test_products_that_do_not_fit_are_refused_by_name(pieces, sizes):
     assert pieces.aoti_torch_cpu_mm_out(out, handle(pieces, a), handle(pieces, b)) == 1
     integers = handle(pieces, torch.ones(2, 2, dtype=torch.int64))
     assert pieces.aoti_torch_cpu_mm_out(integers, integers, integers) == 1
+
+
+def read(pieces, made: c_void_p, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of a tensor of the C ABI, with its strides; the tensor is deleted."""
+    dims, data, sizes, strides = c_int64(), c_void_p(), POINTER(c_int64)(), POINTER(c_int64)()
+    assert not pieces.aoti_torch_get_dim(made, byref(dims))
+    assert not pieces.aoti_torch_get_data_ptr(made, byref(data))
+    assert not pieces.aoti_torch_get_sizes(made, byref(sizes))
+    assert not pieces.aoti_torch_get_strides(made, byref(strides))
+    size, stride = (tuple(each[: dims.value]) for each in (sizes, strides))
+    count = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if math.prod(size) else 0
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(data.value) if count else b""
+    held = torch.frombuffer(bytearray(memory), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+    found = torch.as_strided(held, size, stride).clone(memory_format=torch.preserve_format)
+    assert not pieces.aoti_torch_delete_tensor_object(made)
+    assert found.stride() == stride or not count
+    return found
+
+
+def integers(values) -> tuple[ctypes.Array, c_int64]:
+    return (c_int64 * len(values))(*values), c_int64(len(values))
+
+
+def convolve(pieces, x, weight, bias, asked, transposed) -> torch.Tensor:
+    stride, padding, dilation, more, groups = asked
+    made, given = c_void_p(), None if bias is None else byref(handle(pieces, bias))
+    arrays = [integers(each) for each in (stride, padding, dilation)]
+    status = pieces.aoti_torch_cpu_convolution(
+        handle(pieces, x), handle(pieces, weight), given, *(each for array in arrays for each in array),
+        int(transposed), *integers(more), c_int64(groups), byref(made),
+    )  # fmt: skip
+    assert status == 0
+    return read(pieces, made, torch.float32)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_convolutions_are_pytorchs_in_their_places_in_memory(pieces, data):
+    """Any sizes, steps, paddings and groups; inputs and weights in any order; so are the results."""
+    dims, transposed = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+
+    def numbers(low, high):
+        return [data.draw(st.integers(low, high)) for _ in range(dims)]
+
+    groups, per_group, made_per_group = (data.draw(st.sampled_from([1, 1, 2, 3])) for _ in range(3))
+    kernel, stride, dilation = numbers(1, 4), numbers(1, 3), numbers(1, 2)
+    padding = [data.draw(st.integers(0, (size - 1) // 2 + 1)) for size in kernel]
+    more = (
+        [data.draw(st.integers(0, max(each) - 1)) for each in zip(stride, dilation, strict=True)]
+        if transposed
+        else [0] * dims
+    )
+    windows = [apart * (size - 1) + 1 for apart, size in zip(dilation, kernel, strict=True)]
+    size = [data.draw(st.integers(max(1, window), window + 12)) for window in windows]
+    if transposed:
+        places = zip(size, stride, padding, windows, more, strict=True)
+        assume(all((n - 1) * step - 2 * pad + window + rest > 0 for n, step, pad, window, rest in places))
+    channels, rows = groups * per_group, groups * made_per_group
+    torch.manual_seed(sum(size))
+    x = torch.randn(data.draw(st.integers(1, 2)), channels, *size)
+    first, second = (channels, made_per_group) if transposed else (rows, per_group)
+    weight = torch.randn(first, second, *kernel)
+    if dims < 3 and data.draw(st.booleans()):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if dims < 3 and data.draw(st.booleans()):
+        weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    bias = torch.randn(rows) if data.draw(st.booleans()) else None
+    pieces.omp_set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
+    asked = (stride, padding, dilation, more, groups)
+    expected = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, transposed, more, groups)
+    found = convolve(pieces, x, weight, bias, asked, transposed)
+    assert found.shape == expected.shape
+    assert found.stride() == expected.stride()
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "transposed"),
+    [
+        ((1, 8, 300, 300), (4, 8, 5, 5), False),
+        ((2, 64, 20000), (16, 64, 3), False),
+        ((1, 4, 300, 300), (4, 8, 3, 3), True),
+    ],
+)
+def test_windows_are_laid_side_by_side_in_pieces(pieces, x, weight, transposed):
+    """Of so large an input that they would not fit at once: of whole lines, or of parts of one."""
+    x, weight, dims = torch.randn(x), torch.randn(weight), len(x) - 2
+    asked = ([1] * dims, [2] * dims, [1] * dims, [0] * dims, 1)
+    expected = torch.ops.aten.convolution(x, weight, None, *asked[:3], transposed, *asked[3:])
+    assert torch.allclose(convolve(pieces, x, weight, None, asked, transposed), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "groups"), [((1, 4, 8), (4, 3, 3), 1), ((1, 4, 8, 8), (4, 4, 3), 1), ((1, 4, 2), (4, 4, 3), 1),
+                                ((1, 4, 8), (5, 2, 3), 2), ((1, 2, 3, 3, 3, 3), (2, 2, 1, 1, 1, 1), 1)]
+)  # fmt: skip
+def test_convolutions_that_do_not_fit_are_refused(pieces, x, weight, groups):
+    ones, none = integers([1] * (len(x) - 2)), integers([0] * (len(x) - 2))
+    given = [handle(pieces, torch.ones(size)) for size in (x, weight)]
+    status = pieces.aoti_torch_cpu_convolution(
+        *given, None, *ones, *none, *ones, 0, *none, c_int64(groups), byref(c_void_p())
+    )
+    assert status == 1
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_the_largest_are_pytorchs(pieces, data):
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    dim = data.draw(st.integers(-len(sizes), len(sizes) - 1))
+    k, largest = data.draw(st.integers(0, sizes[dim])), data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from([*DTYPES, *OTHER_DTYPES]))
+    order = data.draw(st.permutations(range(len(sizes))))
+    # No two alike, whose order would be anybody's.
+    x = torch.randperm(math.prod(sizes)).to(dtype).view([sizes[each] for each in order])
+    x = x.permute([order.index(each) for each in range(len(sizes))])
+    if dtype.is_floating_point and data.draw(st.booleans()):
+        x[(0,) * x.ndim] = math.nan
+    expected = torch.topk(x, k, dim, largest)
+    made = [c_void_p(), c_void_p()]
+    status = pieces.aoti_torch_cpu_topk(handle(pieces, x), c_int64(k), c_int64(dim), int(largest), 1, *map(byref, made))
+    assert status == 0
+    values, indices = (read(pieces, each, kind) for each, kind in zip(made, (dtype, torch.int64), strict=True))
+    assert torch.equal(indices, expected.indices)
+    assert values.stride() == expected.values.stride()
+    assert torch.equal(values.nan_to_num(9e9), expected.values.nan_to_num(9e9))
 
 
 # ------------------------------------------------------------------ whole libraries

@@ -111,12 +111,12 @@ def quantize_options(function: F) -> F:
     for option in reversed(
         [
             _quantization("--quantize", default="none", show_default=True, metavar="SCHEME",
-                         help="Weights as: none, int8, int4, source (the grid they lie on already), auto."),
+                         help="Weights as: none, int8, int4, source (the codes that they have already), auto."),
             _quantization("--method", "quantize_method", metavar="NAME",
                          help="How weights are rounded: rtn, search, gptq, awq. int8: rtn (aoti: awq), int4: search."),
             _quantization("--group-size", type=int, help="Weights that share a scale: 32, or a row (aoti's int8)."),
             _quantization("--symmetric/--asymmetric", default=None,
-                         help="Zero in the middle of the grid, or anywhere. int8: symmetric (aoti: not), int4: not."),
+                         help="Codes around zero, or around a zero point. int8: symmetric (aoti: not), int4: not."),
             _quantization("--skip", multiple=True, metavar="PATTERN",
                          help="Layers that stay as they are, as 'model.layers.0.*'; repeatable."),
             _quantization("--calibration", type=click.Path(path_type=Path), metavar="FILE",

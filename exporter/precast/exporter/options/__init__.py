@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from precast.runtime.arguments import refuse_unknown
@@ -79,13 +79,14 @@ class ExportOptions:
     force: bool = False
 
     def __init__(self, **keywords: Any) -> None:
-        """Take whole parts or single options by name; a single one goes over that of its part.
+        """Take whole parts or single options by name; a single one goes over that of its part. A number or word may
+        stand for a list of one.
 
         Raises TypeError for a name that there is not.
         """
-        values = {each.name: keywords.pop(each.name, each.default) for each in fields(self)}
+        values = {each.name: _listed(keywords.pop(each.name, each.default), each) for each in fields(self)}
         for name, part in PARTS.items():
-            mine = {each.name: keywords.pop(each.name) for each in fields(part) if each.name in keywords}
+            mine = {each.name: _listed(keywords.pop(each.name), each) for each in fields(part) if each.name in keywords}
             values[name] = replace(values[name], **mine)
         values["backend_keywords"] = _differing({**dict(values["backend_keywords"]), **keywords})
         for name, value in values.items():
@@ -103,15 +104,12 @@ class ExportOptions:
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any], asked_by: str = "export()") -> ExportOptions:
-        """The options that are given by name, where a single number or word may stand for a list of one.
+        """The options that are given by name.
 
         Raises UsageError for a name that there is not, with the nearest.
         """
-        defaults = cls.defaults()
-        refuse_unknown(asked_by, keywords, defaults)
-        lists = (name for name, default in defaults.items() if isinstance(default, tuple))
-        single = {name: (keywords[name],) for name in lists if isinstance(keywords.get(name), int | str)}
-        return cls(**{**keywords, **single})
+        refuse_unknown(asked_by, keywords, cls.defaults())
+        return cls(**keywords)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -302,6 +300,11 @@ class ExportOptions:
             )
 
 
+def _listed(value: Any, declared: Field[Any]) -> Any:
+    """A value as it is kept: a single one as a tuple where the option has several."""
+    return (value,) if isinstance(declared.default, tuple) and isinstance(value, int | str) else value
+
+
 def _differing(keywords: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Options of backends that are not as by default. Raises TypeError for a name that there is not."""
     kept = []
@@ -309,6 +312,6 @@ def _differing(keywords: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
         declared = find_option(name)
         if declared is None:
             raise TypeError(f"ExportOptions.__init__() got an unexpected keyword argument {name!r}")
-        if value != declared.default:
+        if (value := _listed(value, declared)) != declared.default:
             kept.append((name, value))
     return tuple(kept)

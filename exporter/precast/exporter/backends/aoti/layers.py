@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .layer_call import can_be_given
+from .mutation import memory_of, mutated_arguments
 
 __all__ = ["Layer", "extract_layers"]
 
@@ -58,10 +59,7 @@ def _extract(module: fx.GraphModule, prefix: str) -> list[Layer]:
 
 def _compute_once(graph: fx.Graph) -> None:
     """Compute what follows from inputs alone (positions, masks) before everything else, and once for all layers."""
-    # What they check of dtypes was known when the program was traced.
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(node)
-    written = {_written(target) for node in graph.nodes for target in _mutated(node)}
+    written = {memory_of(target) for node in graph.nodes for target in mutated_arguments(node)}
     known: set[fx.Node] = {node for node in graph.nodes if node.op == "placeholder" and node not in written}
     same: dict[str, fx.Node] = {}
     rest: fx.Node | None = None
@@ -231,29 +229,13 @@ def _returns_one(run: _Run) -> bool:
 def _writes_its_own(run: _Run) -> bool:
     """Whether copies write to nothing but what they made, and to inputs of their own that nothing outside reads."""
     for node in run.bodies[1]:
-        for target in map(_written, _mutated(node)):
+        for target in map(memory_of, mutated_arguments(node)):
             mine = [sources for sources in run.own if sources[1] is target]
             if run.places.get(target, (None,))[0] == 1:
                 continue
             if not mine or any(user not in run.places for source in mine[0] for user in source.users):
                 return False
     return True
-
-
-def _mutated(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an operator writes to."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    named = dict(zip((each.name for each in schema.arguments), node.args, strict=False), **node.kwargs)
-    return [named[each.name] for each in schema.arguments if each.is_write and each.name in named]
-
-
-def _written(node: fx.Node) -> fx.Node:
-    """The node whose memory a node is a view of, or itself."""
-    while node.op == "call_function" and getattr(node.target, "is_view", False):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def _is_dense(node: fx.Node) -> bool:

@@ -23,8 +23,9 @@ from ...quiet import silence
 from ..aten.kernel_set import Kernels
 from ..aten.lowered import LoweringOptions
 from ..aten.materialize import materialize
-from .attention import decode_attention, prefill_attention
+from .attention import attention, decode_attention, prefill_attention
 from .dequantize import dequantize
+from .fuse_attention import fuse_attention
 from .gemv import gemv
 from .gpu import GPU_OPTIONS, check_kernels_embedded
 from .inductor_patches import keep_short_loops_serial, know_the_compiler
@@ -34,12 +35,12 @@ from .quantized_gemm import quantized_gemm
 from .standalone.link import Linker
 from .workspace import FOLDER
 
-__all__ = ["build_library", "finish_library", "lowering_options_for", "matmul_dtype_names"]
+__all__ = ["build_library", "finish_library", "lowering_options_for", "make_module", "matmul_dtype_names"]
 
 _LOWERING = LoweringOptions(
     materialize=materialize, reduce_small_matmul=True, matmul_dtype=torch.bfloat16, functional=False
 )
-_KERNELS = Kernels(gemv, quantized_gemm, dequantize, decode_attention, prefill_attention)
+_KERNELS = Kernels(gemv, quantized_gemm, dequantize, decode_attention, prefill_attention, attention)
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -98,7 +99,7 @@ def build_library(
     options = {**_OPTIONS, **by_device, **compiler_options(isa), **extra}
     with silence("torch"), torch.no_grad(), know_the_compiler(), _thread_rule(device):
         try:
-            files = _compile(exported, options, linker)
+            files = _compile(exported, options, device == "cpu", linker)
         except Exception as error:
             # Inductor and the compiler that it calls raise errors of many types, and wrap those of our linker.
             if isinstance(cause := getattr(error, "inner_exception", error), ExportError):
@@ -120,9 +121,13 @@ def _thread_rule(device: str) -> AbstractContextManager[None]:
     return keep_short_loops_serial() if device == "cpu" else nullcontext()
 
 
-def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], linker: Linker | None) -> list[Any]:
+def _compile(
+    exported: torch.export.ExportedProgram, options: dict[str, Any], is_cpu: bool, linker: Linker | None
+) -> list[Any]:
     arguments, keywords = exported.example_inputs
-    module: Any = exported.module(check_guards=False)
+    module = make_module(exported)
+    if is_cpu:
+        fuse_attention(module)
     if linker and linker.can_call_layers:
         for layer in extract_layers(module, "precast_layer"):
             with linker.linking(layer.name):
@@ -130,6 +135,14 @@ def _compile(exported: torch.export.ExportedProgram, options: dict[str, Any], li
     with linker.linking() if linker else nullcontext():
         files: Any = torch._inductor.aot_compile(module, arguments, keywords, options=options)
     return list(files)
+
+
+def make_module(exported: torch.export.ExportedProgram) -> Any:
+    """A program as a module, without checks of what was known when it was traced."""
+    module: Any = exported.module(check_guards=False)
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        module.graph.erase_node(node)
+    return module
 
 
 def _check_constants(exported: torch.export.ExportedProgram, files: list[Any]) -> None:

@@ -113,7 +113,7 @@ def cached_attention(
             dtype = torch.float32 if has_few_rows(q[:, 0]) else context.matmul_dtype
             output = context.kernels.prefill_attention(
                 queries, k_cache, v_cache, past, new, mask, window, sinks, softcap, dtype
-            )
+            ).transpose(1, 2)
         return _scale_channels(output, v_scales).to(q.dtype)
     visible = context.visible_mask(past, length, mask, window)
     keys, values = _dequantize(k_cache[:, :, :count], k_scales), _dequantize(v_cache[:, :, :count], v_scales)
@@ -124,10 +124,27 @@ def cached_attention(
     return _attend_by_sdpa(q, keys, values, visible, scale, score_bias)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def cross_attention(
+    context: AttentionContext, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     """See `precast.exporter.operators.attention.cross_attention`."""
+    if context.kernels:
+        return _cross_attend_by_kernels(context.kernels, context.matmul_dtype, q.float() * scale, k, v, mask).to(
+            q.dtype
+        )
     bias = None if mask is None else torch.where(mask == 0, LOWEST, 0.0).to(q.dtype)[:, None, None]
     return scaled_dot_product_attention(q, k, v, bias, scale=scale)
+
+
+def _cross_attend_by_kernels(
+    kernels: Kernels, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    """float32 [B, H, S, D], of queries in float32 that are scaled."""
+    bias = None if mask is None else torch.where(mask == 0, LOWEST, 0.0)[:, None]
+    if isinstance(q.shape[2], int) and q.shape[2] == 1:
+        added = torch.zeros(1, 1, k.shape[2]) if bias is None else bias
+        return kernels.decode_attention(q[:, :, 0], k, v, added, None, 0.0)[:, :, None]
+    return kernels.attention(q, k, v, None if bias is None else bias[:, None], dtype).transpose(1, 2)
 
 
 def _write_cache(cache: Tensor, x: Tensor, past: Tensor, new: Tensor) -> None:

@@ -20,7 +20,9 @@ class Kernels:
         quantized_gemm: a quantized weight times many rows; None where there is no kernel for its groups.
         dequantize: codes to a matrix of the dtype in the last argument.
         decode_attention: attention of one token per slot to caches.
-        prefill_attention: attention of several tokens per slot; the last argument is the dtype of its matrix products.
+        prefill_attention: attention of several tokens per slot to caches; the last argument is the dtype of its matrix
+            products, as in the next.
+        attention: attention of all queries to all keys.
     """
 
     gemv: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
@@ -30,3 +32,4 @@ class Kernels:
     prefill_attention: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, str, int, Tensor | None, float, torch.dtype], Tensor
     ]
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]

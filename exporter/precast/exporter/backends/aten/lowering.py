@@ -255,7 +255,8 @@ def _attention(
 
 
 def _cross_attention(run: _LoweringInterpreter, *args: Any) -> Tensor:
-    return cross_attention(*args)
+    assert run.context is not None, "a decoder that attends to an encoder has caches of its own"
+    return cross_attention(run.context, *args)
 
 
 def _linear(run: _LoweringInterpreter, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -33,8 +33,8 @@ __all__ = ["Linker"]
 
 _SOURCES = Path(__file__).parent / "cpp"
 _SHARED_HEADER = _SOURCES.parent.parent / "cpp" / "array.h"
-_PIECES = ("tensors", "threads", "math", "run")
-_MATMUL_PIECE = "gemm"
+_PIECES = ("tensors", "threads", "math", "topk", "run")
+_MATMUL_PIECES = ("gemm", "convolution")
 _WITHOUT_GROUPS = "--force-group-allocation"
 _LAYER_PIECE, _LAYER_SYMBOL = "layer", "precast_layer"
 _FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffunction-sections")
@@ -60,7 +60,7 @@ class Linker:
     def __init__(self, isa: str, kept: Path, *, has_products: bool) -> None:
         self.missing: set[str] = set()
         self._isa, self._kept = isa, kept
-        self._pieces = (*_PIECES, _MATMUL_PIECE) if has_products else _PIECES
+        self._pieces = (*_PIECES, *(_MATMUL_PIECES if has_products else ()))
         # Inductor makes it when it first writes there.
         folder = Path(os.environ[FOLDER])
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,8 @@
 #include <cstring>
 #include <memory>
 #include <vector>
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
+#include "numbers.h"
 #include "standalone.h"
 
 #define ABI extern "C"
@@ -44,55 +42,6 @@ struct Matrix {
     return data + (row * row_stride + column * column_stride) * static_cast<int64_t>(element_size(dtype));
   }
 };
-
-#if defined(__F16C__)
-float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
-uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
-#else
-float half_to_float(uint16_t bits) {
-  __fp16 half;
-  std::memcpy(&half, &bits, sizeof(half));
-  return half;
-}
-uint16_t float_to_half(float value) {
-  const __fp16 half = value;
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof(bits));
-  return bits;
-}
-#endif
-
-float to_float(const char* from, int32_t dtype) {
-  if (dtype == FLOAT32) {
-    float value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  if (dtype == BFLOAT16) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof(value));
-    return value;
-  }
-  return half_to_float(bits);
-}
-
-void from_float(char* to, float value, int32_t dtype) {
-  if (dtype == FLOAT32) {
-    std::memcpy(to, &value, sizeof(value));
-  } else if (dtype == BFLOAT16) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof(wide));
-    // To nearest, to even on a tie; a NaN stays one.
-    const uint16_t bits = value != value ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
-    std::memcpy(to, &bits, sizeof(bits));
-  } else {
-    const uint16_t bits = float_to_half(value);
-    std::memcpy(to, &bits, sizeof(bits));
-  }
-}
 
 // Copies `count` elements, `stride` apart, to float32.
 void gather(float* to, const char* from, int64_t count, int64_t stride, int32_t dtype) {
@@ -380,10 +329,6 @@ void multiply(const std::vector<Product>& products) {
   }
 }
 
-bool is_float(const AtenTensorOpaque* tensor) {
-  return tensor->dtype == FLOAT32 || tensor->dtype == BFLOAT16 || tensor->dtype == FLOAT16;
-}
-
 // The last two dimensions of a tensor, of the batch `index`.
 Matrix matrix_of(const AtenTensorOpaque* tensor, int64_t index) {
   const int64_t d = tensor->dims - 2;
@@ -408,7 +353,7 @@ Matrix broadcast(const AtenTensorOpaque* tensor, int64_t index, int64_t rows, in
 Status multiply(
     const char* call, int64_t dims, Tensor out, Tensor a, Tensor b, Tensor added, double beta, double alpha) {
   if (a->dims != dims || b->dims != dims || out->dims != dims) return fail(call, "not so many dimensions");
-  if (!is_float(a) || !is_float(b) || !is_float(out) || (added && !is_float(added)))
+  if (!is_float(a->dtype) || !is_float(b->dtype) || !is_float(out->dtype) || (added && !is_float(added->dtype)))
     return fail(call, "a product of numbers that are no floats");
   const int64_t batch = dims == 3 ? out->sizes[0] : 1, d = dims - 2;
   const bool same_batch = dims == 2 || (a->sizes[0] == batch && b->sizes[0] == batch);

@@ -1,10 +1,9 @@
-// Prefill attention: several new tokens per slot, after any number in the cache, attend to the caches.
+// Attention of many queries per slot: of a prompt's tokens to the caches, or of all tokens to all, as in an encoder.
 //
-// Blocks of keys that are masked for a whole block of queries are skipped: half of all blocks for a first prompt. No
-// matrix of scores is larger than a block (Dao et al. 2022, FlashAttention). A "pair" is a slot and one of its key
-// heads.
-#ifndef PRECAST_PREFILL_ATTENTION
-#define PRECAST_PREFILL_ATTENTION
+// No matrix of scores is larger than a block (Dao et al. 2022, FlashAttention). Blocks of keys that are masked for a
+// whole block of queries are skipped: half of all blocks for a first prompt. A "pair" is a slot and one of its key heads.
+#ifndef PRECAST_BLOCKED_ATTENTION
+#define PRECAST_BLOCKED_ATTENTION
 
 namespace precast {
 
@@ -84,10 +83,16 @@ void multiply(
   }
 }
 
-enum class Mask { causal, window, chunk };
+enum class Mask { causal, window, chunk, none };
+
+// Numbers that are added to scores [batch, query heads, queries, keys]; strides are 0 where they are broadcast.
+struct Bias {
+  const float* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, query_stride = 0;
+};
 
 template <typename Fma, typename T, int GROUP, int KEY, int VALUE>
-struct Prefill {
+struct BlockedAttention {
   using Number = typename Fma::Number;
   static constexpr int KEY_BLOCK = 64;  // keys per block
   static constexpr int QUERY_BLOCK = round_up(std::max(24, 192 / GROUP), TILE);  // queries per block and head, at most
@@ -95,11 +100,13 @@ struct Prefill {
 
   const T *keys, *values;
   int64_t batch, heads, capacity, length;
-  const int32_t *past_lengths, *new_lengths;  // tokens in the caches before, and new ones without padding, [batch]
+  // Tokens in the caches before, and new ones without padding, [batch]; nullptr where every query attends to every key.
+  const int32_t *past_lengths, *new_lengths;
   Mask mask;
   int64_t window;
   float softcap;
   const float* sinks;
+  Bias bias = {};
 
   // Buffers of one thread.
   struct alignas(64) Scratch {
@@ -115,20 +122,31 @@ struct Prefill {
     return mask == Mask::chunk ? position / window * window : 0;
   }
 
+  // The position behind the last one that a token at `position` attends to.
+  int64_t end_visible(int64_t position) const {
+    return mask == Mask::none ? capacity : std::min(position + 1, capacity);
+  }
+
+  int64_t past_length(int64_t slot) const { return past_lengths ? past_lengths[slot] : 0; }
+  int64_t new_length(int64_t slot) const { return new_lengths ? new_lengths[slot] : length; }
+
   // Compute queries `first` to `first + count` of all heads of a pair.
   void attend_block(int64_t pair, int64_t first, int64_t count, const float* q, float* y, Scratch& scratch) const {
-    const int64_t slot = pair / heads, before = past_lengths[slot] + first;
-    const int64_t valid = std::min(count, new_lengths[slot] - first);  // without padding
+    const int64_t slot = pair / heads, before = past_length(slot) + first;
+    const int64_t valid = std::min(count, new_length(slot) - first);  // without padding
     const int64_t head_rows = round_up(std::max<int64_t>(valid, 0), TILE);
     load_queries(pair, first, valid, head_rows, q, scratch);
-    const int64_t end = std::min(before + valid, capacity);
+    const int64_t end = end_visible(before + valid - 1);
     for (int64_t key = first_visible(before) / KEY_BLOCK * KEY_BLOCK; key < end && valid > 0; key += KEY_BLOCK) {
       const int block_length = static_cast<int>(std::min<int64_t>(KEY_BLOCK, end - key));
       pack_keys_values(pair, key, block_length, scratch);
       multiply<Fma, false, KEY_BLOCK>(
           scratch.q[0], PADDED_KEY, scratch.keys, scratch.scores[0], GROUP * head_rows, PADDED_KEY);
-      for (int64_t r = 0; r < GROUP * head_rows; ++r)
+      for (int64_t r = 0; r < GROUP * head_rows; ++r) {
+        if (bias.data && r % head_rows < valid)
+          add_bias(pair * GROUP + r / head_rows, first + r % head_rows, key, block_length, scratch.scores[r]);
         online_softmax(before + r % head_rows, key, block_length, r, scratch);
+      }
       multiply<Fma, true, PADDED_VALUE>(
           scratch.probabilities[0], KEY_BLOCK, scratch.values, scratch.outputs[0], GROUP * head_rows, block_length);
     }
@@ -139,7 +157,7 @@ struct Prefill {
   void load_queries(
       int64_t pair, int64_t first, int64_t valid, int64_t head_rows, const float* q, Scratch& scratch) const {
     for (int64_t r = 0; r < GROUP * head_rows; ++r) {
-      scratch.running_max[r] = LOWEST, scratch.sum_exp[r] = 0;
+      scratch.running_max[r] = -INFINITY, scratch.sum_exp[r] = 0;
       std::fill(scratch.outputs[r], scratch.outputs[r] + PADDED_VALUE, 0.0f);
       const float* at = q + ((pair * GROUP + r / head_rows) * length + first + r % head_rows) * KEY;
       std::fill(scratch.q[r], scratch.q[r] + PADDED_KEY, Number(0.0f));
@@ -173,22 +191,29 @@ struct Prefill {
     from_floats<COUNT>(to, floats);
   }
 
+  void add_bias(int64_t head, int64_t query, int64_t key, int block_length, float* scores) const {
+    const int64_t slot = head / (heads * GROUP);
+    const float* from = bias.data + slot * bias.batch_stride + head % (heads * GROUP) * bias.head_stride +
+                        query * bias.query_stride + key;
+    for (int i = 0; i < block_length; ++i) scores[i] += from[i];
+  }
+
   // Turn a row of scores into exp(score - running max), and rescale the sums so far where the max grows.
   void online_softmax(int64_t position, int64_t key, int block_length, int64_t r, Scratch& scratch) const {
     const int begin = static_cast<int>(std::clamp<int64_t>(first_visible(position) - key, 0, block_length));
-    const int end = static_cast<int>(std::clamp<int64_t>(position + 1 - key, begin, block_length));
+    const int end = static_cast<int>(std::clamp<int64_t>(end_visible(position) - key, begin, block_length));
     float* scores = scratch.scores[r];
-    if (begin == end) {
-      std::fill(scratch.probabilities[r], scratch.probabilities[r] + KEY_BLOCK, Number(0.0f));
-      return;
-    }
+    if (begin == end) return clear_probabilities(r, scratch);
     if (softcap)
       for (int i = begin; i < end; ++i) scores[i] = softcap * std::tanh(scores[i] / softcap);
-    std::fill(scores, scores + begin, LOWEST);
-    std::fill(scores + end, scores + KEY_BLOCK, LOWEST);
+    std::fill(scores, scores + begin, -INFINITY);
+    std::fill(scores + end, scores + KEY_BLOCK, -INFINITY);
     Vec block_max(scratch.running_max[r]), sum_exp(0.0f);
     for (int i = 0; i < KEY_BLOCK; i += LANES) block_max = at::vec::maximum(block_max, Vec::loadu(scores + i));
     const float running_max = reduce_max(block_max);
+    // So far all is masked by a bias, and the difference of two infinities is no number.
+    if (running_max == -INFINITY && std::none_of(scores, scores + KEY_BLOCK, [](float x) { return x != x; }))
+      return clear_probabilities(r, scratch);
     if (running_max > scratch.running_max[r]) {
       const float rescale = std::exp(scratch.running_max[r] - running_max);
       scratch.sum_exp[r] *= rescale;
@@ -200,8 +225,18 @@ struct Prefill {
       probabilities.store(scores + i);
       sum_exp = sum_exp + probabilities;
     }
-    scratch.sum_exp[r] += reduce_sum(sum_exp);
+    const float block_sum = reduce_sum(sum_exp);
+    // A score was no number, or infinite: exp_u20() makes a large number of that.
+    if (!(block_sum <= 2 * KEY_BLOCK)) {
+      scratch.sum_exp[r] = NAN;
+      return clear_probabilities(r, scratch);
+    }
+    scratch.sum_exp[r] += block_sum;
     from_floats<KEY_BLOCK>(scratch.probabilities[r], scores);
+  }
+
+  static void clear_probabilities(int64_t r, Scratch& scratch) {
+    std::fill(scratch.probabilities[r], scratch.probabilities[r] + KEY_BLOCK, Number(0.0f));
   }
 
   // Write the block's output: divided by the sum of exponentials, zeros at padding.
@@ -211,7 +246,8 @@ struct Prefill {
     for (int g = 0; g < GROUP; ++g) {
       const int64_t head = pair * GROUP + g;
       for (int64_t i = 0; i < count; ++i) {
-        float* to = y + (head * length + first + i) * VALUE;
+        const int64_t slot = head / (heads * GROUP);
+        float* to = y + ((slot * length + first + i) * heads * GROUP + head % (heads * GROUP)) * VALUE;
         const int64_t r = g * head_rows + i;
         if (i >= valid) {
           std::fill(to, to + VALUE, 0.0f);
@@ -224,25 +260,27 @@ struct Prefill {
   }
 };
 
-// q [batch, heads * GROUP, length, KEY], scaled -> y [batch, heads * GROUP, length, VALUE]; zeros at padding.
+// q [batch, query heads, length, KEY], scaled -> y [batch, length, query heads, VALUE]; zeros at padding. There are
+// heads * GROUP query heads.
 template <typename Fma, typename T, int GROUP, int KEY, int VALUE>
-void prefill_attention(const Prefill<Fma, T, GROUP, KEY, VALUE>& prefill, const float* q, float* y) {
-  using Kind = Prefill<Fma, T, GROUP, KEY, VALUE>;
-  const int64_t pairs = prefill.batch * prefill.heads, tasks = 4 * omp_get_max_threads();
+void blocked_attention(const BlockedAttention<Fma, T, GROUP, KEY, VALUE>& attention, const float* q, float* y) {
+  using Kind = BlockedAttention<Fma, T, GROUP, KEY, VALUE>;
+  const int64_t pairs = attention.batch * attention.heads, tasks = 4 * omp_get_max_threads();
   // Small enough blocks to keep all threads busy, however short the prompt.
-  const int64_t size = std::clamp<int64_t>(round_up(prefill.length * pairs / tasks, TILE), TILE, Kind::QUERY_BLOCK);
-  const int64_t blocks = (prefill.length + size - 1) / size;
+  const int64_t size = std::clamp<int64_t>(round_up(attention.length * pairs / tasks, TILE), TILE, Kind::QUERY_BLOCK);
+  const int64_t blocks = (attention.length + size - 1) / size;
   int64_t keys = 0;
-  for (int64_t slot = 0; slot < prefill.batch; ++slot)
-    keys += prefill.heads * (prefill.past_lengths[slot] + prefill.new_lengths[slot]);
-#pragma omp parallel if (keys * GROUP * prefill.length * (KEY + VALUE) >= MIN_PARALLEL_MACS)
+  for (int64_t slot = 0; slot < attention.batch; ++slot)
+    keys += attention.heads *
+            attention.end_visible(attention.past_length(slot) + attention.new_length(slot) - 1);
+#pragma omp parallel if (keys * GROUP * attention.length * (KEY + VALUE) >= MIN_PARALLEL_MACS)
   {
     std::unique_ptr<typename Kind::Scratch> scratch(new typename Kind::Scratch);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t task = 0; task < blocks * pairs; ++task) {
       // The blocks that attend to most keys first.
       const int64_t first = (blocks - 1 - task / pairs) * size;
-      prefill.attend_block(task % pairs, first, std::min(size, prefill.length - first), q, y, *scratch);
+      attention.attend_block(task % pairs, first, std::min(size, attention.length - first), q, y, *scratch);
     }
   }
 }
