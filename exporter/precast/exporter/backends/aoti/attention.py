@@ -90,7 +90,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, matm
 @prefill_attention.register_fake
 @attention.register_fake
 def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
-    batch, heads, length, _ = q.shape
+    batch, heads, length = q.shape[:3]
     return q.new_empty(batch, length, heads, values.shape[3])
 
 
@@ -134,7 +134,7 @@ def _make_blocked(inputs: dict[str, Any], rest: str, matmul_dtype: torch.dtype) 
     call = (
         f"precast::blocked_attention({kind}{{{names['k']}, {names['v']}, {sizes}, {{q:2}}, {rest}}}, {names['q']}, y);"
     )
-    batch, heads, length, _ = q.get_size()
+    batch, heads, length = q.get_size()[:3]
     headers = ["simd.h", "decode_attention.h", "blocked_attention.h"]
     return KernelTemplate(inputs, [batch, length, heads, values.get_size()[3]], call, headers).make_node()
 

@@ -89,8 +89,8 @@ def _read_sum(one: Any, other: Any, scale: float) -> _Scores | None:
 
 
 def _read_biased(scores: Any, bias: Any, scale: float) -> _Scores | None:
-    value = bias.meta["val"] if isinstance(bias, fx.Node) else None
-    found = _read_scores(scores, scale) if isinstance(value, Tensor) and value.dtype in _FLOATS else None
+    is_bias = isinstance(bias, fx.Node) and isinstance(_value(bias), Tensor) and _value(bias).dtype in _FLOATS
+    found = _read_scores(scores, scale) if is_bias else None
     if found is not None:
         found.biases.append((bias, scale))
     return found
@@ -129,7 +129,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 def _fits(scores: _Scores, node: fx.Node) -> bool:
     """Whether the kernel takes queries, keys and values [B, H, S or L, D], and biases are broadcast to scores."""
-    query, keys, values = (each.meta["val"] for each in (scores.query, scores.keys, node.args[1]))
+    query, keys, values = (_value(each) for each in (scores.query, scores.keys, node.args[1]))
     if any(each.ndim != 4 or each.dtype not in _FLOATS for each in (query, keys, values)) or keys.dtype != values.dtype:
         return False
     # These are constants of the kernel's code. One query is faster in loops than in a tile of which one row is used.
@@ -139,7 +139,7 @@ def _fits(scores: _Scores, node: fx.Node) -> bool:
     shared = [(query.shape[0], each.shape[0]) for each in (keys, values)]
     shared += [(query.shape[1], each.shape[1]) for each in (keys, values)]
     return all(map(_is_equal, *zip(*shared, (keys.shape[3], values.shape[2]), strict=True))) and all(
-        _is_broadcast(bias.meta["val"], (*query.shape[:3], keys.shape[3])) for bias, _ in scores.biases
+        _is_broadcast(_value(bias), (*query.shape[:3], keys.shape[3])) for bias, _ in scores.biases
     )
 
 
@@ -194,6 +194,10 @@ def _erase_unread(node: fx.Node) -> None:
         if not each.users and each.op == "call_function":
             unread.update(each.all_input_nodes)
             each.graph.erase_node(each)
+
+
+def _value(node: Any) -> Any:
+    return node.meta["val"]
 
 
 def _make_bias(given: tuple[fx.Node, float]) -> fx.Node:
