@@ -47,6 +47,9 @@ def test_what_can_be_frozen():
         (nn.Linear(4, 4).bfloat16(), torch.zeros(2, 4).bfloat16(), set(), False, False),
         (nn.Linear(4, 4).half(), torch.zeros(2, 4).half(), {"avx512_bf16"}, False, False),
         (nn.Conv1d(4, 4, 3), torch.zeros(2, 4, 8), set(), False, True),
+        (nn.Conv2d(4, 4, (2, 3), stride=2), torch.zeros(2, 4, 8, 8), set(), False, True),
+        (nn.Conv2d(4, 4, 2, stride=2), torch.zeros(2, 4, 8, 8), set(), False, False),
+        (nn.Conv2d(4, 4, 1), torch.zeros(2, 4, 8, 8), set(), False, False),
     ],
 )  # fmt: skip
 def test_when_it_pays(monkeypatch, module, x, flags, narrow, pays):
@@ -125,7 +128,7 @@ def test_frozen_answers_are_the_reference(checkpoint, tmp_path, onednn, options)
 
 @pytest.mark.slow
 def test_what_cannot_stand_alone_is_frozen(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(link, "_MATMUL_PIECE", "math")
+    monkeypatch.setattr(link, "_MATMUL_PIECES", ())
     source = checkpoint("bert", "AutoModel")
     variant = made(source, tmp_path / "out", sequence_length=(8, 16))
     assert (variant.compiler.options["frozen"], variant.weights) == (True, [])

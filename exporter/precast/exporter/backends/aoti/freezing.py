@@ -2,7 +2,7 @@
 
 Products then call oneDNN, through PyTorch, with weights in its own layout. The price is a copy of the weights in every
 library, and libraries that only CPUs of the same kind can open: so only what oneDNN computes much faster than our own
-products is frozen, convolutions and products in dtypes that the CPU has matrix instructions for.
+products is frozen, convolutions of windows that overlap and products in dtypes that the CPU has matrix instructions for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,18 @@ def can_freeze(programs: Sequence[Lowered], native: AotiOptions) -> bool:
 
 def pays(programs: Sequence[Lowered], isa: str) -> bool:
     """Whether oneDNN computes them faster than the products of libraries that stand alone."""
-    return multiplies_narrow(programs, isa) or any("conv" in str(node.target) for node in _products(programs))
+    return multiplies_narrow(programs, isa) or any(map(_has_overlapping_windows, _products(programs)))
+
+
+def _has_overlapping_windows(node: fx.Node) -> bool:
+    """Whether a node is a convolution in which numbers of the input are in several windows; patches are in one."""
+    if "conv" not in str(node.target):
+        return False
+    weight: Any = node.args[1]
+    stride: Any = node.args[3] if len(node.args) > 3 else 1
+    kernel = weight.meta["val"].shape[2:]
+    steps = stride if isinstance(stride, list | tuple) else [stride]
+    return any(size > step for size, step in zip(kernel, [*steps, *steps[-1:] * len(kernel)], strict=False))
 
 
 def multiplies_narrow(programs: Sequence[Lowered], isa: str) -> bool:
