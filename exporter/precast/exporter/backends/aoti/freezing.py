@@ -1,8 +1,8 @@
 """Freezing: encoders' weights packed at export for this CPU's kernels, within their libraries.
 
 Products then call oneDNN, through PyTorch, with weights in its own layout. The price is a copy of the weights in every
-library, and libraries that only CPUs of the same kind can open: so only what oneDNN computes much faster than our own
-products is frozen, convolutions of windows that overlap and products in dtypes that the CPU has matrix instructions for.
+library, and libraries that only CPUs of the same kind can open: so only what oneDNN computes much faster is frozen,
+convolutions of windows that overlap and products in dtypes that the CPU has matrix instructions for.
 """
 
 from __future__ import annotations
