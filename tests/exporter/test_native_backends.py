@@ -118,6 +118,16 @@ def test_a_fork_goes_on_or_is_told_why_not(pair):
     processes.check_fork(artifact.path, has_threads=artifact.contract.variants[0].abi > 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [FAST[0], *((each, "aoti") for each in COMPILED)], ids="-".join, indirect=True)
+def test_native_code_needs_no_torch(pair):
+    source, model = pair
+    assert model.artifact.contract.variants[0].requires_torch == []
+    row = [5, 9, 30, 7, 200, 41, 17]
+    [found] = processes.generate_without_torch(model.artifact.path, [row], 12)
+    assert found[len(row) :] == oracle.greedy(source, row, max_new_tokens=12)
+
+
 AUDIT = """
 import sys
 import torch

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import onnx_ir
 import oracle
+import processes
 import pytest
 import tiny
 import torch
@@ -31,7 +32,8 @@ text_types = [
     for model_type, task in zoo.pairs()
     if task == zoo.TEXT and model_type not in zoo.REFUSED
 ]
-native = [pytest.param(each, marks=pytest.mark.slow) for each in (("t5", "export"), ("bart", "export"), ("t5", "aoti"))]
+NATIVE = [("t5", "export"), ("bart", "export"), ("t5", "aoti"), ("bart", "aoti")]
+native = [pytest.param(each, marks=pytest.mark.slow) for each in NATIVE]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,16 @@ def made(tmp_path_factory):
 def family(request, made):
     model_type, backend = request.param
     return made(model_type, backend=backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NATIVE[2:], ids="-".join, indirect=True)
+def test_native_code_needs_no_torch(family):
+    source, model = family
+    assert model.artifact.contract.variants[0].requires_torch == []
+    row = [5, 9, 30, 7, 200, 41, 17]
+    [found] = processes.generate_without_torch(model.artifact.path, [row], 10)
+    assert found == eager_answer(source, row, max_new_tokens=10)
 
 
 def eager_logits(source, row, answer):

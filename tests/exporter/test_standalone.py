@@ -4,13 +4,11 @@ any of these installed."""
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from ctypes import POINTER, byref, c_bool, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -19,6 +17,7 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 import onnxruntime
+import processes
 import pytest
 import torch
 from click.testing import CliRunner
@@ -367,24 +366,6 @@ def test_the_largest_are_pytorchs(pieces, data):
 
 # ------------------------------------------------------------------ whole libraries
 
-WITHOUT_TORCH = """
-import json, sys
-# Neither imported nor there to be.
-sys.modules.update(dict.fromkeys(["torch", "transformers", "onnxruntime"]))
-from precast.runtime import CompiledModelForCausalLM
-model = CompiledModelForCausalLM.from_pretrained(sys.argv[1], threads=2)
-print(json.dumps(model.generate(json.loads(sys.argv[2]), max_new_tokens=12, do_sample=False).tolist()))
-"""
-
-
-def generate_without_torch(artifact: Path, ids: list[list[int]]) -> list[list[int]]:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, str(artifact), json.dumps(ids)],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
 
 @pytest.fixture(scope="module")
 def llama(checkpoint, artifact):
@@ -403,7 +384,7 @@ def test_a_decoder_generates_without_torch(llama):
     expected = AutoModelForCausalLM.from_pretrained(source).generate(
         torch.tensor(ids), max_new_tokens=12, do_sample=False
     )
-    assert generate_without_torch(made, ids) == expected.tolist()
+    assert processes.generate_without_torch(made, ids, 12) == expected.tolist()
 
 
 def test_inspect_says_that_they_stand_alone(llama):

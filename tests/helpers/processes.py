@@ -1,8 +1,9 @@
-"""What a process keeps of models that it dropped, and what a fork of it can do with one: run in a child, which is
-killed where it hangs."""
+"""What a process keeps of models that it dropped, what a fork of it can do with one, and what one without PyTorch: run
+in a child, which is killed where it hangs."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,21 @@ if child == 0:
     sys.exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+WITHOUT_TORCH = """
+import json, sys
+# Neither imported nor there to be.
+sys.modules.update(dict.fromkeys(["torch", "transformers", "onnxruntime"]))
+from precast.runtime import CompiledModel
+model = CompiledModel.from_pretrained(sys.argv[1], threads=2)
+print(json.dumps(model.generate(json.loads(sys.argv[2]), max_new_tokens=int(sys.argv[3]), do_sample=False).tolist()))
+"""
+
+
+def generate_without_torch(path: Path, ids: list[list[int]], count: int) -> list[list[int]]:
+    """The greedy answer of at most `count` tokens to each row of ids, which a decoder's begins with."""
+    found: list[list[int]] = json.loads(_run(WITHOUT_TORCH, path, json.dumps(ids), str(count)))
+    return found
 
 
 def check_loads(path: Path) -> None:
