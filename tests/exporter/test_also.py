@@ -123,6 +123,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(checkpoint, tmp_path, op
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cpu_flags() >= LEVELS, reason="this CPU does not have both levels")
 def test_several_levels_of_instructions_share_their_weights(checkpoint, tmp_path, monkeypatch):
     source = str(checkpoint("llama", num_hidden_layers=1))

@@ -369,7 +369,8 @@ def test_the_largest_are_pytorchs(pieces, data):
 
 @pytest.fixture(scope="module")
 def llama(checkpoint, artifact):
-    source = checkpoint("llama", num_hidden_layers=1)
+    # As test_native_backends.py compiles it, so that it is compiled once.
+    source = checkpoint("llama", num_hidden_layers=4)
     options = {"batch_size": 3, "sequence_length": (48,), "dynamic_batch_size": True}
     return source, artifact(source, backend="aoti", **options, isa="avx2")
 

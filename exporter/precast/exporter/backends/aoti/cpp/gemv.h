@@ -156,8 +156,10 @@ struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
     const uint8_t* from = this->codes + n * Base::BYTES;
     const float* scales = this->scales + n * GROUPS;
     __m512 sums = _mm512_setzero_ps();
-    for (int b = 0; b < BLOCKS; ++b)
+    for (int b = 0; b < BLOCKS; ++b) {
+      prefetch(from + b * 64);
       sums = _mm512_fmadd_ps(block_dot(input, from + b * 64, b), block_scales(scales, input.scales[b], b), sums);
+    }
     if constexpr (GROUPS == 1) return scales[0] * (_mm512_reduce_add_ps(sums) - this->zero(n, 0) * input.sums[0]);
     for (int g = 0; g < GROUPS; g += 16) {
       const __m512 chunk = _mm512_maskz_loadu_ps(mask_first(GROUPS - g), scales + g);
@@ -282,6 +284,7 @@ struct MaddDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
   // Add the dot products of a block, times its scales.
   static __m256 add_block(const Input& input, const uint8_t* from, const float* scales, int b, __m256 sums) {
     const int16_t* x = input.integers + b * BLOCK;
+    prefetch(from);
     __m256i found = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int i = 0; i < BLOCK; i += STEP) {
