@@ -121,6 +121,10 @@ def cached_attention(
         return _attend_one_query(q, keys, values, visible, scale, softcap, score_bias, sinks, context.materialize)
     if softcap or sinks is not None:
         return _attend_by_matmul(q, keys, values, visible, scale, softcap, score_bias, sinks)
+    if context.kernels and score_bias is not None:
+        bias = torch.where(visible, 0.0, LOWEST)[:, None] + score_bias.float()
+        found = context.kernels.attention(q.float() * scale, keys, values, bias, context.matmul_dtype)
+        return found.transpose(1, 2).to(q.dtype)
     return _attend_by_sdpa(q, keys, values, visible, scale, score_bias)
 
 
