@@ -140,6 +140,8 @@ def test_the_kernel_computes_what_the_operators_mean(compiled, seed, masked, thr
 def test_what_is_no_number_is_not_lost(compiled, wrong):
     given = tensors(0)
     given[0][0, 1, 2, 3] = wrong
+    # So small that a large number in the place of what is none would not overflow.
+    given[2].mul_(1e-4)
     for form, one, other in zip(FORMS, compiled(*given), Each(FORMS)(*given), strict=True):
         assert torch.allclose(one, other, atol=3e-5, equal_nan=True), form.__name__
 
