@@ -97,7 +97,7 @@ def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
 @register_lowering(torch.ops.precast.decode_attention.default, type_promotion_kind=None)
 def _lower_decode(q: Any, keys: Any, values: Any, bias: Any, sinks: Any, softcap: float) -> Any:
     types, sizes = _template_arguments(q, keys, values)
-    inputs = _name_inputs(sinks, q=q, k=keys, v=values, bias=bias)
+    inputs = _name_inputs(q=q, k=keys, v=values, bias=bias, sinks=sinks)
     names = pointer_names(inputs)
     added = f"{names['bias']}, {_bias_strides(bias.get_size())}"
     caches = f"precast::Caches<{types}>{{{names['k']}, {names['v']}, {sizes}, {{bias:2}}, {added}, {softcap}f}}"
@@ -112,14 +112,13 @@ def _lower_prefill(
     softcap: float, matmul_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
     rest = f"past_lengths, new_lengths, precast::Mask::{mask}, {window}, {softcap}f, {_sinks_pointer(sinks)}"
-    inputs = _name_inputs(sinks, q=q, k=keys, v=values, past_lengths=past_lengths, new_lengths=new_lengths)
+    inputs = _name_inputs(q=q, k=keys, v=values, past_lengths=past_lengths, new_lengths=new_lengths, sinks=sinks)
     return _make_blocked(inputs, rest, matmul_dtype)
 
 
 @register_lowering(torch.ops.precast.attention.default, type_promotion_kind=None)
 def _lower_attention(q: Any, keys: Any, values: Any, bias: Any, matmul_dtype: torch.dtype) -> Any:
-    given = {"q": q, "k": keys, "v": values, **({} if bias is None else {"bias": bias})}
-    inputs = {name: realize_contiguous(node) for name, node in given.items()}
+    inputs = _name_inputs(q=q, k=keys, v=values, bias=bias)
     added = "" if bias is None else f"{pointer_names(inputs)['bias']}, {_bias_strides(bias.get_size())}"
     rest = f"nullptr, nullptr, precast::Mask::none, 0, 0.0f, nullptr, {{{added}}}"
     return _make_blocked(inputs, rest, matmul_dtype)
@@ -139,9 +138,9 @@ def _make_blocked(inputs: dict[str, Any], rest: str, matmul_dtype: torch.dtype) 
     return KernelTemplate(inputs, [batch, length, heads, values.get_size()[3]], call, headers).make_node()
 
 
-def _name_inputs(sinks: Any, **nodes: Any) -> dict[str, Any]:
-    given = nodes if sinks is None else {**nodes, "sinks": sinks}
-    return {name: realize_contiguous(node) for name, node in given.items()}
+def _name_inputs(**nodes: Any) -> dict[str, Any]:
+    """The inputs that there are."""
+    return {name: realize_contiguous(node) for name, node in nodes.items() if node is not None}
 
 
 def _sinks_pointer(sinks: Any) -> str:

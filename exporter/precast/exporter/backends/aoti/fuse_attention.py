@@ -65,7 +65,7 @@ def _find_softmax(node: Any) -> fx.Node | None:
     """The softmax over the last dimension that a product's first factor is, and nobody else reads."""
     while isinstance(node, fx.Node) and len(_readers(node)) == 1:
         if node.target in _SOFTMAX:
-            return node if node.args[1] in (-1, node.meta["val"].ndim - 1) else None
+            return node if node.args[1] in (-1, _value(node).ndim - 1) else None
         if not _keeps_values(node):
             return None
         node = node.args[0]
@@ -119,7 +119,7 @@ def _keeps_values(node: fx.Node) -> bool:
     """Whether a node's result is its first argument, but for the dtype."""
     if node.target is _DROPOUT:
         return node.args[2] is False
-    return node.target in _SAME_VALUES and node.meta["val"].dtype in _FLOATS
+    return node.target in _SAME_VALUES and _value(node).dtype in _FLOATS
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -168,7 +168,7 @@ def _is_equal(size: Any, other: Any) -> bool:
 
 
 def _replace(node: fx.Node, scores: _Scores) -> None:
-    dtype = node.meta["val"].dtype
+    dtype = _value(node).dtype
     with node.graph.inserting_before(node):
         query = _make(_ATEN.mul.Tensor, _as_float32(scores.query), scores.scale)
         keys = _make(_ATEN.transpose.int, scores.keys, 2, 3)
@@ -206,12 +206,12 @@ def _make_bias(given: tuple[fx.Node, float]) -> fx.Node:
 
 
 def _as_float32(node: fx.Node) -> fx.Node:
-    return node if node.meta["val"].dtype == torch.float32 else _make(_ATEN.to.dtype, node, torch.float32)
+    return node if _value(node).dtype == torch.float32 else _make(_ATEN.to.dtype, node, torch.float32)
 
 
 def _make(target: Any, *args: Any) -> fx.Node:
     """A new node, with what is known of its result."""
     graph = next(each for each in args if isinstance(each, fx.Node)).graph
     made = graph.call_function(target, args)
-    made.meta["val"] = target(*fx.node.map_arg(args, lambda each: each.meta["val"]))
+    made.meta["val"] = target(*fx.node.map_arg(args, _value))
     return made

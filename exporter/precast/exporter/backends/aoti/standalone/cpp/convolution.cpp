@@ -24,7 +24,6 @@ namespace {
 constexpr int SPACE = 3;
 // Numbers of windows that are laid side by side at a time: 8 MiB of them.
 constexpr int64_t MAX_WINDOWS = 2 << 20;
-constexpr int64_t MIN_PARALLEL_MACS = 1 << 15;
 
 using Sizes = std::array<int64_t, SPACE>;
 

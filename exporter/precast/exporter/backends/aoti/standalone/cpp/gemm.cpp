@@ -27,8 +27,6 @@ constexpr int LANES = 8, VECTORS = 2;
 constexpr int MR = 6, NR = LANES * VECTORS;
 // Rows of a panel: 128 KiB, which stay in the second cache.
 constexpr int64_t DEPTH = 512;
-// Below this many multiply-adds, waking threads costs more than it saves.
-constexpr int64_t MIN_PARALLEL_MACS = 1 << 15;
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 

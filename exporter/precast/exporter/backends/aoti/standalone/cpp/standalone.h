@@ -16,6 +16,9 @@
 
 namespace precast {
 
+// Below this many multiply-adds, waking threads costs more than it saves.
+constexpr int64_t MIN_PARALLEL_MACS = 1 << 15;
+
 // Numbers of dtypes as in c10/core/ScalarType.h.
 enum Dtype : int32_t {
   UINT8 = 0, INT8 = 1, INT16 = 2, INT32 = 3, INT64 = 4, FLOAT16 = 5, FLOAT32 = 6, FLOAT64 = 7, BOOL = 11, BFLOAT16 = 15
