@@ -7,6 +7,7 @@ one setting. What theirs can be told besides, which no `generate()` tells them, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers.generation as theirs
 
+from precast.runtime.generation.callbacks import CallerAllowedTokens
 from precast.runtime.generation.config import GenerationConfig
 from precast.runtime.generation.prompt import Prompt
 from precast.runtime.generation.sampling import Processors
@@ -53,6 +55,25 @@ PROCESSORS: dict[str, Settings] = {
         "bad_words_ids": bad_words_ids,
         "eos_token_id": _ids(eos_token_id),
     },
+    "SequenceBiasLogitsProcessor": lambda sequence_bias: {"sequence_bias": sequence_bias},
+    "EncoderRepetitionPenaltyLogitsProcessor": lambda penalty, encoder_input_ids: {
+        "encoder_repetition_penalty": penalty,
+        "sources": encoder_input_ids.reshape(-1, encoder_input_ids.shape[-1]).numpy(),
+    },
+    "PrefixConstrainedLogitsProcessor": lambda prefix_allowed_tokens_fn, num_beams: {
+        "allowed": prefix_allowed_tokens_fn,
+        "beams": num_beams,
+    },
+    "InfNanRemoveLogitsProcessor": lambda: {"remove_invalid_values": True},
+    "ExponentialDecayLengthPenalty": lambda exponential_decay_length_penalty, eos_token_id, input_ids_seq_length: {
+        "exponential_decay_length_penalty": exponential_decay_length_penalty,
+        "eos_token_id": _ids(eos_token_id),
+        "prompt": input_ids_seq_length,
+    },
+    "TopHLogitsWarper": lambda top_h: {"top_h": top_h, **_DRAWN},
+    "TypicalLogitsWarper": lambda mass: {"typical_p": mass, **_DRAWN},
+    "EpsilonLogitsWarper": lambda epsilon: {"epsilon_cutoff": epsilon, **_DRAWN},
+    "EtaLogitsWarper": lambda epsilon: {"eta_cutoff": epsilon, **_DRAWN},
     "ForcedBOSTokenLogitsProcessor": lambda bos_token_id: {"forced_bos_token_id": bos_token_id},
     "ForcedEOSTokenLogitsProcessor": lambda max_length, eos_token_id: {
         "max_length": max_length,
@@ -89,6 +110,8 @@ class _Ours:
         self._settings = dict(settings)
         prompt = self._settings.pop("prompt", None) or 1
         self._sources = self._settings.pop("sources", [None])
+        allowed, self._beams = self._settings.pop("allowed", None), self._settings.pop("beams", 1)
+        self._allowed = None if allowed is None else CallerAllowedTokens(allowed, torch.zeros(0))
         self._prompt = Prompt(*[np.zeros(prompt, np.int64)] * 2)
         self._config = GenerationConfig(**self._settings)
         self._config.check()
@@ -101,12 +124,13 @@ class Processor(_Ours):
         tally.reached()
         tokens_of = np.zeros((len(scores), 1), np.int64) if input_ids is None else input_ids.numpy()
         count = (self._config.max_length or 10_000) - len(self._prompt.shown)
-        each = len(scores) // len(self._sources)
-        rows = [
-            Processors(self._config, self._prompt, count, source=self._sources[row // each])(tokens, logits)
-            for row, (tokens, logits) in enumerate(zip(tokens_of, scores.numpy(), strict=True))
-        ]
-        return torch.from_numpy(np.stack(rows))
+        each, found = len(scores) // len(self._sources), []
+        for row in range(0, len(scores), self._beams):
+            prompt, rows = replace(self._prompt, index=row // self._beams), slice(row, row + self._beams)
+            source = self._sources[row // each]
+            process = Processors(self._config, prompt, count, source=source, allowed=self._allowed)
+            found.append(process.together(tokens_of[rows], scores.numpy()[rows]))
+        return torch.from_numpy(np.concatenate(found))
 
 
 class Criterion(_Ours):

@@ -12,6 +12,11 @@ from hypothesis import strategies as st
 
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.errors import InputError
+from precast.runtime.generation.beam_search import BeamSearch
+from precast.runtime.generation.config import GenerationConfig
+from precast.runtime.generation.prompt import Prompt
+from precast.runtime.generation.sampling import Processors
+from precast.runtime.generation.sequence import StoppingCriteria
 
 BATCH = 6
 PAD = 1  # transformers takes 0 for none, and fills with the end instead
@@ -113,7 +118,7 @@ def test_without_a_dict_an_array_and_torch_for_torch(family):
     assert isinstance(found, torch.Tensor)
     assert found.shape == (2, 7)
     given_ = {"num_beams": 2, "return_dict_in_generate": True}
-    assert list(model.generate(ids, **given_)) == ["sequences"]
+    assert list(model.generate(ids, **given_)) == ["sequences", "beam_indices"]
     assert isinstance(model.generate(ids, output_scores=True, **given_).sequences_scores, torch.Tensor)
 
 
@@ -130,12 +135,12 @@ def test_several_draws_of_one_prompt(family):
 
 BAD_REQUESTS = [
     ({"num_beams": 7}, r"takes 7 rows.*compiled for 6\. Pass num_beams=1.*--batch-size 7"),
-    ({"num_beams": 2, "do_sample": True}, "num_beams=2 with do_sample=True"),
     ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than num_beams=2"),
     ({"num_return_sequences": 3}, r"equal rows.*do_sample=True, or num_beams=3"),
     ({"num_beams": 2, "early_stopping": "always"}, "early_stopping must be True, False or 'never', not 'always'"),
     ({"num_beams": 2, "prompt_lookup_num_tokens": 2}, "pass one only"),
-    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True is done with num_beams above 1"),
+    ({"num_beams": 2, "top_logprobs": 3}, r"num_beams=2 has no logprobs; pass output_scores=True"),
+    ({"num_beams": 2, "guidance_scale": 2.0}, r"num_beams=2 does not go together with guidance_scale=2\.0"),
     ({"num_beams": 2, "suppress_tokens": [*range(320)]}, "No token may come next: suppress_tokens"),
     ({"num_beams": 2, "length_penalty": 1e308}, r"length_penalty must lie between -20 and 20, not 1e\+308"),
     ({"num_beams": 0}, "num_beams must be a whole number of at least 1, not 0"),
@@ -153,3 +158,44 @@ def test_a_search_is_not_streamed(family):
     _, model = family
     with pytest.raises(InputError, match=r"num_beams=2.*cannot be streamed"):
         model.stream(np.array([[5]]), num_beams=2)
+
+
+def test_beams_are_drawn_as_transformers_draws_them():
+    """4,000 draws of the next beams from the same scores: frequencies of each candidate within five standard
+    deviations. Transformers' with replacement of nothing, by PyTorch's multinomial."""
+    width, vocabulary, count = 2, 12, 4000
+    scores = torch.randn(width, vocabulary, generator=torch.Generator().manual_seed(5)).log_softmax(-1)
+    config = GenerationConfig(num_beams=width, do_sample=True, top_k=0, eos_token_id=[])
+    prompt = Prompt(np.array([3]), np.array([3]))
+    search = BeamSearch(
+        prompt.tokens, 9, config, Processors(config, prompt, 9), StoppingCriteria(config, prompt, [], None),
+        np.random.default_rng(0), full=9,
+    )  # fmt: skip
+    flat = scores.numpy().ravel()
+    mine = np.bincount([i for _ in range(count) for i in search._choose_candidates(flat)], minlength=flat.size)
+    torch.manual_seed(0)
+    drawn = torch.multinomial(scores.flatten().softmax(-1).expand(count, -1), 2 * width)
+    theirs = np.bincount(drawn.numpy().ravel(), minlength=flat.size)
+    share = (mine + theirs) / (2 * count)
+    assert (np.abs(mine - theirs) <= 5 * np.sqrt(2 * count * share * (1 - share)) + 1).all()
+
+
+def test_sampled_beams_are_beams(family):
+    """Their scores are those of their tokens, they are repeatable, and rows of a batch are drawn by themselves."""
+    source, model = family
+    rows = [[5, 9, 30, 7, 200], [80, 81]]
+    ids, mask = oracle.padded(rows, "left")
+    asked = {"num_beams": 3, "num_return_sequences": 2, "do_sample": True, "max_new_tokens": 5, "eos_token_id": [],
+             "temperature": 2.0, "output_scores": True, "return_dict_in_generate": True}  # fmt: skip
+    found = model.generate(ids, mask, seed=4, **asked)
+    assert model.generate(ids, mask, seed=4, **asked).sequences.tolist() == found.sequences.tolist()
+    assert model.generate(ids, mask, seed=5, **asked).sequences.tolist() != found.sequences.tolist()
+    for index, (answer, score) in enumerate(
+        zip(found.sequences[:, ids.shape[1] :], found.sequences_scores, strict=True)
+    ):
+        row = rows[index // 2]
+        with torch.inference_mode():
+            logits = oracle.eager(source)(torch.tensor([[*row, *answer.tolist()]])).logits[0, len(row) - 1 : -1]
+        # By temperature, which is a processor of log-probabilities, and what top_k leaves.
+        values = logits.float().log_softmax(-1) / 2
+        assert np.isclose(score, values[torch.arange(5), torch.tensor(answer)].sum() / 5, atol=1e-3)

@@ -59,14 +59,13 @@ def test_what_changes_no_answer_stops_nobody(reading, decoder, checkpoint, setti
 @pytest.mark.parametrize(
     ("settings", "options", "off"),
     [
-        ({"typical_p": 0.2, "do_sample": True}, {}, {"typical_p": 1.0}),
-        ({"top_h": 0.4, "epsilon_cutoff": 0.1}, {"do_sample": True}, {"top_h": None, "epsilon_cutoff": 0.0}),
-        ({"guidance_scale": 3.0}, {}, {"guidance_scale": 1.0}),
-        ({"sequence_bias": [[[5], -1.0]]}, {}, {"sequence_bias": None}),
-        ({"exponential_decay_length_penalty": [5, 1.1]}, {}, {"exponential_decay_length_penalty": None}),
+        ({"penalty_alpha": 0.6, "top_k": 4}, {}, {"penalty_alpha": 0.0}),
+        ({"dola_layers": "low"}, {}, {"dola_layers": None}),
+        ({"force_words_ids": [[5]]}, {}, {"force_words_ids": None}),
+        ({"watermarking_config": {"greenlist_ratio": 0.25}}, {"do_sample": True}, {"watermarking_config": None}),
         ({"num_beam_groups": 2, "num_beams": 1}, {"num_beams": 4}, {"num_beams": 1}),
         ({}, {"return_dict_in_generate": True, "output_hidden_states": True}, {"output_hidden_states": False}),
-        ({"return_dict_in_generate": True, "output_logits": True}, {}, {"output_logits": False}),
+        ({"return_dict_in_generate": True, "output_attentions": True}, {}, {"output_attentions": False}),
     ],
     ids=lambda settings: next(iter(settings), ""),
 )
@@ -80,10 +79,9 @@ def test_what_changes_an_answer_is_refused_by_the_call_that_it_changes(reading, 
 
 def test_outputs_that_a_file_asks_for_are_refused_where_they_would_be_missing(reading):
     """They are by generate(), which would return them; a stream and a pipeline return texts."""
-    model = reading({"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": []})
-    with pytest.raises(
-        InputError, match=r"output_scores=True is done with num_beams .* output_logits=True is not done"
-    ):
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True, "eos_token_id": []}
+    model = reading(asked)
+    with pytest.raises(InputError, match="output_attentions=True is not done"):
         model.generate([PROMPT])
     tokens = list(model.stream([PROMPT], max_new_tokens=4))
     assert model.generate([PROMPT], max_new_tokens=4, return_dict_in_generate=False)[0, 6:].tolist() == tokens
@@ -180,8 +178,8 @@ def test_the_models_settings_may_be_set(reading):
     model.generation_config.use_cache = False
     assert model.generate([PROMPT]).shape == (1, 10)
     assert model.new_session().generate([PROMPT]).shape == (1, 10), "a session is the same model"
-    model.generation_config.typical_p = 0.5
-    with pytest.raises(InputError, match=r"typical_p=0\.5 is not done"):
+    model.generation_config.dola_layers = "low"
+    with pytest.raises(InputError, match=r"dola_layers='low' is not done"):
         model.generate([PROMPT], do_sample=True)
     with pytest.raises(InputError, match=r"given 'max_tokens', which generate\(\) does not know"):
         model.generation_config.max_tokens = 3

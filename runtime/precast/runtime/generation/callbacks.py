@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..inputs.tensors import as_tensor, is_tensor, to_numpy
+from ..inputs.tensors import as_tensor, is_tensor, to_numpy, to_python
 
 __all__ = [
+    "CallerAllowedTokens",
     "CallerCriterion",
     "CallerProcessor",
     "Streamer",
@@ -87,6 +88,28 @@ class CallerCriterion(_CallerFunction):
                 f"The stopping_criteria's {self.name} has to return whether the row ends; it returned None."
             )
         return bool(np.all(to_numpy(found)))
+
+
+class CallerAllowedTokens:
+    """A `prefix_allowed_tokens_fn`: a prompt's index and one row's tokens [length] -> the ids that may come next.
+
+    Raises InputError for an answer that is no ids, or none.
+    """
+
+    def __init__(self, function: Any, given: Any) -> None:
+        if not callable(function):
+            raise InputError(f"prefix_allowed_tokens_fn must be a function, not {function!r:.80}.")
+        self._function, self._takes_tensors = function, is_tensor(given)
+
+    def __call__(self, index: int, tokens: Array, vocabulary: int) -> Array:
+        found = self._function(index, as_tensor(tokens) if self._takes_tensors else tokens)
+        ids = np.asarray(to_python(found))
+        if ids.dtype.kind not in "iu" or ids.ndim != 1 or np.any((ids < 0) | (ids >= vocabulary)):
+            raise InputError(
+                f"prefix_allowed_tokens_fn has to return a list of token ids, 0..{vocabulary - 1}, and at least one; "
+                f"after {len(tokens)} tokens of prompt {index} it returned {found!r:.80}."
+            )
+        return ids
 
 
 class Streamer:

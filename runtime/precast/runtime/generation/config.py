@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import chain
+from math import inf
 from typing import Annotated, Any, get_type_hints
 
 import msgspec
@@ -58,9 +59,24 @@ class GenerationConfig:
         forced_bos_token_id, forced_eos_token_id: the token after the first, and the last one if a row gets that long.
         suppress_tokens, begin_suppress_tokens: ids that never come, or not first.
         bad_words_ids: sequences of ids that never come.
-        output_scores: with beams, return their scores too, where `return_dict_in_generate` is set.
-        return_dict_in_generate: return `.sequences`, and with beams `.sequences_scores`, instead of an array.
-        renormalize_logits: with beams, scores are log-probabilities again after everything that changes logits.
+        sequence_bias: numbers to add to the logits of tokens that would complete sequences: [[ids], number] for each.
+        logit_bias: numbers to add to the logits of tokens, by id, as in OpenAI's API: -100 to 100.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens that were generated, the second as
+            often as they were, as in OpenAI's API: -2 to 2.
+        encoder_repetition_penalty: above 1 makes tokens of the source, or of a decoder's prompt, likelier.
+        exponential_decay_length_penalty: (start, factor): after so many new tokens an end is ever likelier.
+        remove_invalid_values: go on where logits are no numbers, as if they were 0, instead of an error.
+        guidance_scale: above 1 moves an answer away from what the model would say without the prompt, or after
+            `negative_prompt_ids` (Sanchez et al. 2023); takes twice the time and caches. 1 is off.
+        typical_p, epsilon_cutoff, eta_cutoff, top_h: shape the distribution that is drawn from, too.
+        num_assistant_tokens: an `assistant_model` guesses at most so many tokens at once; 16 if None.
+        max_time: seconds after which rows end with the token that they are at.
+        output_scores, output_logits: return the logits of each step too, after and before they are changed, and with
+            beams the rows' own scores, where `return_dict_in_generate` is set.
+        logprobs, top_logprobs: return the log-probability of each new token by the model's own logits, and so many of
+            the likeliest ones, as in OpenAI's API; the answer is an output then, as by `return_dict_in_generate`.
+        return_dict_in_generate: return an output with `.sequences`, and what else is asked for, instead of an array.
+        renormalize_logits: scores are log-probabilities again after everything that changes logits.
         seed: makes sampling repeatable. If None it is drawn from torch's default generator where torch is imported and
             was seeded, otherwise from numpy's.
         unsupported: settings of transformers that this runtime does not have, by name. A call that they would change
@@ -95,7 +111,24 @@ class GenerationConfig:
     suppress_tokens: list[Id] | None = None
     begin_suppress_tokens: list[Id] | None = None
     bad_words_ids: list[Word] | None = None
+    sequence_bias: Annotated[list[tuple[Word, float]], msgspec.Meta(min_length=1)] | None = None
+    logit_bias: dict[Id, float] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    encoder_repetition_penalty: float | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    remove_invalid_values: bool | None = None
+    guidance_scale: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    top_h: float | None = None
+    num_assistant_tokens: int | None = None
+    max_time: float | None = None
     output_scores: bool | None = None
+    output_logits: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     return_dict_in_generate: bool | None = None
     renormalize_logits: bool | None = None
     seed: int | None = None
@@ -130,7 +163,7 @@ class GenerationConfig:
             return given
         if not isinstance(given, dict) and not hasattr(given, "to_diff_dict"):
             raise InputError(f"{origin} must be a GenerationConfig or a dict, not {given!r:.80}.")
-        raw = given if isinstance(given, dict) else given.to_diff_dict()
+        raw = _without_aliases(given, origin) if isinstance(given, dict) else given.to_diff_dict()
         if isinstance(given, dict):
             for name, value in raw.items():
                 if value is not None:
@@ -157,7 +190,7 @@ class GenerationConfig:
     @classmethod
     def names(cls) -> list[str]:
         """All settings that are understood, those that change nothing or are refused included."""
-        return [*cls.settings(), *sorted(HARMLESS | UNSUPPORTED)]
+        return [*cls.settings(), *_ALIASES, *sorted(HARMLESS | UNSUPPORTED)]
 
     def over(self, base: GenerationConfig) -> GenerationConfig:
         """This configuration, with what it leaves open taken from `base`."""
@@ -210,8 +243,34 @@ class GenerationConfig:
 
     def ids_of(self, name: str) -> list[int]:
         """All token ids in the setting of this name, as a list."""
-        held = getattr(self, name)
-        return [*chain.from_iterable(held)] if name == "bad_words_ids" and held else _as_list(held)
+        held = [] if getattr(self, name) is None else getattr(self, name)
+        if name == "sequence_bias":
+            held = [ids for ids, _ in held]
+        if name == "logit_bias":
+            return list(held)
+        return [*chain.from_iterable(held)] if name in ("bad_words_ids", "sequence_bias") else _as_list(held)
+
+    @property
+    def returns_logprobs(self) -> bool:
+        """Whether log-probabilities of new tokens are returned."""
+        return bool(self.logprobs or self.top_logprobs)
+
+    @property
+    def returns_outputs(self) -> bool:
+        """Whether an answer is an output with names, not an array."""
+        return bool(self.return_dict_in_generate) or self.returns_logprobs
+
+    @property
+    def returns_steps(self) -> bool:
+        """Whether something is returned of each step."""
+        return self.returns_logprobs or bool(
+            self.return_dict_in_generate and (self.output_scores or self.output_logits)
+        )
+
+    @property
+    def guides(self) -> bool:
+        """Whether answers are moved away from those without the prompt."""
+        return self.guidance_scale not in (None, 1)
 
     @property
     def beams(self) -> int:
@@ -227,6 +286,12 @@ class GenerationConfig:
     def _find_problems(self) -> Iterator[str]:
         yield from self._minimum_problems(_MINIMUM)
         yield from self._positive_problems("repetition_penalty")
+        yield from self._positive_problems("encoder_repetition_penalty")
+        yield from self._bias_problems()
+        if (seconds := self.max_time) is not None and not seconds > 0:
+            yield f"max_time must be above 0 seconds, not {seconds!r}."
+        if self.guides and self.prompt_lookup_num_tokens:
+            yield f"guidance_scale={self.guidance_scale} does not go together with guesses of prompt_lookup_num_tokens."
         if self.do_sample:
             yield from self._sampling_problems()
         yield from self._beam_problems() if self.beams > 1 else self._return_problems()
@@ -234,7 +299,7 @@ class GenerationConfig:
             self.unsupported,
             beams=self.beams,
             samples=bool(self.do_sample),
-            returns_outputs=bool(self.return_dict_in_generate),
+            returns_outputs=self.returns_outputs,
         )
 
     def _minimum_problems(self, limits: Mapping[str, int]) -> Iterator[str]:
@@ -247,12 +312,32 @@ class GenerationConfig:
             limit = "above 0" if not value > 0 else f"at least {_SMALLEST_DIVISOR}"
             yield f"{name} must be {limit}, not {value!r}.{hint}"
 
+    def _range_problems(self, low: float, high: float, *names: str) -> Iterator[str]:
+        for name in names:
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
+                yield f"{name} must lie between {low} and {high}, not {value!r}."
+
+    def _bias_problems(self) -> Iterator[str]:
+        """Check what is added to logits."""
+        yield from self._range_problems(-2, 2, "presence_penalty", "frequency_penalty")
+        for token, value in (self.logit_bias or {}).items():
+            if not -_MAX_BIAS <= value <= _MAX_BIAS:
+                yield f"logit_bias must lie between -{_MAX_BIAS} and {_MAX_BIAS}; of token {token} it is {value!r}."
+        if not all(value < inf for _, value in self.sequence_bias or ()):
+            yield f"sequence_bias holds what is no number to add: {self.sequence_bias!r:.80}."
+        if (decay := self.exponential_decay_length_penalty) is not None:
+            if decay[0] < 0 or not 0 < decay[1] < inf:
+                yield f"exponential_decay_length_penalty must be (0 or more, above 0), not {decay!r}."
+            if not self.eos_ids:
+                yield "exponential_decay_length_penalty makes ends likelier, and there is no eos_token_id; pass one."
+
     def _sampling_problems(self) -> Iterator[str]:
         """Check the settings that only sampling reads."""
         yield from self._positive_problems("temperature", " For the likeliest token each time, use do_sample=False.")
-        for name in ("top_p", "min_p"):
-            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
-                yield f"{name} must lie between 0 and 1, not {value!r}."
+        yield from self._range_problems(0, 1, "top_p", "min_p", "epsilon_cutoff", "eta_cutoff")
+        for name in ("top_h", "typical_p"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                yield f"{name} must be above 0 and at most 1, not {value!r}."
         if self.top_k is not None and self.top_k < 0:
             yield f"top_k must be a whole number of at least 0, not {self.top_k}. To draw from all tokens, use top_k=0."
 
@@ -263,8 +348,10 @@ class GenerationConfig:
             yield f"length_penalty must lie between -{_MAX_LENGTH_PENALTY} and {_MAX_LENGTH_PENALTY}, not {power!r}."
         if self.early_stopping not in (None, True, False, "never"):
             yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
-        if self.do_sample:
-            yield f"{asked} with do_sample=True, sampling beams, is not done here; pass do_sample=False or num_beams=1."
+        if self.guides:
+            yield f"{asked} does not go together with guidance_scale={self.guidance_scale}; pass one of them only."
+        if self.returns_logprobs:
+            yield f"{asked} has no logprobs; pass output_scores=True and return_dict_in_generate=True instead."
         if self.prompt_lookup_num_tokens:
             yield f"{asked} leaves no room for prompt_lookup_num_tokens={self.prompt_lookup_num_tokens}; pass one only."
         if (count := self.num_return_sequences or 1) > self.beams:
@@ -276,17 +363,30 @@ class GenerationConfig:
                 f"num_return_sequences={self.num_return_sequences} would return equal rows: the likeliest token each "
                 f"time is always the same. Pass do_sample=True, or num_beams={self.num_return_sequences}."
             )
-        if self.output_scores and self.return_dict_in_generate:
-            yield "output_scores=True is done with num_beams above 1 only; pass output_scores=False to go without."
 
 
 _MINIMUM = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0,
              "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1, "seed": 0, "num_beams": 1,
-             "num_return_sequences": 1, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
+             "num_return_sequences": 1, "encoder_no_repeat_ngram_size": 0, "num_assistant_tokens": 1,
+             "top_logprobs": 0}  # fmt: skip
 _SMALLEST_DIVISOR = 1e-30
 """Logits are divided by it: anything smaller would make them infinite in float32."""
 _MAX_LENGTH_PENALTY = 20
 """The exponent of a row's length: a higher power is infinite in float32."""
+
+
+_MAX_BIAS = 100
+_ALIASES = {"n": "num_return_sequences", "stop": "stop_strings"}
+"""OpenAI's names of settings that transformers has, too."""
+
+
+def _without_aliases(given: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Settings by their names here. Raises InputError for two names of the same."""
+    for alias, name in _ALIASES.items():
+        if given.get(alias) is not None and given.get(name) is not None:
+            raise InputError(f"{origin} has {alias!r} and {name!r}, which are two names of the same; pass one of them.")
+    renamed = {_ALIASES.get(name, name): value for name, value in given.items() if value is not None}
+    return {**{name: value for name, value in given.items() if name not in _ALIASES}, **renamed}
 
 
 @cache
@@ -297,10 +397,22 @@ def _setting_types() -> dict[str, Any]:
 def _convert_setting(name: str, value: Any) -> Any:
     """A setting's value as the type of its field. Raises InputError."""
     given = to_python(value)
+    if isinstance(given, dict):
+        given = _as_pairs(given) if name == "sequence_bias" else {_as_id(key): held for key, held in given.items()}
     try:
         return msgspec.convert(given, _setting_types()[name])
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise InputError(f"{name}={given!r:.80} is of the wrong type or size: {error}.") from None
+
+
+def _as_pairs(biases: dict[Any, Any]) -> list[Any]:
+    """A sequence_bias that is a dict, as transformers' own examples have it."""
+    return [[to_python(ids), to_python(value)] for ids, value in biases.items()]
+
+
+def _as_id(key: Any) -> Any:
+    """A token id that JSON made a text of."""
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:
@@ -309,7 +421,7 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 
 def _refuse_unknown(name: str, has: str) -> None:
     """Raise InputError for a name that is no setting of transformers or ours."""
-    if name not in HARMLESS | UNSUPPORTED | {*GenerationConfig.settings()}:
-        choices = GenerationConfig.settings()
+    if name not in GenerationConfig.names():
+        choices = [*GenerationConfig.settings(), *_ALIASES]
         hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, choices, n=1))
         raise InputError(f"{has} {name!r}, which generate() does not know.{hint} It takes: {', '.join(choices)}.")

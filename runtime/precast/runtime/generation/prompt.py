@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,17 @@ class Prompt:
         tokens: the row without padding, int64 [length], which the model reads.
         shown: the row as the caller gave it, int64 [width]. Its padding counts wherever transformers counts a row's
             tokens, and the caller's own functions see it, as they do there.
+        index: which of the call's prompts it is.
     """
 
     tokens: Array
     shown: Array
+    index: int = 0
+
+    @classmethod
+    def rows(cls, tokens: Iterable[Array], shown: Iterable[Array]) -> list[Prompt]:
+        """The prompts of a call, in their order."""
+        return [cls(*pair, index) for index, pair in enumerate(zip(tokens, shown, strict=True))]
 
     def length_of(self, tokens: Array) -> int:
         """Count this row's tokens [length + new] as the caller does: its padding included."""

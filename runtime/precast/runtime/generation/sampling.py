@@ -9,9 +9,22 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, PrecastError
-from .callbacks import CallerProcessor
+from . import warpers
+from .callbacks import CallerAllowedTokens, CallerProcessor
 from .config import GenerationConfig
 from .probabilities import log_softmax, softmax
+from .processors import (
+    allow_only,
+    decay_length,
+    forbid_tokens,
+    frequency_penalties,
+    no_bad_words,
+    no_ngram_of,
+    repetition_penalty,
+    replace_invalid,
+    sequence_bias,
+    token_bias,
+)
 from .prompt import Prompt
 
 __all__ = ["Processors", "Sampler", "check_choice", "check_logits", "draw_seed"]
@@ -21,12 +34,12 @@ Processor = Callable[[Array, Array], Array]
 
 
 class Processors:
-    """All logits processors of one row: its tokens so far, int64 [length], and logits or log-probabilities
-    [vocabulary] -> the same, changed.
+    """All logits processors of one prompt's rows: a row's tokens so far, int64 [length], and logits or
+    log-probabilities [vocabulary] -> the same, changed.
 
     `count` new tokens continue the prompt by the settings, and the last may be forced; `source` are the tokens that an
-    encoder-decoder answers. Of transformers' classes among the caller's own processors, the first of a kind replaces
-    the one that the configuration asks for, as there; the others follow.
+    encoder-decoder answers, or a decoder's prompt. Of transformers' classes among the caller's own processors, the
+    first of a kind replaces the one that the configuration asks for, as there; the others follow.
     """
 
     def __init__(
@@ -36,15 +49,16 @@ class Processors:
         count: int,
         extra: Sequence[CallerProcessor] = (),
         source: Array | None = None,
+        allowed: CallerAllowedTokens | None = None,
     ) -> None:
-        own = [*_configured_processors(config, prompt, count, source)]
+        own = [*_configured_processors(config, prompt, count, source, allowed)]
         instead = {each.kind: each for each in reversed(extra) if each.kind in dict(own)}
         others = [each for each in extra if each not in instead.values()]
         steps = [(kind, instead.get(kind, step)) for kind, step in own] + [(None, each) for each in others]
         self._steps = [_see_padding(step, prompt) if isinstance(step, CallerProcessor) else step for _, step in steps]
         if config.do_sample:
-            self._steps += _sampling_warpers(config)
-        if config.renormalize_logits and config.beams > 1:
+            self._steps += _warpers(config)
+        if config.renormalize_logits and (config.beams > 1 or config.output_scores):
             # Alone, a row is chosen alike from logits and from their log-probabilities.
             self._steps.append(lambda _, logits: log_softmax(logits))
 
@@ -55,22 +69,49 @@ class Processors:
                 logits = process(tokens, logits)
         return logits
 
+    def together(self, rows: Array, logits: Array) -> Array:
+        """The same for all beams of the prompt: rows [beams, length] and log-probabilities [beams, vocabulary]."""
+        for process in self._steps:
+            if isinstance(process, _AllowedTokens):
+                logits = process.together(rows, logits)
+            else:
+                logits = np.stack([process(row, values) for row, values in zip(rows, logits, strict=True)])
+        return logits
+
+
+class _AllowedTokens:
+    """Forbids the tokens that the caller's function does not allow, as transformers' prefix_allowed_tokens_fn."""
+
+    def __init__(self, function: CallerAllowedTokens, prompt: Prompt) -> None:
+        self._function, self._prompt = function, prompt
+
+    def __call__(self, tokens: Array, logits: Array) -> Array:
+        found: Array = self.together(tokens[None], logits[None])[0]
+        return found
+
+    def together(self, rows: Array, logits: Array) -> Array:
+        """For all beams of a prompt: where none of them has a token left, the allowed ones are equally likely."""
+        mask: Array = np.full_like(logits, -np.inf)
+        for row, kept in zip(rows, mask, strict=True):
+            kept[self._function(self._prompt.index, self._prompt.show(row), logits.shape[1])] = 0
+        found: Array = logits + mask
+        return mask if found.max() == -np.inf else found
+
 
 class Sampler:
-    """Chooses the next token of one row from its tokens so far, int64 [length], and its logits [vocabulary].
+    """Chooses the next token of one row: `process` makes scores of its logits, `pick` takes a token.
 
     `generator` draws; without one the likeliest token is taken.
     """
 
     def __init__(self, process: Processors, generator: np.random.Generator | None) -> None:
-        self._process, self._generator = process, generator
+        self.process, self._generator = process, generator
 
-    def __call__(self, tokens: Array, logits: Array) -> int:
-        """The next token's id."""
-        logits = self._process(tokens, logits)
-        likeliest = int(logits.argmax())
-        check_choice(logits[likeliest])
-        return likeliest if self._generator is None else _draw_token(self._generator, logits)
+    def pick(self, scores: Array) -> int:
+        """A token's id, by its scores [vocabulary]."""
+        likeliest = int(scores.argmax())
+        check_choice(scores[likeliest])
+        return likeliest if self._generator is None else _draw_token(self._generator, scores)
 
 
 def check_logits(logits: Array, step: int) -> None:
@@ -119,19 +160,47 @@ def _see_padding(process: CallerProcessor, prompt: Prompt) -> Processor:
 
 
 def _configured_processors(
-    config: GenerationConfig, prompt: Prompt, count: int, source: Array | None
+    config: GenerationConfig,
+    prompt: Prompt,
+    count: int,
+    source: Array | None,
+    allowed: CallerAllowedTokens | None,
 ) -> Iterator[tuple[str, Processor]]:
     """The processors that the configuration asks for, each with the name of transformers' class that does it."""
+    yield from _biases(config)
+    yield from _penalties(config, prompt, source)
+    if words := [word for word in config.bad_words_ids or () if word not in [[end] for end in config.eos_ids]]:
+        yield "NoBadWordsLogitsProcessor", lambda tokens, logits: no_bad_words(tokens, logits, words)
+    yield from _length_minimums(config, prompt)
+    if allowed is not None:
+        yield "PrefixConstrainedLogitsProcessor", _AllowedTokens(allowed, prompt)
+    yield from _fixed_tokens(config, prompt, count)
+
+
+def _biases(config: GenerationConfig) -> Iterator[tuple[str, Processor]]:
+    """What is added to the logits of tokens."""
+    if biases := config.sequence_bias:
+        yield "SequenceBiasLogitsProcessor", lambda tokens, logits: sequence_bias(tokens, logits, biases)
+    if bias := config.logit_bias:
+        yield "logit_bias", lambda _, logits: token_bias(logits, bias)
+
+
+def _penalties(config: GenerationConfig, prompt: Prompt, source: Array | None) -> Iterator[tuple[str, Processor]]:
+    """What makes tokens more or less likely that occurred before."""
+    if source is not None and (reward := config.encoder_repetition_penalty) is not None and reward != 1:
+        yield (
+            "EncoderRepetitionPenaltyLogitsProcessor",
+            lambda _, logits: repetition_penalty(source, logits, 1 / reward),
+        )
     if (penalty := config.repetition_penalty) is not None and penalty != 1:
         yield "RepetitionPenaltyLogitsProcessor", lambda tokens, logits: repetition_penalty(tokens, logits, penalty)
+    presence, frequency, start = config.presence_penalty or 0, config.frequency_penalty or 0, len(prompt.tokens)
+    if presence or frequency:
+        yield "frequency_penalty", lambda row, logits: frequency_penalties(row[start:], logits, presence, frequency)
     if size := config.no_repeat_ngram_size:
         yield "NoRepeatNGramLogitsProcessor", lambda tokens, logits: no_ngram_of(tokens, tokens, logits, size)
     if source is not None and (part := config.encoder_no_repeat_ngram_size):
         yield "EncoderNoRepeatNGramLogitsProcessor", lambda tokens, logits: no_ngram_of(source, tokens, logits, part)
-    if words := [word for word in config.bad_words_ids or () if word not in [[end] for end in config.eos_ids]]:
-        yield "NoBadWordsLogitsProcessor", lambda tokens, logits: no_bad_words(tokens, logits, words)
-    yield from _length_minimums(config, prompt)
-    yield from _fixed_tokens(config, prompt, count)
 
 
 def _length_minimums(config: GenerationConfig, prompt: Prompt) -> Iterator[tuple[str, Processor]]:
@@ -160,6 +229,10 @@ def _fixed_tokens(config: GenerationConfig, prompt: Prompt, count: int) -> Itera
         yield "ForcedBOSTokenLogitsProcessor", at(1, lambda logits: allow_only(logits, [first]))
     if last := config.last_ids:
         yield "ForcedEOSTokenLogitsProcessor", at(width + count - 1, lambda logits: allow_only(logits, last))
+    if config.remove_invalid_values:
+        yield "InfNanRemoveLogitsProcessor", lambda _, logits: replace_invalid(logits)
+    if (decay := config.exponential_decay_length_penalty) is not None:
+        yield "ExponentialDecayLengthPenalty", _decay(*decay, config.eos_ids, len(prompt.tokens))
     if never := config.suppress_tokens:
         yield "SuppressTokensLogitsProcessor", lambda _, logits: forbid_tokens(logits, never)
     if not_first := config.begin_suppress_tokens:
@@ -167,78 +240,40 @@ def _fixed_tokens(config: GenerationConfig, prompt: Prompt, count: int) -> Itera
         yield "SuppressTokensAtBeginLogitsProcessor", at(start, lambda logits: forbid_tokens(logits, not_first))
 
 
-def _sampling_warpers(config: GenerationConfig) -> list[Processor]:
-    """What shapes the distribution that is drawn from: temperature, top_k, top_p, min_p."""
+def _decay(start: int, factor: float, ends: Sequence[int], length: int) -> Processor:
+    def step(tokens: Array, logits: Array) -> Array:
+        late = len(tokens) - length - start
+        return decay_length(logits, ends, factor, late) if late > 0 else logits
+
+    return step
+
+
+def _warpers(config: GenerationConfig) -> list[Processor]:
+    """What shapes the distribution that is drawn from, in transformers' order."""
+    # A search goes on with something that is no end.
+    least = 1 if config.beams == 1 else 1 + max(1, len(config.eos_ids))
+    temperature = config.temperature
     found: list[Processor] = []
-    if (temperature := config.temperature) is not None and temperature != 1:
+    if temperature is not None and temperature != 1:
         found.append(lambda _, logits: logits / np.float32(temperature))
+    if (entropy := config.top_h) is not None:
+        found.append(lambda _, logits: warpers.top_h(logits, entropy))
     limit = 50 if config.top_k is None else config.top_k
     if limit:
-        found.append(lambda _, logits: top_k(logits, limit))
+        found.append(lambda _, logits: warpers.top_k(logits, limit, least))
     if (mass := config.top_p) is not None and mass < 1:
-        found.append(lambda _, logits: top_p(logits, mass))
+        found.append(lambda _, logits: warpers.top_p(logits, mass, least))
     if (share := config.min_p) is not None:
-        found.append(lambda _, logits: min_p(logits, share))
+        found.append(lambda _, logits: warpers.min_p(logits, share, least))
+    return found + _rare_warpers(config, least)
+
+
+def _rare_warpers(config: GenerationConfig, least: int) -> list[Processor]:
+    found: list[Processor] = []
+    if (mass := config.typical_p) is not None and mass < 1:
+        found.append(lambda _, logits: warpers.typical_p(logits, mass, least))
+    if (epsilon := config.epsilon_cutoff or 0) > 0:
+        found.append(lambda _, logits: warpers.epsilon_cutoff(logits, epsilon, least))
+    if (eta := config.eta_cutoff or 0) > 0:
+        found.append(lambda _, logits: warpers.eta_cutoff(logits, eta, least))
     return found
-
-
-def repetition_penalty(tokens: Array, logits: Array, penalty: float) -> Array:
-    """Divide positive and multiply negative logits of tokens that occurred (Keskar et al. 2019)."""
-    penalised: Array = logits.copy()
-    seen = logits[tokens]
-    penalised[tokens] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
-    return penalised
-
-
-def no_ngram_of(history: Array, tokens: Array, logits: Array, size: int) -> Array:
-    """Forbid tokens that would complete an n-gram of `size` tokens that occurs in `history`."""
-    if len(history) < size or len(tokens) < size - 1:
-        return logits
-    windows = np.lib.stride_tricks.sliding_window_view(history, size)
-    tail = tokens[len(tokens) - size + 1 :]
-    return forbid_tokens(logits, windows[(windows[:, :-1] == tail).all(1), -1].tolist())
-
-
-def no_bad_words(tokens: Array, logits: Array, words: Sequence[Sequence[int]]) -> Array:
-    """Forbid tokens that would complete one of these sequences."""
-    ends = [word[-1] for word in words if tokens[len(tokens) - len(word) + 1 :].tolist() == list(word[:-1])]
-    return forbid_tokens(logits, ends)
-
-
-def forbid_tokens(logits: Array, ids: Sequence[int]) -> Array:
-    """Forbid these tokens; ids outside the vocabulary never come anyway."""
-    result: Array = logits.copy()
-    result[[token for token in ids if 0 <= token < len(logits)]] = -np.inf
-    return result
-
-
-def allow_only(logits: Array, ids: Sequence[int]) -> Array:
-    """Forbid all but these tokens, which become equally likely."""
-    result: Array = np.full_like(logits, -np.inf)
-    result[list(ids)] = 0
-    return result
-
-
-def top_k(logits: Array, count: int) -> Array:
-    """Keep the `count` likeliest tokens, and those that tie with the last of them."""
-    if count >= len(logits):
-        return logits
-    threshold = np.partition(logits, -count)[-count]
-    return np.where(logits < threshold, -np.inf, logits)
-
-
-def top_p(logits: Array, mass: float) -> Array:
-    """Keep the likeliest tokens that together reach `mass` (Holtzman et al. 2020), at least one."""
-    possible = np.flatnonzero(logits > -np.inf)
-    order = possible[np.argsort(logits[possible], kind="stable")]
-    dropped = np.cumsum(softmax(logits[order])) <= 1 - mass
-    dropped[-1] = False
-    result: Array = logits.copy()
-    result[order[dropped]] = -np.inf
-    return result
-
-
-def min_p(logits: Array, share: float) -> Array:
-    """Keep tokens at least `share` times as likely as the likeliest (Nguyen et al. 2024)."""
-    probabilities = softmax(logits)
-    return np.where(probabilities < share * probabilities.max(), -np.inf, logits)

@@ -25,11 +25,8 @@ HARMLESS = frozenset(
         "is_assistant",
         "low_memory",
         "max_cache_len",
-        "num_assistant_tokens",
         "num_assistant_tokens_schedule",
         "prefill_chunk_size",
-        # What it would hide, logits that are no numbers, is an error here.
-        "remove_invalid_values",
         "return_legacy_cache",
         "speculation_type",
         "target_lookbehind",
@@ -44,30 +41,19 @@ HARMLESS = frozenset(
 _OFF: tuple[Any, ...] = (None, False)
 _ALWAYS: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
+    # Arguments of decoders, whose generate() takes them by name.
+    **dict.fromkeys(["assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask"], (None,)),
     "constraints": (None,),
     "dola_layers": (None,),
-    "encoder_repetition_penalty": (None, 1.0),
-    "exponential_decay_length_penalty": (None,),
     "force_words_ids": (None,),
-    "guidance_scale": (None, 1.0),
-    "max_time": (None,),
-    "sequence_bias": (None,),
     "synced_gpus": _OFF,
     "token_healing": _OFF,
     "use_mtp": _OFF,
     "watermarking_config": (None,),
 }
-_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "top_h": (None,),
-    "typical_p": (None, 1.0),
-}
 _BEAMS: dict[str, tuple[Any, ...]] = {"diversity_penalty": (None, 0.0), "num_beam_groups": (None, 1)}
 _GREEDY: dict[str, tuple[Any, ...]] = {"penalty_alpha": (None, 0.0)}
-OUTPUTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
-    ["output_attentions", "output_hidden_states", "output_logits"], _OFF
-)
+OUTPUTS: dict[str, tuple[Any, ...]] = dict.fromkeys(["output_attentions", "output_hidden_states"], _OFF)
 """Outputs besides the tokens, returned where return_dict_in_generate is set."""
 
 SPEECH: dict[str, Any] = {
@@ -80,14 +66,13 @@ SPEECH: dict[str, Any] = {
 }
 """Settings that Whisper alone reads, with their types; other models ignore them."""
 
-UNSUPPORTED = frozenset([*_ALWAYS, *_SAMPLING, *_BEAMS, *_GREEDY, *OUTPUTS])
+UNSUPPORTED = frozenset([*_ALWAYS, *_BEAMS, *_GREEDY, *OUTPUTS])
 
 
 def find_unsupported(given: Mapping[str, Any], *, beams: int, samples: bool, returns_outputs: bool) -> Iterator[str]:
     """Yield a sentence for each of the settings `given` that would change the answer: transformers heeds some only with
     beams, with sampling or without, or where outputs besides the tokens are returned."""
     heeded = dict(_ALWAYS)
-    heeded |= _SAMPLING if samples else {}
     heeded |= _BEAMS if beams > 1 else {}
     heeded |= _GREEDY if beams == 1 and not samples else {}
     heeded |= OUTPUTS if returns_outputs else {}

@@ -95,6 +95,10 @@ class CompiledModelForCausalLM(GenerativeModel):
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
         *,
+        prefix_allowed_tokens_fn: Any = None,
+        assistant_model: Any = None,
+        negative_prompt_ids: Any = None,
+        negative_prompt_attention_mask: Any = None,
         inputs: Any = None,
         position_ids: Any = None,
         **options: Any,
@@ -117,15 +121,24 @@ class CompiledModelForCausalLM(GenerativeModel):
                 transformers, otherwise numpy's arrays.
             stopping_criteria: each called with the same; true ends the row. Classes of transformers get no logits.
             streamer: told the prompt, then each step's tokens by `put`, and the end by `end`.
+            prefix_allowed_tokens_fn: called with a prompt's index and one row's tokens [length]; returns the ids that
+                may come next.
+            assistant_model: another CompiledModelForCausalLM of the same vocabulary, smaller, which guesses tokens
+                that one step checks: quicker, and the same answer. For batch 1. A quantized model's kernels round one
+                token otherwise than several, so there the answer may differ.
+            negative_prompt_ids, negative_prompt_attention_mask: with guidance_scale, what to lead away from, int64
+                [batch, length]; the prompt's last token if None.
             position_ids: [batch, length], only those that attention_mask gives.
-            options: fields of GenerationConfig, such as max_new_tokens=64.
+            options: fields of GenerationConfig, such as max_new_tokens=64; OpenAI's n and stop are understood, too.
 
         Returns:
             int64 [batch * num_return_sequences, length + new]: the input followed by what was generated; rows that
             ended early are filled with pad_token_id. Without eos_token_id nothing fills a row that a stopping criterion
             ended: it goes on until all rows that run with it have ended, as in transformers. With
-            return_dict_in_generate an output with `.sequences` and, of beams with output_scores, `.sequences_scores`
-            float32 [batch * num_return_sequences].
+            return_dict_in_generate an output with `.sequences` and, where asked for: `.scores` and `.logits`, for each
+            step [rows, vocabulary], zeros for rows that ended; of beams `.sequences_scores` [rows] and `.beam_indices`
+            [rows, new]; `.logprobs` [rows, new], `.top_logprobs` and `.top_logprobs_ids` [rows, new, top_logprobs]; of
+            an assistant `.draft_tokens` and `.accepted_draft_tokens`, how many it guessed and how many were right.
 
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
@@ -142,14 +155,28 @@ class CompiledModelForCausalLM(GenerativeModel):
         self._check_room(rows, count)
         self._check_lookup(config)
         check_streamer(streamer, len(rows), config)
-        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer, full=full)
+        asked = Generation(
+            input_ids, config, count, full=full, processors=logits_processor, criteria=stopping_criteria,
+            streamer=streamer, allowed=prefix_allowed_tokens_fn, draft=self._draft_for(assistant_model, config),
+            negative=self._negative_rows(negative_prompt_ids, negative_prompt_attention_mask, rows, config, count),
+        )  # fmt: skip
         if asked.streamer is not None:
             asked.streamer.put(ids)
-        prompts = list(map(Prompt, rows, ids))
-        return self._generate_all(input_ids, prompts, [None] * len(rows), asked, ids)
+        return self._generate_all(input_ids, Prompt.rows(rows, ids), [None] * len(rows), asked, ids)
 
     def stream(
-        self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: Any = None,
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        *,
+        prefix_allowed_tokens_fn: Any = None,
+        assistant_model: Any = None,
+        negative_prompt_ids: Any = None,
+        negative_prompt_attention_mask: Any = None,
+        **options: Any,
     ) -> Iterator[int]:
         """The tokens of one row as they are generated; arguments as for `generate`.
 
@@ -163,11 +190,35 @@ class CompiledModelForCausalLM(GenerativeModel):
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
         full, count = self._answer_lengths(
-            lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options
+            lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options, stopping_criteria
         )
         self._check_room(rows, count)
         self._check_lookup(config)
-        return self._stream_row(Prompt(rows[0], ids[0]), None, config, count, full)
+        asked = Generation(
+            input_ids, config, count, full=full, processors=logits_processor, criteria=stopping_criteria,
+            allowed=prefix_allowed_tokens_fn, draft=self._draft_for(assistant_model, config),
+            negative=self._negative_rows(negative_prompt_ids, negative_prompt_attention_mask, rows, config, count),
+        )  # fmt: skip
+        return self._stream_row(Prompt(rows[0], ids[0]), None, asked)
+
+    def _negative_rows(
+        self, given: Any, mask: Any, rows: list[Array], config: GenerationConfig, new: int
+    ) -> list[Array] | None:
+        """What guides answers away from it, one row per prompt; None without guidance. Raises InputError."""
+        if not config.guides:
+            if given is not None:
+                raise InputError(
+                    "negative_prompt_ids needs guidance_scale, by how much to lead away from it; 1.5, say."
+                )
+            return None
+        if given is None:
+            return [row[-1:] for row in rows]
+        ids = as_ids(to_numpy(given), self._vocabulary_size(), "negative_prompt_ids")
+        found = real_rows(ids, as_mask(to_numpy(mask), ids))
+        if len(found) != len(rows):
+            raise InputError(f"negative_prompt_ids has {len(found)} rows and input_ids {len(rows)}; each has one.")
+        self._check_room(found, new)
+        return found
 
     def _check_inputs(
         self, input_ids: Any, attention_mask: Any, config: GenerationConfig | None = None

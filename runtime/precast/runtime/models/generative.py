@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ..engines import Engine
 from ..errors import InputError, PrecastError
 from ..generation.beam_search import BeamSearch
 from ..generation.callbacks import (
+    CallerAllowedTokens,
     CallerCriterion,
     CallerProcessor,
     Streamer,
@@ -27,10 +29,13 @@ from ..generation.callbacks import (
     transformers_class_of,
 )
 from ..generation.config import GenerationConfig
+from ..generation.draft import Draft
+from ..generation.guidance import Guidance
+from ..generation.outputs import Answer, combine_outputs
 from ..generation.prompt import Prompt
 from ..generation.prompt_lookup import Lookup
 from ..generation.sampling import Processor, Processors, Sampler, draw_seed
-from ..generation.sequence import Request, StoppingCriteria
+from ..generation.sequence import Guesser, Request, StoppingCriteria
 from ..generation.session import Session
 from ..generation.stop_strings import StopStrings
 from ..inputs.tensors import ModelOutput, convert_like
@@ -45,6 +50,7 @@ __all__ = ["Generation", "GenerativeModel", "check_streamer"]
 Array = np.ndarray[Any, Any]
 
 
+_MOST_GUESSES = 16
 _FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 _ID_SETTINGS = (
     *_FORCED,
@@ -54,16 +60,40 @@ _ID_SETTINGS = (
     "suppress_tokens",
     "begin_suppress_tokens",
     "bad_words_ids",
+    "sequence_bias",
+    "logit_bias",
 )
+_ADDED_TO = ("sequence_bias", "logit_bias")
+"""What a file says of tokens that there are not cannot be added to their logits."""
 _LANGUAGES = ("forced_bos_token_id", "decoder_start_token_id")
 """Where multilingual models take the language that they answer in."""
 
 
-class Generation:
-    """One call's settings: the caller's own `processors`, `criteria` and `streamer`, and `count` new tokens at most.
+class DraftModel:
+    """Another model that guesses for this one, by caches of its own.
 
-    `full` is the number of new tokens that the settings say: it may be more than there is room for, or differ from the
-    caller's criteria. `given` is the call's main input: the caller's functions get tensors where it is one.
+    `cost` is the time of one of its steps in steps of the model that checks: as its weights are to that one's.
+    """
+
+    def __init__(self, model: GenerativeModel, cost: float) -> None:
+        self._session, self._cost = model.new_session()._session, cost
+
+    def guesser(self, row: Array, most: int) -> Draft:
+        """Guesses for one row."""
+        return Draft(self._session, row.tolist(), most, self._cost)
+
+
+class Generation:
+    """One call's settings: the caller's own functions, and `count` new tokens at most.
+
+    Args:
+        given: the call's main input: the caller's functions get tensors where it is one.
+        config: the settings.
+        count: as many as the settings say, the caller's criteria, and the room.
+        full: the number of new tokens that the settings alone say.
+        processors, criteria, streamer, allowed: as the arguments of generate() of transformers.
+        draft: a model that guesses.
+        negative: what guides an answer away, one row of tokens for each prompt.
     """
 
     def __init__(
@@ -71,18 +101,23 @@ class Generation:
         given: Any,
         config: GenerationConfig,
         count: int,
+        *,
+        full: int,
         processors: Sequence[Processor] | None = None,
         criteria: Sequence[Any] | None = None,
         streamer: Any = None,
-        *,
-        full: int,
+        allowed: Any = None,
+        draft: DraftModel | None = None,
+        negative: Sequence[Array] | None = None,
     ) -> None:
-        self.config, self.count, self.full = config, count, full
+        self.config, self.count, self.full, self.draft, self.negative = config, count, full, draft, negative
         self._seed = draw_seed() if config.do_sample and config.seed is None else config.seed
         self._functions = distinct_functions("logits_processor", processors)
         self.processors = [CallerProcessor(each, given) for each in self._functions]
         self.criteria = [CallerCriterion(each, given) for each in distinct_functions("stopping_criteria", criteria)]
+        self.allowed = None if allowed is None else CallerAllowedTokens(allowed, given)
         self.streamer = None if streamer is None else Streamer(streamer, given)
+        self.deadline = None if config.max_time is None else time.monotonic() + config.max_time
 
     def generator(self, row: int) -> np.random.Generator | None:
         """The random generator of one row; it depends on the seed and the row's index, not on its neighbours."""
@@ -107,6 +142,7 @@ class GenerativeModel(CompiledModel):
         # The number of the call that the caches belong to; a stream that finds another one has lost them.
         self._owner = 0
         self._own_config: GenerationConfig | None = None
+        self._draft: tuple[GenerativeModel, DraftModel] | None = None
 
     @only_known
     def reset(self) -> None:
@@ -146,9 +182,9 @@ class GenerativeModel(CompiledModel):
         """The tokens of an answer that the caller gets."""
         return tokens
 
-    def _source_tokens(self, context: Any) -> Array | None:
-        """The tokens of a context, where it is text."""
-        return None
+    def _source_tokens(self, prompt: Prompt, context: Any) -> Array | None:
+        """The tokens that an answer is one to, where they are text."""
+        return prompt.tokens
 
     def _generate_all(
         self, given: Any, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, front: Array
@@ -156,28 +192,29 @@ class GenerativeModel(CompiledModel):
         """Continue `prompts`, group by group, and put `front` [prompts, length], the caller's view of them, before each
         answer."""
         asked.check_rows(len(prompts))
-        found: list[list[int]] = []
-        scores: list[float] = []
+        found: list[Answer] = []
         with self._lock:
             for part in self._prompt_groups(len(prompts), asked.width):
                 group = prompts[part], contexts[part], asked
                 if asked.config.beams > 1:
-                    best = self._run_beam_search(*group)
-                    scores += [score for score, _ in best]
-                    found += [tokens for _, tokens in best]
+                    found += self._run_beam_search(*group)
                 else:
                     found += self._generate_rows(*group, part.start * asked.width)
         if asked.streamer is not None:
             asked.streamer.end()
-        count = asked.config.num_return_sequences or 1
-        answers = [self._finish_answer(tokens, asked.config) for tokens in found]
-        sequences = convert_like(given, _pad_answers(np.repeat(front, count, 0), answers, asked.config))
-        if not asked.config.return_dict_in_generate:
+        config = asked.config
+        answers = [self._finish_answer(answer.tokens, config) for answer in found]
+        front = np.repeat(front, config.num_return_sequences or 1, 0)
+        sequences = convert_like(given, _pad_answers(front, answers, config))
+        if not config.returns_outputs:
             return sequences
-        outputs = {"sequences": sequences}
-        if asked.config.output_scores:
-            outputs["sequences_scores"] = convert_like(given, np.array(scores, np.float32))
-        return ModelOutput(outputs)
+        others = {name: _convert_all(given, value) for name, value in combine_outputs(found, config).items()}
+        if asked.draft is not None:
+            others |= {
+                "draft_tokens": sum(each.record.guessed for each in found),
+                "accepted_draft_tokens": sum(each.record.accepted for each in found),
+            }
+        return ModelOutput(sequences=sequences, **others)
 
     def _prompt_groups(self, count: int, width: int) -> list[slice]:
         """Split prompts into groups that run together, each prompt in `width` rows. Raises InputError where not even
@@ -195,17 +232,15 @@ class GenerativeModel(CompiledModel):
 
     def _generate_rows(
         self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, first: int
-    ) -> list[list[int]]:
+    ) -> list[Answer]:
         requests = self._make_requests(prompts, contexts, asked, first)
-        for tokens in self._run_steps(requests, contexts):
+        for tokens in self._run_steps(requests, contexts, self._make_guidance(prompts, asked)):
             if asked.streamer is not None:
                 asked.streamer.put(np.array(tokens))
-        return [request.generated for request in requests]
+        return [Answer(request.generated, request.record) for request in requests]
 
-    def _run_beam_search(
-        self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation
-    ) -> list[tuple[float, list[int]]]:
-        """Beam search of a group: the returned rows' scores and tokens."""
+    def _run_beam_search(self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation) -> list[Answer]:
+        """Beam search of a group: the returned rows."""
         searches = self._make_searches(prompts, contexts, asked)
         session, width = self._session, asked.width
         self._owner += 1
@@ -228,7 +263,9 @@ class GenerativeModel(CompiledModel):
         count = asked.config.num_return_sequences or 1
         return [row for search in searches for row in search.best(count)]
 
-    def _run_steps(self, requests: list[Request], contexts: Sequence[Any]) -> Iterator[list[int]]:
+    def _run_steps(
+        self, requests: list[Request], contexts: Sequence[Any], make_guidance: Callable[[], Guidance] | None
+    ) -> Iterator[list[int]]:
         """Generate until all requests are done; yields the new tokens of the rows that go on, one per row."""
         session = self._session
         with self._lock:
@@ -236,11 +273,14 @@ class GenerativeModel(CompiledModel):
             owner = self._owner
             self._load_contexts(contexts, len(requests) // len(contexts))
             logits = session.prefill([request.prompt for request in requests])
-            chosen = [request.choose(logits[index]) for index, request in enumerate(requests)]
+            guidance = make_guidance and make_guidance()
+            chosen = _choose_all(enumerate(requests), logits, guidance)
             self._check_owner(owner)
         yield chosen
-        rest = self._step_one_row(requests[0], owner) if session.batch == 1 else self._step_batch(requests, owner)
-        yield from rest
+        if session.batch == 1 and not guidance:
+            yield from self._step_one_row(requests[0], owner)
+        else:
+            yield from self._step_batch(requests, owner, guidance)
 
     def _step_one_row(self, request: Request, owner: int) -> Iterator[list[int]]:
         session = self._session
@@ -254,15 +294,29 @@ class GenerativeModel(CompiledModel):
             for token in chosen:
                 yield [token]
 
-    def _step_batch(self, requests: list[Request], owner: int) -> Iterator[list[int]]:
+    def _step_batch(self, requests: list[Request], owner: int, guidance: Guidance | None) -> Iterator[list[int]]:
         while not all(request.is_done for request in requests):
             with self._lock:
                 self._check_owner(owner)
-                logits = self._session.decode([None if each.is_idle else each.generated[-1] for each in requests])
+                tokens = [None if each.is_idle else each.generated[-1] for each in requests]
+                logits = self._session.decode(tokens)
+                if guidance:
+                    guidance.decode(tokens)
                 active = [(index, request) for index, request in enumerate(requests) if not request.is_idle]
-                chosen = [request.choose(logits[index]) for index, request in active]
+                chosen = _choose_all(active, logits, guidance)
                 self._check_owner(owner)
             yield chosen
+
+    def _make_guidance(self, prompts: Sequence[Prompt], asked: Generation) -> Callable[[], Guidance] | None:
+        """What begins the rows that guide these prompts; None where nothing does."""
+        if asked.negative is None or not asked.config.guides:
+            return None
+        rows = [asked.negative[prompt.index] for prompt in prompts for _ in range(asked.width)]
+        return lambda: Guidance(self._second_session, rows, asked.config.guidance_scale or 1)
+
+    @cached_property
+    def _second_session(self) -> Session:
+        return Session(self._engine, [graph for graph in self.variant.graphs if graph.role != "encode"])
 
     def _check_owner(self, owner: int) -> None:
         """Raise PrecastError where another call has used the caches, and overwritten the logits."""
@@ -273,9 +327,8 @@ class GenerativeModel(CompiledModel):
                 "for calls that live side by side."
             )
 
-    def _stream_row(
-        self, prompt: Prompt, context: Any, config: GenerationConfig, count: int, full: int
-    ) -> Iterator[int]:
+    def _stream_row(self, prompt: Prompt, context: Any, asked: Generation) -> Iterator[int]:
+        config = asked.config
         if config.beams > 1:
             raise InputError(
                 f"num_beams={config.num_beams}: which tokens a search keeps is known at its end only, so it cannot be "
@@ -283,8 +336,11 @@ class GenerativeModel(CompiledModel):
             )
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"stream() gives one row, not num_return_sequences={config.num_return_sequences}.")
-        requests = self._make_requests([prompt], [context], Generation(None, config, count, full=full), 0)
-        return (tokens[0] for tokens in self._run_steps(requests, [context]))
+        if config.returns_logprobs:
+            raise InputError("stream() gives tokens and no logprobs. Leave logprobs out, or use generate().")
+        requests = self._make_requests([prompt], [context], asked, 0)
+        steps = self._run_steps(requests, [context], self._make_guidance([prompt], asked))
+        return (tokens[0] for tokens in steps)
 
     @staticmethod
     def _main_input(name: str, given: Any, inputs: Any = None, first: int | None = None) -> Any:
@@ -310,7 +366,12 @@ class GenerativeModel(CompiledModel):
         config = asked.over(self.generation_config).without([name for name in options if options[name] is None])
         config.check()
         # Ids beyond the vocabulary that a file forbids never come anyway; forced ones would have to.
-        self._check_ids(config, _FORCED)
+        if config.guides and self._session.context:
+            raise InputError(
+                f"guidance_scale={config.guidance_scale} is for decoders: what this model would say without its source "
+                f"is not defined. Pass guidance_scale=None."
+            )
+        self._check_ids(config, (*_FORCED, *_ADDED_TO))
         return config
 
     def _with_languages(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,21 +408,69 @@ class GenerativeModel(CompiledModel):
         return super()._vocabulary_size() or self._session.vocabulary
 
     def _check_lookup(self, config: GenerationConfig) -> None:
-        if not config.prompt_lookup_num_tokens or self._session.is_flexible:
-            return
+        if config.prompt_lookup_num_tokens:
+            self._check_guesses(f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}", "=0")
+
+    def _check_guesses(self, asked: str, off: str) -> None:
+        """Raise InputError where this model cannot check, or take back, several tokens in one step."""
+        name = asked.partition("=")[0]
         if self.variant.graphs[0].states:
             raise InputError(
-                f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} takes back tokens guessed wrong; "
-                f"this model carries states, which cannot be taken back. Pass prompt_lookup_num_tokens=0."
+                f"{asked} takes back tokens guessed wrong; this model carries states, which cannot be taken back. "
+                f"Pass {name}{off}."
             )
+        if self._session.is_flexible:
+            return
         lengths = self.artifact.contract.shapes.prefill_lengths
         static = f" and the fixed lengths --prefill-lengths {','.join(map(str, lengths))}" if lengths else ""
         raise InputError(
-            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} checks several tokens of one row in one step, "
-            f"which takes a model compiled for batch 1 and any length; this one was compiled for batch "
-            f"{self.batch_size}{static}. Pass prompt_lookup_num_tokens=0 to go without, or export it again with "
-            f"--batch-size 1 and without --prefill-lengths."
+            f"{asked} checks several tokens of one row in one step, which takes a model compiled for batch 1 and any "
+            f"length; this one was compiled for batch {self.batch_size}{static}. Pass {name}{off} to go without, or "
+            f"export it again with --batch-size 1 and without --prefill-lengths."
         )
+
+    def _draft_for(self, assistant: Any, config: GenerationConfig) -> DraftModel | None:
+        """What guesses by `assistant_model`, or None without one. Raises InputError where it cannot."""
+        if assistant is None:
+            return None
+        asked = "assistant_model"
+        if not isinstance(assistant, GenerativeModel) or assistant._session.context:
+            raise InputError(
+                f"{asked} must be a CompiledModelForCausalLM, not {assistant!r:.80}. Compile the smaller model, too."
+            )
+        for setting, is_on in (
+            ("num_beams", config.beams > 1),
+            ("prompt_lookup_num_tokens", bool(config.prompt_lookup_num_tokens)),
+            ("guidance_scale", config.guides),
+        ):
+            if is_on:
+                raise InputError(f"{asked} does not go together with {setting}={getattr(config, setting)}; pass one.")
+        self._check_guesses(asked, "=None")
+        assistant._check_guesses(f"As an {asked}, {assistant.artifact.path}", " another model")
+        if self._draft is None or self._draft[0] is not assistant:
+            self._check_vocabulary(assistant)
+            self._draft = assistant, DraftModel(assistant, assistant._weight_bytes / max(1, self._weight_bytes))
+        return self._draft[1]
+
+    def _check_vocabulary(self, assistant: GenerativeModel) -> None:
+        """Raise InputError where the tokens of an assistant are others than this model's."""
+        theirs, ours = assistant._session.vocabulary, self._session.vocabulary
+        if theirs != ours:
+            raise InputError(
+                f"The assistant_model has another vocabulary: {theirs} tokens, and this model {ours}. Its guesses "
+                f"would be other words; take a smaller model of the same family."
+            )
+        if wrong := next((i for i in range(ours) if assistant.tokenizer.token(i) != self.tokenizer.token(i)), None):
+            raise InputError(
+                f"The assistant_model has another vocabulary: token {wrong} is {assistant.tokenizer.token(wrong)!r}, "
+                f"and here {self.tokenizer.token(wrong)!r}. Take a smaller model of the same family."
+            )
+
+    @property
+    def _weight_bytes(self) -> int:
+        """Bytes of its weights, and of its graphs, which may hold some."""
+        files = {*self.variant.weights, *(graph.file for graph in self.variant.graphs)}
+        return sum(self.artifact.contract.files[name].size for name in files)
 
     def _make_requests(
         self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, first: int
@@ -369,11 +478,12 @@ class GenerativeModel(CompiledModel):
         config, stops = asked.config, self._stop_strings(asked)
         requests: list[Request] = []
         for prompt, context in zip(prompts, contexts, strict=True):
-            ends = StoppingCriteria(config, prompt, asked.criteria, stops)
+            ends = StoppingCriteria(config, prompt, asked.criteria, stops, asked.deadline)
             for _ in range(asked.width):
                 generator = asked.generator(first + len(requests))
                 sampler = Sampler(self._make_processors(prompt, context, asked), generator)
-                requests.append(Request(prompt.tokens, asked.count, sampler, ends, _make_lookup(config, prompt.tokens)))
+                guesser = _make_guesser(asked, prompt.tokens)
+                requests.append(Request(prompt.tokens, asked.count, sampler, ends, guesser, config))
         return requests
 
     def _make_searches(self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation) -> list[BeamSearch]:
@@ -381,13 +491,15 @@ class GenerativeModel(CompiledModel):
         return [
             BeamSearch(
                 prompt.tokens, asked.count, asked.config, self._make_processors(prompt, context, asked),
-                StoppingCriteria(asked.config, prompt, asked.criteria, stops), full=asked.full,
+                StoppingCriteria(asked.config, prompt, asked.criteria, stops, asked.deadline),
+                asked.generator(prompt.index), full=asked.full,
             )
             for prompt, context in zip(prompts, contexts, strict=True)
         ]  # fmt: skip
 
     def _make_processors(self, prompt: Prompt, context: Any, asked: Generation) -> Processors:
-        return Processors(asked.config, prompt, asked.full, asked.processors, self._source_tokens(context))
+        source = self._source_tokens(prompt, context)
+        return Processors(asked.config, prompt, asked.full, asked.processors, source, asked.allowed)
 
     def _stop_strings(self, asked: Generation) -> StopStrings | None:
         return StopStrings(self.tokenizer, asked.config.stops) if asked.config.stops else None
@@ -418,10 +530,26 @@ def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:
         raise InputError(f"A streamer cannot follow num_beams={config.num_beams}; pass num_beams=1 or no streamer.")
 
 
-def _make_lookup(config: GenerationConfig, row: Array) -> Lookup | None:
+def _make_guesser(asked: Generation, row: Array) -> Guesser | None:
+    config = asked.config
+    if asked.draft is not None:
+        return asked.draft.guesser(row, config.num_assistant_tokens or _MOST_GUESSES)
     if not config.prompt_lookup_num_tokens:
         return None
     return Lookup(row.tolist(), config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
+
+
+def _choose_all(requests: Iterable[tuple[int, Request]], logits: Array, guidance: Guidance | None) -> list[int]:
+    """The next tokens of rows, by their index."""
+    if guidance is None:
+        return [request.choose(logits[index]) for index, request in requests]
+    return [request.choose(logits[index], partial(guidance, index)) for index, request in requests]
+
+
+def _convert_all(given: Any, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(convert_like(given, each) for each in value)
+    return convert_like(given, value)
 
 
 def _pad_answers(front: Array, answers: list[list[int]], config: GenerationConfig) -> Array:

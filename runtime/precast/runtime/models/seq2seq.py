@@ -147,6 +147,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
         *,
+        prefix_allowed_tokens_fn: Any = None,
         inputs: Any = None,
         decoder_input_ids: Any = None,
         decoder_attention_mask: Any = None,
@@ -160,7 +161,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
             attention_mask: [batch, length] of 0 and 1; padding may be anywhere.
             generation_config: a GenerationConfig, ours or transformers', or a dict. `options` take precedence over it,
                 it over the artifact's generation_config.json, and that over the defaults.
-            logits_processor, stopping_criteria: as for decoders.
+            logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for decoders.
             streamer: told the first tokens, then each step's by `put`, and the end by `end`.
             decoder_input_ids: what the answers begin with, int64 [batch, length]; decoder_start_token_id if None, and
                 that goes in front where no row begins with it.
@@ -192,10 +193,13 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         self._check_room(first, count)
         self._check_lookup(config)
         check_streamer(streamer, len(sources), config)
-        asked = Generation(input_ids, config, count, logits_processor, stopping_criteria, streamer, full=full)
+        asked = Generation(
+            input_ids, config, count, full=full, processors=logits_processor, criteria=stopping_criteria,
+            streamer=streamer, allowed=prefix_allowed_tokens_fn,
+        )  # fmt: skip
         if asked.streamer is not None:
             asked.streamer.put(front)
-        return self._generate_all(input_ids, list(map(Prompt, prompts, front)), sources, asked, front)
+        return self._generate_all(input_ids, Prompt.rows(prompts, front), sources, asked, front)
 
     def stream(
         self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
@@ -214,7 +218,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         self._check_room(1, count)
         self._check_lookup(config)
         start = np.array([self.start_token(config)], np.int64)
-        return self._stream_row(Prompt(start, start), sources[0], config, count, full)
+        return self._stream_row(Prompt(start, start), sources[0], Generation(input_ids, config, count, full=full))
 
     def _check_decoder_inputs(self, given: Any, mask: Any) -> tuple[Array, Array]:
         """decoder_input_ids and decoder_attention_mask, checked."""
@@ -239,7 +243,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
             )
         return rows
 
-    def _source_tokens(self, context: Array) -> Array:
+    def _source_tokens(self, prompt: Prompt, context: Array) -> Array:
         return context
 
     def _run_encoder(self, source: Array) -> tuple[EncoderCall, int]:

@@ -84,6 +84,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
         *,
+        prefix_allowed_tokens_fn: Any = None,
         inputs: Any = None,
         attention_mask: Any = None,
         language: str | Sequence[str] | None = None,
@@ -99,7 +100,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             input_features, inputs: log-mel spectrograms as the checkpoint's feature extractor makes them, float32
                 [batch, mels, frames], of 30 seconds each.
             attention_mask: as for a call; changes nothing.
-            generation_config, logits_processor, stopping_criteria: as for decoders.
+            generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for decoders.
             streamer: told each step's tokens by `put`, and the end by `end`.
             language: a name ("french"), a code ("fr") or one per row; None is what the configurations say, which have
                 it detected where they say nothing.
@@ -142,9 +143,16 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         self._check_room(first, count)
         self._check_lookup(config)
         check_streamer(streamer, len(sources), config)
-        asked = Generation(input_features, config, count, logits_processor, stopping_criteria, streamer, full=full)
-        rows = list(map(Prompt, prompts, prompts))
+        asked = Generation(
+            input_features, config, count, full=full, processors=logits_processor, criteria=stopping_criteria,
+            streamer=streamer, allowed=prefix_allowed_tokens_fn,
+        )  # fmt: skip
+        rows = Prompt.rows(prompts, prompts)
         return self._generate_all(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64))
+
+    def _source_tokens(self, prompt: Prompt, context: Array) -> None:
+        # Sound is no tokens.
+        return None
 
     def _suggest_larger(self, length: int, more: str = "") -> str:
         # The length of a source is fixed by the model, so no flag is given for it.
