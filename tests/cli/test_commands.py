@@ -97,6 +97,31 @@ def test_generate_samples_when_told_how(run, decoder):
     assert run(*base, "--temperature", 0)[1] == run(*base)[1]
 
 
+def test_generate_answers_in_a_form(run, decoder, tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": ["a", "b", 7]}')
+    (tmp_path / "rule.gbnf").write_text('root ::= "(" [ab] ")"')
+    base = ("generate", decoder, "--prompt", "Water", "--max-new-tokens", 20, "-q")
+    for asked, pattern in (
+        (("--json-schema", tmp_path / "schema.json"), '"a"|"b"|7'),
+        (("--grammar", tmp_path / "rule.gbnf"), r"\([ab]\)"),
+        (("--regex", "x{3}y"), "xxxy"),
+        (("--choice", "up", "--choice", "down"), "up|down"),
+    ):
+        code, out, err = run(*base, *asked)
+        assert (code, err) == (0, "")
+        assert re.fullmatch(pattern, out.strip())
+
+
+def test_generate_with_an_assistant_is_the_same_and_says_how_often_it_was_right(run, decoder):
+    base = ("generate", decoder, "--prompt", "Water boils", "--max-new-tokens", 12)
+    plain = run(*base, "-q")[1]
+    code, out, err = run(*base, "--assistant", decoder)
+    assert (code, out) == (0, plain)
+    assert re.search(r"; (\d+) of \1 guesses were right\n$", err)
+    figures = json.loads(run(*base, "--assistant", decoder, "--json")[1])
+    assert figures["draft_tokens"] == figures["accepted_draft_tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -113,6 +138,10 @@ def test_generate_samples_when_told_how(run, decoder):
         (("generate", "{decoder}", "--prompt", "x", "--temperature", "-1"), 2, "'--temperature': -1.0 is not in the"),
         (("generate", "{decoder}", "--prompt", "x", "--temperature", "nan"), 2, "--temperature must be .* 0, not nan"),
         (("generate", "{decoder}", "--prompt", "x", "--stop", ""), 2, "--stop is empty"),
+        (("generate", "{decoder}", "--prompt", "x", "--regex", "(a"), 2, "--regex cannot be compiled: .*unclosed"),
+        (("generate", "{decoder}", "--prompt", "x", "--regex", "a", "--choice", "b"), 2, "--regex and --choice each"),
+        (("generate", "{decoder}", "--prompt", "x", "--grammar", "missing.lark"), 2, "--grammar: missing.lark cannot"),
+        (("generate", "{decoder}", "--prompt", "x", "--assistant", "{encoder}"), 2, "compiled for feature-extraction"),
         (("predict", "{encoder}", "--text", "x", "--text", ""), 2, "--text is empty"),
         (("generate", "{decoder}", "--prompt", "x", "--max-new-tokens", "900"), 2, "Ask for --max-new-tokens 47 at mo"),
         (("generate", "{decoder}", "--prompt", "caf\udce9"), 2, r"argument 'caf\\udce9' is not UTF-8 text"),

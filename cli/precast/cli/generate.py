@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .inputs import read_standard_input
+from .inputs import read_standard_input, read_text
 from .options import json_option, model_options, quiet_option
 from .output import echo_answer, note, print_json
 
@@ -48,7 +49,22 @@ __all__ = ["command"]
     help="Guess up to N tokens from earlier text and check them at once, 10 for example: the same answer, quicker "
     "where it quotes its prompt. In a quantized model rounding may change it.",
 )  # fmt: skip
+@click.option(
+    "--assistant", metavar="MODEL",
+    help="A smaller model of the same vocabulary, compiled too: it guesses tokens that are checked at once. The same "
+    "answer; in a quantized model rounding may change it.",
+)  # fmt: skip
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End where this text appears; repeatable.")
+@click.option(
+    "--json-schema", metavar="FILE", type=click.Path(path_type=Path),
+    help="Answer in JSON that keeps to the schema in this file. This and the next three need precast[structured].",
+)  # fmt: skip
+@click.option("--regex", metavar="PATTERN", help="Answer with a text that the whole pattern matches.")
+@click.option(
+    "--grammar", metavar="FILE", type=click.Path(path_type=Path),
+    help="Answer by the grammar in this file, in Lark's form or llama.cpp's (GBNF).",
+)  # fmt: skip
+@click.option("--choice", "choices", multiple=True, metavar="TEXT", help="Answer with one of these; repeatable.")
 @model_options
 @json_option
 @quiet_option
@@ -58,6 +74,11 @@ def command(
     chat: bool,
     system: str | None,
     stops: tuple[str, ...],
+    assistant: str | None,
+    json_schema: Path | None,
+    regex: str | None,
+    grammar: Path | None,
+    choices: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -76,39 +97,62 @@ def command(
     if prompt == "-":
         prompt = read_standard_input("the prompt")
     sampling = {name: options.pop(name) for name in _SAMPLING}
+    form = _form_options(json_schema, regex, grammar, choices)
     started = time.perf_counter()
     opened = _open_decoder(model, quiet, options)
+    draft = {} if assistant is None else {"assistant_model": _open_decoder(assistant, quiet, {})}
     text = _render_chat(opened, prompt, system) if chat else prompt
     ids = opened.tokenizer.encode(text, add_special_tokens=not chat)
     if not ids:
         raise click.UsageError("The prompt is empty, and this model's texts begin with no token of their own.")
     settings = _generate_options(sampling, stops, opened.capacity - len(ids))
     # All of it is prompt, whatever a special token in it pads elsewhere.
-    clock = _Clock(opened.stream([ids], [[1] * len(ids)], **settings), started)
+    stream = opened.stream([ids], [[1] * len(ids)], **settings, **form, **draft)
+    clock = _Clock(stream, started)
     pieces = []
     for piece in _decode_pieces(opened.tokenizer, clock):
         pieces.append(piece)
         if not as_json:
             echo_answer(piece)
+    figures = clock.figures()
+    if stream.draft_tokens:
+        figures |= {"draft_tokens": stream.draft_tokens, "accepted_draft_tokens": stream.accepted_draft_tokens}
     if as_json:
-        print_json({"text": "".join(pieces), "prompt_tokens": len(ids), **clock.figures()})
+        print_json({"text": "".join(pieces), "prompt_tokens": len(ids), **figures})
         return
     click.echo()
     if not quiet:
-        note(_describe_figures(clock.figures()))
+        note(_describe_figures(figures))
 
 
 def _describe_figures(figures: dict[str, Any]) -> str:
     count, speed = figures["new_tokens"], figures["decode_tokens_per_second"]
+    guessed = figures.get("draft_tokens")
+    guesses = f"; {figures['accepted_draft_tokens']} of {guessed} guesses were right" if guessed else ""
     return (
         f"{count} token{'' if count == 1 else 's'}{f', {speed} tokens/s' if speed else ''}, first token after "
-        f"{figures['first_token_seconds']} s (model loaded and prompt read)"
+        f"{figures['first_token_seconds']} s (model loaded and prompt read){guesses}"
     )
 
 
 _SAMPLING = (
     "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "prompt_lookup_num_tokens",
 )  # fmt: skip
+
+
+def _form_options(
+    json_schema: Path | None, regex: str | None, grammar: Path | None, choices: tuple[str, ...]
+) -> dict[str, Any]:
+    """The arguments of generate() that give its answer a form. Raises click.UsageError."""
+    given = {"--json-schema": json_schema, "--grammar": grammar, "--regex": regex, "--choice": list(choices) or None}
+    named = {flag: value for flag, value in given.items() if value is not None}
+    if len(named) > 1:
+        raise click.UsageError(f"{' and '.join(named)} each give the answer a form; give one of them.")
+    names = {"--choice": "choices"}
+    return {
+        names.get(flag, flag[2:].replace("-", "_")): read_text(value, flag) if isinstance(value, Path) else value
+        for flag, value in named.items()
+    }
 
 
 def _open_decoder(model: str, quiet: bool, options: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ import msgspec
 
 from ..errors import InputError
 from ..inputs.tensors import to_python
+from ..structured.structure import STRUCTURES, Structure, find_structure
 from .unsupported import HARMLESS, SPEECH, UNSUPPORTED, find_unsupported
 
 __all__ = ["GenerationConfig"]
@@ -73,6 +74,11 @@ class GenerationConfig:
         max_time: seconds after which rows end with the token that they are at.
         output_scores, output_logits: return the logits of each step too, after and before they are changed, and with
             beams the rows' own scores, where `return_dict_in_generate` is set.
+        response_format: the form of an answer as in OpenAI's API, such as {"type": "json_object"}.
+        json_schema: a JSON schema that an answer keeps to: a dict, JSON text or a class of pydantic.
+        regex: a pattern that the whole answer matches, in Rust's syntax, without look-around; \\d is 0 to 9.
+        grammar: a grammar that an answer keeps to, in Lark's form or llama.cpp's (GBNF).
+        choices: texts of which an answer is one. Of these five, at most one; they need `precast[structured]`.
         logprobs, top_logprobs: return the log-probability of each new token by the model's own logits, and so many of
             the likeliest ones, as in OpenAI's API; the answer is an output then, as by `return_dict_in_generate`.
         return_dict_in_generate: return an output with `.sequences`, and what else is asked for, instead of an array.
@@ -124,6 +130,11 @@ class GenerationConfig:
     eta_cutoff: float | None = None
     top_h: float | None = None
     num_assistant_tokens: int | None = None
+    response_format: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    grammar: Any = None
+    choices: Any = None
     max_time: float | None = None
     output_scores: bool | None = None
     output_logits: bool | None = None
@@ -168,12 +179,16 @@ class GenerationConfig:
             for name, value in raw.items():
                 if value is not None:
                     _refuse_unknown(name, f"{origin} has")
-        return cls.published(raw, origin)
+        return cls._of_known(raw, origin)
 
     @classmethod
     def published(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
-        """Make one of the content of a generation_config.json, as transformers reads it: unknown names are ignored.
-        Raises InputError for a value of another type."""
+        """Make one of the content of a generation_config.json, as transformers reads it: unknown names are ignored, and
+        so is the form of answers, which is the caller's. Raises InputError for a value of another type."""
+        return cls._of_known({name: value for name, value in raw.items() if name not in STRUCTURES}, origin)
+
+    @classmethod
+    def _of_known(cls, raw: Mapping[str, Any], origin: str) -> GenerationConfig:
         known = cls.settings()
         others = {name: to_python(value) for name, value in raw.items() if name in _KEPT_APART}
         try:
@@ -251,6 +266,11 @@ class GenerationConfig:
         return [*chain.from_iterable(held)] if name in ("bad_words_ids", "sequence_bias") else _as_list(held)
 
     @property
+    def structure(self) -> Structure | None:
+        """The form that an answer has to have. Raises InputError."""
+        return find_structure({name: getattr(self, name) for name in STRUCTURES})
+
+    @property
     def returns_logprobs(self) -> bool:
         """Whether log-probabilities of new tokens are returned."""
         return bool(self.logprobs or self.top_logprobs)
@@ -288,6 +308,10 @@ class GenerationConfig:
         yield from self._positive_problems("repetition_penalty")
         yield from self._positive_problems("encoder_repetition_penalty")
         yield from self._bias_problems()
+        try:
+            self.structure  # noqa: B018
+        except InputError as error:
+            yield str(error)
         if (seconds := self.max_time) is not None and not seconds > 0:
             yield f"max_time must be above 0 seconds, not {seconds!r}."
         if self.guides and self.prompt_lookup_num_tokens:
@@ -350,6 +374,8 @@ class GenerationConfig:
             yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
         if self.guides:
             yield f"{asked} does not go together with guidance_scale={self.guidance_scale}; pass one of them only."
+        if any(getattr(self, name) is not None for name in STRUCTURES):
+            yield f"{asked} is not done for answers of a given form; pass num_beams=1."
         if self.returns_logprobs:
             yield f"{asked} has no logprobs; pass output_scores=True and return_dict_in_generate=True instead."
         if self.prompt_lookup_num_tokens:
@@ -397,8 +423,10 @@ def _setting_types() -> dict[str, Any]:
 def _convert_setting(name: str, value: Any) -> Any:
     """A setting's value as the type of its field. Raises InputError."""
     given = to_python(value)
-    if isinstance(given, dict):
-        given = _as_pairs(given) if name == "sequence_bias" else {_as_id(key): held for key, held in given.items()}
+    if name == "sequence_bias" and isinstance(given, dict):
+        given = _as_pairs(given)
+    elif name == "logit_bias" and isinstance(given, dict):
+        given = {_as_id(key): held for key, held in given.items()}
     try:
         return msgspec.convert(given, _setting_types()[name])
     except (msgspec.ValidationError, UnicodeEncodeError) as error:

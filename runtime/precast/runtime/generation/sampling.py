@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from .processors import (
     token_bias,
 )
 from .prompt import Prompt
+
+if TYPE_CHECKING:
+    from ..structured.grammar import RowGrammar
 
 __all__ = ["Processors", "Sampler", "check_choice", "check_logits", "draw_seed"]
 
@@ -50,8 +53,10 @@ class Processors:
         extra: Sequence[CallerProcessor] = (),
         source: Array | None = None,
         allowed: CallerAllowedTokens | None = None,
+        form: RowGrammar | None = None,
     ) -> None:
-        own = [*_configured_processors(config, prompt, count, source, allowed)]
+        constraints = [*_constraints(prompt, allowed, form)]
+        own = [*_configured_processors(config, prompt, count, source, constraints)]
         instead = {each.kind: each for each in reversed(extra) if each.kind in dict(own)}
         others = [each for each in extra if each not in instead.values()]
         steps = [(kind, instead.get(kind, step)) for kind, step in own] + [(None, each) for each in others]
@@ -127,8 +132,8 @@ def check_choice(best: Any) -> None:
     """Raise InputError where the best of logits or scores is -inf: every token is ruled out."""
     if best == -np.inf:
         raise InputError(
-            "No token may come next: suppress_tokens, bad_words_ids, no_repeat_ngram_size and logits_processor "
-            "together rule out all. Leave one of them out."
+            "No token may come next: suppress_tokens, bad_words_ids, no_repeat_ngram_size, logits_processor, "
+            "prefix_allowed_tokens_fn and the form of the answer together rule out all. Leave one of them out."
         )
 
 
@@ -164,7 +169,7 @@ def _configured_processors(
     prompt: Prompt,
     count: int,
     source: Array | None,
-    allowed: CallerAllowedTokens | None,
+    constraints: Sequence[tuple[str, Processor]],
 ) -> Iterator[tuple[str, Processor]]:
     """The processors that the configuration asks for, each with the name of transformers' class that does it."""
     yield from _biases(config)
@@ -172,9 +177,18 @@ def _configured_processors(
     if words := [word for word in config.bad_words_ids or () if word not in [[end] for end in config.eos_ids]]:
         yield "NoBadWordsLogitsProcessor", lambda tokens, logits: no_bad_words(tokens, logits, words)
     yield from _length_minimums(config, prompt)
+    yield from constraints
+    yield from _fixed_tokens(config, prompt, count)
+
+
+def _constraints(
+    prompt: Prompt, allowed: CallerAllowedTokens | None, form: RowGrammar | None
+) -> Iterator[tuple[str, Processor]]:
+    """What says which tokens may come next."""
     if allowed is not None:
         yield "PrefixConstrainedLogitsProcessor", _AllowedTokens(allowed, prompt)
-    yield from _fixed_tokens(config, prompt, count)
+    if form is not None:
+        yield "form", form.apply
 
 
 def _biases(config: GenerationConfig) -> Iterator[tuple[str, Processor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from .outputs import Record
 from .prompt import Prompt
 from .sampling import Sampler, check_logits
 from .stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from ..structured.grammar import RowGrammar
 
 __all__ = ["Guesser", "Request", "StoppingCriteria"]
 
@@ -101,13 +104,13 @@ class Request:
 
 
 class StoppingCriteria:
-    """Everything that ends a row: end-of-sequence tokens, stop strings, a `deadline` of time.monotonic() and the
-    caller's own `criteria`.
+    """Everything that ends a row: end-of-sequence tokens, stop strings, a `deadline` of time.monotonic(), a `form` that
+    is complete, and the caller's own `criteria`.
 
     A criterion of transformers' class for one of the first three replaces what the configuration says, as there.
 
     Attributes:
-        has_eos_token: whether there is an end-of-sequence token.
+        has_eos_token: whether there is an end-of-sequence token, or a form that ends by itself.
     """
 
     def __init__(
@@ -117,18 +120,21 @@ class StoppingCriteria:
         criteria: Sequence[CallerCriterion],
         stops: StopStrings | None,
         deadline: float | None = None,
+        form: RowGrammar | None = None,
     ) -> None:
         kinds = {criterion.kind for criterion in criteria}
         self._eos = frozenset([] if "EosTokenCriteria" in kinds else config.eos_ids)
         self._stops = None if "StopStringCriteria" in kinds else stops
         self._deadline = None if "MaxTimeCriteria" in kinds else deadline
-        self._prompt, self._criteria = prompt, criteria
-        self.has_eos_token = bool(self._eos) or "EosTokenCriteria" in kinds
+        self._prompt, self._criteria, self._form = prompt, criteria, form
+        self.has_eos_token = bool(self._eos) or "EosTokenCriteria" in kinds or form is not None
 
     def __call__(self, tokens: Array, logits: Array) -> bool:
         """Whether a row ends with the newest of its tokens [length], which was chosen from logits [vocabulary]."""
         if int(tokens[-1]) in self._eos or (self._stops is not None and self._stops(tokens)):
             return True
         if self._deadline is not None and time.monotonic() > self._deadline:
+            return True
+        if self._form is not None and self._form.is_complete(tokens):
             return True
         return any(criterion(self._prompt.show(tokens), logits) for criterion in self._criteria)

@@ -161,6 +161,11 @@ class Tokenizer:
         return {token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     @property
+    def special_ids(self) -> set[int]:
+        """The ids of special tokens, which are no text."""
+        return {index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    @property
     def marks_subwords(self) -> bool:
         """Whether tokens inside a word are spelled differently from those that begin one, as in WordPiece."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))

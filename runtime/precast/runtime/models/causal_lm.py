@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..generation.sampling import Processor
 from ..inputs.padding import as_array, as_ids, as_mask, real_rows, scatter_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy
 from .call_options import check_positions
-from .generative import Generation, GenerativeModel, check_streamer
+from .generative import Generation, GenerativeModel, TokenStream, check_streamer
 from .training_loss import with_labels
 
 __all__ = ["CompiledModelForCausalLM"]
@@ -177,7 +177,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         negative_prompt_ids: Any = None,
         negative_prompt_attention_mask: Any = None,
         **options: Any,
-    ) -> Iterator[int]:
+    ) -> TokenStream:
         """The tokens of one row as they are generated; arguments as for `generate`.
 
         The stream may be left at any time. A later call on the same model takes over the caches, and the stream then

@@ -45,7 +45,9 @@ from .languages import language_id
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Generation", "GenerativeModel", "check_streamer"]
+    from ..structured.grammar import Grammars, RowGrammar
+
+__all__ = ["Generation", "GenerativeModel", "TokenStream", "check_streamer"]
 
 Array = np.ndarray[Any, Any]
 
@@ -133,6 +135,26 @@ class Generation:
         return max(self.config.beams, self.config.num_return_sequences or 1)
 
 
+class TokenStream(Iterator[int]):
+    """The tokens of one row as they are generated."""
+
+    def __init__(self, steps: Iterator[list[int]], request: Request) -> None:
+        self._steps, self._record = steps, request.record
+
+    def __next__(self) -> int:
+        return next(self._steps)[0]
+
+    @property
+    def draft_tokens(self) -> int:
+        """How many tokens were guessed so far, by an `assistant_model` or a prompt lookup."""
+        return self._record.guessed
+
+    @property
+    def accepted_draft_tokens(self) -> int:
+        """How many of them were right."""
+        return self._record.accepted
+
+
 class GenerativeModel(CompiledModel):
     """A model with a key/value cache of fixed capacity, which continues rows of tokens."""
 
@@ -143,6 +165,7 @@ class GenerativeModel(CompiledModel):
         self._owner = 0
         self._own_config: GenerationConfig | None = None
         self._draft: tuple[GenerativeModel, DraftModel] | None = None
+        self._grammars: dict[tuple[int, ...], Grammars] = {}
 
     @only_known
     def reset(self) -> None:
@@ -168,6 +191,7 @@ class GenerativeModel(CompiledModel):
         """The same model with its own buffers, caches and lock, for another thread. Weights are shared."""
         other = super().new_session()
         other._own_config = deepcopy(self._own_config)
+        other._grammars = self._grammars
         return other
 
     @cached_property
@@ -327,7 +351,7 @@ class GenerativeModel(CompiledModel):
                 "for calls that live side by side."
             )
 
-    def _stream_row(self, prompt: Prompt, context: Any, asked: Generation) -> Iterator[int]:
+    def _stream_row(self, prompt: Prompt, context: Any, asked: Generation) -> TokenStream:
         config = asked.config
         if config.beams > 1:
             raise InputError(
@@ -339,8 +363,7 @@ class GenerativeModel(CompiledModel):
         if config.returns_logprobs:
             raise InputError("stream() gives tokens and no logprobs. Leave logprobs out, or use generate().")
         requests = self._make_requests([prompt], [context], asked, 0)
-        steps = self._run_steps(requests, [context], self._make_guidance([prompt], asked))
-        return (tokens[0] for tokens in steps)
+        return TokenStream(self._run_steps(requests, [context], self._make_guidance([prompt], asked)), requests[0])
 
     @staticmethod
     def _main_input(name: str, given: Any, inputs: Any = None, first: int | None = None) -> Any:
@@ -478,10 +501,11 @@ class GenerativeModel(CompiledModel):
         config, stops = asked.config, self._stop_strings(asked)
         requests: list[Request] = []
         for prompt, context in zip(prompts, contexts, strict=True):
-            ends = StoppingCriteria(config, prompt, asked.criteria, stops, asked.deadline)
             for _ in range(asked.width):
+                form = self._begin_form(prompt, config)
+                ends = StoppingCriteria(config, prompt, asked.criteria, stops, asked.deadline, form)
                 generator = asked.generator(first + len(requests))
-                sampler = Sampler(self._make_processors(prompt, context, asked), generator)
+                sampler = Sampler(self._make_processors(prompt, context, asked, form), generator)
                 guesser = _make_guesser(asked, prompt.tokens)
                 requests.append(Request(prompt.tokens, asked.count, sampler, ends, guesser, config))
         return requests
@@ -497,9 +521,24 @@ class GenerativeModel(CompiledModel):
             for prompt, context in zip(prompts, contexts, strict=True)
         ]  # fmt: skip
 
-    def _make_processors(self, prompt: Prompt, context: Any, asked: Generation) -> Processors:
+    def _make_processors(
+        self, prompt: Prompt, context: Any, asked: Generation, form: RowGrammar | None = None
+    ) -> Processors:
         source = self._source_tokens(prompt, context)
-        return Processors(asked.config, prompt, asked.full, asked.processors, source, asked.allowed)
+        return Processors(asked.config, prompt, asked.full, asked.processors, source, asked.allowed, form)
+
+    def _begin_form(self, prompt: Prompt, config: GenerationConfig) -> RowGrammar | None:
+        """The form of one row's answer, at its beginning."""
+        structure, ends = config.structure, tuple(config.eos_ids)
+        if structure is None:
+            return None
+        if ends not in self._grammars:
+            # Most calls need none of what it imports.
+            from ..structured.grammar import Grammars
+
+            self._grammars[ends] = Grammars(self.tokenizer, self._session.vocabulary, ends)
+        is_forced = config.forced_bos_token_id is not None and len(prompt.shown) == 1
+        return self._grammars[ends].begin(structure, len(prompt.tokens) + is_forced)
 
     def _stop_strings(self, asked: Generation) -> StopStrings | None:
         return StopStrings(self.tokenizer, asked.config.stops) if asked.config.stops else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..generation.sampling import Processor
 from ..generation.session import Session
 from ..inputs.padding import as_ids, as_mask, real_rows, scatter_rows
 from ..inputs.tensors import ModelOutput, allocate, convert_like, to_numpy
-from .generative import Generation, GenerativeModel, check_streamer
+from .generative import Generation, GenerativeModel, TokenStream, check_streamer
 from .training_loss import with_labels
 
 __all__ = ["CompiledModelForSeq2SeqLM", "EncoderCall", "EncoderDecoder"]
@@ -203,7 +203,7 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
 
     def stream(
         self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
-    ) -> Iterator[int]:
+    ) -> TokenStream:
         """The tokens of one answer as they are generated; arguments as for `generate`.
 
         The stream may be left at any time; a later call on the same model takes over the caches.
