@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+from functools import reduce
 from typing import Any
 
 import jsonschema
@@ -328,10 +329,8 @@ def test_where_no_token_fits_is_said(pattern):
             return "".join("ab?"[token] for token in ids)
 
     row = begin(Grammars(Poor(), 3, [2]), regex=pattern)
-    taken: list[int] = []
-    with pytest.raises(InputError, match=r"regex leaves no token (at the beginning|after '[ab]+'): none of the mod"):
-        for _ in range(9):
-            taken.append(min(allowed(row, taken)))
+    with pytest.raises(InputError, match=r"regex leaves no token (at the beginning|after '[ab]+'): "):
+        reduce(lambda taken, _: [*taken, min(allowed(row, taken))], range(9), [])
 
 
 def test_without_the_library_its_extra_is_named(model, monkeypatch):
