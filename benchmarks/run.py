@@ -22,7 +22,7 @@ import machine
 from harness import HERE, Answer, Target
 from plan import BUILD, Plan
 
-QUESTIONS = ("export_cost", "decode", "startup", "schemes", "practice", "native", "encoders", "contexts")
+QUESTIONS = ("export_cost", "decode", "startup", "schemes", "practice", "native", "generate", "encoders", "contexts")
 MODEL = BUILD / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = HERE / "results"
 

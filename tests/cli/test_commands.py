@@ -112,6 +112,20 @@ def test_generate_answers_in_a_form(run, decoder, tmp_path):
         assert re.fullmatch(pattern, out.strip())
 
 
+def test_generate_keeps_a_session(run, decoder, tmp_path):
+    file = tmp_path / "kept"
+    base = ("generate", decoder, "--prompt", "Water boils", "--max-new-tokens", 12, "-q")
+    plain = run(*base)
+    assert run(*base, "--session", file) == plain
+    before = file.read_bytes()
+    assert run(*base, "--session", file) == plain
+    assert file.read_bytes() == before
+    file.write_bytes(before[:-1])
+    code, out, err = run(*base, "--session", file)
+    assert (code, out) == (1, "")
+    assert "is damaged" in err
+
+
 def test_generate_with_an_assistant_is_the_same_and_says_how_often_it_was_right(run, decoder):
     base = ("generate", decoder, "--prompt", "Water boils", "--max-new-tokens", 12)
     plain = run(*base, "-q")[1]

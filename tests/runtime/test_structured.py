@@ -317,7 +317,7 @@ def test_where_no_token_fits_is_said(pattern):
     """A vocabulary without a byte that the form needs: an answer does not just end there."""
 
     class Poor:
-        special_ids: set[int] = set()
+        special_ids = frozenset[int]()
 
         def piece(self, index):
             return [b"a", b"b", None][index]

@@ -54,6 +54,11 @@ __all__ = ["command"]
     help="A smaller model of the same vocabulary, compiled too: it guesses tokens that are checked at once. The same "
     "answer; in a quantized model rounding may change it.",
 )  # fmt: skip
+@click.option(
+    "--session", metavar="FILE", type=click.Path(path_type=Path),
+    help="Keep what was read in FILE: made by the first run, and opened by later ones, which read only what their "
+    "prompt has besides. A long system prompt, say.",
+)  # fmt: skip
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End where this text appears; repeatable.")
 @click.option(
     "--json-schema", metavar="FILE", type=click.Path(path_type=Path),
@@ -75,6 +80,7 @@ def command(
     system: str | None,
     stops: tuple[str, ...],
     assistant: str | None,
+    session: Path | None,
     json_schema: Path | None,
     regex: str | None,
     grammar: Path | None,
@@ -100,6 +106,9 @@ def command(
     form = _form_options(json_schema, regex, grammar, choices)
     started = time.perf_counter()
     opened = _open_decoder(model, quiet, options)
+    is_kept = session is not None and session.exists()
+    if session is not None and is_kept:
+        opened.load_session(session)
     draft = {} if assistant is None else {"assistant_model": _open_decoder(assistant, quiet, {})}
     text = _render_chat(opened, prompt, system) if chat else prompt
     ids = opened.tokenizer.encode(text, add_special_tokens=not chat)
@@ -114,6 +123,8 @@ def command(
         pieces.append(piece)
         if not as_json:
             echo_answer(piece)
+    if session is not None and not is_kept:
+        opened.save_session(session)
     figures = clock.figures()
     if stream.draft_tokens:
         figures |= {"draft_tokens": stream.draft_tokens, "accepted_draft_tokens": stream.accepted_draft_tokens}

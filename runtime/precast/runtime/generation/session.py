@@ -8,7 +8,7 @@ since it writes the keys of padding into the cache once there is a past.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from ..artifact import DECODER_INPUTS, is_cache_positions
 from ..artifact.schema import Dim, Graph, Input
 from ..engines import Engine, OwnsCaches, Step, move_rows
+from ..errors import InputError
 from ..inputs.tensors import allocate, allocate_together
 
 __all__ = ["Session"]
@@ -73,6 +74,31 @@ class Session:
         """Forget all tokens."""
         for held in self.tokens:
             held.clear()
+
+    def snapshot(self) -> dict[str, Array]:
+        """What caches and states hold of the tokens so far, by name: views, overwritten by the next call. Raises
+        InputError where an engine keeps them elsewhere."""
+        if isinstance(self._engine, OwnsCaches):
+            raise InputError("This model's caches are in the memory of a device, from where they cannot be saved.")
+        live = max(map(len, self.tokens))
+        return {**{name: cache[:, :, :live] for name, cache in self._caches.items()}, **self._states.before}
+
+    def shapes_of(self, live: int) -> dict[str, tuple[str, list[int]]]:
+        """The dtype and the shape of each array of a snapshot with rows of up to `live` tokens, by name."""
+        cut = {name: (cache.dtype, [*cache.shape[:2], live, *cache.shape[3:]]) for name, cache in self._caches.items()}
+        whole = {name: (state.dtype, list(state.shape)) for name, state in self._states.before.items()}
+        return {name: (str(dtype), shape) for name, (dtype, shape) in (cut | whole).items()}
+
+    def restore(self, tokens: Sequence[Sequence[int]], held: Mapping[str, Array]) -> None:
+        """Hold what a snapshot held of these tokens, one list per row."""
+        self.reset()
+        for name, values in held.items():
+            if name in self._caches:
+                self._caches[name][:, :, : values.shape[2]] = values
+            else:
+                self._states.before[name][:] = values
+        for row, taken in zip(self.tokens, tokens, strict=True):
+            row.extend(taken)
 
     def prefill(self, rows: Sequence[Array]) -> Array:
         """Take one prompt per row; returns the logits after each row's last token, [batch, vocabulary].

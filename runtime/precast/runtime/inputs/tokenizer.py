@@ -21,9 +21,12 @@ from ..arguments import only_known
 from ..artifact.published_json import parse_object, select
 from ..errors import ArtifactError, FormatError, InputError, OutOfMemoryError, PrecastError, UsageError
 from .character_maps import check_character_maps
+from .chat_responses import parse_answers
 from .chat_templates import Conversation, is_batch, render_chat
 from .companions import Readable, companions_at
-from .tensors import as_tensors
+from .response_families import family_of, template_of
+from .response_template import ResponseTemplate
+from .tensors import as_tensors, to_python
 
 __all__ = ["TextStream", "Tokenizer", "listed_texts"]
 
@@ -74,6 +77,7 @@ _TYPES: dict[str, Any] = {
     "clean_up_tokenization_spaces": bool,
     _CLEANS_PAIRS: bool,
     "chat_template": str | list[_NamedTemplate],
+    "response_template": dict[str, Any],
     "own_vocabulary": _OwnVocabulary,
     **dict.fromkeys([f"{role}_token" for role in _ROLES], _Token),
 }
@@ -307,6 +311,64 @@ class Tokenizer:
             return texts if is_batch(messages) else texts[0]
         batch = self(texts, add_special_tokens=False, return_tensors=return_tensors)
         return batch["input_ids"] if return_dict is False else batch
+
+    @only_known
+    def parse_response(
+        self,
+        response: Any,
+        schema: Any = None,
+        *,
+        prefix: Any = None,
+        tools: Sequence[Any] | None = None,
+    ) -> Any:
+        """The message in a chat model's answer: {"role", "content", "reasoning_content", "tool_calls", …}.
+
+        By the checkpoint's own response template where it has one, as transformers' method of this name does, else by
+        that of the family that its chat template belongs to (Hermes and Qwen, Llama 3, Mistral, Gemma, DeepSeek, GLM,
+        gpt-oss). An answer that is not written as it should be, such as a call that was cut off, is all content.
+
+        Args:
+            response: what the model generated and nothing else: a text with its special tokens, or token ids; or a list
+                of these, or ids [batch, new], for a list of messages.
+            schema: another response template.
+            prefix: the prompt, in the same forms, one for all or one for each; templates often begin the answer, with
+                <think> for example. "" says that it does not matter.
+            tools: as for `apply_chat_template`: arguments of calls become of the types that they say.
+
+        Raises InputError without `prefix`, and FormatError for a template that is none.
+        """
+        if prefix is None:
+            raise InputError(
+                "parse_response() needs prefix=, the prompt that was answered: templates often begin the answer, with "
+                '<think> for example. Pass prefix="" where it does not.'
+            )
+        (answers, are_several), (prefixes, _) = self._as_texts(response), self._as_texts(prefix)
+        template = self._response_template if schema is None else ResponseTemplate(schema)
+        found = parse_answers(template, answers, prefixes, tools)
+        return found if are_several else found[0]
+
+    @property
+    def has_response_template(self) -> bool:
+        """Whether the checkpoint says itself how its answers are taken apart."""
+        return self._config.get("response_template") is not None
+
+    @cached_property
+    def _response_template(self) -> ResponseTemplate:
+        own = self._config.get("response_template")
+        if own is not None:
+            return ResponseTemplate(own, f"response_template of {self.path / 'tokenizer_config.json'}")
+        return template_of(family_of("\n".join(self._named_templates().values())))
+
+    def _as_texts(self, given: Any) -> tuple[list[str], bool]:
+        """Texts, or token ids as texts, with special tokens; and whether it is a list of them."""
+        if isinstance(given, str):
+            return [given], False
+        rows = to_python(given)
+        if isinstance(rows, list) and rows and all(isinstance(row, str) for row in rows):
+            return rows, True
+        if isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows):
+            return [self.decode(row, skip_special_tokens=False) for row in rows], True
+        return [self.decode(rows, skip_special_tokens=False)], False
 
     def _encode_text(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
         _check_pair(text, pair)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..errors import InputError
 from ..generation.config import GenerationConfig
 from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
+from ..generation.session_file import load_session, save_session
 from ..inputs.padding import as_array, as_ids, as_mask, real_rows, scatter_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy
 from .call_options import check_positions
@@ -200,6 +202,32 @@ class CompiledModelForCausalLM(GenerativeModel):
             negative=self._negative_rows(negative_prompt_ids, negative_prompt_attention_mask, rows, config, count),
         )  # fmt: skip
         return self._stream_row(Prompt(rows[0], ids[0]), None, asked)
+
+    @only_known
+    def save_session(self, path: str | Path) -> None:
+        """Write what the caches hold, the prompts and answers of the last call, to a file that `load_session` opens:
+        a long system prompt is read once per machine.
+
+        It belongs to this artifact and variant; only its owner can read it. Raises InputError where it cannot be
+        written, and of models whose caches are in the memory of a device.
+        """
+        with self._lock:
+            save_session(self._session, Path(path), self.artifact.contract.digest, self.variant.name)
+
+    @only_known
+    def load_session(self, path: str | Path) -> int:
+        """Hold what was saved by `save_session`: the next call computes only what its prompt has besides. Returns the
+        number of tokens.
+
+        Whoever can write the file can make the model believe that it has read other tokens than it says. Raises
+        InputError for a file that is not there, or of another artifact, and FormatError for one that is damaged.
+        """
+        with self._lock:
+            self._owner += 1
+            load_session(
+                self._session, Path(path), self.artifact.contract.digest, self.variant.name, self._session.vocabulary
+            )
+            return sum(map(len, self._session.tokens))
 
     def _negative_rows(
         self, given: Any, mask: Any, rows: list[Array], config: GenerationConfig, new: int

@@ -16,7 +16,7 @@ from ..arguments import only_known
 from ..artifact import Artifact
 from ..artifact.published_json import parse_object
 from ..artifact.schema import Variant
-from ..engines import Engine
+from ..engines import Engine, OwnsCaches
 from ..errors import InputError, PrecastError
 from ..generation.beam_search import BeamSearch
 from ..generation.callbacks import (
@@ -188,8 +188,18 @@ class GenerativeModel(CompiledModel):
 
     @only_known
     def new_session(self) -> Self:
-        """The same model with its own buffers, caches and lock, for another thread. Weights are shared."""
+        """The same model with its own buffers, caches and lock, for another thread. Weights are shared, and what the
+        caches hold is copied, unless a call is using them: the new session need not read the same beginning again."""
         other = super().new_session()
+        if (
+            not self._session.context
+            and not isinstance(self._engine, OwnsCaches)
+            and self._lock.acquire(blocking=False)
+        ):
+            try:
+                other._session.restore(self._session.tokens, self._session.snapshot())
+            finally:
+                self._lock.release()
         other._own_config = deepcopy(self._own_config)
         other._grammars = self._grammars
         return other

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,10 +78,22 @@ class GeneratingPipeline(Pipeline):
         arrays = self.tokenizer.pad(encodings)
         return Batch({name: arrays[name] for name in ("input_ids", "attention_mask")}, given, is_one, **notes)
 
-    def _decode_texts(self, outputs: Batch) -> list[list[str]]:
+    def _decode_texts(self, outputs: Batch, *, skip_special_tokens: bool = True) -> list[list[str]]:
         """The texts of each input, one or num_return_sequences of them."""
         rows = outputs["sequences"].reshape(len(outputs.inputs), -1, outputs["sequences"].shape[1])
-        return [[self.tokenizer.decode(row) for row in own] for own in rows]
+        cut = (lambda row: row) if skip_special_tokens else self._without_filling
+        return [
+            [self.tokenizer.decode(cut(row), skip_special_tokens=skip_special_tokens) for row in own] for own in rows
+        ]
+
+    def _without_filling(self, row: Array) -> Array:
+        """A row without what fills it up to the longest: padding, and ends after the first."""
+        pad, end = self.tokenizer.token_id("pad"), self.tokenizer.token_id("eos")
+        while len(row) and row[-1] == pad != end:
+            row = row[:-1]
+        while len(row) > 1 and row[-1] == row[-2] == end:
+            row = row[:-1]
+        return row
 
 
 class TextGenerationPipeline(GeneratingPipeline):
@@ -121,7 +133,10 @@ class TextGenerationPipeline(GeneratingPipeline):
             self._encoding(prefix + each if isinstance(each, str) else each, tools, continue_final_message, **how)
             for each in given
         ]
-        return self._make_batch(encodings, given, is_one, continues=continue_final_message)
+        prompts = [encoding.ids for encoding in encodings]
+        return self._make_batch(
+            encodings, given, is_one, continues=continue_final_message, prompts=prompts, tools=tools
+        )
 
     def forward(self, batch: Batch, *, stop_sequence: str | Sequence[str] | None = None, **options: Any) -> Batch:
         """{"sequences": int64 [batch, new]}; `options` are generate()'s, whose stop_strings is also called
@@ -137,12 +152,21 @@ class TextGenerationPipeline(GeneratingPipeline):
             outputs: of `forward`.
             return_full_text: with the prompt, or for a conversation all its messages; otherwise what is new.
         """
-        continues = outputs.notes["continues"]
+        # As in transformers, such a template reads special tokens too.
+        reads = self.tokenizer.has_response_template
+        told = self._decode_texts(outputs, skip_special_tokens=not reads)
         answers = []
-        for given, texts in zip(outputs.inputs, self._decode_texts(outputs), strict=True):
-            whole = [_full_text(given, text, continues) if return_full_text else text for text in texts]
+        for given, prompt, texts in zip(outputs.inputs, outputs.notes["prompts"], told, strict=True):
+            whole = [self._whole(given, prompt, text, outputs.notes) if return_full_text else text for text in texts]
             answers.append([{"generated_text": text} for text in whole])
         return outputs.answer(answers)
+
+    def _whole(self, given: Any, prompt: list[int], text: str, notes: Mapping[str, Any]) -> Any:
+        """What was given and what is new: a text, or a conversation's messages."""
+        continues = notes["continues"]
+        if not self.tokenizer.has_response_template or isinstance(given, str) or _continues_last(given, continues):
+            return _full_text(given, text, continues)
+        return [*given, self.tokenizer.parse_response(text, prefix=prompt, tools=notes["tools"])]
 
     def _generate_slice(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
         # The room for an answer depends on the width of its slice, so padding for longer prompts elsewhere goes first.
