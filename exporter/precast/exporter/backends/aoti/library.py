@@ -129,9 +129,13 @@ def _compile(
     if is_cpu:
         fuse_attention(module)
     if linker and linker.can_call_layers:
-        for layer in extract_layers(module, "precast_layer"):
+        layers = extract_layers(module, "precast_layer")
+        for layer in layers:
             with linker.linking(layer.name):
                 torch._inductor.aot_compile(layer.module, layer.inputs, options=options)
+        if layers:
+            # What is left names every weight: optimizing it takes longer than all else, and hardly any of a step is in it.
+            options = {**options, "aot_inductor.compile_wrapper_opt_level": "O0"}
     with linker.linking() if linker else nullcontext():
         files: Any = torch._inductor.aot_compile(module, arguments, keywords, options=options)
     return list(files)
