@@ -134,7 +134,7 @@ def _compile(
             with linker.linking(layer.name):
                 torch._inductor.aot_compile(layer.module, layer.inputs, options=options)
         if layers:
-            # What is left names every weight: optimizing it takes longer than all else, and hardly any of a step is in it.
+            # What is left names every weight: optimizing it takes long, and hardly any of a step is in it.
             options = {**options, "aot_inductor.compile_wrapper_opt_level": "O0"}
     with linker.linking() if linker else nullcontext():
         files: Any = torch._inductor.aot_compile(module, arguments, keywords, options=options)

@@ -14,8 +14,8 @@
 
 namespace precast {
 
-// Rows multiplied per pass over the weights.
-constexpr int MAX_ROWS_PER_PASS = 8;
+// Rows multiplied per pass over the weights, and those that share what is read and unpacked of one.
+constexpr int MAX_ROWS_PER_PASS = 8, ROWS_TOGETHER = 4;
 
 // ------------------------------------------------------------------ float weights
 
@@ -152,20 +152,33 @@ struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
     }
   };
 
-  float output(const Input& input, int64_t n) const {
+  // Output n of ROWS inputs, each `stride` numbers after the one before.
+  template <int ROWS>
+  void outputs_of(const Input* inputs, int64_t n, float* to, int64_t stride) const {
     const uint8_t* from = this->codes + n * Base::BYTES;
     const float* scales = this->scales + n * GROUPS;
-    __m512 sums = _mm512_setzero_ps();
+    __m512 sums[ROWS];
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
     for (int b = 0; b < BLOCKS; ++b) {
       prefetch(from + b * 64);
-      sums = _mm512_fmadd_ps(block_dot(input, from + b * 64, b), block_scales(scales, input.scales[b], b), sums);
+      const Codes codes(from + b * 64, b);
+      const __m512 block = block_scales(scales, b);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(inputs[r].scales[b]), block);
+        sums[r] = _mm512_fmadd_ps(codes.dot(inputs[r].digits[b]), scale, sums[r]);
+      }
     }
-    if constexpr (GROUPS == 1) return scales[0] * (_mm512_reduce_add_ps(sums) - this->zero(n, 0) * input.sums[0]);
-    for (int g = 0; g < GROUPS; g += 16) {
+    for (int g = 0; GROUPS > 1 && g < GROUPS; g += 16) {
       const __m512 chunk = _mm512_maskz_loadu_ps(mask_first(GROUPS - g), scales + g);
-      sums = _mm512_fnmadd_ps(_mm512_mul_ps(chunk, load_zeros(n, g)), _mm512_loadu_ps(input.sums + g), sums);
+      const __m512 offsets = _mm512_mul_ps(chunk, load_zeros(n, g));
+      for (int r = 0; r < ROWS; ++r)
+        sums[r] = _mm512_fnmadd_ps(offsets, _mm512_loadu_ps(inputs[r].sums + g), sums[r]);
     }
-    return _mm512_reduce_add_ps(sums);
+    for (int r = 0; r < ROWS; ++r) {
+      const float sum = _mm512_reduce_add_ps(sums[r]);
+      to[r * stride] = GROUPS == 1 ? scales[0] * (sum - this->zero(n, 0) * inputs[r].sums[0]) : sum;
+    }
   }
 
   // A mask of the first `count` of sixteen lanes.
@@ -173,33 +186,40 @@ struct VnniDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
     return count >= 16 ? 0xffff : (1 << count) - 1;
   }
 
-  // Dot products of a block, one per 4 * CODES_PER_BYTE neighbours.
-  static __m512 block_dot(const Input& input, const uint8_t* from, int b) {
-    constexpr int REST = K % BLOCK * BITS / 8;
-    const bool is_whole = REST == 0 || b + 1 < BLOCKS;
-    const __m512i bytes = is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << REST) - 1, from);
-    const auto times = [&](__m512i sum, int digit) { return dot_digit(sum, bytes, input.digits[b][digit]); };
-    return _mm512_cvtepi32_ps(times(_mm512_slli_epi32(times(_mm512_setzero_si512(), 0), 8), 1));
-  }
+  // The codes of a block, one to a byte.
+  struct Codes {
+    __m512i parts[CODES_PER_BYTE];
 
-  // Add the dot products of 64 bytes of codes with one digit of x.
-  static __m512i dot_digit(__m512i sum, __m512i bytes, const int8_t* digits) {
-    if constexpr (BITS == 8) return _mm512_dpbusd_epi32(sum, bytes, _mm512_load_si512(digits));
-    const __m512i low = _mm512_set1_epi8(15);
-    const __m512i even = _mm512_and_si512(bytes, low), odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-    sum = _mm512_dpbusd_epi32(sum, even, _mm512_load_si512(digits));
-    return _mm512_dpbusd_epi32(sum, odd, _mm512_load_si512(digits + 64));
-  }
+    Codes(const uint8_t* from, int b) {
+      constexpr int REST = K % BLOCK * BITS / 8;
+      const bool is_whole = REST == 0 || b + 1 < BLOCKS;
+      const __m512i bytes = is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << REST) - 1, from);
+      const __m512i low = _mm512_set1_epi8(15);
+      parts[0] = BITS == 8 ? bytes : _mm512_and_si512(bytes, low);
+      if constexpr (BITS == 4) parts[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+    }
 
-  // The scale of each of a block's sixteen sums.
-  static __m512 block_scales(const float* scales, float input_scale, int b) {
-    if constexpr (GROUPS == 1) return _mm512_set1_ps(input_scale);
-    if constexpr (SCALES_PER_BLOCK == 1) return _mm512_set1_ps(input_scale * scales[b * BLOCK / GROUP]);
+    // Dot products with the digits of x, one per 4 * CODES_PER_BYTE neighbours.
+    __m512 dot(const int8_t (&digits)[DIGITS][BLOCK]) const {
+      __m512i sum = _mm512_setzero_si512();
+      for (int digit = 0; digit < DIGITS; ++digit) {
+        if (digit) sum = _mm512_slli_epi32(sum, 8);
+        for (int part = 0; part < CODES_PER_BYTE; ++part)
+          sum = _mm512_dpbusd_epi32(sum, parts[part], _mm512_load_si512(digits[digit] + part * 64));
+      }
+      return _mm512_cvtepi32_ps(sum);
+    }
+  };
+
+  // The scale of each of a block's sixteen sums, but for that of x.
+  static __m512 block_scales(const float* scales, int b) {
+    if constexpr (GROUPS == 1) return _mm512_set1_ps(1.0f);
+    if constexpr (SCALES_PER_BLOCK == 1) return _mm512_set1_ps(scales[b * BLOCK / GROUP]);
     alignas(64) int32_t lane_scale[16];
     for (int lane = 0; lane < 16; ++lane) lane_scale[lane] = lane * 4 * CODES_PER_BYTE / CODES_PER_SCALE;
     const __mmask16 mask = mask_first(std::min(SCALES_PER_BLOCK, GROUPS - b * SCALES_PER_BLOCK));
     const __m512 found = _mm512_maskz_loadu_ps(mask, scales + b * SCALES_PER_BLOCK);
-    return _mm512_mul_ps(_mm512_set1_ps(input_scale), _mm512_permutexvar_ps(_mm512_load_si512(lane_scale), found));
+    return _mm512_permutexvar_ps(_mm512_load_si512(lane_scale), found);
   }
 
   __m512 load_zeros(int64_t n, int begin) const {
@@ -260,19 +280,25 @@ struct MaddDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
     }
   };
 
-  float output(const Input& input, int64_t n) const {
+  // Output n of ROWS inputs, each `stride` numbers after the one before.
+  template <int ROWS>
+  void outputs_of(const Input* inputs, int64_t n, float* to, int64_t stride) const {
     constexpr int WHOLE = K / BLOCK;
     const uint8_t* from = this->codes + n * Base::BYTES;
     const float* scales = this->scales + n * GROUPS;
-    __m256 sums = _mm256_setzero_ps();
-    for (int b = 0; b < WHOLE; ++b) sums = add_block(input, from + b * BLOCK / CODES_PER_BYTE, scales, b, sums);
+    __m256 sums[ROWS];
+    for (auto& sum : sums) sum = _mm256_setzero_ps();
+    for (int b = 0; b < WHOLE; ++b) add_block(inputs, from + b * BLOCK / CODES_PER_BYTE, scales, b, sums);
     if constexpr (WHOLE < BLOCKS) {
       uint8_t rest[BLOCK / CODES_PER_BYTE] = {};
       std::memcpy(rest, from + WHOLE * BLOCK / CODES_PER_BYTE, Base::BYTES - WHOLE * BLOCK / CODES_PER_BYTE);
-      sums = add_block(input, rest, scales, WHOLE, sums);
+      add_block(inputs, rest, scales, WHOLE, sums);
     }
-    if constexpr (GROUPS == 1) return scales[0] * (reduce_eight(sums) - this->zero(n, 0) * input.sums[0]);
-    return reduce_eight(sums) - offsets(input, scales, n);
+    for (int r = 0; r < ROWS; ++r) {
+      const float sum = reduce_eight(sums[r]);
+      to[r * stride] = GROUPS == 1 ? scales[0] * (sum - this->zero(n, 0) * inputs[r].sums[0])
+                                   : sum - offsets(inputs[r], scales, n);
+    }
   }
 
   static float reduce_eight(__m256 each) {
@@ -281,27 +307,33 @@ struct MaddDot : QuantizedWeight<K, GROUP, BITS, ZEROS> {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
   }
 
-  // Add the dot products of a block, times its scales.
-  static __m256 add_block(const Input& input, const uint8_t* from, const float* scales, int b, __m256 sums) {
-    const int16_t* x = input.integers + b * BLOCK;
+  // Add the dot products of a block, times its scales, for each input.
+  template <int ROWS>
+  static void add_block(const Input* inputs, const uint8_t* from, const float* scales, int b, __m256 (&sums)[ROWS]) {
     prefetch(from);
-    __m256i found = _mm256_setzero_si256();
+    __m256i found[ROWS];
+    for (auto& each : found) each = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int i = 0; i < BLOCK; i += STEP) {
       const __m256i bytes = _mm256_cvtepu8_epi16(
           _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i / CODES_PER_BYTE)));
-      const auto times = [&](__m256i codes, int part) {
-        return _mm256_madd_epi16(codes, _mm256_load_si256(reinterpret_cast<const __m256i*>(x + i + part * 16)));
+      const auto add = [&](__m256i codes, int part) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+          const auto x = reinterpret_cast<const __m256i*>(inputs[r].integers + b * BLOCK + i + part * 16);
+          found[r] = _mm256_add_epi32(found[r], _mm256_madd_epi16(codes, _mm256_load_si256(x)));
+        }
       };
       if constexpr (BITS == 8) {
-        found = _mm256_add_epi32(found, times(bytes, 0));
+        add(bytes, 0);
       } else {
-        found = _mm256_add_epi32(found, times(_mm256_and_si256(bytes, _mm256_set1_epi16(15)), 0));
-        found = _mm256_add_epi32(found, times(_mm256_srli_epi16(bytes, 4), 1));
+        add(_mm256_and_si256(bytes, _mm256_set1_epi16(15)), 0);
+        add(_mm256_srli_epi16(bytes, 4), 1);
       }
     }
-    const float scale = GROUPS == 1 ? input.scales[b] : input.scales[b] * scales[b * BLOCK / GROUP];
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(found), _mm256_set1_ps(scale), sums);
+    const float block = GROUPS == 1 ? 1.0f : scales[b * BLOCK / GROUP];
+    for (int r = 0; r < ROWS; ++r)
+      sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found[r]), _mm256_set1_ps(inputs[r].scales[b] * block), sums[r]);
   }
 
   // The sum of all groups' scale * zero * sum of x.
@@ -344,6 +376,19 @@ struct Layer {
   Weight weight;
 };
 
+// Output n of each of `count` inputs.
+template <typename Weight>
+void multiply_rows(const Weight& weight, const typename Weight::Input* inputs, int64_t count, int64_t n, float* to) {
+  int64_t r = 0;
+  if constexpr (requires { weight.template outputs_of<ROWS_TOGETHER>(inputs, n, to, 1); }) {
+    for (; r + ROWS_TOGETHER <= count; r += ROWS_TOGETHER)
+      weight.template outputs_of<ROWS_TOGETHER>(inputs + r, n, to + r * weight.outputs, weight.outputs);
+    for (; r < count; ++r) weight.template outputs_of<1>(inputs + r, n, to + r * weight.outputs, weight.outputs);
+  } else {
+    for (; r < count; ++r) to[r * weight.outputs] = weight.output(inputs[r], n);
+  }
+}
+
 // x [count, K] of each layer -> its y [count, outputs], concatenated.
 template <int K, typename Weight, int LAYERS>
 void gemv(float* y, int64_t count, const Layer<Weight> (&layers)[LAYERS]) {
@@ -363,7 +408,7 @@ void gemv(float* y, int64_t count, const Layer<Weight> (&layers)[LAYERS]) {
           for (int64_t r = 0; r < pass; ++r) new (inputs + r) Input(layers[i].x + (start + r) * K);
 #pragma omp for schedule(guided, 64) nowait
         for (int64_t n = 0; n < weight.outputs; ++n)
-          for (int64_t r = 0; r < pass; ++r) to[(start + r) * weight.outputs + n] = weight.output(inputs[r], n);
+          multiply_rows(weight, inputs, pass, n, to + start * weight.outputs + n);
       }
       to += count * weight.outputs;
     }
