@@ -125,8 +125,11 @@ def inputs_of(case, seed, size):
 
 
 def many(case):
-    """A number of rows: of all remainders, and once more than a task takes."""
-    return 300 if case.rows == 11 else 9 + case.columns % 7
+    """A number of rows: few, which are multiplied as a step's, or more, of all remainders, and once more than a task
+    takes."""
+    if case.shares:
+        return 3 + case.columns % 14
+    return 300 if case.rows == 11 else 17 + case.columns % 7
 
 
 @pytest.fixture(scope="module", autouse=True)

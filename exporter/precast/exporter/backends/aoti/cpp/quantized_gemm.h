@@ -175,11 +175,20 @@ struct QuantizedGemm : QuantizedWeight<K, GROUP, BITS, ZEROS> {
   }
 };
 
+// So many rows, guesses that are checked say, are multiplied as a step's: nothing is laid out, and each gets the very
+// numbers that it gets alone.
+constexpr int64_t FEW_ROWS = 16;
+
 // y [rows, outputs]
 template <int K, int GROUP, int BITS, bool ZEROS>
 void gemm(float* y, const float* x, int64_t rows, const QuantizedGemm<K, GROUP, BITS, ZEROS>& weight) {
   using Weight = QuantizedGemm<K, GROUP, BITS, ZEROS>;
   if (rows == 0) return;
+  if (rows <= FEW_ROWS) {
+    using Dot = QuantizedDot<K, GROUP, BITS, ZEROS>;
+    const Layer<Dot> layers[] = {{x, {{weight.codes, weight.scales, weight.zeros, weight.outputs}}}};
+    return gemv<K, Dot>(y, rows, layers);
+  }
   typename Weight::Input input(rows);
   const int64_t panels = (weight.outputs + Weight::PANEL - 1) / Weight::PANEL;
   const int64_t parts = (rows + Weight::MAX_ROWS - 1) / Weight::MAX_ROWS;
