@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from zoo import seq2seq
 from precast.runtime import CompiledModel
 from precast.runtime.errors import InputError
 
+SMOLLM2 = Path(__file__).parents[2] / "build/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = [5, 9, 30, 7, 200, 31, 9, 30]
 BEAMS = 4
 CLOSE = 2e-4
@@ -204,6 +206,21 @@ def test_arguments_of_encoder_decoders_are_transformers_own(encoder_decoder, par
                 encoder_decoder.one.generate([PROMPT], **options)
             continue
         _assert_equal(*encoder_decoder.ask(options, do_sample=False))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="`make models` fetches the checkpoint")
+def test_arguments_of_smollm2_are_transformers_own(artifact, tmp_path):
+    """A trained model, whose likeliest tokens are likely."""
+    whole = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype="float32")
+    # One that comes from GGUF cannot be saved.
+    whole.config.quantization_config = None
+    plain = type(whole)(whole.config)
+    plain.load_state_dict(whole.state_dict())
+    plain.save_pretrained(tmp_path / "smollm2")
+    family = Family(tmp_path / "smollm2", artifact)
+    for options in ALONE:
+        _assert_equal(*family.ask(options, do_sample=False))
 
 
 @pytest.mark.parametrize("options", DRAWN, ids=lambda options: ",".join(options) or "defaults")
