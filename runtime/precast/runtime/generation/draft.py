@@ -22,7 +22,8 @@ _MEMORY = 0.9
 _FIRST_REST, _LONGEST_REST = 8, 128
 """Steps without guesses, after guesses that did not pay: doubled each time."""
 _MOST_APPENDED = 2
-"""As many as a step leaves behind, its last guess and what was chosen; of more, logits of the last alone are computed."""
+"""As many as a step leaves behind, its last guess and what was chosen. Of more, only the last one's logits are
+computed."""
 
 
 class Draft:
