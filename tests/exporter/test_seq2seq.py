@@ -248,6 +248,8 @@ def whisper(made):
 
 
 FEATURES = np.random.default_rng(0).normal(0, 0.5, (4, 16, 120)).astype(np.float32)
+LONG = np.random.default_rng(1).normal(0, 0.5, (1, 16, 490)).astype(np.float32)
+"""Four windows and a bit."""
 SPOKEN = [
     {},
     {"language": "fr"},
@@ -305,11 +307,90 @@ def test_an_answer_that_transformers_goes_on_from_is_refused(whisper, monkeypatc
     if heard is None:
         assert expected[: len(written) + 1] != written
         with pytest.raises(
-            InputError, match=r"writes times without being asked, and stopped at 0\.\d\d s.*from 241 on"
+            InputError, match=r"writes times without being asked, and stopped at 0\.\d\d s.*Pass return_timestamps=True"
         ):
             model.generate(FEATURES[:1], logits_processor=[dictate])
     else:
         assert model.generate(FEATURES[:1], logits_processor=[dictate])[0].tolist() == expected == heard
+
+
+BEFORE = np.array([11, 12, 13])
+IN_WINDOWS = [
+    {},
+    {"language": "fr", "task": "translate"},
+    {"num_beams": 3},
+    {"max_new_tokens": 9},
+    {"condition_on_prev_tokens": True, "max_new_tokens": 9},
+    {"prompt_ids": BEFORE},
+    {"prompt_ids": BEFORE, "condition_on_prev_tokens": True, "max_new_tokens": 8},
+    {"prompt_ids": BEFORE, "prompt_condition_type": "all-segments", "condition_on_prev_tokens": True,
+     "max_new_tokens": 8},
+    {"logprob_threshold": -4.0, "temperature": (0.0,)},
+    {"logprob_threshold": -4.5, "num_beams": 2, "temperature": (0.0,)},
+    {"compression_ratio_threshold": 1.1, "temperature": (0.0, 0.0)},
+    {"logprob_threshold": -1.0, "no_speech_threshold": 0.001, "temperature": (0.0,)},
+    {"logprob_threshold": -1.0, "no_speech_threshold": 0.0031, "temperature": (0.0,)},
+]  # fmt: skip
+
+
+@pytest.fixture
+def timed(whisper, monkeypatch):
+    """A model whose tokens from 241 on are times, eager and compiled."""
+    source, model = whisper
+    eager = oracle.eager(source, "WhisperForConditionalGeneration")
+    told = {"no_timestamps_token_id": 240, "prev_sot_token_id": 239, "max_initial_timestamp_index": 30}
+    for name, value in told.items():
+        monkeypatch.setattr(eager.generation_config, name, value, raising=False)
+    monkeypatch.setattr(model, "_file_settings", {**model._file_settings, **told})
+    return eager, model
+
+
+@pytest.mark.parametrize("asked", IN_WINDOWS, ids=lambda asked: ",".join(asked) or "defaults")
+@pytest.mark.parametrize("sound", [LONG, LONG[:, :, :120]], ids=["long", "a window"])
+def test_sounds_of_any_length_are_written_down_as_by_transformers(timed, asked, sound):
+    """Tokens, and the segments' times."""
+    eager, model = timed
+    shared = {"return_timestamps": True, "return_segments": True}
+    tensors = {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in asked.items()}
+    with torch.inference_mode():
+        expected = eager.generate(torch.from_numpy(sound), **shared, **tensors)
+    found = model.generate(sound, **shared, **asked)
+    assert found.sequences[0].tolist() == expected["sequences"][0].tolist()
+    assert len(found.segments[0]) == len(expected["segments"][0])
+    for ours, theirs in zip(found.segments[0], expected["segments"][0], strict=True):
+        assert ours["tokens"].tolist() == theirs["tokens"].tolist()
+        assert (ours["start"], ours["end"]) == pytest.approx((float(theirs["start"]), float(theirs["end"])))
+
+
+def test_several_long_sounds_are_each_heard_to_their_end(timed):
+    _, model = timed
+    sounds = np.concatenate([LONG, LONG[:, :, ::-1], np.roll(LONG, 100, 2)])
+    lengths = [490, 130, 300]
+    mask = np.arange(490)[None] < np.array(lengths)[:, None]
+    seen: list = []
+    found = model.generate(sounds, attention_mask=mask, max_new_tokens=9, return_segments=True, return_timestamps=True,
+                           monitor_progress=lambda at: seen.append(at.tolist()[0]))  # fmt: skip
+    for row, length in enumerate(lengths):
+        alone = model.generate(sounds[row : row + 1, :, :length], max_new_tokens=9, return_timestamps=True)[0]
+        assert found.sequences[row][: len(alone)].tolist() == alone.tolist()
+        assert [0, length] in seen
+    with pytest.raises(InputError, match="3 long sounds; pass attention_mask="):
+        model.generate(sounds, return_timestamps=True)
+
+
+def test_a_bad_answer_is_drawn_anew_and_repeatably(timed):
+    _, model = timed
+    asked = {
+        "temperature": (0.0, 0.8, 1.0),
+        "logprob_threshold": -0.001,
+        "return_timestamps": True,
+        "max_new_tokens": 9,
+    }
+    one = model.generate(LONG, seed=3, **asked)
+    assert model.generate(LONG, seed=3, **asked).tolist() == one.tolist()
+    assert model.generate(LONG, seed=4, **asked).tolist() != one.tolist()
+    plain = model.generate(LONG, return_timestamps=True, max_new_tokens=9)
+    assert plain.tolist() != one.tolist()
 
 
 def test_speech_goes_by_its_configurations_language_and_task(whisper):
@@ -369,8 +450,14 @@ BAD_SPEECH = [
     ({"language": "klingon"}, "language='klingon' is none that this model knows: en, fr, zh"),
     ({"language": ["en", "fr"]}, "names 2 languages; there are 4 rows"),
     ({"task": "sing"}, "task='sing' is none that this model knows: transcribe, translate"),
-    ({"return_timestamps": True}, r"return_timestamps=True is not done.*return_timestamps=False"),
-    ({"input_features": FEATURES[:, :, :100]}, r"float32 \[batch, 16, 120\]; these are float32 \[4, 16, 100\]"),
+    ({"return_timestamps": True}, r"no tokens for times.*return_timestamps=False"),
+    ({"return_token_timestamps": True}, "return_token_timestamps=True, times of single words, is not done"),
+    ({"input_features": FEATURES[:, :, :100]}, r"padded or cut to 120 frames, 30 seconds.* these have 100"),
+    ({"input_features": FEATURES[:, :8]}, r"float32 \[batch, 16, 120\] or longer; these are float32 \[4, 8, 120\]"),
+    ({"input_features": LONG}, "have 490 frames, more than the 120 .* Pass return_timestamps=True"),
+    ({"no_speech_threshold": 0.5, "return_timestamps": False}, "pass logprob_threshold, too"),
+    ({"prompt_ids": [5], "prompt_condition_type": "none"}, "prompt_condition_type must be 'first-segment' or"),
+    ({"prompt_ids": [5, 400]}, "prompt_ids"),
     ({"max_new_tokens": 31}, r"--decoder-sequence-length"),
 ]
 

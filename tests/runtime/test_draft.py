@@ -133,10 +133,10 @@ def test_drafts_that_cannot_be(model, source, checkpoint, artifact, tmp_path):
     other = CompiledModelForCausalLM.from_pretrained(artifact(checkpoint("llama", vocab_size=tiny.VOCABULARY - 8)))
     states = CompiledModelForCausalLM.from_pretrained(artifact(decoders.make(tmp_path / "mamba", "mamba")))
     for opened, draft, message in (
-        (model, wide, r"As an assistant_model, .* compiled for batch 3"),
+        (model, wide, r"cannot be the assistant_model: .* compiled for batch 3"),
         (wide, model, r"assistant_model checks several tokens .* compiled for batch 3.*assistant_model=None"),
         (model, other, rf"another vocabulary: {tiny.VOCABULARY - 8} tokens, and this model {tiny.VOCABULARY}"),
-        (model, states, r"As an assistant_model, .* carries states"),
+        (model, states, r"cannot be the assistant_model: .* carries states"),
         (states, model, r"assistant_model takes back tokens .* carries states"),
         (model, 5, "assistant_model must be a CompiledModelForCausalLM, not 5"),
     ):

@@ -106,6 +106,11 @@ PLAIN = [
     ("plain", "", "Hello.</s>", {"content": "Hello."}),
     ("gpt-oss", "<|start|>assistant", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final"
      "<|message|>Hello.<|return|>", {"content": "Hello.", "reasoning_content": "Hm."}),
+    ("gpt-oss", "<|start|>assistant", '<|channel|>final <|constrain|>JSON<|message|>{"a":1}<|return|>',
+     {"content": '{"a":1}'}),
+    ("gpt-oss", "", "<|channel|>analysis<|message|>One.<|end|><|channel|>analysis<|message|>Two.<|end|>",
+     {"content": "", "reasoning_content": "One.\nTwo."}),
+    ("gpt-oss", "", "Hello without a channel.", {"content": "Hello without a channel."}),
 ]  # fmt: skip
 
 
@@ -250,6 +255,32 @@ BAD: list[tuple[Any, str]] = [
 def test_templates_that_are_none(spec, message):
     with pytest.raises(FormatError, match=message):
         ResponseTemplate(spec)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"content": "json", "content_args": "abc"},
+        {"content": "xml-inline", "content_args": {"tag_pattern": "("}},
+        {"content": "xml-inline", "content_args": {"tag_pattern": "<a>"}},
+        {"content": "xml-inline", "content_args": {"tag_pattern": "(?P<key>.)", "value_parser": "int"}},
+        {"repeats": True},
+    ],
+)
+def test_fields_that_do_not_fit_an_answer_leave_it_as_it_is(field):
+    spec = {"start_anchor": "A", "defaults": {"a": "text"}, "fields": {"a": {"open": "<", "close": ">", **field}}}
+    assert parse_answers(ResponseTemplate(spec), ["<a>"], [""], None) == [{"role": "assistant", "content": "<a>"}]
+
+
+def test_delimiters_of_no_length_come_to_an_end():
+    spec = {"start_anchor": "A", "fields": {"a": {"open_pattern": "(?=x)", "close_pattern": "(?=x)"}, "b": {}}}
+    assert isinstance(parse_answers(ResponseTemplate(spec), ["axb"], [""], None), list)
+
+
+@pytest.mark.parametrize("text", ["\n" * 200_000, " to=functions." + "a" * 200_000, "{" * 200_000, "<think>" * 30_000])
+@pytest.mark.parametrize("family", sorted(families._FAMILIES))
+def test_what_a_model_repeats_for_ever_is_read_at_once(family, text):
+    assert len(parse_answers(families.template_of(family), [text], [""], None)) == 1
 
 
 def test_types_of_arguments_are_their_tools():

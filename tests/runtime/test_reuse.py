@@ -169,6 +169,7 @@ def test_a_step_that_fails_anywhere_leaves_a_true_memory(single, monkeypatch, wh
     [answer] = answers(single, [prompt], 24)
     for failing in range(10):
         broken = single.new_session()
+        broken.reset()
         with monkeypatch.context() as patch:
             _break(patch, failing, when)
             with pytest.raises(_Broken):

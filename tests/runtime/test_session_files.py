@@ -145,7 +145,7 @@ def test_damaged_files_are_refused_and_change_nothing(saved):
     assert model._session.tokens == held
     with pytest.raises(InputError, match="cannot be read: No such file"):
         model.load_session(file.parent / "missing")
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="cannot be read: It is no file"):
         model.load_session(file.parent)
 
 

@@ -384,6 +384,22 @@ def test_a_form_works_in_a_forked_process(compiled):
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_a_calls_form_goes_before_the_models(model):
+    own = model.new_session()
+    own.generation_config = {"json_schema": SCHEMA, "eos_token_id": END}
+    found = own.generate([PROMPT], choices=["ab"])[0, len(PROMPT) :]
+    assert own.tokenizer.decode(found) == "ab"
+    plain = model.generate([PROMPT], eos_token_id=END, max_new_tokens=9).tolist()
+    assert own.generate([PROMPT], response_format={"type": "text"}, max_new_tokens=9).tolist() == plain
+
+
+def test_ends_beyond_the_vocabulary_end_nothing(model):
+    own = model.new_session()
+    own.generation_config = {"eos_token_id": [5000, END, 320]}
+    found = own.generate([PROMPT], json_schema=SCHEMA, max_new_tokens=60)[0, len(PROMPT) :]
+    jsonschema.validate(json.loads(own.tokenizer.decode(found)), SCHEMA)
+
+
 def test_files_cannot_give_answers_a_form():
     """Only the caller of generate() can."""
     assert GenerationConfig.published(dict.fromkeys(STRUCTURES, "x"), "a file").structure is None

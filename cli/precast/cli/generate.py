@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -104,12 +105,13 @@ def command(
         prompt = read_standard_input("the prompt")
     sampling = {name: options.pop(name) for name in _SAMPLING}
     form = _form_options(json_schema, regex, grammar, choices)
+    _check_session(session)
     started = time.perf_counter()
     opened = _open_decoder(model, quiet, options)
-    is_kept = session is not None and session.exists()
+    is_kept = session is None or session.exists()
     if session is not None and is_kept:
         opened.load_session(session)
-    draft = {} if assistant is None else {"assistant_model": _open_decoder(assistant, quiet, {})}
+    draft = {} if assistant is None else {"assistant_model": _open_decoder(assistant, quiet, _of_any(options))}
     text = _render_chat(opened, prompt, system) if chat else prompt
     ids = opened.tokenizer.encode(text, add_special_tokens=not chat)
     if not ids:
@@ -123,16 +125,15 @@ def command(
         pieces.append(piece)
         if not as_json:
             echo_answer(piece)
-    if session is not None and not is_kept:
-        opened.save_session(session)
-    figures = clock.figures()
-    if stream.draft_tokens:
-        figures |= {"draft_tokens": stream.draft_tokens, "accepted_draft_tokens": stream.accepted_draft_tokens}
+    figures = clock.figures() | _draft_figures(stream)
     if as_json:
         print_json({"text": "".join(pieces), "prompt_tokens": len(ids), **figures})
-        return
-    click.echo()
-    if not quiet:
+    else:
+        click.echo()
+    # After the answer, which does not depend on it.
+    if not is_kept:
+        opened.save_session(session)
+    if not (quiet or as_json):
         note(_describe_figures(figures))
 
 
@@ -163,6 +164,26 @@ def _form_options(
     return {
         names.get(flag, flag[2:].replace("-", "_")): read_text(value, flag) if isinstance(value, Path) else value
         for flag, value in named.items()
+    }
+
+
+def _draft_figures(stream: Any) -> dict[str, int]:
+    """How many tokens were guessed, and how many rightly; nothing without guesses."""
+    if not stream.draft_tokens:
+        return {}
+    return {"draft_tokens": stream.draft_tokens, "accepted_draft_tokens": stream.accepted_draft_tokens}
+
+
+def _check_session(session: Path | None) -> None:
+    """Raise click.UsageError where a session could be neither opened nor saved: before anything is answered."""
+    if session is not None and not session.exists() and not os.access(session.absolute().parent, os.W_OK):
+        raise click.UsageError(f"--session: {session} cannot be written: there is no such folder, or it is not yours.")
+
+
+def _of_any(options: dict[str, Any]) -> dict[str, Any]:
+    """How to open an artifact, without what tells which."""
+    return {
+        name: value for name, value in options.items() if name not in ("variant", "sha256", "subfolder", "revision")
     }
 
 

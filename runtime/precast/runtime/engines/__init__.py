@@ -13,7 +13,8 @@ from ..artifact import Artifact
 from ..artifact.backends import get_backend
 from ..artifact.schema import Variant
 
-__all__ = ["Arrays", "Engine", "OwnsCaches", "Settings", "Step", "move_rows", "open_engine", "replicas_of"]
+__all__ = ["Arrays", "Engine", "OwnsCaches", "Settings", "Step", "move_rows", "open_engine", "owns_caches",
+           "replicas_of"]  # fmt: skip
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Step = Callable[[], None]
@@ -72,6 +73,12 @@ def move_rows(caches: Arrays, to: Sequence[int], parents: Sequence[int], live: i
     """Copy rows as OwnsCaches says, for caches that are in their arrays."""
     for cache in caches.values():
         cache[list(to), :, :live] = cache[list(parents), :, :live]
+
+
+def owns_caches(engine: Engine) -> bool:
+    """Whether caches are elsewhere than in the arrays that graphs are bound to; an engine for several devices says so
+    of the one it runs on."""
+    return isinstance(engine, OwnsCaches) and bool(getattr(engine, "has_device", True))
 
 
 def replicas_of(engine: Engine) -> int:

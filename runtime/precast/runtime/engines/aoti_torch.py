@@ -51,6 +51,11 @@ class TorchAotiEngine:
             return self._device.bind(run, described, inputs, outputs)
         return _Bound(run, described, inputs, outputs, self._threads)
 
+    @property
+    def has_device(self) -> bool:
+        """Whether it runs on a GPU, where its caches are."""
+        return self._device is not None
+
     def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
         """See OwnsCaches."""
         move = move_rows if self._device is None else self._device.move_rows

@@ -103,7 +103,10 @@ class CallerAllowedTokens:
 
     def __call__(self, index: int, tokens: Array, vocabulary: int) -> Array:
         found = self._function(index, as_tensor(tokens) if self._takes_tensors else tokens)
-        ids = np.asarray(to_python(found))
+        try:
+            ids = np.asarray(to_python(found))
+        except ValueError:
+            ids = np.zeros(0)
         if ids.dtype.kind not in "iu" or ids.ndim != 1 or np.any((ids < 0) | (ids >= vocabulary)):
             raise InputError(
                 f"prefix_allowed_tokens_fn has to return a list of token ids, 0..{vocabulary - 1}, and at least one; "

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import chain
-from math import inf
+from math import inf, isfinite
 from typing import Annotated, Any, get_type_hints
 
 import msgspec
@@ -148,6 +148,7 @@ class GenerationConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         """Numpy's and torch's numbers become Python's. Raises InputError for an unknown name, or a value of another
         type."""
+        name = _ALIASES.get(name, name)
         if name in _KEPT_APART:
             self.unsupported[name] = to_python(value)
             return
@@ -210,6 +211,9 @@ class GenerationConfig:
     def over(self, base: GenerationConfig) -> GenerationConfig:
         """This configuration, with what it leaves open taken from `base`."""
         given = self.to_diff_dict()
+        if given.keys() & STRUCTURES.keys():
+            # One form at a time: the call's.
+            base = replace(base, **_NO_STRUCTURE)
         # A length that the call gives is not to be undone by the other way of saying it in a file.
         if given.keys() & {"max_new_tokens", "max_length"}:
             base = replace(base, max_new_tokens=None, max_length=None)
@@ -271,6 +275,14 @@ class GenerationConfig:
         return find_structure({name: getattr(self, name) for name in STRUCTURES})
 
     @property
+    def _has_structure(self) -> bool:
+        try:
+            return self.structure is not None
+        except InputError:
+            # It is told by itself.
+            return False
+
+    @property
     def returns_logprobs(self) -> bool:
         """Whether log-probabilities of new tokens are returned."""
         return bool(self.logprobs or self.top_logprobs)
@@ -312,6 +324,8 @@ class GenerationConfig:
             self.structure  # noqa: B018
         except InputError as error:
             yield str(error)
+        if self.guidance_scale is not None and not isfinite(self.guidance_scale):
+            yield f"guidance_scale must be a number, not {self.guidance_scale!r}."
         if (seconds := self.max_time) is not None and not seconds > 0:
             yield f"max_time must be above 0 seconds, not {seconds!r}."
         if self.guides and self.prompt_lookup_num_tokens:
@@ -350,8 +364,8 @@ class GenerationConfig:
         if not all(value < inf for _, value in self.sequence_bias or ()):
             yield f"sequence_bias holds what is no number to add: {self.sequence_bias!r:.80}."
         if (decay := self.exponential_decay_length_penalty) is not None:
-            if decay[0] < 0 or not 0 < decay[1] < inf:
-                yield f"exponential_decay_length_penalty must be (0 or more, above 0), not {decay!r}."
+            if decay[0] < 0 or not 0 < decay[1] <= _MOST_DECAY:
+                yield f"exponential_decay_length_penalty must be (0 or more, above 0 to {_MOST_DECAY}), not {decay!r}."
             if not self.eos_ids:
                 yield "exponential_decay_length_penalty makes ends likelier, and there is no eos_token_id; pass one."
 
@@ -374,7 +388,7 @@ class GenerationConfig:
             yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
         if self.guides:
             yield f"{asked} does not go together with guidance_scale={self.guidance_scale}; pass one of them only."
-        if any(getattr(self, name) is not None for name in STRUCTURES):
+        if self._has_structure:
             yield f"{asked} is not done for answers of a given form; pass num_beams=1."
         if self.returns_logprobs:
             yield f"{asked} has no logprobs; pass output_scores=True and return_dict_in_generate=True instead."
@@ -401,7 +415,8 @@ _MAX_LENGTH_PENALTY = 20
 """The exponent of a row's length: a higher power is infinite in float32."""
 
 
-_MAX_BIAS = 100
+_NO_STRUCTURE: dict[str, Any] = dict.fromkeys(STRUCTURES)
+_MAX_BIAS, _MOST_DECAY = 100, 1e6
 _ALIASES = {"n": "num_return_sequences", "stop": "stop_strings"}
 """OpenAI's names of settings that transformers has, too."""
 

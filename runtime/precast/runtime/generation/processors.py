@@ -105,7 +105,8 @@ def decay_length(logits: Array, ends: Sequence[int], factor: float, late: int) -
     """Raise the logits of end-of-sequence tokens, by the more the more tokens a row is `late`."""
     result: Array = logits.copy()
     held = logits[list(ends)]
-    rise = np.abs(held) * np.float32(factor**late - 1)
+    with np.errstate(over="ignore"):
+        rise = np.abs(held) * (np.power(np.float32(factor), np.float32(late)) - 1)
     result[list(ends)] = held + np.where(np.isfinite(held), rise, np.float32(0))
     return result
 

@@ -41,8 +41,9 @@ class Processors:
     log-probabilities [vocabulary] -> the same, changed.
 
     `count` new tokens continue the prompt by the settings, and the last may be forced; `source` are the tokens that an
-    encoder-decoder answers, or a decoder's prompt. Of transformers' classes among the caller's own processors, the
-    first of a kind replaces the one that the configuration asks for, as there; the others follow.
+    encoder-decoder answers, or a decoder's prompt; `rules` are the model's own, before the caller's. Of transformers'
+    classes among the caller's own processors, the first of a kind replaces the one that the configuration asks for, as
+    there; the others follow.
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class Processors:
         source: Array | None = None,
         allowed: CallerAllowedTokens | None = None,
         form: RowGrammar | None = None,
+        rules: Sequence[Processor] = (),
     ) -> None:
         constraints = [*_constraints(prompt, allowed, form)]
         own = [*_configured_processors(config, prompt, count, source, constraints)]
         instead = {each.kind: each for each in reversed(extra) if each.kind in dict(own)}
         others = [each for each in extra if each not in instead.values()]
-        steps = [(kind, instead.get(kind, step)) for kind, step in own] + [(None, each) for each in others]
-        self._steps = [_see_padding(step, prompt) if isinstance(step, CallerProcessor) else step for _, step in steps]
+        steps: list[Processor] = [*(instead.get(kind, step) for kind, step in own), *rules, *others]
+        self._steps = [_see_padding(step, prompt) if isinstance(step, CallerProcessor) else step for step in steps]
         if config.do_sample:
             self._steps += _warpers(config)
         if config.renormalize_logits and (config.beams > 1 or config.output_scores):
@@ -256,8 +258,8 @@ def _fixed_tokens(config: GenerationConfig, prompt: Prompt, count: int) -> Itera
 
 def _decay(start: int, factor: float, ends: Sequence[int], length: int) -> Processor:
     def step(tokens: Array, logits: Array) -> Array:
-        late = len(tokens) - length - start
-        return decay_length(logits, ends, factor, late) if late > 0 else logits
+        late, known = len(tokens) - length - start, [end for end in ends if 0 <= end < len(logits)]
+        return decay_length(logits, known, factor, late) if late > 0 else logits
 
     return step
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..artifact import DECODER_INPUTS, is_cache_positions
 from ..artifact.schema import Dim, Graph, Input
-from ..engines import Engine, OwnsCaches, Step, move_rows
+from ..engines import Engine, OwnsCaches, Step, move_rows, owns_caches
 from ..errors import InputError
 from ..inputs.tensors import allocate, allocate_together
 
@@ -78,10 +78,13 @@ class Session:
     def snapshot(self) -> dict[str, Array]:
         """What caches and states hold of the tokens so far, by name: views, overwritten by the next call. Raises
         InputError where an engine keeps them elsewhere."""
-        if isinstance(self._engine, OwnsCaches):
-            raise InputError("This model's caches are in the memory of a device, from where they cannot be saved.")
+        self._check_caches()
         live = max(map(len, self.tokens))
         return {**{name: cache[:, :, :live] for name, cache in self._caches.items()}, **self._states.before}
+
+    def _check_caches(self) -> None:
+        if owns_caches(self._engine):
+            raise InputError("This model's caches are in the memory of a device; sessions of such are not kept.")
 
     def shapes_of(self, live: int) -> dict[str, tuple[str, list[int]]]:
         """The dtype and the shape of each array of a snapshot with rows of up to `live` tokens, by name."""
@@ -90,7 +93,8 @@ class Session:
         return {name: (str(dtype), shape) for name, (dtype, shape) in (cut | whole).items()}
 
     def restore(self, tokens: Sequence[Sequence[int]], held: Mapping[str, Array]) -> None:
-        """Hold what a snapshot held of these tokens, one list per row."""
+        """Hold what a snapshot held of these tokens, one list per row. Raises InputError as `snapshot` does."""
+        self._check_caches()
         self.reset()
         for name, values in held.items():
             if name in self._caches:

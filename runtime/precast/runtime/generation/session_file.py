@@ -11,6 +11,7 @@ import hashlib
 import os
 import tempfile
 from contextlib import suppress
+from errno import EISDIR
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,9 @@ def save_session(session: Session, path: Path, digest: str, variant: str) -> Non
                 file.write(part)
             file.write(hashed.digest())
         os.replace(staged, path)
-    except OSError as error:
-        raise InputError(f"The session cannot be saved as {path}: {error.strerror or error}.") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"The session cannot be saved as {path}: {why}.") from None
     finally:
         if staged is not None:
             with suppress(FileNotFoundError):
@@ -71,9 +73,13 @@ def load_session(session: Session, path: Path, digest: str, variant: str, vocabu
     """Give a session what a file holds. Raises InputError for a file that is not there or of another model, FormatError
     for one that is no session, or not as it was written; the session then holds what it held before."""
     try:
+        if path.exists() and not path.is_file():
+            # A pipe would be waited for.
+            raise OSError(EISDIR, "It is no file")
         data = memoryview(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"The session {path} cannot be read: {error.strerror or error}.") from None
+    except (OSError, ValueError) as error:
+        # ValueError: a path with a character that no path has.
+        raise InputError(f"The session {path!s} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     header, start = _read_header(data, path)
     if (header.digest, header.variant) != (digest, variant):
         raise InputError(
@@ -108,7 +114,8 @@ def _check_tokens(tokens: list[list[int]], session: Session, vocabulary: int, pa
 def _read_arrays(data: memoryview, header: _Header, session: Session, path: Path) -> Any:
     """The arrays of a file, which are those that the session would save with as many tokens."""
     place, expected = 0, session.shapes_of(max(map(len, header.tokens)))
-    if {held.name: (held.dtype, held.shape) for held in header.arrays} != expected:
+    told = {held.name: (held.dtype, held.shape) for held in header.arrays}
+    if told != expected or len(header.arrays) != len(expected):
         raise FormatError(f"The session {path} is damaged: its arrays are none of this model's. Delete it.")
     sizes = {held.name: prod(held.shape) * np.dtype(held.dtype).itemsize for held in header.arrays}
     if sum(sizes.values()) != len(data):

@@ -63,6 +63,9 @@ SPEECH: dict[str, Any] = {
     **dict.fromkeys(["is_multilingual", "return_timestamps"], bool),
     "forced_decoder_ids": list[tuple[int, int | None]],
     "no_timestamps_token_id": int,
+    **dict.fromkeys(["prev_sot_token_id", "max_initial_timestamp_index"], int),
+    **dict.fromkeys(["compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"], float),
+    "condition_on_prev_tokens": bool,
 }
 """Settings that Whisper alone reads, with their types; other models ignore them."""
 

@@ -24,6 +24,8 @@ def parse_answers(
     begun = [*prefixes] * len(answers) if len(prefixes) == 1 else [*prefixes]
     if len(begun) != len(answers):
         raise InputError(f"There are {len(answers)} responses and {len(begun)} prefixes; pass one, or one for each.")
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise InputError(f"tools must be a list of functions or schemas, not {tools!r:.80}.")
     known = dict(map(_properties, tools or ()))
     return [_parse(template, *pair, known) for pair in zip(answers, begun, strict=True)]
 
@@ -33,10 +35,15 @@ def _parse(template: ResponseTemplate, text: str, prefix: str, tools: Mapping[st
     try:
         found = template.parse(text, prefix, tools)
     except ValueError:
-        return {"role": "assistant", "content": _END.sub("", text).strip()}
+        return _all_content(text)
     if isinstance(content := found.get("content"), str):
         found["content"] = content.strip()
-    return found
+    is_nothing = not any(value for name, value in found.items() if name != "role")
+    return _all_content(text) if is_nothing and text else found
+
+
+def _all_content(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": _END.sub("", text).strip()}
 
 
 def _properties(tool: Any) -> tuple[str, Mapping[str, Any]]:

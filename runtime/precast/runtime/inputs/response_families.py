@@ -34,14 +34,16 @@ _TAGGED = {"open": "<tool_call>", "close": "</tool_call>"}
 _LLAMA_END = r"<\|eo[tm](_id)?\|>|\Z"
 _FAMILIES: dict[str, tuple[tuple[str, ...], Spec]] = {
     "gpt-oss": (("<|start|>assistant", "<|channel|>"), {
-        "reasoning_content": {"open": "<|channel|>analysis<|message|>", "close_pattern": r"<\|end\|>|\Z"},
+        "reasoning_content": {"open": "<|channel|>analysis<|message|>", "close_pattern": r"<\|end\|>|\Z",
+                              "repeats": True, "join": "\n"},
         "tool_calls": _calls(
             # The function is named behind the channel or before it.
-            open_pattern=r"(?:<\|channel\|>commentary)? to=functions\.(?P<name>[\w.-]+)(?:<\|channel\|>commentary)?"
-                         r"[^<]*(?:<\|constrain\|>\w+)?<\|message\|>",
+            open_pattern=r"(?:<\|channel\|>commentary)? to=functions\.(?P<name>[\w.-]++)(?:<\|channel\|>commentary)?"
+                         r"[^<]*+(?:<\|constrain\|>\w++)?<\|message\|>",
             close_pattern=r"<\|call\|>|<\|end\|>|\Z", transform=_NAMED_CALL),
-        "content": {"open_pattern": r"<\|channel\|>(?:final|commentary)<\|message\|>", "close_pattern": rf"{ENDS}|\Z",
-                    "repeats": True, "join": "\n"},
+        "content": {
+            "open_pattern": r"<\|channel\|>(?:final|commentary) ?+(?:<\|constrain\|>\w++)?<\|message\|>",
+            "close_pattern": rf"{ENDS}|\Z", "repeats": True, "join": "\n"},
     }),
     "gemma-4": (("<|tool_call>", "<tool_call|>"), {
         "reasoning_content": {"open": "<|channel>thought\n", "close": "<channel|>"},
@@ -97,13 +99,13 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], Spec]] = {
     }),
     "llama-pythonic": (("func_name1(",), {
         "tool_calls": {
-            "open_pattern": r"\A\s*(?:<\|python_(?:tag|start)\|>)?\s*(?=\[\s*[A-Za-z_][\w.-]*\()",
+            "open_pattern": r"\A\s*+(?:<\|python_(?:tag|start)\|>\s*+)?(?=\[\s*+[A-Za-z_][\w.-]*+\()",
             "close_pattern": rf"<\|python_end\|>|{_LLAMA_END}", "content": "python-call-list",
             "transform": _EACH_CALL, "transform_each": True},
     }),
     "llama-3": (("<|start_header_id|>", "ipython"), {
         "tool_calls": _calls(
-            open_pattern=r'\A\s*(?:<\|python_tag\|>)?(?=\s*\{\s*"(?:name|type)")|<\|python_tag\|>(?=\s*\{)',
+            open_pattern=r'\A\s*+(?:<\|python_tag\|>\s*+)?(?=\{\s*+"(?:name|type)")|<\|python_tag\|>(?=\s*+\{)',
             close_pattern=_LLAMA_END,
             transform=_PARAMETERS_CALL),
     }),

@@ -52,7 +52,8 @@ class ResponseTemplate:
         """
         try:
             return _Parser(self._defaults, self._fields, self._implicit, tools or {}).run(self._begun(prefix) + text)
-        except (KeyError, TypeError, RecursionError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, RecursionError, re.error) as error:
+            # What a template says of a field need not fit what the answer has there.
             raise ValueError(str(error)) from error
 
     def _begun(self, prefix: str) -> str:
@@ -151,7 +152,7 @@ class _Parser:
 
     def run(self, text: str) -> dict[str, Any]:
         """The message. Raises ValueError."""
-        place = 0
+        place, seen = 0, set()  # type: tuple[int, set[Any]]
         while found := self._next_delimiter(text, place):
             opened, match = found
             self._add(text[place : match.start()])
@@ -164,6 +165,11 @@ class _Parser:
             elif not was_open and match.start() == match.end():
                 # It would be found again, without end.
                 place = len(text)
+            if match.start() == match.end():
+                # Two that take no character would open and close without end.
+                event = (place, opened and opened.name)
+                place = len(text) if event in seen else place
+                seen.add(event)
         self._add(text[place:])
         self._close()
         if missing := [each.name for each in self._fields if not each.optional and each.name not in self._message]:

@@ -364,8 +364,8 @@ class Tokenizer:
         if isinstance(given, str):
             return [given], False
         rows = to_python(given)
-        if isinstance(rows, list) and rows and all(isinstance(row, str) for row in rows):
-            return rows, True
+        if isinstance(rows, list) and all(isinstance(row, str) for row in rows):
+            return rows, bool(rows) or not isinstance(given, str)
         if isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows):
             return [self.decode(row, skip_special_tokens=False) for row in rows], True
         return [self.decode(rows, skip_special_tokens=False)], False

@@ -234,7 +234,7 @@ class CompiledModelForCausalLM(GenerativeModel):
     ) -> list[Array] | None:
         """What guides answers away from it, one row per prompt; None without guidance. Raises InputError."""
         if not config.guides:
-            if given is not None:
+            if given is not None or mask is not None:
                 raise InputError(
                     "negative_prompt_ids needs guidance_scale, by how much to lead away from it; 1.5, say."
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from ..arguments import only_known
 from ..artifact import Artifact
 from ..artifact.published_json import parse_object
 from ..artifact.schema import Variant
-from ..engines import Engine, OwnsCaches
+from ..engines import Engine, owns_caches
 from ..errors import InputError, PrecastError
 from ..generation.beam_search import BeamSearch
 from ..generation.callbacks import (
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from ..structured.grammar import Grammars, RowGrammar
 
-__all__ = ["Generation", "GenerativeModel", "TokenStream", "check_streamer"]
+__all__ = ["Generation", "GenerativeModel", "TokenStream", "check_streamer", "pad_answers"]
 
 Array = np.ndarray[Any, Any]
 
@@ -80,6 +80,10 @@ class DraftModel:
     def __init__(self, model: GenerativeModel, cost: float) -> None:
         self._session, self._cost = model.new_session()._session, cost
 
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._session.reset()
+
     def guesser(self, row: Array, most: int) -> Draft:
         """Guesses for one row."""
         return Draft(self._session, row.tolist(), most, self._cost)
@@ -96,6 +100,7 @@ class Generation:
         processors, criteria, streamer, allowed: as the arguments of generate() of transformers.
         draft: a model that guesses.
         negative: what guides an answer away, one row of tokens for each prompt.
+        rules: logits processors of the model's own.
     """
 
     def __init__(
@@ -111,7 +116,9 @@ class Generation:
         allowed: Any = None,
         draft: DraftModel | None = None,
         negative: Sequence[Array] | None = None,
+        rules: Sequence[Callable[[Array, Array], Array]] = (),
     ) -> None:
+        self.rules = rules
         self.config, self.count, self.full, self.draft, self.negative = config, count, full, draft, negative
         self._seed = draw_seed() if config.do_sample and config.seed is None else config.seed
         self._functions = distinct_functions("logits_processor", processors)
@@ -138,11 +145,15 @@ class Generation:
 class TokenStream(Iterator[int]):
     """The tokens of one row as they are generated."""
 
-    def __init__(self, steps: Iterator[list[int]], request: Request) -> None:
+    def __init__(self, steps: Generator[list[int], None, None], request: Request) -> None:
         self._steps, self._record = steps, request.record
 
     def __next__(self) -> int:
         return next(self._steps)[0]
+
+    def close(self) -> None:
+        """Leave it; nothing more comes."""
+        self._steps.close()
 
     @property
     def draft_tokens(self) -> int:
@@ -173,6 +184,10 @@ class GenerativeModel(CompiledModel):
         with self._lock:
             self._owner += 1
             self._session.reset()
+            if "_second_session" in self.__dict__:
+                self._second_session.reset()
+            if self._draft is not None:
+                self._draft[1].reset()
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -191,11 +206,7 @@ class GenerativeModel(CompiledModel):
         """The same model with its own buffers, caches and lock, for another thread. Weights are shared, and what the
         caches hold is copied, unless a call is using them: the new session need not read the same beginning again."""
         other = super().new_session()
-        if (
-            not self._session.context
-            and not isinstance(self._engine, OwnsCaches)
-            and self._lock.acquire(blocking=False)
-        ):
+        if not self._session.context and not owns_caches(self._engine) and self._lock.acquire(blocking=False):
             try:
                 other._session.restore(self._session.tokens, self._session.snapshot())
             finally:
@@ -225,21 +236,13 @@ class GenerativeModel(CompiledModel):
     ) -> Any:
         """Continue `prompts`, group by group, and put `front` [prompts, length], the caller's view of them, before each
         answer."""
-        asked.check_rows(len(prompts))
-        found: list[Answer] = []
-        with self._lock:
-            for part in self._prompt_groups(len(prompts), asked.width):
-                group = prompts[part], contexts[part], asked
-                if asked.config.beams > 1:
-                    found += self._run_beam_search(*group)
-                else:
-                    found += self._generate_rows(*group, part.start * asked.width)
+        found = self._answer_all(prompts, contexts, asked)
         if asked.streamer is not None:
             asked.streamer.end()
         config = asked.config
         answers = [self._finish_answer(answer.tokens, config) for answer in found]
         front = np.repeat(front, config.num_return_sequences or 1, 0)
-        sequences = convert_like(given, _pad_answers(front, answers, config))
+        sequences = convert_like(given, pad_answers(front, answers, config))
         if not config.returns_outputs:
             return sequences
         others = {name: _convert_all(given, value) for name, value in combine_outputs(found, config).items()}
@@ -249,6 +252,19 @@ class GenerativeModel(CompiledModel):
                 "accepted_draft_tokens": sum(each.record.accepted for each in found),
             }
         return ModelOutput(sequences=sequences, **others)
+
+    def _answer_all(self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation) -> list[Answer]:
+        """The rows that are returned for `prompts`, group by group."""
+        asked.check_rows(len(prompts))
+        found: list[Answer] = []
+        with self._lock:
+            for part in self._prompt_groups(len(prompts), asked.width):
+                group = prompts[part], contexts[part], asked
+                if asked.config.beams > 1:
+                    found += self._run_beam_search(*group)
+                else:
+                    found += self._generate_rows(*group, part.start * asked.width)
+        return found
 
     def _prompt_groups(self, count: int, width: int) -> list[slice]:
         """Split prompts into groups that run together, each prompt in `width` rows. Raises InputError where not even
@@ -299,7 +315,7 @@ class GenerativeModel(CompiledModel):
 
     def _run_steps(
         self, requests: list[Request], contexts: Sequence[Any], make_guidance: Callable[[], Guidance] | None
-    ) -> Iterator[list[int]]:
+    ) -> Generator[list[int], None, None]:
         """Generate until all requests are done; yields the new tokens of the rows that go on, one per row."""
         session = self._session
         with self._lock:
@@ -346,7 +362,9 @@ class GenerativeModel(CompiledModel):
         if asked.negative is None or not asked.config.guides:
             return None
         rows = [asked.negative[prompt.index] for prompt in prompts for _ in range(asked.width)]
-        return lambda: Guidance(self._second_session, rows, asked.config.guidance_scale or 1)
+        scale = asked.config.guidance_scale
+        assert scale is not None, "it guides"
+        return lambda: Guidance(self._second_session, rows, scale)
 
     @cached_property
     def _second_session(self) -> Session:
@@ -370,8 +388,8 @@ class GenerativeModel(CompiledModel):
             )
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"stream() gives one row, not num_return_sequences={config.num_return_sequences}.")
-        if config.returns_logprobs:
-            raise InputError("stream() gives tokens and no logprobs. Leave logprobs out, or use generate().")
+        if config.returns_steps:
+            raise InputError("stream() gives tokens and no logprobs or scores. Leave them out, or use generate().")
         requests = self._make_requests([prompt], [context], asked, 0)
         return TokenStream(self._run_steps(requests, [context], self._make_guidance([prompt], asked)), requests[0])
 
@@ -403,6 +421,10 @@ class GenerativeModel(CompiledModel):
             raise InputError(
                 f"guidance_scale={config.guidance_scale} is for decoders: what this model would say without its source "
                 f"is not defined. Pass guidance_scale=None."
+            )
+        if (config.top_logprobs or 0) > self._session.vocabulary:
+            raise InputError(
+                f"top_logprobs={config.top_logprobs} is more than the model's {self._session.vocabulary} tokens."
             )
         self._check_ids(config, (*_FORCED, *_ADDED_TO))
         return config
@@ -479,7 +501,10 @@ class GenerativeModel(CompiledModel):
             if is_on:
                 raise InputError(f"{asked} does not go together with {setting}={getattr(config, setting)}; pass one.")
         self._check_guesses(asked, "=None")
-        assistant._check_guesses(f"As an {asked}, {assistant.artifact.path}", " another model")
+        try:
+            assistant._check_guesses("num_assistant_tokens", "=None")
+        except InputError as error:
+            raise InputError(f"{assistant.artifact.path} cannot be the {asked}: {error}") from None
         if self._draft is None or self._draft[0] is not assistant:
             self._check_vocabulary(assistant)
             self._draft = assistant, DraftModel(assistant, assistant._weight_bytes / max(1, self._weight_bytes))
@@ -535,11 +560,15 @@ class GenerativeModel(CompiledModel):
         self, prompt: Prompt, context: Any, asked: Generation, form: RowGrammar | None = None
     ) -> Processors:
         source = self._source_tokens(prompt, context)
-        return Processors(asked.config, prompt, asked.full, asked.processors, source, asked.allowed, form)
+        return Processors(asked.config, prompt, asked.full, asked.processors, source, asked.allowed, form, asked.rules)
+
+    def _known_ends(self, config: GenerationConfig) -> list[int]:
+        """The ends that the model has: files may name others, which never come."""
+        return [token for token in config.eos_ids if 0 <= token < self._session.vocabulary]
 
     def _begin_form(self, prompt: Prompt, config: GenerationConfig) -> RowGrammar | None:
         """The form of one row's answer, at its beginning."""
-        structure, ends = config.structure, tuple(config.eos_ids)
+        structure, ends = config.structure, tuple(self._known_ends(config))
         if structure is None:
             return None
         if ends not in self._grammars:
@@ -601,7 +630,8 @@ def _convert_all(given: Any, value: Any) -> Any:
     return convert_like(given, value)
 
 
-def _pad_answers(front: Array, answers: list[list[int]], config: GenerationConfig) -> Array:
+def pad_answers(front: Array, answers: list[list[int]], config: GenerationConfig) -> Array:
+    """Answers after what begins them, int64 [rows, longest], filled up with pad_token_id."""
     pad = config.pad_token_id if config.pad_token_id is not None else next(iter(config.eos_ids), 0)
     width = max(map(len, answers))
     result = np.full((len(front), front.shape[1] + width), pad, np.int64)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,17 @@ from ..advice import suggest_larger
 from ..artifact.published_json import select
 from ..errors import FormatError, InputError
 from ..generation.config import GenerationConfig
+from ..generation.outputs import Answer
+from ..generation.probabilities import softmax
 from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
+from ..generation.timestamps import FRAMES_PER_TIME, Segment
 from ..generation.unsupported import SPEECH
 from ..inputs.padding import as_ids, as_mask, real_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy, to_python
-from .generative import Generation, check_streamer
+from .generative import Generation, check_streamer, pad_answers
 from .languages import CODES
+from .long_sound import Listening, listen
 from .seq2seq import EncoderCall, EncoderDecoder
 from .training_loss import with_labels
 
@@ -26,12 +32,12 @@ __all__ = ["CompiledModelForSpeechSeq2Seq"]
 
 Array = np.ndarray[Any, Any]
 
-_FRAMES_PER_TIME = 2
-"""A timestamp token is a multiple of 0.02 s, two frames of a spectrogram."""
+_SEED_STEP = 1_000_003
+"""Between the seeds of windows, and of their attempts."""
 
 
 class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
-    """Whisper: what is said in up to 30 seconds of sound, or its English translation, without timestamps."""
+    """Whisper: what is said in a sound, or its English translation; longer ones than 30 seconds window by window."""
 
     task = "automatic-speech-recognition"
 
@@ -90,7 +96,17 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         language: str | Sequence[str] | None = None,
         task: str | None = None,
         return_timestamps: bool | None = None,
+        return_segments: bool = False,
+        return_token_timestamps: bool | None = None,
         is_multilingual: bool | None = None,
+        temperature: float | Sequence[float] | None = None,
+        compression_ratio_threshold: float | None = None,
+        logprob_threshold: float | None = None,
+        no_speech_threshold: float | None = None,
+        condition_on_prev_tokens: bool | None = None,
+        prompt_ids: Any = None,
+        prompt_condition_type: str | None = None,
+        monitor_progress: Any = None,
         decoder_input_ids: Any = None,
         **options: Any,
     ) -> Any:
@@ -98,39 +114,67 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
 
         Args:
             input_features, inputs: log-mel spectrograms as the checkpoint's feature extractor makes them, float32
-                [batch, mels, frames], of 30 seconds each.
-            attention_mask: as for a call; changes nothing.
+                [batch, mels, frames]; longer ones than the model hears (30 seconds) are heard window by window.
+            attention_mask: [batch, frames] of 0 and 1: how long each of several long sounds is.
             generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for decoders.
-            streamer: told each step's tokens by `put`, and the end by `end`.
+            streamer: told each step's tokens by `put`, and the end by `end`; not of sounds heard in windows.
             language: a name ("french"), a code ("fr") or one per row; None is what the configurations say, which have
                 it detected where they say nothing.
             task: "transcribe" or "translate" (into English).
-            return_timestamps: not done here: None or False.
+            return_timestamps: write times, from which segments follow; long sounds have them always.
+            return_segments: return an output with `.segments`, for each sound a list of {"start", "end", "tokens"},
+                seconds and ids.
+            return_token_timestamps: not done here: None or False.
             is_multilingual: whether the model may be told a language and a task, where its file is wrong about that.
+            temperature: sample with it; of several, a window is answered again with the next while its answer is bad.
+            compression_ratio_threshold, logprob_threshold: an answer is bad that zlib makes so many times smaller, or
+                whose tokens' mean log-probability is lower.
+            no_speech_threshold: an unlikely answer where silence is likelier than this is left out.
+            condition_on_prev_tokens: tell each window what was written before.
+            prompt_ids: tokens that stand before the first window or, by prompt_condition_type="all-segments", all.
+            monitor_progress: called with [[frames heard, frames]] before each window.
             decoder_input_ids: what the answers begin with, int64 [batch, length], instead of language and task.
             options: fields of GenerationConfig, such as max_new_tokens=64 or num_beams=4.
 
         Returns:
             int64 [batch * num_return_sequences, new]: the tokens that were generated, without those that an answer
             begins with and without its end; shorter rows are filled with pad_token_id. With return_dict_in_generate
-            as for decoders.
+            as for decoders, and of windows with `.segments`.
 
         Raises:
-            InputError: an argument is wrong, the request is longer than compiled for, or the model writes times that
-                say where it would listen on.
+            InputError: an argument is wrong, or the request is longer than compiled for.
         """
         input_features = self._main_input("input_features", input_features, inputs)
-        sources = self._check_sources(input_features)
+        sounds = self._check_sounds(input_features)
+        heard = {"temperature": temperature, "compression_ratio_threshold": compression_ratio_threshold,
+                 "logprob_threshold": logprob_threshold, "no_speech_threshold": no_speech_threshold,
+                 "condition_on_prev_tokens": condition_on_prev_tokens}  # fmt: skip
+        if not isinstance(temperature, list | tuple):
+            options = {**options, **_not_none(temperature=temperature)}
         config = self._merge_config(generation_config, options)
-        said = self._speech_settings(config)
-        if return_timestamps or (return_timestamps is None and said.get("return_timestamps")):
-            raise InputError("return_timestamps=True is not done by this runtime. Pass return_timestamps=False.")
+        said = {**self._speech_settings(config), **_not_none(**heard, return_timestamps=return_timestamps)}
+        if return_token_timestamps:
+            raise InputError("return_token_timestamps=True, times of single words, is not done by this runtime.")
         if not (said.get("is_multilingual", True) if is_multilingual is None else is_multilingual) and (
             language or task
         ):
             raise InputError("This model knows English only; leave language and task out.")
+        said |= _not_none(language=language, task=task)
+        if self._hears_in_windows(sounds, said) or prompt_ids is not None:
+            how = {"prompt_ids": prompt_ids, "prompt_condition_type": prompt_condition_type}
+            if streamer is not None or decoder_input_ids is not None:
+                raise InputError("Sounds that are heard in windows take no streamer and no decoder_input_ids.")
+            functions = {"processors": logits_processor, "criteria": stopping_criteria,
+                         "allowed": prefix_allowed_tokens_fn}  # fmt: skip
+            lengths = self._sound_lengths(sounds, attention_mask)
+            said["return_timestamps"] = bool(said.get("return_timestamps")) or sounds[0].shape[1] > self._window
+            found = self._listen_to_all(
+                input_features, sounds, lengths, config, {**said, **how}, functions, monitor_progress
+            )
+            return self._combine_segments(input_features, found, config, return_segments)
+        sources = self._check_sources(input_features)
         if decoder_input_ids is None:
-            prompts = self._make_prompts(sources, config, {**said, **_not_none(language=language, task=task)})
+            prompts = self._make_prompts(sources, config, said)
         else:
             ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary_size(), "decoder_input_ids")
             self._check_rows(len(ids), len(sources))
@@ -158,6 +202,145 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         # The length of a source is fixed by the model, so no flag is given for it.
         return suggest_larger(self.artifact, f"--batch-size {self.batch_size}{more}")
 
+    @property
+    def _window(self) -> int:
+        """Frames that the encoder hears at a time."""
+        (frames,) = self._encoders
+        return frames
+
+    def _hears_in_windows(self, sounds: Sequence[Array], said: Mapping[str, Any]) -> bool:
+        """Whether sounds are heard window by window, whose answers are judged and cut. Raises InputError where they are
+        long and no times are to be written."""
+        is_long = sounds[0].shape[1] > self._window
+        if is_long and said.get("return_timestamps") is False:
+            raise InputError(
+                f"These sounds have {sounds[0].shape[1]} frames, more than the {self._window} that the model hears at "
+                f"a time: where it listens on follows from times that it writes. Pass return_timestamps=True, or cut "
+                f"them."
+            )
+        judged = ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "condition_on_prev_tokens")
+        asked = is_long or said.get("return_timestamps") or any(said.get(name) is not None for name in judged)
+        silent = said.get("no_timestamps_token_id")
+        has_times = silent is not None and silent + 1 < self._vocabulary_size()
+        if (is_long or said.get("return_timestamps")) and not has_times:
+            raise InputError(
+                "This checkpoint has no tokens for times, by no_timestamps_token_id of its generation_config.json. "
+                "Pass return_timestamps=False, and no more than 30 seconds."
+            )
+        return bool(asked or isinstance(said.get("temperature"), list | tuple))
+
+    def _sound_lengths(self, sounds: Sequence[Array], mask: Any) -> list[int]:
+        """The frames of each sound that are heard."""
+        whole = sounds[0].shape[1]
+        if len(sounds) == 1 or whole <= self._window:
+            return [whole] * len(sounds)
+        if mask is None:
+            raise InputError(
+                f"There are {len(sounds)} long sounds; pass attention_mask=, which says how long each is: the feature "
+                f"extractor makes it with return_attention_mask=True."
+            )
+        found = np.asarray(to_numpy(mask))
+        if found.shape != (len(sounds), whole):
+            raise InputError(
+                f"attention_mask must be [{len(sounds)}, {whole}], as the sounds are, not {list(found.shape)}."
+            )
+        return [int(row.sum()) for row in found]
+
+    def _listen_to_all(
+        self,
+        given: Any,
+        sounds: Sequence[Array],
+        lengths: Sequence[int],
+        config: GenerationConfig,
+        said: Mapping[str, Any],
+        functions: Mapping[str, Any],
+        monitor: Any,
+    ) -> list[list[Segment]]:
+        """The segments of each sound."""
+        if (config.num_return_sequences or 1) > 1:
+            raise InputError("num_return_sequences above 1 is not done for sounds that are heard in windows; pass 1.")
+        temperature = said.get("temperature")
+        temperatures = temperature if isinstance(temperature, list | tuple) else [temperature]
+        prompt = [] if said["prompt_ids"] is None else as_ids(
+            to_numpy(said["prompt_ids"]), self._vocabulary_size(), "prompt_ids", ("length",)
+        ).tolist()  # fmt: skip
+        kind = said["prompt_condition_type"] or "first-segment"
+        if kind not in ("first-segment", "all-segments"):
+            raise InputError(f"prompt_condition_type must be 'first-segment' or 'all-segments', not {kind!r}.")
+        if said.get("no_speech_threshold") is not None and said.get("logprob_threshold") is None:
+            raise InputError("no_speech_threshold leaves out unlikely answers: pass logprob_threshold, too; -1.0, say.")
+        starts = self._make_prompts([sound[:, : self._window] for sound in self._padded(sounds)], config, said)
+        previous = said.get("prev_sot_token_id")
+        if previous is None and len(config.suppress_tokens or ()) >= 2:
+            previous = config.suppress_tokens[-2]  # type: ignore[index]
+        if prompt and kind == "first-segment" and prompt[0] == previous and said.get("condition_on_prev_tokens"):
+            prompt = prompt[1:]
+        common = {
+            "config": replace(config, return_dict_in_generate=True, output_scores=True, seed=config.seed),
+            "prompt": prompt, "prompts_all": kind == "all-segments", "previous": previous,
+            "continues": bool(said.get("condition_on_prev_tokens")), "temperatures": temperatures,
+            "most_compressed": said.get("compression_ratio_threshold"), "least_likely": said.get("logprob_threshold"),
+            "silence": said.get("no_speech_threshold"), "silent": said.get("no_timestamps_token_id"),
+            "latest_first": said.get("max_initial_timestamp_index"), "vocabulary": self._vocabulary_size(),
+            "positions": self.config["max_target_positions"],
+            "writes_times": said["return_timestamps"],
+        }  # fmt: skip
+        found = []
+        with self._lock:
+            for sound, length, start in zip(sounds, lengths, starts, strict=True):
+                how = Listening(start=start.tolist(), **common)
+                tell = (lambda seek, most=length: monitor(np.array([[seek, most]]))) if monitor else lambda seek: None
+                asks = self._asker(given, functions)
+                found.append(listen(sound, length, self._window, how, asks, self._silence_of(how), tell))
+        return found
+
+    def _asker(self, given: Any, functions: Mapping[str, Any]) -> Any:
+        """What answers a window; each draws by a seed of its own."""
+        turn = count()
+
+        def ask(part: Array, begin: list[int], config: GenerationConfig, most: int, rules: Any) -> Answer:
+            row = np.array(begin, np.int64)
+            room = min(most, self.capacity - len(row))
+            if config.max_new_tokens is not None:
+                self._check_room(len(row), most)
+            seed = None if config.seed is None else config.seed + next(turn) * _SEED_STEP
+            asked = Generation(
+                given, replace(config, seed=seed), max(1, room), full=most, rules=rules, **functions
+            )  # fmt: skip
+            return self._answer_all([Prompt(row, row)], [part], asked)[0]
+
+        return ask
+
+    def _silence_of(self, how: Listening) -> Any:
+        def probability(part: Array, begin: list[int], place: int) -> float:
+            ids = np.array([begin], np.int64)
+            logits = self._score_rows([part], ids, as_mask(None, ids))[0, place]
+            assert how.silent is not None, "windows have times"
+            return float(softmax(logits.astype(np.float32))[how.silent - 1])
+
+        return probability
+
+    def _combine_segments(
+        self, given: Any, found: Sequence[Sequence[Segment]], config: GenerationConfig, return_segments: bool
+    ) -> Any:
+        """The tokens of all segments of each sound, padded, and the segments where they are asked for."""
+        rows = [[token for segment in segments for token in segment.tokens] for segments in found]
+        front = np.zeros((len(rows), 0), np.int64)
+        sequences = convert_like(given, pad_answers(front, rows, config))
+        if not (return_segments or config.return_dict_in_generate):
+            return sequences
+        told = [
+            [{"start": each.start, "end": each.end, "tokens": convert_like(given, np.array(each.tokens, np.int64))}
+             for each in segments]
+            for segments in found
+        ]  # fmt: skip
+        return ModelOutput(sequences=sequences, segments=told)
+
+    def _padded(self, sounds: Sequence[Array]) -> list[Array]:
+        """Sounds at least as long as a window."""
+        short = self._window - sounds[0].shape[1]
+        return [np.pad(sound, ((0, 0), (0, short))) for sound in sounds] if short > 0 else list(sounds)
+
     def _finish_answer(self, tokens: list[int], config: GenerationConfig) -> list[int]:
         return self._cut_at_last_segment(
             tokens[:-1] if tokens[-1] in config.eos_ids else tokens, self._speech_settings(config)
@@ -172,26 +355,34 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         ends = [at for at in range(len(tokens) - 1) if is_time[at] and is_time[at + 1]]
         if silent is None or not ends or is_time[-2:] == [False, True]:
             return tokens
-        (frames,), time = self._encoders, tokens[ends[-1]] - silent - 1
-        if _FRAMES_PER_TIME * time < frames:
+        time = tokens[ends[-1]] - silent - 1
+        if FRAMES_PER_TIME * time < self._window:
             raise InputError(
-                f"This model writes times without being asked, and stopped at {time * 0.02:.2f} s; the rest would be "
-                f"heard in a second pass, which this runtime does not do. Pass suppress_tokens with those of "
-                f"generation_config.json and all ids from {silent + 1} on: then it writes no times."
+                f"This model writes times without being asked, and stopped at {time * 0.02:.2f} s. Pass "
+                f"return_timestamps=True: then the rest is heard, too."
             )
         return tokens[: ends[-1] + 2]
 
-    def _check_sources(self, input_features: Any) -> list[Array]:
+    def _check_sounds(self, input_features: Any) -> list[Array]:
+        """Spectrograms [mels, frames], however long."""
         features = np.asarray(to_numpy(input_features))
-        (frames,) = self._encoders
-        wanted = self._encoders[frames].inputs["input_features"].shape[1:]
-        if features.ndim != 3 or features.shape[1:] != wanted or features.dtype.kind != "f":
+        mels, window = self._encoders[self._window].inputs["input_features"].shape[1:]
+        if features.ndim != 3 or features.shape[1] != mels or not features.size or features.dtype.kind != "f":
             raise InputError(
-                f"input_features must be log-mel spectrograms, float32 [batch, {wanted[0]}, {wanted[1]}]; these are "
-                f"{features.dtype} {list(features.shape)}. The checkpoint's feature extractor makes them, padded to 30 "
-                f"seconds; longer sound must be cut."
+                f"input_features must be log-mel spectrograms, float32 [batch, {mels}, {window}] or longer; these are "
+                f"{features.dtype} {list(features.shape)}. The checkpoint's feature extractor makes them."
             )
         return list(features.astype(np.float32, copy=False))
+
+    def _check_sources(self, input_features: Any) -> list[Array]:
+        """Spectrograms that are as long as the encoder takes."""
+        sounds = self._check_sounds(input_features)
+        if sounds[0].shape[1] != self._window:
+            raise InputError(
+                f"input_features must be padded or cut to {self._window} frames, 30 seconds, as the checkpoint's "
+                f"feature extractor does it; these have {sounds[0].shape[1]}."
+            )
+        return sounds
 
     def _run_encoder(self, source: Array) -> tuple[EncoderCall, int]:
         (call,) = self._encoders.values()
@@ -267,6 +458,8 @@ def _complete_prefix(first: list[int | None], code: int | None, said: Mapping[st
     if tasks and (task or said.get("language") is not None):
         row.append(tasks.get(task or "transcribe"))
     silent = said.get("no_timestamps_token_id")
-    if silent is not None and row[-1] != silent:
+    if said.get("return_timestamps"):
+        row = row[:-1] if row[-1] == silent is not None else row
+    elif silent is not None and row[-1] != silent:
         row.append(silent)
     return [token for token in row if token is not None]

@@ -45,7 +45,11 @@ def find_structure(given: Mapping[str, Any]) -> Structure | None:
 def _of_json_schema(name: str, value: Any) -> Structure:
     """A schema as an object, as JSON text, or as a class of pydantic."""
     describe = getattr(value, "model_json_schema", None)
-    schema = describe() if callable(describe) else value
+    try:
+        schema = describe() if callable(describe) else value
+    except Exception as error:
+        # pydantic raises what it likes for fields that have no schema.
+        raise InputError(f"{name}: {value!r:.80} has no JSON schema: {error}.") from error
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
