@@ -153,46 +153,52 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             options = {**options, **_not_none(temperature=temperature)}
         config = self._merge_config(generation_config, options)
         said = {**self._speech_settings(config), **_not_none(**heard, return_timestamps=return_timestamps)}
-        if return_token_timestamps:
-            raise InputError("return_token_timestamps=True, times of single words, is not done by this runtime.")
-        if not (said.get("is_multilingual", True) if is_multilingual is None else is_multilingual) and (
-            language or task
-        ):
-            raise InputError("This model knows English only; leave language and task out.")
+        self._check_asked(said, is_multilingual, bool(language or task), return_token_timestamps)
         said |= _not_none(language=language, task=task)
+        functions = {"processors": logits_processor, "criteria": stopping_criteria,
+                     "allowed": prefix_allowed_tokens_fn}  # fmt: skip
         if self._hears_in_windows(sounds, said) or prompt_ids is not None:
-            how = {"prompt_ids": prompt_ids, "prompt_condition_type": prompt_condition_type}
             if streamer is not None or decoder_input_ids is not None:
                 raise InputError("Sounds that are heard in windows take no streamer and no decoder_input_ids.")
-            functions = {"processors": logits_processor, "criteria": stopping_criteria,
-                         "allowed": prefix_allowed_tokens_fn}  # fmt: skip
             lengths = self._sound_lengths(sounds, attention_mask)
-            said["return_timestamps"] = bool(said.get("return_timestamps")) or sounds[0].shape[1] > self._window
-            found = self._listen_to_all(
-                input_features, sounds, lengths, config, {**said, **how}, functions, monitor_progress
-            )
+            said |= {"return_timestamps": bool(said.get("return_timestamps")) or sounds[0].shape[1] > self._window,
+                     "prompt_ids": prompt_ids, "prompt_condition_type": prompt_condition_type}  # fmt: skip
+            found = self._listen_to_all(input_features, sounds, lengths, config, said, functions, monitor_progress)
             return self._combine_segments(input_features, found, config, return_segments)
         sources = self._check_sources(input_features)
-        if decoder_input_ids is None:
-            prompts = self._make_prompts(sources, config, said)
-        else:
-            ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary_size(), "decoder_input_ids")
-            self._check_rows(len(ids), len(sources))
-            prompts = real_rows(ids, as_mask(None, ids))
+        prompts = self._given_prompts(decoder_input_ids, len(sources)) or self._make_prompts(sources, config, said)
         first = max(map(len, prompts))
         full, count = self._answer_lengths(
             lambda by: self._new_token_count(by, first), config, self.capacity - first, generation_config, options,
             stopping_criteria,
         )  # fmt: skip
-        self._check_room(first, count)
-        self._check_lookup(config)
-        check_streamer(streamer, len(sources), config)
-        asked = Generation(
-            input_features, config, count, full=full, processors=logits_processor, criteria=stopping_criteria,
-            streamer=streamer, allowed=prefix_allowed_tokens_fn,
-        )  # fmt: skip
+        self._check_fits(first, count, config, streamer, len(sources))
+        asked = Generation(input_features, config, count, full=full, streamer=streamer, **functions)
         rows = Prompt.rows(prompts, prompts)
         return self._generate_all(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64))
+
+    def _check_fits(self, first: int, count: int, config: GenerationConfig, streamer: Any, sources: int) -> None:
+        """Raise InputError for what this model, or a streamer, cannot do."""
+        self._check_room(first, count)
+        self._check_lookup(config)
+        check_streamer(streamer, sources, config)
+
+    @staticmethod
+    def _check_asked(said: Mapping[str, Any], is_multilingual: bool | None, is_told: bool, times_words: Any) -> None:
+        """Raise InputError for times of words, and where a model of English is told a language or a task."""
+        if times_words:
+            raise InputError("return_token_timestamps=True, times of single words, is not done by this runtime.")
+        knows_others = said.get("is_multilingual", True) if is_multilingual is None else is_multilingual
+        if is_told and not knows_others:
+            raise InputError("This model knows English only; leave language and task out.")
+
+    def _given_prompts(self, decoder_input_ids: Any, sources: int) -> list[Array]:
+        """What answers begin with by the caller's decoder_input_ids; nothing without."""
+        if decoder_input_ids is None:
+            return []
+        ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary_size(), "decoder_input_ids")
+        self._check_rows(len(ids), sources)
+        return real_rows(ids, as_mask(None, ids))
 
     def _source_tokens(self, prompt: Prompt, context: Array) -> None:
         # Sound is no tokens.
