@@ -43,13 +43,17 @@ TOOL = {
 }
 
 
-def spec_of(family: str) -> dict[str, Any]:
-    _, fields = families._FAMILIES[family]
-    return {
-        "defaults": {"role": "assistant", "content": ""},
-        "start_anchor": families._ANCHORS,
-        "fields": {"content": families._CONTENT, **fields},
-    }
+def assert_read_alike(spec: dict[str, Any], answer: str, prefix: str) -> None:
+    """By transformers and here: the same message, or refused by both."""
+    try:
+        expected: Any = theirs(answer, spec, prefix=prefix)
+    except (ValueError, KeyError):
+        expected = None
+    try:
+        found: Any = ResponseTemplate(spec).parse(answer, prefix)
+    except ValueError:
+        found = None
+    assert found == expected, (answer, prefix)
 
 
 # Family, what the prompt ends with, the answer, and what is in it besides the call.
@@ -92,7 +96,7 @@ def test_a_call_of_each_family(family, prefix, answer, besides):
     template = families.template_of(family)
     (found,) = parse_answers(template, [answer], [prefix], [TOOL])
     assert found == {"role": "assistant", "content": "", "tool_calls": [CALL], **besides}
-    expected = theirs(answer, spec_of(family), prefix=prefix, tools=[TOOL])
+    expected = theirs(answer, families.spec_of(family), prefix=prefix, tools=[TOOL])
     assert {**expected, "content": expected["content"].strip()} == found
 
 
@@ -170,16 +174,7 @@ _parts = st.lists(st.sampled_from([*_WORDS, *sorted(_MARKS), *(each[2] for each 
 @settings(max_examples=300, deadline=None)
 @given(family=st.sampled_from(sorted(families._FAMILIES)), prefix=_parts, answer=_parts)
 def test_whatever_an_answer_is_it_is_read_as_transformers_reads_it(family, prefix, answer):
-    spec = spec_of(family)
-    try:
-        expected: Any = theirs(answer, spec, prefix=prefix)
-    except (ValueError, KeyError):
-        expected = None
-    try:
-        found: Any = ResponseTemplate(spec).parse(answer, prefix)
-    except ValueError:
-        found = None
-    assert found == expected
+    assert_read_alike(families.spec_of(family), answer, prefix)
 
 
 SPECS: list[tuple[dict[str, Any], list[str]]] = [
@@ -224,15 +219,7 @@ SPECS: list[tuple[dict[str, Any], list[str]]] = [
 def test_every_kind_of_field_is_transformers_own(spec, answers):
     for answer in answers:
         for prefix in ("", "A: before A:", "A: <t>"):
-            try:
-                expected: Any = theirs(answer, spec, prefix=prefix)
-            except (ValueError, KeyError):
-                expected = None
-            try:
-                found: Any = ResponseTemplate(spec).parse(answer, prefix)
-            except ValueError:
-                found = None
-            assert found == expected, (answer, prefix)
+            assert_read_alike(spec, answer, prefix)
 
 
 BAD: list[tuple[Any, str]] = [
@@ -295,7 +282,7 @@ def test_types_of_arguments_are_their_tools():
         "t": {"type": ["boolean", "string"]}, "z": {"type": "integer", "nullable": True}, "x": {},
     }  # fmt: skip
     texts = ["7", "7.0", "7.5", "x", "True", "0", "null", "None", "[1]", '{"a": 1}', "nan", "", "1e3"]
-    spec = spec_of("qwen3-coder")
+    spec = families.spec_of("qwen3-coder")
     for text in texts:
         body = "".join(f"<parameter={name}>{text}</parameter>" for name in kinds)
         answer = f"<tool_call><function=f>{body}</function></tool_call>"

@@ -7,7 +7,7 @@ from typing import Any
 
 from .response_template import ResponseTemplate
 
-__all__ = ["ENDS", "family_of", "template_of"]
+__all__ = ["ENDS", "family_of", "spec_of", "template_of"]
 
 Spec = dict[str, Any]
 
@@ -123,10 +123,14 @@ def family_of(chat_template: str) -> str:
 @cache
 def template_of(family: str) -> ResponseTemplate:
     """The response template of a family."""
+    return ResponseTemplate(spec_of(family))
+
+
+def spec_of(family: str) -> Spec:
+    """The same as transformers has templates."""
     _, fields = _FAMILIES[family]
-    spec = {
+    return {
         "defaults": {"role": "assistant", "content": ""},
         "start_anchor": _ANCHORS,
         "fields": {"content": _CONTENT, **fields},
     }
-    return ResponseTemplate(spec)

@@ -18,7 +18,7 @@ from ..generation.outputs import Answer
 from ..generation.probabilities import softmax
 from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
-from ..generation.timestamps import FRAMES_PER_TIME, Segment
+from ..generation.timestamps import FRAMES_PER_TIME, SECONDS_PER_TIME, Segment, split_segments
 from ..generation.unsupported import SPEECH
 from ..inputs.padding import as_ids, as_mask, real_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy, to_python
@@ -357,17 +357,16 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         them in a second pass. An answer of one segment, or one that closes with a single timestamp, is kept whole
         (transformers' `_retrieve_segment`). Raises InputError where the sound goes on after the cut."""
         silent = said.get("no_timestamps_token_id")
-        is_time = [silent is not None and token > silent for token in tokens]
-        ends = [at for at in range(len(tokens) - 1) if is_time[at] and is_time[at + 1]]
-        if silent is None or not ends or is_time[-2:] == [False, True]:
+        if silent is None:
             return tokens
-        time = tokens[ends[-1]] - silent - 1
-        if FRAMES_PER_TIME * time < self._window:
+        segments, heard = split_segments(tokens, silent + 1, 0, self._window)
+        if heard < self._window:
             raise InputError(
-                f"This model writes times without being asked, and stopped at {time * 0.02:.2f} s. Pass "
-                f"return_timestamps=True: then the rest is heard, too."
+                f"This model writes times without being asked, and stopped at "
+                f"{heard * SECONDS_PER_TIME / FRAMES_PER_TIME:.2f} s. Pass return_timestamps=True: then the rest is "
+                f"heard, too."
             )
-        return tokens[: ends[-1] + 2]
+        return [token for segment in segments for token in segment.tokens]
 
     def _check_sounds(self, input_features: Any) -> list[Array]:
         """Spectrograms [mels, frames], however long."""
