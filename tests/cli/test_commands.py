@@ -382,9 +382,3 @@ def test_errors_speak_of_options_on_the_command_line_and_of_keywords_in_python(d
         model.save_pretrained(tmp_path / "copy")
     with pytest.raises(UsageError, match="Ask for max_new_tokens=47"):
         model.generate([[5]], max_new_tokens=900)
-
-
-def test_two_prompts_are_not_taken_for_one(run, decoder):
-    code, out, err = run("generate", decoder, "--prompt", "A", "--prompt", "B")
-    assert (code, out) == (2, "")
-    assert "--prompt was given 2 times, and one is continued" in err

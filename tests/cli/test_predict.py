@@ -164,9 +164,9 @@ def test_blank_lines_are_left_out_and_said(run, encoder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "--file: .*texts cannot be read: No such file or directory"),
-        (b"", "texts holds no text"),
-        (b"\n \n", "texts holds no text"),
+        (None, "texts cannot be read: No such file or directory"),
+        (b"", "texts holds no rows"),
+        (b"\n \n", "texts holds no rows"),
         (b"good\nbad \xff\n", "texts is not UTF-8 text: line 2 has the byte 0xff"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import click
 
+from .batch import Files, answer, file_options, read_input
 from .inputs import read_standard_input, read_text
-from .options import json_option, model_options, quiet_option
+from .options import json_option, model_options, parse_settings, quiet_option, setting_option
 from .output import echo_answer, note, print_json
 
 __all__ = ["command"]
@@ -19,7 +21,12 @@ __all__ = ["command"]
 
 @click.command("generate", epilog='precast generate out --chat --prompt "What is the capital of France?"')
 @click.argument("model")
-@click.option("--prompt", "prompts", multiple=True, help="The text to continue; '-' or nothing reads standard input.")
+@click.option(
+    "--prompt", "prompts", multiple=True,
+    help="The text to continue; '-' or nothing reads standard input. Several are answered as the rows of a file.",
+)  # fmt: skip
+@file_options()
+@click.option("--max-input-tokens", type=click.IntRange(min=1), metavar="N", help="Cut longer prompts on the left.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
 @click.option(
@@ -71,6 +78,7 @@ __all__ = ["command"]
     help="Answer by the grammar in this file, in Lark's form or llama.cpp's (GBNF).",
 )  # fmt: skip
 @click.option("--choice", "choices", multiple=True, metavar="TEXT", help="Answer with one of these; repeatable.")
+@setting_option("Any other of generate(), as num_beams=4; repeatable.")
 @model_options
 @json_option
 @quiet_option
@@ -86,39 +94,55 @@ def command(
     regex: str | None,
     grammar: Path | None,
     choices: tuple[str, ...],
+    settings: tuple[str, ...],
+    max_input_tokens: int | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Continue a prompt with the compiled decoder MODEL — a directory or a Hub repository."""
+    """Continue a prompt with the compiled decoder MODEL — a directory or a Hub repository.
+
+    A file of rows gives a line of JSON for each, {"input": …, "output": …}, the answer that the row gets alone.
+    """
     if system is not None and not chat:
         raise click.UsageError("--system is part of a conversation; add --chat.")
     if "" in stops:
         raise click.UsageError("--stop is empty, which every text contains; give at least one character.")
-    if len(prompts) > 1:
-        raise click.UsageError(
-            f"--prompt was given {len(prompts)} times, and one is continued. Run the command once for each; in Python, "
-            f"generate() takes a batch."
-        )
+    files = Files.pop(options)
+    asked = _generate_options({name: options.pop(name) for name in _SAMPLING}, stops, parse_settings(settings))
+    asked |= _form_options(json_schema, regex, grammar, choices)
+    chats = {"chat": chat, "system": system, "max_input_tokens": max_input_tokens}
+    if files.input_file is not None or files.output_file is not None or len(prompts) > 1:
+        if session is not None:
+            raise click.UsageError("--session keeps one prompt, and these are rows of many; leave it out.")
+        rows = read_input(files, prompts)
+        _answer_rows(model, rows, files, asked, assistant, chats, as_json, quiet, options)
+        return
+    if files.column or files.input_format:
+        raise click.UsageError("--column and --input-format are of rows; give --input-file, '-' for standard input.")
     prompt = prompts[0] if prompts else "-"
     if prompt == "-":
         prompt = read_standard_input("the prompt")
-    sampling = {name: options.pop(name) for name in _SAMPLING}
-    form = _form_options(json_schema, regex, grammar, choices)
+    _answer_prompt(model, prompt, asked, assistant, session, chats, as_json, quiet, options)
+
+
+def _answer_prompt(
+    model: str, prompt: str, asked: dict[str, Any], assistant: str | None, session: Path | None, chats: dict[str, Any],
+    as_json: bool, quiet: bool, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Continue one prompt, token by token."""
     _check_session(session)
     started = time.perf_counter()
     opened = _open_decoder(model, quiet, options)
     is_kept = session is None or session.exists()
     if session is not None and is_kept:
         opened.load_session(session)
-    draft = {} if assistant is None else {"assistant_model": _open_decoder(assistant, quiet, _of_any(options))}
-    text = _render_chat(opened, prompt, system) if chat else prompt
-    ids = opened.tokenizer.encode(text, add_special_tokens=not chat)
-    if not ids:
-        raise click.UsageError("The prompt is empty, and this model's texts begin with no token of their own.")
-    settings = _generate_options(sampling, stops, opened.capacity - len(ids))
+    if assistant is not None:
+        asked = {**asked, "assistant_model": _open_decoder(assistant, quiet, _of_any(options))}
+    ids = _encode_prompt(opened, prompt, **chats)
+    asked = {"max_new_tokens": max(1, min(256, opened.capacity - len(ids))), **asked}
     # All of it is prompt, whatever a special token in it pads elsewhere.
-    stream = opened.stream([ids], [[1] * len(ids)], **settings, **form, **draft)
+    stream = opened.stream([ids], [[1] * len(ids)], **asked)
     clock = _Clock(stream, started)
     pieces = []
     for piece in _decode_pieces(opened.tokenizer, clock):
@@ -135,6 +159,52 @@ def command(
         opened.save_session(session)
     if not (quiet or as_json):
         note(_describe_figures(figures))
+
+
+def _answer_rows(
+    model: str, rows: list[Any], files: Files, asked: dict[str, Any], assistant: str | None, chats: dict[str, Any],
+    as_json: bool, quiet: bool, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Continue the prompts of many rows."""
+    from precast.runtime.runner.files import fingerprint
+    from precast.runtime.runner.generating import PROMPT_COLUMNS, GeneratingWorker
+    from precast.runtime.runner.rows import Column
+
+    column = Column(rows, files.column, PROMPT_COLUMNS)
+    opened = _open_decoder(model, quiet, options)
+    # Drawn here, so that an interrupted run goes on with it.
+    seed = asked.pop("seed", None)
+    work = {
+        "model": [opened.artifact.contract.digest, opened.variant.name],
+        "options": fingerprint([asked, chats, files.column, assistant, seed]),
+        "seed": secrets.randbelow(2**31) if seed is None else seed,
+    }
+    if assistant is not None:
+        asked = {**asked, "assistant_model": _open_decoder(assistant, quiet, _of_any(options))}
+    workers = []
+
+    def make_worker(seed: int | None) -> GeneratingWorker:
+        workers.append(GeneratingWorker(opened, column, {**asked, "seed": seed}, **chats))
+        return workers[-1]
+
+    def describe_cuts() -> str:
+        cut = sum(each.truncated for each in workers)
+        return f"; {cut} cut to {chats['max_input_tokens']} tokens" if cut else ""
+
+    answer(rows, files, work, make_worker, as_json=as_json, quiet=quiet, told=describe_cuts)
+
+
+def _encode_prompt(
+    opened: Any, prompt: str, *, chat: bool, system: str | None, max_input_tokens: int | None
+) -> list[int]:
+    text = _render_chat(opened, prompt, system) if chat else prompt
+    ids: list[int] = opened.tokenizer.encode(text, add_special_tokens=not chat)
+    if not ids:
+        raise click.UsageError("The prompt is empty, and this model's texts begin with no token of their own.")
+    if max_input_tokens is not None and len(ids) > max_input_tokens:
+        note(f"The prompt's {len(ids)} tokens were cut to the last {max_input_tokens}.")
+        return ids[-max_input_tokens:]
+    return ids
 
 
 def _describe_figures(figures: dict[str, Any]) -> str:
@@ -210,17 +280,19 @@ def _render_chat(opened: Any, prompt: str, system: str | None) -> str:
     return text
 
 
-def _generate_options(sampling: dict[str, Any], stops: tuple[str, ...], room: int) -> dict[str, Any]:
+def _generate_options(sampling: dict[str, Any], stops: tuple[str, ...], others: dict[str, Any]) -> dict[str, Any]:
     """The arguments of generate(): any option of sampling turns it on, temperature 0 turns it off."""
     settings = {name: value for name, value in sampling.items() if value is not None}
+    if stops:
+        settings["stop_strings"] = list(stops)
+    if twice := settings.keys() & others.keys():
+        raise click.UsageError(f"--option {min(twice)}=… says again what another option says; give one of them.")
+    settings |= others
     if settings.get("temperature") == 0:
         del settings["temperature"]
         settings["do_sample"] = False
     elif settings.keys() & {"temperature", "top_k", "top_p", "seed"}:
-        settings["do_sample"] = True
-    settings.setdefault("max_new_tokens", max(1, min(256, room)))
-    if stops:
-        settings["stop_strings"] = list(stops)
+        settings.setdefault("do_sample", True)
     return settings
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from .output import note
 
-__all__ = ["read_lines", "read_standard_input", "read_text"]
+__all__ = ["note_blank_lines", "read_lines", "read_standard_input", "read_text"]
 
 
 def read_text(path: Path, option: str) -> str:
@@ -24,38 +23,36 @@ def read_text(path: Path, option: str) -> str:
         raise click.UsageError(f"{option}: {path} is not UTF-8 text: {_place_of(error)}.") from error
 
 
-def read_lines(path: Path | None, option: str) -> Iterator[str]:
-    """Yield the lines of a file that `option` names, or of standard input, where it is None or "-", as they come.
+def read_lines() -> Iterator[str]:
+    """Yield the lines of standard input as they come.
 
-    Blank ones are left out, and a note says which. Raises click.UsageError as `read_text` does, and where there is no
-    other line.
+    Blank ones are left out, and a note says which. Raises click.UsageError for a line that is not UTF-8, and where
+    there is no other.
     """
-    named = None if path is None or str(path) == "-" else path
-    if named is None and sys.stdin.isatty():
+    if sys.stdin.isatty():
         note("Type texts, one a line; Ctrl-D on a line of its own ends them.")
-    # A file is read at once, so that what is wrong with it is known before a model is opened.
-    whole = io.BytesIO(read_text(named, option).encode()) if named else sys.stdin.buffer
-    return _skip_blanks(whole, f"{named}" if named else "Standard input")
-
-
-def _skip_blanks(whole: Iterable[bytes], name: str) -> Iterator[str]:
     blank, count = [], 0
-    for count, line in enumerate(whole, 1):
+    for count, line in enumerate(sys.stdin.buffer, 1):
         try:
             text = line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise click.UsageError(
-                f"{name} is not UTF-8 text: line {count} has the byte {line[error.start]:#04x}."
+                f"Standard input is not UTF-8 text: line {count} has the byte {line[error.start]:#04x}."
             ) from error
         if text.strip():
             yield text
         else:
             blank.append(count)
     if count == len(blank):
-        raise click.UsageError(f"{name} holds no text.")
+        raise click.UsageError("Standard input holds no text.")
     if blank:
-        listed = ", ".join(map(str, blank[:10])) + (", …" if len(blank) > 10 else "")
-        note(f"Left out as blank: line{'s' if len(blank) > 1 else ''} {listed} of {name}.")
+        note_blank_lines(blank, "Standard input")
+
+
+def note_blank_lines(lines: list[int], name: str) -> None:
+    """Say which lines were left out."""
+    listed = ", ".join(map(str, lines[:10])) + (", …" if len(lines) > 10 else "")
+    note(f"Left out as blank: line{'s' if len(lines) > 1 else ''} {listed} of {name}.")
 
 
 def read_standard_input(what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -20,8 +21,10 @@ __all__ = [
     "json_option",
     "model_options",
     "option_in",
+    "parse_settings",
     "quantize_options",
     "quiet_option",
+    "setting_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,6 +55,27 @@ LENGTHS = _Lengths()
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+
+
+def setting_option(help_: str) -> Callable[[F], F]:
+    """--option, for what has no flag of its own."""
+    return click.option("--option", "settings", multiple=True, metavar="NAME=VALUE", help=help_)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """The values of `--option NAME=VALUE`: JSON where it is some, else a text. Raises click.UsageError."""
+    found = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"--option {text!r} is not NAME=VALUE.")
+        if name in found:
+            raise click.UsageError(f"--option {name}=… was given twice; give one of them.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 class Sections(click.Command):

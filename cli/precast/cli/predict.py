@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import click
 
+from .batch import Files, answer, file_options, read_input
 from .inputs import read_lines
-from .options import json_option, model_options, quiet_option
+from .options import json_option, model_options, parse_settings, quiet_option, setting_option
 from .output import json_text, print_json
 
 __all__ = ["command"]
@@ -21,29 +20,18 @@ __all__ = ["command"]
 @click.option(
     "--text", "texts", multiple=True, help="What to answer: a text, or a file for images and sounds; repeatable."
 )
-@click.option(
-    "--file",
-    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    help="Texts, one a line; '-' is standard input, which is read where nothing else is given.",
-)
+@file_options("--file")
 @click.option("--task", help="What to ask of the model, if not what it was compiled for: zero-shot-classification.")
 @click.option("--question", help="For question-answering: what to ask of each text.")
 @click.option("--labels", metavar="A,B", help="For zero-shot classification: the labels to choose from.")
 @click.option("--top", type=click.IntRange(min=1), help="How many answers to show.")
-@click.option(
-    "--option",
-    "settings",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Of the task's pipeline, as aggregation_strategy=simple; repeatable.",
-)
+@setting_option("Of the task's pipeline, as aggregation_strategy=simple; repeatable.")
 @model_options
 @json_option
 @quiet_option
 def command(
     model: str,
     texts: tuple[str, ...],
-    file: Path | None,
     task: str | None,
     question: str | None,
     labels: str | None,
@@ -55,32 +43,65 @@ def command(
 ) -> None:
     """Run the compiled MODEL — a directory or a Hub repository — on texts, images or sounds.
 
-    Each answer is a line of JSON, {"input": …, "answer": …}; with --json they are one document.
+    Each answer is a line of JSON, {"input": …, "answer": …}; with --json they are one document. Lines of standard
+    input, which is read where nothing else is given, are answered as they come.
     """
     from precast.runtime import CompiledModel, pipeline
     from precast.runtime.progress import quiet as no_bars
 
     if "" in texts:
         raise click.UsageError("--text is empty; give at least one character.")
-    # Standard input is read where nothing else is given.
-    lines = read_lines(file, "--file") if file is not None or not texts else iter(())
+    files = Files.pop(options)
+    # A file is read at once, so that what is wrong with it is known before a model is opened.
+    rows = [] if files.is_streamed else read_input(files, texts)
+    reads_input = files.is_streamed and (files.input_file is not None or not texts)
+    lines = read_lines() if reads_input else iter(())
     if quiet:
         no_bars()
     opened = CompiledModel.from_pretrained(model, **options)
     pipe = pipeline(task, opened)
-    asked = {**dict(map(_parse_setting, settings)), **_check_options(type(pipe), top_k=top, candidate_labels=labels)}
+    asked = {**parse_settings(settings), **_check_options(type(pipe), top_k=top, candidate_labels=labels)}
     asked = {**_default_options(opened, asked), **asked}
     if "candidate_labels" in type(pipe).option_names() and not asked.get("candidate_labels"):
         raise click.UsageError("This task chooses among labels of yours; give them: --labels politics,sports.")
+    if rows:
+        _answer_rows(pipe, rows, files, asked, question, as_json, quiet)
+        return
     answers = []
     for text in chain(texts, lines):
-        answer = {"input": text, "answer": _to_json(pipe(_make_input(opened, question, text), **asked))}
+        found = {"input": text, "answer": _to_json(pipe(_make_input(opened, question, text), **asked))}
         if as_json:
-            answers.append(answer)
+            answers.append(found)
         else:
-            click.echo(json_text(answer))
+            click.echo(json_text(found))
     if as_json:
         print_json(answers)
+
+
+def _answer_rows(
+    pipe: Any, rows: list[Any], files: Files, asked: dict[str, Any], question: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Ask a pipeline of many rows."""
+    from precast.runtime.runner.files import fingerprint
+    from precast.runtime.runner.predicting import INPUT_COLUMNS, PredictingWorker
+    from precast.runtime.runner.rows import Column
+
+    opened, seed = pipe.model, asked.get("seed")
+    reads = opened.artifact.contract.task == "question-answering"
+    column = Column(rows, files.column, ("context", *INPUT_COLUMNS) if reads else INPUT_COLUMNS)
+    work = {
+        "model": [opened.artifact.contract.digest, opened.variant.name],
+        "options": fingerprint([type(pipe).__name__, asked, files.column, question]),
+        "seed": seed,
+    }
+
+    def make_worker(seed: int | None) -> PredictingWorker:
+        made = {**asked, **({} if seed is None else {"seed": seed})}
+        return PredictingWorker(
+            pipe, column, made, as_input=lambda row, value: _row_input(opened, question, row, value), as_json=_to_json
+        )
+
+    answer(rows, files, work, make_worker, as_json=as_json, quiet=quiet)
 
 
 def _to_json(answer: Any) -> Any:
@@ -105,6 +126,14 @@ def _make_input(model: Any, question: str | None, text: str) -> Any:
     return text
 
 
+def _row_input(model: Any, question: str | None, row: Any, value: Any) -> Any:
+    """The pipeline's input of a row, which may have a question of its own, or the second of two texts."""
+    columns = row.given if isinstance(row.given, dict) else {}
+    if isinstance(columns.get("text_pair"), str) and columns.get("text") == value:
+        return {"text": value, "text_pair": columns["text_pair"]}
+    return _make_input(model, columns.get("question", question) if isinstance(value, str) else question, value)
+
+
 def _check_options(pipeline: Any, **values: Any) -> dict[str, Any]:
     """The options that are not None. Raises click.UsageError for one that the pipeline lacks."""
     words = {"top_k": "--top", "candidate_labels": "--labels"}
@@ -120,13 +149,3 @@ def _default_options(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
     is_bare = model.artifact.contract.task == "feature-extraction" and model.main_input_name == "input_ids"
     has_own = any(spec.name == "sentence_embedding" for spec in model.variant.graphs[0].outputs)
     return {"pooling": "mean"} if is_bare and not has_own and "pooling" not in asked else {}
-
-
-def _parse_setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise click.UsageError(f"--option {text!r} is not NAME=VALUE.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value

@@ -83,8 +83,9 @@ class GenerationConfig:
             the likeliest ones, as in OpenAI's API; the answer is an output then, as by `return_dict_in_generate`.
         return_dict_in_generate: return an output with `.sequences`, and what else is asked for, instead of an array.
         renormalize_logits: scores are log-probabilities again after everything that changes logits.
-        seed: makes sampling repeatable. If None it is drawn from torch's default generator where torch is imported and
-            was seeded, otherwise from numpy's.
+        seed: makes sampling repeatable; a list has one for each prompt, which is then answered as alone with that
+            seed, whatever stands beside it. If None it is drawn from torch's default generator where torch is imported
+            and was seeded, otherwise from numpy's.
         unsupported: settings of transformers that this runtime does not have, by name. A call that they would change
             is refused; others go on. Among them are those of Whisper alone, which reads them: language, task, …
     """
@@ -142,7 +143,7 @@ class GenerationConfig:
     top_logprobs: int | None = None
     return_dict_in_generate: bool | None = None
     renormalize_logits: bool | None = None
-    seed: int | None = None
+    seed: int | list[int] | None = None
     unsupported: dict[str, Any] = field(default_factory=dict)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -342,7 +343,8 @@ class GenerationConfig:
 
     def _minimum_problems(self, limits: Mapping[str, int]) -> Iterator[str]:
         for name, low in limits.items():
-            if (value := getattr(self, name)) is not None and value < low:
+            value = getattr(self, name)
+            if value is not None and min(_as_list(value), default=low) < low:
                 yield f"{name} must be a whole number of at least {low}, not {value!r}."
 
     def _positive_problems(self, name: str, hint: str = "") -> Iterator[str]:

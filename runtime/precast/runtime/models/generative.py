@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from ..structured.grammar import Grammars, RowGrammar
 
-__all__ = ["Generation", "GenerativeModel", "TokenStream", "check_streamer", "pad_answers"]
+__all__ = ["Generation", "GenerativeModel", "TokenStream", "check_seeds", "check_streamer", "pad_answers"]
 
 Array = np.ndarray[Any, Any]
 
@@ -129,11 +129,18 @@ class Generation:
         self.deadline = None if config.max_time is None else time.monotonic() + config.max_time
 
     def generator(self, row: int) -> np.random.Generator | None:
-        """The random generator of one row; it depends on the seed and the row's index, not on its neighbours."""
-        return None if self._seed is None or not self.config.do_sample else np.random.default_rng([self._seed, row])
+        """The random generator of one row; it depends on the seed and the row's index, not on its neighbours. Of
+        several seeds each is of a prompt, whose rows are counted from 0."""
+        if self._seed is None or not self.config.do_sample:
+            return None
+        if isinstance(self._seed, int):
+            return np.random.default_rng([self._seed, row])
+        prompt, place = divmod(row, 1 if self.config.beams > 1 else self.width)
+        return np.random.default_rng([self._seed[prompt], place])
 
     def check_rows(self, prompts: int) -> None:
-        """Raise InputError for a processor that cannot work on so many prompts."""
+        """Raise InputError for a processor that cannot work on so many prompts, or seeds that are not as many."""
+        check_seeds(self.config.seed, prompts)
         check_rows(self._functions, prompts * self.width)
 
     @property
@@ -390,6 +397,7 @@ class GenerativeModel(CompiledModel):
             raise InputError(f"stream() gives one row, not num_return_sequences={config.num_return_sequences}.")
         if config.returns_steps:
             raise InputError("stream() gives tokens and no logprobs or scores. Leave them out, or use generate().")
+        asked.check_rows(1)
         requests = self._make_requests([prompt], [context], asked, 0)
         return TokenStream(self._run_steps(requests, [context], self._make_guidance([prompt], asked)), requests[0])
 
@@ -592,6 +600,14 @@ def _max_length_of(criteria: Any) -> int | None:
         if transformers_class_of(each) == "MaxLengthCriteria"
     )
     return next((each.max_length for each in theirs), None)
+
+
+def check_seeds(seed: int | list[int] | None, prompts: int) -> None:
+    """Raise InputError for a list of seeds that has not one for each prompt."""
+    if isinstance(seed, list) and len(seed) != prompts:
+        raise InputError(
+            f"seed is a list of {len(seed)}, and there are {prompts} prompts; pass one for each, or a single number."
+        )
 
 
 def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:

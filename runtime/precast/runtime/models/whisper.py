@@ -22,7 +22,7 @@ from ..generation.timestamps import FRAMES_PER_TIME, SECONDS_PER_TIME, Segment, 
 from ..generation.unsupported import SPEECH
 from ..inputs.padding import as_ids, as_mask, real_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy, to_python
-from .generative import Generation, check_streamer, pad_answers
+from .generative import Generation, check_seeds, check_streamer, pad_answers
 from .languages import CODES
 from .long_sound import Listening, listen
 from .seq2seq import EncoderCall, EncoderDecoder
@@ -282,7 +282,6 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         if prompt and kind == "first-segment" and prompt[0] == previous and said.get("condition_on_prev_tokens"):
             prompt = prompt[1:]
         common = {
-            "config": replace(config, return_dict_in_generate=True, output_scores=True, seed=config.seed),
             "prompt": prompt, "prompts_all": kind == "all-segments", "previous": previous,
             "continues": bool(said.get("condition_on_prev_tokens")), "temperatures": temperatures,
             "most_compressed": said.get("compression_ratio_threshold"), "least_likely": said.get("logprob_threshold"),
@@ -292,9 +291,12 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             "writes_times": said["return_timestamps"],
         }  # fmt: skip
         found = []
+        settings = replace(config, return_dict_in_generate=True, output_scores=True)
+        check_seeds(config.seed, len(sounds))
+        seeds = config.seed if isinstance(config.seed, list) else [config.seed] * len(sounds)
         with self._lock:
-            for sound, length, start in zip(sounds, lengths, starts, strict=True):
-                how = Listening(start=start.tolist(), **common)
+            for sound, length, start, seed in zip(sounds, lengths, starts, seeds, strict=True):
+                how = Listening(config=replace(settings, seed=seed), start=start.tolist(), **common)
                 tell = (lambda seek, most=length: monitor(np.array([[seek, most]]))) if monitor else lambda seek: None
                 asks = self._asker(given, functions)
                 found.append(listen(sound, length, self._window, how, asks, self._silence_of(how), tell))
@@ -309,7 +311,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             room = min(most, self.capacity - len(row))
             if config.max_new_tokens is not None:
                 self._check_room(len(row), most)
-            seed = None if config.seed is None else config.seed + next(turn) * _SEED_STEP
+            seed = config.seed + next(turn) * _SEED_STEP if isinstance(config.seed, int) else None
             asked = Generation(
                 given, replace(config, seed=seed), max(1, room), full=most, rules=rules, **functions
             )  # fmt: skip

@@ -1,0 +1,3 @@
+"""Work of many rows: files in, files out, in batches, resumable."""
+
+__all__: list[str] = []
