@@ -346,10 +346,9 @@ def test_only_our_own_warnings_reach_the_terminal(run, monkeypatch):
 
 def test_what_an_encoding_lacks_is_escaped():
     """On a terminal that knows other letters; JSON stays JSON, also with halves of characters."""
-    code = "import sys; from precast.cli.output import run, print_json; import click\n"
-    code += (
-        r"run(click.Command('x', callback=lambda: [click.echo('\xe9\u2026'), print_json('\xe9\U0001f600\udcff')][0]))"
-    )
+    code = "import sys; from precast.cli.output import run_cli, print_json; import click\n"
+    both = r"[click.echo('\xe9\u2026'), print_json('\xe9\U0001f600\udcff')][0]"
+    code += f"run_cli(click.Command('x', callback=lambda: {both}))"
     command = [sys.executable, "-c", code]
     for encoding, text in (("iso-8859-1", r"é\u2026"), ("utf-8", "é…")):
         done = subprocess.run(command, capture_output=True, check=True, env={"PYTHONIOENCODING": encoding})

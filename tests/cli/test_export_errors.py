@@ -352,7 +352,7 @@ def test_mistakes_are_answered_before_torch_is_imported(place):
 
 LOSSY = """
 import click
-from precast.cli.output import run
+from precast.cli.output import run_cli
 
 class Interrupted:
     def __del__(self):
@@ -364,7 +364,7 @@ def long_work():
     for _ in range(10**8):
         pass
 
-run(long_work)
+run_cli(long_work)
 """
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import in_flags
-from .output import run
+from .output import run_cli
 
 __all__ = ["main"]
 
@@ -23,10 +23,14 @@ COMMANDS = {
     "inspect": "Show what an artifact is, without running it.",
     "predict": "Run a compiled model on texts, images or sounds.",
     "push": "Upload an artifact to the Hub.",
+    "run": "Export and run a model as a file says.",
     "tasks": "Show what a model can be exported for, and which shapes that needs.",
     "validate": "Compare an artifact with its checkpoint again.",
 }
-SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
+SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+}
 
 
 class _Lazy(click.Group):
@@ -70,4 +74,4 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `precast` script."""
-    run(cli)
+    run_cli(cli)

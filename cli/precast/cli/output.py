@@ -22,14 +22,15 @@ import click
 from precast.runtime.terminal import escaped_json, printable
 
 __all__ = [
-    "Progress", "echo", "echo_answer", "json_text", "note", "print_json", "describe_progress", "run", "step_reporter",
+    "Progress", "describe_progress", "echo", "echo_answer", "json_text", "note", "print_json", "run_cli",
+    "step_reporter",
 ]  # fmt: skip
 
 Progress = Callable[..., None]
 """Called with how many parts of a step are done, of how many, and what is done now."""
 
 
-def run(cli: click.Command) -> None:
+def run_cli(cli: click.Command) -> None:
     """Run the command line and end the process."""
     from precast.runtime.errors import PrecastError, UsageError
 

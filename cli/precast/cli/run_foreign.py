@@ -1,0 +1,185 @@
+"""Configurations of other toolchains as ours: MindFormers' run_mindformer and cann-recipes-infer's, of both its forms.
+
+Each key is mapped, or refused or named with the reason why it means nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .run_config import SECTIONS, RunConfig, Setting
+
+__all__ = ["CANN_RECIPES", "MINDFORMERS", "translate"]
+
+Path = tuple[str, ...]
+
+
+class Idle:
+    """A key without effect here: the reason, and the values that ask for nothing; any other is refused."""
+
+    def __init__(self, reason: str, *harmless: Any, is_any: bool = False) -> None:
+        self.reason, self.harmless, self.is_any = reason, harmless, is_any
+
+
+def _dtype(value: Any) -> Any:
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(value, value)
+
+
+def _mode_note(value: Any) -> str:
+    return f"{value} is the compiled form"
+
+
+_ONE_PROCESS = "precast runs a model in one process"
+_TRAINING = "it is of training"
+_ALWAYS = "it always is"
+
+To = tuple[Path, Callable[[Any], Any]]
+Rule = To | Idle
+
+
+def _to(*path: str, value: Callable[[Any], Any] = lambda value: value) -> To:
+    return path, value
+
+
+CANN_RECIPES: dict[str, Rule] = {
+    "model_path": _to("model"),
+    "model_config.model_path": _to("model"),
+    "model_name": Idle("the checkpoint's configuration says what it is", is_any=True),
+    "model_config.model_name": Idle("the checkpoint's configuration says what it is", is_any=True),
+    "exe_mode": Idle(
+        "what is exported is run compiled", "ge_graph", "acl_graph", "npugraph_ex"
+    ),
+    "model_config.exe_mode": Idle("what is exported is run compiled", "ge_graph", "acl_graph", "npugraph_ex"),
+    "model_config.dtype": _to("export", "dtype", value=_dtype),
+    "model_config.with_ckpt": Idle("weights are always the checkpoint's", True, 1),
+    "model_config.next_n": Idle("the model guesses no tokens of its own", 0),
+    "model_config.enable_cache_compile": Idle("exports are kept anyway", is_any=True),
+    "model_config.enable_profiler": Idle("precast bench measures", False),
+    "model_config.enable_online_split_weight": Idle(_ONE_PROCESS, is_any=True),
+    "model_config.output_path": _to("generate", "output_file", value=lambda folder: f"{folder}/output.jsonl"),
+    "data_config.dataset": Idle("the prompts are those of dataset_path", is_any=True),
+    "data_config.dataset_path": _to("generate", "input_file"),
+    "data_config.input_max_len": _to("generate", "max_input_tokens"),
+    "data_config.input_truncated_len": _to("generate", "max_input_tokens"),
+    "data_config.max_new_tokens": _to("generate", "max_new_tokens"),
+    "data_config.batch_size": _to("export", "batch_size"),
+    "data_config.temperature": _to("generate", "temperature"),
+    "data_config.top_p": _to("generate", "top_p"),
+    "data_config.top_k": _to("generate", "top_k"),
+    "data_config.seed": _to("generate", "seed"),
+    "scheduler_config.batch_size": _to("export", "batch_size"),
+    "scheduler_config.max_new_tokens": _to("generate", "max_new_tokens"),
+    "scheduler_config.block_size": Idle("a row's cache is one block", is_any=True),
+    "world_size": Idle(_ONE_PROCESS, 1),
+    **{
+        f"parallel_config.{name}": Idle(_ONE_PROCESS, 1)
+        for name in (
+            "world_size", "attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size", "dense_tp_size",
+            "o_proj_tp_size", "shared_tp_size", "cp_size",
+        )
+    },
+}  # fmt: skip
+
+MINDFORMERS: dict[str, Rule] = {
+    "load_checkpoint": _to("model"),
+    "model.model_config.checkpoint_name_or_path": _to("model"),
+    "run_mode": Idle("a configuration predicts", "predict"),
+    "predict_data": _to("generate", "prompt"),
+    "predict_batch_size": _to("export", "batch_size"),
+    "model.model_config.batch_size": _to("export", "batch_size"),
+    "model.model_config.seq_length": _to("export", "sequence_length"),
+    "model.model_config.max_decode_length": _to("generate", "option", "max_length"),
+    "model.model_config.compute_dtype": _to("export", "dtype", value=_dtype),
+    "model.model_config.do_sample": _to("generate", "option", "do_sample"),
+    "model.model_config.top_k": _to("generate", "option", "top_k"),
+    "model.model_config.top_p": _to("generate", "option", "top_p"),
+    "model.model_config.temperature": _to("generate", "option", "temperature"),
+    "model.model_config.repetition_penalty": _to("generate", "repetition_penalty"),
+    "model.model_config.use_past": Idle(f"the cache is used: {_ALWAYS}", True),
+    "seed": _to("generate", "option", "seed"),
+    "use_parallel": Idle(_ONE_PROCESS, False),
+    "auto_trans_ckpt": Idle(_ONE_PROCESS, False),
+    "only_save_strategy": Idle(_ONE_PROCESS, False),
+    "src_strategy_path_or_dir": Idle(_ONE_PROCESS, "", None),
+    "context.mode": Idle("what is exported is a graph", 0),
+    "context.device_target": Idle("the backend says the device", is_any=True),
+    "context.device_id": Idle("the backend says the device", 0),
+    "context.max_device_memory": Idle("memory is as the sizes say", is_any=True),
+    "context.save_graphs": Idle("the artifact is the graph", False),
+    "output_dir": _to("generate", "output_file", value=lambda folder: f"{folder}/text_generation_result.txt"),
+    "profile": Idle("precast bench measures", False),
+}  # fmt: skip
+_IDLE_BELOW = {
+    "trainer": _TRAINING, "runner_config": _TRAINING, "optimizer": _TRAINING, "lr_schedule": _TRAINING,
+    "callbacks": _TRAINING, "train_dataset": _TRAINING, "train_dataset_task": _TRAINING, "eval_dataset": _TRAINING,
+    "runner_wrapper": _TRAINING, "metric": _TRAINING, "eval_callbacks": _TRAINING, "recompute_config": _TRAINING,
+    "parallel": _ONE_PROCESS, "parallel_config": _ONE_PROCESS, "moe_config": "the checkpoint's configuration says it",
+    "processor": "the tokenizer is the checkpoint's", "model": "the checkpoint's configuration says it",
+    "data_config": "it is of a dataset that precast does not know", "context": "it is of Ascend's graphs",
+    "model_config": "it is of that framework's own model code",
+    "profile_start_step": "precast bench measures", "profile_stop_step": "precast bench measures",
+}  # fmt: skip
+
+
+def translate(config: RunConfig) -> RunConfig:
+    """A configuration of another toolchain as ours; ours as it is. Raises click.UsageError for a key that asks for what
+    precast does not do."""
+    tops = {path[0] for path in config.settings}
+    if tops & {"model_path", "data_config", "model_config", "scheduler_config"}:
+        return _with_capacity(_translate(config, CANN_RECIPES))
+    if tops & {"load_checkpoint", "run_mode", "trainer"} or any(
+        path[:2] == ("model", "model_config") for path in config.settings
+    ):
+        return _with_lines(_translate(config, MINDFORMERS))
+    return config
+
+
+def _translate(config: RunConfig, rules: Mapping[str, Rule]) -> RunConfig:
+    """What a table maps, and all of ours that overrides it."""
+    found = RunConfig(config.name, {}, list(config.notes))
+    own = {path: setting for path, setting in config.settings.items() if path[0] in SECTIONS or path == ("model",)}
+    for path, setting in config.settings.items():
+        if path in own or setting.value in ({}, None):
+            continue
+        name = ".".join(path)
+        rule = rules.get(name) or Idle(_IDLE_BELOW.get(path[0], ""), is_any=True)
+        if not isinstance(rule, Idle):
+            target, convert = rule
+            found.settings[target] = Setting(convert(setting.value), setting.line)
+        elif not rule.reason:
+            raise config.error(path, f"this key has no meaning here. Known are: {', '.join(rules)}.")
+        elif rule.is_any or setting.value in rule.harmless:
+            found.notes.append(f"{config.name}: {name} has no effect: {rule.reason}.")
+        else:
+            raise config.error(path, f"{setting.value!r} asks for what precast does not do: {rule.reason}.")
+    found.settings |= own
+    found.settings.setdefault(("export",), Setting({}))
+    found.settings.setdefault(("generate",), Setting({}))
+    return found
+
+
+def _with_capacity(config: RunConfig) -> RunConfig:
+    """cann-recipes-infer makes caches as long as prompt and answer together."""
+    prompt, new = config.get("generate", "max_input_tokens"), config.get("generate", "max_new_tokens")
+    if isinstance(prompt, int) and isinstance(new, int):
+        config.settings.setdefault(("export", "sequence_length"), Setting(prompt + new))
+    return config
+
+
+def _with_lines(config: RunConfig) -> RunConfig:
+    """MindFormers' predict_data is a text, several, or a file of texts, in which \\n is a line break."""
+    from pathlib import Path as FilePath
+
+    setting = config.settings.get(("generate", "prompt"))
+    if setting is None:
+        return config
+    if isinstance(setting.value, str) and FilePath(setting.value).is_file():
+        del config.settings["generate", "prompt"]
+        config.settings["generate", "input_file"] = setting
+        config.settings["generate", "line_breaks"] = Setting(True)
+    else:
+        texts = setting.value if isinstance(setting.value, list) else [setting.value]
+        value = [str(text).replace("\\n", "\n") for text in texts]
+        config.settings["generate", "prompt"] = Setting(value, setting.line)
+    return config
