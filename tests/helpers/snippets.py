@@ -92,6 +92,9 @@ class Reader:
         with _within(self.folder):
             if block.language == "python":
                 self._python(block)
+            elif block.language == "yaml":
+                # A configuration: the commands below it run it.
+                (self.folder / "job.yaml").write_text(self._local(block.text), "utf-8")
             elif block.language == "console":
                 for command, answer in block.commands():
                     self._compare(answer, self.type(command, f"{block.place}:{block.line}"))
@@ -118,11 +121,17 @@ class Reader:
         if not re.match(pattern, answer.replace(self.hub or "nowhere", "https://huggingface.co") + "\n"):
             raise SnippetError(f"the document has {expected}, and the answer is {answer}")
 
-    def _python(self, block: Block) -> None:
-        text = block.text
+    def _local(self, text: str, quote: str = "") -> str:
+        """The text with what stands here for its models, each between quotes, or as a YAML value."""
         for name, here in self.local.items():
-            if f'"{name}"' in text:
-                text = text.replace(f'"{name}"', repr(str(here())))
+            if quote and f"{quote}{name}{quote}" in text:
+                text = text.replace(f"{quote}{name}{quote}", repr(str(here())))
+            elif not quote and f": {name}\n" in text:
+                text = text.replace(f": {name}\n", f": {here()}\n")
+        return text
+
+    def _python(self, block: Block) -> None:
+        text = self._local(block.text, '"')
         try:
             # As many lines before it as in the document, for a traceback's sake.
             code = compile("\n" * (block.line - 1) + text, block.place, "exec")
