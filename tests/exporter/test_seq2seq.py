@@ -152,6 +152,43 @@ def test_a_stream_gives_the_answer(made):
     abandoned = model.stream(row[:, ::-1], max_new_tokens=8)
     next(abandoned)
     assert list(model.stream(row, max_new_tokens=8, eos_token_id=[])) == whole[0, 1:].tolist()
+    with pytest.raises(InputError, match=r"stream\(\) answers one row; this batch has 2"):
+        model.stream([[5, 9], [6, 7]])
+
+
+def _every_third(tokens, logits):
+    return logits.masked_fill(torch.arange(logits.shape[-1]) % 3 != tokens.shape[1] % 3, -torch.inf)
+
+
+STREAMED = [
+    {"logits_processor": [_every_third]},
+    {"stopping_criteria": [lambda tokens, _: torch.tensor([tokens.shape[1] == 5])]},
+    {"prefix_allowed_tokens_fn": lambda index, tokens: [70 + index + len(tokens), 9, 5]},
+    {"decoder_input_ids": torch.tensor([[70, 71]])},
+    {
+        "decoder_input_ids": torch.tensor([[70, 71, 72]]),
+        "decoder_attention_mask": torch.tensor([[0, 1, 1]]),
+        "min_length": 6,
+        "eos_token_id": [*range(2, 160)],
+    },
+    {"decoder_start_token_id": 99, "generation_config": {"repetition_penalty": 2.0}},
+    {"attention_mask": torch.tensor([[1, 1, 1, 0]]), "encoder_no_repeat_ngram_size": 2},
+]
+
+
+@pytest.mark.parametrize("asked", STREAMED, ids=",".join)
+def test_a_stream_takes_what_generate_takes(made, asked):
+    source, model = made("t5")
+    rows, asked = torch.tensor([[5, 9, 30, 7]]), {"max_new_tokens": 8, "eos_token_id": 2, "pad_token_id": PAD, **asked}
+    settings_ = {**asked, **asked.get("generation_config", {})}
+    settings_.pop("generation_config", None)
+    with torch.inference_mode():
+        expected = oracle.eager(source, "AutoModelForSeq2SeqLM").generate(rows, do_sample=False, **settings_)[0]
+    assert model.generate(rows, **asked)[0].tolist() == expected.tolist()
+    new = list(model.stream(rows, **asked))
+    assert 0 < len(new) < len(expected)
+    assert new == expected[-len(new) :].tolist()
+    assert new == list(model.stream(inputs=rows, **asked))
 
 
 def test_the_same_source_is_encoded_anew_for_each_call(made):

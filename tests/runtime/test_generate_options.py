@@ -99,7 +99,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
     # Greenlists are drawn by PyTorch's generator.
-    ({"watermarking_config": {"greenlist_ratio": 0.5}}, "watermarking_config"),
+    ({"watermarking_config": {"greenlist_ratio": 0.5}}, "watermarking_config=.* random generator.*WatermarkLogitsProc"),
     # What would be answered has no meaning.
     ({"guidance_scale": 2.0, "num_beams": 2}, "guidance_scale"),
     ({"guidance_scale": 2.0, "prompt_lookup_num_tokens": 2}, "guidance_scale"),
@@ -291,8 +291,20 @@ def test_time_runs_out(family, monkeypatch):
     """After the step in which it does; a second is five steps here."""
     clock = iter(range(1000))
     monkeypatch.setattr("time.monotonic", lambda: next(clock) / 5)
-    found = family.one.generate([PROMPT], max_new_tokens=30, eos_token_id=[], max_time=1.0)
+    asked = {"max_new_tokens": 30, "eos_token_id": [], "max_time": 1.0}
+    found = family.one.generate([PROMPT], **asked)
     assert found.shape == (1, len(PROMPT) + 6)
+    stream = family.one.stream([PROMPT], **asked)
+    assert list(stream) == found[0, len(PROMPT) :].tolist()
+
+
+def test_the_time_of_a_stream_counts_from_its_call(family, monkeypatch):
+    """As transformers counts it from generate()'s, and not from the first token that is asked for."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    stream = family.one.stream([PROMPT], max_new_tokens=30, eos_token_id=[], max_time=1.0)
+    now[0] = 1.5
+    assert len(list(stream)) == 1
 
 
 def test_guided_rows_of_a_batch_are_as_alone(family):

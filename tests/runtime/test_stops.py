@@ -82,7 +82,7 @@ def test_a_stop_string_ends_where_transformers_ends_it(both, data):
     ours, theirs = both
     ids = st.integers(0, len(theirs) + 1)
     row = np.array(data.draw(st.lists(ids, min_size=1, max_size=24)))
-    text = b"".join(ours.piece(int(token)) or b"" for token in row).decode(errors="ignore") or "a"
+    text = b"".join(piece or b"" for piece in ours.pieces(row)).decode(errors="ignore") or "a"
     start = data.draw(st.integers(0, len(text) - 1))
     cut = text[start : start + data.draw(st.integers(1, 9))]
     stops = [cut, data.draw(st.sampled_from(["is", "\n", "今", " of", "Zürich"]))]

@@ -45,7 +45,8 @@ def pieces(model):
     """The bytes of each token; None for those that are no text."""
     tokenizer: Tokenizer = model.tokenizer
     special = tokenizer.special_ids
-    return [None if i in special else tokenizer.piece(i) or None for i in range(model._session.vocabulary)]
+    found = tokenizer.pieces(range(model._session.vocabulary))
+    return [None if index in special else piece or None for index, piece in enumerate(found)]
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +275,7 @@ def test_encoder_decoders_answer_in_form(artifact, tmp_path):
     found = model.generate([PROMPT], **asked)[0]
     assert found[1] == 11
     jsonschema.validate(json.loads(model.tokenizer.decode(found[2:])), SCHEMA)
+    assert list(model.stream([PROMPT], **asked)) == found[1:].tolist()
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -299,6 +301,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"regex": "a", "choices": ["b"]}, "regex and choices each give an answer a form; pass one"),
     ({"regex": "a", "num_beams": 2}, "num_beams=2 is not done for answers of a given form; pass num_beams=1"),
     ({"regex": "a" * 1_000_001}, "regex has 1000001 characters; 1000000 are the most"),
+    (
+        {"regex": "a", "forced_eos_token_id": [END, 9]},
+        "forced_eos_token_id=9 is none of eos_token_id.* that regex does",
+    ),
     ({"json_schma": {}}, "Did you mean 'json_schema'"),
     ({"regex": "ab", "suppress_tokens": [*range(3, 320)]}, "No token may come next: .* the form of the answer"),
 ]
@@ -312,6 +318,12 @@ def test_forms_that_cannot_be_are_explained(model, asked, message):
     assert model.generate([PROMPT], max_new_tokens=4).tolist() == before
 
 
+def test_an_end_that_is_forced_cuts_a_form_off(model):
+    found = model.generate([PROMPT], regex="a{9}", max_new_tokens=3, eos_token_id=END, forced_eos_token_id=END)
+    assert found.shape == (1, len(PROMPT) + 3)
+    assert found[0, -1] == END
+
+
 @pytest.mark.parametrize("pattern", ["abX", "Xab", "[ab]{2}X"])
 def test_where_no_token_fits_is_said(pattern):
     """A vocabulary without a byte that the form needs: an answer does not just end there."""
@@ -319,8 +331,8 @@ def test_where_no_token_fits_is_said(pattern):
     class Poor:
         special_ids = frozenset[int]()
 
-        def piece(self, index):
-            return [b"a", b"b", None][index]
+        def pieces(self, ids):
+            return [[b"a", b"b", None][index] for index in ids]
 
         def encode(self, text, **_):
             return ["ab".index(char) for char in text if char in "ab"]

@@ -71,7 +71,7 @@ class GenerationConfig:
             `negative_prompt_ids` (Sanchez et al. 2023); takes twice the time and caches. 1 is off.
         typical_p, epsilon_cutoff, eta_cutoff, top_h: shape the distribution that is drawn from, too.
         num_assistant_tokens: an `assistant_model` guesses at most so many tokens at once; 16 if None.
-        max_time: seconds after which rows end with the token that they are at.
+        max_time: seconds after the call at which rows end with the token that they are at.
         output_scores, output_logits: return the logits of each step too, after and before they are changed, and with
             beams the rows' own scores, where `return_dict_in_generate` is set.
         response_format: the form of an answer as in OpenAI's API, such as {"type": "json_object"}.
@@ -276,14 +276,6 @@ class GenerationConfig:
         return find_structure({name: getattr(self, name) for name in STRUCTURES})
 
     @property
-    def _has_structure(self) -> bool:
-        try:
-            return self.structure is not None
-        except InputError:
-            # It is told by itself.
-            return False
-
-    @property
     def returns_logprobs(self) -> bool:
         """Whether log-probabilities of new tokens are returned."""
         return bool(self.logprobs or self.top_logprobs)
@@ -321,10 +313,7 @@ class GenerationConfig:
         yield from self._positive_problems("repetition_penalty")
         yield from self._positive_problems("encoder_repetition_penalty")
         yield from self._bias_problems()
-        try:
-            self.structure  # noqa: B018
-        except InputError as error:
-            yield str(error)
+        yield from self._structure_problems()
         if self.guidance_scale is not None and not isfinite(self.guidance_scale):
             yield f"guidance_scale must be a number, not {self.guidance_scale!r}."
         if (seconds := self.max_time) is not None and not seconds > 0:
@@ -371,6 +360,23 @@ class GenerationConfig:
             if not self.eos_ids:
                 yield "exponential_decay_length_penalty makes ends likelier, and there is no eos_token_id; pass one."
 
+    def _structure_problems(self) -> Iterator[str]:
+        """Check the form that is asked for, and what does not go together with one."""
+        try:
+            structure = self.structure
+        except InputError as error:
+            yield str(error)
+            return
+        if structure is None:
+            return
+        if self.beams > 1:
+            yield f"num_beams={self.num_beams} is not done for answers of a given form; pass num_beams=1."
+        if foreign := [token for token in self.last_ids if token not in self.eos_ids]:
+            yield (
+                f"forced_eos_token_id={foreign[0]} is none of eos_token_id, so the longest answers would end with a "
+                f"token that {structure.name} does not have. Pass forced_eos_token_id=None."
+            )
+
     def _sampling_problems(self) -> Iterator[str]:
         """Check the settings that only sampling reads."""
         yield from self._positive_problems("temperature", " For the likeliest token each time, use do_sample=False.")
@@ -390,8 +396,6 @@ class GenerationConfig:
             yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
         if self.guides:
             yield f"{asked} does not go together with guidance_scale={self.guidance_scale}; pass one of them only."
-        if self._has_structure:
-            yield f"{asked} is not done for answers of a given form; pass num_beams=1."
         if self.returns_logprobs:
             yield f"{asked} has no logprobs; pass output_scores=True and return_dict_in_generate=True instead."
         if self.prompt_lookup_num_tokens:

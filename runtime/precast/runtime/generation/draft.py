@@ -36,13 +36,13 @@ class Draft:
     Args:
         session: the draft's caches, of batch 1.
         tokens: the row so far.
-        most: guess at most so many tokens at once.
+        most: guess at most so many tokens at once; as many as pay if None.
         cost: the time of a step of the draft, in steps of the model that checks.
     """
 
-    def __init__(self, session: Session, tokens: Iterable[int], most: int, cost: float) -> None:
+    def __init__(self, session: Session, tokens: Iterable[int], most: int | None, cost: float) -> None:
         self._session, self._tokens, self._cost = session, list(tokens), cost
-        self._counts = [count for count in _COUNTS if count <= most]
+        self._counts = [count for count in _COUNTS if most is None or count <= most]
         self._tried, self._right = 2.0, 1.5
         self._same = 0
         """So many tokens that the session holds are known to be the row's."""

@@ -69,6 +69,14 @@ SPEECH: dict[str, Any] = {
 }
 """Settings that Whisper alone reads, with their types; other models ignore them."""
 
+_WHY = {
+    "watermarking_config": (
+        ": which tokens it prefers follows from PyTorch's random generator, which whoever detects it asks again. Where "
+        "torch is installed, pass transformers' WatermarkLogitsProcessor among logits_processor"
+    ),
+}
+"""Why some are refused, and what there is instead."""
+
 UNSUPPORTED = frozenset([*_ALWAYS, *_BEAMS, *_GREEDY, *OUTPUTS])
 
 
@@ -81,4 +89,5 @@ def find_unsupported(given: Mapping[str, Any], *, beams: int, samples: bool, ret
     heeded |= OUTPUTS if returns_outputs else {}
     for name, value in given.items():
         if name in heeded and value not in heeded[name]:
-            yield f"{name}={value!r:.80} is not done by this runtime. Pass {name}={heeded[name][-1]!r} to go without."
+            why, off = _WHY.get(name, ""), heeded[name][-1]
+            yield f"{name}={value!r:.80} is not done by this runtime{why}. Pass {name}={off!r} to go without."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -176,24 +176,33 @@ class Tokenizer:
 
     def join(self, tokens: Sequence[str]) -> str:
         """The text of tokens as the vocabulary spells them."""
-        decoder = self._tokenizer.decoder
-        if decoder is None:
-            return " ".join(tokens)
         with self._library_errors("join these tokens"):
-            return str(decoder.decode(list(tokens)))
+            return self._join(tokens)
+
+    def _join(self, tokens: Sequence[str]) -> str:
+        decoder = self._tokenizer.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
     def piece(self, index: int) -> bytes | None:
-        """The bytes that a token adds to the text before it, perhaps part of a character; None for an unknown id."""
-        token = self.token(index)
-        if token is None:
-            return None
+        """The bytes of one token, as `pieces` has them."""
+        return self.pieces([index])[0]
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes | None]:
+        """The bytes that each of these tokens adds to the text before it, perhaps part of a character; None for an
+        unknown id."""
+        tokens = [self.token(index) for index in ids]
+        # Asked once for all: a vocabulary has hundreds of thousands.
+        with self._library_errors("join these tokens"):
+            return [None if token is None else self._piece_of(token) for token in tokens]
+
+    def _piece_of(self, token: str) -> bytes:
         # As in transformers: the decoder decides, but where it joins bytes to characters.
-        if self._byte_tokens == "ByteLevel" and all(char in _BYTES for char in token):
-            return bytes(_BYTES[char] for char in token)
+        if self._byte_tokens == "ByteLevel" and _BYTES.keys() >= {*token}:
+            return bytes(map(_BYTES.__getitem__, token))
         if self._byte_tokens == "ByteFallback" and (found := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(found[1])
         before, length = self._sample_tokens
-        return self.join([*before, token])[length:].encode()
+        return self._join([*before, token])[length:].encode()
 
     def encodings(
         self,

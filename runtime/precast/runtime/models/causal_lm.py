@@ -17,7 +17,7 @@ from ..generation.session_file import load_session, save_session
 from ..inputs.padding import as_array, as_ids, as_mask, real_rows, scatter_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy
 from .call_options import check_positions
-from .generative import Generation, GenerativeModel, TokenStream, check_streamer
+from .generative import Call, Generation, GenerativeModel, TokenStream, check_streamer
 from .training_loss import with_labels
 
 __all__ = ["CompiledModelForCausalLM"]
@@ -145,30 +145,17 @@ class CompiledModelForCausalLM(GenerativeModel):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        config = self._merge_config(generation_config, options)
-        input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
-        ids, mask = self._check_inputs(input_ids, attention_mask, config)
-        check_positions(position_ids, mask)
-        rows = real_rows(ids, mask)
-        room = self.capacity - max(map(len, rows))
-        full, count = self._answer_lengths(
-            lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options, stopping_criteria
-        )
-        self._check_room(rows, count)
-        self._check_lookup(config)
-        check_streamer(streamer, len(rows), config)
-        asked = Generation(
-            input_ids, config, count, full=full, processors=logits_processor, criteria=stopping_criteria,
-            streamer=streamer, allowed=prefix_allowed_tokens_fn, draft=self._draft_for(assistant_model, config),
-            negative=self._negative_rows(negative_prompt_ids, negative_prompt_attention_mask, rows, config, count),
+        functions = {"processors": logits_processor, "criteria": stopping_criteria, "streamer": streamer,
+                     "allowed": prefix_allowed_tokens_fn}  # fmt: skip
+        call = self._prepare(
+            input_ids, attention_mask, generation_config, options, functions, inputs=inputs, position_ids=position_ids,
+            assistant=assistant_model, negative=(negative_prompt_ids, negative_prompt_attention_mask),
         )  # fmt: skip
-        if asked.streamer is not None:
-            asked.streamer.put(ids)
-        return self._generate_all(input_ids, Prompt.rows(rows, ids), [None] * len(rows), asked, ids)
+        return self._generate_all(call)
 
     def stream(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: Any = None,
         logits_processor: Sequence[Processor] | None = None,
@@ -178,30 +165,45 @@ class CompiledModelForCausalLM(GenerativeModel):
         assistant_model: Any = None,
         negative_prompt_ids: Any = None,
         negative_prompt_attention_mask: Any = None,
+        inputs: Any = None,
+        position_ids: Any = None,
         **options: Any,
     ) -> TokenStream:
-        """The tokens of one row as they are generated; arguments as for `generate`.
+        """The tokens of one row as they are generated; arguments as for `generate`, and max_time counts from this call.
 
         The stream may be left at any time. A later call on the same model takes over the caches, and the stream then
         ends with a PrecastError; `new_session()` gives it caches of its own.
         """
-        config = self._merge_config(generation_config, {"return_dict_in_generate": False, **options})
-        ids, mask = self._check_inputs(input_ids, attention_mask, config)
-        if len(ids) != 1:
-            raise InputError(f"stream() continues one row; this batch has {len(ids)}. Use generate().")
+        functions = {"processors": logits_processor, "criteria": stopping_criteria, "allowed": prefix_allowed_tokens_fn}
+        options = {"return_dict_in_generate": False, **options}
+        call = self._prepare(
+            input_ids, attention_mask, generation_config, options, functions, inputs=inputs, position_ids=position_ids,
+            assistant=assistant_model, negative=(negative_prompt_ids, negative_prompt_attention_mask),
+        )  # fmt: skip
+        return self._stream_row(call)
+
+    def _prepare(
+        self, given: Any, mask: Any, generation_config: Any, options: dict[str, Any], functions: dict[str, Any], *,
+        inputs: Any, position_ids: Any, assistant: Any, negative: tuple[Any, Any],
+    ) -> Call:  # fmt: skip
+        """Check the arguments of generate() or stream(). Raises InputError."""
+        config = self._merge_config(generation_config, options)
+        given = self._main_input("input_ids", given, inputs, config.bos_token_id)
+        ids, mask = self._check_inputs(given, mask, config)
+        check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         room = self.capacity - max(map(len, rows))
         full, count = self._answer_lengths(
-            lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options, stopping_criteria
+            lambda by: by.new_tokens(ids.shape[1]), config, room, generation_config, options, functions["criteria"]
         )
         self._check_room(rows, count)
         self._check_lookup(config)
+        check_streamer(functions.get("streamer"), len(rows), config)
         asked = Generation(
-            input_ids, config, count, full=full, processors=logits_processor, criteria=stopping_criteria,
-            allowed=prefix_allowed_tokens_fn, draft=self._draft_for(assistant_model, config),
-            negative=self._negative_rows(negative_prompt_ids, negative_prompt_attention_mask, rows, config, count),
+            given, config, count, full=full, draft=self._draft_for(assistant, config),
+            negative=self._negative_rows(*negative, rows, config, count), **functions,
         )  # fmt: skip
-        return self._stream_row(Prompt(rows[0], ids[0]), None, asked)
+        return Call(given, Prompt.rows(rows, ids), [None] * len(rows), asked, ids)
 
     @only_known
     def save_session(self, path: str | Path) -> None:

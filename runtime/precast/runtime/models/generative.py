@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -47,12 +47,11 @@ if TYPE_CHECKING:
 
     from ..structured.grammar import Grammars, RowGrammar
 
-__all__ = ["Generation", "GenerativeModel", "TokenStream", "check_seeds", "check_streamer", "pad_answers"]
+__all__ = ["Call", "Generation", "GenerativeModel", "TokenStream", "check_seeds", "check_streamer", "pad_answers"]
 
 Array = np.ndarray[Any, Any]
 
 
-_MOST_GUESSES = 16
 _FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 _ID_SETTINGS = (
     *_FORCED,
@@ -84,8 +83,8 @@ class DraftModel:
         """Forget all tokens."""
         self._session.reset()
 
-    def guesser(self, row: Array, most: int) -> Draft:
-        """Guesses for one row."""
+    def guesser(self, row: Array, most: int | None) -> Draft:
+        """Guesses for one row, at most so many at once, or as many as pay."""
         return Draft(self._session, row.tolist(), most, self._cost)
 
 
@@ -147,6 +146,25 @@ class Generation:
     def width(self) -> int:
         """Rows that a prompt takes."""
         return max(self.config.beams, self.config.num_return_sequences or 1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of generate() or stream() whose arguments are checked.
+
+    Attributes:
+        given: its main input; answers are arrays of that kind.
+        prompts: what is continued.
+        contexts: for each prompt what the encoder gets; None of decoders.
+        asked: the settings.
+        front: what stands before each answer, [prompts, length].
+    """
+
+    given: Any
+    prompts: list[Prompt]
+    contexts: Sequence[Any]
+    asked: Generation
+    front: Array
 
 
 class TokenStream(Iterator[int]):
@@ -238,17 +256,17 @@ class GenerativeModel(CompiledModel):
         """The tokens that an answer is one to, where they are text."""
         return prompt.tokens
 
-    def _generate_all(
-        self, given: Any, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, front: Array
-    ) -> Any:
-        """Continue `prompts`, group by group, and put `front` [prompts, length], the caller's view of them, before each
-        answer."""
-        found = self._answer_all(prompts, contexts, asked)
+    def _generate_all(self, call: Call) -> Any:
+        """Continue all prompts, group by group."""
+        given, asked = call.given, call.asked
+        if asked.streamer is not None:
+            asked.streamer.put(call.prompts[0].shown[None])
+        found = self._answer_all(call.prompts, call.contexts, asked)
         if asked.streamer is not None:
             asked.streamer.end()
         config = asked.config
         answers = [self._finish_answer(answer.tokens, config) for answer in found]
-        front = np.repeat(front, config.num_return_sequences or 1, 0)
+        front = np.repeat(call.front, config.num_return_sequences or 1, 0)
         sequences = convert_like(given, pad_answers(front, answers, config))
         if not config.returns_outputs:
             return sequences
@@ -386,8 +404,11 @@ class GenerativeModel(CompiledModel):
                 "for calls that live side by side."
             )
 
-    def _stream_row(self, prompt: Prompt, context: Any, asked: Generation) -> TokenStream:
-        config = asked.config
+    def _stream_row(self, call: Call) -> TokenStream:
+        """The tokens of the only prompt's answer as they come."""
+        asked, config = call.asked, call.asked.config
+        if len(call.prompts) != 1:
+            raise InputError(f"stream() answers one row; this batch has {len(call.prompts)}. Use generate().")
         if config.beams > 1:
             raise InputError(
                 f"num_beams={config.num_beams}: which tokens a search keeps is known at its end only, so it cannot be "
@@ -398,8 +419,9 @@ class GenerativeModel(CompiledModel):
         if config.returns_steps:
             raise InputError("stream() gives tokens and no logprobs or scores. Leave them out, or use generate().")
         asked.check_rows(1)
-        requests = self._make_requests([prompt], [context], asked, 0)
-        return TokenStream(self._run_steps(requests, [context], self._make_guidance([prompt], asked)), requests[0])
+        requests = self._make_requests(call.prompts, call.contexts, asked, 0)
+        guidance = self._make_guidance(call.prompts, asked)
+        return TokenStream(self._run_steps(requests, call.contexts, guidance), requests[0])
 
     @staticmethod
     def _main_input(name: str, given: Any, inputs: Any = None, first: int | None = None) -> Any:
@@ -627,7 +649,7 @@ def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:
 def _make_guesser(asked: Generation, row: Array) -> Guesser | None:
     config = asked.config
     if asked.draft is not None:
-        return asked.draft.guesser(row, config.num_assistant_tokens or _MOST_GUESSES)
+        return asked.draft.guesser(row, config.num_assistant_tokens)
     if not config.prompt_lookup_num_tokens:
         return None
     return Lookup(row.tolist(), config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)

@@ -18,7 +18,7 @@ from ..generation.sampling import Processor
 from ..generation.session import Session
 from ..inputs.padding import as_ids, as_mask, real_rows, scatter_rows
 from ..inputs.tensors import ModelOutput, allocate, convert_like, to_numpy
-from .generative import Generation, GenerativeModel, TokenStream, check_streamer
+from .generative import Call, Generation, GenerativeModel, TokenStream, check_streamer
 from .training_loss import with_labels
 
 __all__ = ["CompiledModelForSeq2SeqLM", "EncoderCall", "EncoderDecoder"]
@@ -175,50 +175,62 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
         """
-        config = self._merge_config(generation_config, options)
-        input_ids = self._main_input("input_ids", input_ids, inputs, config.bos_token_id)
-        sources = self._check_sources(input_ids, attention_mask)
-        if decoder_input_ids is None:
-            decoder_input_ids = [[self.start_token(config)]] * len(sources)
-        front, mask = self._prepend_start(
-            *self._check_decoder_inputs(decoder_input_ids, decoder_attention_mask), config
+        functions = {"processors": logits_processor, "criteria": stopping_criteria, "streamer": streamer,
+                     "allowed": prefix_allowed_tokens_fn}  # fmt: skip
+        begin = decoder_input_ids, decoder_attention_mask
+        return self._generate_all(
+            self._prepare(input_ids, attention_mask, generation_config, options, functions, begin, inputs)
         )
-        self._check_rows(len(front), len(sources))
-        prompts = real_rows(front, mask)
-        first = max(map(len, prompts))
-        full, count = self._answer_lengths(
-            lambda by: by.new_tokens(front.shape[1]), config, self.capacity - first, generation_config, options,
-            stopping_criteria,
-        )  # fmt: skip
-        self._check_room(first, count)
-        self._check_lookup(config)
-        check_streamer(streamer, len(sources), config)
-        asked = Generation(
-            input_ids, config, count, full=full, processors=logits_processor, criteria=stopping_criteria,
-            streamer=streamer, allowed=prefix_allowed_tokens_fn,
-        )  # fmt: skip
-        if asked.streamer is not None:
-            asked.streamer.put(front)
-        return self._generate_all(input_ids, Prompt.rows(prompts, front), sources, asked, front)
 
     def stream(
-        self, input_ids: Any, attention_mask: Any = None, generation_config: Any = None, **options: Any
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: Any = None,
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        *,
+        prefix_allowed_tokens_fn: Any = None,
+        inputs: Any = None,
+        decoder_input_ids: Any = None,
+        decoder_attention_mask: Any = None,
+        **options: Any,
     ) -> TokenStream:
-        """The tokens of one answer as they are generated; arguments as for `generate`.
+        """The tokens of one answer as they are generated, without those that it begins with; arguments as for
+        `generate`, and max_time counts from this call.
 
         The stream may be left at any time; a later call on the same model takes over the caches.
         """
-        sources = self._check_sources(input_ids, attention_mask)
-        if len(sources) != 1:
-            raise InputError(f"stream() answers one row; this batch has {len(sources)}. Use generate().")
-        config = self._merge_config(generation_config, {"return_dict_in_generate": False, **options})
-        full, count = self._answer_lengths(
-            lambda by: by.new_tokens(1), config, self.capacity - 1, generation_config, options
+        functions = {"processors": logits_processor, "criteria": stopping_criteria, "allowed": prefix_allowed_tokens_fn}
+        options = {"return_dict_in_generate": False, **options}
+        begin = decoder_input_ids, decoder_attention_mask
+        return self._stream_row(
+            self._prepare(input_ids, attention_mask, generation_config, options, functions, begin, inputs)
         )
-        self._check_room(1, count)
+
+    def _prepare(
+        self, given: Any, mask: Any, generation_config: Any, options: dict[str, Any], functions: dict[str, Any],
+        begin: tuple[Any, Any], inputs: Any,
+    ) -> Call:  # fmt: skip
+        """Check the arguments of generate() or stream(). Raises InputError."""
+        config = self._merge_config(generation_config, options)
+        given = self._main_input("input_ids", given, inputs, config.bos_token_id)
+        sources = self._check_sources(given, mask)
+        if begin[0] is None:
+            begin = [[self.start_token(config)]] * len(sources), begin[1]
+        front, is_real = self._prepend_start(*self._check_decoder_inputs(*begin), config)
+        self._check_rows(len(front), len(sources))
+        prompts = real_rows(front, is_real)
+        first = max(map(len, prompts))
+        full, count = self._answer_lengths(
+            lambda by: by.new_tokens(front.shape[1]), config, self.capacity - first, generation_config, options,
+            functions["criteria"],
+        )  # fmt: skip
+        self._check_room(first, count)
         self._check_lookup(config)
-        start = np.array([self.start_token(config)], np.int64)
-        return self._stream_row(Prompt(start, start), sources[0], Generation(input_ids, config, count, full=full))
+        check_streamer(functions.get("streamer"), len(sources), config)
+        asked = Generation(given, config, count, full=full, **functions)
+        return Call(given, Prompt.rows(prompts, front), sources, asked, front)
 
     def _check_decoder_inputs(self, given: Any, mask: Any) -> tuple[Array, Array]:
         """decoder_input_ids and decoder_attention_mask, checked."""

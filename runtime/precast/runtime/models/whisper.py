@@ -22,7 +22,7 @@ from ..generation.timestamps import FRAMES_PER_TIME, SECONDS_PER_TIME, Segment, 
 from ..generation.unsupported import SPEECH
 from ..inputs.padding import as_ids, as_mask, real_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy, to_python
-from .generative import Generation, check_seeds, check_streamer, pad_answers
+from .generative import Call, Generation, check_seeds, check_streamer, pad_answers
 from .languages import CODES
 from .long_sound import Listening, listen
 from .seq2seq import EncoderCall, EncoderDecoder
@@ -117,7 +117,8 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
                 [batch, mels, frames]; longer ones than the model hears (30 seconds) are heard window by window.
             attention_mask: [batch, frames] of 0 and 1: how long each of several long sounds is.
             generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for decoders.
-            streamer: told each step's tokens by `put`, and the end by `end`; not of sounds heard in windows.
+            streamer: told the first tokens, then each step's by `put`, and the end by `end`; not of sounds heard in
+                windows.
             language: a name ("french"), a code ("fr") or one per row; None is what the configurations say, which have
                 it detected where they say nothing.
             task: "transcribe" or "translate" (into English).
@@ -175,7 +176,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         self._check_fits(first, count, config, streamer, len(sources))
         asked = Generation(input_features, config, count, full=full, streamer=streamer, **functions)
         rows = Prompt.rows(prompts, prompts)
-        return self._generate_all(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64))
+        return self._generate_all(Call(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64)))
 
     def _check_fits(self, first: int, count: int, config: GenerationConfig, streamer: Any, sources: int) -> None:
         """Raise InputError for what this model, or a streamer, cannot do."""

@@ -163,7 +163,7 @@ def _import_library() -> ModuleType:
 
 def _library_tokenizer(library: ModuleType, tokenizer: Tokenizer, vocabulary: int, ends: Sequence[int]) -> Any:
     """The tokenizer as the library has it: the bytes of each token, and which are no text."""
-    pieces = [tokenizer.piece(index) for index in range(vocabulary)]
+    pieces = tokenizer.pieces(range(vocabulary))
     silent = {index for index, piece in enumerate(pieces) if not piece}
     # The library wants an end: where there is none, an id that no model has.
     tokens = [piece or _NO_TOKEN + b"<%d>" % index for index, piece in enumerate([*pieces, None])]
