@@ -316,6 +316,26 @@ def test_speech_is_written_down_as_by_transformers(whisper, asked):
         assert not values[len(expected) :].any(), "what follows the end is padding"
 
 
+def test_a_streamer_is_told_as_by_transformers(whisper):
+    """First what the answer begins with, which those of transformers leave out by skip_prompt."""
+    source, model = whisper
+    asked, heard = {"language": "fr", "max_new_tokens": 9}, []
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def put(self, value):
+            heard[-1].append(value.reshape(-1).tolist())
+
+        def end(self):
+            heard[-1].append("end")
+
+    for generate in (model.generate, oracle.eager(source, "WhisperForConditionalGeneration").generate):
+        heard.append([])
+        with torch.inference_mode():
+            generate(torch.from_numpy(FEATURES[:1]), streamer=Streamer(), **asked)
+    assert heard[0] == heard[1]
+    assert len(heard[0]) > 3
+
+
 WRITTEN = [
     ([5, 245, 250, 7, 8], None), ([5, 6, 245, 250], None), ([245, 250, 7, 8, 246, 247, 9], None),
     ([245, 250, 7, 246], [245, 250, 7, 246]), ([5, 6, 250], [5, 6, 250]), ([5, 6], [5, 6]),

@@ -173,13 +173,6 @@ def test_processors_criteria_and_streamer(model):
     assert seen == [PROMPT, *([token] for token in found), "end"]
 
 
-def test_transformers_streamer_works(model, capsys):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.artifact.path)
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True)
-    found = new_tokens(model, streamer=streamer, max_new_tokens=12, eos_token_id=[])
-    assert capsys.readouterr().out.strip() == tokenizer.decode(found).strip()
-
-
 def test_stop_strings_end_a_row(model, source):
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     # Tokens that are not in the text that is decoded would come between the letters of a stop string.
