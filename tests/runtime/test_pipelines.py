@@ -325,6 +325,82 @@ def test_text_generation(decoder, checkpoint):
     assert answer["generated_text"].startswith("Water"), "as long as fits"
 
 
+@pytest.fixture(scope="module")
+def generators(checkpoint, artifact):
+    """A decoder for one row, and for three."""
+    path = checkpoint("llama")
+    wide = artifact(path, batch_size=3, dynamic_batch_size=True)
+    return path, [pipeline("text-generation", each) for each in (artifact(path), wide)]
+
+
+PROMPTS = [tiny.TEXTS[0], "Water", tiny.TEXTS[3], "A compiler"]
+
+
+def test_rows_of_arguments_go_with_their_prompts(generators):
+    """However many prompts are run together, and one row stands for all."""
+    options = {"max_new_tokens": 4, "guidance_scale": 3.0, "return_full_text": False, "eos_token_id": []}
+    away, mask = torch.tensor([[5, 6], [200, 201], [0, 9], [30, 31]]), [[1, 1], [1, 1], [0, 1], [1, 1]]
+    for pipe in generators[1]:
+        alone = [pipe(each, negative_prompt_ids=[row], negative_prompt_attention_mask=[real], **options)
+                 for each, row, real in zip(PROMPTS, away, mask, strict=True)]  # fmt: skip
+        told = {"negative_prompt_ids": away, "negative_prompt_attention_mask": mask, **options}
+        for size in (None, 2, 4):
+            assert pipe(PROMPTS, batch_size=size, **told) == alone
+        assert list(pipe(iter(PROMPTS), **told)) == alone
+        steps = {name: value for name, value in told.items() if name != "return_full_text"}
+        assert pipe.postprocess(pipe.forward(pipe.preprocess(PROMPTS), **steps), return_full_text=False) == alone
+        same = [pipe(each, negative_prompt_ids=[[5, 6]], **options) for each in PROMPTS]
+        assert same != alone
+        assert pipe(PROMPTS, negative_prompt_ids=[[5, 6]], **options) == same
+        with pytest.raises(InputError, match="negative_prompt_ids has 3 rows; there are 4 inputs"):
+            pipe(PROMPTS, negative_prompt_ids=away[:3], **options)
+        with pytest.raises(InputError, match=r"negative_prompt_ids has 3 rows; there are \d or more inputs"):
+            list(pipe(iter(PROMPTS), negative_prompt_ids=away[:3], **options))
+
+
+def test_functions_are_told_which_input_they_are_asked_about(generators):
+    for pipe in generators[1]:
+        answers = pipe(PROMPTS, prefix_allowed_tokens_fn=lambda index, _: [100 + index], max_new_tokens=1,
+                       return_full_text=False)  # fmt: skip
+        decode = pipe.tokenizer.decode
+        assert [each["generated_text"] for [each] in answers] == [decode([100 + index]) for index in range(4)]
+
+
+def test_languages_go_with_their_sounds(generators):
+    """In the options and in the dict of options that transformers takes besides."""
+    own, languages = generators[1][0]._options_of, ["de", "fr", "en"]
+    assert own({"language": languages}, 1, 2, 3) == {"language": ["fr", "en"]}
+    assert own({"generate_kwargs": {"language": languages, "task": "x"}}, 0, 1, None) == {
+        "generate_kwargs": {"language": ["de"], "task": "x"}
+    }
+    assert own({"language": "fr"}, 1, 2, 3) == {"language": "fr"}
+
+
+def test_what_generate_returns_besides_is_beside_the_text(generators):
+    """By transformers' names, as lists; and log-probabilities."""
+    path, [pipe, wide] = generators
+    eager = theirs("text-generation", path, "AutoModelForCausalLM", do_sample=False)
+    told = {"max_new_tokens": 5, "eos_token_id": 2, "return_dict_in_generate": True, "output_scores": True}
+    for options in ({**told, "output_logits": True}, {**told, "num_beams": 2, "num_return_sequences": 2}):
+        for prompts in (PROMPTS[0], PROMPTS[:3]):
+            assert_same((wide if "num_beams" in options else pipe)(prompts, **options), eager(prompts, **options))
+    asked = {"max_new_tokens": 5, "eos_token_id": [], "top_logprobs": 2}
+    for ours in (pipe, wide):
+        for prompt, [found] in zip(PROMPTS, ours(PROMPTS, **asked), strict=True):
+            expected = ours.model.generate([ours.tokenizer.encode(prompt)], **asked)
+            assert list(found) == ["generated_text", "logprobs", "top_logprobs_ids", "top_logprobs"]
+            for name in ("logprobs", "top_logprobs_ids", "top_logprobs"):
+                assert_same(found[name], expected[name][0].tolist())
+    config = GenerationConfig(return_dict_in_generate=True, output_scores=True, max_new_tokens=2)
+    assert [*pipe("Water", generation_config=config)[0]] == ["generated_text", "scores"]
+    assert [*pipe("Water", max_new_tokens=2)[0]] == ["generated_text"]
+
+
+def test_what_a_pipeline_makes_of_its_inputs_cannot_be_given(generators):
+    with pytest.raises(UsageError, match="attention_mask is what TextGenerationPipeline makes of its inputs"):
+        generators[1][0]("Water", attention_mask=[[1]])
+
+
 def test_multiple_choice(pairs):
     path, compiled = pairs("AutoModelForMultipleChoice", num_choices=3)
     inputs = [{"prompt": tiny.TEXTS[0], "choices": ["Paris", "天气", "It boils."]},
@@ -381,6 +457,12 @@ def test_text_of_text(summarizer, task, key):
     assert ours(tiny.TEXTS[2], max_new_tokens=6) == answers[:1]
     several = ours(tiny.TEXTS[2:3], max_new_tokens=6, num_beams=2, num_return_sequences=2)
     assert [list(each) for each in several[0]] == [[key], [key]]
+    begun = [[0, 70], [0, 80], [0, 90]]
+    alone = [ours([text], decoder_input_ids=[row], max_new_tokens=6)[0]
+             for text, row in zip(tiny.TEXTS[2:5], begun, strict=True)]  # fmt: skip
+    assert ours(tiny.TEXTS[2:5], decoder_input_ids=begun, max_new_tokens=6) == alone != answers
+    [told] = ours(tiny.TEXTS[2:3], max_new_tokens=6, logprobs=True)
+    assert list(told) == [key, "logprobs"]
     # Nothing says how long an answer may be: as long as fits, the start included.
     assert ours.forward(ours.preprocess(tiny.TEXTS[2]), eos_token_id=[])["sequences"].shape == (1, 48)
 

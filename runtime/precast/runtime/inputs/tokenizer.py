@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -148,10 +148,12 @@ class Tokenizer:
 
     def token(self, index: int) -> str | None:
         """The token with this id, as the vocabulary spells it."""
-        (number,) = _as_ids([index])
-        found: str | None = self._tokenizer.id_to_token(number)
+        return self._spelled([index])[0]
+
+    def _spelled(self, ids: Sequence[int]) -> list[str | None]:
+        found: list[str | None] = [self._tokenizer.id_to_token(number) for number in _as_ids(ids)]
         own = self._config.get("own_vocabulary")
-        return found if found is None or own is None else found.removeprefix(own.mark)
+        return found if own is None else [each and each.removeprefix(own.mark) for each in found]
 
     def vocabulary_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it."""
@@ -187,13 +189,12 @@ class Tokenizer:
         """The bytes of one token, as `pieces` has them."""
         return self.pieces([index])[0]
 
-    def pieces(self, ids: Iterable[int]) -> list[bytes | None]:
+    def pieces(self, ids: Sequence[int]) -> list[bytes | None]:
         """The bytes that each of these tokens adds to the text before it, perhaps part of a character; None for an
         unknown id."""
-        tokens = [self.token(index) for index in ids]
-        # Asked once for all: a vocabulary has hundreds of thousands.
+        # Once for all: a vocabulary has hundreds of thousands.
         with self._library_errors("join these tokens"):
-            return [None if token is None else self._piece_of(token) for token in tokens]
+            return [None if token is None else self._piece_of(token) for token in self._spelled(ids)]
 
     def _piece_of(self, token: str) -> bytes:
         # As in transformers: the decoder decides, but where it joins bytes to characters.

@@ -91,8 +91,9 @@ class TranscriptionPipeline(_SoundPipeline, GeneratingPipeline):
         return self.run_generate(batch, {**options, **(generate_kwargs or {})})
 
     def postprocess(self, outputs: Batch) -> Any:
-        """{"text"} for each sound."""
-        return outputs.answer([{"text": self.tokenizer.decode(row)} for row in outputs["sequences"]])
+        """{"text"} for each sound, and what else generate() was asked to return of it, as from text-generation."""
+        rows = zip(outputs["sequences"], outputs.notes["details"], strict=True)
+        return outputs.answer([{"text": self.tokenizer.decode(row), **details} for row, details in rows])
 
 
 class SpeechRecognitionPipeline(_SoundPipeline):

@@ -168,9 +168,16 @@ class Pipeline:
         return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(cls.forward).parameters.values())
 
     def _stream_answers(self, inputs: Any, size: int, stages: list[dict[str, Any]]) -> Iterator[Any]:
+        before, within, after = stages
         items = iter(inputs) if isinstance(inputs, Iterable) else (inputs[index] for index in range(len(inputs)))
+        total, start = len(inputs) if hasattr(inputs, "__len__") else None, 0
         while part := list(islice(items, size)):
-            yield from self._run_steps(part, *stages)
+            yield from self._run_steps(part, before, self._options_of(within, start, len(part), total), after)
+            start += len(part)
+
+    def _options_of(self, options: dict[str, Any], start: int, count: int, total: int | None) -> dict[str, Any]:
+        """The options of `forward` for `count` inputs from the `start`th of all, whose number may not be known."""
+        return options
 
     def _part_files(self, part: str) -> tuple[Path, Readable]:
         """The path and files that a part of PARTS is read from."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..generation.config import GenerationConfig
-from ..inputs.tensors import ModelOutput
+from ..inputs.tensors import ModelOutput, to_numpy
 from .base import Array, Batch, Padding, Pipeline, TextPipeline, TokenizerOptions, Truncation
 
 __all__ = [
@@ -22,6 +23,14 @@ __all__ = [
 ]
 
 _DEFAULT_NEW_TOKENS = 256
+_ROWS = (
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "language",
+)
+"""Arguments of generate() that may have a row for each input."""
 
 
 class GeneratingPipeline(Pipeline):
@@ -30,18 +39,42 @@ class GeneratingPipeline(Pipeline):
     task = "text-generation"
 
     def run_generate(self, batch: Batch, options: dict[str, Any]) -> Batch:
-        """Run generate() slice by slice: {"sequences": int64 [rows, longest]}, shorter rows padded."""
-        parts = [self._generate_slice(rows, options) for rows in self._batch_slices(batch)]
+        """Run generate() slice by slice: {"sequences": int64 [rows, longest]}, shorter rows padded; the note `details`
+        has what else it returned of each row."""
+        if taken := [name for name in batch if name in options]:
+            raise UsageError(f"{taken[0]} is what {type(self).__name__} makes of its inputs; leave it out.")
+        parts, details, start = [], [], 0
+        for rows in self._batch_slices(batch):
+            count = len(next(iter(rows.values())))
+            own = self._options_of(options, start, count, len(batch.inputs))
+            found = self._generate_slice(rows, own)
+            parts.append(found["sequences"])
+            details += _details_of(found)
+            start += count
         width = max(part.shape[1] for part in parts)
         pad = self.tokenizer.token_id("pad") or self.tokenizer.token_id("eos") or 0
-        rows = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=pad) for part in parts]
-        return batch.with_arrays({"sequences": np.concatenate(rows)})
+        whole = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=pad) for part in parts]
+        outputs = batch.with_arrays({"sequences": np.concatenate(whole)})
+        outputs.notes["details"] = details
+        return outputs
 
-    def _generate_slice(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
-        """generate()'s answer to one slice, int64 [rows, new]."""
-        found = self.model.generate(**rows, **{"return_dict_in_generate": False, **self._with_task(options)})
-        answer: Array = found["sequences"] if isinstance(found, ModelOutput) else found
-        return answer
+    def _generate_slice(self, rows: dict[str, Array], options: dict[str, Any]) -> dict[str, Any]:
+        """generate()'s outputs for one slice, `sequences` int64 [rows, new] among them."""
+        said = GenerationConfig.of(options.get("generation_config") or {}, "generation_config")
+        # What a file says is not what the caller asks for.
+        asked = {"return_dict_in_generate": bool(said.return_dict_in_generate), **self._with_task(options)}
+        found = self.model.generate(**rows, **asked)
+        return dict(found) if isinstance(found, ModelOutput) else {"sequences": found}
+
+    def _options_of(self, options: dict[str, Any], start: int, count: int, total: int | None) -> dict[str, Any]:
+        """Options of these inputs: of those that have a row for each, their rows."""
+        found = {name: _rows_of(name, options[name], start, count, total) for name in _ROWS if name in options}
+        if callable(allowed := options.get("prefix_allowed_tokens_fn")):
+            # It is told which input it is asked about.
+            found["prefix_allowed_tokens_fn"] = lambda index, tokens: allowed(start + index, tokens)
+        if isinstance(nested := options.get("generate_kwargs"), dict):
+            found["generate_kwargs"] = self._options_of(nested, start, count, total)
+        return {**options, **found}
 
     @classmethod
     def passed_on(cls, model: Any) -> list[str]:
@@ -78,13 +111,16 @@ class GeneratingPipeline(Pipeline):
         arrays = self.tokenizer.pad(encodings)
         return Batch({name: arrays[name] for name in ("input_ids", "attention_mask")}, given, is_one, **notes)
 
-    def _decode_texts(self, outputs: Batch, *, skip_special_tokens: bool = True) -> list[list[str]]:
-        """The texts of each input, one or num_return_sequences of them."""
-        rows = outputs["sequences"].reshape(len(outputs.inputs), -1, outputs["sequences"].shape[1])
+    def _decode_texts(
+        self, outputs: Batch, *, skip_special_tokens: bool = True
+    ) -> list[list[tuple[str, dict[str, Any]]]]:
+        """The texts of each input, one or num_return_sequences of them, and what else generate() returned of each."""
         cut = (lambda row: row) if skip_special_tokens else self._without_filling
-        return [
-            [self.tokenizer.decode(cut(row), skip_special_tokens=skip_special_tokens) for row in own] for own in rows
-        ]
+        texts = [self.tokenizer.decode(cut(row), skip_special_tokens=skip_special_tokens)
+                 for row in outputs["sequences"]]  # fmt: skip
+        rows = list(zip(texts, outputs.notes["details"], strict=True))
+        count = len(rows) // len(outputs.inputs)
+        return [rows[start : start + count] for start in range(0, len(rows), count)]
 
     def _without_filling(self, row: Array) -> Array:
         """A row without what fills it up to the longest: padding, and ends after the first."""
@@ -146,7 +182,8 @@ class TextGenerationPipeline(GeneratingPipeline):
         return self.run_generate(batch, {**stops, **options})
 
     def postprocess(self, outputs: Batch, *, return_full_text: bool = True) -> Any:
-        """[{"generated_text"}] for each input.
+        """[{"generated_text"}] for each input; beside the text also what else generate() was asked to return of the
+        row, by its names and as lists: logprobs, top_logprobs, scores, …, with zeros after a row's end.
 
         Args:
             outputs: of `forward`.
@@ -156,9 +193,9 @@ class TextGenerationPipeline(GeneratingPipeline):
         reads = self.tokenizer.has_response_template
         told = self._decode_texts(outputs, skip_special_tokens=not reads)
         answers = []
-        for given, prompt, texts in zip(outputs.inputs, outputs.notes["prompts"], told, strict=True):
-            whole = [self._whole(given, prompt, text, outputs.notes) if return_full_text else text for text in texts]
-            answers.append([{"generated_text": text} for text in whole])
+        for given, prompt, rows in zip(outputs.inputs, outputs.notes["prompts"], told, strict=True):
+            show = partial(self._whole, given, prompt, notes=outputs.notes) if return_full_text else str
+            answers.append([{"generated_text": show(text), **details} for text, details in rows])
         return outputs.answer(answers)
 
     def _whole(self, given: Any, prompt: list[int], text: str, notes: Mapping[str, Any]) -> Any:
@@ -168,13 +205,14 @@ class TextGenerationPipeline(GeneratingPipeline):
             return _full_text(given, text, continues)
         return [*given, self.tokenizer.parse_response(text, prefix=prompt, tools=notes["tools"])]
 
-    def _generate_slice(self, rows: dict[str, Array], options: dict[str, Any]) -> Array:
+    def _generate_slice(self, rows: dict[str, Array], options: dict[str, Any]) -> dict[str, Any]:
         # The room for an answer depends on the width of its slice, so padding for longer prompts elsewhere goes first.
         rows = self._begin_empty_prompts(_without_padding(rows), options)
         if not self._limits_length(options):
             room = self.model.capacity - int(rows["attention_mask"].sum(1).max())
             options = {**options, "max_new_tokens": max(1, min(room, _DEFAULT_NEW_TOKENS))}
-        return super()._generate_slice(rows, options)[:, rows["input_ids"].shape[1] :]
+        found = super()._generate_slice(rows, options)
+        return {**found, "sequences": found["sequences"][:, rows["input_ids"].shape[1] :]}
 
     def _begin_empty_prompts(self, rows: dict[str, Array], options: dict[str, Any]) -> dict[str, Array]:
         """Begin prompts that have no token with bos_token_id, as generate() does without input_ids."""
@@ -231,8 +269,9 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
 
     def postprocess(self, outputs: Batch) -> Any:
         """[{"generated_text"}] for a text, and {"generated_text"} for each of a list, unless several are asked for;
-        "summary_text" and "translation_text" from those pipelines."""
-        answers = [[{self.key: text} for text in texts] for texts in self._decode_texts(outputs)]
+        "summary_text" and "translation_text" from those pipelines. What else generate() was asked to return is beside
+        the text, as from text-generation."""
+        answers = [[{self.key: text, **more} for text, more in rows] for rows in self._decode_texts(outputs)]
         is_flat = not outputs.is_one and all(len(each) == 1 for each in answers)
         return [each[0] for each in answers] if is_flat else outputs.answer(answers)
 
@@ -252,6 +291,35 @@ class TranslationPipeline(Text2TextGenerationPipeline):
 
     key = "translation_text"
     task = "translation"
+
+
+def _rows_of(name: str, value: Any, start: int, count: int, total: int | None) -> Any:
+    """The rows of `count` inputs from the `start`th: of a value with one for each, or with one for all.
+
+    Raises InputError for another number of them.
+    """
+    if value is None or isinstance(value, str) or not hasattr(value, "__len__"):
+        return value
+    rows = list(value if isinstance(value, list | tuple) else to_numpy(value))
+    if len(rows) == 1:
+        return rows * count
+    if len(rows) < start + count or len(rows) != (total or len(rows)):
+        there = f"{start + count} or more" if total is None else total
+        raise InputError(f"{name} has {len(rows)} rows; there are {there} inputs. Give one for each, or one for all.")
+    return rows[start : start + count]
+
+
+def _details_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What generate() returned of each row besides its tokens, as lists."""
+    count = len(found["sequences"])
+    steps = {name: np.stack(value, 1) if isinstance(value, tuple) else value for name, value in found.items()}
+    if "beam_indices" in steps:
+        # Among the beams of its own prompt, with the first of which an answer begins.
+        indices = steps["beam_indices"]
+        steps["beam_indices"] = np.where(indices < 0, indices, indices - indices[:, :1])
+    kept = {name: value for name, value in steps.items()
+            if name != "sequences" and isinstance(value, np.ndarray) and len(value) == count}  # fmt: skip
+    return [{name: value[row].tolist() for name, value in kept.items()} for row in range(count)]
 
 
 def _without_padding(rows: dict[str, Array]) -> dict[str, Array]:
