@@ -359,11 +359,12 @@ def test_rows_of_arguments_go_with_their_prompts(generators):
 
 
 def test_functions_are_told_which_input_they_are_asked_about(generators):
+    options = {"max_new_tokens": 1, "return_full_text": False}
     for pipe in generators[1]:
-        answers = pipe(PROMPTS, prefix_allowed_tokens_fn=lambda index, _: [100 + index], max_new_tokens=1,
-                       return_full_text=False)  # fmt: skip
-        decode = pipe.tokenizer.decode
-        assert [each["generated_text"] for [each] in answers] == [decode([100 + index]) for index in range(4)]
+        texts = [pipe.tokenizer.decode([40 + index]) for index in range(4)]
+        assert len({*texts}) == 4
+        answers = pipe(PROMPTS, prefix_allowed_tokens_fn=lambda index, _: [40 + index], **options)
+        assert [each["generated_text"] for [each] in answers] == texts
 
 
 def test_languages_go_with_their_sounds(generators):

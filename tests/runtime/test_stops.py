@@ -106,3 +106,14 @@ def test_special_tokens_and_what_begins_in_the_prompt_stop_a_row(decoder):
     assert model.generate([row], stop_strings=special, **asked)[0].tolist() == stopped
     across = model.tokenizer.token(30)[-1] + model.tokenizer.token(whole[3])
     assert model.generate([row], stop_strings=across, **asked)[0].tolist() == whole[:4]
+
+
+def test_the_pieces_of_a_vocabulary_are_read_at_once(both, monkeypatch):
+    """What takes longer than a piece is done once for all: there are tokenizers of 262,144."""
+    ours, theirs = both
+    size = len(theirs) + 2
+    alone = [ours.piece(index) for index in range(size)]
+    asked, real = [], Tokenizer._library_errors
+    monkeypatch.setattr(Tokenizer, "_library_errors", lambda self, what: (asked.append(what), real(self, what))[1])
+    assert ours.pieces(range(size)) == alone
+    assert len(asked) == 1
