@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from precast.runtime import CompiledModel, pipeline
 from precast.runtime.errors import InputError, PublishError, UsageError
 from precast.runtime.runner import journal as journals
 from precast.runtime.runner.batches import Prepared, answer_rows, plan_batches
@@ -322,3 +323,22 @@ def test_conversations():
     ):
         with pytest.raises(InputError, match=message):
             as_conversation(given_, value)
+
+
+def test_a_list_of_seeds_has_one_for_each_prompt(decoder):
+    model, row = CompiledModel.from_pretrained(decoder), [5, 9, 30]
+    asked = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 8, "eos_token_id": []}
+    alone = [model.generate([row], seed=seed, **asked)[0].tolist() for seed in (4, 5)]
+    assert alone[0] != alone[1]
+    assert model.generate([row], seed=[4], **asked)[0].tolist() == alone[0]
+    several = model.generate([row], seed=[4], num_return_sequences=1, **asked)
+    assert several[0].tolist() == alone[0]
+    for seeds in ([], [4, 5], [-1]):
+        with pytest.raises(InputError, match="seed"):
+            model.generate([row], seed=seeds, **asked)
+    with pytest.raises(InputError, match="seed is a list of 2, and there are 1 prompts"):
+        model.stream([row], seed=[4, 5], **asked)
+    prompts = ["Paris", "A", "Water"]
+    pipe = pipeline("text-generation", model)
+    found = pipe(prompts, seed=[1, 2, 3], batch_size=2, **asked)
+    assert found == [pipe(text, seed=seed, **asked) for text, seed in zip(prompts, (1, 2, 3), strict=True)]

@@ -131,6 +131,8 @@ def _answer_prompt(
     as_json: bool, quiet: bool, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Continue one prompt, token by token."""
+    from precast.runtime.generation.config import default_new_tokens
+
     _check_session(session)
     started = time.perf_counter()
     opened = _open_decoder(model, quiet, options)
@@ -140,7 +142,7 @@ def _answer_prompt(
     if assistant is not None:
         asked = {**asked, "assistant_model": _open_decoder(assistant, quiet, _of_any(options))}
     ids = _encode_prompt(opened, prompt, **chats)
-    asked = {"max_new_tokens": max(1, min(256, opened.capacity - len(ids))), **asked}
+    asked = {"max_new_tokens": default_new_tokens(opened.capacity - len(ids)), **asked}
     # All of it is prompt, whatever a special token in it pads elsewhere.
     stream = opened.stream([ids], [[1] * len(ids)], **asked)
     clock = _Clock(stream, started)

@@ -17,7 +17,7 @@ from ..inputs.tensors import to_python
 from ..structured.structure import STRUCTURES, Structure, find_structure
 from .unsupported import HARMLESS, SPEECH, UNSUPPORTED, find_unsupported
 
-__all__ = ["GenerationConfig"]
+__all__ = ["GenerationConfig", "default_new_tokens"]
 
 _KEPT_APART = UNSUPPORTED | SPEECH.keys()
 """Settings that a configuration keeps in `unsupported`."""
@@ -425,6 +425,12 @@ _NO_STRUCTURE: dict[str, Any] = dict.fromkeys(STRUCTURES)
 _MAX_BIAS, _MOST_DECAY = 100, 1e6
 _ALIASES = {"n": "num_return_sequences", "stop": "stop_strings"}
 """OpenAI's names of settings that transformers has, too."""
+
+
+def default_new_tokens(room: int) -> int:
+    """How many new tokens are asked for where nobody says it, by the places that a cache has left: what fits, up to
+    256."""
+    return max(1, min(256, room))
 
 
 def _without_aliases(given: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, UsageError
-from ..generation.config import GenerationConfig
+from ..generation.config import GenerationConfig, default_new_tokens
 from ..inputs.tensors import ModelOutput, to_numpy
 from .base import Array, Batch, Padding, Pipeline, TextPipeline, TokenizerOptions, Truncation
 
@@ -22,8 +22,8 @@ __all__ = [
     "TranslationPipeline",
 ]
 
-_DEFAULT_NEW_TOKENS = 256
 _ROWS = (
+    "seed",
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
     "decoder_input_ids",
@@ -210,7 +210,7 @@ class TextGenerationPipeline(GeneratingPipeline):
         rows = self._begin_empty_prompts(_without_padding(rows), options)
         if not self._limits_length(options):
             room = self.model.capacity - int(rows["attention_mask"].sum(1).max())
-            options = {**options, "max_new_tokens": max(1, min(room, _DEFAULT_NEW_TOKENS))}
+            options = {**options, "max_new_tokens": default_new_tokens(room)}
         found = super()._generate_slice(rows, options)
         return {**found, "sequences": found["sequences"][:, rows["input_ids"].shape[1] :]}
 
@@ -264,7 +264,7 @@ class Text2TextGenerationPipeline(GeneratingPipeline, TextPipeline):
         """{"sequences": int64 [batch, new]}; `options` are generate()'s. Where neither they nor the model's
         generation_config.json say how long, as long as fits, up to 256 tokens."""
         if not self._limits_length(options):
-            options = {**options, "max_new_tokens": max(1, min(self.model.capacity - 1, _DEFAULT_NEW_TOKENS))}
+            options = {**options, "max_new_tokens": default_new_tokens(self.model.capacity - 1)}
         return self.run_generate(batch, options)
 
     def postprocess(self, outputs: Batch) -> Any:

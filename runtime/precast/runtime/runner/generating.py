@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, UsageError
-from ..generation.config import GenerationConfig
+from ..generation.config import GenerationConfig, default_new_tokens
 from .batches import Prepared, input_of
 from .rows import Column, Row, as_conversation
 
 __all__ = ["PROMPT_COLUMNS", "GeneratingWorker"]
 
 PROMPT_COLUMNS = ("prompt", "text", "messages", "src")
-_DEFAULT_NEW_TOKENS = 256
 
 
 class GeneratingWorker:
@@ -99,7 +98,7 @@ class GeneratingWorker:
                 f"Pass max_input_tokens={max(1, self._model.capacity - (self._count or 1))} to cut it, or export the "
                 f"model with a larger sequence_length."
             )
-        return min(_DEFAULT_NEW_TOKENS, room) if self._count is None else int(self._count)
+        return default_new_tokens(room) if self._count is None else int(self._count)
 
     def _describe(self, prepared: Prepared, row: Any, count: int) -> dict[str, Any]:
         tokens, is_ended = self._own_tokens(row, count)

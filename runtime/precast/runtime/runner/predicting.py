@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
+from ..generation.config import default_new_tokens
 from .batches import Prepared, input_of
 from .rows import Column, Row
 
 __all__ = ["INPUT_COLUMNS", "PredictingWorker"]
 
 INPUT_COLUMNS = ("prompt", "text", "messages", "src", "sentence", "image", "audio", "path")
-_LONGEST_ANSWER = 256
 
 
 class PredictingWorker:
@@ -43,7 +43,7 @@ class PredictingWorker:
         length = self._length_of(value)
         # Answers as long as fits are equally long only for prompts that leave equally much.
         room = self._pipe.model.capacity - length if self._generates and length else 0
-        return Prepared(index, row, value, length, min(room, _LONGEST_ANSWER))
+        return Prepared(index, row, value, length, default_new_tokens(room))
 
     def answer(self, batch: Sequence[Prepared]) -> list[dict[str, Any]]:
         """See Worker."""
