@@ -22,7 +22,9 @@ import machine
 from harness import HERE, Answer, Target
 from plan import BUILD, Plan
 
-QUESTIONS = ("export_cost", "decode", "startup", "schemes", "practice", "native", "generate", "encoders", "contexts")
+QUESTIONS = (
+    "export_cost", "decode", "startup", "schemes", "practice", "native", "generate", "rows", "encoders", "contexts",
+)  # fmt: skip
 MODEL = BUILD / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = HERE / "results"
 
