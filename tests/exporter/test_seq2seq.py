@@ -337,15 +337,14 @@ def test_a_streamer_is_told_as_by_transformers(whisper):
 
 
 WRITTEN = [
-    ([5, 245, 250, 7, 8], None), ([5, 6, 245, 250], None), ([245, 250, 7, 8, 246, 247, 9], None),
-    ([245, 250, 7, 246], [245, 250, 7, 246]), ([5, 6, 250], [5, 6, 250]), ([5, 6], [5, 6]),
-    ([5, 301, 302, 7], [5, 301, 302]),
+    ([5, 245, 250, 7, 8], True), ([5, 6, 245, 250], True), ([245, 250, 7, 8, 246, 247, 9], True),
+    ([245, 250, 7, 246], False), ([5, 6, 250], False), ([5, 6], False), ([5, 301, 302, 7], False),
 ]  # fmt: skip
-"""What the model writes, and what is heard: None where transformers goes on, in a second pass."""
+"""What the model writes, and whether the sound goes on after it."""
 
 
-@pytest.mark.parametrize(("written", "heard"), WRITTEN, ids=range(len(WRITTEN)))
-def test_an_answer_that_transformers_goes_on_from_is_refused(whisper, monkeypatch, written, heard):
+@pytest.mark.parametrize(("written", "goes_on"), WRITTEN, ids=range(len(WRITTEN)))
+def test_an_answer_with_times_that_nobody_asked_for_is_gone_on_from(whisper, monkeypatch, written, goes_on):
     """Times from 241 on: two in a row end a segment, after which the rest of the sound is heard again."""
     source, model = whisper
     eager = oracle.eager(source, "WhisperForConditionalGeneration")
@@ -359,16 +358,33 @@ def test_an_answer_that_transformers_goes_on_from_is_refused(whisper, monkeypatc
             values[after[int(row[-1])]] = 0
         return scores
 
+    asked = {"logits_processor": [dictate], "max_new_tokens": 9}
     with torch.inference_mode():
-        expected = eager.generate(torch.from_numpy(FEATURES[:1]), logits_processor=[dictate])[0].tolist()
-    if heard is None:
-        assert expected[: len(written) + 1] != written
-        with pytest.raises(
-            InputError, match=r"writes times without being asked, and stopped at 0\.\d\d s.*Pass return_timestamps=True"
-        ):
-            model.generate(FEATURES[:1], logits_processor=[dictate])
-    else:
-        assert model.generate(FEATURES[:1], logits_processor=[dictate])[0].tolist() == expected == heard
+        expected = eager.generate(torch.from_numpy(FEATURES[:2]), **asked).tolist()
+    assert (len(expected[0]) > len(written)) is goes_on
+    assert model.generate(FEATURES[:2], **asked).tolist() == expected
+    if goes_on:
+        with pytest.raises(InputError, match=r"stopped at 0\.\d\d s.*Pass return_timestamps=True"):
+            model.generate(FEATURES[:1], **asked, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_named_outputs_are_of_whole_rows(whisper, beams):
+    """As with transformers, whose scores have a step for each token that was generated."""
+    source, model = whisper
+    eager = oracle.eager(source, "WhisperForConditionalGeneration")
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "num_beams": beams,
+             "eos_token_id": 2, "language": "fr", "max_new_tokens": 12}  # fmt: skip
+    for row in range(4):
+        with torch.inference_mode():
+            expected = eager.generate(torch.from_numpy(FEATURES[row : row + 1]), **asked)
+        found = model.generate(FEATURES[row : row + 1], **asked)
+        assert found.sequences.tolist() == expected.sequences.tolist()
+        assert len(found.scores) == len(expected.scores)
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            assert np.abs(ours[: len(theirs)] - theirs.numpy()).max() < 1e-3
+        if beams > 1:
+            assert found.beam_indices.tolist() == expected.beam_indices.tolist()
 
 
 BEFORE = np.array([11, 12, 13])

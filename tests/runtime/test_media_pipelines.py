@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import oracle
 import pytest
+import speech
 import tiny
 import torch
 import transformers
@@ -25,6 +26,7 @@ from precast.runtime import CompiledModel, pipeline
 from precast.runtime.errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
 from precast.runtime.pipelines.audio import AudioClassificationPipeline
 from precast.runtime.pipelines.processors import ImageProcessor, SoundProcessor, interpolate, open_image
+from precast.runtime.pipelines.transcripts import language_names
 
 LABELS = {"id2label": {0: "猫", 1: "Hund", 2: "bird"}, "label2id": {"猫": 0, "Hund": 1, "bird": 2}}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -208,7 +210,9 @@ def test_transcription(root, artifact, sounds, tmp_path):
     assert_same(told(sounds, generate_kwargs={"max_new_tokens": 6}), expected)
     assert_steps_are_the_call(None, ours.model.artifact.path, sounds, max_new_tokens=6)
     long = np.concatenate([sounds[1]] * 15)
-    with pytest.raises(InputError, match=r"18000 samples \(1.12 seconds\); the model hears 16000 \(1.00 seconds\)"):
+    with pytest.raises(
+        InputError, match=r"no tokens for times, .* no more than 100 frames, and these are 112: .*trunc"
+    ):
         ours(long)
     assert ours(long, truncation=True, max_new_tokens=6) == ours(long[:16000], max_new_tokens=6)
     code = f"""
@@ -222,6 +226,104 @@ assert not {{"torch", "transformers"}} & sys.modules.keys()
     np.save(tmp_path / "sound.npy", sounds[1])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == expected[1]
+
+
+@pytest.fixture(scope="module")
+def speaking(root, artifact):
+    """A Whisper that writes times and languages: transformers' pipeline and ours."""
+    path = speech.whisper(root / "speaking")
+    parts = {"tokenizer": transformers.AutoTokenizer.from_pretrained(path),
+             "feature_extractor": transformers.AutoFeatureExtractor.from_pretrained(path)}  # fmt: skip
+    eager = theirs("automatic-speech-recognition", path, "AutoModelForSpeechSeq2Seq", **parts)
+    return eager, pipeline(model=artifact(path, batch_size=2, sequence_length=())), parts
+
+
+TOLD = [
+    {"return_timestamps": True},
+    {"return_timestamps": True, "return_language": True},
+    {"return_timestamps": True, "generate_kwargs": {"language": "german", "task": "translate"}},
+    {"return_timestamps": True, "generate_kwargs": {"condition_on_prev_tokens": True, "max_new_tokens": 12}},
+]
+NO_TIMES = {"suppress_tokens": list(range(268, 1769))}
+SHORT_TOLD = [
+    {},
+    {"return_language": True, "generate_kwargs": NO_TIMES},
+    {"generate_kwargs": {"language": "zh", **NO_TIMES}, "return_language": True},
+]
+SPEECH = [
+    pytest.param(seconds, asked, marks=pytest.mark.slow if seconds == 30 or (seconds == 95 and at == 1) else ())
+    for seconds in (3, 30, 95)
+    for at, asked in enumerate([*TOLD, *(SHORT_TOLD if seconds <= 30 else [])])
+]
+
+
+@pytest.mark.parametrize(("seconds", "asked"), SPEECH, ids=range(len(SPEECH)))
+def test_speech_of_any_length_is_told_as_by_transformers(speaking, seconds, asked):
+    """Its text, and the times and languages of its pieces."""
+    eager, ours, _ = speaking
+    heard = speech.sound(seconds)
+    # transformers' pipeline searches with five beams where nobody says otherwise.
+    expected = eager({"raw": heard.copy(), "sampling_rate": speech.RATE}, num_beams=1, **asked)
+    assert ours(heard, **asked) == expected
+    assert asked == {} or len(expected["text"]) > 3
+    assert asked == {} or len(expected["chunks"]) >= (4 if "return_timestamps" in asked else 1)
+
+
+def test_long_and_short_sounds_are_answered_together(speaking):
+    _, ours, _ = speaking
+    several = [speech.sound(seconds, seed) for seed, seconds in enumerate((2, 40, 1, 30, 31, 3))]
+    told = {"language": "en", "max_new_tokens": 9, "return_timestamps": True}
+    assert ours(several, batch_size=6, **told) == [ours(one, **told) for one in several]
+    assert_steps_are_the_call(None, ours.model.artifact.path, several[:2], **told)
+    plain = ours(several[1], max_new_tokens=9)
+    assert plain == {"text": ours(several[1], max_new_tokens=9, return_timestamps=True)["text"]}, "times are needed"
+    assert ours(several[1], truncation=True) == ours(several[1][: 30 * speech.RATE])
+    passed = CompiledModel.from_pretrained(ours.model.artifact.path)
+    theirs_ = transformers.pipeline("automatic-speech-recognition", model=passed, **speaking[2])
+    given = {"raw": several[1].copy(), "sampling_rate": speech.RATE}
+    asked = {"return_timestamps": True, "return_language": True}
+    assert theirs_(given, num_beams=1, **asked) == ours(several[1], **asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"return_timestamps": "word"}, UsageError, "return_timestamps='word' is not done here: times of single words"),
+        ({"return_timestamps": "char"}, UsageError, "return_timestamps=True gives the times of segments"),
+        ({"chunk_length_s": 30}, UsageError, "chunk_length_s and stride_length_s.*Leave them out.*window by window"),
+        ({"return_timestamps": False}, InputError, "3500 frames, more than the 3000 .* Pass return_timestamps=True"),
+        ({"task": "sing"}, InputError, "task='sing' is none that this model knows: transcribe, translate"),
+        ({"return_timestamp": True}, UsageError, r"Did you mean return_timestamps\?"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_what_is_not_done_with_speech_is_named(speaking, asked, error, message):
+    with pytest.raises(error, match=message):
+        speaking[1](speech.sound(35), **asked)
+
+
+def test_languages_have_transformers_names():
+    table = transformers.models.whisper.tokenization_whisper.LANGUAGES
+    tokenizer = SimpleNamespace(added_tokens={f"<|{code}|>": index for index, code in enumerate([*table, "notimes"])})
+    assert language_names(tokenizer) == dict(enumerate(table.values()))
+
+
+@pytest.mark.parametrize("changes", [{}, {"feature_size": 128, "hop_length": 200}, {"n_fft": 401}, {"dither": 1e-4}])
+def test_long_spectrograms_are_transformers(tmp_path, changes):
+    """Whatever part of one is asked for; the loudest moment of all counts, wherever it is."""
+    extractor = transformers.WhisperFeatureExtractor(**changes)
+    extractor.save_pretrained(tmp_path)
+    heard = speech.sound(70)
+    heard[-8000:] *= 30
+    found = SoundProcessor(tmp_path).spectrogram(heard)
+    with mock.patch(f"{type(extractor).__module__}.is_torch_available", return_value=False):
+        expected = extractor(heard, sampling_rate=16000, truncation=False, padding="longest", return_tensors="np")
+    expected = expected["input_features"][0]
+    assert found.shape == expected.shape
+    for start, stop in ((0, found.shape[1]), (3, 4), (2999, 3101), (found.shape[1] - 7, found.shape[1])):
+        # Noise is drawn otherwise.
+        close = 1e-5 if "dither" not in changes else 0.2
+        assert np.abs(found[:, start:stop] - expected[:, start:stop]).max() < close
 
 
 def test_feature_extraction(root, artifact, pictures, sounds):

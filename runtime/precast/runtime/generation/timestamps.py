@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,11 +58,15 @@ class TimestampRules:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of what was said: from when to when, in seconds of the whole sound, and its tokens, times included."""
+    """A piece of what was said: from when to when, in seconds of the whole sound, and its tokens, times included.
+
+    `result` is the whole row that it was cut from, with what the row begins with and its end.
+    """
 
     start: float
     end: float
     tokens: list[int]
+    result: list[int] = field(default_factory=list)
 
 
 def split_segments(tokens: Sequence[int], first: int, offset: float, frames: int) -> tuple[list[Segment], int]:

@@ -19,6 +19,7 @@ from ..generation.timestamps import (
     compression_ratio,
     split_segments,
 )
+from ..inputs.spectrogram import Spectrogram
 
 __all__ = ["Listening", "listen"]
 
@@ -68,7 +69,7 @@ Ask = Callable[[Array, list[int], GenerationConfig, int, list[TimestampRules]], 
 
 
 def listen(
-    features: Array,
+    features: Array | Spectrogram,
     frames: int,
     window: int,
     how: Listening,
@@ -93,8 +94,9 @@ def listen(
             continue
         first = how.vocabulary + 1 if how.silent is None else how.silent + 1
         offset = seek * SECONDS_PER_TIME / FRAMES_PER_TIME
-        segments, done = split_segments(answer, first, offset, heard)
-        found += segments
+        ended = answer[:-1] if answer and answer[-1] in how.config.eos_ids else answer
+        segments, done = split_segments(ended, first, offset, heard)
+        found += [replace(segment, result=[*begin, *answer]) for segment in segments]
         seek += done
     return found[prompts:]
 
@@ -129,9 +131,9 @@ def _answer(
     ask: Ask,
     silence_of: Callable[[Array, list[int], int], float],
 ) -> tuple[list[int], bool, bool]:
-    """A window's answer without its end, whether the next window is told of it, and whether nothing was said."""
+    """A window's answer, whether the next window is told of it, and whether nothing was said."""
     silence = 0.0 if how.silence is None else silence_of(part, begin, len(begin) - len(how.start))
-    ends, tokens, temperature = how.config.eos_ids, [], None  # type: tuple[list[int], list[int], float | None]
+    tokens, temperature = [], None  # type: tuple[list[int], float | None]
     is_silent = False
     for temperature in how.temperatures:
         answer = ask(part, begin, _at(how.config, temperature), count, _rules(how, len(begin)))
@@ -140,7 +142,7 @@ def _answer(
         if not is_bad:
             break
     continues = how.continues and (temperature is None or temperature < 0.5)
-    return tokens[:-1] if tokens and tokens[-1] in ends else tokens, continues, is_silent
+    return tokens, continues, is_silent
 
 
 def _at(config: GenerationConfig, temperature: float | None) -> GenerationConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..generation.sampling import Processor
 from ..generation.timestamps import FRAMES_PER_TIME, SECONDS_PER_TIME, Segment, split_segments
 from ..generation.unsupported import SPEECH
 from ..inputs.padding import as_ids, as_mask, real_rows
+from ..inputs.spectrogram import Spectrogram
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy, to_python
 from .generative import Call, Generation, check_seeds, check_streamer, pad_answers
 from .languages import CODES
@@ -31,6 +32,8 @@ from .training_loss import with_labels
 __all__ = ["CompiledModelForSpeechSeq2Seq"]
 
 Array = np.ndarray[Any, Any]
+Frames = Array | Spectrogram
+"""A sound, [mels, frames]."""
 
 _SEED_STEP = 1_000_003
 """Between the seeds of windows, and of their attempts."""
@@ -78,7 +81,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         """
         if decoder_input_ids is None:
             raise InputError("Logits are those of the decoder's rows: pass decoder_input_ids, or use generate().")
-        sources = self._check_sources(self._main_input("input_features", input_features))
+        sources = self._check_sources(self._check_sounds(self._main_input("input_features", input_features)))
         ids = as_ids(to_numpy(decoder_input_ids), self._vocabulary_size(), "decoder_input_ids")
         return ModelOutput(logits=convert_like(input_features, self._score_rows(sources, ids, as_mask(None, ids))))
 
@@ -123,8 +126,8 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
                 it detected where they say nothing.
             task: "transcribe" or "translate" (into English).
             return_timestamps: write times, from which segments follow; long sounds have them always.
-            return_segments: return an output with `.segments`, for each sound a list of {"start", "end", "tokens"},
-                seconds and ids.
+            return_segments: return an output with `.segments`, for each sound a list of {"start", "end", "tokens",
+                "result"}: seconds, ids, and all ids of the window that it is of, with those that it begins with.
             return_token_timestamps: not done here: None or False.
             is_multilingual: whether the model may be told a language and a task, where its file is wrong about that.
             temperature: sample with it; of several, a window is answered again with the next while its answer is bad.
@@ -140,7 +143,7 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         Returns:
             int64 [batch * num_return_sequences, new]: the tokens that were generated, without those that an answer
             begins with and without its end; shorter rows are filled with pad_token_id. With return_dict_in_generate
-            as for decoders, and of windows with `.segments`.
+            as for decoders, `.sequences` with both, and of windows without either and with `.segments`.
 
         Raises:
             InputError: an argument is wrong, or the request is longer than compiled for.
@@ -156,27 +159,50 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         said = {**self._speech_settings(config), **_not_none(**heard, return_timestamps=return_timestamps)}
         self._check_asked(said, is_multilingual, bool(language or task), return_token_timestamps)
         said |= _not_none(language=language, task=task)
+        said |= {"prompt_ids": prompt_ids, "prompt_condition_type": prompt_condition_type}
         functions = {"processors": logits_processor, "criteria": stopping_criteria,
                      "allowed": prefix_allowed_tokens_fn}  # fmt: skip
-        if self._hears_in_windows(sounds, said) or prompt_ids is not None:
-            if streamer is not None or decoder_input_ids is not None:
+        listen_to_all = partial(
+            self._listen_to_all, input_features, sounds, attention_mask, config, said, functions, monitor_progress,
+            return_segments,
+        )  # fmt: skip
+        is_followed = streamer is not None or decoder_input_ids is not None
+        if self._hears_in_windows(sounds, said) or prompt_ids is not None or return_segments:
+            if is_followed:
                 raise InputError("Sounds that are heard in windows take no streamer and no decoder_input_ids.")
-            lengths = self._sound_lengths(sounds, attention_mask)
-            said |= {"return_timestamps": bool(said.get("return_timestamps")) or sounds[0].shape[1] > self._window,
-                     "prompt_ids": prompt_ids, "prompt_condition_type": prompt_condition_type}  # fmt: skip
-            found = self._listen_to_all(input_features, sounds, lengths, config, said, functions, monitor_progress)
-            return self._combine_segments(input_features, found, config, return_segments)
-        sources = self._check_sources(input_features)
+            return listen_to_all()
+        asked = {**options, "generation_config": generation_config}
+        try:
+            return self._answer_at_once(
+                input_features, self._check_sources(sounds), config, said, decoder_input_ids, asked, functions, streamer
+            )
+        except _SoundGoesOnError:
+            if is_followed or config.returns_outputs or (config.num_return_sequences or 1) > 1:
+                raise
+            return listen_to_all()
+
+    def _answer_at_once(
+        self,
+        given: Any,
+        sources: list[Array],
+        config: GenerationConfig,
+        said: Mapping[str, Any],
+        decoder_input_ids: Any,
+        options: Mapping[str, Any],
+        functions: Mapping[str, Any],
+        streamer: Any,
+    ) -> Any:
+        """generate()'s answer to sounds of one window. Raises _SoundGoesOnError where it ends before its sound."""
         prompts = self._given_prompts(decoder_input_ids, len(sources)) or self._make_prompts(sources, config, said)
         first = max(map(len, prompts))
         full, count = self._answer_lengths(
-            lambda by: self._new_token_count(by, first), config, self.capacity - first, generation_config, options,
-            stopping_criteria,
+            lambda by: self._new_token_count(by, first), config, self.capacity - first,
+            options.get("generation_config"), options, functions["criteria"],
         )  # fmt: skip
         self._check_fits(first, count, config, streamer, len(sources))
-        asked = Generation(input_features, config, count, full=full, streamer=streamer, **functions)
-        rows = Prompt.rows(prompts, prompts)
-        return self._generate_all(Call(input_features, rows, sources, asked, np.zeros((len(sources), 0), np.int64)))
+        asked = Generation(given, config, count, full=full, streamer=streamer, **functions)
+        front = np.stack(prompts) if config.returns_outputs else np.zeros((len(sources), 0), np.int64)
+        return self._generate_all(Call(given, Prompt.rows(prompts, prompts), sources, asked, front))
 
     def _check_fits(self, first: int, count: int, config: GenerationConfig, streamer: Any, sources: int) -> None:
         """Raise InputError for what this model, or a streamer, cannot do."""
@@ -215,28 +241,34 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         (frames,) = self._encoders
         return frames
 
-    def _hears_in_windows(self, sounds: Sequence[Array], said: Mapping[str, Any]) -> bool:
+    def _hears_in_windows(self, sounds: Sequence[Frames], said: Mapping[str, Any]) -> bool:
         """Whether sounds are heard window by window, whose answers are judged and cut. Raises InputError where they are
         long and no times are to be written."""
-        is_long = sounds[0].shape[1] > self._window
-        if is_long and said.get("return_timestamps") is False:
+        is_long, times = sounds[0].shape[1] > self._window, said.get("return_timestamps")
+        if is_long and times is False:
             raise InputError(
                 f"These sounds have {sounds[0].shape[1]} frames, more than the {self._window} that the model hears at "
                 f"a time: where it listens on follows from times that it writes. Pass return_timestamps=True, or cut "
                 f"them."
             )
-        judged = ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "condition_on_prev_tokens")
-        asked = is_long or said.get("return_timestamps") or any(said.get(name) is not None for name in judged)
         silent = said.get("no_timestamps_token_id")
         has_times = silent is not None and silent + 1 < self._vocabulary_size()
-        if (is_long or said.get("return_timestamps")) and not has_times:
+        if (is_long or times) and not has_times:
+            fix = "Pass return_timestamps=False."
+            if is_long:
+                fix = (
+                    f"So it hears no more than {self._window} frames, and these are {sounds[0].shape[1]}: cut them, or "
+                    f"give a pipeline truncation=True."
+                )
             raise InputError(
-                "This checkpoint has no tokens for times, by no_timestamps_token_id of its generation_config.json. "
-                "Pass return_timestamps=False, and no more than 30 seconds."
+                f"This checkpoint has no tokens for times, by no_timestamps_token_id of its generation_config.json. "
+                f"{fix}"
             )
+        judged = ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "condition_on_prev_tokens")
+        asked = is_long or times or any(said.get(name) is not None for name in judged)
         return bool(asked or isinstance(said.get("temperature"), list | tuple))
 
-    def _sound_lengths(self, sounds: Sequence[Array], mask: Any) -> list[int]:
+    def _sound_lengths(self, sounds: Sequence[Frames], mask: Any) -> list[int]:
         """The frames of each sound that are heard."""
         whole = sounds[0].shape[1]
         if len(sounds) == 1 or whole <= self._window:
@@ -256,41 +288,21 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
     def _listen_to_all(
         self,
         given: Any,
-        sounds: Sequence[Array],
-        lengths: Sequence[int],
+        sounds: Sequence[Frames],
+        mask: Any,
         config: GenerationConfig,
         said: Mapping[str, Any],
         functions: Mapping[str, Any],
         monitor: Any,
-    ) -> list[list[Segment]]:
-        """The segments of each sound."""
+        return_segments: bool,
+    ) -> Any:
+        """generate()'s answer to sounds that are heard window by window."""
         if (config.num_return_sequences or 1) > 1:
             raise InputError("num_return_sequences above 1 is not done for sounds that are heard in windows; pass 1.")
-        temperature = said.get("temperature")
-        temperatures = temperature if isinstance(temperature, list | tuple) else [temperature]
-        prompt = [] if said["prompt_ids"] is None else as_ids(
-            to_numpy(said["prompt_ids"]), self._vocabulary_size(), "prompt_ids", ("length",)
-        ).tolist()  # fmt: skip
-        kind = said["prompt_condition_type"] or "first-segment"
-        if kind not in ("first-segment", "all-segments"):
-            raise InputError(f"prompt_condition_type must be 'first-segment' or 'all-segments', not {kind!r}.")
-        if said.get("no_speech_threshold") is not None and said.get("logprob_threshold") is None:
-            raise InputError("no_speech_threshold leaves out unlikely answers: pass logprob_threshold, too; -1.0, say.")
-        starts = self._make_prompts([sound[:, : self._window] for sound in self._padded(sounds)], config, said)
-        previous = said.get("prev_sot_token_id")
-        if previous is None and len(config.suppress_tokens or ()) >= 2:
-            previous = config.suppress_tokens[-2]  # type: ignore[index]
-        if prompt and kind == "first-segment" and prompt[0] == previous and said.get("condition_on_prev_tokens"):
-            prompt = prompt[1:]
-        common = {
-            "prompt": prompt, "prompts_all": kind == "all-segments", "previous": previous,
-            "continues": bool(said.get("condition_on_prev_tokens")), "temperatures": temperatures,
-            "most_compressed": said.get("compression_ratio_threshold"), "least_likely": said.get("logprob_threshold"),
-            "silence": said.get("no_speech_threshold"), "silent": said.get("no_timestamps_token_id"),
-            "latest_first": said.get("max_initial_timestamp_index"), "vocabulary": self._vocabulary_size(),
-            "positions": self.config["max_target_positions"],
-            "writes_times": said["return_timestamps"],
-        }  # fmt: skip
+        lengths, is_long = self._sound_lengths(sounds, mask), sounds[0].shape[1] > self._window
+        said = {**said, "return_timestamps": bool(said.get("return_timestamps")) or is_long}
+        common = self._listening_settings(config, said)
+        starts = self._make_prompts(self._first_windows(sounds), config, said)
         found = []
         settings = replace(config, return_dict_in_generate=True, output_scores=True)
         check_seeds(config.seed, len(sounds))
@@ -301,7 +313,34 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
                 tell = (lambda seek, most=length: monitor(np.array([[seek, most]]))) if monitor else lambda seek: None
                 asks = self._asker(given, functions)
                 found.append(listen(sound, length, self._window, how, asks, self._silence_of(how), tell))
-        return found
+        return self._combine_segments(given, found, config, return_segments)
+
+    def _listening_settings(self, config: GenerationConfig, said: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of Listening that are those of all sounds."""
+        temperature = said.get("temperature")
+        temperatures = temperature if isinstance(temperature, list | tuple) else [temperature]
+        prompt = [] if said["prompt_ids"] is None else as_ids(
+            to_numpy(said["prompt_ids"]), self._vocabulary_size(), "prompt_ids", ("length",)
+        ).tolist()  # fmt: skip
+        kind = said["prompt_condition_type"] or "first-segment"
+        if kind not in ("first-segment", "all-segments"):
+            raise InputError(f"prompt_condition_type must be 'first-segment' or 'all-segments', not {kind!r}.")
+        if said.get("no_speech_threshold") is not None and said.get("logprob_threshold") is None:
+            raise InputError("no_speech_threshold leaves out unlikely answers: pass logprob_threshold, too; -1.0, say.")
+        previous = said.get("prev_sot_token_id")
+        if previous is None and len(config.suppress_tokens or ()) >= 2:
+            previous = config.suppress_tokens[-2]  # type: ignore[index]
+        if prompt and kind == "first-segment" and prompt[0] == previous and said.get("condition_on_prev_tokens"):
+            prompt = prompt[1:]
+        return {
+            "prompt": prompt, "prompts_all": kind == "all-segments", "previous": previous,
+            "continues": bool(said.get("condition_on_prev_tokens")), "temperatures": temperatures,
+            "most_compressed": said.get("compression_ratio_threshold"), "least_likely": said.get("logprob_threshold"),
+            "silence": said.get("no_speech_threshold"), "silent": said.get("no_timestamps_token_id"),
+            "latest_first": said.get("max_initial_timestamp_index"), "vocabulary": self._vocabulary_size(),
+            "positions": self.config["max_target_positions"],
+            "writes_times": said["return_timestamps"],
+        }  # fmt: skip
 
     def _asker(self, given: Any, functions: Mapping[str, Any]) -> Any:
         """What answers a window; each draws by a seed of its own."""
@@ -339,42 +378,47 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         if not (return_segments or config.return_dict_in_generate):
             return sequences
         told = [
-            [{"start": each.start, "end": each.end, "tokens": convert_like(given, np.array(each.tokens, np.int64))}
-             for each in segments]
+            [{"start": each.start, "end": each.end, "tokens": convert_like(given, np.array(each.tokens, np.int64)),
+              "result": convert_like(given, np.array(each.result, np.int64))} for each in segments]
             for segments in found
         ]  # fmt: skip
         return ModelOutput(sequences=sequences, segments=told)
 
-    def _padded(self, sounds: Sequence[Array]) -> list[Array]:
-        """Sounds at least as long as a window."""
-        short = self._window - sounds[0].shape[1]
-        return [np.pad(sound, ((0, 0), (0, short))) for sound in sounds] if short > 0 else list(sounds)
+    def _first_windows(self, sounds: Sequence[Frames]) -> list[Array]:
+        """The beginnings of sounds, filled up to a window."""
+        short = max(0, self._window - sounds[0].shape[1])
+        return [np.pad(sound[:, : self._window], ((0, 0), (0, short))) for sound in sounds]
 
     def _finish_answer(self, tokens: list[int], config: GenerationConfig) -> list[int]:
-        return self._cut_at_last_segment(
-            tokens[:-1] if tokens[-1] in config.eos_ids else tokens, self._speech_settings(config)
-        )
+        ended = tokens[:-1] if tokens[-1] in config.eos_ids else tokens
+        heard = self._cut_at_last_segment(ended, self._speech_settings(config))
+        # As in transformers, scores and the like are of all tokens.
+        return tokens if config.returns_outputs else heard
 
     def _cut_at_last_segment(self, tokens: list[int], said: Mapping[str, Any]) -> list[int]:
         """Cut an answer at its last two timestamps in a row, which end a segment: transformers hears the sound after
         them in a second pass. An answer of one segment, or one that closes with a single timestamp, is kept whole
-        (transformers' `_retrieve_segment`). Raises InputError where the sound goes on after the cut."""
+        (transformers' `_retrieve_segment`). Raises _SoundGoesOnError where the sound goes on after the cut."""
         silent = said.get("no_timestamps_token_id")
         if silent is None:
             return tokens
         segments, heard = split_segments(tokens, silent + 1, 0, self._window)
         if heard < self._window:
-            raise InputError(
+            raise _SoundGoesOnError(
                 f"This model writes times without being asked, and stopped at "
                 f"{heard * SECONDS_PER_TIME / FRAMES_PER_TIME:.2f} s. Pass return_timestamps=True: then the rest is "
                 f"heard, too."
             )
         return [token for segment in segments for token in segment.tokens]
 
-    def _check_sounds(self, input_features: Any) -> list[Array]:
+    def _check_sounds(self, input_features: Any) -> Sequence[Frames]:
         """Spectrograms [mels, frames], however long."""
-        features = np.asarray(to_numpy(input_features))
         mels, window = self._encoders[self._window].inputs["input_features"].shape[1:]
+        if isinstance(input_features, Spectrogram):
+            if input_features.shape[0] != mels:
+                raise InputError(f"The spectrogram has {input_features.shape[0]} mels; the model takes {mels}.")
+            return [input_features]
+        features = np.asarray(to_numpy(input_features))
         if features.ndim != 3 or features.shape[1] != mels or not features.size or features.dtype.kind != "f":
             raise InputError(
                 f"input_features must be log-mel spectrograms, float32 [batch, {mels}, {window}] or longer; these are "
@@ -382,15 +426,14 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
             )
         return list(features.astype(np.float32, copy=False))
 
-    def _check_sources(self, input_features: Any) -> list[Array]:
+    def _check_sources(self, sounds: Sequence[Frames]) -> list[Array]:
         """Spectrograms that are as long as the encoder takes."""
-        sounds = self._check_sounds(input_features)
         if sounds[0].shape[1] != self._window:
             raise InputError(
                 f"input_features must be padded or cut to {self._window} frames, 30 seconds, as the checkpoint's "
                 f"feature extractor does it; these have {sounds[0].shape[1]}."
             )
-        return sounds
+        return [sound[:, :] for sound in sounds]
 
     def _run_encoder(self, source: Array) -> tuple[EncoderCall, int]:
         (call,) = self._encoders.values()
@@ -449,6 +492,10 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
         ids = np.full((len(sources), 1), start)
         logits = self._score_rows(sources, ids, as_mask(None, ids))[:, 0]
         return [languages[int(values[languages].argmax())] for values in logits]
+
+
+class _SoundGoesOnError(InputError):
+    """An answer ends, by its times, before its sound does."""
 
 
 def _not_none(**named: Any) -> dict[str, Any]:

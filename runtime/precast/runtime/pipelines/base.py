@@ -172,11 +172,12 @@ class Pipeline:
         items = iter(inputs) if isinstance(inputs, Iterable) else (inputs[index] for index in range(len(inputs)))
         total, start = len(inputs) if hasattr(inputs, "__len__") else None, 0
         while part := list(islice(items, size)):
-            yield from self._run_steps(part, before, self._options_of(within, start, len(part), total), after)
+            places = range(start, start + len(part))
+            yield from self._run_steps(part, before, self._options_of(within, places, total), after)
             start += len(part)
 
-    def _options_of(self, options: dict[str, Any], start: int, count: int, total: int | None) -> dict[str, Any]:
-        """The options of `forward` for `count` inputs from the `start`th of all, whose number may not be known."""
+    def _options_of(self, options: dict[str, Any], places: Sequence[int], total: int | None) -> dict[str, Any]:
+        """The options of `forward` for the inputs at these places among all, whose number may not be known."""
         return options
 
     def _part_files(self, part: str) -> tuple[Path, Readable]:

@@ -20,6 +20,7 @@ __all__ = [
     "Text2TextGenerationPipeline",
     "TextGenerationPipeline",
     "TranslationPipeline",
+    "details_of",
 ]
 
 _ROWS = (
@@ -46,10 +47,10 @@ class GeneratingPipeline(Pipeline):
         parts, details, start = [], [], 0
         for rows in self._batch_slices(batch):
             count = len(next(iter(rows.values())))
-            own = self._options_of(options, start, count, len(batch.inputs))
+            own = self._options_of(options, range(start, start + count), len(batch.inputs))
             found = self._generate_slice(rows, own)
             parts.append(found["sequences"])
-            details += _details_of(found)
+            details += details_of(found)
             start += count
         width = max(part.shape[1] for part in parts)
         pad = self.tokenizer.token_id("pad") or self.tokenizer.token_id("eos") or 0
@@ -66,14 +67,14 @@ class GeneratingPipeline(Pipeline):
         found = self.model.generate(**rows, **asked)
         return dict(found) if isinstance(found, ModelOutput) else {"sequences": found}
 
-    def _options_of(self, options: dict[str, Any], start: int, count: int, total: int | None) -> dict[str, Any]:
-        """Options of these inputs: of those that have a row for each, their rows."""
-        found = {name: _rows_of(name, options[name], start, count, total) for name in _ROWS if name in options}
+    def _options_of(self, options: dict[str, Any], places: Sequence[int], total: int | None) -> dict[str, Any]:
+        """Options of the inputs at these places: of those that have a row for each, their rows."""
+        found = {name: _rows_of(name, options[name], places, total) for name in _ROWS if name in options}
         if callable(allowed := options.get("prefix_allowed_tokens_fn")):
             # It is told which input it is asked about.
-            found["prefix_allowed_tokens_fn"] = lambda index, tokens: allowed(start + index, tokens)
+            found["prefix_allowed_tokens_fn"] = lambda index, tokens: allowed(places[index], tokens)
         if isinstance(nested := options.get("generate_kwargs"), dict):
-            found["generate_kwargs"] = self._options_of(nested, start, count, total)
+            found["generate_kwargs"] = self._options_of(nested, places, total)
         return {**options, **found}
 
     @classmethod
@@ -293,8 +294,8 @@ class TranslationPipeline(Text2TextGenerationPipeline):
     task = "translation"
 
 
-def _rows_of(name: str, value: Any, start: int, count: int, total: int | None) -> Any:
-    """The rows of `count` inputs from the `start`th: of a value with one for each, or with one for all.
+def _rows_of(name: str, value: Any, places: Sequence[int], total: int | None) -> Any:
+    """The rows of the inputs at these places: of a value with one for each, or with one for all.
 
     Raises InputError for another number of them.
     """
@@ -302,14 +303,15 @@ def _rows_of(name: str, value: Any, start: int, count: int, total: int | None) -
         return value
     rows = list(value if isinstance(value, list | tuple) else to_numpy(value))
     if len(rows) == 1:
-        return rows * count
-    if len(rows) < start + count or len(rows) != (total or len(rows)):
-        there = f"{start + count} or more" if total is None else total
+        return rows * len(places)
+    count = max(places) + 1
+    if len(rows) < count or len(rows) != (total or len(rows)):
+        there = f"{count} or more" if total is None else total
         raise InputError(f"{name} has {len(rows)} rows; there are {there} inputs. Give one for each, or one for all.")
-    return rows[start : start + count]
+    return [rows[place] for place in places]
 
 
-def _details_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def details_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What generate() returned of each row besides its tokens, as lists."""
     count = len(found["sequences"])
     steps = {name: np.stack(value, 1) if isinstance(value, tuple) else value for name, value in found.items()}

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
+from ..inputs.spectrogram import Spectrogram
+
 __all__ = ["LogMel"]
 
 Array = np.ndarray[Any, Any]
@@ -17,6 +19,8 @@ _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 _LARGEST = 1 << 27
 _HIGHEST_FREQUENCY = 8000.0
 _QUIETEST = 1e-10
+_FRAMES = 3000
+"""Of a long sound so many are computed at a time, half a minute."""
 
 
 class LogMel(msgspec.Struct, frozen=True, dict=True):
@@ -55,26 +59,52 @@ class LogMel(msgspec.Struct, frozen=True, dict=True):
 
     def __call__(self, sounds: list[Array]) -> Array:
         """float32 [sounds, feature_size, frames] of sounds of at most `samples` samples each."""
-        return np.stack([self._log_mel_spectrogram(self._pad_sound(sound)) for sound in sounds])
+        return np.stack([self._short_spectrogram(self._pad_sound(sound)) for sound in sounds])
+
+    def long_spectrogram(self, sound: Array) -> Spectrogram:
+        """The spectrogram of a sound of any length, without padding, whose frames are computed when they are asked for:
+        computing all at once would take ten times the sound's memory."""
+        whole = self._add_noise(sound)
+        count = self._count_frames(whole)
+        parts = ((start, min(start + _FRAMES, count)) for start in range(0, count, _FRAMES))
+        # A first pass, for what is as good as silence depends on the loudest of the whole sound.
+        loudest = max(self._log_powers(whole, *part).max() for part in parts)
+        return Spectrogram(
+            self.feature_size, count, lambda start, stop: _scale(self._log_powers(whole, start, stop), loudest)
+        )
 
     def _pad_sound(self, sound: Array) -> Array:
         missing = self.samples - len(sound)
         pads = (missing, 0) if self.padding_side == "left" else (0, missing)
-        whole: Array = np.pad(sound.astype(np.float64), pads, constant_values=self.padding_value)
-        if self.dither:
-            # Noise, but the same for every sound and every time, so that the same sound has the same answer.
-            whole += self.dither * np.random.default_rng(0).standard_normal(len(whole))
-        return whole
+        return self._add_noise(np.pad(sound.astype(np.float64), pads, constant_values=self.padding_value))
 
-    def _log_mel_spectrogram(self, sound: Array) -> Array:
-        mirrored = np.pad(sound, self.n_fft // 2, mode="reflect")
+    def _add_noise(self, sound: Array) -> Array:
+        """The sound with the file's dither: the same for every sound and every time, so that the same sound has the
+        same answer."""
+        if not self.dither:
+            return sound
+        noisy: Array = sound + self.dither * np.random.default_rng(0).standard_normal(len(sound))
+        return noisy
+
+    def _short_spectrogram(self, sound: Array) -> Array:
+        log = self._log_powers(sound, 0, self._count_frames(sound))
+        return _scale(log, log.max())
+
+    def _count_frames(self, sound: Array) -> int:
         # As in Whisper, the last frame is left out.
-        frames = np.lib.stride_tricks.sliding_window_view(mirrored, self.n_fft)[:: self.hop_length][:-1]
+        return (len(sound) + self.n_fft // 2 * 2 - self.n_fft) // self.hop_length
+
+    def _log_powers(self, sound: Array, start: int, stop: int) -> Array:
+        """The logarithms of these frames' powers, float64 [feature_size, stop - start]."""
+        first = start * self.hop_length - self.n_fft // 2
+        # What lies before the sound's beginning and after its end is its mirror image.
+        places = np.abs(np.arange(first, first + (stop - start - 1) * self.hop_length + self.n_fft))
+        mirrored = sound[np.minimum(places, 2 * (len(sound) - 1) - places)].astype(np.float64)
+        frames = np.lib.stride_tricks.sliding_window_view(mirrored, self.n_fft)[:: self.hop_length]
         window = np.hanning(self.n_fft + 1)[:-1]
         powers = np.abs(np.fft.rfft(frames * window)) ** 2
-        log = np.log10(np.maximum(powers @ self._mel_filters, _QUIETEST)).T
-        scaled: Array = (np.maximum(log, log.max() - 8) + 4) / 4
-        return scaled.astype(np.float32)
+        log: Array = np.log10(np.maximum(powers @ self._mel_filters, _QUIETEST)).T
+        return log
 
     @cached_property
     def _mel_filters(self) -> Array:
@@ -87,6 +117,11 @@ class LogMel(msgspec.Struct, frozen=True, dict=True):
         areas = (centres[2:] - centres[:-2]) / 2
         filters: Array = np.maximum(0, np.minimum(rising, falling)) / areas
         return filters
+
+
+def _scale(log: Array, loudest: float) -> Array:
+    scaled: Array = (np.maximum(log, loudest - 8) + 4) / 4
+    return scaled.astype(np.float32)
 
 
 # Slaney's scale (Auditory Toolbox, 1998): even up to 1000 Hz, 200 / 3 Hz to a mel, and even in their logarithm above,

@@ -12,7 +12,6 @@ import base64
 import inspect
 import io
 import os
-import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,8 +25,11 @@ import numpy as np
 from ..artifact.published_json import parse_object, select
 from ..errors import ArtifactError, FormatError, InputError, PrecastError, UsageError
 from ..inputs.companions import Readable, companions_at, write_processor_files
+from ..inputs.spectrogram import Spectrogram
+from ..inputs.tensors import to_numpy
 from .image_processing import find_class, read_rules
 from .log_mel import LogMel
+from .sound_files import as_samples, read_wave
 
 __all__ = ["ImageProcessor", "SoundProcessor", "open_image", "interpolate"]
 
@@ -230,6 +232,15 @@ class SoundProcessor:
             return int(self.config.get("max_length_s", 10)) * self.rate
         return None
 
+    @property
+    def hears_long(self) -> bool:
+        """Whether `spectrogram` makes one of sounds longer than `longest`."""
+        return self.kind == "WhisperFeatureExtractor"
+
+    def spectrogram(self, sound: Array) -> Spectrogram:
+        """Whisper's log-mel spectrogram of a sound of any length, computed window by window as it is heard."""
+        return self._log_mel.long_spectrogram(sound)
+
     def __call__(self, sounds: list[Array]) -> dict[str, Array]:
         """`input_values` float32 [sounds, samples] with `attention_mask`, Whisper's `input_features` float32 [sounds,
         mels, frames], or what transformers' extractor makes.
@@ -282,15 +293,14 @@ class SoundProcessor:
         if isinstance(given, dict) and "sampling_rate" in given and given.keys() & {"raw", "array"}:
             given, rate = given.get("raw", given.get("array")), given["sampling_rate"]
         elif isinstance(given, str | Path):
-            given, rate = _read_wave(Path(given))
-        if not isinstance(given, np.ndarray) or given.ndim != 1 or not given.size:
-            raise InputError(
-                f'A sound is a .wav file, an array [samples], or {{"raw": array, "sampling_rate": n}}; this is '
-                f"{given!r:.80}."
-            )
+            given, rate = read_wave(Path(given), self.rate)
+        samples = as_samples(to_numpy(given))
         if rate != self.rate:
-            raise InputError(f"The sound has {rate} samples per second; the model takes {self.rate}. Resample it.")
-        return given.astype(np.float32)
+            raise InputError(
+                f"The sound has {rate} samples per second; the model takes {self.rate}. Resample it: "
+                f"ffmpeg -i FILE -ac 1 -ar {self.rate} sound.wav, or torchaudio.functional.resample of an array."
+            )
+        return samples
 
 
 def _truncates_by_default(extractor: Any) -> bool:
@@ -303,23 +313,6 @@ def _normalize_sound(sound: Array) -> Array:
     """Scale a sound to mean 0 and variance 1, as wav2vec 2.0 was trained."""
     result: Array = (sound - sound.mean()) / np.sqrt(sound.var() + 1e-7)
     return result
-
-
-def _read_wave(path: Path) -> tuple[Array, int]:
-    try:
-        with wave.open(str(path)) as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
-    except (OSError, EOFError, wave.Error) as error:
-        raise InputError(f"{path} cannot be read as a .wav file: {error}. Give an array of samples instead.") from error
-    if width == 1:
-        values = raw.astype(np.float32) / 128 - 1
-    else:
-        # Little-endian samples of any width, moved to the top of 32 bits.
-        wide = np.zeros((len(raw) // width, 4), np.uint8)
-        wide[:, 4 - width :] = raw.reshape(-1, width)
-        values = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
-    return values.reshape(-1, channels).mean(1), rate
 
 
 def _read_settings(path: Path, files: Readable, what: str, *parts: str) -> dict[str, Any]:
