@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import wave
+from contextlib import suppress
 from types import SimpleNamespace
 from unittest import mock
 
@@ -587,6 +589,123 @@ def test_sound_files(tmp_path, width, channels):
         file.writeframes(raw)
     found = SoundProcessor(tmp_path).open_sound(tmp_path / "sound.wav")
     assert np.abs(found - wanted).max() < 2 ** (2 - 8 * min(width, 3))
+
+
+def write_wave(path, frames, *, rate=16000, channels=1, width=2, told=None):
+    """A .wav file of whole numbers [frames, channels], whose header says `told` bytes of sound."""
+    data = np.asarray(frames, "<i2").tobytes()
+    size = len(data) if told is None else told
+    form = struct.pack(
+        "<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, rate * channels * width, channels * width, 8 * width
+    )
+    whole = b"WAVE" + form + struct.pack("<4sI", b"data", size) + data
+    path.write_bytes(b"RIFF" + struct.pack("<I", min(size + 36, 2**32 - 1)) + whole)
+    return path
+
+
+BAD_WAVES = [
+    ({"told": 64}, "is cut off: its header says 32 samples, and it holds 16"),
+    ({"told": 31}, None),
+    ({"told": 2**32 - 1}, None),
+    ({"told": 0x7FFFF000}, None),
+    ({"told": 2**30}, f"header says {2**29} samples, and it holds 16"),
+    ({"told": 0}, "holds no samples"),
+    ({"frames": []}, "holds no samples"),
+    ({"channels": 0}, "cannot be read as a .wav file: bad # of channels"),
+    ({"channels": 3}, None),
+    ({"width": 8}, "has samples of 64 bits; up to 32"),
+    ({"rate": 44100}, "has 44100 samples per second; the model takes 16000.*ffmpeg -i FILE -ac 1 -ar 16000"),
+    ({"rate": 0}, "has 0 samples per second"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_WAVES, ids=range(len(BAD_WAVES)))
+def test_files_that_lie_are_refused_or_read_to_their_end(tmp_path, changes, message):
+    """A header of a sound that was written into a pipe says the largest number there is."""
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    path = write_wave(tmp_path / "sound.wav", **{"frames": np.arange(16), **changes})
+    ours = SoundProcessor(tmp_path)
+    if message is None:
+        found = ours.open_sound(path)
+        whole = np.arange(min(16, changes.get("told", 32) // 2)) / 32768
+        size = changes.get("channels", 1)
+        assert np.allclose(found, whole[: len(whole) // size * size].reshape(-1, size).mean(1))
+    else:
+        with pytest.raises(InputError, match=message):
+            ours.open_sound(path)
+
+
+def test_no_wave_file_makes_a_traceback(tmp_path):
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    path, ours = tmp_path / "sound.wav", SoundProcessor(tmp_path)
+    good = write_wave(path, np.arange(70)).read_bytes()
+
+    @given(cut=st.integers(0, 200), data=st.binary(max_size=12), at=st.integers(0, 60))
+    @settings(max_examples=200, deadline=None)
+    def read_or_refuse(cut, data, at):
+        whole = bytearray(good)
+        whole[at : at + len(data)] = data
+        path.write_bytes(whole[:cut])
+        with suppress(InputError):
+            assert ours.open_sound(path).ndim == 1
+
+    read_or_refuse()
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        (np.zeros(0, np.float32), "A sound is a .wav file"),
+        ([], "list of inputs is empty"),
+        (None, "A sound is a .wav file"),
+        (np.zeros((2, 2, 9), np.float32), "A sound is a .wav file"),
+        (np.zeros((900, 2), np.float32), r"900x2 values, and of \[channels, samples\] there are two .* Transpose it"),
+        (np.zeros(900, np.int16), r"array of int16.*Give sound.astype\('float32'\) / 32768"),
+        (np.r_[TONE[:9], np.nan, TONE], "Sample 9 of the sound is nan"),
+        (np.r_[TONE[:3], -np.inf, np.inf], "Sample 3 of the sound is -inf"),
+        (np.array([0.0, 0.1, 0.2, 1e300]), "Sample 3 of the sound is inf"),
+        ({"raw": TONE, "sampling_rate": 8000}, "8000 samples per second; the model takes 16000. Resample it"),
+        ("none.mp3", "none.mp3 cannot be read as a .wav file.*Convert it"),
+    ],
+    ids=range(11),
+)
+def test_sounds_that_are_none_are_refused(speaking, given_, message):
+    with pytest.raises(InputError, match=message):
+        speaking[1](given_)
+
+
+def test_two_channels_are_heard_as_one(speaking):
+    """As by transformers' pipeline, which takes them first; and tensors are taken."""
+    eager, ours, _ = speaking
+    both = np.stack([speech.sound(3), speech.sound(3, 1)])
+    expected = eager(both.copy(), num_beams=1, return_timestamps=True)
+    assert ours(both, return_timestamps=True) == expected
+    assert ours(torch.from_numpy(both.mean(0)), return_timestamps=True) == expected
+
+
+def test_a_long_sound_takes_the_memory_of_its_samples(tmp_path):
+    """Ten minutes: 38 MB as float32, whose spectrogram of 128 mels would take 31 MB, and its frames 190 MB."""
+    transformers.WhisperFeatureExtractor(feature_size=128).save_pretrained(tmp_path)
+    path, minute = tmp_path / "long.wav", (speech.sound(60) * 9000).astype("<i2").tobytes()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(speech.RATE)
+        for _ in range(10):
+            file.writeframes(minute)
+    code = f"""
+import resource
+from pathlib import Path
+from precast.runtime.pipelines.processors import SoundProcessor
+ours = SoundProcessor(Path({str(tmp_path)!r}))
+ours.spectrogram(ours.open_sound({{"raw": __import__("numpy").ones(500000), "sampling_rate": 16000}}))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = ours.spectrogram(ours.open_sound({str(path)!r}))
+assert found.shape == (128, 60000)
+assert found[:, 57000:].shape == (128, 3000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    samples = 600 * speech.RATE * 4 / 1024
+    assert int(done.stdout) < 1.5 * samples
 
 
 IMAGE = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "do_resize": True, "resample": 3,

@@ -39,10 +39,11 @@ class Files:
     fail_fast: bool
 
     @classmethod
-    def pop(cls, options: dict[str, Any]) -> Files:
-        """Take these options out of a command's. Raises click.UsageError for some that mean nothing without others."""
+    def pop(cls, options: dict[str, Any], *, may_force: bool = False) -> Files:
+        """Take these options out of a command's; `may_force` where --force is of another file, too. Raises
+        click.UsageError for some that mean nothing without others."""
         files = cls(**{name: options.pop(name) for name in cls.__dataclass_fields__})
-        if files.output_file is None and (files.resume or files.force):
+        if files.output_file is None and (files.resume or (files.force and not may_force)):
             raise click.UsageError("--resume and --force are of an output file; give --output-file.")
         return files
 
@@ -73,7 +74,7 @@ def file_options(*aliases: str) -> Callable[[F], F]:
                              help="Write the answers there, in the order of the rows: .jsonl, .json, or .txt to read."),
                 click.option("--resume", is_flag=True,
                              help="Go on with an output file that was interrupted; begin where there is none."),
-                click.option("--force", is_flag=True, help="Replace the output file."),
+                click.option("--force", is_flag=True, help="Replace a file that is there."),
                 click.option("--fail-fast", is_flag=True,
                              help="End at the first row that cannot be answered, instead of noting its reason."),
             ]

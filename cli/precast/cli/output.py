@@ -22,7 +22,7 @@ import click
 from precast.runtime.terminal import escaped_json, printable
 
 __all__ = [
-    "Progress", "describe_progress", "echo", "echo_answer", "json_text", "note", "print_json", "run_cli",
+    "Progress", "bar", "describe_progress", "echo", "echo_answer", "json_text", "note", "print_json", "run_cli",
     "step_reporter",
 ]  # fmt: skip
 
@@ -180,7 +180,7 @@ def step_reporter(quiet: bool) -> Callable[[str], AbstractContextManager[Progres
             yield _no_progress
             return
         started = time.perf_counter()
-        with _bar(name) as progress:
+        with bar(name) as progress:
             yield progress
         note(f"  {name:<10} {time.perf_counter() - started:6.1f} s")
 
@@ -192,7 +192,8 @@ def _no_progress(done: int, total: int, what: str = "") -> None:
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Progress]:
+def bar(name: str) -> Iterator[Progress]:
+    """Show a step's bar on a terminal while it runs."""
     if not sys.stderr.isatty():
         yield _no_progress
         return
@@ -200,12 +201,12 @@ def _bar(name: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task, started = bar.add_task(name, total=None), time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task, started = shown.add_task(name, total=None), time.perf_counter()
 
         def progress(done: int, total: int, what: str = "") -> None:
             said = describe_progress(name, done, total, what, time.perf_counter() - started)
-            bar.update(task, description=said, completed=done, total=total)
+            shown.update(task, description=said, completed=done, total=total)
 
         yield progress
 

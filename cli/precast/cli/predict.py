@@ -11,6 +11,7 @@ from .batch import Files, answer, file_options, read_input
 from .inputs import read_lines
 from .options import json_option, model_options, parse_settings, quiet_option, setting_option
 from .output import json_text, print_json
+from .subtitles import Hearing, subtitle_option
 
 __all__ = ["command"]
 
@@ -26,6 +27,7 @@ __all__ = ["command"]
 @click.option("--labels", metavar="A,B", help="For zero-shot classification: the labels to choose from.")
 @click.option("--top", type=click.IntRange(min=1), help="How many answers to show.")
 @setting_option("Of the task's pipeline, as aggregation_strategy=simple; repeatable.")
+@subtitle_option
 @model_options
 @json_option
 @quiet_option
@@ -37,6 +39,7 @@ def command(
     labels: str | None,
     top: int | None,
     settings: tuple[str, ...],
+    subtitles: Path | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -51,7 +54,8 @@ def command(
 
     if "" in texts:
         raise click.UsageError("--text is empty; give at least one character.")
-    files = Files.pop(options)
+    files = Files.pop(options, may_force=subtitles is not None)
+    hearing = Hearing(subtitles, files.force, texts if files.input_file is None else (), quiet)
     # A file is read at once, so that what is wrong with it is known before a model is opened.
     rows = [] if files.is_streamed else read_input(files, texts)
     reads_input = files.is_streamed and (files.input_file is not None or not texts)
@@ -69,7 +73,7 @@ def command(
         return
     answers = []
     for text in chain(texts, lines):
-        found = {"input": text, "answer": _to_json(pipe(_make_input(opened, question, text), **asked))}
+        found = {"input": text, "answer": _to_json(hearing.ask(pipe, _make_input(opened, question, text), asked))}
         if as_json:
             answers.append(found)
         else:

@@ -32,8 +32,10 @@ def read_wave(path: Path, wanted: int) -> tuple[Array, int]:
                 raise InputError(f"{path} has samples of {8 * width} bits; up to 32 can be read. {convert}")
             samples = _read_samples(file, width, channels)
             rate = file.getframerate()
-    except (OSError, EOFError, wave.Error) as error:
-        raise InputError(f"{path} cannot be read as a .wav file: {error or 'it ends early'}. {convert}") from error
+    except (OSError, EOFError, RuntimeError, wave.Error) as error:
+        # The library says nothing of a file that ends within its header.
+        said = str(error) or "it is cut off"
+        raise InputError(f"{path} cannot be read as a .wav file: {said}. {convert}") from error
     if len(samples) < told and told * width * channels < _UNKNOWN:
         raise InputError(
             f"{path} is cut off: its header says {told} samples, and it holds {len(samples)}. Make the file anew, or "
@@ -82,9 +84,11 @@ def as_samples(given: Any) -> Array:
             f"The sound is an array of {given.dtype}, and samples are numbers from -1 to 1. Give "
             f"sound.astype('float32') / 32768 of what has 16 bits."
         )
-    samples = (given.mean(0) if given.ndim == 2 else given).astype(np.float32, copy=False)
-    # A sum, which needs no memory, is no number where any of them is none.
-    if not np.isfinite(samples.sum(dtype=np.float64)):
+    with np.errstate(over="ignore", invalid="ignore"):
+        samples = (given.mean(0) if given.ndim == 2 else given).astype(np.float32, copy=False)
+        # It needs no memory, and is no number where any of them is none.
+        total = samples.sum(dtype=np.float64)
+    if not np.isfinite(total):
         place = int(np.argmin(np.isfinite(samples)))
         raise InputError(f"Sample {place} of the sound is {samples[place]}, no number; clean it first.")
     return samples
