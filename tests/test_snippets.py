@@ -21,6 +21,7 @@ import numpy as np
 import pieces
 import pytest
 import snippets
+import speech
 import tiny
 import transformers
 from fakehub import FakeHub
@@ -52,7 +53,7 @@ def local(checkpoint, artifact, tmp_path_factory):
         "HuggingFaceTB/SmolLM2-135M-Instruct": llama,
         "sentence-transformers/all-MiniLM-L6-v2": lambda: _sentences(root / "minilm"),
         "Helsinki-NLP/opus-mt-de-en": lambda: _marian(root / "marian"),
-        "openai/whisper-tiny": lambda: _whisper(root / "whisper"),
+        "openai/whisper-tiny": lambda: speech.whisper(root / "whisper"),
         "user/ner": ner,
         "build/models/SmolLM2-135M-Instruct.Q4_1.gguf": llama,
         "MODEL": llama,
@@ -92,19 +93,6 @@ def _marian(path: Path) -> Path:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (path / name).unlink()
         pieces.marian(path)
-    return path
-
-
-def _whisper(path: Path) -> Path:
-    """It hears a second."""
-    config = transformers.WhisperConfig(
-        vocab_size=tiny.VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, max_source_positions=50,
-        max_target_positions=24, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    if not path.exists():
-        tiny.save_checkpoint(path, config, transformers.AutoModelForSpeechSeq2Seq)
-        transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(path)
     return path
 
 
