@@ -374,17 +374,20 @@ def test_named_outputs_are_of_whole_rows(whisper, beams):
     source, model = whisper
     eager = oracle.eager(source, "WhisperForConditionalGeneration")
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "num_beams": beams,
-             "eos_token_id": 2, "language": "fr", "max_new_tokens": 12}  # fmt: skip
+             "eos_token_id": [2, *range(200, 300)], "language": "fr", "max_new_tokens": 12}  # fmt: skip
+    ended = 0
     for row in range(4):
         with torch.inference_mode():
             expected = eager.generate(torch.from_numpy(FEATURES[row : row + 1]), **asked)
         found = model.generate(FEATURES[row : row + 1], **asked)
         assert found.sequences.tolist() == expected.sequences.tolist()
         assert len(found.scores) == len(expected.scores)
+        ended += found.sequences.shape[1] < 4 + 12
         for ours, theirs in zip(found.logits, expected.logits, strict=True):
             assert np.abs(ours[: len(theirs)] - theirs.numpy()).max() < 1e-3
         if beams > 1:
             assert found.beam_indices.tolist() == expected.beam_indices.tolist()
+    assert ended or beams > 1, "or there is no end to be kept"
 
 
 BEFORE = np.array([11, 12, 13])
