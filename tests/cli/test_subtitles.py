@@ -99,7 +99,7 @@ def test_subtitles_are_written_in_the_form_of_their_suffix(run, made, tmp_path):
         (("--subtitles", "no/told.srt"), 2, "there is no directory no"),
         (("--subtitles", "told.srt", "--text", "{sound}"), 2, "those of one sound"),
         (("--subtitles", "told.srt", "--option", "return_timestamps=false"), 2, "needs times; leave out"),
-        (("--force",), 2, "--force is for --subtitles FILE"),
+        (("--force",), 2, "--resume and --force are of an output file"),
         (("--option", "return_timestamps=word"), 2, "times of single words"),
         (("--option", "chunk_length_s=30"), 2, "window by window"),
     ],
