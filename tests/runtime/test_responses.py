@@ -313,7 +313,8 @@ def test_a_tokenizer_reads_texts_ids_and_lists(tokenizer):
     ids = opened.encode("Well.", add_special_tokens=False)
     for given_ in (ids, np.array(ids), torch.tensor(ids)):
         assert opened.parse_response(given_, prefix="") == message
-    assert opened.parse_response("!", prefix=ids)["content"] == "Well.!"
+    prompt = opened.encode("Hi<|im_start|>assistant\nWell.", add_special_tokens=False)
+    assert opened.parse_response("!", prefix=prompt)["content"] == "Well.!"
     assert opened.parse_response(np.array([ids, ids]), prefix="") == [message, message]
     with pytest.raises(InputError, match=r"needs prefix=.*prefix=\"\""):
         opened.parse_response(answer)
@@ -321,6 +322,20 @@ def test_a_tokenizer_reads_texts_ids_and_lists(tokenizer):
         opened.parse_response(["a", "b"], prefix=["", "", ""])
     with pytest.raises(InputError, match="A tool is a function, or its JSON schema"):
         opened.parse_response(answer, prefix="", tools=[5])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("USER: Hi ASSISTANT: ", "Hello", {"content": "Hello"}),
+        ("USER: Hi ASSISTANT: <think>\n", "hm</think>Hello", {"content": "Hello", "reasoning_content": "hm"}),
+        ("USER: <think>a</think> ASSISTANT: ", "Hello", {"content": "Hello"}),
+        ("USER: <think>a</think> ASSISTANT: <think>", "b</think>", {"content": "", "reasoning_content": "b"}),
+    ],
+)
+def test_a_prompt_that_begins_answers_in_a_way_of_its_own_is_no_part_of_them(tokenizer, prompt, answer, expected):
+    found = tokenizer("<think>").parse_response(answer, prefix=prompt)
+    assert {name: value.strip() for name, value in found.items()} == {"role": "assistant", **expected}
 
 
 def test_the_checkpoints_own_template_goes_first(tokenizer):

@@ -122,8 +122,8 @@ def family_of(chat_template: str) -> str:
 
 @cache
 def template_of(family: str) -> ResponseTemplate:
-    """The response template of a family."""
-    return ResponseTemplate(spec_of(family))
+    """The response template of a family, whose prompts may begin answers in another way than the anchors."""
+    return ResponseTemplate(spec_of(family), may_lack_anchor=True)
 
 
 def spec_of(family: str) -> Spec:

@@ -32,14 +32,18 @@ _SPELLED = {"true": True, "false": False, "null": None}
 class ResponseTemplate:
     """How a model's answers are written. `spec` is a template as transformers has it, `origin` names it in errors.
 
+    A prompt without its anchor is all part of the answer, as in transformers; or, if `may_lack_anchor`, no more of it
+    than a field that its end has opened.
+
     Raises FormatError for a template that transformers would refuse.
     """
 
-    def __init__(self, spec: Any, origin: str = "response_template") -> None:
+    def __init__(self, spec: Any, origin: str = "response_template", *, may_lack_anchor: bool = False) -> None:
         try:
             self._defaults, self._anchor, self._fields = _read(spec)
         except (ValueError, TypeError, re.error) as error:
             raise FormatError(f"{origin} is no response template: {error}.") from None
+        self._may_lack_anchor = may_lack_anchor
         self._implicit = next((each for each in self._fields if each.open is None), None)
 
     def parse(
@@ -59,7 +63,16 @@ class ResponseTemplate:
     def _begun(self, prefix: str) -> str:
         """What the prompt has of the answer."""
         ends = [found.end() for found in self._anchor.finditer(prefix)]
-        return prefix[ends[-1] :] if ends else prefix
+        if ends or not self._may_lack_anchor:
+            return prefix[ends[-1] :] if ends else prefix
+        opened = [
+            found.start()
+            for each in self._fields
+            if each.open and each.close
+            for found in each.open.finditer(prefix)
+            if not each.close.search(prefix, found.end())
+        ]
+        return prefix[max(opened) :] if opened else ""
 
 
 @dataclass(frozen=True)

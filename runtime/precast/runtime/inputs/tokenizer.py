@@ -358,6 +358,11 @@ class Tokenizer:
         return found if are_several else found[0]
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint says itself how conversations are written."""
+        return "default" in self._named_templates()
+
+    @property
     def has_response_template(self) -> bool:
         """Whether the checkpoint says itself how its answers are taken apart."""
         return self._config.get("response_template") is not None
