@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,12 +24,13 @@ __all__ = ["command"]
 @click.argument("model")
 @click.option(
     "--prompt", "prompts", multiple=True,
-    help="The text to continue; '-' or nothing reads standard input. Several are answered as the rows of a file.",
+    help="The text to continue; '-' or nothing reads standard input, but nothing on a terminal begins a chat. Several "
+    "are answered as the rows of a file.",
 )  # fmt: skip
 @file_options()
 @click.option("--max-input-tokens", type=click.IntRange(min=1), metavar="N", help="Cut longer prompts on the left.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
-@click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
+@click.option("--system", metavar="TEXT", help="With --chat, or in a chat: what the model is told first.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
@@ -104,11 +106,12 @@ def command(
 
     A file of rows gives a line of JSON for each, {"input": …, "output": …}, the answer that the row gets alone.
     """
-    if system is not None and not chat:
+    files = Files.pop(options)
+    is_chat = not (prompts or as_json or files.input_file or files.output_file) and _is_at_terminal()
+    if system is not None and not (chat or is_chat):
         raise click.UsageError("--system is part of a conversation; add --chat.")
     if "" in stops:
         raise click.UsageError("--stop is empty, which every text contains; give at least one character.")
-    files = Files.pop(options)
     asked = _generate_options({name: options.pop(name) for name in _SAMPLING}, stops, parse_settings(settings))
     asked |= _form_options(json_schema, regex, grammar, choices)
     chats = {"chat": chat, "system": system, "max_input_tokens": max_input_tokens}
@@ -120,17 +123,23 @@ def command(
         return
     if files.column or files.input_format:
         raise click.UsageError("--column and --input-format are of rows; give --input-file, '-' for standard input.")
-    prompt = prompts[0] if prompts else "-"
+    if is_chat and max_input_tokens is not None:
+        raise click.UsageError("--max-input-tokens cuts prompts, and a chat forgets nothing by itself; leave it out.")
+    prompt = None if is_chat else prompts[0] if prompts else "-"
     if prompt == "-":
         prompt = read_standard_input("the prompt")
     _answer_prompt(model, prompt, asked, assistant, session, chats, as_json, quiet, options)
 
 
+def _is_at_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def _answer_prompt(
-    model: str, prompt: str, asked: dict[str, Any], assistant: str | None, session: Path | None, chats: dict[str, Any],
-    as_json: bool, quiet: bool, options: dict[str, Any],
+    model: str, prompt: str | None, asked: dict[str, Any], assistant: str | None, session: Path | None,
+    chats: dict[str, Any], as_json: bool, quiet: bool, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Continue one prompt, token by token."""
+    """Continue one prompt, token by token; None begins a chat."""
     from precast.runtime.generation.config import default_new_tokens
 
     _check_session(session)
@@ -141,6 +150,10 @@ def _answer_prompt(
         opened.load_session(session)
     if assistant is not None:
         asked = {**asked, "assistant_model": _open_decoder(assistant, quiet, _of_any(options))}
+    if prompt is None:
+        if _run_chat(opened, asked, chats) and not is_kept:
+            opened.save_session(session)
+        return
     ids = _encode_prompt(opened, prompt, **chats)
     asked = {"max_new_tokens": default_new_tokens(opened.capacity - len(ids)), **asked}
     # All of it is prompt, whatever a special token in it pads elsewhere.
@@ -161,6 +174,12 @@ def _answer_prompt(
         opened.save_session(session)
     if not (quiet or as_json):
         note(_describe_figures(figures))
+
+
+def _run_chat(opened: Any, asked: dict[str, Any], chats: dict[str, Any]) -> bool:
+    from .chat import Conversation, run_chat
+
+    return run_chat(Conversation(opened, asked, _Clock), chats["system"], needs_template=chats["chat"])
 
 
 def _answer_rows(
