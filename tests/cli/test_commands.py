@@ -183,6 +183,23 @@ def test_mistakes_get_one_line_and_the_right_code(run, decoder, encoder, words, 
         assert json.loads(out)["error"]["message"]
 
 
+def test_inspect_counts_what_weights_take(run, artifact, checkpoint):
+    plain = artifact(checkpoint("llama"))
+    _, out, _ = run("inspect", plain)
+    assert re.search(
+        r"  memory +[\d.]+ MB of weights and buffers, about [\d.]+ MB in 8 bits, about [\d.]+ MB in 4", out
+    )
+    (memory,) = json.loads(run("inspect", plain, "--json")[1])["memory"]
+    model = CompiledModel.from_pretrained(plain, prepack=False)
+    assert memory["parameters"] + memory["buffers"] == model.get_memory_footprint()
+    assert memory["about_int4"] < memory["about_int8"] < memory["parameters"]
+    rounded = artifact(checkpoint("llama"), quantize="int8", accept_loss=True)
+    (found,) = json.loads(run("inspect", rounded, "--json")[1])["memory"]
+    assert found.keys() == {"parameters", "buffers"}
+    assert abs(memory["about_int8"] / (found["parameters"] + found["buffers"]) - 1) < 0.1
+    assert "about" not in next(line for line in run("inspect", rounded)[1].splitlines() if "  memory" in line)
+
+
 def test_inspect_tells_what_is_there(run, decoder):
     code, out, _ = run("inspect", decoder)
     assert code == 0

@@ -127,6 +127,7 @@ class FakeHub:
         repo = "([^/]+/[^/]+)"
         return [
             (r"/api/validate-yaml", lambda request: Reply({"errors": [], "warnings": []})),
+            (r"/api/whoami-v2", lambda request: Reply({"type": "user", "name": "user", "orgs": []})),
             (r"/api/repos/create", self._create),
             (rf"/api/models/{repo}", self._info),
             (rf"/api/models/{repo}/revision/([^/]+)", self._info),

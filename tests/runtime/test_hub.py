@@ -156,6 +156,46 @@ def test_one_commit_however_many_files(hub, new_user, decoder, tmp_path):
     assert len(hub.repos[REPO].commits) == 2
 
 
+PUSH_AS_THERE = """
+import sys
+from precast.runtime import CompiledModel
+from precast.runtime.errors import PrecastError, UsageError
+
+model = CompiledModel.from_pretrained(sys.argv[1])
+model.save_pretrained("saved")
+print(model.push_to_hub("saved", repository_id="user/first", use_auth_token=True))
+print(model.push_to_hub("second", token="x"))
+print(model.push_to_hub(repo_id="user/third", use_auth_token="x", endpoint=sys.argv[3]))
+CompiledModel.from_pretrained(sys.argv[2]).save_pretrained("other")
+for names, options in (
+    (["other"], {"repository_id": "user/fourth"}), ([], {}), (["a", "b", "c"], {}), ([], {"repository_id": 5}),
+    (["a"], {"repository_id": "b", "repo_id": "c"}), (["a"], {"repositoryid": "b"}),
+):
+    try:
+        model.push_to_hub(*names, **options)
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_push_as_optimum_neuron_does(hub, new_user, decoder, encoder):
+    """By the directory that was saved, the old names of arguments, and repositories of one's own without a name."""
+    done = new_user().python(PUSH_AS_THERE, decoder, encoder, hub.url)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name, line in zip(("first", "second", "third"), lines, strict=False):
+        assert line.startswith(f"{hub.url}/user/{name}/commit/")
+        assert hub.files(f"user/{name}").keys() == {*files_of(decoder), ".gitattributes"}
+    assert len(hub.repos) == 3
+    for line, words in zip(
+        lines[3:],
+        ("other does not hold this model", "it was given neither", "it was given 'a', 'b', 'c'", "it was given 5",
+         "repository_id and repo_id, which are names of the same", "Did you mean repo_id"),
+        strict=True,
+    ):  # fmt: skip
+        assert words in line
+
+
 def test_private(hub, new_user, decoder):
     for repo, flags in {"user/open": [], "user/closed": ["--private"]}.items():
         assert new_user().run("push", decoder, repo, *flags).returncode == 0

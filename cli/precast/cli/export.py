@@ -67,6 +67,7 @@ _shape = option_in("Shapes")
               help="Files named as: precast, optimum-neuron (with that library's section in config.json).")  # fmt: skip
 @click.option("--no-validate", is_flag=True, help="Do not compare with the eager model; recorded as skipped.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
+@click.option("--weights", metavar="PATH", help="File or folder of the weights, if not with MODEL's configuration.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload the artifact when it is done.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")

@@ -42,20 +42,39 @@ def command(
         for variant in artifact.contract.variants:
             verify_artifact(artifact, variant, force=True)
     runs = [None if isinstance(verdict, Accepted) else verdict.reason for verdict in verdicts]
+    memory = [_measure(artifact, variant) for variant in artifact.contract.variants]
     if as_json:
         told = [[asdict(header) for header in found] for found in headers]
         facts = {
             "path": str(artifact.path),
             "refused": runs,
             "verified": verify,
+            "memory": memory,
             **({"neffs": told} if any(told) else {}),
         }
         print_json({**facts, **msgspec.to_builtins(artifact.contract)})
         return
-    _print_facts(artifact, runs, headers, verify)
+    _print_facts(artifact, runs, headers, memory, verify)
 
 
-def _print_facts(artifact: Any, runs: list[str | None], headers: list[list[Any]], verified: bool) -> None:
+def _measure(artifact: Any, variant: Any) -> dict[str, int] | None:
+    """The bytes of a variant's tensors, and about how many they would be in 8 and 4 bits; None for files that cannot be
+    read, which opening the artifact would say."""
+    from precast.runtime.engines.footprint import measure_footprint
+    from precast.runtime.errors import ArtifactError
+
+    try:
+        found = measure_footprint(artifact, variant)
+    except ArtifactError:
+        return None
+    is_rounded = variant.quantization is not None or not found.matrices
+    rounded = {} if is_rounded else {f"about_int{bits}": found.quantized(bits) for bits in (8, 4)}
+    return {"parameters": found.parameters, "buffers": found.buffers, **rounded}
+
+
+def _print_facts(
+    artifact: Any, runs: list[str | None], headers: list[list[Any]], memory: list[Any], verified: bool
+) -> None:
     contract = artifact.contract
     rows = [
         ("path", artifact.path),
@@ -70,11 +89,12 @@ def _print_facts(artifact: Any, runs: list[str | None], headers: list[list[Any]]
         ("size", f"{sum(file.size for file in contract.files.values()) / 1e6:,.1f} MB in {len(contract.files)} files"),
         ("files", "verified" if verified else "not verified: --verify compares all with their hashes"),
     ]
-    for variant, reason, neffs in zip(contract.variants, runs, headers, strict=True):
+    for variant, reason, neffs, taken in zip(contract.variants, runs, headers, memory, strict=True):
         accuracy = variant.accuracy
         rows += [
             (f"variant {variant.name}", f"{variant.backend}, {variant.dtype}, trust tier {variant.trust}"),
             *([("  weights", variant.quantization)] if variant.quantization else []),
+            ("  memory", _describe_memory(taken)),
             *([("  key/value cache", variant.kv_cache)] if variant.kv_cache else []),
             *([("  libraries", _describe_libraries(variant))] if variant.backend == "aoti" else []),
             ("  runs here", "yes" if reason is None else f"no: {reason}"),
@@ -86,6 +106,14 @@ def _print_facts(artifact: Any, runs: list[str | None], headers: list[list[Any]]
     for name, value in rows:
         # In one line each: a value with lines of its own could pass for others.
         echo(f"{printable(name, keep=''):<27} {printable(value, keep='')}")
+
+
+def _describe_memory(taken: dict[str, int] | None) -> str:
+    if taken is None:
+        return "unknown: its files cannot be read"
+    held = taken["parameters"] + taken["buffers"]
+    rounded = [f", about {taken[name] / 1e6:,.1f} MB in {name[-1]} bits" for name in taken if name.startswith("about")]
+    return f"{held / 1e6:,.1f} MB of weights and buffers{''.join(rounded)}"
 
 
 def _describe_libraries(variant: Any) -> str:

@@ -31,8 +31,8 @@ from .options import AUTO, ExportOptions
 __all__ = ["export_once"]
 
 _NAME = re.compile(r"[\w.-]+")
-_WITHOUT_EFFECT = ("token", "force", "revision")
-"""Options without effect on the artifact: they say how to get the files, or where to put it."""
+_WITHOUT_EFFECT = ("token", "force", "revision", "weights")
+"""Options without effect on the artifact: they say how to get the files, whose hashes count, or where to put it."""
 
 
 def export_once(model: str, folder: Path, options: ExportOptions) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
@@ -66,6 +67,7 @@ class Checkpoint:
         gguf_file: file name within `directory` for a GGUF checkpoint.
         revision: commit of a Hub checkpoint.
         embeds_sentences: whether a sentence-transformers model answers with the vectors of texts, too.
+        weights: the file or folder of its weights, where they do not lie in `directory`.
     """
 
     given: str
@@ -75,6 +77,7 @@ class Checkpoint:
     revision: str | None
     trust_remote_code: bool
     embeds_sentences: bool = True
+    weights: Path | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -290,6 +293,8 @@ class Checkpoint:
         try:
             if self.packing:
                 model, info = self._load_unpacked(self.packing, task, {**settings, "generation_config": generation})
+            elif self.weights is not None:
+                model, info = self._load_apart(task, {**settings, "generation_config": generation})
             else:
                 with self._shared_reader:
                     auto = self._auto_class(task)
@@ -322,6 +327,17 @@ class Checkpoint:
         check_all_used(model, tensors, info["unexpected_keys"], self.name)
         return model, info
 
+    def _load_apart(self, task: Task, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Load the model from weights that do not lie with its configuration, whatever a single file is called."""
+        files, config = self._weight_files(), copy.deepcopy(self.config)
+        settings |= {"config": config, "trust_remote_code": self._trusts}
+        if len(files) == 1 and files[0].suffix == ".bin":
+            tensors = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+            cls: Any = type(self.skeleton(task))
+            return cls.from_pretrained(None, state_dict=tensors, **settings)  # type: ignore[no-any-return]
+        config.transformers_weights = files[0].name if len(files) == 1 else None
+        return self._auto_class(task).from_pretrained(files[0].parent, **settings)  # type: ignore[no-any-return]
+
     def _generation_config(self) -> GenerationConfig:
         """The generation settings as from_pretrained finds them: in generation_config.json, else in config.json.
 
@@ -346,7 +362,7 @@ class Checkpoint:
         files = self._weight_files()
         if not self.gguf_file:
             files += sentence_weights(self.directory, self.name)
-        hashes = [(path.relative_to(self.directory).as_posix(), sha256_of(path)) for path in files]
+        hashes = [(self._name_of(path), sha256_of(path)) for path in files]
         if len(hashes) == 1:
             return hashes[0][1]
         return hashlib.sha256("".join(f"{name} {value}\n" for name, value in hashes).encode()).hexdigest()
@@ -367,7 +383,12 @@ class Checkpoint:
     def _weight_files(self) -> list[Path]:
         if self.gguf_file:
             return [self.directory / self.gguf_file]
-        return weight_files(self.directory, self.name, self._config_file)
+        if self.weights is None:
+            return weight_files(self.directory, self.name, self._config_file)
+        return [self.weights] if self.weights.is_file() else weight_files(self.weights, self.weights.name, {})
+
+    def _name_of(self, path: Path) -> str:
+        return path.relative_to(self.directory).as_posix() if path.is_relative_to(self.directory) else path.name
 
     def _auto_class(self, task: Task) -> Any:
         """transformers' auto class for `task`: for features of T5's relatives that of their encoder alone; for text

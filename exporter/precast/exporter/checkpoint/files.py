@@ -14,12 +14,13 @@ from typing import Any
 
 from precast.runtime.errors import CheckpointError
 
-__all__ = ["check_files", "path_within", "read_files", "weight_files"]
+__all__ = ["WEIGHT_SUFFIXES", "check_files", "path_within", "read_files", "weight_files"]
 
 MAX_BYTES = 256 * 2**20
 """The largest file that is read as a whole: the largest published vocabularies have a tenth of it."""
 _READ = (".codes", ".jinja", ".json", ".md", ".model", ".py", ".spm", ".tiktoken", ".txt")
-_MAPPED = (".bin", ".gguf", ".safetensors")
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_MAPPED = (*WEIGHT_SUFFIXES, ".gguf")
 _FOLDERS = ("", "additional_chat_templates", "custom_generate")
 """Folders in which transformers looks for files."""
 

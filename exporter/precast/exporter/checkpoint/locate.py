@@ -10,11 +10,11 @@ from precast.runtime.artifact import is_artifact
 from precast.runtime.errors import CheckpointError, UsageError
 from precast.runtime.terminal import quoted
 
-from .files import check_files
+from .files import WEIGHT_SUFFIXES, check_files
 from .gguf import check_not_truncated
 from .peft_adapters import check_no_adapter
 
-__all__ = ["Local", "check_is_checkpoint", "find_local", "compiled_error", "not_found_error"]
+__all__ = ["Local", "check_is_checkpoint", "find_local", "find_weights", "compiled_error", "not_found_error"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,27 @@ def find_local(model: str, revision: str | None = None) -> Local | None:
             f"--revision is for a checkpoint on the Hub, and {model} is one on this machine; leave it out."
         )
     return found
+
+
+def find_weights(weights: str, checkpoint: Local | None) -> Path:
+    """The absolute path of a file or folder of weights that lie apart from their configuration, that of `checkpoint`,
+    or for None one on the Hub.
+
+    Raises CheckpointError for what holds none, UsageError for a .gguf file, which has both.
+    """
+    if checkpoint is not None and checkpoint.gguf_file is not None:
+        raise UsageError(f"weights={weights!r} are those of another file, and {checkpoint.gguf_file} has its own.")
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        check_files(path.resolve(), path.resolve().name)
+    elif not path.is_file():
+        raise CheckpointError(f"There is no file or folder {weights} with weights.")
+    elif path.suffix not in WEIGHT_SUFFIXES:
+        raise CheckpointError(
+            f"{weights} is no file of weights that can be read; those are: {', '.join(WEIGHT_SUFFIXES)}. A checkpoint "
+            f"of MindSpore (.ckpt) has to be saved as .safetensors first."
+        )
+    return path.resolve()
 
 
 def _find(model: str) -> Local | None:

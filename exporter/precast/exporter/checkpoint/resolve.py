@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from precast.runtime.hosts.reach import hub_or_cache
@@ -10,7 +11,7 @@ from precast.runtime.hosts.reach import hub_or_cache
 from ..options import ExportOptions
 from .checkpoint import Checkpoint
 from .describe import describe_error
-from .locate import check_is_checkpoint, find_local, not_found_error
+from .locate import check_is_checkpoint, find_local, find_weights, not_found_error
 
 __all__ = ["resolve"]
 
@@ -22,11 +23,16 @@ _DOWNLOAD = [
 def resolve(model: str, options: ExportOptions) -> Checkpoint:
     """Find the checkpoint that `model` names: a local directory, a `.gguf` file, or a Hub id.
 
-    Raises CheckpointError where there is none, UsageError for a revision of what is no Hub id.
+    Raises CheckpointError where there is none, UsageError for a revision of what is no Hub id and for weights elsewhere
+    of what has its own.
     """
-    if found := find_local(model, options.revision):
-        return Checkpoint(model, found.name, found.directory, found.gguf_file, None, options.trust_remote_code)
-    return _download(model, options)
+    found = find_local(model, options.revision)
+    weights = None if options.weights is None else find_weights(options.weights, found)
+    if found is None:
+        return replace(_download(model, options), weights=weights)
+    return Checkpoint(
+        model, found.name, found.directory, found.gguf_file, None, options.trust_remote_code, weights=weights
+    )
 
 
 def _download(model: str, options: ExportOptions) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
@@ -19,10 +19,11 @@ from .layout import LAYOUTS, OPTIMUM_NEURON
 from .precision import BY_BACKEND, PrecisionOptions
 from .quantization import GROUP_SIZES, QUANTIZE_METHODS, QuantizationOptions
 from .shapes import SIZE_EXAMPLES, SIZES, ShapeOptions
+from .spellings import THEIR_NAMES, in_our_words
 
 __all__ = [
     "AUTO", "GROUP_SIZES", "QUANTIZE_METHODS", "SIZES", "SIZE_EXAMPLES", "AccuracyOptions", "BackendOptions",
-    "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions", "describe", "flag_of",
+    "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions", "describe", "flag_of", "option_names",
 ]  # fmt: skip
 
 AUTO = "auto"
@@ -56,6 +57,7 @@ class ExportOptions:
             that backends in `also` take.
         revision, token: of a Hub checkpoint.
         trust_remote_code: run modelling code that comes with the checkpoint.
+        weights: a file or folder with the weights, where they do not lie with the checkpoint's configuration.
         quantization: how weights and caches are rounded.
         accuracy: the bounds that validation holds the artifact to.
         also: further backends to compile with, into the same artifact; the loader takes the first that runs on a host.
@@ -72,6 +74,7 @@ class ExportOptions:
     revision: str | None = None
     token: str | None = None
     trust_remote_code: bool = False
+    weights: str | None = None
     quantization: QuantizationOptions = field(default=QuantizationOptions())
     accuracy: AccuracyOptions = field(default=AccuracyOptions())
     also: tuple[str, ...] = ()
@@ -103,13 +106,16 @@ class ExportOptions:
         raise AttributeError(f"ExportOptions has no option {name!r}")
 
     @classmethod
-    def of(cls, keywords: Mapping[str, Any], asked_by: str = "export()") -> ExportOptions:
-        """The options that are given by name.
+    def of(
+        cls, keywords: Mapping[str, Any], asked_by: str = "export()", without: Collection[str] = ()
+    ) -> ExportOptions:
+        """The options that are given by name, ours or those of the libraries that `spellings` reads.
 
-        Raises UsageError for a name that there is not, with the nearest.
+        Raises UsageError for a name that there is not, or that is among `without`, with the nearest.
         """
-        refuse_unknown(asked_by, keywords, cls.defaults())
-        return cls(**keywords)
+        options = in_our_words(keywords, asked_by)
+        refuse_unknown(asked_by, options, [name for name in cls.defaults() if name not in without])
+        return cls(**options)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -298,6 +304,11 @@ class ExportOptions:
                 f"--atol {bounds.atol:g} bounds the difference of a model that computes in float32; what --quantize, "
                 f"--kv-cache, --dtype and --auto-cast cost is bounded by --max-kl and --min-agreement."
             )
+
+
+def option_names() -> list[str]:
+    """The names of all options of an export, ours and those of other libraries that `ExportOptions.of` reads."""
+    return [*ExportOptions.defaults(), *THEIR_NAMES]
 
 
 def _listed(value: Any, declared: Field[Any]) -> Any:

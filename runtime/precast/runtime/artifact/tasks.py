@@ -106,12 +106,20 @@ for _row in TASK_TABLE:
     TASKS.setdefault(_row.name, _row)
 
 
-_ALIASES = dict.fromkeys(["translation", "summarization"], "text2text-generation")
+_ALIASES = {
+    "ner": "token-classification",
+    "sentiment-analysis": "text-classification",
+    "summarization": "text2text-generation",
+    "translation": "text2text-generation",
+}
 
 
 def get_task(name: str, kind: str | None = None) -> Task:
-    """The row of task `name`, of the given kind where it has several. Raises UsageError, which lists the names."""
-    name = _ALIASES.get(name, name)
+    """The row of task `name`, of the given kind where it has several; dashes may be underscores.
+
+    Raises UsageError, which lists the names.
+    """
+    name = _canonical_name(name)
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -122,7 +130,12 @@ def get_task(name: str, kind: str | None = None) -> Task:
 
 def find_tasks(name: str) -> list[Task]:
     """All rows of a name, one per kind of model that does it; none for an unknown name."""
-    return [row for row in TASK_TABLE if row.name == _ALIASES.get(name, name)]
+    return [row for row in TASK_TABLE if row.name == _canonical_name(name)]
+
+
+def _canonical_name(name: str) -> str:
+    dashed = name.replace("_", "-")
+    return _ALIASES.get(dashed, dashed)
 
 
 def kind_of_roles(roles: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from ..artifact import strict_json
 from ..errors import FormatError
 from ..hosts.machine import memory_bytes
 
-__all__ = ["Weight", "open_weights", "weight_of"]
+__all__ = ["Stored", "Weight", "list_stored", "open_weights", "weight_of"]
 
 VIEWS = "precast.views"
 _DTYPES = {
@@ -56,6 +56,21 @@ class Weight:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     held: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies in a file, views left out: its dtype, shape and bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
+def list_stored(path: Path, source: int | Path) -> list[Stored]:
+    """The tensors of one file, by its header alone; `source` as for `open_weights`. Raises FormatError, OSError."""
+    entries = _File(path, source).entries().values()
+    return [Stored(entry.dtype, entry.shape, entry.end - entry.begin) for entry in entries]
 
 
 def open_weights(paths: Sequence[Path], sources: Iterable[int | Path] | None = None) -> dict[str, Weight]:
@@ -118,11 +133,15 @@ class _File:
 
     def tensors(self) -> dict[str, Weight]:
         """By name, views included. Raises FormatError."""
-        metadata = self._header.pop("__metadata__", {})
-        entries = {name: self._parse_entry(name, value) for name, value in self._header.items()}
+        stored = {name: self._map_tensor(name, entry) for name, entry in self.entries().items()}
+        return stored | self._make_views(self._header.get("__metadata__", {}), stored)
+
+    def entries(self) -> dict[str, _Entry]:
+        """Where each tensor lies, by name, without views. Raises FormatError."""
+        named = {name: value for name, value in self._header.items() if name != "__metadata__"}
+        entries = {name: self._parse_entry(name, value) for name, value in named.items()}
         self._check_layout(entries)
-        stored = {name: self._map_tensor(name, entry) for name, entry in entries.items()}
-        return stored | self._make_views(metadata, stored)
+        return entries
 
     def _parse_entry(self, name: str, value: Any) -> _Entry:
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:

@@ -17,7 +17,7 @@ __all__ = [
     "CallerAllowedTokens",
     "CallerCriterion",
     "CallerProcessor",
-    "Streamer",
+    "Streamers",
     "check_rows",
     "distinct_functions",
     "transformers_class_of",
@@ -115,19 +115,42 @@ class CallerAllowedTokens:
         return ids
 
 
-class Streamer:
-    """A streamer: told the prompt [1, length] and each step's tokens [1] by `put`, and the end by `end`."""
+class Streamers:
+    """The streamers of a call: one of a call with a single row, or a list with one for each row. Each is told its row's
+    prompt [1, length] and then its tokens [1] by `put`, and the end of the row by `end`."""
 
-    def __init__(self, streamer: Any, given: Any) -> None:
-        self._streamer, self._takes_tensors = streamer, _takes_tensors(streamer, given)
+    def __init__(self, given: Any, main_input: Any) -> None:
+        self.are_listed = isinstance(given, list | tuple)
+        self._streamers = list(given) if self.are_listed else [given]
+        self._take_tensors = [_takes_tensors(each, main_input) for each in self._streamers]
+        self._counts = [0] * len(self._streamers)
+        self._open = set(range(len(self._streamers)))
 
-    def put(self, tokens: Array) -> None:
-        """Hand over tokens."""
-        self._streamer.put(as_tensor(tokens.copy()) if self._takes_tensors else tokens)
+    def begin(self, prompts: Sequence[Array]) -> None:
+        """Hand over the prompts, each to the streamers of its rows."""
+        for row in range(len(self._streamers)):
+            self._put(row, prompts[row * len(prompts) // len(self._streamers)][None])
+
+    def tell(self, row: int, tokens: Sequence[int], *, is_last: bool) -> None:
+        """Hand over the tokens of a row that are new among all that it has; after the last no more will come."""
+        for token in tokens[self._counts[row] :]:
+            self._put(row, np.array([token]))
+        self._counts[row] = len(tokens)
+        if is_last:
+            self._end(row)
 
     def end(self) -> None:
-        """No more will come."""
-        self._streamer.end()
+        """No more will come of any row."""
+        for row in sorted(self._open):
+            self._end(row)
+
+    def _put(self, row: int, tokens: Array) -> None:
+        self._streamers[row].put(as_tensor(tokens.copy()) if self._take_tensors[row] else tokens)
+
+    def _end(self, row: int) -> None:
+        if row in self._open:
+            self._open.remove(row)
+            self._streamers[row].end()
 
 
 def distinct_functions(name: str, given: Any) -> list[Any]:

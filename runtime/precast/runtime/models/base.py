@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..advice import suggest_larger
-from ..arguments import only_known, refuse_unknown
+from ..arguments import only_known, read_token, refuse_replaced, refuse_unknown, rename
 from ..artifact import Artifact, read_artifact, vocabulary_of
 from ..artifact.integrity import identity, require_trust
 from ..artifact.publish import copy_artifact
 from ..artifact.schema import Variant
 from ..artifact.tasks import get_task, kind_of_roles
 from ..engines import Engine, Settings, open_engine, replicas_of
+from ..engines.footprint import measure_footprint
 from ..engines.providers import check_provider, default_device
 from ..engines.warmup import bind_blank
 from ..errors import ArtifactError, InputError, UsageError
@@ -31,6 +32,7 @@ from ..inputs.companions import companions_of
 from ..inputs.tokenizer import Tokenizer
 from ..progress import progress
 from ..storage import hub
+from .exporting import export_once
 from .transformers_compat import Config, ForTransformers
 
 if TYPE_CHECKING:
@@ -112,13 +114,17 @@ class CompiledModel(ForTransformers):
                 side by side, and `new_session()` goes to the next.
             export: `model` is a checkpoint; export it first, with `export_options` as for
                 `precast.exporter.export` (needs `pip install 'precast[export]'`). What was made of the same files with
-                the same options and versions before is opened as it is.
+                the same options and versions before is opened as it is. Options that optimum-neuron, MindFormers and
+                transformers have, too, may be spelled as there.
 
         Raises:
             ArtifactError: its subclasses say what is wrong with the artifact, the host, or the download.
             UsageError: the task does not fit this class, or an argument is unknown.
         """
+        if "use_auth_token" in export_options:
+            token = _one_token(token, export_options.pop("use_auth_token"))
         if not export:
+            refuse_replaced("from_pretrained(MODEL, export=True", export_options)
             hint = " Those of an export go with export=True." if export_options else ""
             refuse_unknown("from_pretrained()", export_options, _OPEN_OPTIONS, hint)
         _check_arguments(
@@ -129,7 +135,7 @@ class CompiledModel(ForTransformers):
             # An `onnx` artifact is told where to run when it is opened; others are compiled for that.
             if device is not None and export_options.get("backend", "onnx") != "onnx":
                 export_options["device"] = device
-            model = _export_once(model, revision=revision, token=token, **export_options)
+            model = export_once(model, revision=revision, token=token, **export_options)
         path = hub.locate(
             model, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, force_download=force_download,
@@ -204,18 +210,57 @@ class CompiledModel(ForTransformers):
         return time.perf_counter() - started
 
     @only_known
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """The bytes of the model's tensors, as transformers counts them: parameters and buffers, each once.
+
+        Those of the artifact are counted as they are stored, so a quantized model's scales and zero points are, too,
+        which transformers leaves out. Caches and what a graph computes in are not among them.
+
+        Args:
+            return_buffers: with tensors of whole numbers and truth values, such as positions.
+        """
+        found = measure_footprint(self.artifact, self.variant)
+        return found.parameters + (found.buffers if return_buffers else 0)
+
+    @only_known
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> None:
         """Copy the artifact to a directory, all or nothing. Raises PublishError."""
         copy_artifact(self.artifact, Path(save_directory), force=force)
         hub.say_left_out(self.artifact)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the artifact as one commit and return the commit's address; options as for `hub.push`.
+    def push_to_hub(self, *names: str | Path, **options: Any) -> str:
+        """Upload the artifact as one commit and return the commit's address.
 
-        Raises HubError, and UsageError for an option that there is not.
+        Args:
+            names: the repository, `user/name`, or `name` alone for one of whoever is logged in; as in optimum-neuron
+                with repository_id also the directory that `save_pretrained` wrote.
+            options: as for `hub.push`; repository_id is another name of repo_id, use_auth_token of token.
+
+        Raises HubError, and UsageError for an option that there is not, and a directory that holds something else.
         """
-        refuse_unknown("push_to_hub()", options, _PUSH_OPTIONS)
-        return hub.push(self.artifact, repo_id, **options)
+        options = rename("push_to_hub()", options, {"repository_id": "repo_id", "use_auth_token": "token"})
+        refuse_unknown("push_to_hub()", options, ["repo_id", *_PUSH_OPTIONS])
+        if "token" in options:
+            options["token"] = read_token(options["token"])
+        return hub.push(*self._read_names(names, options), **options)
+
+    def _read_names(self, names: Sequence[str | Path], options: dict[str, Any]) -> tuple[Artifact, str]:
+        """The artifact to push, and the repository, which is taken out of `options`."""
+        places = [*names, *([options.pop("repo_id")] if "repo_id" in options else [])]
+        if not 1 <= len(places) <= 2 or not isinstance(places[-1], str):
+            raise UsageError(
+                f"push_to_hub() takes a repository, and before it at most the directory that save_pretrained() wrote, "
+                f"as in push_to_hub('user/name') or push_to_hub('out', repository_id='user/name'); it was given "
+                f"{', '.join(map(repr, places)) or 'neither'}."
+            )
+        artifact = self.artifact if len(places) == 1 else read_artifact(Path(places[0]))
+        if artifact.contract.digest != self.artifact.contract.digest:
+            raise UsageError(
+                f"{places[0]} does not hold this model but one of digest {artifact.contract.digest[:12]}…, where this "
+                f"one's is {self.artifact.contract.digest[:12]}…. Open it to push it, or write this one there: "
+                f"model.save_pretrained({str(places[0])!r}, force=True)."
+            )
+        return artifact, places[-1]
 
     def _batch_slices(self, count: int) -> list[slice]:
         """Split a batch of `count` rows into slices that run one by one. Raises InputError where it is larger than
@@ -258,6 +303,13 @@ _OPEN_OPTIONS, _PUSH_OPTIONS = _keyword_names(CompiledModel.from_pretrained), _k
 _MOST_THREADS = 1024
 
 
+def _one_token(token: str | None, other: Any) -> Any:
+    """The token that is given as `token` or `use_auth_token`. Raises UsageError for two different ones."""
+    if token is not None and other not in (None, token):
+        raise UsageError("from_pretrained() was given token and use_auth_token, which are names of the same; pass one.")
+    return token if token is not None else read_token(other)
+
+
 def _check_arguments(model: Any, threads: Any, **texts: Any) -> None:
     """Raise UsageError for an argument of from_pretrained() that is of another type, or out of range."""
     if not isinstance(model, str | os.PathLike):
@@ -297,19 +349,3 @@ def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust
 
     if "native" in (variant.trust, get_backend(variant.backend).trust):
         require_trust(str(artifact.path), digest, sha256=sha256, trust_native_code=trust_native_code)
-
-
-def _export_once(model: str | Path, **options: Any) -> Path:
-    """Export a checkpoint into the store, unless that has been done; returns the artifact's path. The exporter is
-    looked up by name: the runtime does not depend on it."""
-    from ..artifact.store import home
-
-    try:
-        exporter = import_module("precast.exporter")
-        # Only now torch and its company are imported.
-        export_once, settings = exporter.export_once, exporter.ExportOptions
-    except ImportError as error:
-        raise UsageError("export=True needs the exporter: pip install 'precast[export]'") from error
-    refuse_unknown("from_pretrained(export=True)", options, [name for name in settings.defaults() if name != "force"])
-    made: Path = export_once(str(model), home() / "exports", settings.of(options))
-    return made

@@ -122,7 +122,8 @@ class CompiledModelForCausalLM(GenerativeModel):
                 [1, vocabulary]; returns logits. Tensors of torch, where input_ids are or where it is of a class of
                 transformers, otherwise numpy's arrays.
             stopping_criteria: each called with the same; true ends the row. Classes of transformers get no logits.
-            streamer: told the prompt, then each step's tokens by `put`, and the end by `end`.
+            streamer: told the prompt, then each new token by `put`, and the end by `end`; for several rows a list of
+                them, each of which is told its own row.
             prefix_allowed_tokens_fn: called with a prompt's index and one row's tokens [length]; returns the ids that
                 may come next.
             assistant_model: another CompiledModelForCausalLM of the same vocabulary, smaller, which guesses tokens

@@ -23,7 +23,7 @@ from ..generation.callbacks import (
     CallerAllowedTokens,
     CallerCriterion,
     CallerProcessor,
-    Streamer,
+    Streamers,
     check_rows,
     distinct_functions,
     transformers_class_of,
@@ -124,8 +124,15 @@ class Generation:
         self.processors = [CallerProcessor(each, given) for each in self._functions]
         self.criteria = [CallerCriterion(each, given) for each in distinct_functions("stopping_criteria", criteria)]
         self.allowed = None if allowed is None else CallerAllowedTokens(allowed, given)
-        self.streamer = None if streamer is None else Streamer(streamer, given)
+        self.streamers = None if streamer is None else Streamers(streamer, given)
         self.deadline = None if config.max_time is None else time.monotonic() + config.max_time
+
+    def begin_streams(self, prompts: Sequence[Prompt]) -> None:
+        """Tell streamers what answers begin with: a single one as the caller gave it, those of a list each its own row
+        without padding."""
+        if self.streamers is not None:
+            are_listed = self.streamers.are_listed
+            self.streamers.begin([each.tokens if are_listed else each.shown for each in prompts])
 
     def generator(self, row: int) -> np.random.Generator | None:
         """The random generator of one row; it depends on the seed and the row's index, not on its neighbours. Of
@@ -259,11 +266,10 @@ class GenerativeModel(CompiledModel):
     def _generate_all(self, call: Call) -> Any:
         """Continue all prompts, group by group."""
         given, asked = call.given, call.asked
-        if asked.streamer is not None:
-            asked.streamer.put(call.prompts[0].shown[None])
+        asked.begin_streams(call.prompts)
         found = self._answer_all(call.prompts, call.contexts, asked)
-        if asked.streamer is not None:
-            asked.streamer.end()
+        if asked.streamers is not None:
+            asked.streamers.end()
         config = asked.config
         answers = [self._finish_answer(answer.tokens, config) for answer in found]
         front = np.repeat(call.front, config.num_return_sequences or 1, 0)
@@ -309,9 +315,10 @@ class GenerativeModel(CompiledModel):
         self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, first: int
     ) -> list[Answer]:
         requests = self._make_requests(prompts, contexts, asked, first)
-        for tokens in self._run_steps(requests, contexts, self._make_guidance(prompts, asked)):
-            if asked.streamer is not None:
-                asked.streamer.put(np.array(tokens))
+        for _ in self._run_steps(requests, contexts, self._make_guidance(prompts, asked)):
+            if asked.streamers is not None:
+                for row, request in enumerate(requests, first):
+                    asked.streamers.tell(row, request.generated, is_last=request.is_idle)
         return [Answer(request.generated, request.record) for request in requests]
 
     def _run_beam_search(self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation) -> list[Answer]:
@@ -633,15 +640,20 @@ def check_seeds(seed: int | list[int] | None, prompts: int) -> None:
 
 
 def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:
-    """Raise InputError for a streamer that is none, or cannot follow; None is no streamer at all."""
+    """Raise InputError for a streamer that is none, or cannot follow, and for a list of more or fewer than there are
+    rows; None is no streamer at all."""
     if streamer is None:
         return
-    for name in ("put", "end"):
-        if not callable(getattr(streamer, name, None)):
-            raise InputError(f"streamer has no {name}(); it needs put(tokens) and end().")
+    are_listed = isinstance(streamer, list | tuple)
+    for each in streamer if are_listed else [streamer]:
+        for name in ("put", "end"):
+            if not callable(getattr(each, name, None)):
+                raise InputError(f"streamer has no {name}(); it needs put(tokens) and end().")
     rows *= config.num_return_sequences or 1
-    if rows > 1:
-        raise InputError(f"A streamer follows one row; this batch has {rows}.")
+    if are_listed and len(streamer) != rows:
+        raise InputError(f"streamer lists {len(streamer)} streamers, and there are {rows} rows; give one for each row.")
+    if not are_listed and rows > 1:
+        raise InputError(f"A streamer follows one row; this batch has {rows}. Give a list, one streamer for each row.")
     if config.beams > 1:
         raise InputError(f"A streamer cannot follow num_beams={config.num_beams}; pass num_beams=1 or no streamer.")
 

@@ -162,7 +162,8 @@ class CompiledModelForSeq2SeqLM(EncoderDecoder[Array]):
             generation_config: a GenerationConfig, ours or transformers', or a dict. `options` take precedence over it,
                 it over the artifact's generation_config.json, and that over the defaults.
             logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for decoders.
-            streamer: told the first tokens, then each step's by `put`, and the end by `end`.
+            streamer: told the first tokens, then each new one by `put`, and the end by `end`; for several rows a list
+                of them, each of which is told its own row.
             decoder_input_ids: what the answers begin with, int64 [batch, length]; decoder_start_token_id if None, and
                 that goes in front where no row begins with it.
             decoder_attention_mask: which of them are no padding.

@@ -120,8 +120,8 @@ class CompiledModelForSpeechSeq2Seq(EncoderDecoder[Array]):
                 [batch, mels, frames]; longer ones than the model hears (30 seconds) are heard window by window.
             attention_mask: [batch, frames] of 0 and 1: how long each of several long sounds is.
             generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for decoders.
-            streamer: told the first tokens, then each step's by `put`, and the end by `end`; not of sounds heard in
-                windows.
+            streamer: told the first tokens, then each step's by `put`, and the end by `end`, or a list with one for
+                each row; not of sounds heard in windows.
             language: a name ("french"), a code ("fr") or one per row; None is what the configurations say, which have
                 it detected where they say nothing.
             task: "transcribe" or "translate" (into English).

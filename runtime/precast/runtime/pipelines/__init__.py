@@ -8,13 +8,15 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..arguments import refuse_unknown
-from ..errors import UsageError
+from ..arguments import refuse_replaced, refuse_unknown
+from ..errors import PrecastWarning, UsageError
 from ..models.base import CompiledModel
+from ..models.exporting import is_export_option
 from .base import Batch, Pipeline
 from .parts import PARTS
 
@@ -26,6 +28,14 @@ _SAME = {
     "ner": "token-classification",
     "semantic-segmentation": "image-segmentation",
 }
+_DEFAULT_MODELS = {
+    "text-classification": (
+        "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+        "714eb0fa89d2f80546fda750413ed43d93601a13",
+    )
+}
+"""Task -> the model, and its revision, that transformers takes where none is named."""
+_DEFAULT_SHAPES = {"batch_size": 1, "sequence_length": (32, 128, 512), "dynamic_batch_size": True}
 _PAIR = re.compile("translation_[^_]+_to_[^_]+")
 """Translation between two languages by name, as in translation_en_to_de."""
 _SEQ2SEQ = ("text2text-generation", "summarization", "translation")
@@ -60,26 +70,29 @@ def pipeline(task: str | None = None, model: str | Path | CompiledModel | None =
 
     Args:
         task: by default what the model was compiled for. A model of text-classification also does
-            zero-shot-classification.
-        model: a directory, a Hub repository, or a model that is open already.
+            zero-shot-classification. Dashes may be underscores.
+        model: a directory, a Hub repository, or a model that is open already; with export=True a checkpoint, which is
+            compiled first, as by `CompiledModel.from_pretrained`. Where sentiment-analysis is given none, it is the one
+            that transformers takes, compiled when it is first asked for.
         options: of the pipeline and its steps, for every call, such as batch_size, and tokenizer, feature_extractor or
             image_processor where another is to be used than the artifact carries; all others as for
-            `CompiledModel.from_pretrained`. As in transformers, device can be a number: -1 is "cpu", 0 is "cuda".
+            `CompiledModel.from_pretrained`, with export=True those of an export, too, batch_size among them. As in
+            transformers, device can be a number: -1 is "cpu", 0 is "cuda".
 
     Raises:
         UsageError: there is no such task or option, or the model was compiled for another task.
         ArtifactError: as `CompiledModel.from_pretrained`.
     """
-    if model is None:
-        raise UsageError("Name the model: pipeline(model='out'), a directory, a Hub repository, or a model.")
     found = None if task is None else pipeline_class(task)
+    if model is None:
+        model, options = _default_model(task, options)
     if "device" in options:
         options["device"] = _device_name(options["device"])
     opened = model if isinstance(model, CompiledModel) else None
     if opened is None:
         # A part that is said to be the model's is the artifact's own.
         options = {name: value for name, value in options.items() if name not in PARTS or value != model}
-        loading = {name: options.pop(name) for name in list(options) if name in _LOADING}
+        loading = _take_loading(task, found, options)
         opened = CompiledModel.from_pretrained(model, **loading)  # type: ignore[arg-type]
     elif (device := options.pop("device", None)) not in (None, str(opened.device)):
         raise UsageError(
@@ -94,12 +107,47 @@ def pipeline(task: str | None = None, model: str | Path | CompiledModel | None =
     return chosen(opened, **options)
 
 
-# Those of an export are not among them: export first, then ask.
 _LOADING = [
     each.name
     for each in inspect.signature(CompiledModel.from_pretrained).parameters.values()
-    if each.kind is each.KEYWORD_ONLY and each.name != "export"
+    if each.kind is each.KEYWORD_ONLY
 ]
+
+
+def _take_loading(task: str | None, found: type[Pipeline] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of opening the model out of `options`, and with export=True those of the export."""
+    loading = {name: options.pop(name) for name in list(options) if name in _LOADING}
+    refuse_replaced("pipeline(TASK, MODEL, export=True", options)
+    if not loading.get("export"):
+        return loading
+    own = {*PARTS, *(found.option_names() if found else ())}
+    loading |= {name: options.pop(name) for name in list(options) if is_export_option(name, own)}
+    return loading if task is None else {"task": _export_task(task), **loading}
+
+
+def _export_task(task: str) -> str:
+    """What a checkpoint is exported for, for the pipeline of a task."""
+    name = _canonical_name(task)
+    runs = PIPELINES[name][1]
+    return name if name in runs else runs[0]
+
+
+def _default_model(task: str | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model of a task for which none was named, and the options to export it with. Raises UsageError where there
+    is none."""
+    name = None if task is None else _canonical_name(task)
+    if name not in _DEFAULT_MODELS:
+        asked = "model='out'" if task is None else f"{task!r}, model='out'"
+        raise UsageError(f"Name the model: pipeline({asked}), a directory, a Hub repository, or a model.")
+    model, revision = _DEFAULT_MODELS[name]
+    warnings.warn(
+        f"No model was named for {task}: {model} is used, revision {revision[:7]}, as transformers does. Name one in "
+        f"what you keep: pipeline({task!r}, {model!r}, revision={revision[:7]!r}, export=True, batch_size=1, "
+        f"sequence_length=128).",
+        PrecastWarning,
+        stacklevel=3,
+    )
+    return model, {"revision": revision, "export": True, **_DEFAULT_SHAPES, **options}
 
 
 def _device_name(given: Any) -> str | None:
@@ -114,7 +162,7 @@ def pipeline_class(task: str) -> type[Pipeline]:
     """The class of a task's pipeline. Raises UsageError, which lists the tasks."""
     name = _canonical_name(task)
     if name not in PIPELINES:
-        close = difflib.get_close_matches(task, PIPELINES, n=1)
+        close = difflib.get_close_matches(name, PIPELINES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UsageError(f"There is no pipeline for {task!r}.{hint} There are: {', '.join(PIPELINES)}.")
     module, _, attribute = PIPELINES[name][0].partition(":")
@@ -124,8 +172,11 @@ def pipeline_class(task: str) -> type[Pipeline]:
 
 
 def _canonical_name(task: str) -> str:
-    """The name in PIPELINES of a task, which may have others."""
-    return "translation" if _PAIR.fullmatch(task) else _SAME.get(task, task)
+    """The name in PIPELINES of a task, which may have others, and underscores as in MindFormers."""
+    if _PAIR.fullmatch(task):
+        return "translation"
+    name = task.replace("_", "-")
+    return _SAME.get(name, name)
 
 
 def _check_task(task: str | None, model: CompiledModel, compiled_for: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -30,6 +30,8 @@ __all__ = [
 
 
 class _SoundPipeline(Pipeline):
+    parts: ClassVar[tuple[str, ...]] = ("feature_extractor",)
+
     @cached_property
     def processor(self) -> SoundProcessor:
         """The checkpoint's feature extractor."""
@@ -94,6 +96,7 @@ class AudioFeatureExtractionPipeline(_SoundPipeline):
 class TranscriptionPipeline(_SoundPipeline, GeneratingPipeline):
     """Speech recognition with a decoder, Whisper: sounds of any length, window by window."""
 
+    parts = ("feature_extractor", "tokenizer")
     task = "automatic-speech-recognition"
 
     def preprocess(
@@ -245,6 +248,8 @@ class SpeechRecognitionPipeline(_SoundPipeline):
     """Speech recognition by connectionist temporal classification (Graves et al. 2006): the likeliest character of
     every frame, repetitions and blanks taken out. Models that generate have a pipeline of their own."""
 
+    parts = ("feature_extractor", "tokenizer")
+
     @classmethod
     def of(cls, model: Any) -> type[Pipeline]:
         """The class for how the model writes."""
@@ -268,17 +273,17 @@ class SpeechRecognitionPipeline(_SoundPipeline):
 
     @cached_property
     def _read_spelling(self) -> dict[str, Any]:
-        artifact = self.model.artifact
-        vocabulary = artifact.contents.get("vocab.json")
+        path, files = self._part_files("tokenizer")
+        vocabulary = files.get("vocab.json")
         if vocabulary is None:
-            raise ArtifactError(f"{artifact.path} has no vocab.json, which says what the model's classes spell.")
-        name = str(artifact.path / "tokenizer_config.json")
-        given = parse_object(artifact.contents.get("tokenizer_config.json") or b"{}", name)
+            raise ArtifactError(f"{path} has no vocab.json, which says what the model's classes spell.")
+        name = str(path / "tokenizer_config.json")
+        given = parse_object(files.get("tokenizer_config.json") or b"{}", name)
         config = select(given, _SPELLING, name)
-        words = parse_object(vocabulary, str(artifact.path / "vocab.json"))
+        words = parse_object(vocabulary, str(path / "vocab.json"))
         # A vocabulary for several languages has one inside for each.
         words = words.get(config.get("target_lang", ""), words)
-        words = select({"words": words}, {"words": dict[str, int]}, str(artifact.path / "vocab.json"))["words"]
+        words = select({"words": words}, {"words": dict[str, int]}, str(path / "vocab.json"))["words"]
         added = {index: token.content for index, token in config.get("added_tokens_decoder", {}).items()}
         tokens = {**added, **{index: token for token, index in words.items()}}
         written = {name: _token_text(config.get(f"{name}_token", usual)) for name, usual in _USUAL.items()}

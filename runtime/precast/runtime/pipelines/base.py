@@ -81,6 +81,8 @@ class Pipeline:
 
     names: ClassVar[tuple[str, ...]] = ()
     """How the inputs are called besides `inputs`, as in transformers."""
+    parts: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    """Which of PARTS it prepares inputs by, or reads answers by."""
     takes_pairs: ClassVar[bool] = False
     """Whether a tuple is one input, a pair of texts; otherwise it is a list."""
 
@@ -89,6 +91,7 @@ class Pipeline:
         self._parts = {
             name: given for name, given in parts.items() if given is not None and not is_own(model.artifact, given)
         }
+        self._check_parts()
         self._size = _check_size(batch_size)
         self.model, self.options = model, options
         for stage, own in zip(_STAGES, self._split_options(options), strict=True):
@@ -179,6 +182,14 @@ class Pipeline:
     def _options_of(self, options: dict[str, Any], places: Sequence[int], total: int | None) -> dict[str, Any]:
         """The options of `forward` for the inputs at these places among all, whose number may not be known."""
         return options
+
+    def _check_parts(self) -> None:
+        """Raise UsageError for a part that has no place in this pipeline."""
+        if useless := [name for name in self._parts if name not in self.parts]:
+            raise UsageError(
+                f"{type(self).__name__} has no use for {' and '.join(useless)}: what it can be given is "
+                f"{' and '.join(self.parts)}. Leave {'it' if len(useless) == 1 else 'them'} out."
+            )
 
     def _part_files(self, part: str) -> tuple[Path, Readable]:
         """The path and files that a part of PARTS is read from."""

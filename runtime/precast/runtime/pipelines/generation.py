@@ -73,9 +73,17 @@ class GeneratingPipeline(Pipeline):
         if callable(allowed := options.get("prefix_allowed_tokens_fn")):
             # It is told which input it is asked about.
             found["prefix_allowed_tokens_fn"] = lambda index, tokens: allowed(places[index], tokens)
+        if isinstance(streamers := options.get("streamer"), list | tuple):
+            found["streamer"] = _streamers_of(streamers, places, total, self._answers_per_input(options))
         if isinstance(nested := options.get("generate_kwargs"), dict):
             found["generate_kwargs"] = self._options_of(nested, places, total)
         return {**options, **found}
+
+    def _answers_per_input(self, options: dict[str, Any]) -> int:
+        """How many rows generate() returns for each input."""
+        given = options.get("generation_config")
+        config = self.model.generation_config if given is None else GenerationConfig.of(given, "generation_config")
+        return int(options.get("num_return_sequences") or config.num_return_sequences or 1)
 
     @classmethod
     def passed_on(cls, model: Any) -> list[str]:
@@ -292,6 +300,20 @@ class TranslationPipeline(Text2TextGenerationPipeline):
 
     key = "translation_text"
     task = "translation"
+
+
+def _streamers_of(streamers: Sequence[Any], places: Sequence[int], total: int | None, per_input: int) -> list[Any]:
+    """Of a list with a streamer for each row, those of the inputs at these places, which have `per_input` rows each.
+
+    Raises InputError where they are more or fewer than rows.
+    """
+    if total is None:
+        raise InputError("streamer lists one streamer for each row, and how many inputs will come is not known.")
+    if len(streamers) != total * per_input:
+        raise InputError(
+            f"streamer lists {len(streamers)} streamers, and there are {total * per_input} rows; give one for each row."
+        )
+    return [streamers[place * per_input + row] for place in places for row in range(per_input)]
 
 
 def _rows_of(name: str, value: Any, places: Sequence[int], total: int | None) -> Any:

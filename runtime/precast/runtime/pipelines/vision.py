@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ _WITH_NONE = ("detr", "yolos", "table-transformer")
 
 class _ImagePipeline(Pipeline):
     names = ("images", "image")
+    parts: ClassVar[tuple[str, ...]] = ("image_processor",)
 
     @cached_property
     def processor(self) -> ImageProcessor:
@@ -135,6 +136,8 @@ class ObjectDetectionPipeline(_ImagePipeline):
 
 class ZeroShotImageClassificationPipeline(LabelledPipeline, _ImagePipeline):
     """Chooses the text that fits an image best."""
+
+    parts = ("image_processor", "tokenizer")
 
     def preprocess(
         self,

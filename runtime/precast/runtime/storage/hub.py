@@ -90,9 +90,13 @@ def push(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
+    endpoint: str | None = None,
     commit_message: str = "Upload a precast artifact",
 ) -> str:
     """Upload an artifact as one commit, creating the repository if there is none; returns the commit's address.
+
+    A `repo_id` without a user's name is a repository of whoever the token belongs to, and `endpoint` the address of
+    another Hub.
 
     What is uploaded is what was opened: files that have changed since are refused, and what config.json does not list
     stays here, but for the model card and timings. Files that an earlier artifact left in the repository are deleted in
@@ -100,8 +104,10 @@ def push(
     """
     from huggingface_hub import CommitOperationDelete, HfApi
 
-    api, added = HfApi(token=token), _files_to_upload(artifact)
+    api, added = HfApi(endpoint=endpoint, token=token), _files_to_upload(artifact)
     with _calling_the_hub(f"{artifact.path} was not pushed to {repo_id}"):
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
         api.create_repo(repo_id, private=private, exist_ok=True)
         stale = set(api.list_repo_files(repo_id, revision=revision)) - {
             *(each.path_in_repo for each in added),
@@ -243,7 +249,7 @@ def _find_response(error: BaseException | None) -> Any:
 
 def _status_hint(status: int) -> str:
     if status in (401, 403):
-        return " Log in with `hf auth login`, or pass --token."
+        return " Log in with `hf auth login`, or pass token=."
     if status == 404:
         return " Check the name and revision; a private repository needs a token."
     return " Try again later." if status >= 500 else ""
