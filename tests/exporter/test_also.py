@@ -104,17 +104,17 @@ def test_each_is_given_what_it_takes(checkpoint):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"also": ("onnx",)}, "--also onnx would compile for onnx a second time"),
-        ({"also": ("export", "export")}, "--also export would compile for export a second time"),
+        ({"also": ("onnx",)}, "also='onnx' would compile for onnx a second time"),
+        ({"also": ("export", "export")}, "also='export' would compile for export a second time"),
         ({"also": ("tpu",)}, "There is no backend 'tpu'"),
-        ({"also": ("export",), "isa": "avx2"}, "--isa avx2 is not for --backend onnx"),
-        ({"backend": "auto", "also": ("onnx",)}, "--backend auto keeps one backend's files, and --also adds another's"),
-        ({"backend": "auto", "isa": "avx2,avx512"}, "--backend auto keeps one variant, .* name --backend aoti"),
-        ({"backend": "aoti", "isa": "avx2,sse2"}, "--isa 'sse2' is not supported; the choices are: native, avx2"),
-        ({"backend": "aoti", "isa": "avx2,"}, "--isa '' is not supported"),
-        ({"backend": "aoti", "isa": "avx2,avx2"}, "--isa names a level twice: avx2,avx2"),
-        ({"backend": "aoti", "isa": "avx2,avx512", "device": "cuda"}, "with --device cuda give one"),
-        ({"isa": "avx2,avx512"}, "--isa avx2,avx512 is not for --backend onnx"),
+        ({"also": ("export",), "isa": "avx2"}, "isa='avx2' is not for backend='onnx'"),
+        ({"backend": "auto", "also": ("onnx",)}, "backend='auto' keeps one backend's files, and also= adds another's"),
+        ({"backend": "auto", "isa": "avx2,avx512"}, "backend='auto' keeps one variant, .* name backend='aoti'"),
+        ({"backend": "aoti", "isa": "avx2,sse2"}, "isa='sse2' is not supported; the choices are: native, avx2"),
+        ({"backend": "aoti", "isa": "avx2,"}, "isa='' is not supported"),
+        ({"backend": "aoti", "isa": "avx2,avx2"}, "isa= names a level twice: avx2,avx2"),
+        ({"backend": "aoti", "isa": "avx2,avx512", "device": "cuda"}, "with device='cuda' give one"),
+        ({"isa": "avx2,avx512"}, "isa='avx2,avx512' is not for backend='onnx'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_any_work(checkpoint, tmp_path, options, words):

@@ -216,7 +216,7 @@ def test_those_that_take_the_options_are_tried(two, monkeypatch):
     monkeypatch.setitem(BACKENDS, "toy", replace(toy_backend.ROW, takes=frozenset({"dtype"})))
     choice = choose_backends(replace(OPTIONS, dtype="bfloat16"))
     assert choice.names == ["toy"]
-    assert "--dtype bfloat16 is not for --backend onnx" in choice.left_out["onnx"]
+    assert "dtype='bfloat16' is not for backend='onnx'" in choice.left_out["onnx"]
 
 
 def test_one_whose_libraries_are_missing_is_left_out(two, monkeypatch):
@@ -227,7 +227,7 @@ def test_one_whose_libraries_are_missing_is_left_out(two, monkeypatch):
 
 
 def test_options_that_nobody_takes_are_refused_as_by_the_first(two):
-    with pytest.raises(UsageError, match="--dtype 'int3' is not supported"):
+    with pytest.raises(UsageError, match="dtype='int3' is not supported"):
         choose_backends(replace(OPTIONS, dtype="int3"))
 
 
@@ -253,7 +253,7 @@ def test_faster_is_what_was_measured_to_be(checkpoint, artifact, monkeypatch, qu
     monkeypatch.setenv("CXX", compiler)
     advice = faster_here(made, ExportOptions(validate=False, **asked, **loose))
     assert advice == (
-        "Native code of such a model decodes faster on this CPU: --backend aoti compiles it, --backend auto measures "
+        "Native code of such a model decodes faster on this CPU: backend='aoti' compiles it, backend='auto' measures "
         "both."
         if is_faster
         else None

@@ -256,7 +256,7 @@ def test_rounding_passes():
 
 
 def test_more_than_rounding_is_refused_with_both_numbers():
-    with pytest.raises(AccuracyError, match=r"^With casts to bf16, .*0\.045 is allowed.*0\.05 is.*--accept-loss"):
+    with pytest.raises(AccuracyError, match=r"^With casts to bf16, .*0\.045 is allowed.*0\.05 is.*accept_loss=True"):
         verdict(noisy)
     found = verdict(noisy, accept_loss=True)
     assert found.status == "accepted"

@@ -22,7 +22,7 @@ ALONE = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_nothing_is_begun(tmp_path):
     """The checkpoint is not even looked for."""
-    message = "--device cuda compiles on the GPU that it compiles for.*For this machine's CPU leave --device out"
+    message = "device='cuda' compiles on the GPU that it compiles for.*For this machine's CPU leave device= out"
     with pytest.raises(ExportError, match=message):
         export("no/such-model", tmp_path / "out", ExportOptions(**ASKED))
 

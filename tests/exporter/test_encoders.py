@@ -409,7 +409,7 @@ BLOCKS = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks"
 
 def test_rows_that_big_bird_reads_in_blocks_are_refused(tmp_path):
     tiny_config("big_bird", BLOCKS).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"--sequence-length 29: .*rows of more than 28 tokens.*Give at most 28"):
+    with pytest.raises(UsageError, match=r"sequence_length=29: .*rows of more than 28 tokens.*Give at most 28"):
         preview(str(tmp_path), ExportOptions(task="fill-mask", batch_size=1, sequence_length=(29,)))
 
 
@@ -449,9 +449,9 @@ def test_the_smallest_of_all_combinations_is_used(made, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 1}, "compiled for fixed shapes: batch_size, sequence_length. Add --sequence-length N"),
-        ({"batch_size": 1, "sequence_length": (8,), "image_size": (32,)}, "--image-size fixes nothing here"),
-        ({"batch_size": (1, 1), "sequence_length": (8,)}, "--batch-size names a size twice: 1,1"),
+        ({"batch_size": 1}, "compiled for fixed shapes: batch_size, sequence_length. Add sequence_length=N"),
+        ({"batch_size": 1, "sequence_length": (8,), "image_size": (32,)}, "image_size fixes nothing here"),
+        ({"batch_size": (1, 1), "sequence_length": (8,)}, "batch_size names a size twice: 1,1"),
     ],
 )
 def test_sizes_that_do_not_fit_the_model(checkpoint, tmp_path, options, message):
@@ -477,5 +477,5 @@ def test_models_of_images_and_texts_name_their_task(tmp_path):
 
 def test_images_of_a_size_that_the_model_cannot_have(tmp_path):
     source = zoo.make(tmp_path / "vit", "vit", "image-classification")
-    with pytest.raises(ExportError, match=r"cannot have images of --image-size 40: without it"):
+    with pytest.raises(ExportError, match=r"cannot have images of image_size=40: without it"):
         export(str(source), tmp_path / "out", ExportOptions(batch_size=1, image_size=(40,)))

@@ -181,9 +181,9 @@ def test_options_list_everything_wrong_at_once():
     with pytest.raises(UsageError) as caught:
         ExportOptions(backend="aoti", batch_size=0, sequence_length=(0, 0), dtype="int3", atol=-1).check()
     assert str(caught.value) == (
-        "--batch-size must be at least 1, not 0. --sequence-length must be at least 1, not 0. --sequence-length must "
-        "be at least 1, not 0. --sequence-length names a length twice: 0,0. --dtype 'int3' is not supported; the "
-        "choices are: float32, bfloat16, float16. --atol must be above 0, not -1."
+        "batch_size must be at least 1, not 0. sequence_length must be at least 1, not 0. sequence_length must "
+        "be at least 1, not 0. sequence_length names a length twice: 0,0. dtype='int3' is not supported; the "
+        "choices are: float32, bfloat16, float16. atol= must be above 0, not -1."
     )
 
 

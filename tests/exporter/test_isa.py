@@ -148,7 +148,7 @@ def test_codes_are_multiplied_as_the_level_does(scheme, level, has_kernel):
 
 def test_a_dtype_that_is_not_multiplied_is_said(recwarn):
     avx2, forms = AotiOptions(isa="avx2"), library.lowering_options_for("cpu", "avx2")
-    with pytest.warns(PrecastWarning, match=r"--isa avx2 has no instructions that multiply float16: .* float32"):
+    with pytest.warns(PrecastWarning, match=r"isa='avx2' has no instructions that multiply float16: .* float32"):
         compiler._warn_of_float32_matmuls(avx2, PrecisionOptions(auto_cast="matmul", auto_cast_type="fp16"), forms)
     with pytest.warns(PrecastWarning, match="multiply bfloat16"):
         compiler._warn_of_float32_matmuls(avx2, PrecisionOptions(dtype="bfloat16"), forms)

@@ -66,7 +66,7 @@ def test_it_answers_texts_as_the_whole_model_does(source_of, tmp_path, model_typ
 
 def test_images_are_left_out_by_request_only(source_of):
     source = source_of("qwen2_vl", QWEN2)
-    with pytest.raises(CheckpointError, match=r"cannot be inferred.*Give --task, one of: .*text-generation"):
+    with pytest.raises(CheckpointError, match=r"cannot be inferred.*Give task=, one of: .*text-generation"):
         preview(str(source), ExportOptions(sequence_length=(32,)))
 
 

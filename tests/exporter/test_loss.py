@@ -93,8 +93,8 @@ def test_below_a_floor_both_numbers_are_said(kl, agreement, max_kl, least):
     except AccuracyError as error:
         message = str(error)
         assert not is_fine
-        assert ("--max-kl" in message, "--min-agreement" in message) == (kl > max_kl, agreement < least)
-        for part in ("int4 in groups of 32", "500 tokens", "24.5", "20", "--method gptq", "--accept-loss"):
+        assert ("max_kl" in message, "min_agreement" in message) == (kl > max_kl, agreement < least)
+        for part in ("int4 in groups of 32", "500 tokens", "24.5", "20", "quantize_method='gptq'", "accept_loss=True"):
             assert part in message
     else:
         assert is_fine
@@ -105,18 +105,18 @@ def test_the_message_word_by_word():
         check_floor(scores(0.25, 0.6), Floor(0.01, 0.95), "quantized to int8 in groups of 64")
     assert str(caught.value) == (
         "Quantized to int8 in groups of 64, the model loses too much on 500 tokens of held-out text: a KL divergence "
-        "of 0.25 where --max-kl allows 0.01 and a top-1 agreement of 0.6 where --min-agreement asks for 0.95 "
-        "(perplexity 24.5, in fp32 20). Nothing was written. Try --method gptq, a smaller --group-size, --quantize "
-        "int8, or --quantize auto, which keeps the worst layers in int8; --accept-loss takes it as it is."
+        "of 0.25 where max_kl allows 0.01 and a top-1 agreement of 0.6 where min_agreement asks for 0.95 "
+        "(perplexity 24.5, in fp32 20). Nothing was written. Try quantize_method='gptq', a smaller group_size, "
+        "quantize='int8', or quantize='auto', which keeps the worst layers in int8; accept_loss=True takes it as it is."
     )
 
 
 @pytest.mark.parametrize(
     ("kl", "agreement", "words"),
     [
-        (0.01000001, 1.0, "of 0.01000001 where --max-kl allows 0.01 "),
-        (0.0, 0.94999, "of 0.94999 where --min-agreement asks for 0.95 "),
-        (float("nan"), 1.0, "of nan where --max-kl allows 0.01 "),
+        (0.01000001, 1.0, "of 0.01000001 where max_kl allows 0.01 "),
+        (0.0, 0.94999, "of 0.94999 where min_agreement asks for 0.95 "),
+        (float("nan"), 1.0, "of nan where max_kl allows 0.01 "),
     ],
 )
 def test_two_numbers_that_differ_look_different(kl, agreement, words):

@@ -424,7 +424,7 @@ def test_graphs_of_an_encoder_decoder_do_not_share_a_signature(tmp_path):
     from zoo import seq2seq as zoo
 
     source = zoo.make(tmp_path / "t5", "t5")
-    with pytest.raises(ExportError, match=r"encode, decode of this model do not. Give --strategy trace"):
+    with pytest.raises(ExportError, match=r"encode, decode of this model do not. Give strategy='trace'"):
         _export(
             source, tmp_path / "out", strategy="model-builder", task="text2text-generation", prefill_lengths=(),
             decoder_sequence_length=8,
@@ -437,26 +437,26 @@ def test_graphs_of_an_encoder_decoder_do_not_share_a_signature(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"instance_type": None}, r"give --instance-type; the choices are: inf2, trn1, trn1n, trn2\."),
-        ({"instance_type": "inf1"}, r"--instance-type inf1 .*torch-neuron, ends with PyTorch 1\.13"),
-        ({"instance_type": "p4d"}, r"--instance-type 'p4d' is not supported; the choices are"),
+        ({"instance_type": None}, r"give instance_type; the choices are: inf2, trn1, trn1n, trn2\."),
+        ({"instance_type": "inf1"}, r"instance_type='inf1' .*torch-neuron, ends with PyTorch 1\.13"),
+        ({"instance_type": "p4d"}, r"instance_type='p4d' is not supported; the choices are"),
         ({"strategy": "transformers-neuronx"}, r"ended the support of transformers-neuronx with Neuron SDK 2\.26"),
         ({"strategy": "torch-native"}, r"TorchNeuron, the successor .* closed beta"),
-        ({"strategy": "fast"}, r"--strategy 'fast' is not supported; the choices are: trace, model-builder"),
-        ({"strategy": "trace", "tensor_parallel": 2}, r"--tensor-parallel 2 .* --strategy trace compiles for one"),
-        ({"tensor_parallel": 0}, r"--tensor-parallel must be at least 1, not 0"),
-        ({"tensor_parallel": 2, "inline_weights": True}, r"--inline-weights .* Give --strategy trace"),
-        ({"optlevel": 4}, r"-O4 is no level"),
-        ({"compiler_args": ("--target=inf2",)}, r"--compiler-arg --target=inf2 is said otherwise: by --instance-type"),
-        ({"compiler_args": ("-O3",)}, r"said otherwise: by -O3"),
+        ({"strategy": "fast"}, r"strategy='fast' is not supported; the choices are: trace, model-builder"),
+        ({"strategy": "trace", "tensor_parallel": 2}, r"tensor_parallel=2 .* strategy='trace' compiles for one"),
+        ({"tensor_parallel": 0}, r"tensor_parallel must be at least 1, not 0"),
+        ({"tensor_parallel": 2, "inline_weights": True}, r"inline_weights=True .* Give strategy='trace'"),
+        ({"optlevel": 4}, r"optlevel=4 is no level"),
+        ({"compiler_args": ("--target=inf2",)}, r"compiler_args='--target=inf2' is said otherwise: by instance_type"),
+        ({"compiler_args": ("-O3",)}, r"said otherwise: by optlevel=3"),
         ({"compiler_args": ("verbose",)}, r"'verbose' is no argument of neuronx-cc"),
-        ({"isa": "avx2"}, r"--isa avx2 is not for --backend neuron"),
+        ({"isa": "avx2"}, r"isa='avx2' is not for backend='neuron'"),
         ({"auto_cast": "matmul", "dtype": "bfloat16"}, r"leaves nothing in it"),
-        ({"auto_cast_type": "bf16"}, r"says what --auto-cast casts to"),
-        ({"backend": "onnx"}, r"--instance-type is not for --backend onnx: .*Backends that take it: neuron\."),
+        ({"auto_cast_type": "bf16"}, r"says what auto_cast casts to"),
+        ({"backend": "onnx"}, r"instance_type is not for backend='onnx': .*Backends that take it: neuron\."),
         (
             {"backend": "aoti", "instance_type": None, "auto_cast": "all", "auto_cast_type": "tf32"},
-            r"--auto-cast-type tf32 is for --backend neuron",
+            r"auto_cast_type='tf32' is for backend='neuron'",
         ),
     ],
 )

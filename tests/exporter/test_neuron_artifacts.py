@@ -141,10 +141,10 @@ def test_an_artifact_of_theirs_answers_as_eager_does(checkpoint, tmp_path, machi
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"backend": "onnx", "instance_type": None, "inline_weights": False}, "give --backend neuron, too"),
-        ({"inline_weights": False}, "give --inline-weights, too"),
-        ({"strategy": "model-builder", "inline_weights": False}, "leave out --strategy and --tensor-parallel"),
-        ({"sequence_length": (16, 24)}, "--sequence-length 16,24 asks for more; give one size"),
+        ({"backend": "onnx", "instance_type": None, "inline_weights": False}, "give backend='neuron', too"),
+        ({"inline_weights": False}, "give inline_weights=True, too"),
+        ({"strategy": "model-builder", "inline_weights": False}, "leave out strategy= and tensor_parallel"),
+        ({"sequence_length": (16, 24)}, "sequence_length=16,24 asks for more; give one size"),
         ({"layout": "tensorrt"}, f"the choices are: {', '.join(LAYOUTS)}"),
     ],
 )

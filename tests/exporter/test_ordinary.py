@@ -164,7 +164,7 @@ def test_a_row_alone_is_continued_and_guessed_ahead(source, artifact):
 
 def test_caches_in_int8_are_refused(source, tmp_path):
     options = ExportOptions(sequence_length=(CAPACITY,), kv_cache="int8")
-    with pytest.raises(UsageError, match=r"--kv-cache int8.*DiffLlamaForCausalLM.*Leave it out"):
+    with pytest.raises(UsageError, match=r"kv_cache='int8'.*DiffLlamaForCausalLM.*Leave it out"):
         export(str(source("diffllama")), tmp_path / "out", options)
 
 

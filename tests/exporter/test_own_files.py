@@ -292,7 +292,7 @@ def test_what_is_said_of_images_goes_with_the_artifact_in_the_file_that_says_it(
     assert inputs._image_size(checkpoint) == (40, 48)
     for size in (40.5, "large", [], {"longest_edge": 9}, None):
         (path / "processor_config.json").write_text(json.dumps({"image_processor": {"size": size}}))
-        with pytest.raises(UsageError, match="--image-size HEIGHT,WIDTH"):
+        with pytest.raises(UsageError, match="image_size=HEIGHT,WIDTH"):
             inputs._image_size(resolve(str(path), ExportOptions()))
     (path / "preprocessor_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"resnet/preprocessor_config.json holds \[\], not an object"):

@@ -55,9 +55,9 @@ def test_its_option_is_a_keyword(toy):
     assert ExportOptions(also=("toy",), toy_note="a word").for_backend("onnx").toy_note == ""
     options.check()
     ExportOptions(also=("toy",), toy_note="a word").check()
-    with pytest.raises(UsageError, match=r"--toy-note is not for --backend neuron: .* take it: toy\."):
+    with pytest.raises(UsageError, match=r"toy_note is not for backend='neuron': .* take it: toy\."):
         ExportOptions(backend="neuron", instance_type="trn1", toy_note="a word").check()
-    with pytest.raises(UsageError, match=r"--toy-note is one line"):
+    with pytest.raises(UsageError, match=r"toy_note is one line"):
         options.replace(toy_note="a\nb").check()
     with pytest.raises(UsageError, match=r"does not know toy_notes\. Did you mean toy_note\?"):
         ExportOptions.of({"toy_notes": "a word"})

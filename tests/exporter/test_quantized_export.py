@@ -178,7 +178,7 @@ def test_the_sources_grid_is_kept(checkpoint, tmp_path, minima):
 
 
 def test_a_source_without_a_grid_is_refused(checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match=r"lie on none of 4 or 8 bits in groups of 32.*--quantize int8"):
+    with pytest.raises(CheckpointError, match=r"lie on none of 4 or 8 bits in groups of 32.*quantize='int8'"):
         export(str(checkpoint("llama")), tmp_path / "out", ExportOptions(sequence_length=(16,), quantize="source"))
     assert not (tmp_path / "out").exists()
 
@@ -203,7 +203,7 @@ def test_two_quantized_exports_are_identical_and_say_what_they_lost(checkpoint, 
 
 def test_below_the_floor_nothing_is_written_unless_it_is_accepted(checkpoint, tmp_path):
     settings = {"sequence_length": (16,), "quantize": "int4", "max_kl": 1e-6}
-    with pytest.raises(AccuracyError, match=r"--max-kl allows 1e-06"):
+    with pytest.raises(AccuracyError, match=r"max_kl allows 1e-06"):
         export(str(checkpoint("llama")), tmp_path / "out", ExportOptions(**settings))
     assert not (tmp_path / "out").exists()
     made = export(str(checkpoint("llama")), tmp_path / "out", ExportOptions(**settings, accept_loss=True))
@@ -212,9 +212,7 @@ def test_below_the_floor_nothing_is_written_unless_it_is_accepted(checkpoint, tm
     assert accuracy.figures["kl_divergence"] > 1e-6
     again = validate_again(made.path, str(checkpoint("llama")), ExportOptions(), keep=False)
     assert again == accuracy
-    with pytest.raises(
-        UsageError, match=r"--atol 0\.5 bounds .* in float32; the variant onnx-int4 is quantized to int4"
-    ):
+    with pytest.raises(UsageError, match=r"atol=0\.5 bounds .* in float32; the variant onnx-int4 is quantized to int4"):
         validate_again(made.path, str(checkpoint("llama")), ExportOptions(atol=0.5), keep=False)
 
 
@@ -238,7 +236,7 @@ def test_a_wrong_mask_in_a_quantized_graph_is_found(checkpoint, tmp_path, monkey
 
 def test_patterns_that_match_nothing(checkpoint, tmp_path):
     options = ExportOptions(sequence_length=(16,), quantize="int8", skip=("head",))
-    with pytest.raises(UsageError, match=r"--skip 'head' matches no layer.*model\.layers\.0.*lm_head"):
+    with pytest.raises(UsageError, match=r"skip='head' matches no layer.*model\.layers\.0.*lm_head"):
         export(str(checkpoint("llama")), tmp_path / "out", options)
 
 

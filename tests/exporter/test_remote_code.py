@@ -126,6 +126,6 @@ def test_nothing_runs_without_being_asked_for(tmp_path):
     source = make(tmp_path / "baichuan", "baichuan")
     (source / "configuration_baichuan.py").write_text("raise SystemExit('it ran')")
     (source / "modeling_baichuan.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(CheckpointError, match=r"code of its own \(configuration_baichuan.*--trust-remote-code"):
+    with pytest.raises(CheckpointError, match=r"code of its own \(configuration_baichuan.*trust_remote_code=True"):
         export(str(source), tmp_path / "out", ExportOptions(**{**OPTIONS, "trust_remote_code": False}))
     assert not (tmp_path / "out").exists()

@@ -241,7 +241,7 @@ def test_scaling_by_the_length_is_right_up_to_its_limit(checkpoint, artifact, mo
 def test_longrope_beyond_its_limit_is_refused_by_the_capacity_that_works(checkpoint):
     """Where a prompt or an answer crosses it, every key in the caches would have to be rotated again."""
     source = str(checkpoint("phi3", rope_parameters=LONG, **_original("phi3")))
-    with pytest.raises(UsageError, match=r"--sequence-length 17: .*more than 16 tokens.*Give at most 16"):
+    with pytest.raises(UsageError, match=r"sequence_length=17: .*more than 16 tokens.*Give at most 16"):
         preview(source, ExportOptions(sequence_length=(17,)))
     assert preview(source, ExportOptions()).lengths == (16,), "the default"
 

@@ -230,22 +230,22 @@ def test_an_export_is_validated(tmp_path, made):
 
 
 BAD_EXPORTS = [
-    ({}, UsageError, r"fixed shapes: sequence_length\. Add --sequence-length N"),
+    ({}, UsageError, r"fixed shapes: sequence_length\. Add sequence_length=N"),
     (
         {"sequence_length": (8,), "prefill_lengths": (4,)},
         UsageError,
-        "--prefill-lengths is not for the task 'text2text-generation'",
+        "prefill_lengths is not for the task 'text2text-generation'",
     ),
-    ({"sequence_length": (65,)}, UsageError, "--sequence-length 65 is more"),
+    ({"sequence_length": (65,)}, UsageError, "sequence_length=65 is more"),
     (
         {"sequence_length": (8,), "decoder_sequence_length": 65},
         UsageError,
-        "--decoder-sequence-length 65.*64 positions",
+        "decoder_sequence_length=65.*64 positions",
     ),
     (
         {"sequence_length": (8,), "decoder_sequence_length": 0},
         UsageError,
-        "--decoder-sequence-length must be at least 1",
+        "decoder_sequence_length must be at least 1",
     ),
 ]
 

@@ -119,7 +119,7 @@ def test_the_plan_says_that_tokens_are_read_one_at_a_time(source, model):
 
 def test_fixed_lengths_are_refused(source):
     options = ExportOptions(sequence_length=(CAPACITY,), prefill_lengths=(8,))
-    with pytest.raises(UsageError, match=r"--prefill-lengths 8: .*states.*Leave it out"):
+    with pytest.raises(UsageError, match=r"prefill_lengths=8: .*states.*Leave it out"):
         preview(str(source), options)
 
 

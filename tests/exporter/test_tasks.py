@@ -100,7 +100,7 @@ def test_a_class_that_transformers_does_not_know_is_for_what_its_name_ends_in(tm
     checkpoint = _checkpoint(tmp_path, {"model_type": "llama", "architectures": ["LLaMAForCausalLM"]})
     assert checkpoint.task().name == "text-generation"
     for name in ("LlamaForDancing", "LlamaForMaskedLM"):
-        with pytest.raises(CheckpointError, match=f"names {name}.*Give --task, one of: .*text-generation"):
+        with pytest.raises(CheckpointError, match=f"names {name}.*Give task=, one of: .*text-generation"):
             _checkpoint(tmp_path, {"model_type": "llama", "architectures": [name]}).task()
 
 
@@ -128,7 +128,7 @@ def test_a_size_is_compiled_for_or_refused(sources, kind, name):
         found = {"decoder_sequence_length": "capacity", "sequence_length": "lengths"}.get(name, name)
         assert getattr(plan, found) == GIVEN[name]
         return
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} (is not for the task|fixes nothing)"):
+    with pytest.raises(UsageError, match=f"{name} (is not for the task|fixes nothing)"):
         preview(str(source), options)
 
 
@@ -141,11 +141,9 @@ def test_every_task_takes_its_own_sizes_alone(row):
         if is_taken:
             options.check_task(row)
             continue
-        with pytest.raises(
-            UsageError, match=f"--{name.replace('_', '-')} is not for the task {row.name!r}, which is inferred"
-        ):
+        with pytest.raises(UsageError, match=f"{name} is not for the task {row.name!r}, which is inferred"):
             options.check_task(row)
-        with pytest.raises(UsageError, match=f"is not for the task {row.name!r}. Of such sizes it takes: --batch-size"):
+        with pytest.raises(UsageError, match=f"is not for the task {row.name!r}. Of such sizes it takes: batch_size"):
             replace(options, task=row.name).check_task(row)
 
 
@@ -162,11 +160,11 @@ def test_a_bound_that_is_measured_on_text_is_for_decoders(row):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"group_size": 32}, "--group-size say"),
-        ({"group_size": 32, "kv_cache": "int8"}, "--group-size say"),
-        ({"skip": ("lm_head",), "kv_cache": "int8"}, "--skip say"),
-        ({"atol": 0.1, "quantize": "int8"}, "--atol 0.1 bounds"),
-        ({"atol": 0.1, "dtype": "bfloat16"}, "--atol 0.1 bounds"),
+        ({"group_size": 32}, "group_size say"),
+        ({"group_size": 32, "kv_cache": "int8"}, "group_size say"),
+        ({"skip": ("lm_head",), "kv_cache": "int8"}, "skip= say"),
+        ({"atol": 0.1, "quantize": "int8"}, "atol=0.1 bounds"),
+        ({"atol": 0.1, "dtype": "bfloat16"}, "atol=0.1 bounds"),
     ],
 )
 def test_an_option_without_effect_is_refused(options, words):
@@ -176,5 +174,5 @@ def test_an_option_without_effect_is_refused(options, words):
 
 def test_a_revision_is_for_what_is_on_the_hub(sources):
     source, _ = sources["decoder"]
-    with pytest.raises(UsageError, match="--revision is for a checkpoint on the Hub"):
+    with pytest.raises(UsageError, match="revision= is for a checkpoint on the Hub"):
         resolve(str(source), ExportOptions(revision="main"))

@@ -31,7 +31,7 @@ class ToyOptions(BackendOptions):
 
     def problems(self) -> Iterator[str]:
         if len(self.toy_note.splitlines()) > 1:
-            yield "--toy-note is one line; leave out its line breaks."
+            yield "toy_note is one line; leave out its line breaks."
 
 
 class ToyCompiler:

@@ -134,7 +134,7 @@ def test_several_draws_of_one_prompt(family):
 
 
 BAD_REQUESTS = [
-    ({"num_beams": 7}, r"takes 7 rows.*compiled for 6\. Pass num_beams=1.*--batch-size 7"),
+    ({"num_beams": 7}, r"takes 7 rows.*compiled for 6\. Pass num_beams=1.*batch_size=7"),
     ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than num_beams=2"),
     ({"num_return_sequences": 3}, r"equal rows.*do_sample=True, or num_beams=3"),
     ({"num_beams": 2, "early_stopping": "always"}, "early_stopping must be True, False or 'never', not 'always'"),

@@ -276,7 +276,7 @@ def test_a_default_length_is_what_fits(model, monkeypatch):
 BAD_REQUESTS = [
     ({"input_ids": [[5] * 49]}, r"49 prompt tokens.*capacity of 48\. Compile a larger one.*: precast export .*"),
     ({"input_ids": [[5] * 40], "max_new_tokens": 9}, r"40 prompt tokens and 9 new.*48\. Ask for max_new_tokens=8"),
-    ({"input_ids": [[5], [6]]}, r"2 rows; the model was compiled for 1.*--batch-size 2.*--dynamic-batch-size"),
+    ({"input_ids": [[5], [6]]}, r"2 rows; the model was compiled for 1.*batch_size=2.*dynamic_batch_size=True"),
     ({"input_ids": [5, 6]}, r"one dimension, \[2\]; give \[batch, length\], for one row \[1, 2\]"),
     ({"input_ids": [[[5]]]}, r"3 dimensions, \[1, 1, 1\]"),
     ({"input_ids": [[0.5]]}, "whole numbers.*float64"),
@@ -295,7 +295,7 @@ BAD_REQUESTS = [
         for mask in ([[1, 2]], [[0.5, 1]], [[np.nan, 1]], [[0, -np.inf]], [["1", "1"]])
     ),
     ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, "Row 0 of attention_mask has no token"),
-    ({"input_ids": [[5]], "num_beams": 4}, r"takes 4 rows .num_beams.*compiled for 1.*--batch-size 4"),
+    ({"input_ids": [[5]], "num_beams": 4}, r"takes 4 rows .num_beams.*compiled for 1.*batch_size=4"),
     ({"input_ids": [[5]], "max_tokens": 4}, r"does not know\. Did you mean 'max_new_tokens'\? It takes: max_"),
     ({"input_ids": [[5]], "do_sample": True, "temperature": 0.0}, r"must be above 0, not 0\.0.*do_sample=False"),
     ({"input_ids": [[5]], "max_new_tokens": 0, "do_sample": True, "top_p": 2}, "must be .* 1, not 0. top_p must"),

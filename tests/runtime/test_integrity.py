@@ -307,7 +307,7 @@ def test_an_export_does_not_fail_where_nothing_can_be_kept(home):
 def test_the_refusal_says_what_to_do():
     with pytest.raises(TrustError) as caught:
         require_trust("user/model", DIGEST, sha256=None, trust_native_code=False)
-    for words in ("user/model holds native code", f"sha256='{DIGEST}'", f"--sha256 {DIGEST}", "--trust-native-code"):
+    for words in ("user/model holds native code", f"sha256='{DIGEST}'", "trust_native_code=True"):
         assert words in str(caught.value)
 
 

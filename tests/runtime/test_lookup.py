@@ -175,7 +175,7 @@ def test_a_streamer_is_given_one_token_at_a_time(model):
 )
 def test_a_model_that_cannot_check_guesses_says_so(source, artifact, shapes, compiled):
     model = CompiledModelForCausalLM.from_pretrained(artifact(source, **shapes))
-    expected = rf"prompt_lookup_num_tokens=10 .*compiled for {compiled}\. Pass .*_tokens=0.*--batch-size 1"
+    expected = rf"prompt_lookup_num_tokens=10 .*compiled for {compiled}\. Pass .*_tokens=0.*batch_size=1"
     for call in (model.generate, model.stream):
         with pytest.raises(InputError, match=expected):
             call([[5, 6]], prompt_lookup_num_tokens=10)

@@ -52,8 +52,9 @@ class _Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except PrecastError as error:
-            command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            error.args = (in_flags(str(error), command.get_params(ctx) if command else []),)
+            # What a compiled model cannot do, another export may.
+            own, others = (self.get_command(ctx, name) for name in (ctx.invoked_subcommand or "", "export"))
+            error.args = (in_flags(str(error), *(each.get_params(ctx) for each in (own, others) if each)),)
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -14,6 +14,7 @@ from .options import (
     LENGTHS,
     cast_options,
     hub_options,
+    in_flags,
     json_option,
     option_in,
     quantize_options,
@@ -115,7 +116,7 @@ def command(
             url = push(artifact, push_to_hub, private=private or None, token=options["token"])
     _show_result(artifact, url, _comparison(artifact, settings), as_json)
     if not quiet and settings.backend == "onnx" and (advice := exporter.faster_here(artifact, settings)):
-        note(advice)
+        note(_typed(advice))
 
 
 def _show_plans(exporter: Any, model: str, settings: Any, as_json: bool) -> None:
@@ -133,7 +134,13 @@ def _show_plans(exporter: Any, model: str, settings: Any, as_json: bool) -> None
     for name in found.get("backends", ()):
         echo(f"backend          {name}")
     for name, reason in found.get("left_out", {}).items():
-        echo(f"no backend       {name}: {reason}")
+        echo(f"no backend       {name}: {_typed(reason)}")
+
+
+def _typed(message: str) -> str:
+    """A message of the exporter with its options as they are typed."""
+    context = click.get_current_context()
+    return in_flags(message, context.command.get_params(context))
 
 
 def _in_words(plan: Any) -> str:
@@ -208,7 +215,7 @@ def _compared(comparison: dict[str, Any]) -> list[str]:
     for name, entry in comparison["candidates"].items():
         kept = "  (kept)" if name == comparison["backend"] else ""
         lines.append(f"  {name:<8} {' | '.join(f'{value:,.4g}' for value in entry['milliseconds'])}{kept}")
-    return lines + [f"  {name:<8} left out: {reason}" for name, reason in comparison["left_out"].items()]
+    return lines + [f"  {name:<8} left out: {_typed(reason)}" for name, reason in comparison["left_out"].items()]
 
 
 def _request(request: dict[str, Any]) -> str:

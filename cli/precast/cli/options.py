@@ -180,17 +180,33 @@ def model_options(function: F) -> F:
     return hub_options(function)
 
 
-def in_flags(message: str, params: Iterable[click.Parameter]) -> str:
+def in_flags(message: str, params: Iterable[click.Parameter], others: Iterable[click.Parameter] = ()) -> str:
     """The message with keywords as these options are typed: `force=True` is `--force`, `max_new_tokens=47` is
-    `--max-new-tokens 47`, and `top_p must …` is `--top-p must …`."""
-    message = message.replace("do_sample=False", "--temperature 0")
-    for param in params:
-        if not isinstance(param, click.Option):
-            continue
-        name, flag = rf"(?<![-\w/.]){param.name}", max(param.opts, key=len)
-        message = re.sub(rf"{name}=True\b", flag, message)
-        message = re.sub(rf"{name}=(?=[\w'\"])", f"{flag} ", message)
+    `--max-new-tokens 47`, `dtype='float16'` is `--dtype float16`, and `top_p must …` is `--top-p must …`.
+
+    Those of `others`, another command's options, count where these have none of the name.
+    """
+    message = message.replace("do_sample=False", "--temperature 0").replace("validate=False", "--no-validate")
+    own = [param for param in params if isinstance(param, click.Option)]
+    for param in own:
+        message = _in_flag(message, param)
         # A single word without a sign may be plain English, unless the message begins with it.
-        bare = rf"{name}=?(?![\w/-])" if "_" in (param.name or "") else rf"{name}=|^{param.name}\b"
-        message = re.sub(bare, flag, message)
+        message = re.sub(rf"^{param.name}\b(?![/-])", _flag_of(param), message)
+    known = {param.name for param in own}
+    for param in others:
+        if isinstance(param, click.Option) and param.name not in known:
+            message = _in_flag(message, param)
     return message
+
+
+def _in_flag(message: str, param: click.Option) -> str:
+    name, flag = rf"(?<![-\w/.'\"]){param.name}", _flag_of(param)
+    message = re.sub(rf"{name}=True\b", flag, message)
+    message = re.sub(rf"{name}='(-[\w.,+=-]+)'", rf"{flag}=\1", message)
+    message = re.sub(rf"{name}='([\w.,+-]+)'", rf"{flag} \1", message)
+    message = re.sub(rf"{name}=(?=[\w'\"/~]|\.[\w/])", f"{flag} ", message)
+    return re.sub(rf"{name}={'?' if '_' in (param.name or '') else ''}(?![\w/-])", flag, message)
+
+
+def _flag_of(param: click.Option) -> str:
+    return max(param.opts, key=len)

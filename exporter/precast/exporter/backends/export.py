@@ -71,7 +71,7 @@ def _archive(lowered: Lowered) -> bytes:
     try:
         parse_program(unpack(data, lowered.graph.name), lowered.graph.name)
     except FormatError as error:
-        raise ExportError(f"The backend export cannot write this model: {error} Try --backend onnx.") from error
+        raise ExportError(f"The backend export cannot write this model: {error} Try backend='onnx'.") from error
     return data
 
 

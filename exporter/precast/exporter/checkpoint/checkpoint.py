@@ -110,7 +110,7 @@ class Checkpoint:
         if code and self._config_file.get("model_type") not in transformers.CONFIG_MAPPING:
             raise CheckpointError(
                 f"{self.name} brings code of its own ({code}) and is of no type that transformers has. Read that code; "
-                f"then --trust-remote-code runs it."
+                f"then trust_remote_code=True runs it."
             )
 
     @cached_property
@@ -247,7 +247,7 @@ class Checkpoint:
             return self.task(guessed)
         named = f"names {', '.join(names)}, which is for none of them" if names else "names no architecture"
         raise CheckpointError(
-            f"The task of {self.name} cannot be inferred: its config.json {named}. Give --task, one of: "
+            f"The task of {self.name} cannot be inferred: its config.json {named}. Give task=, one of: "
             f"{', '.join(self._possible_tasks()) or ', '.join(TASKS)}."
         )
 

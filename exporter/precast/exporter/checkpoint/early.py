@@ -65,7 +65,7 @@ def check_length(name: str, longest: int | None, length: int) -> None:
     """Raise UsageError for a sequence longer than the model was made for, `longest`, where that is known."""
     if longest is not None and length > longest:
         raise UsageError(
-            f"--sequence-length {length} is more than {name} was made for: its max_position_embeddings allow {longest}."
+            f"sequence_length={length} is more than {name} was made for: its max_position_embeddings allow {longest}."
         )
 
 

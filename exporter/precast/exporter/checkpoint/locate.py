@@ -39,9 +39,7 @@ def find_local(model: str, revision: str | None = None) -> Local | None:
     """
     found = _find(model)
     if found is not None and revision is not None:
-        raise UsageError(
-            f"--revision is for a checkpoint on the Hub, and {model} is one on this machine; leave it out."
-        )
+        raise UsageError(f"revision= is for a checkpoint on the Hub, and {model} is one on this machine; leave it out.")
     return found
 
 

@@ -166,7 +166,7 @@ def _check_memory(plan: Plan) -> None:
         raise UsageError(
             f"This export needs about {_gigabytes(plan.memory_bytes)} of memory (weights "
             f"{_gigabytes(plan.weight_bytes)}, cache {_gigabytes(plan.cache_bytes)}); there is {_gigabytes(available)}"
-            f". A smaller --sequence-length or --batch-size makes the cache smaller."
+            f". A smaller sequence_length or batch_size makes the cache smaller."
         )
 
 
@@ -196,7 +196,7 @@ def single_batch_size(options: ExportOptions) -> int:
     sizes = options.batch_sizes or (1,)
     if len(sizes) > 1:
         raise UsageError(
-            f"--batch-size {','.join(map(str, sizes))}: a model that generates has caches for one batch size. Give the "
+            f"batch_size={','.join(map(str, sizes))}: a model that generates has caches for one batch size. Give the "
             f"largest, {sizes[-1]}; smaller batches run in it."
         )
     return sizes[0]
@@ -208,7 +208,7 @@ def check_length(checkpoint: Checkpoint, length: int) -> None:
     limit = longrope_limit(checkpoint.text_config)
     if limit is not None and length > limit:
         raise UsageError(
-            f"--sequence-length {length}: {checkpoint.name} rotates all positions otherwise in a sequence of more than "
+            f"sequence_length={length}: {checkpoint.name} rotates all positions otherwise in a sequence of more than "
             f"{limit} tokens (rope type longrope, its original_max_position_embeddings), where caches hold what was "
             f"rotated before, and the rows of one call differ in length. Give at most {limit}."
         )
@@ -222,7 +222,7 @@ def check_blocks(checkpoint: Checkpoint, length: int) -> None:
     largest = (5 + 2 * config.num_random_blocks) * config.block_size
     if length > largest:
         raise UsageError(
-            f"--sequence-length {length}: {checkpoint.name} attends in blocks (attention_type block_sparse) to rows of "
+            f"sequence_length={length}: {checkpoint.name} attends in blocks (attention_type block_sparse) to rows of "
             f"more than {largest} tokens, and which blocks depends on how far a row is padded, so that no compiled "
             f"length has the answers of the row alone. Give at most {largest}, where transformers attends fully, too; "
             f'or write "attention_type": "original_full" into its config.json, for full attention at any length.'

@@ -59,7 +59,7 @@ def export_program(program: nn.Module, example: tuple[Any, ...], shapes: Any) ->
     except Exception as error:
         # Modelling code and torch's tracer may raise anything.
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason given'}"
-        hint = "" if shapes is None else " Fixed lengths may do where a free one does not: --prefill-lengths 64."
+        hint = "" if shapes is None else " Fixed lengths may do where a free one does not: prefill_lengths=64."
         raise ExportError(f"This model cannot be traced as one graph. {reason}{hint}") from error
 
 

@@ -14,7 +14,7 @@ from precast.runtime.terminal import quoted
 
 from .accuracy import AccuracyOptions
 from .backend_options import BackendOptions, backends_that_take, fill, find_option, options_class, taken_by
-from .declaration import OptionsPart, choice_problems, describe, flag_of
+from .declaration import OptionsPart, choice_problems, describe, keyword_of
 from .layout import LAYOUTS, OPTIMUM_NEURON
 from .precision import BY_BACKEND, PrecisionOptions
 from .quantization import GROUP_SIZES, QUANTIZE_METHODS, QuantizationOptions
@@ -23,7 +23,8 @@ from .spellings import THEIR_NAMES, in_our_words
 
 __all__ = [
     "AUTO", "GROUP_SIZES", "QUANTIZE_METHODS", "SIZES", "SIZE_EXAMPLES", "AccuracyOptions", "BackendOptions",
-    "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions", "describe", "flag_of", "option_names",
+    "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions", "describe", "keyword_of",
+    "option_names",
 ]  # fmt: skip
 
 AUTO = "auto"
@@ -183,8 +184,8 @@ class ExportOptions:
         fitting = [each for each, wrong in zip(asked, problems, strict=True) if not wrong]
         if self.backend == AUTO and (several := [each.backend for each in fitting if len(each.per_variant()) > 1]):
             raise UsageError(
-                f"--backend {AUTO} keeps one variant, the fastest here, and several are asked for: name --backend "
-                f"{several[0]} for all of them."
+                f"backend={AUTO!r} keeps one variant, the fastest here, and several are asked for: name "
+                f"backend={several[0]!r} for all of them."
             )
 
     def check_task(self, task: Task) -> None:
@@ -193,11 +194,11 @@ class ExportOptions:
         if task.kind != "decoder" and (useless := self.accuracy.given("max_kl", "min_agreement")):
             raise UsageError(
                 f"{' and '.join(useless)} bound what is lost on the text that a decoder predicts, and {task.name!r} "
-                f"predicts none: what --dtype and --auto-cast may cost it is fixed, and --accept-loss takes more."
+                f"predicts none: what dtype= and auto_cast may cost it is fixed, and accept_loss=True takes more."
             )
         if self.quantization.is_rounded and task.kind != "decoder":
             raise UsageError(
-                f"--quantize and --kv-cache are for decoders: what they cost is measured on the text that a model "
+                f"quantize= and kv_cache are for decoders: what they cost is measured on the text that a model "
                 f"predicts, and {task.name!r} predicts none. Leave them out."
             )
 
@@ -216,7 +217,7 @@ class ExportOptions:
         yield from self._combination_problems()
         yield from self._choice_problems()
         if AUTO in (self.backend, *self.also):
-            yield f"--backend {AUTO} keeps one backend's files, and --also adds another's: name both of them."
+            yield f"backend={AUTO!r} keeps one backend's files, and also= adds another's: name both of them."
             return
         yield from self._backend_problems()
         yield from self._also_problems()
@@ -235,9 +236,9 @@ class ExportOptions:
     def _combination_problems(self) -> Iterator[str]:
         cast, rounding = self.precision, self.quantization
         if cast.is_cast and rounding.is_rounded:
-            given = f"--dtype {cast.dtype}" if cast.dtype != "float32" else f"--auto-cast {cast.auto_cast}"
+            given = f"dtype={cast.dtype!r}" if cast.dtype != "float32" else f"auto_cast={cast.auto_cast!r}"
             is_quantized = rounding.quantize != "none"
-            rounded = f"--quantize {rounding.quantize}" if is_quantized else f"--kv-cache {rounding.kv_cache}"
+            rounded = f"quantize={rounding.quantize!r}" if is_quantized else f"kv_cache={rounding.kv_cache!r}"
             yield f"{given} cannot be combined with {rounded}, whose operators compute in float32; give one of them."
 
     def _backend_problems(self) -> Iterator[str]:
@@ -246,13 +247,13 @@ class ExportOptions:
         if self.quantization.kv_cache == "float16" and not row.halves_caches:
             others = ", ".join(each.name for each in BACKENDS.values() if each.halves_caches)
             yield (
-                f"--kv-cache float16 is not for --backend {row.name}, whose attention computes in what its caches "
+                f"kv_cache='float16' is not for backend={row.name!r}, whose attention computes in what its caches "
                 f"hold. Backends that take it: {others}; int8 is for all."
             )
         yield from self.backend_options.problems()
         if self.precision.auto_cast_type == "tf32" and not row.casts_itself:
             others = ", ".join(each.name for each in BACKENDS.values() if each.casts_itself)
-            yield f"--auto-cast-type tf32 is for --backend {others}; with --backend {row.name} it is bf16 or fp16."
+            yield f"auto_cast_type='tf32' is for backend={others!r}; with backend={row.name!r} it is bf16 or fp16."
 
     def _foreign_problems(self, row: Backend) -> Iterator[str]:
         """Options that neither the backend nor another that is asked for takes."""
@@ -263,9 +264,10 @@ class ExportOptions:
         for each in [*shared, *filter(None, (find_option(name) for name, _ in self.backend_keywords))]:
             if each.name not in taken:
                 # A choice is a word, as others need not be.
-                value = f" {getattr(self, each.name)}" if each.metadata.get("choices") else ""
+                is_word = bool(each.metadata.get("choices"))
+                given = f"{each.name}={getattr(self, each.name)!r}" if is_word else keyword_of(each)
                 yield (
-                    f"{flag_of(each)}{value} is not for --backend {row.name}: {row.because}. Backends that take it: "
+                    f"{given} is not for backend={row.name!r}: {row.because}. Backends that take it: "
                     f"{backends_that_take(each.name)}."
                 )
 
@@ -278,7 +280,7 @@ class ExportOptions:
     def _also_problems(self) -> Iterator[str]:
         names = [self.backend, *self.also]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-            yield f"--also {name} would compile for {name} a second time: give each backend once."
+            yield f"also={name!r} would compile for {name} a second time: give each backend once."
         for name in dict.fromkeys(self.also):
             if get_backend(name).name != self.backend:
                 yield from self.for_backend(name)._backend_problems()
@@ -288,7 +290,7 @@ class ExportOptions:
             yield from self.backend_options.layout_problems(self.layout, self.shapes)
         elif self.layout == OPTIMUM_NEURON:
             yield (
-                f"--layout {OPTIMUM_NEURON} is that of Neuron artifacts; give --backend neuron, too, or leave it out."
+                f"layout={OPTIMUM_NEURON!r} is that of Neuron artifacts; give backend='neuron', too, or leave it out."
             )
 
     def _bound_problems(self) -> Iterator[str]:
@@ -296,13 +298,13 @@ class ExportOptions:
         bounds = self.accuracy
         if not self.is_lossy and (useless := bounds.given("max_kl", "min_agreement", "accept_loss")):
             yield (
-                f"{', '.join(useless)} bound what is lost; without --quantize, --kv-cache, --dtype and --auto-cast "
-                f"nothing is, and --atol is the bound."
+                f"{', '.join(useless)} bound what is lost; without quantize=, kv_cache, dtype= and auto_cast "
+                f"nothing is, and atol= is the bound."
             )
         if self.is_lossy and not self.also and bounds.given("atol") and bounds.atol > 0:
             yield (
-                f"--atol {bounds.atol:g} bounds the difference of a model that computes in float32; what --quantize, "
-                f"--kv-cache, --dtype and --auto-cast cost is bounded by --max-kl and --min-agreement."
+                f"atol={bounds.atol:g} bounds the difference of a model that computes in float32; what quantize=, "
+                f"kv_cache, dtype= and auto_cast cost is bounded by max_kl and min_agreement."
             )
 
 

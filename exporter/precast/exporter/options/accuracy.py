@@ -31,8 +31,8 @@ class AccuracyOptions(OptionsPart):
     def problems(self) -> Iterator[str]:
         """See OptionsPart."""
         if self.max_kl is not None and not self.max_kl > 0:
-            yield f"--max-kl must be above 0, not {self.max_kl}."
+            yield f"max_kl must be above 0, not {self.max_kl}."
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            yield f"--min-agreement must lie between 0 and 1, not {self.min_agreement}."
+            yield f"min_agreement must lie between 0 and 1, not {self.min_agreement}."
         if not self.atol > 0:
-            yield f"--atol must be above 0, not {self.atol}."
+            yield f"atol= must be above 0, not {self.atol}."

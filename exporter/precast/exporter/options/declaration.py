@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
-__all__ = ["OptionsPart", "choice_problems", "describe", "flag_of"]
+__all__ = ["OptionsPart", "choice_problems", "describe", "flag_of", "keyword_of"]
 
 
 def describe(
@@ -42,13 +42,20 @@ def flag_of(each: Field[Any] | str) -> str:
     return flags[0] if flags else flag_of(each.name)
 
 
+def keyword_of(each: Field[Any] | str) -> str:
+    """An option as messages name it, which speak Python: a name of one word has its sign, or it might be English. The
+    command line makes flags of them."""
+    name = each if isinstance(each, str) else each.name
+    return name if "_" in name else f"{name}="
+
+
 def choice_problems(each: Field[Any], value: object) -> Iterator[str]:
     """Say so where the value is none of the choices that the field declares."""
     choices = each.metadata.get("choices", ())
     values = str(value).split(",") if each.metadata.get("several") else [value]
     for one in values:
         if choices and one is not None and one not in choices:
-            yield f"{flag_of(each)} {one!r} is not supported; the choices are: {', '.join(map(str, choices))}."
+            yield f"{each.name}={one!r} is not supported; the choices are: {', '.join(map(str, choices))}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +68,8 @@ class OptionsPart:
             yield from choice_problems(each, getattr(self, each.name))
 
     def given(self, *names: str) -> list[str]:
-        """The flags of those of these options that are not as by default."""
-        return [flag_of(each) for each in fields(self) if each.name in names and self.is_given(each)]
+        """The names, as messages have them, of those of these options that are not as by default."""
+        return [keyword_of(each) for each in fields(self) if each.name in names and self.is_given(each)]
 
     def is_given(self, each: Field[Any]) -> bool:
         """Whether the option is not as by default."""

@@ -55,9 +55,9 @@ class PrecisionOptions(OptionsPart):
         """See OptionsPart."""
         yield from super().problems()
         if self.auto_cast_type is not None and self.auto_cast == "none":
-            yield f"--auto-cast-type {self.auto_cast_type} says what --auto-cast casts to; give it matmul or all, too."
+            yield f"auto_cast_type={self.auto_cast_type!r} says what auto_cast casts to; give it matmul or all, too."
         if self.dtype != "float32" and self.auto_cast != "none":
             yield (
-                f"--auto-cast {self.auto_cast} casts what is in float32, and --dtype {self.dtype} leaves nothing in "
+                f"auto_cast={self.auto_cast!r} casts what is in float32, and dtype={self.dtype!r} leaves nothing in "
                 f"it; give one of them."
             )

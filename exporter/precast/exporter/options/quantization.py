@@ -60,12 +60,12 @@ class QuantizationOptions(OptionsPart):
         yield from super().problems()
         if self.quantize_method not in (None, *QUANTIZE_METHODS):
             known = ", ".join(QUANTIZE_METHODS)
-            yield f"--method {self.quantize_method!r} is not supported; the choices are: {known}."
+            yield f"quantize_method={self.quantize_method!r} is not supported; the choices are: {known}."
         if self.quantize == "none" and (useless := self.given("group_size", "skip")):
-            yield f"{', '.join(useless)} say how weights are rounded; give --quantize, too."
+            yield f"{', '.join(useless)} say how weights are rounded; give quantize=, too."
         if self.quantize in ("none", "source") and (useless := self.given("quantize_method", "symmetric")):
-            yield f"{', '.join(useless)} say how weights are rounded, which --quantize {self.quantize} does not do."
+            yield f"{', '.join(useless)} say how weights are rounded, which quantize={self.quantize!r} does not do."
         if not self.is_calibrated and self.calibration is not None:
-            yield "--calibration says how weights and caches are rounded; give --quantize or --kv-cache int8, too."
+            yield "calibration= says how weights and caches are rounded; give quantize= or kv_cache='int8', too."
         if self.calibration is not None and not self.calibration.is_file():
-            yield f"--calibration: there is no file {self.calibration}."
+            yield f"calibration=: there is no file {self.calibration}."

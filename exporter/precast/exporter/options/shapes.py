@@ -9,7 +9,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
 from precast.runtime.terminal import quoted
 
-from .declaration import OptionsPart, flag_of
+from .declaration import OptionsPart, flag_of, keyword_of
 
 __all__ = ["SIZES", "SIZE_EXAMPLES", "ShapeOptions"]
 
@@ -79,22 +79,22 @@ class ShapeOptions(OptionsPart):
         """See OptionsPart."""
         for name in (each.name for each in fields(self) if each.name != "dynamic_batch_size"):
             values = self.batch_sizes if name == "batch_size" else self.values_of(name)
-            yield from (f"{flag_of(name)} must be at least 1, not {value}." for value in values if value < 1)
+            yield from (f"{keyword_of(name)} must be at least 1, not {value}." for value in values if value < 1)
             if len(set(values)) != len(values) and name != "image_size":
                 what = "length" if "length" in name else "size"
-                yield f"{flag_of(name)} names a {what} twice: {','.join(map(str, values))}."
+                yield f"{keyword_of(name)} names a {what} twice: {','.join(map(str, values))}."
         if len(self.image_size) > 2:
-            yield f"--image-size is HEIGHT,WIDTH or one number for both, not {','.join(map(str, self.image_size))}."
+            yield f"image_size is height and width, or one number for both, not {','.join(map(str, self.image_size))}."
 
     def check_task(self, task: Task, *, is_inferred: bool) -> None:
         """Raise UsageError for sizes that models for this task do not have."""
         taken = [name for name in SIZES[task.kind] if name not in _OWN_AXES or name in task.axes]
         every = dict.fromkeys(name for names in SIZES.values() for name in names)
-        if useless := [flag_of(name) for name in every if getattr(self, name) and name not in taken]:
-            inferred = ", which is inferred from the checkpoint (--task names another)" if is_inferred else ""
+        if useless := [keyword_of(name) for name in every if getattr(self, name) and name not in taken]:
+            inferred = ", which is inferred from the checkpoint (task= names another)" if is_inferred else ""
             raise UsageError(
                 f"{' and '.join(useless)} {'is' if len(useless) == 1 else 'are'} not for the task {task.name!r}"
-                f"{inferred}. Of such sizes it takes: {', '.join(map(flag_of, taken))}."
+                f"{inferred}. Of such sizes it takes: {', '.join(map(keyword_of, taken))}."
             )
 
     def check_needed(
@@ -113,9 +113,9 @@ class ShapeOptions(OptionsPart):
         if not missing:
             return
         examples = {**SIZE_EXAMPLES, "sequence_length": min(SIZE_EXAMPLES["sequence_length"], longest or 128)}
-        flags = " and ".join(f"{flag_of(name)} N" for name in missing)
+        asked = " and ".join(f"{name}=N" for name in missing)
         example = " ".join(f"{flag_of(name)} {examples[name]}" for name in needed)
         raise UsageError(
-            f"The task {task!r} is compiled for fixed shapes: {', '.join(needed)}. Add {flags}, for example: "
+            f"The task {task!r} is compiled for fixed shapes: {', '.join(needed)}. Add {asked}, for example: "
             f"precast export {quoted(model)}{task_flag} {example} -o OUT"
         )

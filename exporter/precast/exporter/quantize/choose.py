@@ -52,9 +52,9 @@ def quantize_model(
     done = quantize(model, recipe, rows, progress)
     if recipe.keeps_source and not any(words.startswith("the source's") for words in done.values()):
         raise CheckpointError(
-            f"--quantize source keeps the grid that weights lie on already, and those of {checkpoint.name} lie on none "
-            f"of 4 or 8 bits in groups of {recipe.scheme.group}. Use --quantize int8 or int4 to round them, or "
-            f"--group-size if the checkpoint was quantized in groups of another size."
+            f"quantize='source' keeps the grid that weights lie on already, and those of {checkpoint.name} lie on none "
+            f"of 4 or 8 bits in groups of {recipe.scheme.group}. Use quantize='int8' or int4 to round them, or "
+            f"group_size if the checkpoint was quantized in groups of another size."
         )
     return _describe_result([*_describe_experts(model), *_describe_layers(done)], recipe)
 
@@ -142,9 +142,9 @@ def calibration_rows(checkpoint: Checkpoint, options: ExportOptions) -> list[Ten
     try:
         text = (options.calibration or built_in).read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--calibration {options.calibration} is not text in UTF-8: {error}.") from error
+        raise UsageError(f"calibration={options.calibration} is not text in UTF-8: {error}.") from error
     ids = torch.tensor(token_ids(tokenizer, text), dtype=torch.int64)
     rows = [row for row in ids.split(length) if len(row) > 1]
     if not rows:
-        raise UsageError(f"--calibration {options.calibration} holds {len(ids)} tokens; it takes 2 at least.")
+        raise UsageError(f"calibration={options.calibration} holds {len(ids)} tokens; it takes 2 at least.")
     return rows

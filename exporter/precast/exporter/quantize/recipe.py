@@ -84,4 +84,4 @@ def _check_patterns(patterns: tuple[str, ...], linear: Mapping[str, nn.Module]) 
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in linear):
             some = ", ".join(list(linear)[:3])
-            raise UsageError(f"--skip {pattern!r} matches no layer. Layers are called {some}, …, {list(linear)[-1]}.")
+            raise UsageError(f"skip={pattern!r} matches no layer. Layers are called {some}, …, {list(linear)[-1]}.")

@@ -107,7 +107,7 @@ def faster_here(artifact: Artifact, options: ExportOptions) -> str | None:
     except UsageError:
         return None
     return (
-        "Native code of such a model decodes faster on this CPU: --backend aoti compiles it, --backend auto measures "
+        "Native code of such a model decodes faster on this CPU: backend='aoti' compiles it, backend='auto' measures "
         "both."
     )
 

@@ -131,12 +131,12 @@ def log_softmax(logits: Array) -> Array:
 
 
 QUANTIZED_ADVICE = (
-    "Try --method gptq, a smaller --group-size, --quantize int8, or --quantize auto, which keeps the worst layers in "
-    "int8; --accept-loss takes it as it is."
+    "Try quantize_method='gptq', a smaller group_size, quantize='int8', or quantize='auto', which keeps the worst "
+    "layers in int8; accept_loss=True takes it as it is."
 )
 CAST_ADVICE = (
-    "Try --auto-cast matmul, which leaves sums, norms and softmax in float32, or the type with more digits, "
-    "--auto-cast-type fp16; --accept-loss takes it as it is."
+    "Try auto_cast='matmul', which leaves sums, norms and softmax in float32, or the type with more digits, "
+    "auto_cast_type='fp16'; accept_loss=True takes it as it is."
 )
 
 
@@ -146,10 +146,10 @@ def check_floor(scores: Scores, floor: Floor, loss: str, advice: str = QUANTIZED
     problems = []
     if floor.max_kl is not None and not scores.kl_divergence <= floor.max_kl:
         found = _show_beyond(scores.kl_divergence, floor.max_kl)
-        problems.append(f"a KL divergence of {found} where --max-kl allows {floor.max_kl}")
+        problems.append(f"a KL divergence of {found} where max_kl allows {floor.max_kl}")
     if floor.min_agreement is not None and not scores.top1_agreement >= floor.min_agreement:
         found = _show_beyond(scores.top1_agreement, floor.min_agreement)
-        problems.append(f"a top-1 agreement of {found} where --min-agreement asks for {floor.min_agreement}")
+        problems.append(f"a top-1 agreement of {found} where min_agreement asks for {floor.min_agreement}")
     if problems:
         raise AccuracyError(
             f"{loss[0].upper()}{loss[1:]}, the model loses too much on {scores.tokens} tokens of held-out text: "

@@ -45,4 +45,4 @@ def _describe_cast(variant: Variant) -> str | None:
     if variant.dtype != "float32":
         return f"computed in {variant.dtype}"
     what, kind = (variant.compiler.options.get(name) for name in ("auto_cast", "auto_cast_type"))
-    return f"with --auto-cast {what} to {kind}" if what else None
+    return f"with auto-cast {what} to {kind}" if what else None

@@ -57,8 +57,8 @@ def validate_again(
     loss, options = describe_loss(chosen), _as_compiled(options, chosen)
     if loss is not None and options.accuracy.given("atol"):
         raise UsageError(
-            f"--atol {options.accuracy.atol:g} bounds the difference of a model that computes in float32; the variant "
-            f"{chosen.name} is {loss}, and what that costs is measured on answers as a whole. Leave --atol out."
+            f"atol={options.accuracy.atol:g} bounds the difference of a model that computes in float32; the variant "
+            f"{chosen.name} is {loss}, and what that costs is measured on answers as a whole. Leave atol= out."
         )
     outputs = {spec.name for graph in chosen.graphs for spec in graph.outputs}
     checkpoint = replace(checkpoint, embeds_sentences=SENTENCES in outputs)

@@ -190,13 +190,13 @@ def judge_float32(reference: Reference, answers: Answers, atol: float) -> Accura
 
 
 LARGEST_ATOL = 0.01
-"""Of the largest value: a larger difference is a fault rather than rounding, and no --atol is advised for it."""
+"""Of the largest value: a larger difference is a fault rather than rounding, and no atol is advised for it."""
 
 
 def _atol_advice(difference: float) -> str:
     if difference * 1.1 > LARGEST_ATOL:
         return "Rounding costs less: this is a fault of the graph, please report it."
-    return f"If that is good enough for you, --atol {difference * 1.1:.2g} allows it."
+    return f"If that is good enough for you, atol={difference * 1.1:.2g} allows it."
 
 
 def _compare_rows(reference: Reference, answers: Answers) -> Iterator[Comparison]:

@@ -84,7 +84,7 @@ BACKENDS: dict[str, Backend] = {
         "precast.runtime.engines.neuron:NeuronEngine",
         takes=frozenset({"dtype", "auto_cast", "layout"}),
         options="precast.exporter.backends.neuron.options:NeuronOptions",
-        because="it compiles for the Neuron devices that --instance-type names",
+        because="it compiles for the Neuron devices that instance_type names",
         decodes_apart=True,
         is_static=True,
         casts_itself=True,

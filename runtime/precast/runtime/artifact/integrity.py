@@ -357,7 +357,7 @@ def require_trust(name: str, digest: str, *, sha256: str | None, trust_native_co
     why = "it was not built here" if sign(b"") else f"{home()} has no key that could prove that it was built here"
     raise TrustError(
         f"{name} holds native code, which would run with all your rights, and {why}. If you know where it comes from, "
-        f"pin it with sha256={digest!r} (--sha256 {digest}), or pass trust_native_code=True (--trust-native-code)."
+        f"pin it with sha256={digest!r}, or pass trust_native_code=True."
     )
 
 

@@ -90,7 +90,7 @@ def _read_key(path: Path) -> bytes | None:
         return key
     _warn(
         f"The key {path} does not have {KEY_BYTES} bytes; a new one is made. Artifacts are hashed once more, and "
-        f"native code that was built here needs its digest (--sha256) or --trust-native-code from now on."
+        f"native code that was built here needs its digest (sha256=) or trust_native_code=True from now on."
     )
     path.unlink(missing_ok=True)
     return None

@@ -50,7 +50,7 @@ def plan_buckets(lengths: Sequence[int], count: int, *, multiple: int = 8, longe
     most = longest // multiple * multiple if longest else None
     fitting = np.array([length for length in lengths if most is None or length <= most])
     if not len(fitting):
-        raise UsageError(f"No text fits into {most} tokens; the shortest has {min(lengths)}. Raise --max.")
+        raise UsageError(f"No text fits into {most} tokens; the shortest has {min(lengths)}. Raise longest=.")
     ends, rows = np.unique(-(-fitting // multiple) * multiple, return_counts=True)
     chosen = _choose_ends(ends, rows, min(count, len(ends)))
     return Plan(

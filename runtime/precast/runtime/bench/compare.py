@@ -113,7 +113,7 @@ def plan(
         _check_text(subject)
     if kind == "encoder" and (new_tokens is not None or prompt_lookup):
         raise UsageError(
-            f"--new-tokens and --prompt-lookup are for decoders; {subjects[0].name} was compiled for "
+            f"new_tokens and prompt_lookup are for decoders; {subjects[0].name} was compiled for "
             f"{subjects[0].artifact.contract.task}. Leave them out."
         )
     room = min(subject.capacity for subject in subjects)
@@ -142,14 +142,14 @@ def token_ids(subject: Subject, text: str | None = None) -> list[int]:
     if "tokenizer.json" not in subject.artifact.contents:
         if text is not None:
             raise UsageError(
-                f"--prompt-file needs a tokenizer, and {subject.name} has none. Leave it out: prompts are then made of "
+                f"prompt_file needs a tokenizer, and {subject.name} has none. Leave it out: prompts are then made of "
                 f"token ids."
             )
         vocabulary = _vocabulary_size(subject.artifact.config)
         return [index * 7919 % vocabulary for index in range(1, 4096)]
     ids = Tokenizer(subject.artifact.path, companions_of(subject.artifact)).encode(TEXT if text is None else text)
     if not ids:
-        raise UsageError(f"The text of --prompt-file has no tokens for {subject.name}. Give a file with some text.")
+        raise UsageError(f"The text of prompt_file has no tokens for {subject.name}. Give a file with some text.")
     return ids
 
 
@@ -229,8 +229,8 @@ def _choose_lengths(kind: str, room: int, prompt: int | None, new: int | None) -
 def _check_batch(subject: Subject, batch: int) -> None:
     if batch > subject.batch_size and not subject.artifact.contract.shapes.dynamic_batch_size:
         raise InputError(
-            f"--batch-size {batch} is more than the {subject.batch_size} that {subject.name} was compiled for. Ask "
-            f"for --batch-size {subject.batch_size}. {_suggest_larger(subject, batch=batch)}"
+            f"batch_size={batch} is more than the {subject.batch_size} that {subject.name} was compiled for. Ask "
+            f"for batch_size={subject.batch_size}. {_suggest_larger(subject, batch=batch)}"
         )
 
 
@@ -239,7 +239,7 @@ def _check_length(subject: Subject, prompt: int, new: int) -> None:
     if need <= room:
         return
     what = f"{prompt} prompt tokens and {new} new ones, {need} together," if new else f"{prompt} tokens per row"
-    fix = f"--new-tokens {room - prompt} at most" if new and prompt < room else f"--prompt-length {max(1, room - new)}"
+    fix = f"new_tokens={room - prompt} at most" if new and prompt < room else f"prompt_length={max(1, room - new)}"
     raise InputError(
         f"{what} do not fit into the {room} that {subject.name} was compiled for. Ask for {fix}. "
         f"{_suggest_larger(subject, length=need)}"
@@ -301,7 +301,7 @@ def _describe_exit(done: CompletedProcess[str]) -> str:
     if done.returncode > 0:
         return (done.stderr.strip() or f"the child process ended with exit status {done.returncode}").splitlines()[-1]
     name = signal.Signals(-done.returncode).name
-    hint = " Perhaps memory ran out: try a smaller --batch-size or --prompt-length." if name == "SIGKILL" else ""
+    hint = " Perhaps memory ran out: try a smaller batch_size or prompt_length." if name == "SIGKILL" else ""
     return f"the child process was ended by {name}.{hint}"
 
 

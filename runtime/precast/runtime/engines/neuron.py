@@ -49,7 +49,7 @@ class NeuronEngine:
         kind = _NxdReplica if variant.compiler.options.get("strategy") == "model-builder" else _TracedReplica
         if kind is _NxdReplica and groups != [tuple(range(_cores_per_graph(variant)))]:
             raise UsageError(
-                f"cores={','.join(map(str, settings.cores))}: a model of --strategy model-builder takes the first "
+                f"cores={','.join(map(str, settings.cores))}: a model of strategy='model-builder' takes the first "
                 f"{_cores_per_graph(variant)} cores that its process sees. Leave cores out, and choose them by the "
                 f"environment variable NEURON_RT_VISIBLE_CORES, for example NEURON_RT_VISIBLE_CORES=2-3."
             )

@@ -126,7 +126,7 @@ def check_logits(logits: Array, step: int) -> None:
     if np.isnan(logits.max()):
         raise PrecastError(
             f"The model's logits for new token {step} hold NaN, so no token is the likeliest: some number in it is too "
-            f"large for its precision. Export it with --dtype float32, or ask it something else."
+            f"large for its precision. Export it with dtype='float32', or ask it something else."
         )
 
 

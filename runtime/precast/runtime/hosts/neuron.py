@@ -62,13 +62,13 @@ def neuron_blockers(options: Mapping[str, object], headers: Sequence[NeffHeader]
         alike = [name for name in ARCHITECTURES if _architecture_of(name) == _architecture_of(target)]
         yield (
             f"it was compiled for {target}, so it runs on {', '.join(alike) or target}; this is {host.instance} "
-            f"(compile it with --instance-type {host.instance})"
+            f"(compile it with instance_type={host.instance!r})"
         )
     needed = _cores_needed(options, headers)
     if needed > host.cores:
         yield (
             f"it needs {needed} NeuronCores; this process may use {host.cores} (NEURON_RT_VISIBLE_CORES says which, "
-            f"--tensor-parallel compiles it for fewer)"
+            f"tensor_parallel compiles it for fewer)"
         )
     yield from _header_blockers(headers, host)
 

@@ -269,7 +269,7 @@ class CompiledModel(ForTransformers):
         if count > size and not shapes.dynamic_batch_size:
             raise InputError(
                 f"The batch has {count} rows; the model was compiled for {size}. Split it, or compile with "
-                f"--batch-size {count}, or with --dynamic-batch-size, which runs larger batches in slices of {size}."
+                f"batch_size={count}, or with dynamic_batch_size=True, which runs larger batches in slices of {size}."
             )
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 

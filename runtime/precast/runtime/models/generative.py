@@ -305,7 +305,7 @@ class GenerativeModel(CompiledModel):
         if width > self.batch_size:
             raise InputError(
                 f"Each prompt takes {width} rows (num_beams or num_return_sequences); the model was compiled for "
-                f"{self.batch_size}. Pass num_beams=1 and num_return_sequences=1, or compile with --batch-size {width}."
+                f"{self.batch_size}. Pass num_beams=1 and num_return_sequences=1, or compile with batch_size={width}."
             )
         self._batch_slices(count)
         size = self.batch_size // width
@@ -514,11 +514,11 @@ class GenerativeModel(CompiledModel):
         if self._session.is_flexible:
             return
         lengths = self.artifact.contract.shapes.prefill_lengths
-        static = f" and the fixed lengths --prefill-lengths {','.join(map(str, lengths))}" if lengths else ""
+        static = f" and the fixed lengths prefill_lengths={','.join(map(str, lengths))}" if lengths else ""
         raise InputError(
             f"{asked} checks several tokens of one row in one step, which takes a model compiled for batch 1 and any "
             f"length; this one was compiled for batch {self.batch_size}{static}. Pass {name}{off} to go without, or "
-            f"export it again with --batch-size 1 and without --prefill-lengths."
+            f"export it again with batch_size=1 and without prefill_lengths."
         )
 
     def _draft_for(self, assistant: Any, config: GenerationConfig) -> DraftModel | None:

@@ -80,7 +80,7 @@ class QuestionAnsweringPipeline(TextPipeline):
         if asked is not None and asked > compiled:
             raise UsageError(
                 f"max_seq_len={asked} is more than the {compiled} tokens that the model was compiled for. Leave it "
-                f"out, or compile the model with --sequence-length {asked}."
+                f"out, or compile the model with sequence_length={asked}."
             )
         return min(_PIECE, self._max_length()) if asked is None else asked
 
@@ -89,7 +89,7 @@ class QuestionAnsweringPipeline(TextPipeline):
         if around >= length:
             raise InputError(
                 f"The question alone has {around} tokens; pieces have {length}. Shorten it, raise max_seq_len where it "
-                f"is given, or compile the model with a larger --sequence-length."
+                f"is given, or compile the model with a larger sequence_length."
             )
         room = length - around
         stride = min(128, length // 2, room - 1) if stride is None else stride

@@ -97,7 +97,7 @@ class AotiCompiler:
 def _warn_of_float32_matmuls(native: AotiOptions, precision: PrecisionOptions, lowering: LoweringOptions) -> None:
     """Warn where the CPU has no matrix instructions for the dtype that was asked for."""
     if precision.is_cast and getattr(torch, precision.cast_dtype) in lowering.float32_matmuls:
-        subject = "This CPU" if native.isa == "native" else f"--isa {native.isa}"
+        subject = "This CPU" if native.isa == "native" else f"isa={native.isa!r}"
         warnings.warn(
             f"{subject} has no instructions that multiply {precision.cast_dtype}: prompts and encoders are multiplied "
             f"in float32 and gain nothing from it; a decoder's steps read half the bytes.",

@@ -31,13 +31,13 @@ def check_gpu() -> None:
     host = cuda_host()
     if host.reason:
         raise ExportError(
-            f"--device cuda compiles on the GPU that it compiles for, and there is none to be used here: "
-            f"{host.reason}. For this machine's CPU leave --device out."
+            f"device='cuda' compiles on the GPU that it compiles for, and there is none to be used here: "
+            f"{host.reason}. For this machine's CPU leave device= out."
         )
     if not has_triton():
         raise ExportError(
-            f"--device cuda needs Triton, which compiles kernels for GPUs, and PyTorch {torch.__version__} here finds "
-            f"none that it can use: pip install triton. For this machine's CPU leave --device out."
+            f"device='cuda' needs Triton, which compiles kernels for GPUs, and PyTorch {torch.__version__} here finds "
+            f"none that it can use: pip install triton. For this machine's CPU leave device= out."
         )
 
 

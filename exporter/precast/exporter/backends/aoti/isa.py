@@ -62,5 +62,5 @@ def matmul_dtypes(isa: str) -> frozenset[torch.dtype]:
 def _check_platform(isa: str) -> None:
     if platform.machine() != "x86_64":
         raise UsageError(
-            f"--isa {isa} is a level of x86-64 processors; this is {platform.machine()}. Use --isa native."
+            f"isa={isa!r} is a level of x86-64 processors; this is {platform.machine()}. Use isa='native'."
         )

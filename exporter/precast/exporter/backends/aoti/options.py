@@ -49,9 +49,9 @@ class AotiOptions(BackendOptions):
     def problems(self) -> Iterator[str]:
         """See OptionsPart."""
         if len(set(self.levels)) != len(self.levels):
-            yield f"--isa names a level twice: {self.isa}."
+            yield f"isa= names a level twice: {self.isa}."
         if len(self.levels) > 1 and self.device != "cpu":
-            yield f"--isa {self.isa} are several levels of a CPU's instructions; with --device {self.device} give one."
+            yield f"isa={self.isa!r} are several levels of a CPU's instructions; with device={self.device!r} give one."
 
     def variants(self) -> Sequence[AotiOptions]:
         """See BackendOptions: one per level."""

@@ -71,8 +71,8 @@ def _describe_ending(status: int, reason: str = "") -> str:
     """Describe how the process ended; its own message follows."""
     if status == -signal.SIGKILL or _KILLED.search(reason):
         return (
-            "it was killed, as the system does where memory runs out; -O1, shorter --sequence-length and smaller "
-            "--batch-size need less, and a larger machine may compile for this one"
+            "it was killed, as the system does where memory runs out; optlevel=1, shorter sequence_length and smaller "
+            "batch_size need less, and a larger machine may compile for this one"
         )
     if status < 0:
         return f"it crashed with {signal.Signals(-status).name}"

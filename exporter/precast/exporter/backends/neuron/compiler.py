@@ -103,7 +103,7 @@ def _workdir(neuron: NeuronOptions) -> Iterator[Path]:
     try:
         neuron.compiler_workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--compiler-workdir {neuron.compiler_workdir} cannot be made: {error.strerror}.") from None
+        raise UsageError(f"compiler_workdir={neuron.compiler_workdir} cannot be made: {error.strerror}.") from None
     yield neuron.compiler_workdir
 
 

@@ -47,12 +47,12 @@ class OptimumLayout:
         """Raise ExportError for graphs that it has no place for, or would feed otherwise."""
         if options.layout != OPTIMUM_NEURON:
             return
-        flag = f"--layout {OPTIMUM_NEURON}"
+        flag = f"layout={OPTIMUM_NEURON!r}"
         if len(graphs) != 1 or graphs[0].role != "encode" or task.name not in TASKS:
             raise ExportError(
                 f"{flag} holds one graph of an encoder, for: {', '.join(TASKS)}. {checkpoint.name} is exported for "
                 f"{task.name} as {', '.join(graph.name for graph in graphs)}: decoders of optimum-neuron are bundles "
-                f"that sample on the device, which this is not. Leave --layout out."
+                f"that sample on the device, which this is not. Leave layout= out."
             )
         mine = [spec.name for spec in graphs[0].inputs]
         theirs = (
@@ -62,7 +62,7 @@ class OptimumLayout:
             known = "which it has not" if theirs is None else f"whose inputs it takes to be {', '.join(theirs)}"
             raise ExportError(
                 f"{flag}: optimum-neuron would not feed this graph, whose inputs are {', '.join(mine)}: it goes by the "
-                f"model type, {checkpoint.config.model_type}, {known}. Leave --layout out."
+                f"model type, {checkpoint.config.model_type}, {known}. Leave layout= out."
             )
 
     def lay_out(

@@ -29,16 +29,16 @@ _REFUSED = {
 """Strategies that are known and impossible, with the reason."""
 
 _OURS = {
-    "--target": "--instance-type",
-    "--auto-cast": "--auto-cast",
-    "--auto-cast-type": "--auto-cast-type",
-    "--optlevel": "-O",
-    "-O": "-O",
-    "-O1": "-O1",
-    "-O2": "-O2",
-    "-O3": "-O3",
-    "--framework": "no option: it is always XLA",
-    "--output": "-o, and the artifact names its files",
+    "--target": "by instance_type",
+    "--auto-cast": "by auto_cast",
+    "--auto-cast-type": "by auto_cast_type",
+    "--optlevel": "by optlevel=",
+    "-O": "by optlevel=",
+    "-O1": "by optlevel=1",
+    "-O2": "by optlevel=2",
+    "-O3": "by optlevel=3",
+    "--framework": "by no option, as it is always XLA",
+    "--output": "by the target of the export, and the artifact names its files",
 }
 """What neuronx-cc calls what options of our own say."""
 
@@ -100,59 +100,62 @@ class NeuronOptions(BackendOptions):
         yield from _target_problems(self.instance_type)
         yield from _strategy_problems(self)
         if self.optlevel not in (None, 1, 2, 3):
-            yield f"-O{self.optlevel} is no level of neuronx-cc; the choices are: -O1, -O2, -O3."
+            yield f"optlevel={self.optlevel} is no level of neuronx-cc; the choices are: 1, 2, 3."
         yield from _argument_problems(self.compiler_args)
 
     def layout_problems(self, layout: str, shapes: ShapeOptions) -> Iterator[str]:
         """See BackendOptions."""
         if layout != OPTIMUM_NEURON:
             return
-        flag = f"--layout {OPTIMUM_NEURON}"
+        flag = f"layout={OPTIMUM_NEURON!r}"
         if not self.inline_weights:
-            yield f"{flag} has no file for weights beside the graph; give --inline-weights, too."
+            yield f"{flag} has no file for weights beside the graph; give inline_weights=True, too."
         if self.strategy not in (None, "trace") or self.tensor_parallel > 1:
-            yield f"{flag} holds one graph for one NeuronCore; leave out --strategy and --tensor-parallel."
-        sizes = {"--batch-size": shapes.batch_sizes, "--sequence-length": shapes.sequence_length,
-                 "--audio-sequence-length": shapes.audio_sequence_length}  # fmt: skip
+            yield f"{flag} holds one graph for one NeuronCore; leave out strategy= and tensor_parallel."
+        sizes = {"batch_size": shapes.batch_sizes, "sequence_length": shapes.sequence_length,
+                 "audio_sequence_length": shapes.audio_sequence_length}  # fmt: skip
         for name, given in sizes.items():
             if len(given) > 1:
-                yield f"{flag} holds one graph, and {name} {','.join(map(str, given))} asks for more; give one size."
+                yield f"{flag} holds one graph, and {name}={','.join(map(str, given))} asks for more; give one size."
 
 
 def _target_problems(instance_type: str | None) -> Iterator[str]:
     known = ", ".join(INSTANCE_TYPES[1:])
     if instance_type is None:
-        yield f"--backend neuron compiles for one kind of machine: give --instance-type; the choices are: {known}."
+        yield f"backend='neuron' compiles for one kind of machine: give instance_type; the choices are: {known}."
     elif instance_type == "inf1":
         yield (
-            f"--instance-type inf1 has NeuronCores of the first version, which torch-neuronx and neuronx-cc do not "
+            f"instance_type='inf1' has NeuronCores of the first version, which torch-neuronx and neuronx-cc do not "
             f"compile for, and what does, torch-neuron, ends with PyTorch 1.13. The choices are: {known}."
         )
     elif instance_type not in INSTANCE_TYPES:
-        yield f"--instance-type {instance_type!r} is not supported; the choices are: {known}."
+        yield f"instance_type={instance_type!r} is not supported; the choices are: {known}."
 
 
 def _strategy_problems(options: NeuronOptions) -> Iterator[str]:
     known, cores = ", ".join(STRATEGIES), options.tensor_parallel
     if options.strategy in _REFUSED:
-        yield f"--strategy {options.strategy} is not possible: {_REFUSED[options.strategy]}. The choices are: {known}."
+        yield f"strategy={options.strategy!r} is not possible: {_REFUSED[options.strategy]}. The choices are: {known}."
     elif options.strategy not in (None, *STRATEGIES):
-        yield f"--strategy {options.strategy!r} is not supported; the choices are: {known}."
+        yield f"strategy={options.strategy!r} is not supported; the choices are: {known}."
     if cores < 1:
-        yield f"--tensor-parallel must be at least 1, not {cores}."
+        yield f"tensor_parallel must be at least 1, not {cores}."
     if cores > 1 and options.strategy == "trace":
         yield (
-            f"--tensor-parallel {cores} spreads weights over NeuronCores, and --strategy trace compiles for one; leave "
-            f"--strategy out, or give model-builder."
+            f"tensor_parallel={cores} spreads weights over NeuronCores, and strategy='trace' compiles for one; leave "
+            f"strategy= out, or give 'model-builder'."
         )
     if options.inline_weights and options.chosen_strategy == "model-builder":
-        yield "--inline-weights puts weights into each graph; model-builder has one set for all. Give --strategy trace."
+        yield (
+            "inline_weights=True puts weights into each graph; model-builder has one set for all. Give "
+            "strategy='trace'."
+        )
 
 
 def _argument_problems(arguments: tuple[str, ...]) -> Iterator[str]:
     for argument in arguments:
         name = argument.partition("=")[0].split()[0] if argument.strip() else ""
         if not name.startswith("-"):
-            yield f"--compiler-arg {argument!r} is no argument of neuronx-cc, as --compiler-arg=--verbose=info is."
+            yield f"compiler_args={argument!r} is no argument of neuronx-cc, as compiler_args='--verbose=info' is."
         elif name in _OURS:
-            yield f"--compiler-arg {argument} is said otherwise: by {_OURS[name]}."
+            yield f"compiler_args={argument!r} is said otherwise: {_OURS[name]}."

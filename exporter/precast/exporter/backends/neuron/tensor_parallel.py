@@ -83,8 +83,8 @@ def _check_same_inputs(bodies: Sequence[Body]) -> None:
     if len(kinds) > 1:
         names = ", ".join(body.graph.name for body in bodies)
         raise ExportError(
-            f"--strategy model-builder compiles graphs that take the same inputs, and {names} of this model do not. "
-            f"Give --strategy trace."
+            f"strategy='model-builder' compiles graphs that take the same inputs, and {names} of this model do not. "
+            f"Give strategy='trace'."
         )
 
 

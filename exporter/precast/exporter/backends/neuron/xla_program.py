@@ -91,7 +91,7 @@ def example_inputs(specs: Sequence[Input]) -> tuple[Tensor, ...]:
         if not all(isinstance(size, int) for size in spec.shape):
             raise ExportError(
                 f"Neuron compiles fixed shapes only, and {spec.name} has the shape {spec.shape}. Fixed lengths may do "
-                f"where a free one does not: --prefill-lengths 64."
+                f"where a free one does not: prefill_lengths=64."
             )
     return tuple(torch.full(fixed_shape(spec), spec.pad, dtype=getattr(torch, spec.dtype)) for spec in specs)
 
@@ -156,7 +156,7 @@ class _GraphBuilder:
             if isinstance(each, Tensor) and each.nbytes > _LARGEST_CONSTANT:
                 raise ExportError(
                     f"This model makes a constant of {each.nbytes / 1e6:,.0f} MB, {list(each.shape)}, out of its fixed "
-                    f"shapes, which would lie in the compiled graph. A smaller --batch-size or --sequence-length "
+                    f"shapes, which would lie in the compiled graph. A smaller batch_size or sequence_length "
                     f"makes it smaller."
                 )
         return value

@@ -25,7 +25,7 @@ HEAD_MULTIPLE = 8
 """Head sizes are rounded up to this: ONNX Runtime's GroupQueryAttention takes multiples of 8 only."""
 
 FIXED_LENGTHS = (64, 512)
-"""Prefill lengths where a free length is impossible, unless --prefill-lengths says otherwise."""
+"""Prefill lengths where a free length is impossible, unless prefill_lengths says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
     cache is of an unknown form."""
     if len(options.sequence_length) > 1:
         raise UsageError(
-            f"--sequence-length {','.join(map(str, options.sequence_length))}: a decoder has one capacity. Give the "
+            f"sequence_length={','.join(map(str, options.sequence_length))}: a decoder has one capacity. Give the "
             f"largest, {max(options.sequence_length)}; shorter requests cost no more in it."
         )
     capacity = options.sequence_length[0] if options.sequence_length else _default_capacity(checkpoint)
     check_length(checkpoint, capacity)
     if max(options.prefill_lengths, default=0) > capacity:
-        raise UsageError(f"--prefill-lengths {max(options.prefill_lengths)} is more than --sequence-length {capacity}.")
+        raise UsageError(f"prefill_lengths={max(options.prefill_lengths)} is more than sequence_length={capacity}.")
     batch = single_batch_size(options)
     found = find_cache_layout(model, task)
     if found.states:
@@ -142,7 +142,7 @@ def _default_capacity(checkpoint: Checkpoint) -> int:
     limit = checkpoint.max_length
     if limit is None:
         raise UsageError(
-            f"The config of {checkpoint.name} does not say how long its sequences may be; give --sequence-length N "
+            f"The config of {checkpoint.name} does not say how long its sequences may be; give sequence_length=N "
             f"(prompt and new tokens together)."
         )
     return min(limit, longrope_limit(checkpoint.text_config) or limit)
@@ -161,7 +161,7 @@ def round_head_size(width: int) -> int:
 def _check_one_by_one(options: ExportOptions, model: nn.Module) -> None:
     if options.prefill_lengths:
         raise UsageError(
-            f"--prefill-lengths {','.join(map(str, options.prefill_lengths))}: {type(model).__name__} carries states "
+            f"prefill_lengths={','.join(map(str, options.prefill_lengths))}: {type(model).__name__} carries states "
             f"that padding would change, so it is compiled to read one token at a time. Leave it out."
         )
 
@@ -169,6 +169,6 @@ def _check_one_by_one(options: ExportOptions, model: nn.Module) -> None:
 def _check_one_operator(options: ExportOptions, model: nn.Module) -> None:
     if options.kv_cache != "float32":
         raise UsageError(
-            f"--kv-cache {options.kv_cache} needs attention that is one operator, and {type(model).__name__} computes "
+            f"kv_cache={options.kv_cache!r} needs attention that is one operator, and {type(model).__name__} computes "
             f"its own in ordinary ones. Leave it out."
         )

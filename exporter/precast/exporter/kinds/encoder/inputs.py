@@ -15,7 +15,7 @@ from precast.runtime.artifact.tasks import Task, makes_segments
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ...checkpoint.checkpoint import Checkpoint
-from ...options import SIZE_EXAMPLES, ExportOptions, flag_of
+from ...options import SIZE_EXAMPLES, ExportOptions, keyword_of
 from ..plan import TensorPlan, check_blocks, check_length
 from .frames import read_convolutions
 
@@ -132,7 +132,7 @@ def _image_size(checkpoint: Checkpoint) -> tuple[int, int]:
             return size
     raise UsageError(
         f"Neither the config of {checkpoint.name} nor a preprocessor_config.json says how large its images are. Add "
-        f"--image-size HEIGHT,WIDTH, for make_example: --image-size 224"
+        f"image_size=HEIGHT,WIDTH, for make_example: image_size=224"
     )
 
 
@@ -193,7 +193,7 @@ def _check_given(
     options.check_sizes(checkpoint.given, task.name, needed, checkpoint.max_length)
     is_seen = any(spec.name == "pixel_values" for spec in inputs)
     known = {*needed, "image_size"} if is_seen else set(needed)
-    if useless := [flag_of(name) for name in SIZE_EXAMPLES if getattr(options, name) and name not in known]:
+    if useless := [keyword_of(name) for name in SIZE_EXAMPLES if getattr(options, name) and name not in known]:
         raise UsageError(
             f"{', '.join(useless)} fixes nothing here: {checkpoint.config.model_type} reads "
             f"{', '.join(spec.name for spec in inputs)} for {task.name}, compiled for {', '.join(needed)}."
@@ -204,7 +204,7 @@ def _check_samples(checkpoint: Checkpoint, samples: int) -> None:
     fewest = read_convolutions(checkpoint.config.to_dict()).min_samples(1)
     if samples < fewest:
         raise UsageError(
-            f"--audio-sequence-length {samples}: the convolutions of {checkpoint.name} need at least {fewest} samples."
+            f"audio_sequence_length={samples}: the convolutions of {checkpoint.name} need at least {fewest} samples."
         )
 
 

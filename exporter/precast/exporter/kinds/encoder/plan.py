@@ -155,7 +155,7 @@ def _answer(options: ExportOptions, task: Task, model: nn.Module, tensors: dict[
             raise
         size = ",".join(map(str, options.image_size))
         raise ExportError(
-            f"{error} It may be that this model cannot have images of --image-size {size}: without it they are as "
+            f"{error} It may be that this model cannot have images of image_size={size}: without it they are as "
             f"large as its configuration says."
         ) from error
 

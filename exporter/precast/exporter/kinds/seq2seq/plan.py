@@ -148,8 +148,8 @@ def _frame_count(checkpoint: Checkpoint, options: ExportOptions, task: Task, mod
     """The one length, in frames of the spectrogram, that Whisper's encoder takes: 30 seconds."""
     if options.sequence_length:
         raise UsageError(
-            f"{type(model).__name__} takes sound of one length only, so --sequence-length says nothing about it. For "
-            f"its answers' length give --decoder-sequence-length."
+            f"{type(model).__name__} takes sound of one length only, so sequence_length says nothing about it. For "
+            f"its answers' length give decoder_sequence_length."
         )
     positions = getattr(checkpoint.config, "max_source_positions", None)
     if not isinstance(positions, int) or checkpoint.config.model_type != "whisper":
@@ -167,7 +167,7 @@ def _capacity(checkpoint: Checkpoint, options: ExportOptions, lengths: tuple[int
     asked = options.decoder_sequence_length
     if asked and limit and asked > limit:
         raise UsageError(
-            f"--decoder-sequence-length {asked} is more than {checkpoint.name} was made for: its answers have "
+            f"decoder_sequence_length={asked} is more than {checkpoint.name} was made for: its answers have "
             f"{limit} positions."
         )
     return asked or limit or lengths[-1]
