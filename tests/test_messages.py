@@ -112,9 +112,14 @@ WRONG = [
 ]
 
 
+def command_of(name):
+    """A command and its parameters, as they are in its group."""
+    command = cli.get_command(None, name)
+    return command, command.get_params(click.Context(command, parent=click.Context(cli, **SETTINGS)))
+
+
 def export_command():
-    command = cli.get_command(None, "export")
-    return command, command.get_params(click.Context(command))
+    return command_of("export")
 
 
 def assert_both_languages(message, params):
@@ -177,8 +182,7 @@ def test_what_checkpoints_refuse_is_said_in_both(checkpoint, tmp_path):
 def test_what_a_compiled_model_refuses_is_said_in_both(decoder, encoder):
     params = export_command()[1]
     model, vectors = CompiledModelForCausalLM.from_pretrained(decoder), CompiledModel.from_pretrained(encoder)
-    generate = cli.get_command(None, "generate")
-    own = generate.get_params(click.Context(generate))
+    _, own = command_of("generate")
     known = {name for param in [*own, *params] for name in [*param.opts, *param.secondary_opts]}
     for call in (
         lambda: model.generate([[5], [6]]),

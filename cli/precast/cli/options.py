@@ -187,15 +187,15 @@ def in_flags(message: str, params: Iterable[click.Parameter], others: Iterable[c
     Those of `others`, another command's options, count where these have none of the name.
     """
     message = message.replace("do_sample=False", "--temperature 0").replace("validate=False", "--no-validate")
-    own = [param for param in params if isinstance(param, click.Option)]
-    for param in own:
-        message = _in_flag(message, param)
+    own, further = ([each for each in given if isinstance(each, click.Option)] for given in (params, others))
+    for option in own:
+        message = _in_flag(message, option)
         # A single word without a sign may be plain English, unless the message begins with it.
-        message = re.sub(rf"^{param.name}\b(?![/-])", _flag_of(param), message)
-    known = {param.name for param in own}
-    for param in others:
-        if isinstance(param, click.Option) and param.name not in known:
-            message = _in_flag(message, param)
+        message = re.sub(rf"^{option.name}\b(?![/-])", _flag_of(option), message)
+    known = {option.name for option in own}
+    for option in further:
+        if option.name not in known:
+            message = _in_flag(message, option)
     return message
 
 
