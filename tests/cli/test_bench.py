@@ -166,7 +166,7 @@ lengths = st.none() | st.integers(1, 400)
 def test_a_request_fits_or_is_refused_with_both_numbers(room, prompt, new):
     subjects, least = [subject("small", room), subject("big", room + 9)], (prompt or 1) + (new or 1)
     if least > room:
-        words = rf"{least} together, do not fit into the {room} that small .* Ask for --.* precast export user/tiny"
+        words = rf"{least} together, do not fit into the {room} that small .* Ask for (new_tokens|prompt_length)=.* precast export user/tiny"
         with pytest.raises(InputError, match=words):
             plan(subjects, None, prompt, new)
         return
@@ -185,7 +185,7 @@ def test_half_of_what_fits_is_prompt(room, lengths):
 def test_what_fits_all_is_what_is_measured():
     request = plan([subject("a", 100, 4), subject("b", 60, 2)], prompt_lookup=3)
     assert (request.batch_size, request.prompt_length, request.new_tokens, request.prompt_lookup) == (2, 30, 30, 3)
-    with pytest.raises(InputError, match="--batch-size 3 is more than the 2 that b was compiled for"):
+    with pytest.raises(InputError, match="batch_size=3 is more than the 2 that b was compiled for"):
         plan([subject("a", 100, 4), subject("b", 60, 2)], batch_size=3)
 
 
@@ -225,7 +225,7 @@ def test_without_a_tokenizer_prompts_are_ids_of_the_vocabulary(decoder, tmp_path
     for config, most in (({"vocab_size": 50}, 50), ({"text_config": {"vocab_size": 7}}, 7), ({}, 1)):
         ids = token_ids(replace(bare, artifact=Artifact(tmp_path, config, bare.artifact.contract)))
         assert set(ids) == set(range(most))
-    with pytest.raises(UsageError, match="--prompt-file needs a tokenizer, and out has none"):
+    with pytest.raises(UsageError, match="prompt_file needs a tokenizer, and out has none"):
         token_ids(replace(bare, artifact=Artifact(tmp_path, {}, bare.artifact.contract)), "text")
     with_one = replace(bare, artifact=read_artifact(decoder))
     assert token_ids(with_one, "Water boils") == CompiledModelForCausalLM.from_pretrained(decoder).tokenizer.encode(
