@@ -166,7 +166,8 @@ lengths = st.none() | st.integers(1, 400)
 def test_a_request_fits_or_is_refused_with_both_numbers(room, prompt, new):
     subjects, least = [subject("small", room), subject("big", room + 9)], (prompt or 1) + (new or 1)
     if least > room:
-        words = rf"{least} together, do not fit into the {room} that small .* Ask for (new_tokens|prompt_length)=.* precast export user/tiny"
+        ask = "Ask for (new_tokens|prompt_length)=.* precast export user/tiny"
+        words = rf"{least} together, do not fit into the {room} that small .* {ask}"
         with pytest.raises(InputError, match=words):
             plan(subjects, None, prompt, new)
         return

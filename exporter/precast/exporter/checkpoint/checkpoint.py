@@ -330,13 +330,16 @@ class Checkpoint:
     def _load_apart(self, task: Task, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Load the model from weights that do not lie with its configuration, whatever a single file is called."""
         files, config = self._weight_files(), copy.deepcopy(self.config)
-        settings |= {"config": config, "trust_remote_code": self._trusts}
+        settings |= {"config": config}
         if len(files) == 1 and files[0].suffix == ".bin":
             tensors = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
             cls: Any = type(self.skeleton(task))
-            return cls.from_pretrained(None, state_dict=tensors, **settings)  # type: ignore[no-any-return]
+            model, info = cls.from_pretrained(None, trust_remote_code=self._trusts, state_dict=tensors, **settings)
+            return model, info
         config.transformers_weights = files[0].name if len(files) == 1 else None
-        return self._auto_class(task).from_pretrained(files[0].parent, **settings)  # type: ignore[no-any-return]
+        auto = self._auto_class(task)
+        model, info = auto.from_pretrained(files[0].parent, trust_remote_code=self._trusts, **settings)
+        return model, info
 
     def _generation_config(self) -> GenerationConfig:
         """The generation settings as from_pretrained finds them: in generation_config.json, else in config.json.
