@@ -141,6 +141,8 @@ def _is_text(line: ast.stmt) -> bool:
         ("precast.runtime.storage.hub", HEAVY),
         ("precast.runtime.models.training_loss", HEAVY),
         ("precast.runtime.pipelines", HEAVY),
+        ("precast.runtime.runner.comparison", HEAVY),
+        ("precast.runtime.runner.offline", HEAVY),
         ("precast.exporter.support", HEAVY),
         ("precast.exporter", HEAVY),
         ("precast.cli", ("numpy", "onnxruntime", "huggingface_hub", "msgspec", "rich", *HEAVY)),

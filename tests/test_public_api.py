@@ -19,7 +19,7 @@ MODULES = sorted(
 )
 LAZY = [
     (package, name)
-    for package in ("precast.runtime", "precast.exporter")
+    for package in ("precast.runtime", "precast.exporter", "precast.runtime.runner")
     for name in importlib.import_module(package).__all__
 ]
 
@@ -58,7 +58,7 @@ def test_lazy_names_are_those_of_their_modules(package, name):
             assert inspect.getdoc(member), f"{name}.{method} has no docstring"
 
 
-@pytest.mark.parametrize("package", ["precast.runtime", "precast.exporter"])
+@pytest.mark.parametrize("package", ["precast.runtime", "precast.exporter", "precast.runtime.runner"])
 def test_other_names_are_not_there(package):
     module = importlib.import_module(package)
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):

@@ -16,6 +16,7 @@ COMMANDS = {
     "bench": "Measure an artifact's speed and memory, or compare several.",
     "buckets": "Propose the sequence lengths to compile for.",
     "cache": "Show or clear what precast keeps on this machine.",
+    "compare": "Compare a model compiled, eager and by torch.compile.",
     "completion": "Print the shell's completion script.",
     "env": "Show versions and machine facts, for bug reports.",
     "export": "Compile a checkpoint into an artifact.",

@@ -19,6 +19,7 @@ _EXPORTS = {
     "export": "dispatch",
     "export_once": "reuse",
     "faster_here": "several.fastest",
+    "open_eager": "eager.model",
     "option_names": "options",
     "preview": "dispatch",
     "quiet_libraries": "quiet",

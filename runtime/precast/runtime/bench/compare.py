@@ -29,7 +29,7 @@ from ..hosts.machine import installed_version, memory_bytes, usable_cores
 from ..inputs.companions import companions_of
 from ..inputs.tokenizer import Tokenizer
 
-__all__ = ["STRIDE", "Request", "Subject", "ask_child", "bench", "describe_machine", "plan", "token_ids"]
+__all__ = ["STRIDE", "Request", "Subject", "ask_child", "ask_worker", "bench", "describe_machine", "plan", "token_ids"]
 
 Report: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 Ask: TypeAlias = Callable[["Subject", dict[str, Any]], dict[str, float | None]]
@@ -283,18 +283,27 @@ def _rotate_order(count: int, turn: int) -> list[int]:
 
 def ask_child(subject: Subject, job: dict[str, Any]) -> dict[str, float | None]:
     """Run one repetition in a fresh interpreter. Raises what it raised, PrecastError where it ended otherwise."""
-    done = child.run("precast.runtime.bench.worker", given=json.dumps({**job, "model": str(subject.artifact.path)}))
+    job = {**job, "model": str(subject.artifact.path)}
+    figures: dict[str, float | None] = ask_worker("precast.runtime.bench.worker", subject.name, job)["figures"]
+    return figures
+
+
+def ask_worker(module: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Give a job to a module that measures `name` in a process of its own; its answer, JSON on the last line.
+
+    Raises what it answers as `{"error": [class, message]}`, PrecastError where it ended otherwise.
+    """
+    done = child.run(module, given=json.dumps(job))
     if done.returncode == -signal.SIGINT:
         # Ctrl-C reaches the child first; it was meant for the whole command.
         raise KeyboardInterrupt
     if done.returncode:
-        raise PrecastError(f"{subject.name} could not be measured: {_describe_exit(done)}")
-    answer = json.loads(done.stdout.splitlines()[-1])
+        raise PrecastError(f"{name} could not be measured: {_describe_exit(done)}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
-        name, message = answer["error"]
-        raise getattr(errors, name)(message)
-    figures: dict[str, float | None] = answer["figures"]
-    return figures
+        kind, message = answer["error"]
+        raise getattr(errors, kind)(message)
+    return answer
 
 
 def _describe_exit(done: CompletedProcess[str]) -> str:

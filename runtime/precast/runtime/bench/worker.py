@@ -23,7 +23,7 @@ from ..errors import PrecastError
 from ..models.base import CompiledModel
 from ..models.causal_lm import CompiledModelForCausalLM
 
-__all__ = ["CALLS", "STEPS", "main", "measure"]
+__all__ = ["CALLS", "STEPS", "main", "measure", "measure_memory"]
 
 CALLS = 20
 """Forward passes of an encoder that one repetition times."""
@@ -70,7 +70,7 @@ def measure(job: dict[str, Any], clock: Clock = time.perf_counter) -> Figures:
     model = CompiledModel.from_pretrained(job["model"], **job["options"])
     load = clock() - started
     first, figures = _choose_measurement(model, job)(model, job, clock)
-    return {"load_seconds": load, "cold_start_seconds": load + first, **figures, **_measure_memory()}
+    return {"load_seconds": load, "cold_start_seconds": load + first, **figures, **measure_memory()}
 
 
 def _choose_measurement(
@@ -171,7 +171,9 @@ def _time_percentiles(name: str, seconds: Any) -> Figures:
     }
 
 
-def _measure_memory() -> Figures:
+def measure_memory() -> Figures:
+    """Memory of this process in 10^6 bytes: the most that was ever resident, its own with its share of what is shared,
+    and its own. None where the system does not say."""
     return {
         "peak_rss_mb": _read_megabytes("status", "VmHWM"),
         "pss_mb": _read_megabytes("smaps_rollup", "Pss"),

@@ -20,7 +20,7 @@ from .call_options import check_positions
 from .generative import Call, Generation, GenerativeModel, TokenStream, check_streamer
 from .training_loss import with_labels
 
-__all__ = ["CompiledModelForCausalLM"]
+__all__ = ["CompiledModelForCausalLM", "infer_mask"]
 
 Array = np.ndarray[Any, Any]
 
@@ -256,7 +256,7 @@ class CompiledModelForCausalLM(GenerativeModel):
     ) -> tuple[Array, Array]:
         ids = as_ids(to_numpy(input_ids), self._vocabulary_size())
         if attention_mask is None and config is not None:
-            return ids, _infer_mask(ids, config)
+            return ids, infer_mask(ids, config)
         return ids, as_mask(to_numpy(attention_mask), ids)
 
     def _check_room(self, rows: list[Array], new: int) -> None:
@@ -271,7 +271,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         )
 
 
-def _infer_mask(ids: Array, config: GenerationConfig) -> Array:
+def infer_mask(ids: Array, config: GenerationConfig) -> Array:
     """The attention mask of prompts given without one, as transformers' generate() infers it: padding is pad_token_id,
     unless that is an end-of-sequence token too. Raises InputError for a row of padding only."""
     pad = config.pad_token_id

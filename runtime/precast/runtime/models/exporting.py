@@ -10,7 +10,7 @@ from typing import Any
 from ..artifact.store import home
 from ..errors import UsageError
 
-__all__ = ["export_once", "is_export_option"]
+__all__ = ["export_once", "is_export_option", "look_up_exporter"]
 
 _ASKED_BY = "from_pretrained(export=True)"
 _WITHOUT = ("force",)
@@ -22,28 +22,26 @@ def export_once(model: str | Path, **options: Any) -> Path:
 
     Raises UsageError without the exporter or for an unknown option, PrecastError as the export does.
     """
-    exporter = _load()
+    exporter = look_up_exporter("export=True")
     settings = exporter.ExportOptions.of(options, _ASKED_BY, without=_WITHOUT)
-    try:
-        # Only now torch and its company are imported.
-        export = exporter.export_once
-    except ImportError as error:
-        raise _missing() from error
-    made: Path = export(str(model), home() / "exports", settings)
+    made: Path = look_up_exporter("export=True", "export_once").export_once(str(model), home() / "exports", settings)
     return made
 
 
 def is_export_option(name: str, others: Collection[str]) -> bool:
     """Whether an argument is one of an export, ours or another library's, rather than one of `others`."""
-    return name not in others and name in _load().option_names()
+    return name not in others and name in look_up_exporter("export=True").option_names()
 
 
-def _load() -> Any:
+def look_up_exporter(asked: str, *names: str) -> Any:
+    """The package `precast.exporter`; `names` are what is wanted of it, which may import torch and its company.
+
+    Raises UsageError where it is not installed, which says what was `asked`.
+    """
     try:
-        return import_module("precast.exporter")
+        exporter = import_module("precast.exporter")
+        for name in names:
+            getattr(exporter, name)
     except ImportError as error:
-        raise _missing() from error
-
-
-def _missing() -> UsageError:
-    return UsageError("export=True needs the exporter: pip install 'precast[export]'")
+        raise UsageError(f"{asked} needs the exporter: pip install 'precast[export]'") from error
+    return exporter

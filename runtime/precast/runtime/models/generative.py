@@ -221,6 +221,17 @@ class GenerativeModel(CompiledModel):
             if self._draft is not None:
                 self._draft[1].reset()
 
+    def session(self) -> Session:
+        """Its graphs and caches, to be stepped by a loop of your own: `prefill(rows)` and `decode(tokens)` give logits.
+
+        They are the model's own: any other call on it takes them over, as this one does from a stream that was left
+        half-way. `new_session().session()` has caches of its own.
+        """
+        with self._lock:
+            self._owner += 1
+            self._session.reset()
+        return self._session
+
     @property
     def generation_config(self) -> GenerationConfig:
         """The settings of calls that give none: the artifact's generation_config.json, unless it is set, to a
