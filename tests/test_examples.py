@@ -46,6 +46,16 @@ def test_sentiment_is_said_of_every_text(call, checkpoint):
     assert all(line.startswith("LABEL_") for line in lines)
 
 
+def test_a_runner_says_nothing_twice(call, checkpoint):
+    source = checkpoint("llama", max_position_embeddings=2048)
+    lines = call("model_runner", source)
+    assert len("".join(lines[:-1])) > 0
+    count, said = lines[-1].split(maxsplit=1)
+    assert said == "tokens read"
+    # Of both prompts, and all new ones but the last of each.
+    assert int(count) > 2 * 15
+
+
 @pytest.mark.slow
 def test_a_chat_answers(call, checkpoint):
     lines = call("chat", checkpoint("llama", max_position_embeddings=1024))

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, schedule, supported_activities
 
+from ..quiet import silence
+
 __all__ = ["profile_steps"]
 
 
@@ -24,7 +26,9 @@ def profile_steps(folder: Path, *, active: int, repeat: int, skip_first: int) ->
         written.append(folder / f"steps-{len(written) + 1}.json")
         found.export_chrome_trace(str(written[-1]))
 
-    plan = schedule(wait=0, warmup=0, active=active, repeat=repeat, skip_first=skip_first)
+    with silence():
+        # Its warning asks for steps that warm up, which whoever skips the first has run.
+        plan = schedule(wait=0, warmup=0, active=active, repeat=repeat, skip_first=skip_first)
     activities = supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as found:
         yield found

@@ -264,8 +264,11 @@ class ModelRunner:
         Args:
             enable_profiler: False records nothing and writes nothing.
             profile_save_path: a folder, within `output_path` where that is set.
-            active, repeat, skip_first: leave out `skip_first` steps, then record `active`, `repeat` times.
+            active, repeat, skip_first: leave out `skip_first` steps, then record `active`, `repeat` times; 0 is always.
         """
+        for name, value, least in (("active", active, 1), ("repeat", repeat, 0), ("skip_first", skip_first, 0)):
+            if value < least:
+                raise UsageError(f"{name} of define_profiler() must be at least {least}, not {value}.")
         self._skipped = skip_first
         if not enable_profiler:
             return nullcontext(NoProfiler())
