@@ -6,12 +6,13 @@ import time
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import TorchDynamoException, Unsupported
 from transformers import CompileConfig
 
 from precast.runtime.errors import ExportError
 
 from ..checkpoint.describe import describe_error
+from ..quiet import silence
 
 __all__ = ["CompiledStep"]
 
@@ -48,16 +49,16 @@ class CompiledStep:
         started, before = time.perf_counter(), self.graphs
         try:
             result = self._call(**inputs)
-        except TorchDynamoException as error:
-            if not self.is_whole:
-                raise ExportError(
-                    f"torch.compile cannot compile {type(self._model).__name__}: {describe_error(error)}. Run it in "
-                    f"the mode eager, or compile it ahead of time: precast export."
-                ) from error
+        except Unsupported:
             # Python that no graph holds runs between graphs.
             self.is_whole = False
             self._call = self._compile()
             return self(**inputs)
+        except TorchDynamoException as error:
+            raise ExportError(
+                f"torch.compile cannot compile {type(self._model).__name__}: {describe_error(error)} Run it in the "
+                f"mode eager, or compile it ahead of time: precast export."
+            ) from error
         if self.graphs > before:
             self.seconds += time.perf_counter() - started
         return result
@@ -68,4 +69,5 @@ class CompiledStep:
     def _count(self, graph: Any, examples: Any) -> Any:
         self.graphs += 1
         compile_graph = torch._dynamo.lookup_backend("inductor")
-        return compile_graph(graph, examples)
+        with silence():
+            return compile_graph(graph, examples)
