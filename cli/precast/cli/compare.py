@@ -29,7 +29,7 @@ __all__ = ["command"]
               help="At most so many for each prompt.")  # fmt: skip
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, metavar="N",
               help="How often each request is timed.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves each mode its own.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 is one per core.")
 @click.option("--trust-native-code", is_flag=True, help="Run native code of the artifact that was built elsewhere.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
 @click.option("--png", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Draw a chart into FILE.")
@@ -60,12 +60,13 @@ def command(
     from precast.runtime.runner.modes import MODES, is_checkpoint
 
     texts = [*prompts, *(read_lines(input_file, "--input-file") if input_file is not None or not prompts else ())]
+    cores = {"threads": threads} if threads else {}
     is_source = artifact is not None or is_checkpoint(model)
     found = compare_modes(
         texts, model=model if is_source else None, artifact=artifact if is_source else model,
         modes=modes.split(",") if modes else tuple(MODES), max_new_tokens=max_new_tokens, repeat=repeat,
-        options={"threads": threads, "trust_remote_code": trust_remote_code},
-        compiled_options={"threads": threads, "trust_native_code": trust_native_code}, report=step_reporter(quiet),
+        options={**cores, "trust_remote_code": trust_remote_code},
+        compiled_options={**cores, "trust_native_code": trust_native_code}, report=step_reporter(quiet),
     )  # fmt: skip
     if png is not None:
         found.save_chart(png)

@@ -16,6 +16,8 @@ from ..artifact.locks import Scratch
 from ..bench.compare import ask_worker, describe_machine
 from ..errors import InputError, UsageError
 from ..generation.probabilities import log_softmax
+from ..hosts.machine import usable_cores
+from ..storage.hub import locate
 from ..terminal import quoted
 from .modes import MODES, check_mode, is_checkpoint
 
@@ -145,8 +147,8 @@ def compare_modes(
         modes: names in MODES.
         max_new_tokens: of every answer at most; tokens are chosen greedily.
         repeat: how often each request is timed, after a warm-up; medians count.
-        options: of `open_model` for the modes that are not compiled ahead of time.
-        compiled_options: of `open_model` for the mode `compiled`.
+        options: of `open_model` for the modes that are not compiled ahead of time; threads are one per usable core.
+        compiled_options: the same for the mode `compiled`.
         report: told the name of each mode as it begins; a context manager around it.
 
     Raises:
@@ -154,7 +156,9 @@ def compare_modes(
         PrecastError: a model cannot be opened, or fails.
     """
     texts = _check_request(prompts, max_new_tokens, repeat)
-    wanted = _plan_modes(modes, model, artifact, options or {}, compiled_options or {})
+    # All modes get the same number of threads.
+    threads = {"threads": usable_cores()}
+    wanted = _plan_modes(modes, model, artifact, threads | (options or {}), threads | (compiled_options or {}))
     with Scratch() as folder:
         found = []
         for mode, (name, how) in wanted.items():
@@ -188,8 +192,11 @@ def _plan_modes(
         check_mode(mode)
     if model is None and artifact is None:
         raise UsageError("Name what to run: model=, a checkpoint, or artifact=, what was compiled of it, or both.")
-    if artifact is not None and is_checkpoint(artifact):
-        raise UsageError(f"artifact={str(artifact)!r} is a checkpoint; name it as model=.")
+    if artifact is not None:
+        if is_checkpoint(artifact):
+            raise UsageError(f"artifact={str(artifact)!r} is a checkpoint; name it as model=.")
+        # Downloaded here: a child process gets a local directory.
+        artifact = locate(artifact)
     wanted: dict[str, tuple[str | Path, dict[str, Any]]] = {}
     for mode in dict.fromkeys((REFERENCE, *modes)):
         if mode == "compiled":
