@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import json
 import runpy
 import shlex
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 from snippets import blocks
+
+from precast.runtime import pipeline
 
 ROOT = Path(__file__).parents[1]
 (CONSOLE,) = blocks(ROOT / "examples/README.md")
@@ -21,12 +25,15 @@ CALLS = {Path(shlex.split(call.rpartition("|")[2])[1]).stem: call for call, _ in
 def call(monkeypatch, tmp_path, capsys):
     """`call("chat", checkpoint)`: what the program prints."""
 
-    def run(name: str, model: Path) -> list[str]:
+    def run(name: str, model: Path, *others: object) -> list[str]:
         said, _, command = CALLS[name].rpartition("|")
         _, program, *words = shlex.split(command)
         monkeypatch.chdir(tmp_path)
         Path("texts.txt").write_text("\n".join(tiny.TEXTS), "utf-8")
-        monkeypatch.setattr(sys, "argv", [program, *words, "--model", str(model)])
+        Path("rounds.jsonl").write_text(
+            '{"src": "Water boils", "tgt": "at 100"}\n{"src": ["Hi", "你好"], "tgt": ["Hey"]}\n'
+        )
+        monkeypatch.setattr(sys, "argv", [program, *words, "--model", str(model), *map(str, others)])
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(shlex.split(said)[1:]) + "\n"))
         runpy.run_path(str(ROOT / program), run_name="__main__")
         return capsys.readouterr().out.splitlines()
@@ -69,3 +76,39 @@ def test_the_closest_lines_are_found(call, checkpoint):
     assert len(found) == 3
     assert found == sorted(found, reverse=True)
     assert all(line.partition("  ")[2] in tiny.TEXTS for line in lines)
+
+
+@pytest.mark.slow
+def test_prompts_are_continued_in_three_ways(call, checkpoint, tmp_path):
+    source = checkpoint("llama", max_position_embeddings=512)
+    lines = call("text_generation", source)
+    assert lines[0].startswith("'I love Beijing, because': 'I love Beijing, because")
+    assert lines[-1].startswith("text_generation_result.txt: 5 rows, ")
+    found = ast.literal_eval((tmp_path / "text_generation_result.txt").read_text("utf-8"))
+    assert [[*row] for row in found] == [["text_generation_text"]] * 5
+
+
+@pytest.mark.slow
+def test_both_modes_of_the_predictor_agree(call, checkpoint, tmp_path):
+    lines = call("predictor", checkpoint("llama", max_position_embeddings=512))
+    assert lines[-1] == "2 of 2 answers are the same"
+    rows = [json.loads(line) for line in (tmp_path / "compiled.json").read_text("utf-8").splitlines()]
+    assert [[*row] for row in rows] == [["src", "tgt", "output"]] * 2
+
+
+@pytest.mark.slow
+def test_the_guide_of_optimum_neuron_is_followed(call, checkpoint, tmp_path):
+    classifier = checkpoint("bert", "AutoModelForSequenceClassification", max_position_embeddings=128)
+    lines = call("neuron_guide", classifier, "--decoder", checkpoint("llama", max_position_embeddings=512))
+    assert lines[0].startswith("LABEL_")
+    assert "".join(lines[1:]).startswith("I really wish")
+    assert (tmp_path / "sentiment_neuron" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_sentiment_in_two_languages_and_three_steps(call, checkpoint):
+    source = checkpoint("bert", "AutoModelForSequenceClassification", max_position_embeddings=128)
+    lines = call("sentiment_steps", source, "--chinese", source)
+    again = pipeline("sentiment-analysis", str(source), export=True, batch_size=2, sequence_length=64)
+    assert lines[-1] == f"{again.model.get_memory_footprint():,} bytes"
+    assert any(line.startswith("今天心情很好  LABEL_") for line in lines)

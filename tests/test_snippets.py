@@ -54,6 +54,8 @@ def local(checkpoint, artifact, tmp_path_factory):
         "sentence-transformers/all-MiniLM-L6-v2": lambda: _sentences(root / "minilm"),
         "Helsinki-NLP/opus-mt-de-en": lambda: _marian(root / "marian"),
         "openai/whisper-tiny": lambda: speech.whisper(root / "whisper"),
+        "distilbert/distilbert-base-uncased-finetuned-sst-2-english": lambda: _sentiment(checkpoint),
+        "uer/roberta-base-finetuned-dianping-chinese": lambda: _sentiment(checkpoint),
         "user/ner": ner,
         "build/models/SmolLM2-135M-Instruct.Q4_1.gguf": llama,
         "MODEL": llama,
@@ -64,6 +66,10 @@ def local(checkpoint, artifact, tmp_path_factory):
         "ner-out": lambda: artifact(ner(), **SHAPES),
     }
     return {name: cache(maker) for name, maker in makers.items()}
+
+
+def _sentiment(checkpoint) -> Path:
+    return checkpoint("bert", "AutoModelForSequenceClassification", max_position_embeddings=128)
 
 
 def _sentences(path: Path) -> Path:
@@ -118,6 +124,9 @@ def _module(name: str):
 def reader(local, tmp_path):
     """Somebody in a folder with a few files, who may push to a Hub."""
     (tmp_path / "texts.txt").write_text("\n".join(tiny.TEXTS), "utf-8")
+    (tmp_path / "rounds.jsonl").write_text(
+        '{"src": "Water boils", "tgt": "at 100"}\n{"src": ["a", "b"], "tgt": ["c"]}\n'
+    )
     with wave.open(str(tmp_path / "speech.wav"), "wb") as file:
         file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
         file.writeframes((np.sin(np.arange(12000) / 9) * 9000).astype("<i2").tobytes())

@@ -189,13 +189,13 @@ model:
     [
         (DECEMBER, (), {
             "model": "/models/gpt", "export": ["--batch-size=4", "--sequence-length=132"],
-            "generate": ["--max-input-tokens=32", "--max-new-tokens=100"],
+            "generate": ["--mode=compiled", "--max-input-tokens=32", "--max-new-tokens=100"],
         }),
         (MARCH, ("--model_config.dtype=fp16", "--export.quantize=int8"), {
             "model": "/models/q",
             "export": ["--dtype=float16", "--batch-size=1", "--sequence-length=288", "--quantize=int8"],
-            "generate": ["--max-input-tokens=256", "--input-file=prompts.json", "--temperature=0", "--top-p=1",
-                         "--top-k=0", "--seed=1", "--max-new-tokens=32"],
+            "generate": ["--mode=compiled", "--max-input-tokens=256", "--input-file=prompts.json", "--temperature=0",
+                         "--top-p=1", "--top-k=0", "--seed=1", "--max-new-tokens=32"],
         }),
         (MIND, ("--predict_data", "I love\\nBeijing", "--predict_batch_size=2", "--model.model_config.top_k=1"), {
             "model": "/models/llama",
@@ -222,6 +222,7 @@ def test_what_means_nothing_here_is_named(run, tmp_path):
     for text, message in (
         (DECEMBER.replace("world_size: 1", "world_size: 8"), "line 5: world_size: 8 asks for what precast does not do"),
         (DECEMBER + "  new_key: 1\n", "parallel_config.new_key has no effect: precast runs a model in one process"),
+        (DECEMBER.replace("ge_graph", "eager"), "export.batch_size has no effect in a mode that exports nothing"),
         (DECEMBER + "odd: 1\n", "odd: this key has no meaning here. Known are: model_path"),
         (MIND.replace("'predict'", "'train'"), "run_mode: 'train' asks for what precast does not do"),
     ):  # fmt: skip

@@ -183,7 +183,7 @@ def test_what_a_mode_cannot_run_is_refused_with_the_command(checkpoint):
 def test_a_checkpoint_is_compiled_where_its_length_is_said(checkpoint, artifact, monkeypatch):
     source, asked = checkpoint("llama"), []
     made = artifact(source, batch_size=3)
-    monkeypatch.setattr("precast.runtime.models.base._export_once", lambda *model, **how: asked.append(how) or made)
+    monkeypatch.setattr("precast.runtime.models.base.export_once", lambda *model, **how: asked.append(how) or made)
     assert isinstance(open_model(source, sequence_length=16), CompiledModel)
     assert asked[0]["sequence_length"] == 16
 

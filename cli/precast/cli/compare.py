@@ -59,7 +59,7 @@ def command(
     from precast.runtime.runner import compare_modes
     from precast.runtime.runner.modes import MODES, is_checkpoint
 
-    texts = [*prompts, *(read_lines(input_file, "--input-file") if input_file is not None or not prompts else ())]
+    texts = [*prompts, *_read_texts(input_file)] if input_file is not None or prompts else [*read_lines()]
     cores = {"threads": threads} if threads else {}
     is_source = artifact is not None or is_checkpoint(model)
     found = compare_modes(
@@ -74,6 +74,22 @@ def command(
         print_json(json.loads(found.to_json()))
     else:
         _show(found)
+
+
+def _read_texts(path: Path | None) -> list[str]:
+    """The prompts of a file, in any form that `precast generate` reads."""
+    from precast.runtime.errors import UsageError
+    from precast.runtime.runner.generating import PROMPT_COLUMNS
+    from precast.runtime.runner.rows import Column, read_rows
+
+    if path is None or str(path) == "-":
+        return [] if path is None else [*read_lines()]
+    rows = read_rows(path)
+    column = Column(rows, None, PROMPT_COLUMNS)
+    texts = [column.value(row) for row in rows]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise UsageError(f"{path}: modes are compared on texts; this is {wrong[0]!r:.80}.")
+    return texts
 
 
 def _show(found: Any) -> None:

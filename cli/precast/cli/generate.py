@@ -20,12 +20,20 @@ from .output import echo_answer, note, print_json
 __all__ = ["command"]
 
 
+_MODES = ("compiled", "eager", "torch-compile")
+"""As runner.modes.MODES, which imports more than a help text takes."""
+
+
 @click.command("generate", epilog='precast generate out --chat --prompt "What is the capital of France?"')
 @click.argument("model")
 @click.option(
     "--prompt", "prompts", multiple=True,
     help="The text to continue; '-' or nothing reads standard input, but nothing on a terminal begins a chat. Several "
     "are answered as the rows of a file.",
+)  # fmt: skip
+@click.option(
+    "--mode", type=click.Choice(_MODES), default=_MODES[0], show_default=True,
+    help="How to run MODEL; eager and torch-compile run a checkpoint by transformers, that of an artifact as well.",
 )  # fmt: skip
 @file_options()
 @click.option("--max-input-tokens", type=click.IntRange(min=1), metavar="N", help="Cut longer prompts on the left.")
@@ -106,16 +114,19 @@ def command(
 
     A file of rows gives a line of JSON for each, {"input": …, "output": …}, the answer that the row gets alone.
     """
-    files = Files.pop(options)
-    is_chat = not (prompts or as_json or files.input_file or files.output_file) and _is_at_terminal()
+    files, mode = Files.pop(options), options["mode"]
+    reads_rows = files.input_file is not None or files.output_file is not None or len(prompts) > 1
+    is_chat = not (prompts or as_json or reads_rows or mode != "compiled") and _is_at_terminal()
     if system is not None and not (chat or is_chat):
         raise click.UsageError("--system is part of a conversation; add --chat.")
     if "" in stops:
         raise click.UsageError("--stop is empty, which every text contains; give at least one character.")
     asked = _generate_options({name: options.pop(name) for name in _SAMPLING}, stops, parse_settings(settings))
-    asked |= _form_options(json_schema, regex, grammar, choices)
+    form = _form_options(json_schema, regex, grammar, choices)
+    _check_mode(mode, {"--session": session, "--assistant": assistant, "a form of answers": form})
+    asked |= form
     chats = {"chat": chat, "system": system, "max_input_tokens": max_input_tokens}
-    if files.input_file is not None or files.output_file is not None or len(prompts) > 1:
+    if reads_rows:
         if session is not None:
             raise click.UsageError("--session keeps one prompt, and these are rows of many; leave it out.")
         rows = read_input(files, prompts)
@@ -128,7 +139,16 @@ def command(
     prompt = None if is_chat else prompts[0] if prompts else "-"
     if prompt == "-":
         prompt = read_standard_input("the prompt")
+    if mode != "compiled":
+        _answer_at_once(model, prompt or "", asked, chats, as_json, quiet, options)
+        return
     _answer_prompt(model, prompt, asked, assistant, session, chats, as_json, quiet, options)
+
+
+def _check_mode(mode: str, given: dict[str, Any]) -> None:
+    """Raise click.UsageError for what only compiled models do."""
+    if wrong := [name for name, value in given.items() if value and mode != "compiled"]:
+        raise click.UsageError(f"{wrong[0]} is for compiled models, not for --mode {mode}; leave it out.")
 
 
 def _is_at_terminal() -> bool:
@@ -176,6 +196,30 @@ def _answer_prompt(
         note(_describe_figures(figures))
 
 
+def _answer_at_once(
+    model: str, prompt: str, asked: dict[str, Any], chats: dict[str, Any], as_json: bool, quiet: bool,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Continue one prompt in another mode, whose answer comes as a whole."""
+    from precast.runtime.runner.generating import GeneratingWorker
+    from precast.runtime.runner.rows import Column, Row
+
+    opened, row = _open_decoder(model, quiet, options), Row(prompt)
+    worker = GeneratingWorker(opened, Column([row], None, ()), asked, **chats)
+    prepared, started = worker.prepare(0, row), time.perf_counter()
+    (found,) = worker.answer([prepared])
+    seconds = round(time.perf_counter() - started, 3)
+    if as_json:
+        print_json({"text": found["output"], "prompt_tokens": prepared.length, "new_tokens": found["new_tokens"],
+                    "seconds": seconds, "mode": options["mode"]})  # fmt: skip
+        return
+    echo_answer(found["output"])
+    click.echo()
+    if not quiet:
+        count = found["new_tokens"]
+        note(f"{count} token{'' if count == 1 else 's'} in {seconds} s, {options['mode']}, the prompt included")
+
+
 def _run_chat(opened: Any, asked: dict[str, Any], chats: dict[str, Any]) -> bool:
     from .chat import Conversation, run_chat
 
@@ -196,7 +240,9 @@ def _answer_rows(
     # Drawn here, so that an interrupted run goes on with it.
     seed = asked.pop("seed", None)
     work = {
-        "model": [opened.artifact.contract.digest, opened.variant.name],
+        "model": [opened.artifact.contract.digest, opened.variant.name]
+        if options["mode"] == "compiled"
+        else [opened.name, options["mode"]],
         "options": fingerprint([asked, chats, files.column, assistant, seed]),
         "seed": secrets.randbelow(2**31) if seed is None else seed,
     }
@@ -279,15 +325,18 @@ def _of_any(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_decoder(model: str, quiet: bool, options: dict[str, Any]) -> Any:
-    from precast.runtime import CompiledModel, CompiledModelForCausalLM
+    """Open a decoder; of the options only those are passed on that say something, as modes differ in what they take."""
+    from precast.runtime import CompiledModelForCausalLM
     from precast.runtime.errors import UsageError
     from precast.runtime.progress import quiet as no_bars
+    from precast.runtime.runner import open_model
     from precast.runtime.terminal import quoted
 
     if quiet:
         no_bars()
-    opened = CompiledModel.from_pretrained(model, **options)
-    if not isinstance(opened, CompiledModelForCausalLM):
+    mode = options["mode"]
+    opened = open_model(model, mode, **{name: value for name, value in options.items() if value and name != "mode"})
+    if mode == "compiled" and not isinstance(opened, CompiledModelForCausalLM):
         raise UsageError(
             f"{model} was compiled for {opened.artifact.contract.task} and continues no prompts. "
             f"Ask it with: precast predict {quoted(model)} --text …"

@@ -20,6 +20,7 @@ from .output import echo, note, print_json
 from .run_config import (
     SECTIONS,
     RunConfig,
+    Setting,
     flag_words,
     json_schema,
     parse_overrides,
@@ -36,19 +37,23 @@ __all__ = ["command"]
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )  # fmt: skip
 @click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--compare-modes", is_flag=True,
+              help="Compare modes, too, on the prompts of the section generate.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the commands that do the same, and stop.")
 @click.option("--print-schema", is_flag=True, help="Print the JSON schema of configurations, for editors.")
 @json_option
 @quiet_option
 @click.pass_context
 def command(
-    context: click.Context, config: Path | None, dry_run: bool, print_schema: bool, as_json: bool, quiet: bool
-) -> None:
+    context: click.Context, config: Path | None, compare_modes: bool, dry_run: bool, print_schema: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Export and run a model as the file CONFIG says, in YAML.
 
-    Its key `model` is a checkpoint or an artifact; each section is a command, export, generate, predict or bench, and
-    the keys of a section are that command's options. They run in this order on what was exported. Any key is changed
-    by --section.key=value or --section.key value. Files of MindFormers and of cann-recipes-infer are understood, too.
+    Its key `model` is a checkpoint or an artifact; each section is a command, export, generate, predict, compare or
+    bench, and the keys of a section are that command's options. They run in this order on what was exported. Any key
+    is changed by --section.key=value or --section.key value. Files of MindFormers and of cann-recipes-infer are
+    understood, too.
     """
     if print_schema:
         print_json(json_schema())
@@ -56,33 +61,61 @@ def command(
     if config is None:
         raise click.UsageError("Missing argument 'CONFIG': a YAML file.")
     found = _read(config, context.args)
+    if compare_modes:
+        _add_comparison(found)
     for text in found.notes:
         note(f"precast: {text}")
+    source = found.get("model")
     steps = {name: flag_words(found, name) for name in SECTIONS if found.section(name) is not None}
-    model = found.get("model")
-    if not isinstance(model, str) or not model:
+    if not isinstance(source, str) or not source:
         raise found.error(("model",), "name a checkpoint or an artifact.")
     if not steps:
         raise click.UsageError(f"{found.name} has no section to run. There are: {', '.join(SECTIONS)}.")
     if dry_run:
-        for line in _equal_commands(model, steps):
+        for line in _equal_commands(source, steps):
             echo(line)
         return
     for name, words in steps.items():
         # What is wrong with the last step is said before the first, which may take minutes.
         _check_file(found, name)
         with _in_words_of(found, name):
-            import_module(f"precast.cli.{name}").command.make_context(f"precast {name}", [model, *words], **SETTINGS)
-    results: dict[str, Any] = {}
-    for name, words in steps.items():
-        with _in_words_of(found, name):
-            if name == "export":
-                model, results[name] = _export(model, words, quiet)
-                _show_export(results[name], as_json or quiet)
-            else:
-                results[name] = _run_command(name, [model, *words], as_json, quiet)
+            import_module(f"precast.cli.{name}").command.make_context(f"precast {name}", [source, *words], **SETTINGS)
+    results = _run_steps(found, source, steps, as_json, quiet)
     if as_json:
         print_json(results)
+
+
+def _run_steps(
+    config: RunConfig, source: str, steps: dict[str, list[str]], as_json: bool, quiet: bool
+) -> dict[str, Any]:
+    """Run the commands one after the other; what each prints as JSON."""
+    model, results = source, {}  # type: tuple[str, dict[str, Any]]
+    for name, words in steps.items():
+        with _in_words_of(config, name):
+            if name == "export":
+                model, results[name] = _export(source, words, quiet)
+                _show_export(results[name], as_json or quiet)
+            else:
+                results[name] = _run_command(name, _subject(name, source, model, words), as_json, quiet)
+    return results
+
+
+def _add_comparison(config: RunConfig) -> None:
+    """Let modes be compared on what the section generate asks."""
+    config.settings.setdefault(("compare",), Setting({}))
+    for key in ("prompt", "input_file", "max_new_tokens"):
+        setting = config.settings.get(("generate", key))
+        if setting is not None:
+            config.settings.setdefault(("compare", key), setting)
+
+
+def _subject(name: str, source: str, model: str, words: list[str]) -> list[str]:
+    """A command's words with what it is run on: the artifact; the checkpoint in a mode that runs it; or both where
+    modes are compared."""
+    if name == "compare" and model != source:
+        return [source, f"--artifact={model}", *words]
+    runs_checkpoint = any(word.startswith("--mode=") and word != "--mode=compiled" for word in words)
+    return [source if runs_checkpoint else model, *words]
 
 
 def _check_file(config: RunConfig, name: str) -> None:
@@ -105,14 +138,15 @@ def _read(path: Path, words: list[str]) -> RunConfig:
 
 def _equal_commands(model: str, steps: dict[str, list[str]]) -> Iterator[str]:
     """The commands that do the same."""
+    source = model
     for name, words in steps.items():
         if name == "export":
             target = next((word[9:] for word in words if word.startswith("--output=")), None)
             rest = [word for word in words if not word.startswith("--output=")]
-            model, source = target or f"{Path(model).name}-precast", model
+            model = target or f"{Path(source).name}-precast"
             yield shlex.join(["precast", name, source, *rest, "-o", model])
         else:
-            yield shlex.join(["precast", name, model, *words])
+            yield shlex.join(["precast", name, *_subject(name, source, model, words)])
 
 
 def _export(model: str, words: list[str], quiet: bool) -> tuple[str, dict[str, Any]]:

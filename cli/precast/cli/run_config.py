@@ -18,7 +18,7 @@ __all__ = [
     "refuse_unknown_keys", "section_params",
 ]  # fmt: skip
 
-SECTIONS = ("export", "generate", "predict", "bench")
+SECTIONS = ("export", "generate", "predict", "compare", "bench")
 """The commands that a configuration may have a section for, in the order in which they are run."""
 
 _MAX_BYTES, _MAX_VALUES = 1_000_000, 10_000

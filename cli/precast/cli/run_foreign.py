@@ -26,8 +26,9 @@ def _dtype(value: Any) -> Any:
     return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(value, value)
 
 
-def _mode_note(value: Any) -> str:
-    return f"{value} is the compiled form"
+def _mode(value: Any) -> Any:
+    """As docs/runner.md has it for ModelRunner: whole graphs are what is compiled."""
+    return "compiled" if value in ("ge_graph", "acl_graph", "npugraph_ex") else value
 
 
 _ONE_PROCESS = "precast runs a model in one process"
@@ -47,10 +48,8 @@ CANN_RECIPES: dict[str, Rule] = {
     "model_config.model_path": _to("model"),
     "model_name": Idle("the checkpoint's configuration says what it is", is_any=True),
     "model_config.model_name": Idle("the checkpoint's configuration says what it is", is_any=True),
-    "exe_mode": Idle(
-        "what is exported is run compiled", "ge_graph", "acl_graph", "npugraph_ex"
-    ),
-    "model_config.exe_mode": Idle("what is exported is run compiled", "ge_graph", "acl_graph", "npugraph_ex"),
+    "exe_mode": _to("generate", "mode", value=_mode),
+    "model_config.exe_mode": _to("generate", "mode", value=_mode),
     "model_config.dtype": _to("export", "dtype", value=_dtype),
     "model_config.with_ckpt": Idle("weights are always the checkpoint's", True, 1),
     "model_config.next_n": Idle("the model guesses no tokens of its own", 0),
@@ -154,15 +153,22 @@ def _translate(config: RunConfig, rules: Mapping[str, Rule]) -> RunConfig:
         else:
             raise config.error(path, f"{setting.value!r} asks for what precast does not do: {rule.reason}.")
     found.settings |= own
-    found.settings.setdefault(("export",), Setting({}))
     found.settings.setdefault(("generate",), Setting({}))
+    if found.get("generate", "mode") in (None, "compiled"):
+        found.settings.setdefault(("export",), Setting({}))
+        return found
+    # Nothing is exported, so nothing can be asked of it.
+    for path in [path for path in found.settings if path[0] == "export"]:
+        if len(path) > 1:
+            found.notes.append(f"{config.name}: {'.'.join(path)} has no effect in a mode that exports nothing.")
+        del found.settings[path]
     return found
 
 
 def _with_capacity(config: RunConfig) -> RunConfig:
     """cann-recipes-infer makes caches as long as prompt and answer together."""
     prompt, new = config.get("generate", "max_input_tokens"), config.get("generate", "max_new_tokens")
-    if isinstance(prompt, int) and isinstance(new, int):
+    if config.section("export") is not None and isinstance(prompt, int) and isinstance(new, int):
         config.settings.setdefault(("export", "sequence_length"), Setting(prompt + new))
     return config
 

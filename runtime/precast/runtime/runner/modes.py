@@ -68,7 +68,7 @@ def _open_compiled(name: str | Path, options: dict[str, Any]) -> CompiledModel:
     if "sequence_length" not in options:
         raise UsageError(
             f"{name} is a checkpoint, and the mode compiled runs what was compiled for static shapes. Compile it: "
-            f"precast export {quoted(name)} --batch-size 1 --sequence-length 512 -o OUT, or say sequence_length=512. "
+            f"precast export {quoted(name)} --batch-size 1 --sequence-length 512 -o OUT. "
             f"Without compiling ahead of time: mode='eager'."
         )
     return CompiledModel.from_pretrained(name, export=True, **options)

@@ -21,6 +21,7 @@ from ..inputs.padding import as_ids, as_mask, real_rows, scatter_rows
 from ..inputs.tensors import ModelOutput, convert_like, to_numpy, to_python
 from ..inputs.tokenizer import Tokenizer
 from ..models.causal_lm import infer_mask
+from ..models.generative import check_seeds
 
 __all__ = ["UncompiledModel"]
 
@@ -96,8 +97,9 @@ class UncompiledModel:
         Args:
             input_ids: int64 [batch, length], numpy or torch.
             attention_mask: [batch, length] of 0 and 1; padding may be anywhere.
-            options: of transformers' generate(), and `seed`, which seeds PyTorch: the tokens that are drawn are others
-                than those of a compiled model. Scores and other outputs besides the tokens are not returned.
+            options: of transformers' generate(), and `seed`, which seeds PyTorch, or a list with one for each row,
+                which is then drawn by itself: the tokens that are drawn are others than those of a compiled model.
+                Scores and other outputs besides the tokens are not returned.
 
         Returns:
             int64 [batch * num_return_sequences, length + new]: the input followed by what was generated.
@@ -110,10 +112,27 @@ class UncompiledModel:
         ids, mask = self._check(input_ids, attention_mask, config)
         rows, width = real_rows(ids, mask), ids.shape[1]
         self._check_room(width, config.new_tokens(width))
+        seeds = settings.pop("seed", None)
+        seeds = seeds if config.do_sample else None
+        check_seeds(seeds, len(rows))
         with self._lock:
-            whole = self._inner.generate(*_pad_left(rows, width), settings)
+            whole = self._generate(rows, width, settings, seeds)
         front = np.repeat(ids, len(whole) // len(ids), 0)
         return convert_like(input_ids, np.concatenate([front, whole[:, width:]], 1))
+
+    def _generate(self, rows: Sequence[Array], width: int, settings: dict[str, Any], seeds: Any) -> Array:
+        """transformers' answers, int64 [rows, width + new]; of several seeds each row's by its own."""
+        if not isinstance(seeds, list):
+            seeded = settings if seeds is None else {**settings, "seed": seeds}
+            found: Array = self._inner.generate(*_pad_left(rows, width), seeded)
+            return found
+        parts = [
+            self._inner.generate(*_pad_left([row], width), {**settings, "seed": seed})
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+        pad, longest = self.generation_config.pad_token_id or 0, max(part.shape[1] for part in parts)
+        filled = [np.pad(part, ((0, 0), (0, longest - part.shape[1])), constant_values=pad) for part in parts]
+        return np.concatenate(filled)
 
     def session(self) -> Any:
         """Its cache of fixed capacity, to be stepped by a loop of your own: `prefill(rows)` and `decode(tokens)` give
