@@ -79,7 +79,7 @@ def test_what_others_say_is_what_we_say(theirs, ours):
         ({"input_shape": {}}, r"export\(\) does not know input_shape\."),
         ({"input_shapes": {"batchsize": 1}}, r"does not know batchsize\. Did you mean batch_size"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_what_cannot_be_had_says_what_to_write(keywords, words):
     if words == "^$":
