@@ -468,7 +468,7 @@ def test_results_go_to_one_stream_and_progress_to_the_other(run, place, monkeypa
     def bar(name):
         yield lambda done, total, what="": told.append((name, done, total, what))
 
-    monkeypatch.setattr("precast.cli.output._bar", bar)
+    monkeypatch.setattr("precast.cli.output.bar", bar)
     words = ("llama", "--sequence_length", 16, "--no_validate")
     code, out, err = run(*words, "-o", "out")
     assert code == 0

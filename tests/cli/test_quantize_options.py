@@ -28,8 +28,8 @@ def run(monkeypatch, capfd, tmp_path, checkpoint):
 
 NONE = "say how weights are rounded, which --quantize none does not do"
 WRONG = {
-    "a scheme": (("--quantize", "int3"), "--quantize 'int3'", "the choices are: none, source, int8, int4, auto"),
-    "a method": (("--quantize", "int8", "--method", "hqq"), "'hqq'", "rtn, search, gptq, awq"),
+    "a scheme": (("--quantize", "int3"), "--quantize int3", "the choices are: none, source, int8, int4, auto"),
+    "a method": (("--quantize", "int8", "--method", "hqq"), "--method hqq", "rtn, search, gptq, awq"),
     "caches that attention cannot read": (
         ("--kv-cache", "float16"), "--kv-cache float16 is not for --backend onnx", "aoti, export", "int8 is for all",
     ),
@@ -38,7 +38,7 @@ WRONG = {
     ),
     "a group": (("--quantize", "int8", "--group-size", 48), "--group-size 48", "16, 32, 64, 128, 256"),
     "no number": (("--quantize", "int8", "--group-size", "x"), "'--group-size'", "'x'", "integer"),
-    "caches": (("--kv-cache", "int4"), "--kv-cache 'int4'", "the choices are: float32, float16, int8"),
+    "caches": (("--kv-cache", "int4"), "--kv-cache int4", "the choices are: float32, float16, int8"),
     "a method for nothing": (("--method", "gptq"), "--method", NONE),
     "symmetry for nothing": (("--asymmetric",), "--symmetric/--asymmetric", NONE),
     "a method for a source": (("--quantize", "source", "--method", "gptq"), "which --quantize source does not do"),
@@ -53,7 +53,7 @@ WRONG = {
     "a missing text": (
         ("--quantize", "int4", "--calibration", "missing.txt"), "--calibration: there is no file missing.txt"
     ),
-    "several at once": (("--quantize", "int3", "--max-kl", 0), "'int3'", "--max-kl must be above 0, not 0"),
+    "several at once": (("--quantize", "int3", "--max-kl", 0), "--quantize int3", "--max-kl must be above 0, not 0"),
 }  # fmt: skip
 
 

@@ -183,7 +183,7 @@ def test_audio_classification_and_speech(root, artifact, sounds, tmp_path):
         assert_same(passed(sounds), expected)
     with pytest.raises(InputError, match=r"8000 samples per second; the model takes 16000"):
         ours({"raw": sounds[0], "sampling_rate": 8000})
-    with pytest.raises(InputError, match=r"no.wav cannot be read as a .wav file"):
+    with pytest.raises(InputError, match=r"no.wav cannot be read: No such file"):
         ours("no.wav")
     with pytest.raises(InputError, match=r"stride=\(0, 400\) of a sound, .*is not done here"):
         ours({"raw": sounds[0], "sampling_rate": 16_000, "stride": (0, 400)})
@@ -665,7 +665,7 @@ def test_no_wave_file_makes_a_traceback(tmp_path):
         (np.r_[TONE[:3], -np.inf, np.inf], "Sample 3 of the sound is -inf"),
         (np.array([0.0, 0.1, 0.2, 1e300]), "Sample 3 of the sound is inf"),
         ({"raw": TONE, "sampling_rate": 8000}, "8000 samples per second; the model takes 16000. Resample it"),
-        ("none.mp3", "none.mp3 cannot be read as a .wav file.*Convert it"),
+        ("none.mp3", "none.mp3 cannot be read: No such file"),
     ],
     ids=range(11),
 )

@@ -370,11 +370,11 @@ def test_functions_are_told_which_input_they_are_asked_about(generators):
 def test_languages_go_with_their_sounds(generators):
     """In the options and in the dict of options that transformers takes besides."""
     own, languages = generators[1][0]._options_of, ["de", "fr", "en"]
-    assert own({"language": languages}, 1, 2, 3) == {"language": ["fr", "en"]}
-    assert own({"generate_kwargs": {"language": languages, "task": "x"}}, 0, 1, None) == {
+    assert own({"language": languages}, [1, 2], 3) == {"language": ["fr", "en"]}
+    assert own({"generate_kwargs": {"language": languages, "task": "x"}}, [0], None) == {
         "generate_kwargs": {"language": ["de"], "task": "x"}
     }
-    assert own({"language": "fr"}, 1, 2, 3) == {"language": "fr"}
+    assert own({"language": "fr"}, [1, 2], 3) == {"language": "fr"}
 
 
 def test_what_generate_returns_besides_is_beside_the_text(generators):

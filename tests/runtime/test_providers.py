@@ -242,7 +242,7 @@ def test_an_export_is_told_the_device_where_it_is_compiled_for_one(decoder, monk
     asked = []
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr(
-        "precast.runtime.models.base._export_once", lambda model, **options: asked.append(options) or decoder
+        "precast.runtime.models.base.export_once", lambda model, **options: asked.append(options) or decoder
     )
     with pytest.raises(HostError):
         CompiledModel.from_pretrained("user/model", export=True, device="cuda", provider="cuda", **backend)

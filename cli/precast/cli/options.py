@@ -191,7 +191,7 @@ def in_flags(message: str, params: Iterable[click.Parameter], others: Iterable[c
     for option in own:
         message = _in_flag(message, option)
         # A single word without a sign may be plain English, unless the message begins with it.
-        message = re.sub(rf"^{option.name}\b(?![/-])", _flag_of(option), message)
+        message = re.sub(rf"^{option.name}\b(?![/-])", "/".join([_flag_of(option), *option.secondary_opts]), message)
     known = {option.name for option in own}
     for option in further:
         if option.name not in known:
@@ -205,7 +205,9 @@ def _in_flag(message: str, param: click.Option) -> str:
     message = re.sub(rf"{name}='(-[\w.,+=-]+)'", rf"{flag}=\1", message)
     message = re.sub(rf"{name}='([\w.,+-]+)'", rf"{flag} \1", message)
     message = re.sub(rf"{name}=(?=[\w'\"/~]|\.[\w/])", f"{flag} ", message)
-    return re.sub(rf"{name}={'?' if '_' in (param.name or '') else ''}(?![\w/-])", flag, message)
+    # Of a pair nobody knows here which one was typed.
+    both = "/".join([flag, *param.secondary_opts])
+    return re.sub(rf"{name}={'?' if '_' in (param.name or '') else ''}(?![\w/-])", both, message)
 
 
 def _flag_of(param: click.Option) -> str:

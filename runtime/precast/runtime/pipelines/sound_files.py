@@ -32,7 +32,9 @@ def read_wave(path: Path, wanted: int) -> tuple[Array, int]:
                 raise InputError(f"{path} has samples of {8 * width} bits; up to 32 can be read. {convert}")
             samples = _read_samples(file, width, channels)
             rate = file.getframerate()
-    except (OSError, EOFError, RuntimeError, wave.Error) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (EOFError, RuntimeError, wave.Error) as error:
         # The library says nothing of a file that ends within its header.
         said = str(error) or "it is cut off"
         raise InputError(f"{path} cannot be read as a .wav file: {said}. {convert}") from error

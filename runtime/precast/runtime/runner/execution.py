@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
+from ..terminal import quoted
 from .modes import MODES
 
 __all__ = ["EXECUTION_MODES", "ExecutionMode", "check_parallel", "find_execution_mode", "log", "note_ignored"]
@@ -68,7 +69,7 @@ def check_parallel(world_size: int, sizes: Mapping[str, int]) -> None:
     if world_size > 1:
         raise UsageError(
             f"world_size={world_size} asks for several processes, and this runner is one. Pass world_size=1; what "
-            f"splits a model's weights is `precast export --backend neuron --tensor-parallel-size {world_size}`."
+            f"splits a model's weights is `precast export --backend neuron --tensor-parallel {quoted(world_size)}`."
         )
 
 
