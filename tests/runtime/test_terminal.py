@@ -83,6 +83,8 @@ def test_every_suggested_command_quotes_what_is_not_ours():
         "length",
         "batch",
         "found.task",
+        "settings.batch_size",
+        "settings.capacity",
         "subject.",
         "size",
     )
