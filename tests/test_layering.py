@@ -90,8 +90,9 @@ def test_what_is_imported_is_declared(path):
     """The metadata asks for it, in its `export` extra where the exporter needs it. That another brings it is luck."""
     extras = ("", "export") if path.is_relative_to(ROOT / "exporter") else ("",)
     extras += ("torch",) if module_name(path) in NATIVE else ()
-    # It says how to install what it lacks.
+    # These say how to install what they lack.
     extras += ("files",) if module_name(path) == "precast.runtime.runner.rows" else ()
+    extras += ("peft",) if module_name(path) == "precast.exporter.adapters.merge" else ()
     asked = [Requirement(line) for line in metadata.requires("precast") or ()]
     declared = {
         canonicalize_name(one.name)

@@ -34,14 +34,21 @@ def _of(path, config):
     return _refusal(path)
 
 
-def test_beside_a_model_it_is_refused_with_the_lines_that_merge_it(copy):
+def test_beside_a_model_it_is_refused_with_the_command_that_merges_it(copy):
     assert _of(copy, LORA) == (
         f"{copy} holds an adapter (adapter_config.json) beside the model, which counts where peft is installed only. "
-        f"Merge it, and export what that saves: from peft import AutoPeftModelForSequenceClassification; model = "
-        f"AutoPeftModelForSequenceClassification.from_pretrained('{copy}').merge_and_unload(); "
-        f"model.save_pretrained('mine-merged'). Or move adapter_config.json away to export the model without it."
+        f"To merge it, move its files into a directory of their own, here ADAPTER: precast export {copy} -o OUT --lora "
+        f"ADAPTER. Or move adapter_config.json away to export the model without it."
     )
-    assert "AutoPeftModelForCausalLM.from_pretrained" in _of(copy, "no json")
+    assert "--lora ADAPTER" in _of(copy, "no json")
+
+
+def test_what_precast_does_not_merge_is_refused_with_what_does(copy):
+    assert (
+        "Merge it, and export what that saves: from peft import AutoPeftModelForSequenceClassification; model = "
+        f"AutoPeftModelForSequenceClassification.from_pretrained('{copy}').merge_and_unload(); "
+        "model.save_pretrained('mine-merged'). Or move"
+    ) in _of(copy, {**LORA, "peft_type": "IA3"})
     assert "PREFIX_TUNING) and cannot be merged" in _of(copy, PROMPTS)
     assert "of another library than peft" in _of(copy, {"config": {"architecture": "lora"}})
 
@@ -54,8 +61,8 @@ def test_its_weights_alone_are_one(copy, name):
 
 def test_without_a_model_it_is_called_what_it_is(tmp_path):
     found = _of(tmp_path, LORA)
-    assert "is an adapter (adapter_config.json) without the model that it changes. Merge it" in found
-    assert "move" not in found
+    assert "is an adapter (adapter_config.json) without the model that it changes" in found
+    assert found.endswith(f"Merge it into that model: precast export user/base -o OUT --lora {tmp_path}")
 
 
 def test_beside_a_gguf_file_too(tmp_path):

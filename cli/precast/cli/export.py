@@ -12,6 +12,7 @@ from .backend_options import ExportCommand
 from .exporting import check_installed, load_exporter
 from .options import (
     LENGTHS,
+    adapter_options,
     cast_options,
     hub_options,
     in_flags,
@@ -58,6 +59,7 @@ _shape = option_in("Shapes")
     metavar="NAME",
     help="What compiles and runs the model: onnx, aoti, export, neuron; auto: the fastest here of all that can.",
 )
+@adapter_options
 @cast_options
 @quantize_options
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")

@@ -80,6 +80,10 @@ def _print_facts(
         ("path", artifact.path),
         ("digest", contract.digest),
         ("model", f"{contract.source.model} {contract.source.revision or ''}"),
+        *(
+            ("  merged into it", f"{each.name}, weight {each.weight:g}, sha256 {each.sha256}")
+            for each in contract.source.adapters
+        ),
         ("task", contract.task),
         (
             "batch size",

@@ -15,6 +15,7 @@ __all__ = [
     "LENGTHS",
     "InSection",
     "Sections",
+    "adapter_options",
     "cast_options",
     "hub_options",
     "in_flags",
@@ -105,13 +106,27 @@ def option_in(section: str) -> Callable[..., Callable[[F], F]]:
     return partial(click.option, cls=InSection, section=section)
 
 
-_precision, _quantization = map(option_in, ("Precision", "Quantization"))
+_adapters, _precision, _quantization = map(option_in, ("Adapters", "Precision", "Quantization"))
 
 
 def hub_options(function: F) -> F:
     """--revision and --token."""
     function = click.option("--token", metavar="TOKEN", help="Hub token, if not logged in (HF_TOKEN).")(function)
     return click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")(function)
+
+
+def adapter_options(function: F) -> F:
+    """What is merged into the model."""
+    for option in reversed(
+        [
+            _adapters("--lora", multiple=True, metavar="PATH_OR_REPO[:WEIGHT]",
+                      help="Merge this adapter of peft (LoRA and its kin) into the weights; repeatable."),
+            _adapters("--force-base", is_flag=True, help="Take adapters that name another base model than MODEL."),
+            _adapters("--trust-pickle", is_flag=True, help="Read adapters that are pickled (.bin): tensors only."),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def cast_options(function: F) -> F:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .exporting import check_installed, load_exporter
-from .options import hub_options, json_option, quiet_option
+from .options import adapter_options, hub_options, json_option, quiet_option
 from .output import echo, note, print_json, step_reporter
 
 __all__ = ["command"]
@@ -21,6 +22,7 @@ __all__ = ["command"]
 @click.option("--record", is_flag=True, help="Write the verdict into config.json.")
 @click.option("--sha256", metavar="DIGEST", help="Run native code of the artifact with this digest.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
+@adapter_options
 @hub_options
 @json_option
 @quiet_option
@@ -31,11 +33,9 @@ def command(
     variant: str | None,
     record: bool,
     sha256: str | None,
-    trust_remote_code: bool,
-    revision: str | None,
-    token: str | None,
     as_json: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Compare the artifact DIRECTORY with its checkpoint again. Exit status 1 if the answers differ."""
     check_installed()
@@ -43,7 +43,7 @@ def command(
     from precast.exporter import ExportOptions
     from precast.exporter.checkpoint.early import check_comparison
 
-    options = ExportOptions(atol=atol, trust_remote_code=trust_remote_code, revision=revision, token=token)
+    options = ExportOptions(atol=atol, **given)
     check_comparison(directory, reference, options)
     if not quiet:
         note(f"Comparing {directory} with {reference} …")

@@ -17,7 +17,7 @@ from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
-from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, Shapes, Source, Variant
+from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, MergedAdapter, Shapes, Source, Variant
 from precast.runtime.errors import ExportError
 
 from .backends import Compiled, HasLayouts, NeedsTools, ProgramCompiler, compiler_of
@@ -192,7 +192,7 @@ def _contract(
         precast_version=version("precast"),
         digest="0" * 64,
         task=plan.task.name,
-        source=Source(model=checkpoint.name, revision=checkpoint.revision, weights_sha256=checkpoint.weights_sha256()),
+        source=_source(checkpoint),
         shapes=Shapes(
             batch_size=plan.batch_size,
             sequence_length=list(plan.lengths),
@@ -201,6 +201,17 @@ def _contract(
         ),
         variants=[variant],
         files=hash_files(stage),
+    )
+
+
+def _source(checkpoint: Checkpoint) -> Source:
+    return Source(
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        weights_sha256=checkpoint.weights_sha256(),
+        adapters=[
+            MergedAdapter(name=each.name, sha256=each.sha256, weight=each.weight) for each in checkpoint.adapters
+        ],
     )
 
 

@@ -31,7 +31,7 @@ from .options import AUTO, ExportOptions
 __all__ = ["export_once"]
 
 _NAME = re.compile(r"[\w.-]+")
-_WITHOUT_EFFECT = ("token", "force", "revision", "weights")
+_WITHOUT_EFFECT = ("token", "force", "revision", "weights", "lora", "force_base", "trust_pickle")
 """Options without effect on the artifact: they say how to get the files, whose hashes count, or where to put it."""
 
 
@@ -48,7 +48,8 @@ def export_once(model: str, folder: Path, options: ExportOptions) -> Path:
     options.check()
     checkpoint = resolve(model, options)
     # Pinned: exactly the revision that the key is made of is exported, whatever is published meanwhile.
-    options = options.replace(revision=checkpoint.revision, force=False)
+    lora = tuple(each.request for each in checkpoint.adapters)
+    options = options.replace(revision=checkpoint.revision, lora=lora, force=False)
     target = folder / f"{checkpoint.name.rpartition('/')[2]}-{_key(checkpoint, options)}"
     if _is_whole(target):
         return target
@@ -77,6 +78,7 @@ def _key(checkpoint: Checkpoint, options: ExportOptions) -> str:
         "revision": checkpoint.revision,
         "weights": checkpoint.weights_sha256(),
         "files": files,
+        "adapters": [(each.name, each.sha256, each.weight) for each in checkpoint.adapters],
         "options": {name: value for name, value in options.as_keywords().items() if name not in _WITHOUT_EFFECT},
         "calibration": sha256_of(text) if (text := options.quantization.calibration) else None,
         "versions": dict(_versions(options)),

@@ -23,7 +23,8 @@ def suggest_larger(artifact: Artifact, flags: str, length: int = 0) -> str:
     source = artifact.contract.source
     is_on_hub = source.revision is not None or "/" in source.model
     model, where = (source.model, "") if is_on_hub else ("CHECKPOINT", f", where CHECKPOINT is {source.model}")
-    flags = f"--task {quoted(artifact.contract.task)} {flags}"
+    merged = "".join(f" --lora {quoted(f'{each.name}:{each.weight:g}')}" for each in source.adapters)
+    flags = f"--task {quoted(artifact.contract.task)}{merged} {flags}"
     return f"Compile a larger one{where}: precast export {quoted(model)} {flags} -o OUT"
 
 

@@ -23,6 +23,8 @@ from precast.runtime.artifact.published_json import parse_object
 from precast.runtime.artifact.tasks import TASK_TABLE, TASKS, Task, find_tasks, get_task
 from precast.runtime.errors import CheckpointError, FormatError
 
+from ..adapters.adapter import Adapter
+from ..adapters.merge import merge_adapter
 from ..support import choose_task, infer_task, supported_tasks
 from .describe import describe_error
 from .files import weight_files
@@ -68,6 +70,7 @@ class Checkpoint:
         revision: commit of a Hub checkpoint.
         embeds_sentences: whether a sentence-transformers model answers with the vectors of texts, too.
         weights: the file or folder of its weights, where they do not lie in `directory`.
+        adapters: what is merged into its weights, in this order.
     """
 
     given: str
@@ -78,6 +81,7 @@ class Checkpoint:
     trust_remote_code: bool
     embeds_sentences: bool = True
     weights: Path | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -128,6 +132,11 @@ class Checkpoint:
         """How its weights are packed, where it is quantized. Raises CheckpointError for an unsupported packing."""
         settings = None if self.gguf_file else find_quantization_settings(self._config_file)
         return find_packing(settings, self.name) if settings else None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its config.json says that its weights are quantized, in a way that is supported or not."""
+        return not self.gguf_file and find_quantization_settings(self._config_file) is not None
 
     @property
     def source_scheme(self) -> SourceScheme | None:
@@ -279,7 +288,10 @@ class Checkpoint:
         return model.to("meta").eval()
 
     def load(self, task: Task, dtype: str) -> nn.Module:
-        """Load the model with its weights, for inference, with attention that can be traced. Raises CheckpointError."""
+        """Load the model with its weights, for inference, with attention that can be traced, and merge its adapters.
+
+        Raises CheckpointError, UsageError where adapters are asked for and peft is not installed.
+        """
         settings = {
             "config": self.config,
             "dtype": getattr(torch, dtype),
@@ -311,7 +323,9 @@ class Checkpoint:
             )
             raise CheckpointError(f"The weights of {self.name} cannot be loaded: {reason}") from error
         check_merged(info["unexpected_keys"], self.name)
-        check_complete(model, info["missing_keys"], self.name, task.name, self.config.architectures or [])
+        replaced = {name for adapter in self.adapters for name in merge_adapter(model, adapter)}
+        missing = set(info["missing_keys"]) - replaced
+        check_complete(model, missing, self.name, task.name, self.config.architectures or [])
         if self._auto_class(task).__name__ in MULTIMODAL_CLASSES:
             keep_language_model(model)
         check_finite(model, self.name)

@@ -18,6 +18,7 @@ from precast.runtime.hosts.reach import hub_or_cache
 
 from ..options import ExportOptions
 from ..support import Support, infer_task, supported_tasks, supported_types
+from .adapters import read_local
 from .locate import compiled_error, find_local, not_found_error
 
 __all__ = ["check_comparison", "check_length", "check_request", "check_supported", "read_config"]
@@ -35,6 +36,7 @@ def check_request(model: str, target: Path | None, options: ExportOptions) -> No
     if target is not None:
         check_target(target, force=options.force)
     find_local(model, options.revision)
+    read_local(options.adapters)
     config = check_supported(
         model, options.task, revision=options.revision, token=options.token, trust_remote_code=options.trust_remote_code
     )

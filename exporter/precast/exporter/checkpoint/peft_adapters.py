@@ -1,4 +1,4 @@
-"""Find PEFT adapters that are not merged into a model's weights, and refuse them with advice.
+"""Find PEFT adapters that nobody asked for and that are not merged into a model's weights, and refuse them with advice.
 
 transformers applies an adapter that lies beside a model only where peft is installed, and ignores an adapter's tensors
 among the model's own.
@@ -14,11 +14,13 @@ from typing import Any
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.errors import CheckpointError, FormatError
+from precast.runtime.terminal import quoted
+
+from ..adapters.adapter import CONFIG, KINDS, WEIGHT_FILES
 
 __all__ = ["check_merged", "check_no_adapter"]
 
-_CONFIG = "adapter_config.json"
-_FILES = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+_FILES = (CONFIG, *WEIGHT_FILES)
 _TENSORS = re.compile(
     r"(^|\.)(base_layer|modules_to_save|original_module"
     r"|(boft|bone|fourierft|hada|hra|ia3|lokr|lora|oft|randlora|shira|vblora|vera)_\w+)(\.|$)"
@@ -42,13 +44,19 @@ def check_no_adapter(path: Path, given: str) -> None:
     if found is None:
         return
     config = _read_settings(path)
-    is_alone = not (path / "config.json").is_file() and not any(path.glob("*.gguf"))
-    if is_alone:
-        what, without = f"{given} is an adapter ({found}) without the model that it changes", ""
-    else:
-        what = f"{given} holds an adapter ({found}) beside the model, which counts where peft is installed only"
-        without = f". Or move {found} away to export the model without it."
-    raise CheckpointError(f"{what}. {_give_advice(given, config)}{without}")
+    if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+        base = config.get("base_model_name_or_path")
+        model = quoted(base) if isinstance(base, str) and base else "BASE"
+        command = f"Merge it into that model: precast export {model} -o OUT --lora {quoted(given)}"
+        raise CheckpointError(
+            f"{given} is an adapter ({found}) without the model that it changes. {_give_advice(given, config, command)}"
+        )
+    command = f"precast export {quoted(given)} -o OUT --lora ADAPTER"
+    apart = f"To merge it, move its files into a directory of their own, here ADAPTER: {command}"
+    raise CheckpointError(
+        f"{given} holds an adapter ({found}) beside the model, which counts where peft is installed only. "
+        f"{_give_advice(given, config, apart)}. Or move {found} away to export the model without it."
+    )
 
 
 def check_merged(unexpected: Iterable[str], name: str) -> None:
@@ -64,18 +72,21 @@ def check_merged(unexpected: Iterable[str], name: str) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        return strict_json.loads(read_regular(path / _CONFIG, strict_json.MAX_BYTES), _CONFIG)
+        return strict_json.loads(read_regular(path / CONFIG, strict_json.MAX_BYTES), CONFIG)
     except (OSError, FormatError):
         # The adapter is refused in any case; only the advice depends on its settings.
         return {}
 
 
-def _give_advice(given: str, config: dict[str, Any]) -> str:
+def _give_advice(given: str, config: dict[str, Any], merged: str) -> str:
+    """How to have the adapter in the model: `merged`, where precast merges its kind."""
     kind = config.get("peft_type")
     if kind in _OF_PROMPTS:
         return f"It is put before every prompt (peft_type {kind}) and cannot be merged, which precast would need"
     if config and kind is None:
         return "It is of another library than peft: merge it there, and save the model"
+    if not config or kind in KINDS:
+        return merged
     auto = _AUTO.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")
     return (
         f"Merge it, and export what that saves: from peft import {auto}; model = "

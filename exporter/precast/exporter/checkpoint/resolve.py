@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
-
-from precast.runtime.hosts.reach import hub_or_cache
 
 from ..options import ExportOptions
+from .adapters import find_adapters
 from .checkpoint import Checkpoint
-from .describe import describe_error
-from .locate import check_is_checkpoint, find_local, find_weights, not_found_error
+from .download import download
+from .locate import check_is_checkpoint, find_local, find_weights
 
 __all__ = ["resolve"]
 
@@ -21,33 +18,22 @@ _DOWNLOAD = [
 
 
 def resolve(model: str, options: ExportOptions) -> Checkpoint:
-    """Find the checkpoint that `model` names: a local directory, a `.gguf` file, or a Hub id.
+    """Find the checkpoint that `model` names: a local directory, a `.gguf` file, or a Hub id; and its adapters.
 
-    Raises CheckpointError where there is none, UsageError for a revision of what is no Hub id and for weights elsewhere
-    of what has its own.
+    Raises CheckpointError where there is none, or an adapter is not for it, UsageError for a revision of what is no Hub
+    id and for weights elsewhere of what has its own.
     """
     found = find_local(model, options.revision)
     weights = None if options.weights is None else find_weights(options.weights, found)
     if found is None:
-        return replace(_download(model, options), weights=weights)
-    return Checkpoint(
-        model, found.name, found.directory, found.gguf_file, None, options.trust_remote_code, weights=weights
-    )
+        checkpoint = _download(model, options)
+    else:
+        checkpoint = Checkpoint(model, found.name, found.directory, found.gguf_file, None, options.trust_remote_code)
+    return replace(checkpoint, weights=weights, adapters=find_adapters(checkpoint, options.adapters, options.token))
 
 
 def _download(model: str, options: ExportOptions) -> Checkpoint:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    with hub_or_cache() as problem:
-        try:
-            path = snapshot_download(
-                model, revision=options.revision, token=options.token, allow_patterns=_DOWNLOAD,
-                ignore_patterns=["original/*", "onnx/*", "openvino/*"], local_files_only=problem is not None,
-            )  # fmt: skip
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise not_found_error(model, problem or describe_error(error)) from error
-    check_is_checkpoint(Path(path), model)
+    path = download(model, options.revision, options.token, _DOWNLOAD)
+    check_is_checkpoint(path, model)
     # The snapshot's own directory is named after the commit.
-    commit = os.path.basename(os.path.normpath(path))
-    return Checkpoint(model, model, Path(path).resolve(), None, commit, options.trust_remote_code)
+    return Checkpoint(model, model, path.resolve(), None, path.name, options.trust_remote_code)

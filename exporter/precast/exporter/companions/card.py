@@ -36,8 +36,9 @@ def render_card(artifact: Artifact, checkpoint: Checkpoint) -> str:
     )
     source = resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8")
     return template.from_string(source).render(
-        metadata=metadata.to_yaml(), contract=contract, variant=variant, model=printable(contract.source.model, keep="")
-    )
+        metadata=metadata.to_yaml(), contract=contract, variant=variant, printable=printable,
+        model=printable(contract.source.model, keep=""),
+    )  # fmt: skip
 
 
 def _inherited_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

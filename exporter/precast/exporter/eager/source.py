@@ -60,6 +60,11 @@ def _resolve(name: str, revision: str | None, options: EagerOptions) -> Checkpoi
 
 def _check_weights(artifact: Artifact, checkpoint: Checkpoint) -> None:
     source, found = artifact.contract.source, checkpoint.weights_sha256()
+    if source.adapters:
+        raise CheckpointError(
+            f"{artifact.path} has {', '.join(each.name for each in source.adapters)} merged into {source.model}, and "
+            f"without compiling the model would run without. Run the artifact in the mode 'compiled'."
+        )
     if found != source.weights_sha256:
         raise CheckpointError(
             f"{checkpoint.given} is not what {artifact.path} was compiled from: that had weights of sha256 "

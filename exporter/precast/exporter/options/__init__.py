@@ -13,6 +13,7 @@ from precast.runtime.errors import UsageError
 from precast.runtime.terminal import quoted
 
 from .accuracy import AccuracyOptions
+from .adapters import AdapterOptions
 from .backend_options import BackendOptions, backends_that_take, fill, find_option, options_class, taken_by
 from .declaration import OptionsPart, choice_problems, describe, keyword_of
 from .layout import LAYOUTS, OPTIMUM_NEURON
@@ -22,9 +23,9 @@ from .shapes import SIZE_EXAMPLES, SIZES, ShapeOptions
 from .spellings import THEIR_NAMES, in_our_words
 
 __all__ = [
-    "AUTO", "GROUP_SIZES", "QUANTIZE_METHODS", "SIZES", "SIZE_EXAMPLES", "AccuracyOptions", "BackendOptions",
-    "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions", "describe", "keyword_of",
-    "option_names",
+    "AUTO", "GROUP_SIZES", "QUANTIZE_METHODS", "SIZES", "SIZE_EXAMPLES", "AccuracyOptions", "AdapterOptions",
+    "BackendOptions", "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions", "describe",
+    "keyword_of", "option_names",
 ]  # fmt: skip
 
 AUTO = "auto"
@@ -32,6 +33,7 @@ AUTO = "auto"
 
 PARTS: dict[str, type[OptionsPart]] = {
     "shapes": ShapeOptions,
+    "adapters": AdapterOptions,
     "precision": PrecisionOptions,
     "quantization": QuantizationOptions,
     "accuracy": AccuracyOptions,
@@ -59,6 +61,7 @@ class ExportOptions:
         revision, token: of a Hub checkpoint.
         trust_remote_code: run modelling code that comes with the checkpoint.
         weights: a file or folder with the weights, where they do not lie with the checkpoint's configuration.
+        adapters: what is merged into the weights.
         quantization: how weights and caches are rounded.
         accuracy: the bounds that validation holds the artifact to.
         also: further backends to compile with, into the same artifact; the loader takes the first that runs on a host.
@@ -76,6 +79,7 @@ class ExportOptions:
     token: str | None = None
     trust_remote_code: bool = False
     weights: str | None = None
+    adapters: AdapterOptions = field(default=AdapterOptions())
     quantization: QuantizationOptions = field(default=QuantizationOptions())
     accuracy: AccuracyOptions = field(default=AccuracyOptions())
     also: tuple[str, ...] = ()
@@ -212,7 +216,7 @@ class ExportOptions:
 
     def problems(self) -> Iterator[str]:
         """Describe everything that is wrong with these options, a sentence each."""
-        for part in (self.shapes, self.precision, self.quantization):
+        for part in (self.shapes, self.adapters, self.precision, self.quantization):
             yield from part.problems()
         yield from self._combination_problems()
         yield from self._choice_problems()

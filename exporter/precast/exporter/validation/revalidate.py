@@ -52,6 +52,7 @@ def validate_again(
     """
     artifact = read_artifact(path)
     checkpoint = resolve(model, options)
+    _check_adapters(artifact, checkpoint)
     chosen = choose_variant(artifact.contract, this_machine(artifact.contract), variant, root=path)
     task = get_task(artifact.contract.task, kind_of_roles(graph.role for graph in chosen.graphs))
     loss, options = describe_loss(chosen), _as_compiled(options, chosen)
@@ -74,6 +75,18 @@ def validate_again(
     if keep:
         _rewrite_contract(artifact, chosen.name, accuracy)
     return accuracy
+
+
+def _check_adapters(artifact: Artifact, checkpoint: Checkpoint) -> None:
+    """Raise UsageError where other adapters are merged into the checkpoint than into the artifact's model."""
+    compiled = [(each.sha256, each.weight) for each in artifact.contract.source.adapters]
+    if compiled != [(each.sha256, each.weight) for each in checkpoint.adapters]:
+        wanted = ", ".join(f"{each.name}:{each.weight:g} (sha256 {each.sha256[:8]}…)" for each in
+                           artifact.contract.source.adapters)  # fmt: skip
+        raise UsageError(
+            f"{artifact.path} has other adapters merged into its model than lora= names: "
+            f"{wanted or 'none'}. Give {'these' if wanted else 'none'}, in this order."
+        )
 
 
 def _check_source(artifact: Artifact, checkpoint: Checkpoint, error: ExportError) -> None:

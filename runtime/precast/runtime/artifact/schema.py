@@ -25,6 +25,7 @@ __all__ = [
     "Graph",
     "Host",
     "Input",
+    "MergedAdapter",
     "Output",
     "Shapes",
     "Source",
@@ -190,12 +191,23 @@ class Variant(_Closed, frozen=True, kw_only=True, omit_defaults=True):
     requires_torch: list[Name] = []
 
 
-class Source(_Closed, frozen=True, kw_only=True):
-    """Where the weights came from: a Hub id or a local base name, never a path."""
+class MergedAdapter(_Closed, frozen=True, kw_only=True):
+    """An adapter that was merged into the weights, `weight` times: a Hub id or a local base name, and the hash of its
+    files."""
+
+    name: Name
+    sha256: Sha256
+    weight: float
+
+
+class Source(_Closed, frozen=True, kw_only=True, omit_defaults=True):
+    """Where the weights came from: a Hub id or a local base name, never a path; and what was merged into them since, in
+    this order. `weights_sha256` is of the weights before that."""
 
     model: Name
     revision: Name | None
     weights_sha256: Sha256
+    adapters: list[MergedAdapter] = []
 
 
 class Shapes(_Closed, frozen=True, kw_only=True):

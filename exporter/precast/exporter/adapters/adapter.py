@@ -1,0 +1,141 @@
+"""Read an adapter's settings and find its weights, and refuse what cannot be merged. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from precast.runtime.artifact import strict_json
+from precast.runtime.artifact.integrity import read_regular, sha256_of
+from precast.runtime.errors import CheckpointError, FormatError
+
+__all__ = ["CONFIG", "KINDS", "WEIGHT_FILES", "Adapter", "check_base", "read_adapter"]
+
+CONFIG = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+KINDS = ("LORA", "ADALORA", "LOHA", "LOKR")
+"""Values of `peft_type` that are merged; rsLoRA and DoRA are settings of LORA."""
+_UNMERGED = (
+    "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config",
+    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""Settings by which an adapter is more than a change of weights, or one that is not tried here."""
+_CHANGE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+"""Beginnings of `init_lora_weights` for which training starts from another base than the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The files of an adapter.
+
+    Attributes:
+        given: what the user typed, without the weight.
+        name: id on the Hub or local base name, as recorded in the artifact.
+        revision: commit of one on the Hub.
+        weight: how much of it is added to the model.
+        settings: its adapter_config.json.
+        weights: the file of its tensors.
+    """
+
+    given: str
+    name: str
+    revision: str | None
+    weight: float
+    settings: dict[str, Any]
+    weights: Path
+
+    @property
+    def request(self) -> str:
+        """What asks for exactly this one, as a value of `lora=`."""
+        return f"{self.given}{f'@{self.revision}' if self.revision else ''}:{self.weight!r}"
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash over its settings and its tensors: that of the list of their names and hashes."""
+        paths = (self.weights.with_name(CONFIG), self.weights)
+        return hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in paths).encode()).hexdigest()
+
+
+def read_adapter(
+    directory: Path, given: str, name: str, *, revision: str | None, weight: float, trust_pickle: bool
+) -> Adapter:
+    """The adapter in `directory`. Raises CheckpointError for one that cannot be merged, or is none."""
+    settings = _read_settings(directory, given)
+    if problem := next(_problems(settings, weight), None):
+        raise CheckpointError(f"The adapter {given} cannot be merged: {problem}")
+    return Adapter(given, name, revision, weight, settings, _find_weights(directory, given, trust_pickle))
+
+
+def check_base(adapter: Adapter, name: str | None) -> None:
+    """Raise CheckpointError for an adapter of another model than the checkpoint `name`, where both names are ids of the
+    Hub."""
+    wanted = _hub_id(adapter.settings.get("base_model_name_or_path"))
+    if wanted and name and wanted.lower() != name.lower():
+        raise CheckpointError(
+            f"The adapter {adapter.given} was trained on {wanted}, and the checkpoint is {name}: export {wanted} with "
+            f"it, or, if both have the same weights, give force_base=True."
+        )
+
+
+def _read_settings(directory: Path, given: str) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{given} is no adapter of peft: it has no {CONFIG}. lora= takes the directory or repository that "
+            f"save_pretrained of a PeftModel wrote."
+        )
+    try:
+        found = strict_json.loads(read_regular(path, strict_json.MAX_BYTES), f"{given}/{CONFIG}")
+    except OSError as error:
+        raise CheckpointError(f"{CONFIG} of {given} cannot be read: {error.strerror}.") from error
+    except FormatError as error:
+        raise CheckpointError(str(error)) from error
+    return found
+
+
+def _problems(settings: dict[str, Any], weight: float) -> Iterator[str]:
+    """What of the settings keeps the adapter from being merged into a checkpoint as it is, with the way out."""
+    kind = settings.get("peft_type")
+    if kind not in KINDS:
+        yield f"its peft_type is {kind!r}; what is merged: {', '.join(KINDS)}."
+    for name in _UNMERGED:
+        if settings.get(name):
+            yield f"it has {name}={str(settings[name])[:80]}, which is no change of the checkpoint's weights alone."
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_BASE):
+        yield (
+            f"it was trained from init_lora_weights={start!r}, which changes the base model's weights, too. Convert it "
+            f"where it was trained: model.save_pretrained(OUT, path_initial_model_for_weight_conversion=START)"
+        )
+    if weight != 1:
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if settings.get(name):
+                yield f"it replaces weights as a whole ({name}), which excludes a weight of {weight:g}."
+        if settings.get("bias", "none") != "none":
+            yield f"it replaces biases as a whole (bias={settings['bias']!r}), which excludes a weight of {weight:g}."
+
+
+def _find_weights(directory: Path, given: str, trust_pickle: bool) -> Path:
+    found = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"The adapter {given} has no weights: there is no {' or '.join(WEIGHT_FILES)} in it.")
+    if found.suffix == ".bin" and not trust_pickle:
+        raise CheckpointError(
+            f"The adapter {given} is pickled ({found.name}). Save it as safetensors where it was trained, or give "
+            f"trust_pickle=True: then its tensors are read, and nothing else of it."
+        )
+    return found
+
+
+def _hub_id(name: object) -> str | None:
+    """The id on the Hub that a name is, or that a path in the Hub's cache has; None for other paths."""
+    if not isinstance(name, str):
+        return None
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", name):
+        return f"{cached[1]}/{cached[2]}"
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
