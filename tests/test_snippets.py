@@ -14,6 +14,7 @@ from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import adapters
 import click
 import gguf
 import neuron_machine
@@ -58,6 +59,7 @@ def local(checkpoint, artifact, tmp_path_factory):
         "uer/roberta-base-finetuned-dianping-chinese": lambda: _sentiment(checkpoint),
         "user/ner": ner,
         "build/models/SmolLM2-135M-Instruct.Q4_1.gguf": llama,
+        "user/style:0.5": lambda: f"{_adapter(llama(), root / 'style')}:0.5",
         "MODEL": llama,
         "OTHER": lambda: artifact(llama(), **SHAPES),
         "ENCODER": lambda: checkpoint("bert", "AutoModel"),
@@ -66,6 +68,10 @@ def local(checkpoint, artifact, tmp_path_factory):
         "ner-out": lambda: artifact(ner(), **SHAPES),
     }
     return {name: cache(maker) for name, maker in makers.items()}
+
+
+def _adapter(source: Path, path: Path) -> Path:
+    return adapters.make_adapter(path, source, "AutoModelForCausalLM", target_modules=["q_proj"])
 
 
 def _sentiment(checkpoint) -> Path:
