@@ -25,6 +25,7 @@ COMMANDS = {
     "predict": "Run a compiled model on texts, images or sounds.",
     "push": "Upload an artifact to the Hub.",
     "run": "Export and run a model as a file says.",
+    "swap-weights": "Put a fine-tune's weights into an artifact, without compiling.",
     "tasks": "Show what a model can be exported for, and which shapes that needs.",
     "validate": "Compare an artifact with its checkpoint again.",
 }
@@ -43,7 +44,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"{__name__}.{cmd_name}").command
+        command: click.Command = import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -23,7 +23,7 @@ from .options import (
 )
 from .output import echo, note, print_json, step_reporter
 
-__all__ = ["command"]
+__all__ = ["command", "describe_plan", "show_result"]
 
 _shape = option_in("Shapes")
 
@@ -108,7 +108,7 @@ def command(
         _show_plans(exporter, model, settings, as_json)
         return
     on_step = step_reporter(quiet)
-    on_plan = (lambda plan: None) if quiet else (lambda plan: note(_in_words(plan)))
+    on_plan = (lambda plan: None) if quiet else (lambda plan: note(describe_plan(plan)))
     artifact = exporter.export(model, target, settings, on_step=on_step, on_plan=on_plan)
     url = None
     if push_to_hub:
@@ -116,7 +116,7 @@ def command(
 
         with on_step("push"):
             url = push(artifact, push_to_hub, private=private or None, token=options["token"])
-    _show_result(artifact, url, _comparison(artifact, settings), as_json)
+    show_result(artifact, url, _comparison(artifact, settings), as_json)
     if not quiet and settings.backend == "onnx" and (advice := exporter.faster_here(artifact, settings)):
         note(_typed(advice))
 
@@ -132,7 +132,7 @@ def _show_plans(exporter: Any, model: str, settings: Any, as_json: bool) -> None
     if as_json:
         print_json({**plan.as_json(), **found})
         return
-    echo(_in_words(plan))
+    echo(describe_plan(plan))
     for name in found.get("backends", ()):
         echo(f"backend          {name}")
     for name, reason in found.get("left_out", {}).items():
@@ -145,7 +145,8 @@ def _typed(message: str) -> str:
     return in_flags(message, context.command.get_params(context))
 
 
-def _in_words(plan: Any) -> str:
+def describe_plan(plan: Any) -> str:
+    """The plan of an export in lines for people."""
     facts = plan.as_json()
     lines = [
         f"task             {facts['task']} ({facts['model_type']})",
@@ -176,7 +177,8 @@ def _comparison(artifact: Any, settings: Any) -> dict[str, Any] | None:
     return found
 
 
-def _show_result(artifact: Any, url: str | None, comparison: dict[str, Any] | None, as_json: bool) -> None:
+def show_result(artifact: Any, url: str | None, comparison: dict[str, Any] | None, as_json: bool) -> None:
+    """Print what was made, where it lies on the Hub, and what `--backend auto` has found out."""
     first, *others = artifact.contract.variants
     if _reads_text(first) and "tokenizer.json" not in artifact.contract.files:
         note(f"{artifact.path} has no tokenizer.json, so it takes token ids and no texts.")

@@ -22,8 +22,10 @@ _EXPORTS = {
     "open_eager": "eager.model",
     "option_names": "options",
     "preview": "dispatch",
+    "preview_swap": "swap",
     "quiet_libraries": "quiet",
     "supported_tasks": "support",
+    "swap_weights": "swap",
     "validate_again": "validation.revalidate",
 }
 

@@ -28,6 +28,7 @@ from .companions.files import config_of, write_companions
 from .kinds.plan import Plan, make_plan
 from .kinds.trace import Program, trace
 from .options import ExportOptions
+from .options.request import REQUEST, render_request
 from .precision import cast_programs, choose_cast
 from .progress import OnStep, no_progress, progress_to
 from .quantize.choose import calibration_rows, quantize_model
@@ -44,9 +45,17 @@ OnPlan: TypeAlias = Callable[[Plan], None]
 _UNCHECKED = Accuracy(status="skipped", reason="not validated", figures={})
 
 
-def export_variant(model: str, target: Path, options: ExportOptions, on_step: OnStep, on_plan: OnPlan) -> Artifact:
-    """Export with the one backend that the options name. Arguments and errors are those of `export`."""
-    compiler = _ready_compiler(options)
+def export_variant(
+    model: str,
+    target: Path,
+    options: ExportOptions,
+    on_step: OnStep,
+    on_plan: OnPlan,
+    compiler: ProgramCompiler | None = None,
+) -> Artifact:
+    """Export with the one backend that the options name, by its compiler or by one that stands for it. Arguments and
+    errors are those of `export`."""
+    compiler = _ready_compiler(options, compiler or compiler_of(options.backend))
     check_target(target, force=options.force)
     with on_step("resolve"):
         checkpoint = _resolve(model, options, compiler)
@@ -72,10 +81,9 @@ def plan_variant(model: str, options: ExportOptions) -> Plan:
     return make_plan(_resolve(model, options, compiler), options)
 
 
-def _ready_compiler(options: ExportOptions) -> ProgramCompiler:
-    """The backend's compiler, after checking the options and its tools. Raises UsageError, ExportError."""
+def _ready_compiler(options: ExportOptions, compiler: ProgramCompiler) -> ProgramCompiler:
+    """The compiler, after checking the options and its tools. Raises UsageError, ExportError."""
     options.check()
-    compiler = compiler_of(options.backend)
     if isinstance(compiler, NeedsTools):
         compiler.check_tools(options)
     return compiler
@@ -171,7 +179,8 @@ def _contract(
     quantization: str | None,
     stage: Path,
 ) -> Contract:
-    notes = {**plan.notes, **_cast_notes(options)}
+    program = {} if compiled.program is None else {"program": compiled.program, REQUEST: render_request(options)}
+    notes = {**plan.notes, **_cast_notes(options), **program}
     variant = Variant(
         name="-".join([options.backend, *_name_parts(options)]),
         backend=options.backend,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from precast.runtime.artifact.backends import get_backend
-from precast.runtime.artifact.schema import Compiler, Graph, Host
+from precast.runtime.artifact.schema import Compiler, Graph, Host, Variant
 from precast.runtime.artifact.tasks import Task
 
 if TYPE_CHECKING:
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from ..kinds.trace import Program
     from ..options import ExportOptions
 
-__all__ = ["Compiled", "HasLayouts", "NeedsTools", "ProgramCompiler", "compiler_of", "release_of"]
+__all__ = ["Compiled", "HasLayouts", "NeedsTools", "ProgramCompiler", "WritesWeights", "compiler_of", "release_of"]
 
 
 @dataclass(frozen=True)
 class Compiled:
     """The files that a compiler wrote: `graphs` and `weights` name them, relative to the stage. `abi` and
-    `requires_torch` are those of a Variant."""
+    `requires_torch` are those of a Variant. `program` is the hash of what was compiled, by which weights that fit it
+    are known; a compiler that says none makes artifacts that keep their weights."""
 
     graphs: list[Graph]
     weights: list[str]
@@ -33,6 +34,7 @@ class Compiled:
     compiler: Compiler
     abi: int = 0
     requires_torch: Sequence[str] = ()
+    program: str | None = None
 
 
 class ProgramCompiler(Protocol):
@@ -53,6 +55,16 @@ class NeedsTools(Protocol):
 
     def check_tools(self, options: ExportOptions) -> None:
         """Raise ExportError, with what to install, where something is missing."""
+        ...
+
+
+@runtime_checkable
+class WritesWeights(Protocol):
+    """A compiler whose weights lie beside its compiled files, so that others can take their place."""
+
+    def write_weights(self, programs: Iterable[Program], stage: Path, old: Variant, options: ExportOptions) -> Compiled:
+        """As `compile`, but for what takes long: files of graphs that are not written are those of `old`, which was
+        compiled with the same options and has its weights in files."""
         ...
 
 

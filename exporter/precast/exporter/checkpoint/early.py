@@ -13,15 +13,20 @@ from precast.runtime.artifact import KEY, read_artifact, strict_json
 from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.artifact.publish import check_target
 from precast.runtime.artifact.tasks import find_tasks, get_task
-from precast.runtime.errors import CheckpointError, UsageError
+from precast.runtime.errors import CheckpointError, PublishError, UsageError
 from precast.runtime.hosts.reach import hub_or_cache
+from precast.runtime.terminal import quoted
 
 from ..options import ExportOptions
 from ..support import Support, infer_task, supported_tasks, supported_types
 from .adapters import read_local
 from .locate import compiled_error, find_local, not_found_error
 
-__all__ = ["check_comparison", "check_length", "check_request", "check_supported", "read_config"]
+__all__ = ["check_comparison", "check_length", "check_request", "check_supported", "check_swap", "read_config"]
+
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+          "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "n_embd", "n_layer", "n_head")  # fmt: skip
+"""Sizes of weights as configurations name them: where one differs, so do the weights."""
 
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 """Model types whose max_position_embeddings counts positions that no token has."""
@@ -61,6 +66,26 @@ def check_comparison(artifact: Path, model: str, options: ExportOptions) -> None
             f"{artifact} was compiled from {compiled.contract.source.model}, of type {needed!r}, and {model} is "
             f"of type {given!r}: is it the right checkpoint?"
         )
+
+
+def check_swap(artifact: Path, model: str, target: Path | None, options: ExportOptions) -> None:
+    """Check an artifact, the MODEL whose weights are to take the place of its own, and where the result is to be.
+
+    Raises PrecastError.
+    """
+    if target is not None and target.resolve() == artifact.resolve():
+        raise PublishError(f"{target} is the artifact itself, which stays as it is; give another directory.")
+    check_comparison(artifact, model, options)
+    if target is not None:
+        check_target(target, force=options.force)
+    compiled, config = read_artifact(artifact), read_config(model, revision=options.revision, token=options.token) or {}
+    for name in _SIZES:
+        old, new = compiled.config.get(name), config.get(name)
+        if type(old) is type(new) is int and old != new:
+            raise CheckpointError(
+                f"The weights of {model} do not fit what is compiled in {artifact}: {name} is {new} and not {old}. "
+                f"Instead, compile it with precast export {quoted(model)} -o OUT."
+            )
 
 
 def check_length(name: str, longest: int | None, length: int) -> None:

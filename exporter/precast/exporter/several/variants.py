@@ -10,6 +10,8 @@ that are equal byte by byte are stored once.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -23,7 +25,7 @@ from ..options import ExportOptions
 from ..pipeline import OnPlan, export_variant, publish_with_card
 from ..progress import OnStep, prefixed
 
-__all__ = ["export_variants"]
+__all__ = ["export_variants", "make_variants"]
 
 _SHARED = ".safetensors"
 """Weights that variants can share: engines find them by the contract. An ONNX graph names its own, beside it."""
@@ -34,13 +36,31 @@ def export_variants(model: str, target: Path, options: ExportOptions, on_step: O
 
     Raises PrecastError: what the first export raised that failed; `target` is then as it was.
     """
+    requests = options.replace(force=False).per_variant()
+    names = ["-".join([request.backend, *request.backend_options.name_parts()]) for request in requests]
+    exports = [partial(_export_one, model, request) for request in requests]
+    return make_variants(model, target, options, dict(zip(names, exports, strict=True)), on_step, on_plan)
+
+
+def _export_one(model: str, request: ExportOptions, path: Path, on_step: OnStep, on_plan: OnPlan) -> Artifact:
+    return export_variant(model, path, request, on_step, on_plan)
+
+
+def make_variants(
+    model: str,
+    target: Path,
+    options: ExportOptions,
+    exports: Mapping[str, Callable[[Path, OnStep, OnPlan], Artifact]],
+    on_step: OnStep,
+    on_plan: OnPlan,
+) -> Artifact:
+    """Call each of the exports, by the name that its steps are to have, and publish one artifact, all or nothing."""
     check_target(target, force=options.force)
     with staging(target) as folder:
-        request, *others = options.replace(force=False).per_variant()
-        first = export_variant(model, folder / "first", request, on_step, on_plan)
-        for request in others:
-            name = "-".join([request.backend, *request.backend_options.name_parts()])
-            other = export_variant(model, folder / name, request, prefixed(on_step, name), lambda plan: None)
+        (_, export_first), *others = exports.items()
+        first = export_first(folder / "first", on_step, on_plan)
+        for name, export_other in others:
+            other = export_other(folder / name, prefixed(on_step, name), lambda plan: None)
             first = _add_variant(first, other)
             shutil.rmtree(folder / name)
         publish_with_card(first, resolve(model, options), target, options, on_step)

@@ -30,8 +30,8 @@ from .schema import Contract, File
 from .store import fsync
 
 __all__ = [
-    "check_target", "copy_artifact", "hash_files", "left_out", "publish", "recover", "staging", "read_unlisted",
-    "write_config",
+    "check_target", "copy_artifact", "copy_file", "hash_files", "left_out", "publish", "recover", "staging",
+    "read_unlisted", "write_config",
 ]  # fmt: skip
 
 _RENAME_EXCHANGE = 2
@@ -173,17 +173,21 @@ def copy_artifact(artifact: Artifact, target: Path, *, force: bool) -> None:
     with staging(target) as stage:
         for name in artifact.contract.files:
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            with (
-                artifact.contents.open(name) as [descriptor],
-                open(descriptor, "rb", closefd=False) as source,
-                (stage / name).open("wb") as copy,
-            ):
-                shutil.copyfileobj(source, copy, CHUNK)
+            copy_file(artifact, name, stage / name)
         for name, data in others.items():
             (stage / name).write_bytes(data)
-        for name, file in artifact.contract.files.items():
-            check_hash(stage / name, artifact.path, name, file)
         publish(stage, target, force=force)
+
+
+def copy_file(artifact: Artifact, name: str, copy: Path) -> None:
+    """Copy a file that the artifact's contract lists. Raises IntegrityError where the copy is not what is listed."""
+    with (
+        artifact.contents.open(name) as [descriptor],
+        open(descriptor, "rb", closefd=False) as source,
+        copy.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, CHUNK)
+    check_hash(copy, artifact.path, name, artifact.contract.files[name])
 
 
 def read_unlisted(artifact: Artifact) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from precast.runtime.artifact.schema import STANDALONE_ABI, Compiler, Graph, Host
+from precast.runtime.artifact.schema import STANDALONE_ABI, Compiler, Graph, Host, Variant
 from precast.runtime.errors import PrecastWarning
 
 from ...kinds.trace import Program
@@ -25,6 +25,7 @@ from .. import Compiled, release_of
 from ..aten.lowered import Lowered, LoweringOptions
 from ..aten.lowering import lower
 from ..aten.safetensors import save_weights
+from ..program_hash import hash_programs
 from . import freezing
 from .gpu import check_gpu, free_gpu_memory, gpu_facts, move_to_device
 from .isa import cpu_flags_needed
@@ -59,6 +60,7 @@ class AotiCompiler:
         lowering = lowering_options_for(native.device, native.isa)
         _warn_of_float32_matmuls(native, options.precision, lowering)
         lowered = [lower(program, lowering) for program in programs]
+        program = _hash_lowered(lowered)
         is_cpu = native.device == "cpu"
         with compiler_workspace() as kept:
             if not is_cpu:
@@ -91,7 +93,29 @@ class AotiCompiler:
             ),
             abi=0 if missing else STANDALONE_ABI,
             requires_torch=missing,
+            program=program,
         )
+
+    def write_weights(self, programs: Iterable[Program], stage: Path, old: Variant, options: ExportOptions) -> Compiled:
+        """See WritesWeights."""
+        native: AotiOptions = options.backend_options
+        lowering = lowering_options_for(native.device, native.isa)
+        lowered = [lower(program, lowering) for program in programs]
+        save_weights(lowered, stage / WEIGHTS)
+        return Compiled(
+            graphs=[replace(each.graph, file=f"{each.graph.name}.so") for each in lowered],
+            weights=[WEIGHTS],
+            host=old.host,
+            compiler=old.compiler,
+            abi=old.abi,
+            requires_torch=old.requires_torch,
+            program=_hash_lowered(lowered),
+        )
+
+
+def _hash_lowered(lowered: list[Lowered]) -> str:
+    """The hash of what Inductor compiles, which writes single numbers into its code."""
+    return hash_programs((each.exported for each in lowered), with_numbers=True)
 
 
 def _warn_of_float32_matmuls(native: AotiOptions, precision: PrecisionOptions, lowering: LoweringOptions) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch._inductor
 from torch._inductor import codecache, cpp_builder
 from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512, VecAVX512VNNI, VecISA
+from torch._inductor.graph import GraphLowering
 
-__all__ = ["keep_short_loops_serial", "know_the_compiler", "leave_out_input_checks", "precompile_headers_in"]
+__all__ = [
+    "keep_out_of_code", "keep_short_loops_serial", "know_the_compiler", "leave_out_input_checks",
+    "precompile_headers_in",
+]  # fmt: skip
 
 
 @contextmanager
@@ -38,6 +43,24 @@ def keep_short_loops_serial() -> Iterator[None]:
         yield
     finally:
         CppKernel.decide_parallel_depth = decide  # type: ignore[method-assign]
+
+
+@contextmanager
+def keep_out_of_code(weights: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within this block, Inductor has libraries read the vectors among these weights, however short. By default it
+    writes those of up to eight numbers into its code, a classifier's bias for instance, where those of another
+    checkpoint cannot take their place. Single numbers it writes there all the same."""
+    decide: Any = GraphLowering.can_inline_constant
+    kept = {each.data_ptr() for each in weights}
+
+    def can_inline(tensor: torch.Tensor) -> bool:
+        return tensor.data_ptr() not in kept and bool(decide(tensor))
+
+    GraphLowering.can_inline_constant = staticmethod(can_inline)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        GraphLowering.can_inline_constant = staticmethod(decide)  # type: ignore[method-assign]
 
 
 @contextmanager

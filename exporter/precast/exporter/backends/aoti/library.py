@@ -28,7 +28,7 @@ from .dequantize import dequantize
 from .fuse_attention import fuse_attention
 from .gemv import gemv
 from .gpu import GPU_OPTIONS, check_kernels_embedded
-from .inductor_patches import keep_short_loops_serial, know_the_compiler
+from .inductor_patches import keep_out_of_code, keep_short_loops_serial, know_the_compiler
 from .isa import compiler_options, matmul_dtypes
 from .layers import extract_layers
 from .quantized_gemm import quantized_gemm
@@ -97,7 +97,8 @@ def build_library(
     """
     by_device = _CPU_OPTIONS if device == "cpu" else GPU_OPTIONS
     options = {**_OPTIONS, **by_device, **compiler_options(isa), **extra}
-    with silence("torch"), torch.no_grad(), know_the_compiler(), _thread_rule(device):
+    weights = [each for each in (*exported.state_dict.values(), *exported.constants.values()) if torch.is_tensor(each)]
+    with silence("torch"), torch.no_grad(), know_the_compiler(), keep_out_of_code(weights), _thread_rule(device):
         try:
             files = _compile(exported, options, device == "cpu", linker)
         except Exception as error:

@@ -11,7 +11,7 @@ import torch
 from msgspec.structs import replace
 
 from precast.runtime.artifact.locks import Scratch
-from precast.runtime.artifact.schema import Compiler, Host
+from precast.runtime.artifact.schema import Compiler, Host, Variant
 from precast.runtime.errors import UsageError
 
 from ...kinds.trace import Program
@@ -21,6 +21,7 @@ from .. import Compiled, release_of
 from ..aten.lowered import Lowered
 from ..aten.lowering import lower
 from ..aten.safetensors import save_tensors
+from ..program_hash import hash_programs
 from .compile_job import compile_job, sdk_versions
 from .flags import flags_of
 from .optimum_layout import OptimumLayout
@@ -52,8 +53,7 @@ class NeuronCompiler(OptimumLayout):
         strategy = STRATEGIES[neuron.chosen_strategy]
         lowered = {program.graph.name: lower(program, NEURON_LOWERING) for program in programs}
         if not neuron.inline_weights:
-            bodies = [build_body(each) for each in lowered.values()]
-            save_tensors(strategy.weights(bodies, neuron.tensor_parallel), stage / WEIGHTS)
+            _save_weights(lowered.values(), neuron, stage)
         files = strategy.files([each.graph for each in lowered.values()])
         for done, (file, graphs) in enumerate(files.items()):
             progress(done, len(files), ", ".join(graph.name for graph in graphs))
@@ -69,7 +69,27 @@ class NeuronCompiler(OptimumLayout):
                 torch=release_of("torch"),
                 transformers=version("transformers"),
             ),
+            program=hash_programs(each.exported for each in lowered.values()),
         )
+
+    def write_weights(self, programs: Iterable[Program], stage: Path, old: Variant, options: ExportOptions) -> Compiled:
+        """See WritesWeights. Needs none of the SDK."""
+        neuron: NeuronOptions = options.backend_options
+        lowered = [lower(program, NEURON_LOWERING) for program in programs]
+        _save_weights(lowered, neuron, stage)
+        files = STRATEGIES[neuron.chosen_strategy].files([each.graph for each in lowered])
+        return Compiled(
+            graphs=[replace(graph, file=file) for file, graphs in files.items() for graph in graphs],
+            weights=[WEIGHTS],
+            host=old.host,
+            compiler=old.compiler,
+            program=hash_programs(each.exported for each in lowered),
+        )
+
+
+def _save_weights(lowered: Iterable[Lowered], neuron: NeuronOptions, stage: Path) -> None:
+    bodies = [build_body(each) for each in lowered]
+    save_tensors(STRATEGIES[neuron.chosen_strategy].weights(bodies, neuron.tensor_parallel), stage / WEIGHTS)
 
 
 def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import msgspec
 import onnx_ir as ir
 
-from precast.runtime.artifact.schema import Compiler, Graph, Host
+from precast.runtime.artifact.schema import Compiler, Graph, Host, Variant
 
 from ...kinds.trace import Program
 from ...options import ExportOptions
 from ...progress import progress
 from ...quiet import silence
 from .. import Compiled, release_of
+from ..program_hash import hash_programs
 from .lowering import LOGGERS, lower
 from .passes import optimize
 from .weights import save_models
@@ -29,6 +30,7 @@ class OnnxCompiler:
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler."""
         graphs, models, programs = [], [], list(programs)
+        traced = hash_programs(program.exported for program in programs)
         for done, program in enumerate(programs):
             progress(2 * done, 2 * len(programs) + 1, f"{program.graph.name} in ONNX's operators")
             model = lower(program)
@@ -50,7 +52,12 @@ class OnnxCompiler:
                 torch=release_of("torch"),
                 transformers=version("transformers"),
             ),
+            program=traced,
         )
+
+    def write_weights(self, programs: Iterable[Program], stage: Path, old: Variant, options: ExportOptions) -> Compiled:
+        """See WritesWeights: nothing is compiled here, and small weights lie in the graphs."""
+        return self.compile(programs, stage, options)
 
 
 def oldest_runtime(graphs: list[Graph], models: list[ir.Model]) -> str:
