@@ -56,7 +56,7 @@ def keep_out_of_code(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     def can_inline(tensor: torch.Tensor) -> bool:
         return tensor.data_ptr() not in kept and bool(decide(tensor))
 
-    GraphLowering.can_inline_constant = staticmethod(can_inline)  # type: ignore[method-assign]
+    GraphLowering.can_inline_constant = staticmethod(can_inline)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
