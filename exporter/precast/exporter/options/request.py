@@ -15,7 +15,10 @@ __all__ = ["REQUEST", "parse_request", "render_request"]
 REQUEST = "request"
 """The entry of a variant's compiler options that holds it."""
 
-_LEFT_OUT = ("token", "force", "revision", "weights", "trust_remote_code", "validate", "also", "compiler_workdir")
+_LEFT_OUT = (
+    "token", "force", "revision", "weights", "trust_remote_code", "validate", "also", "compiler_workdir", "lora",
+    "force_base", "trust_pickle",
+)  # fmt: skip
 """Options that say where files are, or what the user allows: they are nothing of the artifact's."""
 
 
