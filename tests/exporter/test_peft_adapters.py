@@ -49,7 +49,8 @@ def test_what_precast_does_not_merge_is_refused_with_what_does(copy):
         f"AutoPeftModelForSequenceClassification.from_pretrained('{copy}').merge_and_unload(); "
         "model.save_pretrained('mine-merged'). Or move"
     ) in _of(copy, {**LORA, "peft_type": "IA3"})
-    assert "PREFIX_TUNING) and cannot be merged" in _of(copy, PROMPTS)
+    assert f"PREFIX_TUNING): export the model that it was tuned for with prefix_tuning='{copy}'" in _of(copy, PROMPTS)
+    assert "CPT) and cannot be merged" in _of(copy, {**PROMPTS, "peft_type": "CPT"})
     assert "of another library than peft" in _of(copy, {"config": {"architecture": "lora"}})
 
 

@@ -71,6 +71,8 @@ _shape = option_in("Shapes")
 @click.option("--no-validate", is_flag=True, help="Do not compare with the eager model; recorded as skipped.")
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the checkpoint.")
 @click.option("--weights", metavar="PATH", help="File or folder of the weights, if not with MODEL's configuration.")
+@click.option("--prefix-tuning", metavar="PATH",
+              help="PEFT adapter of a prefix or prompts, or pre_caches.npy: stands before every prompt.")  # fmt: skip
 @click.option("--push-to-hub", metavar="REPO", help="Upload the artifact when it is done.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
@@ -162,6 +164,8 @@ def describe_plan(plan: Any) -> str:
         lines.append(f"quantized to     {facts['quantize']}")
     if "attention" in facts:
         lines.append(f"attention        {facts['attention']}: {facts['attention_because']}")
+    if "prefix" in facts:
+        lines.append(f"prefix           {facts['prefix']}, of the sequence length")
     if "tokenizer" in facts:
         lines.append("tokenizer        none in the checkpoint: the artifact will take token ids, no texts")
     if facts["cache_bytes"]:

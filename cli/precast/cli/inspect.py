@@ -57,6 +57,11 @@ def command(
     _print_facts(artifact, runs, headers, memory, verify)
 
 
+def _describe_prefix(prefix: Any) -> str:
+    first = prefix.length if prefix.positions == "after" else 0
+    return f"{prefix.length} positions before every prompt ({prefix.method}); prompts begin at position {first}"
+
+
 def _measure(artifact: Any, variant: Any) -> dict[str, int] | None:
     """The bytes of a variant's tensors, and about how many they would be in 8 and 4 bits; None for files that cannot be
     read, which opening the artifact would say."""
@@ -90,6 +95,7 @@ def _print_facts(
             f"{contract.shapes.batch_size}{' (larger ones in slices)' if contract.shapes.dynamic_batch_size else ''}",
         ),
         ("sequence length", ", ".join(map(str, contract.shapes.sequence_length))),
+        *([("prefix", _describe_prefix(contract.prefix))] if contract.prefix else []),
         ("size", f"{sum(file.size for file in contract.files.values()) / 1e6:,.1f} MB in {len(contract.files)} files"),
         ("files", "verified" if verified else "not verified: --verify compares all with their hashes"),
     ]

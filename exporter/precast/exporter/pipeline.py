@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from msgspec.structs import replace
-from torch import nn
+from torch import Tensor, nn
 
 from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.integrity import vouch
 from precast.runtime.artifact.publish import check_target, hash_files, publish, staging, write_config
-from precast.runtime.artifact.schema import FORMAT_VERSION, Accuracy, Contract, MergedAdapter, Shapes, Source, Variant
+from precast.runtime.artifact.schema import (
+    FORMAT_VERSION,
+    Accuracy,
+    Contract,
+    MergedAdapter,
+    Prefix,
+    Shapes,
+    Source,
+    Variant,
+)
 from precast.runtime.errors import ExportError
 
+from .adapters.prefix import PrefixedModel, compute_prefix, store_prefix
 from .backends import Compiled, HasLayouts, NeedsTools, ProgramCompiler, compiler_of
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.resolve import resolve
@@ -107,10 +117,12 @@ def _explain_failures(plan: Plan) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A checkpoint in memory: `tokenizer` is None where it has none."""
+    """A checkpoint in memory: `tokenizer` is None where it has none, `prefix` are the keys and values before every
+    prompt, if there are any."""
 
     model: nn.Module
     tokenizer: Any | None
+    prefix: list[Tensor]
 
 
 def _load(
@@ -119,12 +131,15 @@ def _load(
     """Load the eager model, and make the reference from its answers; None without validation."""
     with on_step("load"):
         tokenizer = checkpoint.tokenizer
-        loaded = _Loaded(checkpoint.load(plan.task, plan.dtype), tokenizer)
+        model = checkpoint.load(plan.task, plan.dtype)
+        prefix = compute_prefix(plan.prefix, model, plan.layer_sizes) if plan.prefix else []
+        loaded = _Loaded(model, tokenizer, prefix)
     if not options.validate:
         return loaded, None
     with on_step("reference") as listener, progress_to(listener):
         is_scored = options.is_lossy and plan.task.kind == "decoder"
-        reference = make_reference(loaded.model, checkpoint, plan.task, plan.outline(), is_scored=is_scored)
+        eager = PrefixedModel(model, prefix, plan.prefix.positions) if plan.prefix else model
+        reference = make_reference(eager, checkpoint, plan.task, plan.outline(), is_scored=is_scored)
     return loaded, reference
 
 
@@ -166,9 +181,10 @@ def _compile(
         compiled = compiler.compile(programs, stage, options)
         write_companions(stage, loaded.tokenizer, checkpoint, loaded.model)
         config = config_of(checkpoint, loaded.model)
+        stored = store_prefix(plan.prefix, loaded.prefix, programs[0].graph, stage) if plan.prefix else None
     if layouts:
         compiled = layouts.lay_out(compiled, plan.task, config, options, stage)
-    return write_config(stage, config, _contract(checkpoint, plan, options, compiled, quantization, stage))
+    return write_config(stage, config, _contract(checkpoint, plan, options, compiled, quantization, stored, stage))
 
 
 def _contract(
@@ -177,6 +193,7 @@ def _contract(
     options: ExportOptions,
     compiled: Compiled,
     quantization: str | None,
+    prefix: Prefix | None,
     stage: Path,
 ) -> Contract:
     program = {} if compiled.program is None else {"program": compiled.program, REQUEST: render_request(options)}
@@ -210,6 +227,7 @@ def _contract(
         ),
         variants=[variant],
         files=hash_files(stage),
+        prefix=prefix,
     )
 
 

@@ -22,6 +22,7 @@ from precast.runtime.artifact.integrity import sha256_of
 from precast.runtime.errors import ArtifactError, PublishError
 from precast.runtime.hosts.machine import cpu_flags, installed_version
 
+from .adapters.prefix_files import find_file
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.files import read_files
 from .checkpoint.resolve import resolve
@@ -31,7 +32,7 @@ from .options import AUTO, ExportOptions
 __all__ = ["export_once"]
 
 _NAME = re.compile(r"[\w.-]+")
-_WITHOUT_EFFECT = ("token", "force", "revision", "weights", "lora", "force_base", "trust_pickle")
+_WITHOUT_EFFECT = ("token", "force", "revision", "weights", "lora", "force_base", "trust_pickle", "prefix_tuning")
 """Options without effect on the artifact: they say how to get the files, whose hashes count, or where to put it."""
 
 
@@ -80,6 +81,7 @@ def _key(checkpoint: Checkpoint, options: ExportOptions) -> str:
         "files": files,
         "adapters": [(each.name, each.sha256, each.weight) for each in checkpoint.adapters],
         "options": {name: value for name, value in options.as_keywords().items() if name not in _WITHOUT_EFFECT},
+        "prefix": sha256_of(find_file(options.prefix_tuning)) if options.prefix_tuning else None,
         "calibration": sha256_of(text) if (text := options.quantization.calibration) else None,
         "versions": dict(_versions(options)),
         "machine": [platform.machine(), sorted(cpu_flags()), *_gpu_name(options)],

@@ -189,6 +189,11 @@ def _prepare(artifact: Path, checkpoint: str, target: Path | None, options: Expo
     """Check what can be checked before any work. Raises PrecastError."""
     check_swap(artifact, checkpoint, target, options)
     old = read_artifact(artifact)
+    if old.contract.prefix is not None:
+        raise ExportError(
+            f"{artifact} begins every row with a prefix, which belongs to the weights that it was trained with: export "
+            f"the checkpoint, with prefix_tuning= where it has one of its own."
+        )
     return _Swap(old, checkpoint, options, [_prepare_part(each, options) for each in old.contract.variants])
 
 

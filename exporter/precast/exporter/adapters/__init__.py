@@ -1,4 +1,4 @@
-"""Adapters in the format of peft (LoRA and its kin): found, checked, and merged into a model's weights."""
+"""Adapters in the format of peft: LoRA and its kin merged into a model's weights, prefixes laid before every prompt."""
 
 from __future__ import annotations
 

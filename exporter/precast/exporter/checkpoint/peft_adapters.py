@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import read_regular
@@ -18,13 +18,19 @@ from precast.runtime.terminal import quoted
 
 from ..adapters.adapter import CONFIG, KINDS, WEIGHT_FILES
 
-__all__ = ["check_merged", "check_no_adapter"]
+__all__ = ["METHODS", "check_merged", "check_no_adapter"]
 
 _FILES = (CONFIG, *WEIGHT_FILES)
 _TENSORS = re.compile(
     r"(^|\.)(base_layer|modules_to_save|original_module"
     r"|(boft|bone|fourierft|hada|hra|ia3|lokr|lora|oft|randlora|shira|vblora|vera)_\w+)(\.|$)"
 )
+METHODS: dict[str, Literal["prefix-tuning", "prompt-tuning", "p-tuning"]] = {
+    "PREFIX_TUNING": "prefix-tuning",
+    "PROMPT_TUNING": "prompt-tuning",
+    "P_TUNING": "p-tuning",
+}
+"""Values of `peft_type` that `prefix_tuning` takes, and how they are called here."""
 _AUTO = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
@@ -34,8 +40,8 @@ _AUTO = {
     "TOKEN_CLS": "AutoPeftModelForTokenClassification",
 }
 """peft's class that loads the adapter and the model that it names, by `task_type`."""
-_OF_PROMPTS = ("ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-"""Values of `peft_type` for adapters that are put before a prompt."""
+_OF_PROMPTS = ("ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING")
+"""Values of `peft_type` for adapters that work on a prompt, and that `prefix_tuning` does not take."""
 
 
 def check_no_adapter(path: Path, given: str) -> None:
@@ -81,6 +87,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _give_advice(given: str, config: dict[str, Any], merged: str) -> str:
     """How to have the adapter in the model: `merged`, where precast merges its kind."""
     kind = config.get("peft_type")
+    if kind in METHODS:
+        folder = Path(given) if Path(given).is_dir() else Path(given).parent
+        return (
+            f"It is put before every prompt (peft_type {kind}): export the model that it was tuned for with "
+            f"prefix_tuning={str(folder)!r}"
+        )
     if kind in _OF_PROMPTS:
         return f"It is put before every prompt (peft_type {kind}) and cannot be merged, which precast would need"
     if config and kind is None:

@@ -31,6 +31,11 @@ def find_source(name: str | Path, options: EagerOptions) -> tuple[Checkpoint, Ar
             )
         return _resolve(str(name), options.revision, options), None
     artifact = read_artifact(path)
+    if artifact.contract.prefix:
+        raise UsageError(
+            f"{artifact.path} was compiled with a prefix before every prompt (prefix_tuning), and its checkpoint alone "
+            f"answers otherwise: only mode='compiled' runs it."
+        )
     checkpoint = _resolve_source(artifact, options)
     _check_weights(artifact, checkpoint)
     return checkpoint, artifact

@@ -18,6 +18,7 @@ from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import ExportError, UsageError
 from precast.runtime.hosts.machine import memory_bytes
 
+from ..adapters.prefix_files import LayerSizes, PrefixFile
 from ..architectures.scaled_rotary import longrope_limit
 from ..checkpoint import early
 from ..checkpoint.checkpoint import Checkpoint
@@ -82,6 +83,8 @@ class Plan:
             counted once.
         lengths: the compiled sequence lengths; a decoder's one capacity.
         prefill_lengths: prompt lengths with a graph of fixed length each.
+        prefix: what stands before every prompt, if anything does.
+        layer_sizes: the heads and widths that a decoder itself caches, by layer.
     """
 
     task: Task
@@ -98,6 +101,8 @@ class Plan:
     pad_token_id: int
     has_tokenizer: bool
     prefill_lengths: tuple[int, ...] = ()
+    prefix: PrefixFile | None = None
+    layer_sizes: tuple[LayerSizes, ...] = ()
 
     @property
     def cache_widths(self) -> list[int]:

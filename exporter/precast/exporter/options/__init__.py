@@ -62,6 +62,8 @@ class ExportOptions:
         trust_remote_code: run modelling code that comes with the checkpoint.
         weights: a file or folder with the weights, where they do not lie with the checkpoint's configuration.
         adapters: what is merged into the weights.
+        prefix_tuning: the folder of a PEFT adapter of type PREFIX_TUNING, PROMPT_TUNING or P_TUNING, or PaddleNLP's
+            pre_caches.npy: keys and values that lie before every prompt, in `sequence_length`, too.
         quantization: how weights and caches are rounded.
         accuracy: the bounds that validation holds the artifact to.
         also: further backends to compile with, into the same artifact; the loader takes the first that runs on a host.
@@ -80,6 +82,7 @@ class ExportOptions:
     trust_remote_code: bool = False
     weights: str | None = None
     adapters: AdapterOptions = field(default=AdapterOptions())
+    prefix_tuning: str | None = None
     quantization: QuantizationOptions = field(default=QuantizationOptions())
     accuracy: AccuracyOptions = field(default=AccuracyOptions())
     also: tuple[str, ...] = ()
@@ -195,6 +198,11 @@ class ExportOptions:
     def check_task(self, task: Task) -> None:
         """Raise UsageError for what these options ask of a task that has no place for it."""
         self.shapes.check_task(task, is_inferred=not self.task)
+        if self.prefix_tuning is not None and task.kind != "decoder":
+            raise UsageError(
+                f"prefix_tuning={self.prefix_tuning!r} stands before the prompts of decoders, and {task.name!r} has no "
+                f"prompts. Leave it out."
+            )
         if task.kind != "decoder" and (useless := self.accuracy.given("max_kl", "min_agreement")):
             raise UsageError(
                 f"{' and '.join(useless)} bound what is lost on the text that a decoder predicts, and {task.name!r} "
@@ -245,8 +253,19 @@ class ExportOptions:
             rounded = f"quantize={rounding.quantize!r}" if is_quantized else f"kv_cache={rounding.kv_cache!r}"
             yield f"{given} cannot be combined with {rounded}, whose operators compute in float32; give one of them."
 
+    def _prefix_problems(self, row: Backend) -> Iterator[str]:
+        if self.prefix_tuning is None:
+            return
+        given = f"prefix_tuning={self.prefix_tuning!r}"
+        if self.quantization.kv_cache == "int8":
+            yield f"{given} cannot be combined with kv_cache='int8', whose scales are those of texts; leave one out."
+        if row.owns_caches or self.device != "cpu":
+            where = f"backend={row.name!r}" if row.owns_caches else f"device={self.device!r}"
+            yield f"{given} is not for {where}, where caches lie in the memory of a device; leave one out."
+
     def _backend_problems(self) -> Iterator[str]:
         row = self._backend_row()
+        yield from self._prefix_problems(row)
         yield from self._foreign_problems(row)
         if self.quantization.kv_cache == "float16" and not row.halves_caches:
             others = ", ".join(each.name for each in BACKENDS.values() if each.halves_caches)

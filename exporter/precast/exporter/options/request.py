@@ -17,7 +17,7 @@ REQUEST = "request"
 
 _LEFT_OUT = (
     "token", "force", "revision", "weights", "trust_remote_code", "validate", "also", "compiler_workdir", "lora",
-    "force_base", "trust_pickle",
+    "force_base", "trust_pickle", "prefix_tuning",
 )  # fmt: skip
 """Options that say where files are, or what the user allows: they are nothing of the artifact's."""
 

@@ -14,6 +14,7 @@ from precast.runtime.artifact.tasks import get_task, kind_of_roles
 from precast.runtime.errors import AccuracyError, ExportError, UsageError
 from precast.runtime.hosts.select import choose_variant, this_machine
 
+from ..adapters.prefix import PrefixedModel, after_prefix, load_prefix
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.resolve import resolve
 from ..checkpoint.sentence_transformers import OUTPUT as SENTENCES
@@ -63,9 +64,12 @@ def validate_again(
         )
     outputs = {spec.name for graph in chosen.graphs for spec in graph.outputs}
     checkpoint = replace(checkpoint, embeds_sentences=SENTENCES in outputs)
-    loaded = checkpoint.load(task, "float32")
+    loaded, graphs = checkpoint.load(task, "float32"), chosen.graphs
+    if prefix := artifact.contract.prefix:
+        loaded = PrefixedModel(loaded, load_prefix(artifact, graphs[0]), prefix.positions)
+        graphs = after_prefix(graphs, prefix.length)
     is_scored = loss is not None and task.kind == "decoder"
-    reference = make_reference(loaded, checkpoint, task, chosen.graphs, is_scored=is_scored)
+    reference = make_reference(loaded, checkpoint, task, graphs, is_scored=is_scored)
     del loaded
     try:
         accuracy = compare(path, chosen.name, reference, options, loss, sha256)

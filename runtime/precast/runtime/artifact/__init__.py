@@ -151,6 +151,8 @@ def _check(contract: Contract, config: dict[str, Any], path: Path) -> None:
     names = [variant.name for variant in contract.variants]
     if len(set(names)) != len(names):
         raise FormatError(f"{path / 'config.json'} names two variants alike: {', '.join(names)}.")
+    if problem := _prefix_problem(contract):
+        raise FormatError(f"{path / 'config.json'}: {problem}.")
     vocabulary, batch = vocabulary_of(config), contract.shapes.batch_size
     for variant in contract.variants:
         if missing := sorted(_named(variant) - set(contract.files)):
@@ -158,6 +160,21 @@ def _check(contract: Contract, config: dict[str, Any], path: Path) -> None:
         _check_task(variant, contract.task, path)
         if problem := next(_variant_problems(variant, vocabulary, batch), None):
             raise FormatError(f"{path / 'config.json'}: {problem}.")
+
+
+def _prefix_problem(contract: Contract) -> str | None:
+    """What is wrong with the prefix of a contract."""
+    prefix = contract.prefix
+    if prefix is None:
+        return None
+    if prefix.file not in contract.files:
+        return f"the prefix uses {prefix.file}, not in files"
+    for graph in (graph for variant in contract.variants for graph in variant.graphs):
+        if not graph.cache or graph.states or graph.role == "encode":
+            return f"graph {graph.name!r} has no place for a prefix, which takes caches, and no states"
+        if not 1 <= prefix.length < graph.capacity:
+            return f"the prefix takes {prefix.length} positions of {graph.capacity}"
+    return None
 
 
 def _variant_problems(variant: Variant, vocabulary: int | None, batch: int) -> Iterator[str]:

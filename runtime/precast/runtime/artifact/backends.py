@@ -30,7 +30,7 @@ class Backend:
     its own for one new token per row, which is compiled otherwise than a prompt. With `scales_rows` weights of 8
     bits have one scale per row unless groups are asked for. With `halves_caches` caches may be float16. With
     `is_static` every dimension is fixed. With `casts_itself` its compiler does what auto_cast asks for, and the
-    program stays as it was traced.
+    program stays as it was traced. With `owns_caches` its engine keeps caches in the memory of a device.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Backend:
     halves_caches: bool = False
     is_static: bool = False
     casts_itself: bool = False
+    owns_caches: bool = False
     options: str | None = None
 
 
@@ -88,6 +89,7 @@ BACKENDS: dict[str, Backend] = {
         decodes_apart=True,
         is_static=True,
         casts_itself=True,
+        owns_caches=True,
     ),
 }
 

@@ -27,6 +27,7 @@ __all__ = [
     "Input",
     "MergedAdapter",
     "Output",
+    "Prefix",
     "Shapes",
     "Source",
     "State",
@@ -219,6 +220,19 @@ class Shapes(_Closed, frozen=True, kw_only=True):
     dynamic_batch_size: bool
 
 
+class Prefix(_Closed, frozen=True, kw_only=True):
+    """Keys and values that lie in the first `length` cache positions of every row. `file` holds them in float32,
+    `[heads, length, width]` under the names of the caches' inputs. A prompt's first token has the position `length`
+    where `positions` is "after", and 0 where it is "from-zero". `source_sha256` is the hash of what they were read
+    from."""
+
+    file: Path
+    length: Size
+    method: Literal["prefix-tuning", "prompt-tuning", "p-tuning", "pre-caches"]
+    positions: Literal["after", "from-zero"]
+    source_sha256: Sha256
+
+
 class File(_Closed, frozen=True, kw_only=True):
     """Size in bytes and content hash of a listed file."""
 
@@ -226,7 +240,7 @@ class File(_Closed, frozen=True, kw_only=True):
     sha256: Sha256
 
 
-class Contract(_Closed, frozen=True, kw_only=True):
+class Contract(_Closed, frozen=True, kw_only=True, omit_defaults=True):
     """All of `config.json["precast"]`."""
 
     format_version: Size
@@ -237,3 +251,4 @@ class Contract(_Closed, frozen=True, kw_only=True):
     shapes: Shapes
     variants: Annotated[list[Variant], Meta(min_length=1, max_length=64)]
     files: Annotated[dict[Path, File], Meta(max_length=4096)]
+    prefix: Prefix | None = None

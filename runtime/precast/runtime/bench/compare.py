@@ -76,7 +76,9 @@ class Subject:
     @property
     def capacity(self) -> int:
         """How many tokens fit in a row; for decoders prompt and answer together."""
-        return max(graph.capacity or _max_length(graph.length) for graph in self.variant.graphs)
+        prefix = self.artifact.contract.prefix
+        whole = max(graph.capacity or _max_length(graph.length) for graph in self.variant.graphs)
+        return whole - (prefix.length if prefix else 0)
 
     @property
     def size_mb(self) -> float:

@@ -17,8 +17,9 @@ import numpy as np
 from ..artifact import DECODER_INPUTS, is_cache_positions
 from ..artifact.schema import Dim, Graph, Input
 from ..engines import Engine, OwnsCaches, Step, move_rows, owns_caches
-from ..errors import InputError
+from ..errors import HostError, InputError
 from ..inputs.tensors import allocate, allocate_together
+from .prefix import Prefix, as_dtype
 
 __all__ = ["Session"]
 
@@ -41,12 +42,16 @@ class Session:
 
     `tokens` holds, per row, the ids whose keys and values are in the cache. It grows only after a completed step and
     shrinks before a step that overwrites, so it holds true whatever fails or is interrupted.
+
+    A `prefix` lies in the first cache positions of every row, before its tokens, and is never written to again;
+    `capacity` are the positions after it.
     """
 
-    def __init__(self, engine: Engine, graphs: Sequence[Graph]) -> None:
+    def __init__(self, engine: Engine, graphs: Sequence[Graph], prefix: Prefix | None = None) -> None:
         self._engine = engine
         first = graphs[0]
-        self.batch, self.capacity = first.slots, first.capacity
+        self._start = prefix.length if prefix else 0
+        self.batch, self.capacity = first.slots, first.capacity - self._start
         self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
         self._step_graph = next((graph for graph in graphs if graph.role == "decode"), first)
         self._prefill_graphs = {
@@ -55,6 +60,8 @@ class Session:
             if graph is not self._step_graph or _has_free_length(graph)
         }
         self._caches = _allocate_caches(first)
+        if prefix is not None:
+            self._load_prefix(prefix, first)
         self._states = _RecurrentStates(first)
         self.context = _allocate_context(first, self._caches | self._states.before)
         self._bound: dict[tuple[str, int, int], _Call] = {}
@@ -79,8 +86,21 @@ class Session:
         """What caches and states hold of the tokens so far, by name: views, overwritten by the next call. Raises
         InputError where an engine keeps them elsewhere."""
         self._check_caches()
-        live = max(map(len, self.tokens))
-        return {**{name: cache[:, :, :live] for name, cache in self._caches.items()}, **self._states.before}
+        live = self._start + max(map(len, self.tokens))
+        held = {name: cache[:, :, self._start : live] for name, cache in self._caches.items()}
+        return {**held, **self._states.before}
+
+    def _load_prefix(self, prefix: Prefix, graph: Graph) -> None:
+        if owns_caches(self._engine):
+            raise HostError(
+                "This model begins every row with a prefix, which lies in caches, and here these are in the memory of "
+                "a device. Open it on the CPU: device='cpu'."
+            )
+        dtypes = {spec.name: spec.dtype for spec in graph.inputs}
+        for name, values in prefix.tensors.items():
+            heads, length, width = values.shape
+            # What a cache has beyond the model's own heads and width stays zero.
+            self._caches[name][:, :heads, :length, :width] = as_dtype(values, dtypes[name])
 
     def _check_caches(self) -> None:
         if owns_caches(self._engine):
@@ -98,7 +118,7 @@ class Session:
         self.reset()
         for name, values in held.items():
             if name in self._caches:
-                self._caches[name][:, :, : values.shape[2]] = values
+                self._caches[name][:, :, self._start : self._start + values.shape[2]] = values
             else:
                 self._states.before[name][:] = values
         for row, taken in zip(self.tokens, tokens, strict=True):
@@ -131,7 +151,7 @@ class Session:
         for index, (held, token) in enumerate(pairs):
             # Steps are batched, so idle rows rewrite their last token at its own position. Nobody reads their logits.
             call.ids[index, 0] = token if token is not None else held[-1] if held else call.pad
-            call.past[index] = len(held) if token is not None else self._idle_position(held)
+            call.past[index] = self._start + (len(held) if token is not None else self._idle_position(held))
         self._run_call(call, [index for index, (_, token) in enumerate(pairs) if token is not None])
         for held, token in pairs:
             if token is not None:
@@ -144,7 +164,7 @@ class Session:
         call = self._appending.get(len(tokens)) or self._bind_appending(len(tokens))
         held = self.tokens[0]
         call.ids[0] = tokens
-        call.past[0] = len(held)
+        call.past[0] = self._start + len(held)
         self._run_call(call, [0])
         held.extend(tokens)
         logits: Array = call.logits[0]
@@ -163,7 +183,7 @@ class Session:
         held = [list(self.tokens[parent]) for parent in moved.values()]
         for index in moved:
             self.tokens[index] = []
-        live = max(map(len, held))
+        live = self._start + max(map(len, held))
         move = self._engine.move_rows if isinstance(self._engine, OwnsCaches) else move_rows
         move(self._caches, list(moved), list(moved.values()), live)
         for state in self._states.before.values():
@@ -174,18 +194,29 @@ class Session:
     def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
         """Logits after each of a row's `positions` (ascending), per row [len(positions), vocabulary], in new memory."""
         self.reset()
-        longest = max(self._prefill_graphs, default=0)
-        if longest and _has_free_length(graph := self._prefill_graphs[longest]):
+        graph = self._free_graph(rows)
+        if graph is not None:
             length = max(_shortest_length(graph), *map(len, rows))
             call = self._bind_call(graph, length, max(map(len, positions)), keep=False)
             self._append_rows(call, rows, positions)
             return [call.logits[index, : len(asked)].copy() for index, asked in enumerate(positions)]
-        if self.context:
+        if self.context or (self._start and self.batch > 1):
             return self._logits_in_place(rows, positions)
         return [self._logits_one_by_one(row, asked) for row, asked in zip(rows, positions, strict=True)]
 
+    def _free_graph(self, rows: Sequence[Array]) -> Graph | None:
+        """The graph of a free length that takes `rows` whole, padding included; None where there is none. After a
+        prefix there is one for a single row without padding only."""
+        longest = max(self._prefill_graphs, default=0)
+        graph = self._prefill_graphs.get(longest)
+        if graph is None or not _has_free_length(graph):
+            return None
+        fits = not self._start or (self.batch == 1 and len(rows[0]) >= _shortest_length(graph))
+        return graph if fits else None
+
     def _logits_in_place(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
-        """With static graphs and an encoder's context: all rows together, token by token, each in its context's row."""
+        """Where one call does not take the rows, and they have a context or a prefix: all together, token by token,
+        each in its own slot."""
         found: list[list[Array]] = [[] for _ in rows]
         for step in range(max(map(len, rows))):
             logits = self.decode([int(row[step]) if step < len(row) else None for row in rows])
@@ -217,7 +248,8 @@ class Session:
     def _plan_chunks(self, past: int, length: int) -> Iterator[tuple[Graph, int]]:
         """The calls, by graph and compiled size, that take one row from `past` to `length` tokens."""
         while past < length:
-            graph, size = self._next_chunk(length - past) if past else self._first_chunk(length)
+            has_past = bool(past or self._start)
+            graph, size = self._next_chunk(length - past) if has_past else self._first_chunk(length)
             yield graph, size
             past += size
 
@@ -251,7 +283,7 @@ class Session:
         step. A row that has no more keeps its last logits."""
         last: Array | None = None
         done = 0
-        if not any(self.tokens):
+        if not any(self.tokens) and not self._start:
             graph, done = self._first_chunk(max(map(len, rows)))
             call = self._bind_call(graph, done, 1, keep=not _has_free_length(graph))
             self._append_rows(call, [row[:done] for row in rows])
@@ -269,7 +301,7 @@ class Session:
         """Append `rows`, right-padded, with logits at `positions` or at the last token of each. Rows that nobody uses
         hold one padding token."""
         call.ids[:], call.new[:], call.positions[:] = call.pad, 1, 0
-        call.past[:] = [len(held) for held in self.tokens]
+        call.past[:] = [self._start + len(held) for held in self.tokens]
         for index, row in enumerate(rows):
             call.ids[index, : len(row)] = row
             call.new[index] = len(row)
@@ -286,9 +318,9 @@ class Session:
         self._states.keep(rows)
 
     def _idle_position(self, held: list[int]) -> int:
-        """The cache position where an idle row rewrites its last token. Recurrent states have moved on, so the keys
-        would differ: they go to the first free position, or to the last of a full cache, which no further token
-        reads."""
+        """The position, counted after a prefix, where an idle row rewrites its last token. Recurrent states have moved
+        on, so the keys would differ: they go to the first free position, or to the last of a full cache, which no
+        further token reads."""
         return min(len(held), self.capacity - 1) if self._states.before else max(len(held) - 1, 0)
 
     def _count_reusable(self, held: list[int], row: Array) -> int:

@@ -32,8 +32,14 @@ class CompiledModelForCausalLM(GenerativeModel):
 
     @property
     def capacity(self) -> int:
-        """Tokens per row that fit, prompt and answer together."""
+        """Tokens per row that fit, prompt and answer together, after a prefix."""
         return self._session.capacity
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions of the prefix that every row begins with; 0 where there is none."""
+        prefix = self.artifact.contract.prefix
+        return prefix.length if prefix else 0
 
     @with_labels
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None) -> ModelOutput:
@@ -266,8 +272,10 @@ class CompiledModelForCausalLM(GenerativeModel):
         need = longest + new
         what = f"{longest} tokens" if not new else f"{longest} prompt tokens and {new} new ones, {need} together,"
         fewer = f" Ask for max_new_tokens={self.capacity - longest} at most." if new and longest < self.capacity else ""
+        taken = self.prefix_length
+        capacity = f"{self.capacity + taken}, of which a prefix takes {taken}" if taken else str(self.capacity)
         raise InputError(
-            f"{what} do not fit into the compiled capacity of {self.capacity}.{fewer} {self._suggest_larger(need)}"
+            f"{what} do not fit into the compiled capacity of {capacity}.{fewer} {self._suggest_larger(need + taken)}"
         )
 
 

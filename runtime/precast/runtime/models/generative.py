@@ -32,6 +32,7 @@ from ..generation.config import GenerationConfig
 from ..generation.draft import Draft
 from ..generation.guidance import Guidance
 from ..generation.outputs import Answer, combine_outputs
+from ..generation.prefix import read_prefix
 from ..generation.prompt import Prompt
 from ..generation.prompt_lookup import Lookup
 from ..generation.sampling import Processor, Processors, Sampler, draw_seed
@@ -203,7 +204,7 @@ class GenerativeModel(CompiledModel):
 
     def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
         super().__init__(artifact, variant, engine)
-        self._session = Session(engine, [graph for graph in variant.graphs if graph.role != "encode"])
+        self._session = self._make_session()
         # The number of the call that the caches belong to; a stream that finds another one has lost them.
         self._owner = 0
         self._own_config: GenerationConfig | None = None
@@ -411,7 +412,11 @@ class GenerativeModel(CompiledModel):
 
     @cached_property
     def _second_session(self) -> Session:
-        return Session(self._engine, [graph for graph in self.variant.graphs if graph.role != "encode"])
+        return self._make_session()
+
+    def _make_session(self) -> Session:
+        graphs = [graph for graph in self.variant.graphs if graph.role != "encode"]
+        return Session(self._engine, graphs, read_prefix(self.artifact, graphs[0]))
 
     def _check_owner(self, owner: int) -> None:
         """Raise PrecastError where another call has used the caches, and overwritten the logits."""

@@ -21,10 +21,11 @@ __all__ = ["FusedDecoder", "pick_logits", "takes_position_ids"]
 
 class FusedDecoder(nn.Module):
     """One step of the model: tokens and caches in, logits at `logit_positions` and updated caches out. `scales` are
-    those of caches in int8."""
+    those of caches in int8; `skipped` is how many cache positions lie before the model's first position."""
 
-    def __init__(self, model: nn.Module, layers: int, scales: Scales | None) -> None:
+    def __init__(self, model: nn.Module, layers: int, scales: Scales | None, skipped: int = 0) -> None:
         super().__init__()
+        self.skipped = skipped
         self.model, self.layers = model, layers
         self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
         self.takes_position_ids, self.cache_argument = takes_position_ids(model), cache_argument(model)
@@ -39,7 +40,8 @@ class FusedDecoder(nn.Module):
         )
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True, "return_dict": True}
         if self.takes_position_ids:
-            arguments["position_ids"] = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
+            positions = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
+            arguments["position_ids"] = (positions - self.skipped).clamp(min=0) if self.skipped else positions
         with attention_interface.use_caches(caches) as cache, pick_logits(self.model, logit_positions) as pick:
             logits = pick(self.model(**arguments, **{self.cache_argument: cache}).logits)
         self._check(caches)

@@ -12,11 +12,14 @@ from precast.runtime.artifact.schema import Dim, Dtype, Graph
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
 
+from ...adapters.prefix import after_prefix
+from ...adapters.prefix_files import LayerSizes, PrefixFile, check_fits, read_prefix
 from ...architectures.scaled_rotary import longrope_limit
 from ...checkpoint.checkpoint import Checkpoint
 from ...options import ExportOptions
 from ..plan import GraphPlan, Plan, check_length, common_fields, single_batch_size
 from .eager_attention import EAGER_NOTE, CacheLayout, TensorLayout, find_cache_layout, fused_blocker
+from .fused_attention import takes_position_ids
 from .recurrent_states import StateLayout
 
 __all__ = ["HEAD_MULTIPLE", "CachePlan", "CachedPlan", "DecoderPlan", "plan", "round_head_size"]
@@ -61,20 +64,27 @@ class DecoderPlan(CachedPlan):
     @property
     def notes(self) -> dict[str, str]:
         notes = {"attention": EAGER_NOTE, "attention_because": self.fused_blocker} if self.eager and self.cache else {}
+        notes |= {"prefix": f"{self.prefix.length} positions ({self.prefix.method})"} if self.prefix else {}
         return notes | ({"states": "tokens are read one at a time"} if self.states else {})
+
+    @property
+    def skipped_positions(self) -> int:
+        """How many cache positions lie before the one that a model counts as its first."""
+        return self.prefix.length if self.prefix and self.prefix.positions == "from-zero" else 0
 
     @property
     def states(self) -> list[StateLayout]:
         return self.eager.states if self.eager else []
 
     def outline(self) -> list[Graph]:
-        return [
+        graphs = [
             Graph(
                 name=graph.name, role=graph.role, file="pending", batch=graph.batch, length=graph.length,
                 capacity=self.capacity, inputs=[], outputs=[], cache=[],
             )
             for graph in self.graphs
         ]  # fmt: skip
+        return after_prefix(graphs, self.prefix.length) if self.prefix else graphs
 
     @property
     def cache_bytes(self) -> int:
@@ -108,6 +118,8 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
     reason = fused_blocker(model, found, [(layer.heads, layer.head_dim) for layer in cache])
     if reason:
         _check_one_operator(options, model)
+    sizes = tuple(_layer_sizes(layer.cached) for layer in found.layers if layer.cached)
+    prefix = _read_prefix(checkpoint, options, model, found, sizes, capacity, is_fused=not reason)
     return DecoderPlan(
         **common_fields(checkpoint, options, task, model),
         batch_size=batch,
@@ -119,7 +131,40 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
         cache_dtype=options.kv_cache,
         eager=found if reason else None,
         fused_blocker=reason,
+        prefix=prefix,
+        layer_sizes=sizes,
     )
+
+
+def _read_prefix(
+    checkpoint: Checkpoint, options: ExportOptions, model: nn.Module, found: CacheLayout, sizes: tuple[LayerSizes, ...],
+    capacity: int, *, is_fused: bool,
+) -> PrefixFile | None:  # fmt: skip
+    """The prefix that the options name, checked. Raises CheckpointError, and UsageError where the model has no place
+    for it."""
+    if options.prefix_tuning is None:
+        return None
+    if problem := _prefix_blocker(model, found, sizes):
+        raise UsageError(f"prefix_tuning={options.prefix_tuning!r}: {type(model).__name__} {problem}. Leave it out.")
+    prefix = read_prefix(options.prefix_tuning)
+    if prefix.positions == "from-zero" and not (is_fused and takes_position_ids(model)):
+        raise UsageError(
+            f"prefix_tuning={options.prefix_tuning!r}: prompts after it count their positions from 0, as PaddleNLP has "
+            f"them, and {type(model).__name__} counts cache positions, in code of its own. PEFT's adapters are taken."
+        )
+    check_fits(prefix, checkpoint.name, sizes, model.get_input_embeddings().weight.shape[1], capacity)  # type: ignore[operator]
+    return prefix
+
+
+def _prefix_blocker(model: nn.Module, found: CacheLayout, sizes: tuple[LayerSizes, ...]) -> str:
+    """Why a model's caches cannot begin with a prefix; empty where they can."""
+    if found.states:
+        return "carries states from token to token, and a prefix is keys and values alone"
+    if found.is_tuples:
+        return "keeps its cache as tuples of tensors, in code of its own"
+    if len(sizes) < len(found.layers) or len(set(sizes)) > 1 or any(len(set(each.cached)) > 1 for each in found.layers):
+        return "caches keys and values of several sizes, or of some layers only, which a prefix has alike in all"
+    return ""
 
 
 def _decoder_graphs(
@@ -151,6 +196,10 @@ def _default_capacity(checkpoint: Checkpoint) -> int:
 def _cache_plan(layer: tuple[TensorLayout, ...]) -> CachePlan:
     heads, width = (max(getattr(stored, size) for stored in layer) for size in ("heads", "width"))
     return CachePlan(heads, round_head_size(width))
+
+
+def _layer_sizes(layer: tuple[TensorLayout, ...]) -> LayerSizes:
+    return layer[0].heads, layer[0].width
 
 
 def round_head_size(width: int) -> int:

@@ -43,7 +43,7 @@ def _trace_step(model: nn.Module, plan: DecoderPlan, graph: GraphPlan, scales: S
 
 def _make_step(model: nn.Module, plan: DecoderPlan, scales: Scales | None) -> nn.Module:
     if not plan.eager:
-        return FusedDecoder(model, len(plan.cache), scales).eval()
+        return FusedDecoder(model, len(plan.cache), scales, plan.skipped_positions).eval()
     with torch.no_grad():
         # Code of a checkpoint's own may prepare things on its first call, which must not happen while it is traced.
         model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=False)
