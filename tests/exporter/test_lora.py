@@ -142,6 +142,24 @@ def test_several_are_merged_one_after_the_other(base, adapter):
     assert torch.allclose(_logits(_load(base("llama"), *paths)), expected, atol=1e-4, rtol=1e-5)
 
 
+def test_ranks_may_differ_from_layer_to_layer(base, adapter, tmp_path):
+    """AdaLoRA prunes ranks in training, and its file has those that are left."""
+    path = shutil.copytree(adapter("llama", "adalora"), tmp_path / "pruned")
+    kept = [True, False, True, False]
+
+    def prune(held):
+        return {
+            name: value[:, kept].contiguous() if name.endswith("lora_B") else value[kept]
+            for name, value in held.items()
+        }
+
+    _rewrite(path, prune)
+    names = ("self_attn.q_proj", "mlp.down_proj")
+    _change(path, rank_pattern={f"model.layers.0.{name}.lora_E": kept for name in names})
+    expected = _logits(made.open_adapted(base("llama"), CAUSAL, path))
+    assert torch.allclose(_logits(_load(base("llama"), path)), expected, atol=1e-4, rtol=1e-5)
+
+
 def test_an_adapter_that_has_learnt_nothing_changes_nothing(base, adapter):
     merged, plain = _load(base("llama"), adapter(fill="none")), _load(base("llama"))
     assert torch.equal(_logits(merged), _logits(plain))
@@ -154,8 +172,10 @@ def test_an_adapter_that_has_learnt_nothing_changes_nothing(base, adapter):
 )
 def test_a_tied_layer_is_untied(base, adapter, family, targets):
     path = adapter(family, target_modules=targets)
-    expected = _logits(made.open_adapted(base(family), FAMILIES[family][0], path))
-    assert torch.allclose(_logits(_load(base(family), path)), expected, atol=1e-4, rtol=1e-5)
+    expected, merged = _logits(made.open_adapted(base(family), FAMILIES[family][0], path)), _load(base(family), path)
+    assert torch.allclose(_logits(merged), expected, atol=1e-4, rtol=1e-5)
+    # Switch Transformers computes by tie_word_embeddings, which peft clears.
+    assert merged.config.to_dict() == _load(base(family)).config.to_dict()
 
 
 def test_an_embedding_that_two_modules_share_answers_as_peft(base, adapter):
@@ -347,6 +367,17 @@ def test_a_quantized_base(base, own, tmp_path):
         (copy / "config.json").write_text(json.dumps({**config, **settings}), "utf-8")
         found = _refusal(copy, own() if method == "gptq" else tmp_path / "adapter")
         assert "is quantized, and adapters are merged into weights of full precision. Export the checkpoint" in found
+
+
+def test_a_gguf_file_as_base(base, own, tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found = _refusal(tmp_path / "tiny.gguf", own())
+    assert "is a .gguf file, whose weights are rounded, and adapters are merged into weights of full precision" in found
 
 
 def test_what_is_no_adapter(base, own, tmp_path):

@@ -46,12 +46,12 @@ def open_adapted(base: Path, auto: str, *adapters: Path, weight: float = 1.0) ->
     """The eager model of peft with these adapters active, the first of them `weight` times."""
     with silence("peft"):
         model = getattr(transformers, auto).from_pretrained(base, attn_implementation="eager")
-        adapted = peft.PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
+        adapted = peft.PeftModel.from_pretrained(model, adapters[0], adapter_name="first")
         for number, path in enumerate(adapters[1:], 1):
             adapted.load_adapter(path, adapter_name=str(number))
         if len(adapters) > 1:
             adapted.base_model.set_adapter([str(number) for number in range(len(adapters))])
     for module in adapted.modules():
-        if isinstance(getattr(module, "scaling", None), dict) and "0" in module.scaling:
-            module.scaling["0"] *= weight
+        if isinstance(getattr(module, "scaling", None), dict) and "first" in module.scaling:
+            module.scaling["first"] *= weight
     return adapted.eval()
