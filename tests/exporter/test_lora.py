@@ -207,7 +207,7 @@ BACKENDS = [
 def test_every_backend_answers_as_peft(base, adapter, tmp_path, family, options):
     length = {"decoder_sequence_length": 24} if family == "t5" else {}
     found = export(
-        str(base(family)), tmp_path / "out", batch_size=1, sequence_length=24, lora=[f"{adapter(family)}:0.5"],
+        str(base(family)), tmp_path / "out", batch_size=2, sequence_length=24, lora=[f"{adapter(family)}:0.5"],
         **length, **options,
     )  # fmt: skip
     _assert_merged(found, adapter(family), 0.5)

@@ -47,10 +47,9 @@ def open_adapted(base: Path, auto: str, *adapters: Path, weight: float = 1.0) ->
     with silence("peft"):
         model = getattr(transformers, auto).from_pretrained(base, attn_implementation="eager")
         adapted = peft.PeftModel.from_pretrained(model, adapters[0], adapter_name="first")
-        for number, path in enumerate(adapters[1:], 1):
-            adapted.load_adapter(path, adapter_name=str(number))
-        if len(adapters) > 1:
-            adapted.base_model.set_adapter([str(number) for number in range(len(adapters))])
+        for number, path in enumerate(adapters[1:]):
+            adapted.load_adapter(path, adapter_name=f"further{number}")
+        adapted.base_model.set_adapter(list(adapted.peft_config))
     for module in adapted.modules():
         if isinstance(getattr(module, "scaling", None), dict) and "first" in module.scaling:
             module.scaling["first"] *= weight
