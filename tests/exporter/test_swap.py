@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,20 @@ def test_no_compiler_is_called(pair, artifact, tmp_path, monkeypatch, family, op
         assert file == read_artifact(old if name in libraries else full).contract.files[name], name
     assert made.contract.files.keys() == read_artifact(full).contract.files.keys()
     _check_swapped(family, source, tuned, made.path, 0.5 if {"quantize", "dtype"} & set(options) else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), NATIVE[1], NATIVE[3]], ids=_name)
+def test_the_program_is_the_same_in_every_process(pair, artifact, tmp_path, family, options):
+    """Whatever order sets have there."""
+    source, tuned = pair(family)
+    old = artifact(source, **_options(family, options))
+    words = ["swap-weights", str(old), "--from", str(tuned), "-o", str(tmp_path / "out"), "-q"]
+    code = f"from precast.cli import main; import sys; sys.argv[1:] = {words!r}; main()"
+    seeded = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], env=seeded, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_artifact(tmp_path / "out").contract.variants[0].accuracy.status == "passed"
 
 
 @pytest.mark.slow
