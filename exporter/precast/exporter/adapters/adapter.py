@@ -8,18 +8,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import read_regular, sha256_of
 from precast.runtime.errors import CheckpointError, FormatError
 
-__all__ = ["CONFIG", "KINDS", "WEIGHT_FILES", "Adapter", "check_base", "read_adapter"]
+__all__ = ["CONFIG", "KINDS", "METHODS", "WEIGHT_FILES", "Adapter", "check_base", "read_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 KINDS = ("LORA", "ADALORA", "LOHA", "LOKR")
 """Values of `peft_type` that are merged; rsLoRA and DoRA are settings of LORA."""
+METHODS: dict[str, Literal["prefix-tuning", "prompt-tuning", "p-tuning"]] = {
+    "PREFIX_TUNING": "prefix-tuning",
+    "PROMPT_TUNING": "prompt-tuning",
+    "P_TUNING": "p-tuning",
+}
+"""Values of `peft_type` that `prefix_tuning` takes, and how they are called here."""
 _UNMERGED = (
     "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config",
     "monteclora_config", "use_bdlora", "use_qalora", "velora_config",

@@ -16,7 +16,7 @@ from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import read_regular, sha256_of
 from precast.runtime.errors import CheckpointError, FormatError, UsageError
 
-from ..checkpoint.peft_adapters import METHODS
+from .adapter import METHODS
 
 __all__ = ["LayerSizes", "PrefixFile", "check_fits", "find_file", "read_prefix"]
 

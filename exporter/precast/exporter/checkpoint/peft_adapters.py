@@ -9,28 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.errors import CheckpointError, FormatError
 from precast.runtime.terminal import quoted
 
-from ..adapters.adapter import CONFIG, KINDS, WEIGHT_FILES
+from ..adapters.adapter import CONFIG, KINDS, METHODS, WEIGHT_FILES
 
-__all__ = ["METHODS", "check_merged", "check_no_adapter"]
+__all__ = ["check_merged", "check_no_adapter"]
 
 _FILES = (CONFIG, *WEIGHT_FILES)
 _TENSORS = re.compile(
     r"(^|\.)(base_layer|modules_to_save|original_module"
     r"|(boft|bone|fourierft|hada|hra|ia3|lokr|lora|oft|randlora|shira|vblora|vera)_\w+)(\.|$)"
 )
-METHODS: dict[str, Literal["prefix-tuning", "prompt-tuning", "p-tuning"]] = {
-    "PREFIX_TUNING": "prefix-tuning",
-    "PROMPT_TUNING": "prompt-tuning",
-    "P_TUNING": "p-tuning",
-}
-"""Values of `peft_type` that `prefix_tuning` takes, and how they are called here."""
 _AUTO = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
