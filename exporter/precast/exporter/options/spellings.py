@@ -122,4 +122,6 @@ def _read_value(name: str, value: Any) -> Any:
         return int(value)
     if name == "token":
         return read_token(value)
+    if name == "prefix_tuning" and value is not None:
+        return str(value)
     return str(value) if name == "weights" else value
