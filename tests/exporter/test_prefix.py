@@ -153,8 +153,12 @@ def test_the_prefix_takes_of_the_capacity_and_is_never_written_to(llama):
     assert answers(llama.model, [row], 6) == [after(llama.source, row, 6)]
     with pytest.raises(InputError) as caught:
         llama.model.generate(np.array([row]), max_new_tokens=7)
-    for part in (f"{ROOM - 6} prompt tokens and 7 new ones, {ROOM + 1} together,", f"of {CAPACITY}, of which a prefix ",
-                 f"takes {len(TEXT)}.", "max_new_tokens=6 at most", f"--sequence-length {CAPACITY + 1} --prefix-tuning PATH"):  # fmt: skip
+    for part in (
+        f"{ROOM - 6} prompt tokens and 7 new ones, {ROOM + 1} together,",
+        f"of {CAPACITY}, of which a prefix takes {len(TEXT)}.",
+        "max_new_tokens=6 at most",
+        f"--sequence-length {CAPACITY + 1} --prefix-tuning PATH",
+    ):
         assert part in str(caught.value)
     with pytest.raises(InputError, match=f"{ROOM + 1} tokens do not fit"):
         llama.model(np.array([[5] * (ROOM + 1)]))
