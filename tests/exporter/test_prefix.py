@@ -88,11 +88,10 @@ def answers(model, rows, count, side="right", **options):
     [
         # Grouped heads.
         ("llama", "onnx", 3),
-        ("llama", "export", 3),
         *(
             pytest.param(*each, marks=slow)
             for each in (
-                ("llama", "onnx", 1), ("llama", "export", 1), ("llama", "aoti", 1), ("llama", "aoti", 3),
+                ("llama", "export", 3), ("llama", "onnx", 1), ("llama", "export", 1), ("llama", "aoti", 1), ("llama", "aoti", 3),
                 ("gpt2", "onnx", 1), ("gpt2", "onnx", 3), ("gptj", "onnx", 1),
                 # Windows that are shorter than prefix and prompt.
                 ("mistral", "onnx", 1), ("mistral", "onnx", 3), ("gemma2", "onnx", 3),
@@ -124,7 +123,8 @@ def test_turns_of_a_chat_keep_the_prefix(llama, first, more):
     assert answers(other, [first], 5, prompt_lookup_num_tokens=3) == [after(llama.source, first, 5)]
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=slow)])
+@pytest.mark.parametrize("batch", [1, 3])
+@slow
 def test_static_graphs_take_prompts_of_any_length(made, batch):
     it = made(batch_size=batch, prefill_lengths=(4, 16))
     model = CompiledModelForCausalLM.from_pretrained(it.path)
