@@ -91,7 +91,8 @@ def answers(model, rows, count, side="right", **options):
         *(
             pytest.param(*each, marks=slow)
             for each in (
-                ("llama", "export", 3), ("llama", "onnx", 1), ("llama", "export", 1), ("llama", "aoti", 1), ("llama", "aoti", 3),
+                ("llama", "onnx", 1), ("llama", "export", 1), ("llama", "export", 3), ("llama", "aoti", 1),
+                ("llama", "aoti", 3),
                 ("gpt2", "onnx", 1), ("gpt2", "onnx", 3), ("gptj", "onnx", 1),
                 # Windows that are shorter than prefix and prompt.
                 ("mistral", "onnx", 1), ("mistral", "onnx", 3), ("gemma2", "onnx", 3),
