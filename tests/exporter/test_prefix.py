@@ -158,7 +158,7 @@ def test_the_prefix_takes_of_the_capacity_and_is_never_written_to(llama):
         f"{ROOM - 6} prompt tokens and 7 new ones, {ROOM + 1} together,",
         f"of {CAPACITY}, of which a prefix takes {len(TEXT)}.",
         "max_new_tokens=6 at most",
-        f"--sequence-length {CAPACITY + 1} --prefix-tuning PATH",
+        f"--sequence-length {CAPACITY + 1} --prefix-tuning PREFIX",
     ):
         assert part in str(caught.value)
     with pytest.raises(InputError, match=f"{ROOM + 1} tokens do not fit"):

@@ -24,7 +24,8 @@ def suggest_larger(artifact: Artifact, flags: str, length: int = 0) -> str:
     is_on_hub = source.revision is not None or "/" in source.model
     model, where = (source.model, "") if is_on_hub else ("CHECKPOINT", f", where CHECKPOINT is {source.model}")
     merged = "".join(f" --lora {quoted(f'{each.name}:{each.weight:g}')}" for each in source.adapters)
-    flags = f"--task {quoted(artifact.contract.task)}{merged} {flags}"
+    prefix = " --prefix-tuning PREFIX" if artifact.contract.prefix else ""
+    flags = f"--task {quoted(artifact.contract.task)}{merged} {flags}{prefix}"
     return f"Compile a larger one{where}: precast export {quoted(model)} {flags} -o OUT"
 
 

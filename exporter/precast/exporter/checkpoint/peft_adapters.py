@@ -46,8 +46,8 @@ def check_no_adapter(path: Path, given: str) -> None:
     config = _read_settings(path)
     if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         base = config.get("base_model_name_or_path")
-        model = quoted(base) if isinstance(base, str) and base else "BASE"
-        command = f"Merge it into that model: precast export {model} -o OUT --lora {quoted(given)}"
+        model = base if isinstance(base, str) and base else "BASE"
+        command = f"Merge it into that model: precast export {quoted(model)} -o OUT --lora {quoted(given)}"
         raise CheckpointError(
             f"{given} is an adapter ({found}) without the model that it changes. {_give_advice(given, config, command)}"
         )

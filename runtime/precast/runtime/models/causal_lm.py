@@ -274,8 +274,9 @@ class CompiledModelForCausalLM(GenerativeModel):
         fewer = f" Ask for max_new_tokens={self.capacity - longest} at most." if new and longest < self.capacity else ""
         taken = self.prefix_length
         capacity = f"{self.capacity + taken}, of which a prefix takes {taken}" if taken else str(self.capacity)
-        advice = self._suggest_larger(need + taken, " --prefix-tuning PATH" if taken else "")
-        raise InputError(f"{what} do not fit into the compiled capacity of {capacity}.{fewer} {advice}")
+        raise InputError(
+            f"{what} do not fit into the compiled capacity of {capacity}.{fewer} {self._suggest_larger(need + taken)}"
+        )
 
 
 def infer_mask(ids: Array, config: GenerationConfig) -> Array:
