@@ -16,7 +16,7 @@ from schemes import PROSE
 
 __all__ = ["measure"]
 
-ROWS, COUNT, CAPACITY, ROUNDS = 200, 16, 256, 3
+ROWS, COUNT, CAPACITY, ROUNDS = 80, 16, 256, 2
 SCHEMES: dict[str, tuple[str, ...]] = {
     "onnx fp32": (), "native int8": NATIVE["aoti-int8"],
 }  # fmt: skip
