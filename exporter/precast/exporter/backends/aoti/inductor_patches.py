@@ -54,7 +54,9 @@ def keep_out_of_code(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     kept = {each.data_ptr() for each in weights}
 
     def can_inline(tensor: torch.Tensor) -> bool:
-        return tensor.data_ptr() not in kept and bool(decide(tensor))
+        # What freezing has packed for a library's kernels has no memory that others could see.
+        is_packed = not torch._C._has_storage(tensor)
+        return (is_packed or tensor.data_ptr() not in kept) and bool(decide(tensor))
 
     GraphLowering.can_inline_constant = staticmethod(can_inline)  # type: ignore[method-assign, assignment]
     try:
