@@ -15,7 +15,6 @@ import oracle
 import pytest
 import tiny
 
-from precast.cli import main
 from precast.runtime import CompiledModel, pipeline
 
 PROMPTS = [
@@ -27,23 +26,6 @@ PROMPTS = [
     "Größe",
     "a compiler",
 ]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("generate", path)`: exit code, standard output, standard error."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["precast", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -14,27 +14,10 @@ from pathlib import Path
 import click
 import pytest
 
-from precast.cli import COMMANDS, cli, main
+from precast.cli import COMMANDS, cli
 from precast.cli.options import in_flags
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.errors import PrecastWarning, PublishError, UsageError
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("inspect", path)`: exit code, standard output, standard error."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["precast", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def test_generate_streams_the_text_and_says_how_fast(run, decoder):

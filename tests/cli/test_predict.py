@@ -10,27 +10,9 @@ import sys
 import pytest
 import tiny
 
-from precast.cli import main
 from precast.runtime import CompiledModel, pipeline
 
 SHAPES = {"batch_size": 3, "sequence_length": (16, 48), "dynamic_batch_size": True}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("inspect", path)`: exit code, standard output, standard error."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["precast", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def test_each_text_gets_a_line_or_all_one_document(run, encoder, tmp_path, monkeypatch):

@@ -5,33 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 
 import jsonschema
 import pytest
 import yaml
 
-from precast.cli import main
 from precast.cli.run_config import RunConfig, Setting
 from precast.cli.run_foreign import CANN_RECIPES, MINDFORMERS, translate
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """`run("run", path)` in a folder of its own: exit code, standard output, standard error."""
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    """Where the tests' files are named without a path."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["precast", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
