@@ -165,7 +165,9 @@ def quantize_options(function: F) -> F:
             _quantization("--max-kl", type=float, metavar="X",
                          help="Largest KL divergence from fp32 on held-out text. int4: 0.1, others: 0.01."),
             _quantization("--min-agreement", type=float, metavar="X",
-                         help="Smallest share of equal likeliest tokens. int4: none, others: 0.95."),
+                         help="Smallest share of equal likeliest tokens or labels. int4: none, others: 0.95."),
+            _quantization("--min-cosine", type=float, metavar="X",
+                         help="Smallest mean cosine of an encoder's outputs with fp32's. int4: 0.98, others: 0.999."),
             _quantization("--accept-loss", is_flag=True, help="Write the artifact even below these floors."),
         ]
     ):  # fmt: skip

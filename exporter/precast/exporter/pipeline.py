@@ -137,7 +137,7 @@ def _load(
     if not options.validate:
         return loaded, None
     with on_step("reference") as listener, progress_to(listener):
-        is_scored = options.is_lossy and plan.task.kind == "decoder"
+        is_scored = options.quantization.is_rounded or (options.is_lossy and plan.task.kind == "decoder")
         eager = PrefixedModel(model, prefix, plan.prefix.positions) if plan.prefix else model
         reference = make_reference(eager, checkpoint, plan.task, plan.outline(), is_scored=is_scored)
     return loaded, reference
@@ -154,7 +154,7 @@ def _trace(
             scales = cache_scales(loaded.model, calibration_rows(checkpoint, options), plan.cache_widths)
     if options.quantize != "none":
         with on_step("quantize") as listener:
-            quantization = quantize_model(loaded.model, checkpoint, options, listener or no_progress)
+            quantization = quantize_model(loaded.model, checkpoint, plan, options, listener or no_progress)
     with on_step("trace"):
         programs = list(trace(loaded.model, plan, scales))
         if how := choose_cast(options):

@@ -73,7 +73,7 @@ def _ask_decoder(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _ask_seq2seq(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
     given, count = _seq2seq_inputs(sample), sample["count"]
-    if sample["kind"] == "logits":
+    if sample["kind"] in ("logits", "score"):
         rows = [np.array(row, np.int64) for row in sample["rows"]]
         logits = model(**given, decoder_input_ids=_pad_rows(rows, "right")[0]).logits
         return [{"logits": each[: len(row)]} for each, row in zip(logits, rows, strict=True)]

@@ -17,6 +17,6 @@ KINDS = {
 
 
 def kind_of(task: Task) -> Any:
-    """The module for models of `task`. Its functions are `plan`, `trace`, `validation_samples`, `answer`, and for kinds
-    that may be less than float32 `held_out_samples`."""
+    """The module for models of `task`. Its functions are `plan`, `trace`, `validation_samples`, `held_out_samples`,
+    `calibration_inputs` and `answer`."""
     return import_module(KINDS[task.kind])

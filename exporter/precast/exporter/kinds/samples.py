@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,8 @@ from . import kind_of
 __all__ = [
     "Answer",
     "ValidationSample",
+    "label_axis",
+    "make_calibration_inputs",
     "make_samples",
     "make_held_out_samples",
     "repeat_tokens",
@@ -44,7 +47,8 @@ class ValidationSample:
     Attributes:
         name: how errors and progress call it.
         kind: "outputs" of an encoder; "logits" at `positions`, `count` tokens of "greedy" search, or the score of
-            "beams" of models that generate; "score" for logits after every token of a held-out text.
+            "beams" of models that generate; "score" for outputs on held-out inputs, or logits after every token of a
+            held-out text.
         rows: token ids of a decoder, or of a given answer.
         side: where rows are padded, "right" or "left".
         tensors: an encoder's rows, by the inputs' names, without the batch dimension.
@@ -101,9 +105,23 @@ def make_samples(task: Task, graphs: list[Graph], tokenizer: Any | None, vocabul
 def make_held_out_samples(
     task: Task, graphs: list[Graph], tokenizer: Any | None, vocabulary: int
 ) -> list[ValidationSample]:
-    """Held-out texts, which no calibration uses, cut to fit the graphs, to be scored token by token."""
-    found: list[ValidationSample] = kind_of(task).held_out_samples(graphs, _texts("heldout.txt", tokenizer, vocabulary))
+    """Held-out inputs, which no calibration uses, cut to fit the graphs: texts to be scored token by token, sentences
+    for encoders, or what stands for pictures and sound."""
+    texts = _texts("heldout.txt", tokenizer, vocabulary, by_sentence=task.kind == "encoder")
+    found: list[ValidationSample] = kind_of(task).held_out_samples(graphs, texts)
     return found
+
+
+def make_calibration_inputs(task: Task, graphs: list[Graph], texts: list[list[int]]) -> list[dict[str, Array]]:
+    """Inputs of a model, by its arguments' names, with a batch dimension of 1 each: from texts of token ids, or, where
+    it reads none, what stands for pictures and sound."""
+    found: list[dict[str, Array]] = kind_of(task).calibration_inputs(graphs, texts)
+    return found
+
+
+def label_axis(row: Array) -> int:
+    """The axis of the labels in one row of logits: the first of [labels, height, width], else the last."""
+    return 0 if row.ndim == 3 else -1
 
 
 def repeat_tokens(texts: list[list[int]], length: int) -> list[int]:
@@ -125,8 +143,10 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return found
 
 
-def _texts(name: str, tokenizer: Any | None, vocabulary: int) -> list[list[int]]:
+def _texts(name: str, tokenizer: Any | None, vocabulary: int, *, by_sentence: bool = False) -> list[list[int]]:
     lines = resources.files(__package__).joinpath(name).read_text("utf-8").splitlines()
+    if by_sentence:
+        lines = [sentence for line in lines for sentence in re.split(r"(?<=[.!?]) ", line)]
     if tokenizer is not None:
         with suppress(CheckpointError):
             return [token_ids(tokenizer, line) for line in lines]

@@ -203,16 +203,36 @@ class ExportOptions:
                 f"prefix_tuning={self.prefix_tuning!r} stands before the prompts of decoders, and {task.name!r} has no "
                 f"prompts. Leave it out."
             )
-        if task.kind != "decoder" and (useless := self.accuracy.given("max_kl", "min_agreement")):
+        self._check_bounds(task)
+        rounding = self.quantization
+        if rounding.kv_cache != "float32" and task.kind != "decoder":
             raise UsageError(
-                f"{' and '.join(useless)} bound what is lost on the text that a decoder predicts, and {task.name!r} "
-                f"predicts none: what dtype= and auto_cast may cost it is fixed, and accept_loss=True takes more."
+                f"kv_cache={rounding.kv_cache!r} is for decoders, whose caches grow with what they write; those of "
+                f"{task.name!r} stay float32. Leave it out."
             )
-        if self.quantization.is_rounded and task.kind != "decoder":
+        if rounding.quantize == "auto" and task.kind != "decoder":
             raise UsageError(
-                f"quantize= and kv_cache are for decoders: what they cost is measured on the text that a model "
-                f"predicts, and {task.name!r} predicts none. Leave them out."
+                f"quantize='auto' chooses layers by what they cost on the text that a decoder predicts, and "
+                f"{task.name!r} predicts none. Give quantize='int8' or 'int4', and skip= for layers to leave out."
             )
+
+    def _check_bounds(self, task: Task) -> None:
+        """Raise UsageError for bounds on a loss that this task does not have."""
+        is_rounded = self.quantization.is_rounded
+        bounded: tuple[str, ...] = ()
+        if task.kind == "decoder" or (task.kind == "seq2seq" and is_rounded):
+            bounded, words = (
+                ("max_kl", "min_agreement"),
+                "predicts text: max_kl and min_agreement bound what that loses",
+            )
+        elif is_rounded:
+            bounded = ("min_cosine", "min_agreement")
+            words = "predicts no text: min_cosine and min_agreement bound what quantize= costs it"
+        else:
+            words = "has fixed bounds on what dtype= and auto_cast may cost it, and accept_loss=True takes more"
+        names = [name for name in ("max_kl", "min_agreement", "min_cosine") if name not in bounded]
+        if useless := self.accuracy.given(*names):
+            raise UsageError(f"{' and '.join(useless)} cannot be given here: {task.name!r} {words}.")
 
     def check_sizes(self, model: str, task: str, needed: Sequence[str], longest: int | None) -> None:
         """Raise UsageError where one of the sizes `needed` is not given, with the command that gives them all.
@@ -319,7 +339,7 @@ class ExportOptions:
     def _bound_problems(self) -> Iterator[str]:
         """Bounds of a loss where nothing is lost, and of a difference where something is."""
         bounds = self.accuracy
-        if not self.is_lossy and (useless := bounds.given("max_kl", "min_agreement", "accept_loss")):
+        if not self.is_lossy and (useless := bounds.given("max_kl", "min_agreement", "min_cosine", "accept_loss")):
             yield (
                 f"{', '.join(useless)} bound what is lost; without quantize=, kv_cache, dtype= and auto_cast "
                 f"nothing is, and atol= is the bound."
@@ -327,7 +347,7 @@ class ExportOptions:
         if self.is_lossy and not self.also and bounds.given("atol") and bounds.atol > 0:
             yield (
                 f"atol={bounds.atol:g} bounds the difference of a model that computes in float32; what quantize=, "
-                f"kv_cache, dtype= and auto_cast cost is bounded by max_kl and min_agreement."
+                f"kv_cache, dtype= and auto_cast cost is bounded by max_kl, min_cosine and min_agreement."
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,13 +26,13 @@ CHUNK = 2**20
 def quantize(
     model: nn.Module,
     recipe: Recipe,
-    calibration: Sequence[Tensor] = (),
+    calibration: Sequence[Mapping[str, Tensor]] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
     """Quantize the layers of `model` in place; each layer is freed as soon as it is replaced.
 
     Args:
-        calibration: rows of token ids [S], for methods that are calibrated.
+        calibration: inputs of the model, for methods that are calibrated.
         progress: called with the number of layers done and the number of all layers.
 
     Returns:
@@ -95,11 +95,11 @@ def _apply_by_rows(weight: Tensor, function: Callable[[Tensor], QuantizedWeight 
 
 def _can_hold_offsets(layer: Layer, group: int) -> bool:
     """Offset columns need K divisible by the group size and no embedding table."""
-    return layer.table is None and layer.weight.shape[1] % group == 0
+    return not layer.tables and layer.weight.shape[1] % group == 0
 
 
 def _replace(model: nn.Module, layer: Layer, packed: Packed) -> None:
     if layer.linear is not None:
         model.set_submodule(layer.linear, QuantizedLinear(packed, layer.bias))
-    if layer.table is not None:
-        model.set_submodule(layer.table, QuantizedEmbedding(packed))
+    for table in layer.tables:
+        model.set_submodule(table, QuantizedEmbedding(packed))

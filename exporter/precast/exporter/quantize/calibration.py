@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -32,19 +33,24 @@ class Calibration:
 
     Args:
         model: quantized in place.
-        rows: token ids [S] each.
+        rows: inputs of the model by its arguments' names, with a batch dimension of 1 each.
         blocks: the names of all layers that are quantized, by block.
     """
 
-    def __init__(self, model: nn.Module, rows: Sequence[Tensor], blocks: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Mapping[str, Tensor]], blocks: Mapping[str, Sequence[str]]
+    ) -> None:
         self._model, self._rows = model, rows
+        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self._uncached = {"use_cache": False} if takes_cache else {}
         self._unfinished, self._finished = dict(blocks), list[str]()
         self._answers: list[dict[str, list[Any]]] = [{} for _ in rows]
         """For each row what finished blocks return, call by call."""
         self._can_replay = True
 
     def collect_hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Per layer [K, K]: the mean of x xᵀ over every token x that reaches it; nothing for one that none reaches.
+        """Per layer [K, K]: the sum of x xᵀ over every token x that reaches it, divided by the number of all tokens;
+        nothing for one that none reaches.
 
         Blocks that are quantized already run quantized, so that inputs of later layers contain the errors of earlier
         ones.
@@ -53,7 +59,7 @@ class Calibration:
         for row, answers in zip(self._rows, self._answers, strict=True):
             for name, total in self._read(row, answers, names).items():
                 sums[name] = sums.get(name, 0) + total
-        tokens = sum(len(row) for row in self._rows)
+        tokens = sum(max(row.values(), key=Tensor.numel).numel() for row in self._rows)
         return {name: total / tokens for name, total in sums.items()}
 
     def finish(self, block: str) -> None:
@@ -61,7 +67,9 @@ class Calibration:
         del self._unfinished[block]
         self._finished.append(block)
 
-    def _read(self, row: Tensor, answers: dict[str, list[Any]], names: Sequence[str]) -> dict[str, Tensor]:
+    def _read(
+        self, row: Mapping[str, Tensor], answers: dict[str, list[Any]], names: Sequence[str]
+    ) -> dict[str, Tensor]:
         if self._can_replay and answers:
             try:
                 return self._run(row, answers, names)
@@ -70,7 +78,7 @@ class Calibration:
                 answers.clear()
         return self._run(row, answers, names)
 
-    def _run(self, row: Tensor, answers: dict[str, list[Any]], names: Sequence[str]) -> dict[str, Tensor]:
+    def _run(self, row: Mapping[str, Tensor], answers: dict[str, list[Any]], names: Sequence[str]) -> dict[str, Tensor]:
         """The sums of x xᵀ over one row."""
         sums: dict[str, Tensor] = {}
         with ExitStack() as stack, torch.no_grad():
@@ -80,7 +88,7 @@ class Calibration:
                 hook = _make_collector(sums, name, len(names))
                 stack.callback(self._model.get_submodule(name).register_forward_pre_hook(hook).remove)
             with suppress(_AllCollectedError):
-                self._model(input_ids=row[None], use_cache=False)
+                self._model(**row, **self._uncached)
         return sums
 
     def _replay(self, answers: dict[str, list[Any]]) -> Callable[[], None]:

@@ -14,7 +14,8 @@ from precast.runtime.artifact.backends import get_backend
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..kinds.samples import token_ids
+from ..kinds.plan import Plan
+from ..kinds.samples import make_calibration_inputs, token_ids
 from ..options import GROUP_SIZES, ExportOptions
 from ..validation.metrics import floor_for
 from . import quantize
@@ -37,6 +38,7 @@ activations to int8, which calibration in float32 does not see: it alone cost ha
 def quantize_model(
     model: nn.Module,
     checkpoint: Checkpoint,
+    plan: Plan,
     options: ExportOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
@@ -47,9 +49,9 @@ def quantize_model(
     """
     method = options.quantize_method or _default_method(options)
     needs_text = get_method(method).is_calibrated or options.quantize == "auto"
-    rows = calibration_rows(checkpoint, options) if needs_text else []
+    rows = calibration_rows(checkpoint, options, max(plan.lengths, default=ROW) or ROW) if needs_text else []
     recipe = _choose_recipe(model, checkpoint, options, method, rows, progress)
-    done = quantize(model, recipe, rows, progress)
+    done = quantize(model, recipe, _calibration_inputs(plan, rows), progress)
     if recipe.keeps_source and not any(words.startswith("the source's") for words in done.values()):
         raise CheckpointError(
             f"quantize='source' keeps the grid that weights lie on already, and those of {checkpoint.name} lie on none "
@@ -128,13 +130,19 @@ def _describe_result(parts: list[str], recipe: Recipe) -> str:
     return f"{'; '.join(parts)}; by {recipe.method}"[:256]
 
 
-def calibration_rows(checkpoint: Checkpoint, options: ExportOptions) -> list[Tensor]:
-    """The calibration text in rows of ROW token ids; without a tokenizer, random ids from a fixed seed.
+def _calibration_inputs(plan: Plan, rows: list[Tensor]) -> list[dict[str, Tensor]]:
+    found = make_calibration_inputs(plan.task, plan.outline(), [row.tolist() for row in rows])
+    return [{name: torch.from_numpy(array) for name, array in inputs.items()} for inputs in found]
+
+
+def calibration_rows(checkpoint: Checkpoint, options: ExportOptions, longest: int = ROW) -> list[Tensor]:
+    """The calibration text in rows of ROW token ids, or of `longest`; without a tokenizer that reads plain text, random
+    ids from a fixed seed.
 
     Raises UsageError for a file that is no UTF-8 text, or of fewer than two tokens.
     """
     tokenizer: Any = checkpoint.tokenizer
-    length = min(ROW, getattr(checkpoint.text_config, "max_position_embeddings", None) or ROW)
+    length = min(ROW, longest, getattr(checkpoint.text_config, "max_position_embeddings", None) or ROW)
     if tokenizer is None:
         numbers = torch.Generator().manual_seed(0)
         return list(torch.randint(checkpoint.text_config.vocab_size, (4, length), generator=numbers))

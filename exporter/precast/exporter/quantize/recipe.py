@@ -25,7 +25,7 @@ class Layer:
         name: of the module.
         weight: [N, K], one row per output or per token.
         linear: the name of the linear layer that uses it, or None.
-        table: the name of the embedding that uses it, or None.
+        tables: the names of the embeddings that use it.
         is_vocabulary: one row per token, on the way in or out.
     """
 
@@ -33,7 +33,7 @@ class Layer:
     weight: Tensor
     bias: Tensor | None
     linear: str | None
-    table: str | None
+    tables: tuple[str, ...]
     is_vocabulary: bool
 
 
@@ -54,34 +54,59 @@ class Recipe:
         return self.exceptions.get(name, self.scheme)
 
 
+FEWEST_ROWS = 8
+"""Layers of fewer outputs, such as a classifier of two labels, stay as they are: they weigh nothing, and everything
+depends on them."""
+
+
 def find_layers(model: nn.Module, skipped: tuple[str, ...]) -> Iterator[Layer]:
-    """The linear layers and the embedding of `model` in its own order, without those whose name matches a pattern of
-    `skipped`.
+    """The linear layers and the token embedding of `model` in its own order, without those whose name matches a pattern
+    of `skipped`.
 
-    An embedding that shares its table with the output embedding goes with it; one that does more than look up rows is
-    left as it is. Raises UsageError for a pattern that matches nothing.
+    Embeddings that share the table go together, with the output embedding if that shares it, too; one that does more
+    than look up rows is left as it is. Raises UsageError for a pattern that matches nothing.
     """
-    modules: dict[str, Any] = dict(model.named_modules())
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    kinds = (nn.Linear, Conv1D)
-    found: dict[str, Any] = {name: module for name, module in modules.items()
-             if isinstance(module, kinds) or (module is embedding and type(module) is nn.Embedding)}  # fmt: skip
-    _check_patterns(skipped, found)
-    is_tied = head is not None and type(embedding) is nn.Embedding and embedding.weight is head.weight
-    table = next((name for name, module in found.items() if module is embedding), None)
-    for name, module in found.items():
-        if any(fnmatchcase(name, pattern) for pattern in skipped) or (name == table and is_tied):
-            continue
-        if name == table:
-            yield Layer(name, module.weight.detach(), None, None, name, True)
-            continue
+    linear: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
+    head, embedding = _embedding(model, "get_output_embeddings"), _embedding(model, "get_input_embeddings")
+    groups = _group_tables(model, embedding)
+    tied = next((names for table, names in groups if head is not None and table is head.weight), ())
+    _check_patterns(skipped, [*(names[0] for _, names in groups), *linear])
+    for table, names in groups:
+        if names != tied and not _matches(names[0], skipped):
+            yield Layer(names[0], table.detach(), None, None, names, True)
+    for name, module in linear.items():
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        shared = table if module is head and is_tied else None
-        yield Layer(name, weight.detach(), module.bias, name, shared, module is head)
+        if len(weight) >= FEWEST_ROWS and not _matches(name, skipped):
+            yield Layer(name, weight.detach(), module.bias, name, tied if module is head else (), module is head)
 
 
-def _check_patterns(patterns: tuple[str, ...], linear: Mapping[str, nn.Module]) -> None:
+def _embedding(model: Any, getter: str) -> Any:
+    """What a getter of transformers answers; None for models without it, or of pictures and sound."""
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _group_tables(model: nn.Module, embedding: Any) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """The tables of tokens, which have the shape of the input embedding's, each with the names of the embeddings that
+    use it: an encoder-decoder has several of one table, or of several."""
+    groups: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is type(embedding) is nn.Embedding and module.weight.shape == embedding.weight.shape:
+            groups.setdefault(id(module.weight), (module.weight, []))[1].append(name)
+    return [(table, tuple(names)) for table, names in groups.values()]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in linear):
-            some = ", ".join(list(linear)[:3])
-            raise UsageError(f"skip={pattern!r} matches no layer. Layers are called {some}, …, {list(linear)[-1]}.")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"skip={pattern!r} matches no layer. Layers are called {', '.join(names[:3])}, …, {names[-1]}."
+            )

@@ -7,6 +7,7 @@ from pathlib import Path
 from precast.runtime.artifact.schema import Accuracy
 
 from ..options import ExportOptions
+from .encoder_rules import judge_encoder
 from .reference import Reference
 from .rules import judge_cast, judge_float32, judge_loss
 from .worker import run_samples
@@ -35,6 +36,8 @@ def compare(
     answers = run_samples(artifact, variant, reference.samples, sha256)
     if loss is None:
         return judge_float32(reference, answers, options.atol)
-    if any(sample.kind == "score" for sample in reference.samples):
-        return judge_loss(reference, answers, options, loss)
-    return judge_cast(reference, answers, options, loss)
+    scored = next((sample for sample in reference.samples if sample.kind == "score"), None)
+    if scored is None:
+        return judge_cast(reference, answers, options, loss)
+    judge = judge_loss if scored.rows else judge_encoder
+    return judge(reference, answers, options, loss)

@@ -35,20 +35,20 @@ class Reference:
 def make_reference(
     model: nn.Module, checkpoint: Checkpoint, task: Task, graphs: list[Graph], *, is_scored: bool
 ) -> Reference:
-    """Answer all samples for an artifact with these graphs by the eager model; with `is_scored` held-out texts, too."""
+    """Answer all samples for an artifact with these graphs by the eager model; with `is_scored` held-out ones, too."""
     arguments = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
     samples = make_samples(*arguments)
-    if pools_last_eos(model):
-        samples = [each.ending_in(model.config.eos_token_id) for each in samples]  # type: ignore[union-attr, arg-type]
     folder = None
     if is_scored:
         samples += make_held_out_samples(*arguments)
         folder = Scratch()
+    if pools_last_eos(model):
+        samples = [each.ending_in(model.config.eos_token_id) for each in samples]  # type: ignore[union-attr, arg-type]
     answers = []
     for index, sample in enumerate(samples):
         progress(index, len(samples), sample.name)
         found = answer(model, sample, task)
-        if sample.kind == "score" and folder:
+        if sample.rows and sample.kind == "score" and folder:
             found = [_move_to_disk(found[0], folder.path / f"{index}.npy")]
         answers.append(found)
     reference = Reference(samples, answers)

@@ -68,7 +68,8 @@ def validate_again(
     if prefix := artifact.contract.prefix:
         loaded = PrefixedModel(loaded, load_prefix(artifact, graphs[0]), prefix.positions)
         graphs = after_prefix(graphs, prefix.length)
-    is_scored = loss is not None and task.kind == "decoder"
+    is_rounded = bool(chosen.quantization or chosen.kv_cache)
+    is_scored = is_rounded or (loss is not None and task.kind == "decoder")
     reference = make_reference(loaded, checkpoint, task, graphs, is_scored=is_scored)
     del loaded
     try:

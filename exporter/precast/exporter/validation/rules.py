@@ -15,7 +15,16 @@ from ..options import ExportOptions
 from .metrics import CAST_ADVICE, QUANTIZED_ADVICE, check_floor, floor_for, kl_divergence, log_softmax, score_rows
 from .reference import Reference
 
-__all__ = ["judge_cast", "judge_float32", "judge_loss"]
+__all__ = [
+    "Answers",
+    "Comparison",
+    "compare_rows",
+    "differences",
+    "judge_cast",
+    "judge_float32",
+    "judge_loss",
+    "round_figure",
+]
 
 Array = np.ndarray[Any, Any]
 Answers = list[list[dict[str, Array]]]
@@ -31,21 +40,21 @@ class Comparison(NamedTuple):
 
 
 def judge_loss(reference: Reference, answers: Answers, options: ExportOptions, loss: str) -> Accuracy:
-    """Judge a decoder that is less than float32, by floors on its loss on held-out text.
+    """Judge a model that predicts text and is less than float32, by floors on its loss on held-out text.
 
     At the edges of shapes (padding, one token, a full cache) the loss may be as large as short texts make it, but a
     wrong mask or position, which costs whole nats, is found.
     """
-    rows = list(_compare_rows(reference, answers))
+    rows = list(compare_rows(reference, answers))
     measured, greedy = _split_greedy(rows)
-    worst, _ = max(_differences(measured))
+    worst, _ = max(differences(measured))
     scores = score_rows((row.sample.rows[0], row.expected.outputs["logits"], row.found["logits"])
                         for row in rows if row.sample.kind == "score")  # fmt: skip
     edges = _agreement(measured)["kl_divergence"]
     figures: dict[str, int | float] = {
         **scores.as_figures(),
         "kl_divergence_at_edges": edges,
-        "max_abs_difference": _two_digits(worst),
+        "max_abs_difference": round_figure(worst),
         **_count_greedy(greedy),
     }
     floor = floor_for(options)
@@ -71,14 +80,14 @@ def judge_cast(reference: Reference, answers: Answers, options: ExportOptions, l
     """Judge an encoder or encoder-decoder that is less than float32, by bounds on the errors of every row of every
     output, and of every number. A row's error is relative to its norm, or to the rows' mean norm where that is larger.
     """
-    measured, greedy = _split_greedy(list(_compare_rows(reference, answers)))
-    worst, _ = max(_differences(measured))
+    measured, greedy = _split_greedy(list(compare_rows(reference, answers)))
+    worst, _ = max(differences(measured))
     row_error, where = max(_row_errors(measured))
     difference, place = max(_relative_differences(measured))
     figures: dict[str, int | float] = {
-        "max_abs_difference": _two_digits(worst),
-        "max_relative_difference": _two_digits(difference),
-        "max_row_error": _two_digits(row_error),
+        "max_abs_difference": round_figure(worst),
+        "max_relative_difference": round_figure(difference),
+        "max_row_error": round_figure(row_error),
         "min_cosine": round(min(_cosines(measured)), 5),
         "questions": len(reference.samples),
         **_agreement(measured),
@@ -168,8 +177,8 @@ def _first_difference(expected: Array, found: Array) -> int:
 def judge_float32(reference: Reference, answers: Answers, atol: float) -> Accuracy:
     """Judge a model that computes in float32: max|difference| <= atol * max(1, max|reference|) over all outputs, and
     greedy tokens equal except where the eager model's own margin was below twice that difference."""
-    measured, greedy = _split_greedy(list(_compare_rows(reference, answers)))
-    worst, where = max(_differences(measured), default=(0.0, "nothing"))
+    measured, greedy = _split_greedy(list(compare_rows(reference, answers)))
+    worst, where = max(differences(measured), default=(0.0, "nothing"))
     outputs = [output for _, expected, _ in measured for output in expected.outputs.values()]
     scale = max((float(np.abs(output).max()) for output in outputs), default=0.0)
     allowed = atol * max(1.0, scale)
@@ -180,8 +189,8 @@ def judge_float32(reference: Reference, answers: Answers, atol: float) -> Accura
             f"{_atol_advice(worst / max(1.0, scale))}"
         )
     figures: dict[str, int | float] = {
-        "max_abs_difference": _two_digits(worst),
-        "max_abs_reference": _two_digits(scale),
+        "max_abs_difference": round_figure(worst),
+        "max_abs_reference": round_figure(scale),
         "questions": len(reference.samples),
         **_agreement(measured),
         **_judge_greedy(greedy, worst),
@@ -199,7 +208,7 @@ def _atol_advice(difference: float) -> str:
     return f"If that is good enough for you, atol={difference * 1.1:.2g} allows it."
 
 
-def _compare_rows(reference: Reference, answers: Answers) -> Iterator[Comparison]:
+def compare_rows(reference: Reference, answers: Answers) -> Iterator[Comparison]:
     for sample, expected_rows, found_rows in zip(reference.samples, reference.answers, answers, strict=True):
         for expected, found in zip(expected_rows, found_rows, strict=True):
             yield Comparison(sample, expected, found)
@@ -211,7 +220,7 @@ def _split_greedy(rows: list[Comparison]) -> tuple[list[Comparison], list[Compar
     return measured, [row for row in rows if row.sample.kind == "greedy"]
 
 
-def _differences(measured: list[Comparison]) -> Iterator[tuple[float, str]]:
+def differences(measured: list[Comparison]) -> Iterator[tuple[float, str]]:
     """The largest difference of every output, and where. Raises AccuracyError for other shapes, NaN and infinity."""
     for sample, expected, found in measured:
         for name, output in expected.outputs.items():
@@ -235,7 +244,7 @@ def _agreement(measured: list[Comparison]) -> dict[str, float]:
     divergence = kl_divergence(log_softmax(expected), log_softmax(found))
     return {
         "top1_agreement": round(float((expected.argmax(-1) == found.argmax(-1)).mean()), 3),
-        "kl_divergence": _two_digits(max(0.0, float(divergence.mean()))),
+        "kl_divergence": round_figure(max(0.0, float(divergence.mean()))),
     }
 
 
@@ -255,5 +264,5 @@ def _judge_greedy(greedy: list[Comparison], difference: float) -> dict[str, int 
     return {"greedy_tokens_equal": equal, "greedy_tokens": total} if greedy else {}
 
 
-def _two_digits(value: float) -> float:
+def round_figure(value: float) -> float:
     return float(f"{value:.2g}")

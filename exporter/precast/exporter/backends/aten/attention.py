@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .kernel_set import Kernels
 from .linear import has_few_rows
@@ -174,7 +174,8 @@ def _score_bias(
     context: AttentionContext, past: Tensor, length: int, slopes: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """[B or 1, H or 1, S, n]: ALiBi and relative bias, without the mask; None where there is neither."""
-    found = None if bias is None else bias[..., : context.positions.shape[0]]
+    # With a spare position, as the caches have one: what is read is then never the whole, whose size would be fixed.
+    found = None if bias is None else pad(bias, (0, 1))[..., : context.positions.shape[0]]
     if slopes is None:
         return found
     distance = context.positions[None, None] - context.query_positions(past, length)[:, :, None]

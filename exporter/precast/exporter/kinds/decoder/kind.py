@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .plan import plan
-from .samples import answer, held_out_samples, validation_samples
+from .samples import answer, calibration_inputs, held_out_samples, validation_samples
 from .trace import trace
 
-__all__ = ["answer", "held_out_samples", "plan", "trace", "validation_samples"]
+__all__ = ["answer", "calibration_inputs", "held_out_samples", "plan", "trace", "validation_samples"]

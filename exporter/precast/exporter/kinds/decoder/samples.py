@@ -14,7 +14,7 @@ from ...architectures.cache_names import cache_argument, find_cache
 from ..samples import Answer, ValidationSample, repeat_tokens
 from .fused_attention import pick_logits
 
-__all__ = ["answer", "validation_samples", "held_out_samples"]
+__all__ = ["answer", "calibration_inputs", "held_out_samples", "validation_samples"]
 
 GREEDY_PROMPTS = 8
 GREEDY_TOKENS = 24
@@ -34,6 +34,11 @@ def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[Valida
         ValidationSample(f"held-out text {index + 1}", "score", [row], positions=[list(range(len(row)))])
         for index, row in enumerate(text[:length] for text in texts)
     ]
+
+
+def calibration_inputs(graphs: list[Graph], texts: list[list[int]]) -> list[dict[str, Any]]:
+    """The texts, each with a batch dimension of 1."""
+    return [{"input_ids": np.array([text], np.int64)} for text in texts]
 
 
 def _logit_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:

@@ -15,7 +15,7 @@ from ...checkpoint.sentence_transformers import output_names
 from ..samples import Answer, ValidationSample, repeat_tokens
 from .inputs import PADDED_AXES
 
-__all__ = ["answer", "validation_samples"]
+__all__ = ["answer", "calibration_inputs", "held_out_samples", "validation_samples"]
 
 Array = np.ndarray[Any, Any]
 ROWS = ("batch", "texts")
@@ -24,6 +24,44 @@ ROWS = ("batch", "texts")
 def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
     """For each graph: rows of all sizes, padded on either side, and the edges of its shapes."""
     return [sample for graph in graphs for sample in _graph_samples(graph, texts)]
+
+
+HELD_OUT_TEXTS = 32
+HELD_OUT_SIGNALS = 12
+"""Pictures and sounds, which take longer."""
+CALIBRATION_SIGNALS = 8
+FIRST_HELD_OUT, FIRST_CALIBRATION = 1000, 2000
+"""Seeds of their signals, apart from those of the other samples."""
+
+
+def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
+    """Inputs of their own for the largest graph, as many per call as it takes."""
+    graph, per_call = graphs[-1], _rows_per_call(graphs[-1])
+    count = HELD_OUT_TEXTS if _reads_text(graph) else HELD_OUT_SIGNALS
+    rows = _make_rows(graph, texts, count, FIRST_HELD_OUT)
+    calls = [rows[start : start + per_call] for start in range(0, count, per_call)]
+    return [ValidationSample(f"held-out {index + 1}", "score", tensors=call) for index, call in enumerate(calls)]
+
+
+def calibration_inputs(graphs: list[Graph], texts: list[list[int]]) -> list[dict[str, Array]]:
+    """Rows to calibrate on, each with a batch dimension of 1: the texts, cut to the largest graph, or signals."""
+    count = len(texts) if _reads_text(graphs[-1]) else CALIBRATION_SIGNALS
+    rows = _make_rows(graphs[-1], texts, count, FIRST_CALIBRATION)
+    return [{name: tensor[None] for name, tensor in row.items()} for row in rows]
+
+
+def _make_rows(graph: Graph, texts: list[list[int]], count: int, seed: int) -> list[dict[str, Array]]:
+    """Rows of the sizes of the texts, with these texts in them, or signals from seeds that follow `seed`."""
+    shortest, longest = _min_size(graph), int(graph.length)  # type: ignore[arg-type]
+    numbered = [(index, texts[index % len(texts)]) for index in range(count)]
+    return [
+        _make_row(graph, texts, index, _row_size(shortest, longest, len(text)), seed + index)
+        for index, text in numbered
+    ]
+
+
+def _reads_text(graph: Graph) -> bool:
+    return any(spec.name == "input_ids" for spec in graph.inputs)
 
 
 def _graph_samples(graph: Graph, texts: list[list[int]]) -> Iterator[ValidationSample]:
@@ -75,29 +113,31 @@ def _row_size(shortest: int, longest: int, tokens: int) -> int:
     return shortest + (longest - shortest) * (tokens % 11) // 10
 
 
-def _make_row(graph: Graph, texts: list[list[int]], index: int, size: int) -> dict[str, Array]:
-    """One row: every input without its batch dimension, at `size` along the padded axis."""
+def _make_row(graph: Graph, texts: list[list[int]], index: int, size: int, seed: int | None = None) -> dict[str, Array]:
+    """One row: every input without its batch dimension, at `size` along the padded axis. Its text is that of `index`,
+    and its numbers come from `seed`, or `index`."""
+    numbers = np.random.default_rng(index if seed is None else seed)
+    start = index % len(texts)
     return {
-        spec.name: _make_tensor(graph, spec, texts, index, size) for spec in graph.inputs if spec.name not in _MASKS
+        spec.name: _make_tensor(spec, texts[start:] + texts[:start], numbers, size)
+        for spec in graph.inputs
+        if spec.name not in _MASKS
     }
 
 
 _MASKS = ("attention_mask", "pixel_mask")
 
 
-def _make_tensor(graph: Graph, spec: Input, texts: list[list[int]], index: int, size: int) -> Array:
+def _make_tensor(spec: Input, texts: list[list[int]], numbers: np.random.Generator, size: int) -> Array:
     axes = spec.axes or ["batch", "length"]
     shape = [
         size if axis in PADDED_AXES else int(have)  # type: ignore[arg-type]
         for axis, have in zip(axes, spec.shape, strict=True)
         if axis not in ROWS
     ]
-    numbers = np.random.default_rng(index)
     if spec.name == "input_ids":
         count = int(np.prod(shape)) // shape[-1]
-        return np.array([repeat_tokens(texts[index + each :] + texts, shape[-1]) for each in range(count)]).reshape(
-            shape
-        )
+        return np.array([repeat_tokens(texts[each:] + texts, shape[-1]) for each in range(count)]).reshape(shape)
     if spec.name == "token_type_ids":
         return np.broadcast_to(np.arange(shape[-1]) >= (shape[-1] + 1) // 2, shape).astype(np.int64)
     if spec.dtype == "float32":

@@ -18,7 +18,7 @@ from precast.runtime.artifact.schema import Graph
 from ...architectures.cache_names import cache_argument, find_cache
 from ..samples import Answer, ValidationSample, repeat_tokens
 
-__all__ = ["answer", "validation_samples"]
+__all__ = ["answer", "calibration_inputs", "held_out_samples", "validation_samples"]
 
 Array = np.ndarray[Any, Any]
 GREEDY_SOURCES = 4
@@ -33,6 +33,39 @@ def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[Vali
     return [
         *(sample for graph in encoders for sample in _logit_samples(graph, decoder, texts)),
         *_generated_samples(encoders[-1], decoder, texts),
+    ]
+
+
+HELD_OUT_LENGTH = 128
+FIRST_HELD_OUT, FIRST_CALIBRATION = 1000, 2000
+"""Seeds of spectrograms, apart from those of the other samples."""
+
+
+def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
+    """Each text as the answer to itself, or to a spectrogram, cut to fit the graphs, to be scored token by token."""
+    encoder, decoder = [graph for graph in graphs if graph.role == "encode"][-1], graphs[-1]
+    length = min(HELD_OUT_LENGTH, decoder.capacity)
+    return [
+        ValidationSample(
+            f"held-out text {index + 1}",
+            "score",
+            [text[:length]],
+            tensors=[_make_source(encoder, text, FIRST_HELD_OUT + index)],
+        )
+        for index, text in enumerate(texts)
+    ]
+
+
+def calibration_inputs(graphs: list[Graph], texts: list[list[int]]) -> list[dict[str, Array]]:
+    """Rows to calibrate on, each with a batch dimension of 1: the texts as answers to themselves, or to spectrograms,
+    cut to the largest graphs."""
+    encoder, decoder = [graph for graph in graphs if graph.role == "encode"][-1], graphs[-1]
+    return [
+        {
+            **{name: each[None] for name, each in _make_source(encoder, text, FIRST_CALIBRATION + index).items()},
+            "decoder_input_ids": np.array([text[: decoder.capacity]], np.int64),
+        }
+        for index, text in enumerate(texts)
     ]
 
 
@@ -89,7 +122,7 @@ def _generated_samples(graph: Graph, decoder: Graph, texts: list[list[int]]) -> 
 def answer(model: nn.Module, sample: ValidationSample, outputs: tuple[str, ...]) -> list[Answer]:
     """The eager answers, one row at a time and without padding."""
     sources = [_as_tensors(source) for source in sample.tensors]
-    if sample.kind == "logits":
+    if sample.kind in ("logits", "score"):
         return [_answer_logits(model, source, row) for source, row in zip(sources, sample.rows, strict=True)]
     generate = _beam_search if sample.kind == "beams" else _greedy_search
     return [generate(model, source, sample.count) for source in sources]
