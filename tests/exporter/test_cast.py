@@ -18,6 +18,7 @@ from precast.exporter.kinds.plan import make_plan
 from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.kinds.trace import Program, trace
 from precast.exporter.precision import Cast, cast_programs, choose_cast
+from precast.exporter.quantize import Recipe, Scheme, quantize
 from precast.exporter.validation.metrics import Floor, floor_for
 from precast.exporter.validation.reference import Reference
 from precast.exporter.validation.revalidate import validate_again
@@ -343,3 +344,34 @@ def test_a_decoder_as_a_whole(checkpoint, tmp_path, options, name):
     assert variant.accuracy.reason.endswith("KL divergence <= 0.005, top-1 agreement >= 0.94")
     told = {"auto_cast": "all", "auto_cast_type": "bf16"} if "auto_cast" in options else {}
     assert {key: value for key, value in variant.compiler.options.items() if key.startswith("auto")} == told
+
+
+def test_layers_of_codes_compute_in_float32(checkpoint):
+    """Their scales are float32, and so are results; what is not quantized, and caches, are of the cast type."""
+    asked = ExportOptions(sequence_length=(24,))
+    opened = resolve(str(checkpoint("llama")), asked)
+    plan = make_plan(opened, asked)
+    model = opened.load(plan.task, plan.dtype)
+    quantize(model, Recipe(Scheme(8, 32, "symmetric"), skipped=("*.mlp.*",)))
+    (program, *_) = trace(model, plan)
+    (less, *_) = cast_programs([program], Cast("weights", BF16))
+    codes = nodes(less, torch.ops.precast.quantized_linear.default)
+    assert codes
+    for node in codes:
+        assert dtype_of(node) == dtype_of(node.args[0]) == dtype_of(node.args[2]) == torch.float32
+    assert {dtype_of(node) for node in nodes(less, torch.ops.aten.linear.default)} == {BF16}
+    assert {layer.dtype for layer in less.graph.cache} == {"bfloat16"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aoti", "export"])
+@pytest.mark.parametrize("cast", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"auto_cast": "matmul"}])
+@pytest.mark.parametrize(
+    "rounded", [{"quantize": "int8"}, {"quantize": "int4"}, {"quantize": "int8", "kv_cache": "int8"}]
+)
+def test_a_quantized_decoder_is_cast_as_a_whole(checkpoint, tmp_path, backend, cast, rounded):
+    options = ExportOptions(sequence_length=(48,), backend=backend, max_kl=0.1, **cast, **rounded)
+    (variant,) = export(str(checkpoint("llama")), tmp_path / "out", options).contract.variants
+    assert variant.accuracy.status == "passed"
+    assert variant.quantization.startswith(rounded["quantize"])
+    assert variant.dtype == cast.get("dtype", "float32")

@@ -74,10 +74,14 @@ def test_log_softmax_of_large_logits_is_finite():
         ({"quantize": "int8", "max_kl": 0.5}, Floor(0.5, None)),
         ({"quantize": "int4", "min_agreement": 0.7}, Floor(None, 0.7)),
         ({"kv_cache": "int8"}, Floor(0.01, 0.95)),
+        ({"quantize": "int8", "dtype": "bfloat16"}, Floor(0.015, 0.94)),
+        ({"quantize": "int4", "auto_cast": "matmul", "auto_cast_type": "fp16"}, Floor(0.1005, None)),
+        ({"kv_cache": "int8", "dtype": "float16"}, Floor(0.0105, 0.95)),
     ],
 )
 def test_floors(options, expected):
-    assert floor_for(ExportOptions(**options)) == expected
+    found = floor_for(ExportOptions(**options))
+    assert (found.max_kl, found.min_agreement) == (pytest.approx(expected.max_kl), expected.min_agreement)
 
 
 def scores(kl: float, agreement: float) -> Scores:

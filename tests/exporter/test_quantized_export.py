@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from precast.exporter import ExportOptions, export, validate_again
 from precast.exporter.backends.onnx import lowering
 from precast.runtime import CompiledModelForCausalLM
-from precast.runtime.errors import AccuracyError, CheckpointError, PrecastError, UsageError
+from precast.runtime.errors import AccuracyError, CheckpointError, UsageError
 
 CAPACITY = 48
 ROWS = [[5, 9, 30, 7, 200, 41, 17], [80, 3, 3]]
@@ -247,12 +247,6 @@ def test_calibration_longer_than_the_model(checkpoint, tmp_path, method):
     options = ExportOptions(sequence_length=(16,), quantize="int8", quantize_method=method, max_kl=5)
     made = export(str(checkpoint("gpt2")), tmp_path / "out", options)
     assert made.contract.variants[0].quantization.endswith("by gptq")
-
-
-def test_an_encoder_is_refused_or_right(checkpoint, tmp_path):
-    options = ExportOptions(batch_size=1, sequence_length=(16,), quantize="int8")
-    with pytest.raises(PrecastError, match="quantize"):
-        export(str(checkpoint("bert", "AutoModel")), tmp_path / "out", options)
 
 
 def test_experts_that_stay_as_they_are_are_said(tmp_path):

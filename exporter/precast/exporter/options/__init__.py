@@ -266,12 +266,12 @@ class ExportOptions:
             yield from choice_problems(each, getattr(self, each.name))
 
     def _combination_problems(self) -> Iterator[str]:
-        cast, rounding = self.precision, self.quantization
-        if cast.is_cast and rounding.is_rounded:
-            given = f"dtype={cast.dtype!r}" if cast.dtype != "float32" else f"auto_cast={cast.auto_cast!r}"
-            is_quantized = rounding.quantize != "none"
-            rounded = f"quantize={rounding.quantize!r}" if is_quantized else f"kv_cache={rounding.kv_cache!r}"
-            yield f"{given} cannot be combined with {rounded}, whose operators compute in float32; give one of them."
+        cast, kv_cache = self.precision, self.quantization.kv_cache
+        if cast.dtype != "float32" and kv_cache == "float16":
+            yield (
+                f"dtype={cast.dtype!r} has caches of its own dtype, and cannot be combined with kv_cache='float16'; "
+                f"leave one of them out, or give kv_cache='int8'."
+            )
 
     def _prefix_problems(self, row: Backend) -> Iterator[str]:
         if self.prefix_tuning is None:

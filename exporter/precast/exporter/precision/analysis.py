@@ -22,6 +22,7 @@ from .operators import (
     float_inputs,
     is_float,
     is_mutating,
+    is_quantized,
     low_inputs,
     operator_of,
 )
@@ -122,6 +123,8 @@ class Analysis:
 
     def _stays_float32(self, node: Node) -> bool:
         """Stays float32: its operator is on the float32 list, or it names float32 explicitly."""
+        if is_quantized(node):
+            return True
         if operator_of(node) is torch.ops.precast.cached_attention:
             return not is_float(node.args[3])
         is_explicit = any(each is torch.float32 for each in tree_leaves((node.args, node.kwargs)))

@@ -18,6 +18,7 @@ __all__ = [
     "float_inputs",
     "is_float",
     "is_mutating",
+    "is_quantized",
     "low_inputs",
     "operator_of",
 ]
@@ -58,6 +59,11 @@ FLOAT32_OPERATORS = frozenset(
 def operator_of(node: Node) -> Any:
     """The operator that a node calls, without its overload."""
     return getattr(node.target, "overloadpacket", node.target)
+
+
+def is_quantized(node: Node) -> bool:
+    """Whether an operator's weights are codes; its scales are float32, and so it computes."""
+    return operator_of(node) in (torch.ops.precast.quantized_linear, torch.ops.precast.quantized_embedding)
 
 
 def is_float(node: Any) -> bool:

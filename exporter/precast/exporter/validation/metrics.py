@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,11 +89,15 @@ _FLOORS: dict[str, tuple[float, float | None]] = {"int4": (0.1, None), "auto": (
 
 
 def floor_for(options: ExportOptions) -> Floor:
-    """The floor that the user named, else the default of the scheme."""
-    found = _CAST_FLOORS[options.cast_type] if options.is_cast else _FLOORS.get(options.quantize, (0.01, 0.95))
+    """The floor that the user named, else the default of the scheme; what is quantized and cast may lose what both
+    do."""
     if options.max_kl is not None or options.min_agreement is not None:
         return Floor(options.max_kl, options.min_agreement)
-    return Floor(*found)
+    parts = [_CAST_FLOORS[options.cast_type]] if options.is_cast else []
+    if options.quantization.is_rounded or not parts:
+        parts.append(_FLOORS.get(options.quantize, (0.01, 0.95)))
+    agreements = [agreement for _, agreement in parts]
+    return Floor(sum(kl for kl, _ in parts), None if None in agreements else min(filter(None, agreements)))
 
 
 # Measured: all-MiniLM-L6-v2 and random models of the usual families keep a mean cosine of 0.9999 in 8 bits.
@@ -104,7 +108,8 @@ def encoder_floor_for(options: ExportOptions) -> Floor:
     """The floor of a quantized encoder: that which the user named, else the default of the scheme."""
     if options.min_cosine is not None or options.min_agreement is not None:
         return Floor(None, options.min_agreement, options.min_cosine)
-    return _ENCODER_FLOORS.get(options.quantize, Floor(None, 0.95, 0.999))
+    found = _ENCODER_FLOORS.get(options.quantize, Floor(None, 0.95, 0.999))
+    return replace(found, min_cosine=(found.min_cosine or 0.0) - 0.001) if options.is_cast else found
 
 
 def score_rows(rows: Iterable[tuple[list[int], Array, Array]]) -> Scores:

@@ -209,6 +209,7 @@ def _atol_advice(difference: float) -> str:
 
 
 def compare_rows(reference: Reference, answers: Answers) -> Iterator[Comparison]:
+    """Every row of every sample with both answers to it. Raises ValueError where some are missing."""
     for sample, expected_rows, found_rows in zip(reference.samples, reference.answers, answers, strict=True):
         for expected, found in zip(expected_rows, found_rows, strict=True):
             yield Comparison(sample, expected, found)
@@ -265,4 +266,5 @@ def _judge_greedy(greedy: list[Comparison], difference: float) -> dict[str, int 
 
 
 def round_figure(value: float) -> float:
+    """In two digits, as artifacts record figures."""
     return float(f"{value:.2g}")
