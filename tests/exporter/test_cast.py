@@ -17,13 +17,13 @@ from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.kinds.plan import make_plan
 from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.kinds.trace import Program, trace
-from precast.exporter.precision import Cast, cast_programs, choose_cast
+from precast.exporter.precision import Cast, cast_programs, choose_cast, infer
 from precast.exporter.quantize import Recipe, Scheme, quantize
 from precast.exporter.validation.metrics import Floor, floor_for
 from precast.exporter.validation.reference import Reference
 from precast.exporter.validation.revalidate import validate_again
 from precast.exporter.validation.rules import judge_cast
-from precast.runtime.errors import AccuracyError
+from precast.runtime.errors import AccuracyError, UsageError
 
 aten: Any = torch.ops.aten
 BF16 = torch.bfloat16
@@ -222,6 +222,37 @@ def test_what_options_mean():
     assert floor_for(ExportOptions(auto_cast="matmul", max_kl=0.5)) == Floor(0.5, None)
 
 
+@pytest.mark.parametrize(
+    ("stored", "options", "expected"),
+    [
+        ("bfloat16", {"backend": "aoti"}, "bfloat16"),
+        ("bfloat16", {"backend": "export"}, "bfloat16"),
+        ("bfloat16", {"backend": "onnx"}, "float32"),
+        ("bfloat16", {"backend": "aoti", "isa": "avx2"}, "float32"),
+        ("float16", {"backend": "aoti"}, "float32"),
+        ("float16", {"backend": "aoti", "device": "cuda"}, "float16"),
+        ("float32", {"backend": "aoti"}, "float32"),
+    ],
+)
+def test_auto_is_the_dtype_of_the_checkpoint_where_it_is_computed_in(
+    monkeypatch, checkpoint, stored, options, expected
+):
+    """On a CPU with instructions for bfloat16 alone."""
+    monkeypatch.setattr(infer, "matmul_dtypes", lambda isa: frozenset({BF16} if isa == "native" else ()))
+    asked = ExportOptions(dtype="auto", sequence_length=(24,), **options)
+    asked.check()
+    opened = resolve(str(checkpoint("llama")), asked)
+    opened.text_config.dtype = stored
+    assert infer.settle_dtype(asked, opened).dtype == expected
+
+
+def test_bounds_are_checked_once_the_dtype_is_known(monkeypatch, checkpoint):
+    asked = ExportOptions(dtype="auto", sequence_length=(24,), backend="export", max_kl=0.1)
+    asked.check()
+    with pytest.raises(UsageError, match="bound what is lost"):
+        infer.settle_dtype(asked, resolve(str(checkpoint("llama")), asked))
+
+
 # ---------------------------------------------------------------- the rule for encoders
 
 
@@ -364,6 +395,7 @@ def test_layers_of_codes_compute_in_float32(checkpoint):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This CPU has no instructions")
 @pytest.mark.parametrize("backend", ["aoti", "export"])
 @pytest.mark.parametrize("cast", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"auto_cast": "matmul"}])
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def cast_options(function: F) -> F:
     for option in reversed(
         [
             _precision("--dtype", default="float32", show_default=True, metavar="DTYPE",
-                         help="Of weights and computation: float32, bfloat16, float16. Results are float32."),
+                         help="Of weights and computation: float32, bfloat16, float16, or auto, the checkpoint's where "
+                              "there are instructions for it. Results are float32."),
             _precision("--auto-cast", default="none", show_default=True, metavar="WHAT",
                          help="Compute in less than float32: matmul (products and their weights), all."),
             _precision("--auto-cast-type", metavar="TYPE",

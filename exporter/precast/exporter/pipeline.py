@@ -40,6 +40,7 @@ from .kinds.trace import Program, trace
 from .options import ExportOptions
 from .options.request import REQUEST, render_request
 from .precision import cast_programs, choose_cast
+from .precision.infer import settle_dtype
 from .progress import OnStep, no_progress, progress_to
 from .quantize.choose import calibration_rows, quantize_model
 from .quantize.kv_cache import cache_scales
@@ -68,7 +69,7 @@ def export_variant(
     compiler = _ready_compiler(options, compiler or compiler_of(options.backend))
     check_target(target, force=options.force)
     with on_step("resolve"):
-        checkpoint = _resolve(model, options, compiler)
+        checkpoint, options = _resolve(model, options, compiler)
     with on_step("plan"):
         plan = make_plan(checkpoint, options)
     on_plan(plan)
@@ -88,7 +89,7 @@ def plan_variant(model: str, options: ExportOptions) -> Plan:
     """The plan of `export_variant`, made without reading weights. Raises PrecastError as it does."""
     options.check()
     compiler = compiler_of(options.backend)
-    return make_plan(_resolve(model, options, compiler), options)
+    return make_plan(*_resolve(model, options, compiler))
 
 
 def _ready_compiler(options: ExportOptions, compiler: ProgramCompiler) -> ProgramCompiler:
@@ -99,9 +100,11 @@ def _ready_compiler(options: ExportOptions, compiler: ProgramCompiler) -> Progra
     return compiler
 
 
-def _resolve(model: str, options: ExportOptions, compiler: ProgramCompiler) -> Checkpoint:
+def _resolve(model: str, options: ExportOptions, compiler: ProgramCompiler) -> tuple[Checkpoint, ExportOptions]:
+    """The checkpoint as the layout can hold it, and the options with what it decides of them."""
     checkpoint = resolve(model, options)
-    return compiler.prepare(checkpoint, options) if isinstance(compiler, HasLayouts) else checkpoint
+    options = settle_dtype(options, checkpoint)
+    return compiler.prepare(checkpoint, options) if isinstance(compiler, HasLayouts) else checkpoint, options
 
 
 @contextmanager

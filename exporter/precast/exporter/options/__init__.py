@@ -17,7 +17,7 @@ from .adapters import AdapterOptions
 from .backend_options import BackendOptions, backends_that_take, fill, find_option, options_class, taken_by
 from .declaration import OptionsPart, choice_problems, describe, keyword_of
 from .layout import LAYOUTS, OPTIMUM_NEURON
-from .precision import BY_BACKEND, PrecisionOptions
+from .precision import AUTOMATIC, BY_BACKEND, PrecisionOptions
 from .quantization import GROUP_SIZES, QUANTIZE_METHODS, QuantizationOptions
 from .shapes import SIZE_EXAMPLES, SIZES, ShapeOptions
 from .spellings import THEIR_NAMES, in_our_words
@@ -302,7 +302,9 @@ class ExportOptions:
         """Options that neither the backend nor another that is asked for takes."""
         taken = taken_by(row).union(*(taken_by(get_backend(name)) for name in self.also))
         shared = [
-            each for each in fields(PrecisionOptions) if each.name in BY_BACKEND and self.precision.is_given(each)
+            each
+            for each in fields(PrecisionOptions)
+            if each.name in BY_BACKEND and self.precision.is_given(each) and getattr(self, each.name) != AUTOMATIC
         ]
         for each in [*shared, *filter(None, (find_option(name) for name, _ in self.backend_keywords))]:
             if each.name not in taken:
@@ -339,6 +341,8 @@ class ExportOptions:
     def _bound_problems(self) -> Iterator[str]:
         """Bounds of a loss where nothing is lost, and of a difference where something is."""
         bounds = self.accuracy
+        if self.precision.is_automatic:
+            return
         if not self.is_lossy and (useless := bounds.given("max_kl", "min_agreement", "min_cosine", "accept_loss")):
             yield (
                 f"{', '.join(useless)} bound what is lost; without quantize=, kv_cache, dtype= and auto_cast "
