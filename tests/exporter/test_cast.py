@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zoo import seq2seq as zoo
 
 from precast.exporter import ExportOptions, export
+from precast.exporter.backends import dtypes
+from precast.exporter.backends.dtypes import choose_dtype
 from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.kinds.plan import make_plan
 from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.kinds.trace import Program, trace
-from precast.exporter.precision import Cast, cast_programs, choose_cast, infer
+from precast.exporter.precision import Cast, cast_programs, choose_cast
 from precast.exporter.quantize import Recipe, Scheme, quantize
 from precast.exporter.validation.metrics import Floor, floor_for
 from precast.exporter.validation.reference import Reference
@@ -238,19 +240,19 @@ def test_auto_is_the_dtype_of_the_checkpoint_where_it_is_computed_in(
     monkeypatch, checkpoint, stored, options, expected
 ):
     """On a CPU with instructions for bfloat16 alone."""
-    monkeypatch.setattr(infer, "matmul_dtypes", lambda isa: frozenset({BF16} if isa == "native" else ()))
+    monkeypatch.setattr(dtypes, "matmul_dtypes", lambda isa: frozenset({BF16} if isa == "native" else ()))
     asked = ExportOptions(dtype="auto", sequence_length=(24,), **options)
     asked.check()
     opened = resolve(str(checkpoint("llama")), asked)
     opened.text_config.dtype = stored
-    assert infer.settle_dtype(asked, opened).dtype == expected
+    assert choose_dtype(asked, opened).dtype == expected
 
 
 def test_bounds_are_checked_once_the_dtype_is_known(monkeypatch, checkpoint):
     asked = ExportOptions(dtype="auto", sequence_length=(24,), backend="export", max_kl=0.1)
     asked.check()
     with pytest.raises(UsageError, match="bound what is lost"):
-        infer.settle_dtype(asked, resolve(str(checkpoint("llama")), asked))
+        choose_dtype(asked, resolve(str(checkpoint("llama")), asked))
 
 
 # ---------------------------------------------------------------- the rule for encoders

@@ -31,6 +31,7 @@ from precast.runtime.errors import ExportError
 
 from .adapters.prefix import PrefixedModel, compute_prefix, store_prefix
 from .backends import Compiled, HasLayouts, NeedsTools, ProgramCompiler, compiler_of
+from .backends.dtypes import choose_dtype
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.resolve import resolve
 from .companions.card import render_card
@@ -40,7 +41,6 @@ from .kinds.trace import Program, trace
 from .options import ExportOptions
 from .options.request import REQUEST, render_request
 from .precision import cast_programs, choose_cast
-from .precision.infer import settle_dtype
 from .progress import OnStep, no_progress, progress_to
 from .quantize.choose import calibration_rows, quantize_model
 from .quantize.kv_cache import cache_scales
@@ -103,7 +103,7 @@ def _ready_compiler(options: ExportOptions, compiler: ProgramCompiler) -> Progra
 def _resolve(model: str, options: ExportOptions, compiler: ProgramCompiler) -> tuple[Checkpoint, ExportOptions]:
     """The checkpoint as the layout can hold it, and the options with what it decides of them."""
     checkpoint = resolve(model, options)
-    options = settle_dtype(options, checkpoint)
+    options = choose_dtype(options, checkpoint)
     return compiler.prepare(checkpoint, options) if isinstance(compiler, HasLayouts) else checkpoint, options
 
 

@@ -7,24 +7,24 @@ import torch
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.artifact.schema import Dtype
 
-from ..backends.aoti.isa import matmul_dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..options import ExportOptions
+from .aoti.isa import matmul_dtypes
 
-__all__ = ["settle_dtype"]
+__all__ = ["choose_dtype"]
 
 NARROW: tuple[Dtype, ...] = ("bfloat16", "float16")
 
 
-def settle_dtype(options: ExportOptions, checkpoint: Checkpoint) -> ExportOptions:
+def choose_dtype(options: ExportOptions, checkpoint: Checkpoint) -> ExportOptions:
     """The options with what `dtype="auto"` means for this checkpoint and backend: float32 where the weights are in
     float32, and where there are no instructions for what they are in. Raises UsageError for bounds that do not go with
     that dtype."""
     if not options.precision.is_automatic:
         return options
-    settled = options.replace(dtype=_infer_dtype(options, checkpoint))
-    settled.check()
-    return settled
+    chosen = options.replace(dtype=_infer_dtype(options, checkpoint))
+    chosen.check()
+    return chosen
 
 
 def _infer_dtype(options: ExportOptions, checkpoint: Checkpoint) -> Dtype:
