@@ -22,7 +22,7 @@ from zoo.shrink import tiny_config
 from precast.exporter import ExportOptions, export, preview, quiet_libraries
 from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.kinds.encoder.inner_padding import compact, compaction_index
-from precast.exporter.quantize.choose import calibration_rows
+from precast.exporter.quantize.calls import calibration_rows
 from precast.runtime import CompiledModel
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError, ExportError, InputError, UsageError

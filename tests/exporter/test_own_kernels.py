@@ -22,6 +22,7 @@ from precast.exporter.backends.aoti import compiler, isa, kernel_template, libra
 from precast.exporter.backends.aoti.attention import attention, decode_attention, prefill_attention
 from precast.exporter.backends.aoti.dequantize import dequantize
 from precast.exporter.backends.aoti.gemv import gemv
+from precast.exporter.backends.aoti.int8_gemm import int8_gemm, pack_panels
 from precast.exporter.backends.aoti.quantized_gemm import quantized_gemm
 from precast.exporter.backends.aten import lowering
 from precast.exporter.backends.aten.attention import AttentionContext, cached_attention
@@ -291,7 +292,9 @@ class Attentions(nn.Module):
     def __init__(self, asked: list[Asked], *products: torch.dtype) -> None:
         super().__init__()
         self.asked = asked
-        kernels = Kernels(gemv, quantized_gemm, dequantize, decode_attention, prefill_attention, attention)
+        kernels = Kernels(
+            gemv, quantized_gemm, pack_panels, int8_gemm, dequantize, decode_attention, prefill_attention, attention
+        )
         self.kinds = [{"kernels": kernels, "matmul_dtype": product} for product in products] or [{}]
 
     def forward(self, looked: Tensor, past: Tensor, new: Tensor, *given: Tensor) -> tuple[Tensor, ...]:

@@ -151,12 +151,15 @@ def quantize_options(function: F) -> F:
     for option in reversed(
         [
             _quantization("--quantize", default="none", show_default=True, metavar="SCHEME",
-                         help="Weights as: none, int8, int4, source (the codes that they have already), auto."),
+                         help="Weights as: none, int8, int4, source (the codes that they have already), auto; with "
+                              "activations in 8 bits, too: a8w8, a8w8-dynamic."),
             _quantization("--method", "quantize_method", metavar="NAME",
                          help="How weights are rounded: rtn, search, gptq, awq. int8: rtn (aoti: awq), int4: search."),
             _quantization("--group-size", type=int, help="Weights that share a scale: 32, or a row (aoti's int8)."),
             _quantization("--symmetric/--asymmetric", default=None,
                          help="Codes around zero, or around a zero point. int8: symmetric (aoti: not), int4: not."),
+            _quantization("--smooth", default="auto", show_default=True, metavar="EXPONENT",
+                         help="What a8w8 moves from activations into weights: 0 to 1, auto, none."),
             _quantization("--skip", multiple=True, metavar="PATTERN",
                          help="Layers that stay as they are, as 'model.layers.0.*'; repeatable."),
             _quantization("--calibration", type=click.Path(path_type=Path), metavar="FILE",
@@ -164,7 +167,7 @@ def quantize_options(function: F) -> F:
             _quantization("--kv-cache", default="float32", show_default=True, metavar="DTYPE",
                          help="Keys and values as: float32, float16 (aoti, export), int8."),
             _quantization("--max-kl", type=float, metavar="X",
-                         help="Largest KL divergence from fp32 on held-out text. int4: 0.1, others: 0.01."),
+                         help="Largest KL divergence from fp32 on held-out text. int4: 0.1, a8w8: 0.05, others: 0.01."),
             _quantization("--min-agreement", type=float, metavar="X",
                          help="Smallest share of equal likeliest tokens or labels. int4: none, others: 0.95."),
             _quantization("--min-cosine", type=float, metavar="X",

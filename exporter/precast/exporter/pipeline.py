@@ -42,7 +42,8 @@ from .options import ExportOptions
 from .options.request import REQUEST, render_request
 from .precision import cast_programs, choose_cast
 from .progress import OnStep, no_progress, progress_to
-from .quantize.choose import calibration_rows, quantize_model
+from .quantize.calls import calibration_rows
+from .quantize.choose import quantize_model
 from .quantize.kv_cache import cache_scales
 from .validation import compare
 from .validation.record import describe_loss, record_accuracy, skip_without_device

@@ -12,7 +12,9 @@ from .declaration import OptionsPart, describe
 
 __all__ = ["GROUP_SIZES", "KV_CACHES", "QUANTIZE", "QUANTIZE_METHODS", "QuantizationOptions"]
 
-QUANTIZE = ("none", "source", "int8", "int4", "auto")
+QUANTIZE = ("none", "source", "int8", "int4", "auto", "a8w8", "a8w8-dynamic")
+SMOOTH = ("auto", "none")
+"""Beside exponents between 0 and 1."""
 QUANTIZE_METHODS = ("rtn", "search", "gptq", "awq")
 """The names of quantize.METHODS, which are made of torch."""
 KV_CACHES = ("float32", "float16", "int8")
@@ -24,9 +26,12 @@ class QuantizationOptions(OptionsPart):
     """How weights and caches are rounded.
 
     Attributes:
-        quantize: "none"; "int8" or "int4" for the weights of linear layers and embeddings; "source", the scheme that
-            the checkpoint's weights are quantized in already; "auto", the smallest mixture of int8 and int4 within
-            `max_kl`.
+        quantize: "none"; "int8" or "int4" for the weights of linear layers and embeddings; "source", the scheme that the
+            checkpoint's weights are quantized in already; "auto", the smallest mixture of int8 and int4 within
+            `max_kl`; "a8w8", weights and activations of linear layers in 8 bits, with one range of activations per layer
+            from the calibration text, or in "a8w8-dynamic" one per token, as far as that stays within `max_kl`.
+        smooth: what a8w8 moves from activations into weights: by an exponent between 0 and 1, by "none", or by the one
+            of several that serves each layer best, "auto".
         quantize_method: how weights are rounded, one of QUANTIZE_METHODS; None is "rtn" for int8, "awq" where a row
             shares a scale, "search" for int4.
         group_size: weights that share a scale; None is 32, or a whole row for int8 where the backend prefers that.
@@ -41,6 +46,7 @@ class QuantizationOptions(OptionsPart):
     quantize_method: str | None = field(default=None, metadata=describe(flags=("--method",)))
     group_size: int | None = field(default=None, metadata=describe(choices=GROUP_SIZES))
     symmetric: bool | None = field(default=None, metadata=describe(flags=("--symmetric/--asymmetric",)))
+    smooth: str | float = "auto"
     skip: tuple[str, ...] = ()
     calibration: Path | None = None
     kv_cache: Dtype = field(default="float32", metadata=describe(choices=KV_CACHES))
@@ -49,6 +55,11 @@ class QuantizationOptions(OptionsPart):
     def is_rounded(self) -> bool:
         """Whether weights or caches are stored in less than float32."""
         return self.quantize != "none" or self.kv_cache != "float32"
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether linear layers multiply activations of 8 bits."""
+        return self.quantize in ("a8w8", "a8w8-dynamic")
 
     @property
     def is_calibrated(self) -> bool:
@@ -65,7 +76,26 @@ class QuantizationOptions(OptionsPart):
             yield f"{', '.join(useless)} say how weights are rounded; give quantize=, too."
         if self.quantize in ("none", "source") and (useless := self.given("quantize_method", "symmetric")):
             yield f"{', '.join(useless)} say how weights are rounded, which quantize={self.quantize!r} does not do."
+        yield from self._activation_problems()
         if not self.is_calibrated and self.calibration is not None:
             yield "calibration= says how weights and caches are rounded; give quantize= or kv_cache='int8', too."
         if self.calibration is not None and not self.calibration.is_file():
             yield f"calibration=: there is no file {self.calibration}."
+
+    def _activation_problems(self) -> Iterator[str]:
+        if self.rounds_activations and (useless := self.given("quantize_method", "group_size", "symmetric")):
+            yield (
+                f"{', '.join(useless)} say how weights are rounded alone; those that multiply activations of 8 bits "
+                f"have a symmetric scale per row. Leave them out, or give quantize='int8'."
+            )
+        if not self.rounds_activations and self.given("smooth"):
+            yield "smooth= is for activations of 8 bits; give quantize='a8w8' or a8w8-dynamic, too."
+        if self.smooth not in SMOOTH and not _is_exponent(self.smooth):
+            yield f"smooth={self.smooth!r} is not supported; give an exponent from 0 to 1, {' or '.join(SMOOTH)}."
+
+
+def _is_exponent(given: str | float) -> bool:
+    try:
+        return 0 <= float(given) <= 1
+    except ValueError:
+        return False

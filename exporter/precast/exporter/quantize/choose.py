@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from importlib import resources
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from precast.runtime.artifact.backends import get_backend
-from precast.runtime.errors import CheckpointError, UsageError
+from precast.runtime.errors import CheckpointError
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..kinds.plan import Plan
-from ..kinds.samples import make_calibration_inputs, token_ids
 from ..options import GROUP_SIZES, ExportOptions
 from ..validation.metrics import floor_for
 from . import quantize
+from .calls import calibration_inputs, calibration_rows, longest_row, round_activations
 from .methods import METHODS, WHOLE_ROW, Scheme, ZeroPoint, get_method
 from .mixture import choose_mixture
 from .recipe import Recipe, find_layers
 
-__all__ = ["calibration_rows", "quantize_model"]
+__all__ = ["quantize_model"]
 
 GROUP = 32
 """Weights that share a scale, unless something else is asked for."""
-ROW = 512
-"""Tokens per row of calibration text."""
 DEFAULT_METHODS = {"source": "rtn", "int8": "rtn", "int4": "search", "auto": "search"}
 FOUR_BITS_SHARE = 0.4
 """The share of the allowed KL divergence that `auto` spends on 4-bit weights. The rest is for the rounding of
@@ -44,14 +39,19 @@ def quantize_model(
 ) -> str:
     """Quantize `model` in place as `options` say; returns a description for people.
 
-    Raises UsageError for patterns and methods that do not exist, CheckpointError where `source` finds no quantization
-    to keep.
+    Raises UsageError for patterns and methods that do not exist and for too short a calibration text, CheckpointError
+    where `source` finds no quantization to keep.
     """
+    if options.quantization.rounds_activations:
+        done = round_activations(model, checkpoint, plan, options, progress)
+        # The vocabulary, and what would lose too much by rounding activations.
+        rest = _choose_recipe(model, checkpoint, options.replace(quantize="int8"), "rtn", [], progress)
+        return _describe_result(_describe_layers(done | quantize(model, rest)), rest)
     method = options.quantize_method or _default_method(options)
     needs_text = get_method(method).is_calibrated or options.quantize == "auto"
-    rows = calibration_rows(checkpoint, options, max(plan.lengths, default=ROW) or ROW) if needs_text else []
+    rows = calibration_rows(checkpoint, options, longest_row(plan)) if needs_text else []
     recipe = _choose_recipe(model, checkpoint, options, method, rows, progress)
-    done = quantize(model, recipe, _calibration_inputs(plan, rows), progress)
+    done = quantize(model, recipe, calibration_inputs(plan, [row.tolist() for row in rows]), progress)
     if recipe.keeps_source and not any(words.startswith("the source's") for words in done.values()):
         raise CheckpointError(
             f"quantize='source' keeps the grid that weights lie on already, and those of {checkpoint.name} lie on none "
@@ -128,31 +128,3 @@ def _describe_layers(done: Mapping[str, str]) -> list[str]:
 
 def _describe_result(parts: list[str], recipe: Recipe) -> str:
     return f"{'; '.join(parts)}; by {recipe.method}"[:256]
-
-
-def _calibration_inputs(plan: Plan, rows: list[Tensor]) -> list[dict[str, Tensor]]:
-    found = make_calibration_inputs(plan.task, plan.outline(), [row.tolist() for row in rows])
-    return [{name: torch.from_numpy(array) for name, array in inputs.items()} for inputs in found]
-
-
-def calibration_rows(checkpoint: Checkpoint, options: ExportOptions, longest: int = ROW) -> list[Tensor]:
-    """The calibration text in rows of ROW token ids, or of `longest`; without a tokenizer that reads plain text, random
-    ids from a fixed seed.
-
-    Raises UsageError for a file that is no UTF-8 text, or of fewer than two tokens.
-    """
-    tokenizer: Any = checkpoint.tokenizer
-    length = min(ROW, longest, getattr(checkpoint.text_config, "max_position_embeddings", None) or ROW)
-    if tokenizer is None:
-        numbers = torch.Generator().manual_seed(0)
-        return list(torch.randint(checkpoint.text_config.vocab_size, (4, length), generator=numbers))
-    built_in = resources.files(__package__).joinpath("calibration.txt")
-    try:
-        text = (options.calibration or built_in).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"calibration={options.calibration} is not text in UTF-8: {error}.") from error
-    ids = torch.tensor(token_ids(tokenizer, text), dtype=torch.int64)
-    rows = [row for row in ids.split(length) if len(row) > 1]
-    if not rows:
-        raise UsageError(f"calibration={options.calibration} holds {len(ids)} tokens; it takes 2 at least.")
-    return rows

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .activations import Call, replay
 from .methods import Method, Scheme
 from .recipe import Layer
 
-__all__ = ["choose_mixture", "group_families"]
+__all__ = ["DivergenceMeter", "choose_mixture", "count_affordable", "group_families"]
 
 TOKENS = 512
 """Calibration tokens that each family is measured on."""
@@ -37,14 +38,14 @@ def choose_mixture(
     `rows` are calibration token ids [S]. Input and output embeddings are never among the layers.
     """
     families = group_families(layer for layer in layers if not layer.is_vocabulary)
-    meter = _DivergenceMeter(model, rows)
+    meter = DivergenceMeter(model, [{"input_ids": row[None], "use_cache": False} for row in rows])
     costs = []
     for family in families:
         with _quantized_weights(family, coarse, method):
             costs.append(meter.divergence())
         progress(len(costs), len(families))
     order = sorted(range(len(families)), key=lambda index: costs[index])
-    count = _count_affordable([costs[index] for index in order], budget)
+    count = count_affordable([costs[index] for index in order], budget)
     while count:
         chosen = [layer for index in order[:count] for layer in families[index]]
         with _quantized_weights(chosen, coarse, method):
@@ -64,7 +65,7 @@ def group_families(layers: Iterable[Layer]) -> list[Family]:
     return list(found.values())
 
 
-def _count_affordable(costs: Sequence[float], budget: float) -> int:
+def count_affordable(costs: Sequence[float], budget: float) -> int:
     """Count the first of the ascending costs that add up to at most the budget."""
     spent = torch.tensor(costs).cumsum(0)
     return int((spent <= budget).sum())
@@ -85,11 +86,16 @@ def _quantized_weights(family: Iterable[Layer], scheme: Scheme, method: Method) 
                 weight.copy_(before)
 
 
-class _DivergenceMeter:
-    """Measures the mean KL divergence of a model's predictions from those at the time this was made."""
+class DivergenceMeter:
+    """Measures the mean KL divergence of a model's predictions from those at the time this was made, on the first calls
+    of TOKENS tokens."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[Tensor]) -> None:
-        self._model, self._row = model, torch.cat(list(rows))[:TOKENS]
+    def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
+        self._model, self._calls, tokens = model, list[Call](), 0
+        for call in calls:
+            if tokens < TOKENS:
+                self._calls.append(call)
+                tokens += next(call[name] for name in _PREDICTED if name in call).numel()
         self._before = self._predict()
 
     def divergence(self) -> float:
@@ -97,7 +103,11 @@ class _DivergenceMeter:
         after = self._predict()
         return float((self._before.exp() * (self._before - after)).sum(-1).mean().clamp(min=0))
 
-    @torch.no_grad()
     def _predict(self) -> Tensor:
-        result: Tensor = self._model(input_ids=self._row[None], use_cache=False).logits[0].float().log_softmax(-1)
-        return result
+        """[tokens, vocabulary]."""
+        rows = [replay(self._model, call).logits[0] for call in self._calls]
+        return torch.cat(rows).float().log_softmax(-1)
+
+
+_PREDICTED = ("decoder_input_ids", "input_ids")
+"""The arguments that hold the tokens of which a model predicts the next."""

@@ -84,8 +84,13 @@ _CAST_FLOORS: dict[str, tuple[float, float | None]] = {
     "fp16": (0.0005, 0.98),
     "tf32": (0.0005, 0.98),
 }
-# For `auto` the KL divergence is the budget by which it chooses; agreement has no floor.
-_FLOORS: dict[str, tuple[float, float | None]] = {"int4": (0.1, None), "auto": (0.01, None)}
+# For `auto` and a8w8 the KL divergence is the budget by which they choose; agreement has no floor.
+_FLOORS: dict[str, tuple[float, float | None]] = {
+    "int4": (0.1, None),
+    "auto": (0.01, None),
+    "a8w8": (0.05, None),
+    "a8w8-dynamic": (0.05, None),
+}
 
 
 def floor_for(options: ExportOptions) -> Floor:
@@ -101,7 +106,7 @@ def floor_for(options: ExportOptions) -> Floor:
 
 
 # Measured: all-MiniLM-L6-v2 and random models of the usual families keep a mean cosine of 0.9999 in 8 bits.
-_ENCODER_FLOORS = {"int4": Floor(None, None, 0.98)}
+_ENCODER_FLOORS = dict.fromkeys(("int4", "a8w8", "a8w8-dynamic"), Floor(None, None, 0.98))
 
 
 def encoder_floor_for(options: ExportOptions) -> Floor:

@@ -29,6 +29,7 @@ from .fuse_attention import fuse_attention
 from .gemv import gemv
 from .gpu import GPU_OPTIONS, check_kernels_embedded
 from .inductor_patches import keep_out_of_code, keep_short_loops_serial, know_the_compiler
+from .int8_gemm import int8_gemm, pack_panels
 from .isa import compiler_options, matmul_dtypes
 from .layers import extract_layers
 from .quantized_gemm import quantized_gemm
@@ -40,7 +41,9 @@ __all__ = ["build_library", "finish_library", "lowering_options_for", "make_modu
 _LOWERING = LoweringOptions(
     materialize=materialize, reduce_small_matmul=True, matmul_dtype=torch.bfloat16, functional=False
 )
-_KERNELS = Kernels(gemv, quantized_gemm, dequantize, decode_attention, prefill_attention, attention)
+_KERNELS = Kernels(
+    gemv, quantized_gemm, pack_panels, int8_gemm, dequantize, decode_attention, prefill_attention, attention
+)
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 
 

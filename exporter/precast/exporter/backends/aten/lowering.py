@@ -20,6 +20,7 @@ from precast.runtime.artifact.schema import Dim, Graph, Input
 from ...kinds.trace import Program, export_program, functional
 from ...operators import attention  # noqa: F401  (registers operators that are lowered here)
 from ...precision import MATMULS
+from ...quantize import int8_linear
 from ...quantize import linear as quantized
 from . import linear
 from .attention import AttentionContext, cached_attention, cross_attention
@@ -88,7 +89,9 @@ def _add_spare_position(spec: Any, caches: set[str]) -> Any:
     return replace(spec, shape=[batch, heads, capacity + 1, width])
 
 
-_LINEAR = (torch.ops.aten.linear.default, torch.ops.precast.quantized_linear.default)
+_INT8 = torch.ops.precast.int8_linear.default
+_LINEAR = (torch.ops.aten.linear.default, torch.ops.precast.quantized_linear.default, _INT8)
+_CODES = {torch.uint8, torch.int8}
 _TYPICAL = {"input_ids": 8, "logit_positions": 3, CACHE_POSITIONS: 512}
 """Sizes of free dimensions to trace with, no two alike. A compiler takes them as hints of the usual size."""
 
@@ -125,7 +128,7 @@ class _LoweredModule(nn.Module):
         super().__init__()
         self.graph, self.options, self.caches = graph, options, _cache_pairs(program.graph)
         # In a tuple, so that it is no submodule, whose name would come before those of the weights.
-        self.traced, self.lifted = (program.exported.graph_module,), list(_lifted_tensors(program.exported))
+        self.traced, self.lifted = (program.exported.graph_module,), list(_lifted_tensors(program.exported, options))
         for name, tensor in self.lifted:
             _register_buffer(self, name, tensor)
 
@@ -160,7 +163,7 @@ class _LoweredModule(nn.Module):
 def _attention_matmul_dtype(graph: fx.Graph, options: LoweringOptions) -> torch.dtype:
     """The dtype of attention's matrix products in prefill: it needs no more precision than the layers around it."""
     dtypes = {_as_node(node.args[1]).meta["val"].dtype for node in graph.nodes if node.target in _LINEAR}
-    if torch.uint8 in dtypes:
+    if dtypes & _CODES:
         return options.matmul_dtype
     return torch.bfloat16 if torch.bfloat16 in dtypes - options.float32_matmuls else torch.float32
 
@@ -171,13 +174,21 @@ def _cache_pairs(graph: Graph) -> list[tuple[str, str]]:
     ]
 
 
-def _lifted_tensors(exported: torch.export.ExportedProgram) -> Iterator[tuple[str, Tensor]]:
-    """Weights and constants by name, in the order in which the graph takes them."""
+def _lifted_tensors(exported: torch.export.ExportedProgram, options: LoweringOptions) -> Iterator[tuple[str, Tensor]]:
+    """Weights and constants by name, in the order in which the graph takes them; codes that only the backend's kernel
+    reads as it has them."""
+    packed = {node.name for node in exported.graph.find_nodes(op="placeholder") if options.kernels and _is_codes(node)}
     for spec in exported.graph_signature.input_specs:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             name = str(spec.target)
             held: Mapping[str, Any] = exported.state_dict if name in exported.state_dict else exported.constants
-            yield name, held[name].detach()
+            tensor = held[name].detach()
+            yield name, options.kernels.pack_int8(tensor) if options.kernels and spec.arg.name in packed else tensor
+
+
+def _is_codes(node: fx.Node) -> bool:
+    """Whether this is nothing but the codes of products of 8 bits."""
+    return bool(node.users) and all(user.target is _INT8 and user.args[1] is node for user in node.users)
 
 
 def _register_buffer(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -278,6 +289,18 @@ def _quantized_linear(
     )
 
 
+def _int8_linear(run: _LoweringInterpreter, x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    kernels = run.options.kernels
+    if kernels is None or codes.ndim == CODES_DIMENSIONS:
+        return int8_linear.multiply_int8(x, codes, *rest)
+    rows = kernels.int8_gemm(x.float().flatten(0, -2), codes, *rest)
+    return rows.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+CODES_DIMENSIONS = 2
+"""Of the operator's own codes; those that a kernel reads have more."""
+
+
 def _quantized_embedding(run: _LoweringInterpreter, *args: Any) -> Tensor:
     return quantized.look_up(*args)
 
@@ -300,6 +323,7 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.precast.cross_attention.default: _cross_attention,
     torch.ops.precast.quantized_linear.default: _quantized_linear,
     torch.ops.precast.quantized_embedding.default: _quantized_embedding,
+    _INT8: _int8_linear,
     torch.ops.aten.linear.default: _linear,
 }
 

@@ -22,7 +22,13 @@ _INT, _FLOAT, _STRING = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT, OpSchema
 @cache
 def microsoft() -> Any:
     """The opset `com.microsoft` 1, with our schemas registered."""
-    for schema in (_group_query_attention(), _multi_head_attention(), _matmul_nbits(), _gather_block_quantized()):
+    for schema in (
+        _group_query_attention(),
+        _multi_head_attention(),
+        _matmul_nbits(),
+        _gather_block_quantized(),
+        _matmul_integer_to_float(),
+    ):
         onnx.defs.register_schema(schema)
     return Opset(_DOMAIN, 1)
 
@@ -124,6 +130,28 @@ def _gather_block_quantized() -> OpSchema:
         attributes=[
             OpSchema.Attribute(name, _INT, required=True)
             for name in ("bits", "block_size", "gather_axis", "quantize_axis")
+        ],
+    )
+
+
+def _matmul_integer_to_float() -> OpSchema:
+    return OpSchema(
+        "MatMulIntegerToFloat",
+        _DOMAIN,
+        1,
+        inputs=[
+            _parameter("A", "T1"),
+            _parameter("B", "T2"),
+            *(_parameter(name, "T3") for name in ("a_scale", "b_scale")),
+            _parameter("a_zero_point", "T1", _OPTIONAL),
+            _parameter("b_zero_point", "T2", _OPTIONAL),
+            _parameter("bias", "T3", _OPTIONAL),
+        ],
+        outputs=[_parameter("Y", "T3")],
+        type_constraints=[
+            ("T1", ["tensor(uint8)"], ""),
+            ("T2", ["tensor(int8)"], ""),
+            ("T3", ["tensor(float)"], ""),
         ],
     )
 

@@ -16,7 +16,8 @@ from precast.runtime.errors import ExportError
 
 from ...kinds.trace import Program
 from ...operators import attention  # noqa: F401  (registers an operator that is lowered here)
-from ...quantize import linear  # noqa: F401  (registers the others)
+from ...quantize import int8_linear, linear  # noqa: F401  (registers the others)
+from ...quantize.int8_linear import DYNAMIC_STEPS, LEAST_SCALE
 from ...quiet import silence
 from .contrib_ops import microsoft
 from .torch_patches import keep_translations
@@ -50,6 +51,7 @@ def _convert(program: Program) -> torch.onnx.ONNXProgram | None:
             torch.ops.precast.cross_attention.default: _cross_attention,
             torch.ops.precast.quantized_linear.default: _quantized_linear,
             torch.ops.precast.quantized_embedding.default: _quantized_embedding,
+            torch.ops.precast.int8_linear.default: _int8_linear,
         },
         verbose=False,
     )
@@ -135,8 +137,7 @@ def _chunk_bias(past_lengths: Any, length: Any, total: Any, chunk: int) -> Any:
     first = op.Reshape(past_lengths, op.Constant(value_ints=[-1, 1, 1, 1]))
     steps = op.Reshape(_count_up_to(op.Squeeze(length)), op.Constant(value_ints=[1, 1, -1, 1]))
     is_seen = op.Equal(op.Div(_count_up_to(total), _int32(chunk)), op.Div(op.Add(first, steps), _int32(chunk)))
-    lowest = op.Constant(value=ir.tensor(torch.finfo(torch.float32).min, ir.DataType.FLOAT))
-    return op.Where(is_seen, op.Constant(value=ir.tensor(0.0, ir.DataType.FLOAT)), lowest)
+    return op.Where(is_seen, _float32(0.0), _float32(torch.finfo(torch.float32).min))
 
 
 def _count_up_to(limit: Any) -> Any:
@@ -177,6 +178,25 @@ def _quantized_embedding(ids, codes, scales, zeros, bits: int, group: int):  # t
     return microsoft().GatherBlockQuantized(
         codes, ids, scales, zeros, bits=bits, block_size=group, gather_axis=0, quantize_axis=1
     )
+
+
+def _int8_linear(x, codes, scales, bias, balance, x_scale, x_zero):  # type: ignore[no-untyped-def]
+    """`MatMulIntegerToFloat` of activations without a sign: the only codes that it has fast kernels for. It takes one
+    scale of them, so that those of tokens go around it."""
+    x = x if balance is None else op.Mul(x, balance)
+    if x_scale is not None:
+        rounded = op.QuantizeLinear(x, x_scale, x_zero)
+        return microsoft().MatMulIntegerToFloat(rounded, codes, x_scale, scales, x_zero, None, bias)
+    one, middle = _float32(1.0), op.Constant(value=ir.tensor(128, ir.DataType.UINT8))
+    largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1)
+    steps = op.Max(op.Mul(largest, _float32(1 / DYNAMIC_STEPS)), _float32(LEAST_SCALE))
+    rounded = op.QuantizeLinear(op.Div(x, steps), one, middle)
+    product = op.Mul(microsoft().MatMulIntegerToFloat(rounded, codes, one, scales, middle), steps)
+    return product if bias is None else op.Add(product, bias)
+
+
+def _float32(value: float) -> Any:
+    return op.Constant(value=ir.tensor(value, ir.DataType.FLOAT))
 
 
 def _merge_heads(x: Any) -> Any:

@@ -12,10 +12,8 @@
 
 namespace precast {
 
-typedef int32_t Ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), may_alias));
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES), may_alias));
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // sum += a[0] * b[0] + a[1] * b[1] in each lane, for pairs of integers of 16 bits; `pair` is the same b for all.
 inline Ints add_pair_products(Ints sum, Ints a, int32_t pair) {

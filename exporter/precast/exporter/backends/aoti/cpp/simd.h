@@ -25,6 +25,8 @@ constexpr int64_t MIN_PARALLEL_MACS = 1 << 15;
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int LANES = Vec::size();
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), may_alias));
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // Ask for the memory AHEAD bytes behind what is read now, in one stream: a processor by itself looks ahead no further than
 // to the end of a page. Beyond the end of an array it does nothing.
