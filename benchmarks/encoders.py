@@ -1,12 +1,13 @@
 """How fast are encoders, and how near to eager fp32: every backend of ours, eager PyTorch and OpenVINO.
 
 MiniLM at 128 tokens, and two random models of the base size, BERT's at 128 tokens and ViT's at 224 pixels; batches of 1
-and 8, all rows full. OpenVINO compiles the graph that torch.onnx.export makes, once as it is told to compute in float32
-and once in bfloat16.
+and 8, all rows full. OpenVINO compiles the graph that torch.onnx.export makes: as it is told to compute in float32, in
+bfloat16, and quantized by NNCF on the samples that our own static ranges come from.
 """
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Answer, Contender, ContenderError, Target, alternate, ratios, summary
+from harness import HERE, Answer, Contender, ContenderError, Target, alternate, environment, ratios, summary
 from peers.catalog import OPENVINO, PEERS
 from plan import Plan
 
@@ -27,6 +28,11 @@ OURS = {
     "precast onnx": (),
     "precast aoti": ("--backend", "aoti"),
     "precast aoti bf16": ("--backend", "aoti", "--auto-cast", "matmul"),
+    **{
+        f"precast {backend} {scheme}": ("--backend", backend, "--quantize", scheme)
+        for backend in ("onnx", "aoti")
+        for scheme in ("a8w8", "a8w8-dynamic")
+    },
 }
 PEER_PYTHON = PEERS / OPENVINO / "bin" / "python"
 _HEADER = ["", "ms", "over eager", "largest difference", "least cosine"]
@@ -55,7 +61,7 @@ def _cases(plan: Plan) -> Iterator[Case]:
     text = ("--task", "feature-extraction", "--sequence-length", "128")
     minilm = plan.model.parent / "all-MiniLM-L6-v2"
     if minilm.is_dir():
-        yield Case("MiniLM", minilm, text, _text(128))
+        yield Case("MiniLM", minilm, text, _prose(minilm, 128))
     yield Case("BERT base", _random(plan, "bert"), text, _text(128))
     pixels = np.random.default_rng(0).standard_normal((8, 3, 224, 224), np.float32)
     yield Case("ViT base", _random(plan, "vit"), ("--task", "feature-extraction"), {"pixel_values": pixels})
@@ -64,6 +70,16 @@ def _cases(plan: Plan) -> Iterator[Case]:
 def _text(length: int) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(1000, 30000, (8, length))
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+def _prose(model: Path, length: int) -> dict[str, Any]:
+    """Eight rows of English, as many as a trained model needs to be itself."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    text = (HERE / "prose.txt").read_text()
+    rows = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"][:8]
+    return {**_text(length), "input_ids": np.array(rows)}
 
 
 def _random(plan: Plan, kind: str) -> Path:
@@ -108,8 +124,13 @@ def _contenders(plan: Plan, case: Case, batch: int, given: Path, notes: list[str
         notes.append("OpenVINO is not there (`make peers` installs it).")
         return found
     graph = _onnx(plan, case, batch, given)
-    for name, precision in (("OpenVINO fp32", "f32"), ("OpenVINO bf16", "bf16")):
-        found[name] = Contender(name, "peers.ov_encode", graph, plan.threads, precision, python=PEER_PYTHON)
+    int8 = _quantized(plan, case, graph, given)
+    for name, file, precision in (
+        ("OpenVINO fp32", graph, "f32"),
+        ("OpenVINO bf16", graph, "bf16"),
+        ("OpenVINO int8", int8, "f32"),
+    ):
+        found[name] = Contender(name, "peers.ov_encode", file, plan.threads, precision, python=PEER_PYTHON)
     return found
 
 
@@ -125,6 +146,45 @@ def _onnx(plan: Plan, case: Case, batch: int, given: Path) -> Path:
         inputs = {name: torch.from_numpy(values) for name, values in np.load(given).items()}
         torch.onnx.export(model, (), str(graph), kwargs=inputs, dynamo=True, verbose=False)
     return graph
+
+
+def _quantized(plan: Plan, case: Case, graph: Path, given: Path) -> Path:
+    """The graph quantized by NNCF, which reads our own calibration samples, padded to the graph's shapes."""
+    target = graph.with_suffix(".int8.xml")
+    if target.exists():
+        return target
+    plan.note(f"NNCF of {graph.name}")
+    shapes = {name: values.shape for name, values in np.load(given).items()}
+    samples = {
+        f"{number}/{name}": _fill(sample, name, shape)
+        for number, sample in enumerate(_calibration(case))
+        for name, shape in shapes.items()
+    }
+    file = given.with_name("samples.npz")
+    np.savez(file, **samples)
+    command = [str(PEER_PYTHON), "-m", "peers.ov_quantize", str(graph), str(file), str(target)]
+    subprocess.run(command, cwd=HERE, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    return target
+
+
+def _calibration(case: Case) -> list[dict[str, Any]]:
+    from precast.exporter import ExportOptions
+    from precast.exporter.checkpoint.resolve import resolve
+    from precast.exporter.kinds.plan import make_plan
+    from precast.exporter.quantize.calls import activation_samples
+
+    sizes = {"sequence_length": (128,)} if "input_ids" in case.inputs else {}
+    options = ExportOptions(task="feature-extraction", quantize="a8w8", batch_size=(1,), **sizes)
+    checkpoint = resolve(str(case.model), options)
+    samples = activation_samples(checkpoint, make_plan(checkpoint, options), options)
+    return [{name: each.numpy() for name, each in sample.items()} for sample in samples]
+
+
+def _fill(sample: dict[str, Any], name: str, shape: tuple[int, ...]) -> Any:
+    """A sample's input in the graph's shape: every row the same, texts padded, with the mask that says so."""
+    row = np.ones_like(sample["input_ids"]) if name == "attention_mask" else sample[name]
+    missing = [(0, 0), *((0, size - had) for size, had in zip(shape[1:], row.shape[1:], strict=True))]
+    return np.repeat(np.pad(row, missing), shape[0], axis=0)
 
 
 def _outputs(contender: Contender, given: Path) -> Any:
@@ -157,10 +217,19 @@ def _report(answer: Answer, title: str, results: dict[str, Any], accuracy: dict[
     answer.figures[title] = {
         name: {"milliseconds": summary(values), **accuracy[name]} for name, values in times.items()
     }
-    for precision, ours in (("fp32", "precast aoti"), ("bf16", "precast aoti bf16")):
+    for precision, ours in (
+        ("fp32", "precast aoti"),
+        ("bf16", "precast aoti bf16"),
+        ("int8", "precast aoti a8w8"),
+        ("int8", "precast onnx a8w8"),
+    ):
         if ours in times and (peer := f"OpenVINO {precision}") in times:
             value = ratios(times[ours], times[peer])["median"]
             answer.targets.append(Target(f"{title}: {ours} over {peer}", value, 1.0))
+    for backend in ("onnx", "aoti"):
+        if (ours := f"precast {backend} a8w8") in times and f"precast {backend}" in times:
+            speed = ratios(times[f"precast {backend}"], times[ours])["median"]
+            answer.targets.append(Target(f"{title}: precast {backend} over its a8w8", speed, 1.5, is_floor=True))
     if "precast aoti bf16" in times:
         speed = ratios(eager, times["precast aoti bf16"])["median"]
         answer.targets.append(Target(f"{title}: eager fp32 over precast aoti bf16", speed, 3.0, is_floor=True))

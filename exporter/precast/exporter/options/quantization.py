@@ -26,10 +26,11 @@ class QuantizationOptions(OptionsPart):
     """How weights and caches are rounded.
 
     Attributes:
-        quantize: "none"; "int8" or "int4" for the weights of linear layers and embeddings; "source", the scheme that the
-            checkpoint's weights are quantized in already; "auto", the smallest mixture of int8 and int4 within
-            `max_kl`; "a8w8", weights and activations of linear layers in 8 bits, with one range of activations per layer
-            from the calibration text, or in "a8w8-dynamic" one per token, as far as that stays within `max_kl`.
+        quantize: "none"; "int8" or "int4" for the weights of linear layers and embeddings; "source", the scheme that
+            the checkpoint's weights are quantized in already; "auto", the smallest mixture of int8 and int4 within
+            `max_kl`; "a8w8", weights and activations of linear layers in 8 bits, with one range of activations per
+            layer from the calibration text, or in "a8w8-dynamic" a scale per token, as far as that stays within the
+            floor.
         smooth: what a8w8 moves from activations into weights: by an exponent between 0 and 1, by "none", or by the one
             of several that serves each layer best, "auto".
         quantize_method: how weights are rounded, one of QUANTIZE_METHODS; None is "rtn" for int8, "awq" where a row

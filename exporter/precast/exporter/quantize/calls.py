@@ -23,7 +23,7 @@ from .int8 import Meter, quantize_activations
 from .mixture import DivergenceMeter
 from .recipe import find_layers
 
-__all__ = ["calibration_inputs", "calibration_rows", "longest_row", "round_activations"]
+__all__ = ["activation_samples", "calibration_inputs", "calibration_rows", "longest_row", "round_activations"]
 
 ROW = 512
 """Tokens per row of calibration text."""
@@ -31,8 +31,8 @@ FEWEST = 2
 FEWEST_FOR_RANGES = 256
 """Tokens from which a range of activations can be told."""
 SHARE = 0.7
-"""The share of what may be lost that rounding activations takes: held-out text differs from that of calibration, and the
-rest of the weights is rounded, too."""
+"""The share of what may be lost that rounding activations takes: held-out text differs from that of calibration, and
+the rest of the weights is rounded, too."""
 
 
 def round_activations(
@@ -49,13 +49,17 @@ def round_activations(
     layers = [layer for layer in find_layers(model, options.skip) if layer.linear and not layer.is_vocabulary]
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
     uncached = {"use_cache": False} if takes_cache else {}
-    texts = _calibration_texts(checkpoint, plan, options)
-    calls = [{**inputs, **uncached} for inputs in calibration_inputs(plan, texts)]
+    calls = [{**inputs, **uncached} for inputs in activation_samples(checkpoint, plan, options)]
     meter, allowed = _make_meter(model, plan, calls, options)
     return quantize_activations(
         model, layers, calls, meter, SHARE * allowed, str(options.smooth), progress,
         is_static=options.quantize == "a8w8",
     )  # fmt: skip
+
+
+def activation_samples(checkpoint: Checkpoint, plan: Plan, options: ExportOptions) -> list[dict[str, Tensor]]:
+    """The inputs that ranges of activations are told from, by the names of the model's arguments."""
+    return calibration_inputs(plan, _calibration_texts(checkpoint, plan, options))
 
 
 def _make_meter(model: nn.Module, plan: Plan, calls: Sequence[Call], options: ExportOptions) -> tuple[Meter, float]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .activations import Call, InputGroup, choose_range, observe_inputs
 from .int8_linear import Int8Linear, Int8Weight
@@ -77,7 +77,17 @@ def _round_group(group: InputGroup, layers: Mapping[str, Layer], is_static: bool
         layer = layers[name]
         weight = Int8Weight.round(layer.weight if balance is None else layer.weight / balance)
         made[name] = Int8Linear(weight, layer.bias, balance, found)
+        _correct_bias(made[name], layer, group.sample)
     return made
+
+
+def _correct_bias(rounded: Int8Linear, layer: Layer, sample: Tensor) -> None:
+    """Take the mean of what rounding changes off the outputs: it is the same for every token, so that it would add up
+    where other errors cancel out."""
+    expected = nn.functional.linear(sample, layer.weight.float(), layer.bias)
+    error = (rounded(sample) - expected).mean(0)
+    bias = -error if layer.bias is None else layer.bias - error
+    rounded.bias = nn.Parameter(bias, requires_grad=False)
 
 
 class _Chooser:
