@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,29 +68,38 @@ def fold_into_norms(model: nn.Module, call: Call, groups: Sequence[InputGroup], 
     same.
     """
     expected = _numbers(model, call)
-    families: dict[str, list[InputGroup]] = {}
+    families: dict[str, list[_Fold]] = {}
     for group in groups:
         if group.norm and group.balance is not None:
-            families.setdefault(re.sub(r"\d+", "", group.norm), []).append(group)
+            fold = _Fold(group, model.get_submodule(group.norm), [layers[name].weight for name in group.names])
+            families.setdefault(re.sub(r"\d+", "", group.norm), []).append(fold)
     for family in families.values():
-        for group in family:
-            _scale(model, group, group.balance, layers)
-        is_same = _is_same(_numbers(model, call), expected)
-        for group in family:
-            if is_same:
-                group.fold()
-            else:
-                _scale(model, group, 1 / group.balance, layers)
+        for fold in family:
+            fold.scale(1.0)
+        if _is_same(_numbers(model, call), expected):
+            for fold in family:
+                fold.group.fold()
+        else:
+            for fold in family:
+                fold.scale(-1.0)
 
 
-def _scale(model: nn.Module, group: InputGroup, factors: Tensor, layers: Mapping[str, Layer]) -> None:
-    """Multiply the outputs of the group's normalization, and divide the columns of its layers."""
-    norm = model.get_submodule(group.norm)
-    for parameter in (norm.weight, getattr(norm, "bias", None)):
-        if parameter is not None:
-            parameter.mul_(factors)
-    for name in group.names:
-        layers[name].weight.div_(factors)
+class _Fold(NamedTuple):
+    """A balanced group, the normalization that it reads, and the weights of its layers."""
+
+    group: InputGroup
+    norm: Any
+    weights: Sequence[Tensor]
+
+    def scale(self, exponent: float) -> None:
+        """Multiply the normalization's outputs by the balance, and divide the layers' columns; or undo it, by -1."""
+        assert self.group.balance is not None
+        factors = self.group.balance**exponent
+        for parameter in (self.norm.weight, getattr(self.norm, "bias", None)):
+            if parameter is not None:
+                parameter.mul_(factors)
+        for weight in self.weights:
+            weight.div_(factors)
 
 
 def _numbers(model: nn.Module, call: Call) -> list[Tensor]:

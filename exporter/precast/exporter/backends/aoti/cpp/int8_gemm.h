@@ -43,10 +43,13 @@ struct Rounding {
 template <int K>
 struct Int8Gemm {
   static constexpr int QUADS = (K + 3) / 4, WIDTH = 4 * QUADS;
-  static constexpr int PANEL = 64, VECTORS = LANES == 16 ? 4 : 2, TILE = VECTORS * LANES, MR = 6;
+  static constexpr int PANEL = 64;
+  // Outputs and rows whose sums fit into registers, beside what instructions for pairs need.
+  static constexpr int VECTORS = LANES == 16 ? 4 : 2, TILE = VECTORS * LANES, MR = LANES == 16 ? 6 : 4;
   static constexpr int64_t PANEL_BYTES = (QUADS + 1) * int64_t{4 * PANEL};
   // Rows that a task computes at most, a multiple of MR.
-  static constexpr int64_t MAX_ROWS = 42 * MR;
+  static constexpr int64_t MAX_ROWS = 252;
+  static_assert(MAX_ROWS % MR == 0);
 
   const int8_t* panels;  // [ceil(outputs / PANEL), QUADS + 1, PANEL, 4]
   const float* scales;   // [outputs]
