@@ -63,7 +63,10 @@ def operator_of(node: Node) -> Any:
 
 def is_quantized(node: Node) -> bool:
     """Whether an operator's weights are codes; its scales are float32, and so it computes."""
-    return operator_of(node) in (torch.ops.precast.quantized_linear, torch.ops.precast.quantized_embedding)
+    return str(operator_of(node)) in _OF_CODES
+
+
+_OF_CODES = ("precast.quantized_linear", "precast.quantized_embedding", "precast.int8_linear")
 
 
 def is_float(node: Any) -> bool:

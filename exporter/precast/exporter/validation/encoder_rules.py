@@ -12,7 +12,7 @@ from precast.runtime.errors import AccuracyError
 
 from ..kinds.samples import label_axis
 from ..options import ExportOptions
-from .metrics import ENCODER_ADVICE, Floor, encoder_floor_for, show_beyond
+from .metrics import ENCODER_ADVICE, Floor, advice_for, encoder_floor_for, show_beyond
 from .reference import Reference
 from .rules import Answers, Comparison, compare_rows, differences, round_figure
 
@@ -54,7 +54,7 @@ def judge_encoder(reference: Reference, answers: Answers, options: ExportOptions
         return Accuracy(status="accepted", reason=f"taken as it is, though not within {floor}", figures=figures)
     raise AccuracyError(
         f"{loss[0].upper()}{loss[1:]}, the model loses too much on {figures['heldout_rows']} held-out inputs: "
-        f"{' and '.join(problems)}. Nothing was written. {ENCODER_ADVICE}"
+        f"{' and '.join(problems)}. Nothing was written. {advice_for(options, ENCODER_ADVICE)}"
     )
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "QUANTIZED_ADVICE",
     "Floor",
     "Scores",
+    "advice_for",
     "check_floor",
     "encoder_floor_for",
     "floor_for",
@@ -169,10 +170,21 @@ ENCODER_ADVICE = (
     "Try quantize='int8', quantize_method='gptq' or a smaller group_size, or leave the layers that cost most as they "
     "are by skip=; accept_loss=True takes it as it is."
 )
+ACTIVATION_ADVICE = (
+    "Try quantize='a8w8-dynamic', another exponent in smooth=, or quantize='int8', which rounds weights alone; "
+    "accept_loss=True takes it as it is."
+)
 CAST_ADVICE = (
     "Try auto_cast='matmul', which leaves sums, norms and softmax in float32, or the type with more digits, "
     "auto_cast_type='fp16'; accept_loss=True takes it as it is."
 )
+
+
+def advice_for(options: ExportOptions, otherwise: str) -> str:
+    """What to try instead where a model is beyond its floor; `otherwise` where only its weights are rounded."""
+    if options.quantization.rounds_activations:
+        return ACTIVATION_ADVICE
+    return CAST_ADVICE if options.is_cast else otherwise
 
 
 def check_floor(scores: Scores, floor: Floor, loss: str, advice: str = QUANTIZED_ADVICE) -> None:

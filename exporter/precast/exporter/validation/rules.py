@@ -12,7 +12,16 @@ from precast.runtime.errors import AccuracyError
 
 from ..kinds.samples import Answer, ValidationSample
 from ..options import ExportOptions
-from .metrics import CAST_ADVICE, QUANTIZED_ADVICE, check_floor, floor_for, kl_divergence, log_softmax, score_rows
+from .metrics import (
+    CAST_ADVICE,
+    QUANTIZED_ADVICE,
+    advice_for,
+    check_floor,
+    floor_for,
+    kl_divergence,
+    log_softmax,
+    score_rows,
+)  # fmt: skip
 from .reference import Reference
 
 __all__ = [
@@ -61,7 +70,7 @@ def judge_loss(reference: Reference, answers: Answers, options: ExportOptions, l
     # First of all: a faulty graph is not accepted, whatever the options say.
     _check_edges(edges, scores.kl_divergence)
     try:
-        check_floor(scores, floor, loss, CAST_ADVICE if options.is_cast else QUANTIZED_ADVICE)
+        check_floor(scores, floor, loss, advice_for(options, QUANTIZED_ADVICE))
     except AccuracyError:
         if not options.accept_loss:
             raise
