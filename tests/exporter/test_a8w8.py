@@ -20,7 +20,7 @@ from precast.exporter.quantize.int8_linear import Int8Linear
 from precast.exporter.quantize.recipe import find_layers
 from precast.exporter.quantize.smooth import choose_balance, fold_into_norms
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
-from precast.runtime.errors import UsageError
+from precast.runtime.errors import AccuracyError, UsageError
 
 VIT = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32,
@@ -210,6 +210,18 @@ def test_what_does_not_fit_is_refused(options, words):
     with pytest.raises(UsageError) as refused:
         ExportOptions(sequence_length=48, **options).check()
     assert words in str(refused.value)
+
+
+def test_below_the_floor_other_schemes_are_advised(source, tmp_path):
+    """No layer rounds activations any more, and weights alone lose more than this."""
+    options = ExportOptions(sequence_length=48, quantize="a8w8", max_kl=1e-9)
+    model, words = quantized(source("llama"), options)
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+    assert "activations" not in words
+    with pytest.raises(
+        AccuracyError, match=r"Try quantize='a8w8-dynamic', another exponent in smooth=, or quantize='int8'"
+    ):
+        export(str(source("llama")), tmp_path / "out", options)
 
 
 def test_a_text_too_short_for_ranges_says_how_much_it_takes(source, tmp_path):

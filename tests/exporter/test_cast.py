@@ -21,6 +21,7 @@ from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.kinds.trace import Program, trace
 from precast.exporter.precision import Cast, cast_programs, choose_cast
 from precast.exporter.quantize import Recipe, Scheme, quantize
+from precast.exporter.quantize.choose import quantize_model
 from precast.exporter.validation.metrics import Floor, floor_for
 from precast.exporter.validation.reference import Reference
 from precast.exporter.validation.revalidate import validate_again
@@ -377,6 +378,19 @@ def test_a_decoder_as_a_whole(checkpoint, tmp_path, options, name):
     assert variant.accuracy.reason.endswith("KL divergence <= 0.005, top-1 agreement >= 0.94")
     told = {"auto_cast": "all", "auto_cast_type": "bf16"} if "auto_cast" in options else {}
     assert {key: value for key, value in variant.compiler.options.items() if key.startswith("auto")} == told
+
+
+def test_products_of_8_bits_compute_in_float32(checkpoint):
+    asked = ExportOptions(sequence_length=(24,), quantize="a8w8", dtype="bfloat16", backend="export")
+    opened = resolve(str(checkpoint("llama")), asked)
+    plan = make_plan(opened, asked)
+    model = opened.load(plan.task, "float32")
+    quantize_model(model, opened, plan, asked)
+    (less, *_) = cast_programs(list(trace(model, plan))[:1], Cast("weights", BF16))
+    products = nodes(less, torch.ops.precast.int8_linear.default)
+    assert products
+    for node in products:
+        assert dtype_of(node) == dtype_of(node.args[0]) == dtype_of(node.args[2]) == torch.float32
 
 
 def test_layers_of_codes_compute_in_float32(checkpoint):
