@@ -13,6 +13,7 @@ from .exporting import check_installed, load_exporter
 from .options import (
     LENGTHS,
     adapter_options,
+    adapter_slot_options,
     cast_options,
     hub_options,
     in_flags,
@@ -60,6 +61,7 @@ _shape = option_in("Shapes")
     help="What compiles and runs the model: onnx, aoti, export, neuron; auto: the fastest here of all that can.",
 )
 @adapter_options
+@adapter_slot_options
 @cast_options
 @quantize_options
 @click.option("--atol", type=float, default=1e-4, show_default=True, help="Allowed difference from the eager model.")
@@ -166,6 +168,8 @@ def describe_plan(plan: Any) -> str:
         lines.append(f"attention        {facts['attention']}: {facts['attention_because']}")
     if "prefix" in facts:
         lines.append(f"prefix           {facts['prefix']}, of the sequence length")
+    if "adapters" in facts:
+        lines.append(f"adapters         {facts['adapters']}")
     if "tokenizer" in facts:
         lines.append("tokenizer        none in the checkpoint: the artifact will take token ids, no texts")
     if facts["cache_bytes"]:

@@ -77,6 +77,10 @@ _MODES = ("compiled", "eager", "torch-compile")
     help="Keep what was read in FILE: made by the first run, and opened by later ones, which read only what their "
     "prompt has besides. A long system prompt, say.",
 )  # fmt: skip
+@click.option(
+    "--adapter", metavar="NAME=PATH",
+    help="Load the LoRA adapter in the directory PATH, and answer with it; of models with slots (export --lora-slots).",
+)  # fmt: skip
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End where this text appears; repeatable.")
 @click.option(
     "--json-schema", metavar="FILE", type=click.Path(path_type=Path),
@@ -100,6 +104,7 @@ def command(
     stops: tuple[str, ...],
     assistant: str | None,
     session: Path | None,
+    adapter: str | None,
     json_schema: Path | None,
     regex: str | None,
     grammar: Path | None,
@@ -123,14 +128,14 @@ def command(
         raise click.UsageError("--stop is empty, which every text contains; give at least one character.")
     asked = _generate_options({name: options.pop(name) for name in _SAMPLING}, stops, parse_settings(settings))
     form = _form_options(json_schema, regex, grammar, choices)
-    _check_mode(mode, {"--session": session, "--assistant": assistant, "a form of answers": form})
+    _check_mode(mode, {"--session": session, "--assistant": assistant, "--adapter": adapter, "a form of answers": form})
     asked |= form
     chats = {"chat": chat, "system": system, "max_input_tokens": max_input_tokens}
     if reads_rows:
         if session is not None:
             raise click.UsageError("--session keeps one prompt, and these are rows of many; leave it out.")
         rows = read_input(files, prompts)
-        _answer_rows(model, rows, files, asked, assistant, chats, as_json, quiet, options)
+        _answer_rows(model, rows, files, asked, assistant, adapter, chats, as_json, quiet, options)
         return
     if files.column or files.input_format:
         raise click.UsageError("--column and --input-format are of rows; give --input-file, '-' for standard input.")
@@ -142,7 +147,7 @@ def command(
     if mode != "compiled":
         _answer_at_once(model, prompt or "", asked, chats, as_json, quiet, options)
         return
-    _answer_prompt(model, prompt, asked, assistant, session, chats, as_json, quiet, options)
+    _answer_prompt(model, prompt, asked, assistant, adapter, session, chats, as_json, quiet, options)
 
 
 def _check_mode(mode: str, given: dict[str, Any]) -> None:
@@ -156,8 +161,8 @@ def _is_at_terminal() -> bool:
 
 
 def _answer_prompt(
-    model: str, prompt: str | None, asked: dict[str, Any], assistant: str | None, session: Path | None,
-    chats: dict[str, Any], as_json: bool, quiet: bool, options: dict[str, Any],
+    model: str, prompt: str | None, asked: dict[str, Any], assistant: str | None, adapter: str | None,
+    session: Path | None, chats: dict[str, Any], as_json: bool, quiet: bool, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Continue one prompt, token by token; None begins a chat."""
     from precast.runtime.generation.config import default_new_tokens
@@ -165,6 +170,7 @@ def _answer_prompt(
     _check_session(session)
     started = time.perf_counter()
     opened = _open_decoder(model, quiet, options)
+    asked = {**asked, **_load_adapter(opened, adapter)}
     is_kept = session is None or session.exists()
     if session is not None and is_kept:
         opened.load_session(session)
@@ -227,8 +233,8 @@ def _run_chat(opened: Any, asked: dict[str, Any], chats: dict[str, Any]) -> bool
 
 
 def _answer_rows(
-    model: str, rows: list[Any], files: Files, asked: dict[str, Any], assistant: str | None, chats: dict[str, Any],
-    as_json: bool, quiet: bool, options: dict[str, Any],
+    model: str, rows: list[Any], files: Files, asked: dict[str, Any], assistant: str | None, adapter: str | None,
+    chats: dict[str, Any], as_json: bool, quiet: bool, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Continue the prompts of many rows."""
     from precast.runtime.runner.files import fingerprint
@@ -237,13 +243,14 @@ def _answer_rows(
 
     column = Column(rows, files.column, PROMPT_COLUMNS)
     opened = _open_decoder(model, quiet, options)
+    asked = {**asked, **_load_adapter(opened, adapter)}
     # Drawn here, so that an interrupted run goes on with it.
     seed = asked.pop("seed", None)
     work = {
         "model": [opened.artifact.contract.digest, opened.variant.name]
         if options["mode"] == "compiled"
         else [opened.name, options["mode"]],
-        "options": fingerprint([asked, chats, files.column, assistant, seed]),
+        "options": fingerprint([asked, chats, files.column, assistant, seed, *_adapter_hashes(opened)]),
         "seed": secrets.randbelow(2**31) if seed is None else seed,
     }
     if assistant is not None:
@@ -342,6 +349,22 @@ def _open_decoder(model: str, quiet: bool, options: dict[str, Any]) -> Any:
             f"Ask it with: precast predict {quoted(model)} --text …"
         )
     return opened
+
+
+def _load_adapter(opened: Any, given: str | None) -> dict[str, str]:
+    """Load what --adapter names; returns the arguments of generate() that use it."""
+    if given is None:
+        return {}
+    name, sign, path = given.partition("=")
+    if not (name and sign and path):
+        raise click.UsageError(f"--adapter {given!r}: give a name and a directory, as in style=./style-lora.")
+    opened.load_adapter(name, Path(path).expanduser())
+    return {"adapter": name}
+
+
+def _adapter_hashes(opened: Any) -> list[str]:
+    """The hashes of the files of loaded adapters, as a name can stand for others the next time."""
+    return list(getattr(opened, "adapters", {}).values())
 
 
 def _render_chat(opened: Any, prompt: str, system: str | None) -> str:

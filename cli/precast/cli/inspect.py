@@ -62,6 +62,11 @@ def _describe_prefix(prefix: Any) -> str:
     return f"{prefix.length} positions before every prompt ({prefix.method}); prompts begin at position {first}"
 
 
+def _describe_slots(lora: Any) -> str:
+    kinds = ", ".join(dict.fromkeys(f"*.{target.module.rpartition('.')[2]}" for target in lora.targets))
+    return f"{lora.slots} LoRA adapters at once, of ranks up to {lora.rank}, for {len(lora.targets)} layers: {kinds}"
+
+
 def _measure(artifact: Any, variant: Any) -> dict[str, int] | None:
     """The bytes of a variant's tensors, and about how many they would be in 8 and 4 bits; None for files that cannot be
     read, which opening the artifact would say."""
@@ -96,6 +101,7 @@ def _print_facts(
         ),
         ("sequence length", ", ".join(map(str, contract.shapes.sequence_length))),
         *([("prefix", _describe_prefix(contract.prefix))] if contract.prefix else []),
+        *([("adapter slots", _describe_slots(contract.lora))] if contract.lora else []),
         ("size", f"{sum(file.size for file in contract.files.values()) / 1e6:,.1f} MB in {len(contract.files)} files"),
         ("files", "verified" if verified else "not verified: --verify compares all with their hashes"),
     ]

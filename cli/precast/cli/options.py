@@ -16,6 +16,7 @@ __all__ = [
     "InSection",
     "Sections",
     "adapter_options",
+    "adapter_slot_options",
     "cast_options",
     "hub_options",
     "in_flags",
@@ -123,6 +124,22 @@ def adapter_options(function: F) -> F:
                       help="Merge this adapter of peft (LoRA and its kin) into the weights; repeatable."),
             _adapters("--force-base", is_flag=True, help="Take adapters that name another base model than MODEL."),
             _adapters("--trust-pickle", is_flag=True, help="Read adapters that are pickled (.bin): tensors only."),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def adapter_slot_options(function: F) -> F:
+    """Which adapters can be loaded at run time."""
+    for option in reversed(
+        [
+            _adapters("--lora-slots", type=int, default=0, show_default=False, metavar="N",
+                      help="Decoders: room for N LoRA adapters, loaded and switched at run time."),
+            _adapters("--lora-rank", type=int, metavar="R", help="With --lora-slots: the largest rank of an adapter."),
+            _adapters("--lora-targets", multiple=True, metavar="PATTERN",
+                      help="With --lora-slots: layers that adapters may change, by default all linear ones of the "
+                           "decoder's blocks; '*.q_proj', say. Repeatable."),
         ]
     ):  # fmt: skip
         function = option(function)

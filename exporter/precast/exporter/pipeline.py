@@ -143,7 +143,7 @@ def _load(
     with on_step("reference") as listener, progress_to(listener):
         is_scored = options.quantization.is_rounded or (options.is_lossy and plan.task.kind == "decoder")
         eager = PrefixedModel(model, prefix, plan.prefix.positions) if plan.prefix else model
-        reference = make_reference(eager, checkpoint, plan.task, plan.outline(), is_scored=is_scored)
+        reference = make_reference(eager, checkpoint, plan.task, plan.outline(), plan.lora, is_scored=is_scored)
     return loaded, reference
 
 
@@ -232,6 +232,7 @@ def _contract(
         variants=[variant],
         files=hash_files(stage),
         prefix=prefix,
+        lora=plan.lora,
     )
 
 

@@ -61,14 +61,23 @@ def _ask_model(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _ask_decoder(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [np.array(row, np.int64) for row in sample["rows"]]
+    adapter = _load_adapters(model, sample["adapters"])
     if sample["kind"] in ("logits", "score"):
-        return [{"logits": each} for each in model.logits_at(rows, sample["positions"])]
+        return [{"logits": each} for each in model.logits_at(rows, sample["positions"], adapter=adapter)]
     ids, mask = _pad_rows(rows, sample["side"])
     # The checkpoint's own generation settings play no part.
     model.generation_config = GenerationConfig(eos_token_id=[])
-    whole = model.generate(ids, mask, max_new_tokens=sample["count"])
+    whole = model.generate(ids, mask, max_new_tokens=sample["count"], adapter=adapter)
     model.generation_config = None
     return [{"tokens": row[ids.shape[1] :]} for row in whole]
+
+
+def _load_adapters(model: Any, folders: list[str]) -> list[str | None] | None:
+    """Load the adapters of these directories, each by its path as its name; returns the names of the rows' adapters."""
+    for folder in dict.fromkeys(filter(None, folders)):
+        if folder not in model.adapters:
+            model.load_adapter(folder, folder)
+    return [folder or None for folder in folders] or None
 
 
 def _ask_seq2seq(model: Any, sample: dict[str, Any]) -> list[dict[str, Any]]:

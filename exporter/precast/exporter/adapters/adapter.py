@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from precast.runtime.artifact import strict_json
-from precast.runtime.artifact.integrity import read_regular, sha256_of
+from precast.runtime.artifact.peft_files import (
+    CONFIG,
+    WEIGHT_FILES,
+    hash_adapter,
+    hub_id,
+    read_settings,
+    whole_problems,
+)
 from precast.runtime.errors import CheckpointError, FormatError
 
-__all__ = ["CONFIG", "KINDS", "METHODS", "WEIGHT_FILES", "Adapter", "check_base", "read_adapter"]
+__all__ = ["KINDS", "METHODS", "Adapter", "check_base", "read_adapter"]
 
-CONFIG = "adapter_config.json"
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 KINDS = ("LORA", "ADALORA", "LOHA", "LOKR")
 """Values of `peft_type` that are merged; rsLoRA and DoRA are settings of LORA."""
 METHODS: dict[str, Literal["prefix-tuning", "prompt-tuning", "p-tuning"]] = {
@@ -26,13 +28,6 @@ METHODS: dict[str, Literal["prefix-tuning", "prompt-tuning", "p-tuning"]] = {
     "P_TUNING": "p-tuning",
 }
 """Values of `peft_type` that `prefix_tuning` takes, and how they are called here."""
-_UNMERGED = (
-    "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config",
-    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
-)  # fmt: skip
-"""Settings by which an adapter is more than a change of weights, or one that is not tried here."""
-_CHANGE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-"""Beginnings of `init_lora_weights` for which training starts from another base than the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,7 @@ class Adapter:
     @cached_property
     def sha256(self) -> str:
         """One hash over its settings and its tensors: that of the list of their names and hashes."""
-        paths = (self.weights.with_name(CONFIG), self.weights)
-        return hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in paths).encode()).hexdigest()
+        return hash_adapter(self.weights)
 
 
 def read_adapter(
@@ -80,7 +74,7 @@ def read_adapter(
 def check_base(adapter: Adapter, name: str | None) -> None:
     """Raise CheckpointError for an adapter of another model than the checkpoint `name`, where both names are ids of the
     Hub."""
-    wanted = _hub_id(adapter.settings.get("base_model_name_or_path"))
+    wanted = hub_id(adapter.settings.get("base_model_name_or_path"))
     if wanted and name and wanted.lower() != name.lower():
         raise CheckpointError(
             f"The adapter {adapter.given} was trained on {wanted}, and the checkpoint is {name}: export {wanted} with "
@@ -96,12 +90,11 @@ def _read_settings(directory: Path, given: str) -> dict[str, Any]:
             f"save_pretrained of a PeftModel wrote."
         )
     try:
-        found = strict_json.loads(read_regular(path, strict_json.MAX_BYTES), f"{given}/{CONFIG}")
+        return read_settings(directory, given)
     except OSError as error:
         raise CheckpointError(f"{CONFIG} of {given} cannot be read: {error.strerror}.") from error
     except FormatError as error:
         raise CheckpointError(str(error)) from error
-    return found
 
 
 def _problems(settings: dict[str, Any], weight: float) -> Iterator[str]:
@@ -109,15 +102,7 @@ def _problems(settings: dict[str, Any], weight: float) -> Iterator[str]:
     kind = settings.get("peft_type")
     if kind not in KINDS:
         yield f"its peft_type is {kind!r}; what is merged: {', '.join(KINDS)}."
-    for name in _UNMERGED:
-        if settings.get(name):
-            yield f"it has {name}={str(settings[name])[:80]}, which is no change of the checkpoint's weights alone."
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGE_BASE):
-        yield (
-            f"it was trained from init_lora_weights={start!r}, which changes the base model's weights, too. Convert it "
-            f"where it was trained: model.save_pretrained(OUT, path_initial_model_for_weight_conversion=START)"
-        )
+    yield from whole_problems(settings)
     if weight != 1:
         for name in ("modules_to_save", "trainable_token_indices"):
             if settings.get(name):
@@ -136,12 +121,3 @@ def _find_weights(directory: Path, given: str, trust_pickle: bool) -> Path:
             f"trust_pickle=True: then its tensors are read, and nothing else of it."
         )
     return found
-
-
-def _hub_id(name: object) -> str | None:
-    """The id on the Hub that a name is, or that a path in the Hub's cache has; None for other paths."""
-    if not isinstance(name, str):
-        return None
-    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", name):
-        return f"{cached[1]}/{cached[2]}"
-    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() else None

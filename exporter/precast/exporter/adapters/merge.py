@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precast.runtime.artifact.peft_files import CONFIG
 from precast.runtime.errors import CheckpointError, UsageError
 
 from ..quiet import silence
-from .adapter import CONFIG, Adapter
+from .adapter import Adapter
 
 __all__ = ["merge_adapter"]
 

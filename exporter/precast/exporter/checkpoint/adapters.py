@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from precast.runtime.artifact.peft_files import CONFIG, WEIGHT_FILES
 from precast.runtime.errors import CheckpointError
 from precast.runtime.terminal import quoted
 
-from ..adapters.adapter import CONFIG, WEIGHT_FILES, Adapter, check_base, read_adapter
+from ..adapters.adapter import Adapter, check_base, read_adapter
 from ..options import AdapterOptions
 from ..options.adapters import LoraRequest
 from .download import download

@@ -13,10 +13,11 @@ from typing import Any
 
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import read_regular
+from precast.runtime.artifact.peft_files import CONFIG, WEIGHT_FILES
 from precast.runtime.errors import CheckpointError, FormatError
 from precast.runtime.terminal import quoted
 
-from ..adapters.adapter import CONFIG, KINDS, METHODS, WEIGHT_FILES
+from ..adapters.adapter import KINDS, METHODS
 
 __all__ = ["check_merged", "check_no_adapter"]
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import pytorch_utils
 
-from precast.runtime.artifact.schema import Axis, Dim, Dtype, Graph, Input, Output, Role
+from precast.runtime.artifact.schema import Axis, Dim, Dtype, Graph, Input, Lora, Output, Role
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import ExportError, UsageError
 from precast.runtime.hosts.machine import memory_bytes
@@ -84,6 +84,7 @@ class Plan:
         lengths: the compiled sequence lengths; a decoder's one capacity.
         prefill_lengths: prompt lengths with a graph of fixed length each.
         prefix: what stands before every prompt, if anything does.
+        lora: the slots for adapters, if there are any.
         layer_sizes: the heads and widths that a decoder itself caches, by layer.
     """
 
@@ -103,6 +104,7 @@ class Plan:
     prefill_lengths: tuple[int, ...] = ()
     prefix: PrefixFile | None = None
     layer_sizes: tuple[LayerSizes, ...] = ()
+    lora: Lora | None = None
 
     @property
     def cache_widths(self) -> list[int]:

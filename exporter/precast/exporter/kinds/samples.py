@@ -51,6 +51,7 @@ class ValidationSample:
             held-out text.
         rows: token ids of a decoder, or of a given answer.
         side: where rows are padded, "right" or "left".
+        adapters: of a decoder with slots, for each row the directory of its adapter, or "" for none.
         tensors: an encoder's rows, by the inputs' names, without the batch dimension.
     """
 
@@ -60,6 +61,7 @@ class ValidationSample:
     side: str = "right"
     positions: list[list[int]] = field(default_factory=list)
     count: int = 0
+    adapters: list[str] = field(default_factory=list)
     tensors: list[dict[str, Array]] = field(default_factory=list)
 
     @property

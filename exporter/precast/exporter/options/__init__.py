@@ -13,6 +13,7 @@ from precast.runtime.errors import UsageError
 from precast.runtime.terminal import quoted
 
 from .accuracy import AccuracyOptions
+from .adapter_slots import AdapterSlotOptions
 from .adapters import AdapterOptions
 from .backend_options import BackendOptions, backends_that_take, fill, find_option, options_class, taken_by
 from .declaration import OptionsPart, choice_problems, describe, keyword_of
@@ -24,8 +25,8 @@ from .spellings import THEIR_NAMES, in_our_words
 
 __all__ = [
     "AUTO", "GROUP_SIZES", "QUANTIZE_METHODS", "SIZES", "SIZE_EXAMPLES", "AccuracyOptions", "AdapterOptions",
-    "BackendOptions", "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions", "describe",
-    "keyword_of", "option_names",
+    "AdapterSlotOptions", "BackendOptions", "ExportOptions", "PrecisionOptions", "QuantizationOptions", "ShapeOptions",
+    "describe", "keyword_of", "option_names",
 ]  # fmt: skip
 
 AUTO = "auto"
@@ -34,6 +35,7 @@ AUTO = "auto"
 PARTS: dict[str, type[OptionsPart]] = {
     "shapes": ShapeOptions,
     "adapters": AdapterOptions,
+    "adapter_slots": AdapterSlotOptions,
     "precision": PrecisionOptions,
     "quantization": QuantizationOptions,
     "accuracy": AccuracyOptions,
@@ -62,6 +64,7 @@ class ExportOptions:
         trust_remote_code: run modelling code that comes with the checkpoint.
         weights: a file or folder with the weights, where they do not lie with the checkpoint's configuration.
         adapters: what is merged into the weights.
+        adapter_slots: which adapters can be loaded at run time.
         prefix_tuning: the folder of a PEFT adapter of type PREFIX_TUNING, PROMPT_TUNING or P_TUNING, or PaddleNLP's
             pre_caches.npy: keys and values that lie before every prompt, in `sequence_length`, too.
         quantization: how weights and caches are rounded.
@@ -82,6 +85,7 @@ class ExportOptions:
     trust_remote_code: bool = False
     weights: str | None = None
     adapters: AdapterOptions = field(default=AdapterOptions())
+    adapter_slots: AdapterSlotOptions = field(default=AdapterSlotOptions())
     prefix_tuning: str | None = None
     quantization: QuantizationOptions = field(default=QuantizationOptions())
     accuracy: AccuracyOptions = field(default=AccuracyOptions())
@@ -203,6 +207,11 @@ class ExportOptions:
                 f"prefix_tuning={self.prefix_tuning!r} stands before the prompts of decoders, and {task.name!r} has no "
                 f"prompts. Leave it out."
             )
+        if self.adapter_slots.is_asked and task.kind != "decoder":
+            raise UsageError(
+                f"lora_slots={self.lora_slots} are for decoders, and {task.name!r} is done by none: lora= merges an "
+                f"adapter into any model."
+            )
         self._check_bounds(task)
         rounding = self.quantization
         if rounding.kv_cache != "float32" and task.kind != "decoder":
@@ -244,7 +253,7 @@ class ExportOptions:
 
     def problems(self) -> Iterator[str]:
         """Describe everything that is wrong with these options, a sentence each."""
-        for part in (self.shapes, self.adapters, self.precision, self.quantization):
+        for part in (self.shapes, self.adapters, self.adapter_slots, self.precision, self.quantization):
             yield from part.problems()
         yield from self._combination_problems()
         yield from self._choice_problems()
@@ -283,9 +292,31 @@ class ExportOptions:
             where = f"backend={row.name!r}" if row.owns_caches else f"device={self.device!r}"
             yield f"{given} is not for {where}, where caches lie in the memory of a device; leave one out."
 
+    def _slot_problems(self, row: Backend) -> Iterator[str]:
+        if not self.adapter_slots.is_asked:
+            return
+        given = f"lora_slots={self.lora_slots}"
+        if not row.has_adapter_slots:
+            others = ", ".join(each.name for each in BACKENDS.values() if each.has_adapter_slots)
+            yield (
+                f"{given} is not for backend={row.name!r}, which keeps no weights apart. Backends that take it: "
+                f"{others}; lora= merges an adapter for every backend."
+            )
+        if self.device != "cpu":
+            yield f"{given} is not for device={self.device!r}: adapters lie in the memory of the CPU; leave one out."
+        if self.precision.is_cast:
+            cast = f"dtype={self.dtype!r}" if self.dtype != "float32" else f"auto_cast={self.auto_cast!r}"
+            yield f"{given} cannot be combined with {cast}: adapters are float32; quantize= makes the base smaller."
+        if self.prefix_tuning is not None:
+            yield (
+                f"{given} cannot be combined with prefix_tuning={self.prefix_tuning!r}, whose keys and values were "
+                f"computed without an adapter; leave one out."
+            )
+
     def _backend_problems(self) -> Iterator[str]:
         row = self._backend_row()
         yield from self._prefix_problems(row)
+        yield from self._slot_problems(row)
         yield from self._foreign_problems(row)
         if self.quantization.kv_cache == "float16" and not row.halves_caches:
             others = ", ".join(each.name for each in BACKENDS.values() if each.halves_caches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from precast.runtime.artifact.locks import Scratch
-from precast.runtime.artifact.schema import Graph
+from precast.runtime.artifact.schema import Graph, Lora
 from precast.runtime.artifact.tasks import Task
 
+from ..adapters.slots import write_random_adapter
 from ..architectures.last_eos_pooling import pools_last_eos
 from ..checkpoint.checkpoint import Checkpoint
 from ..kinds import kind_of
@@ -33,15 +34,18 @@ class Reference:
 
 
 def make_reference(
-    model: nn.Module, checkpoint: Checkpoint, task: Task, graphs: list[Graph], *, is_scored: bool
+    model: nn.Module, checkpoint: Checkpoint, task: Task, graphs: list[Graph], lora: Lora | None, *, is_scored: bool
 ) -> Reference:
-    """Answer all samples for an artifact with these graphs by the eager model; with `is_scored` held-out ones, too."""
+    """Answer all samples for an artifact with these graphs by the eager model, with slots for adapters some with one;
+    with `is_scored` held-out ones, too."""
     arguments = (task, graphs, checkpoint.tokenizer, checkpoint.vocabulary)
     samples = make_samples(*arguments)
-    folder = None
+    folder = Scratch() if is_scored or lora else None
+    if lora and folder:
+        write_random_adapter(lora, folder.path)
+        samples += [_with_adapter(each, str(folder.path)) for each in _of_each_kind(samples)]
     if is_scored:
         samples += make_held_out_samples(*arguments)
-        folder = Scratch()
     if pools_last_eos(model):
         samples = [each.ending_in(model.config.eos_token_id) for each in samples]  # type: ignore[union-attr, arg-type]
     answers = []
@@ -55,6 +59,17 @@ def make_reference(
     if folder:
         weakref.finalize(reference, folder.close)
     return reference
+
+
+def _of_each_kind(samples: list[ValidationSample]) -> list[ValidationSample]:
+    """The first sample of each kind."""
+    return list({sample.kind: sample for sample in reversed(samples)}.values())
+
+
+def _with_adapter(sample: ValidationSample, folder: str) -> ValidationSample:
+    """The same sample with an adapter in every other row, the first among them."""
+    adapters = [folder if row % 2 == 0 else "" for row in range(sample.size)]
+    return replace(sample, name=f"{sample.name}, with an adapter", adapters=adapters)
 
 
 def _move_to_disk(found: Answer, path: Path) -> Answer:

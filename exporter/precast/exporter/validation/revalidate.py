@@ -70,7 +70,7 @@ def validate_again(
         graphs = after_prefix(graphs, prefix.length)
     is_rounded = bool(chosen.quantization or chosen.kv_cache)
     is_scored = is_rounded or (loss is not None and task.kind == "decoder")
-    reference = make_reference(loaded, checkpoint, task, graphs, is_scored=is_scored)
+    reference = make_reference(loaded, checkpoint, task, graphs, artifact.contract.lora, is_scored=is_scored)
     del loaded
     try:
         accuracy = compare(path, chosen.name, reference, options, loss, sha256)

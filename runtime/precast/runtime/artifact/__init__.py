@@ -16,7 +16,8 @@ from ..terminal import quoted
 from . import optimum_neuron, strict_json
 from .graphs import CACHE_POSITIONS, DECODER_INPUTS, OF_TEXT, graph_problem, is_cache_positions, variant_problem
 from .integrity import Contents, read_regular
-from .schema import FORMAT_VERSION, Contract, File, Graph, Input, Variant
+from .lora import lora_inputs, lora_problem
+from .schema import FORMAT_VERSION, Contract, File, Graph, Input, Lora, Variant
 from .tasks import find_tasks, kind_of_roles
 
 __all__ = [
@@ -151,14 +152,14 @@ def _check(contract: Contract, config: dict[str, Any], path: Path) -> None:
     names = [variant.name for variant in contract.variants]
     if len(set(names)) != len(names):
         raise FormatError(f"{path / 'config.json'} names two variants alike: {', '.join(names)}.")
-    if problem := _prefix_problem(contract):
+    if problem := _prefix_problem(contract) or _lora_problem(contract):
         raise FormatError(f"{path / 'config.json'}: {problem}.")
     vocabulary, batch = vocabulary_of(config), contract.shapes.batch_size
     for variant in contract.variants:
         if missing := sorted(_named(variant) - set(contract.files)):
             raise FormatError(f"{path / 'config.json'}: variant {variant.name!r} uses {missing[0]}, not in files.")
         _check_task(variant, contract.task, path)
-        if problem := next(_variant_problems(variant, vocabulary, batch), None):
+        if problem := next(_variant_problems(variant, vocabulary, batch, contract.lora), None):
             raise FormatError(f"{path / 'config.json'}: {problem}.")
 
 
@@ -177,7 +178,18 @@ def _prefix_problem(contract: Contract) -> str | None:
     return None
 
 
-def _variant_problems(variant: Variant, vocabulary: int | None, batch: int) -> Iterator[str]:
+def _lora_problem(contract: Contract) -> str | None:
+    """What is wrong with the slots for adapters of a contract."""
+    if contract.lora is None:
+        return None
+    for graph in (graph for variant in contract.variants for graph in variant.graphs):
+        problem = "has no place for adapters" if graph.role == "encode" else lora_problem(contract.lora, graph)
+        if problem:
+            return f"graph {graph.name!r} {problem}"
+    return None
+
+
+def _variant_problems(variant: Variant, vocabulary: int | None, batch: int, lora: Lora | None) -> Iterator[str]:
     """What is wrong with the graphs of a variant: with each by itself first, since how they go together is asked of
     graphs that keep to what they say."""
     for graph in variant.graphs:
@@ -186,7 +198,7 @@ def _variant_problems(variant: Variant, vocabulary: int | None, batch: int) -> I
     for graph in variant.graphs:
         if problem := _misfit(graph, variant, batch):
             yield f"graph {graph.name!r} of variant {variant.name!r} {problem}"
-        if unfed := _unfed(graph, variant):
+        if unfed := _unfed(graph, variant, lora):
             yield f"no encoder of variant {variant.name!r} makes the input {unfed[0]!r} of graph {graph.name!r}"
     if problem := variant_problem(variant):
         yield f"variant {variant.name!r} {problem}"
@@ -235,12 +247,13 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
     return found if type(found) is int and found > 0 else None
 
 
-def _unfed(graph: Graph, variant: Variant) -> list[str]:
+def _unfed(graph: Graph, variant: Variant, lora: Lora | None) -> list[str]:
     """Inputs of a decoder that are neither its own nor made by an encoder that fits."""
     if graph.role == "encode":
         return []
     own = {*DECODER_INPUTS, ENCODER_MASK, *(state.name_in for state in graph.states)}
     own |= {name for layer in graph.cache for name in (layer.key_in, layer.value_in)}
+    own |= {spec.name for spec in lora_inputs(lora, graph.slots)} if lora else set()
     encoders = [each for each in variant.graphs if each.role == "encode"]
     others = [spec for spec in graph.inputs if spec.name not in own and not is_cache_positions(spec)]
     return [spec.name for spec in others if not _is_made(spec, encoders)]

@@ -31,6 +31,7 @@ class Backend:
     bits have one scale per row unless groups are asked for. With `halves_caches` caches may be float16. With
     `is_static` every dimension is fixed. With `casts_itself` its compiler does what auto_cast asks for, and the
     program stays as it was traced. With `owns_caches` its engine keeps caches in the memory of a device.
+    With `has_adapter_slots` it compiles `precast::lora`, so that adapters are inputs of its graphs.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Backend:
     is_static: bool = False
     casts_itself: bool = False
     owns_caches: bool = False
+    has_adapter_slots: bool = False
     options: str | None = None
 
 
@@ -56,6 +58,7 @@ BACKENDS: dict[str, Backend] = {
         "precast.runtime.engines.onnx:OnnxEngine",
         because="ONNX Runtime computes in float32 on CPUs, having no other kernels for x86, and picks instructions and "
         "device when it runs",
+        has_adapter_slots=True,
     ),
     "aoti": Backend(
         "aoti",
@@ -67,6 +70,7 @@ BACKENDS: dict[str, Backend] = {
         decodes_apart=True,
         scales_rows=True,
         halves_caches=True,
+        has_adapter_slots=True,
     ),
     "export": Backend(
         "export",
@@ -77,6 +81,7 @@ BACKENDS: dict[str, Backend] = {
         because="its graphs are portable and run on the CPU, by torch, which picks instructions when it runs",
         decodes_apart=True,
         halves_caches=True,
+        has_adapter_slots=True,
     ),
     "neuron": Backend(
         "neuron",

@@ -25,6 +25,8 @@ __all__ = [
     "Graph",
     "Host",
     "Input",
+    "Lora",
+    "LoraTarget",
     "MergedAdapter",
     "Output",
     "Prefix",
@@ -233,6 +235,24 @@ class Prefix(_Closed, frozen=True, kw_only=True):
     source_sha256: Sha256
 
 
+class LoraTarget(_Closed, frozen=True, kw_only=True):
+    """A linear layer that adapters may change: its module's name in the checkpoint's model, and its width on the way in
+    and on the way out."""
+
+    module: Name
+    inputs: Size
+    outputs: Size
+
+
+class Lora(_Closed, frozen=True, kw_only=True):
+    """LoRA adapters that are loaded at run time, as many as `slots` at once and of ranks up to `rank`. Every graph has
+    an input for each target's slots and one that says which of them each row has, 0 for none; see `artifact.lora`."""
+
+    slots: Size
+    rank: Size
+    targets: Annotated[list[LoraTarget], Meta(min_length=1, max_length=65536)]
+
+
 class File(_Closed, frozen=True, kw_only=True):
     """Size in bytes and content hash of a listed file."""
 
@@ -252,3 +272,4 @@ class Contract(_Closed, frozen=True, kw_only=True, omit_defaults=True):
     variants: Annotated[list[Variant], Meta(min_length=1, max_length=64)]
     files: Annotated[dict[Path, File], Meta(max_length=4096)]
     prefix: Prefix | None = None
+    lora: Lora | None = None

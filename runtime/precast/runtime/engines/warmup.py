@@ -17,7 +17,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 def bind_blank(engine: Engine, graph: Graph, caches: Arrays) -> Step:
     """Bind a graph to padding at its largest sizes; for a decoder one step, over empty caches. `caches` holds those of
-    the model by name, and gets the ones that it lacks."""
+    the model by name, and other inputs that are not to be made here; it gets the caches that it lacks."""
     is_decoder = graph.role != "encode"
     places = {layer.key_out: layer.key_in for layer in graph.cache}
     places |= {layer.value_out: layer.value_in for layer in graph.cache}
@@ -27,7 +27,7 @@ def bind_blank(engine: Engine, graph: Graph, caches: Arrays) -> Step:
         if spec.name not in caches
     }
     caches.update({name: inputs[name] for name in places.values() if name in inputs})
-    inputs |= {name: caches[name] for name in places.values()}
+    inputs |= {spec.name: caches[spec.name] for spec in graph.inputs if spec.name in caches}
     outputs = {
         spec.name: inputs[places[spec.name]]
         if spec.name in places

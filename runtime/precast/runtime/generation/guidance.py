@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .adapters import LoadedAdapter
 from .processors import guide
 from .session import Session
 
@@ -18,11 +19,14 @@ Array = np.ndarray[Any, Any]
 class Guidance:
     """Rows that run beside those of a call, in caches of their own, and are continued by the same tokens.
 
-    `prompts` begin them, one for each row of the call.
+    `prompts` begin them, one for each row of the call, whose adapters they have.
     """
 
-    def __init__(self, session: Session, prompts: Sequence[Array], scale: float) -> None:
+    def __init__(
+        self, session: Session, prompts: Sequence[Array], scale: float, adapters: Sequence[LoadedAdapter | None]
+    ) -> None:
         self._session, self._scale = session, scale
+        session.use_adapters(adapters)
         self._logits = session.prefill(prompts)
 
     def decode(self, tokens: Sequence[int | None]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .adapters import LoadedAdapter
+
 __all__ = ["Prompt"]
 
 Array = np.ndarray[Any, Any]
@@ -22,16 +24,22 @@ class Prompt:
         shown: the row as the caller gave it, int64 [width]. Its padding counts wherever transformers counts a row's
             tokens, and the caller's own functions see it, as they do there.
         index: which of the call's prompts it is.
+        adapter: what is added to the model's weights for it.
     """
 
     tokens: Array
     shown: Array
     index: int = 0
+    adapter: LoadedAdapter | None = None
 
     @classmethod
-    def rows(cls, tokens: Iterable[Array], shown: Iterable[Array]) -> list[Prompt]:
+    def rows(
+        cls, tokens: Iterable[Array], shown: Iterable[Array], adapters: Iterable[LoadedAdapter | None] | None = None
+    ) -> list[Prompt]:
         """The prompts of a call, in their order."""
-        return [cls(*pair, index) for index, pair in enumerate(zip(tokens, shown, strict=True))]
+        pairs = list(zip(tokens, shown, strict=True))
+        own = [None] * len(pairs) if adapters is None else adapters
+        return [cls(*pair, index, adapter) for index, (pair, adapter) in enumerate(zip(pairs, own, strict=True))]
 
     def length_of(self, tokens: Array) -> int:
         """Count this row's tokens [length + new] as the caller does: its padding included."""

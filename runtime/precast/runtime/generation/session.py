@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..artifact import DECODER_INPUTS, is_cache_positions
+from ..artifact.lora import SLOTS
 from ..artifact.schema import Dim, Graph, Input
 from ..engines import Engine, OwnsCaches, Step, move_rows, owns_caches
 from ..errors import HostError, InputError
 from ..inputs.tensors import allocate, allocate_together
+from .adapters import AdapterSlots, LoadedAdapter
 from .prefix import Prefix, as_dtype
 
 __all__ = ["Session"]
@@ -43,12 +45,20 @@ class Session:
     `tokens` holds, per row, the ids whose keys and values are in the cache. It grows only after a completed step and
     shrinks before a step that overwrites, so it holds true whatever fails or is interrupted.
 
+    With `slots` a row may have an adapter, which `use_adapters` gives it: `adapters` holds those of all rows.
+
     A `prefix` lies in the first cache positions of every row, before its tokens, and is never written to again;
     `capacity` are the positions after it.
     """
 
-    def __init__(self, engine: Engine, graphs: Sequence[Graph], prefix: Prefix | None = None) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        engine: Engine,
+        graphs: Sequence[Graph],
+        prefix: Prefix | None = None,
+        slots: AdapterSlots | None = None,
+    ) -> None:
+        self._engine, self._slots = engine, slots
         first = graphs[0]
         self._start = prefix.length if prefix else 0
         self.batch, self.capacity = first.slots, first.capacity - self._start
@@ -63,7 +73,10 @@ class Session:
         if prefix is not None:
             self._load_prefix(prefix, first)
         self._states = _RecurrentStates(first)
-        self.context = _allocate_context(first, self._caches | self._states.before)
+        self.adapters: list[LoadedAdapter | None] = [None] * self.batch
+        self._chosen = np.zeros(self.batch, np.int64)
+        self._of_adapters = {SLOTS: self._chosen, **slots.arrays} if slots else {}
+        self.context = _allocate_context(first, self._caches | self._states.before | self._of_adapters)
         self._bound: dict[tuple[str, int, int], _Call] = {}
         self._appending: dict[int, _Call] = {}
 
@@ -81,6 +94,18 @@ class Session:
         """Forget all tokens."""
         for held in self.tokens:
             held.clear()
+
+    def use_adapters(self, adapters: Sequence[LoadedAdapter | None]) -> None:
+        """Give each row an adapter, or none, which rows beyond these get, too. A row forgets what it has read with
+        other weights."""
+        for row, (before, adapter) in enumerate(zip_longest(self.adapters, adapters)):
+            if (before and before.sha256) != (adapter and adapter.sha256):
+                self.tokens[row].clear()
+            self.adapters[row], self._chosen[row] = adapter, adapter.slot if adapter else 0
+
+    def find_adapter(self, sha256: str) -> LoadedAdapter | None:
+        """The adapter of this hash, if it is loaded."""
+        return self._slots.find_content(sha256) if self._slots else None
 
     def snapshot(self) -> dict[str, Array]:
         """What caches and states hold of the tokens so far, by name: views, overwritten by the next call. Raises
@@ -112,10 +137,14 @@ class Session:
         whole = {name: (state.dtype, list(state.shape)) for name, state in self._states.before.items()}
         return {name: (str(dtype), shape) for name, (dtype, shape) in (cut | whole).items()}
 
-    def restore(self, tokens: Sequence[Sequence[int]], held: Mapping[str, Array]) -> None:
-        """Hold what a snapshot held of these tokens, one list per row. Raises InputError as `snapshot` does."""
+    def restore(
+        self, tokens: Sequence[Sequence[int]], held: Mapping[str, Array], adapters: Sequence[LoadedAdapter | None] = ()
+    ) -> None:
+        """Hold what a snapshot held of these tokens, one list per row, which were read with these adapters. Raises
+        InputError as `snapshot` does."""
         self._check_caches()
         self.reset()
+        self.use_adapters(adapters)
         for name, values in held.items():
             if name in self._caches:
                 self._caches[name][:, :, self._start : self._start + values.shape[2]] = values
@@ -188,12 +217,20 @@ class Session:
         move(self._caches, list(moved), list(moved.values()), live)
         for state in self._states.before.values():
             state[list(moved)] = state[list(moved.values())]
+        adapters = list(self.adapters)
+        self.use_adapters([adapters[moved.get(index, index)] for index in range(self.batch)])
         for index, tokens in zip(moved, held, strict=True):
             self.tokens[index] = tokens
 
-    def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
+    def logits_at(
+        self,
+        rows: Sequence[Array],
+        positions: Sequence[Sequence[int]],
+        adapters: Sequence[LoadedAdapter | None] = (),
+    ) -> list[Array]:
         """Logits after each of a row's `positions` (ascending), per row [len(positions), vocabulary], in new memory."""
         self.reset()
+        self.use_adapters(adapters)
         graph = self._free_graph(rows)
         if graph is not None:
             length = max(_shortest_length(graph), *map(len, rows))
@@ -202,7 +239,8 @@ class Session:
             return [call.logits[index, : len(asked)].copy() for index, asked in enumerate(positions)]
         if self.context or (self._start and self.batch > 1):
             return self._logits_in_place(rows, positions)
-        return [self._logits_one_by_one(row, asked) for row, asked in zip(rows, positions, strict=True)]
+        own = [*adapters, *[None] * (len(rows) - len(adapters))]
+        return [self._logits_one_by_one(*each) for each in zip(rows, positions, own, strict=True)]
 
     def _free_graph(self, rows: Sequence[Array]) -> Graph | None:
         """The graph of a free length that takes `rows` whole, padding included; None where there is none. After a
@@ -225,9 +263,10 @@ class Session:
                     found[index].append(logits[index].copy())
         return [np.stack(each) for each in found]
 
-    def _logits_one_by_one(self, row: Array, positions: Sequence[int]) -> Array:
+    def _logits_one_by_one(self, row: Array, positions: Sequence[int], adapter: LoadedAdapter | None) -> Array:
         """With static graphs: feed the row up to its first position, then from one position to the next."""
         self.reset()
+        self.use_adapters([adapter])
         found, done = [], 0
         for position in positions:
             part = row[done : position + 1]
@@ -313,9 +352,17 @@ class Session:
 
     def _run_call(self, call: _Call, rows: list[int]) -> None:
         """Run a call that brings new tokens to these rows."""
+        self._check_adapters()
         self._states.begin([row for row in rows if not call.past[row]])
         call.run()
+        # Another thread may have written over the weights meanwhile.
+        self._check_adapters()
         self._states.keep(rows)
+
+    def _check_adapters(self) -> None:
+        for adapter in self.adapters:
+            if adapter is not None and self._slots is not None:
+                self._slots.check_held(adapter)
 
     def _idle_position(self, held: list[int]) -> int:
         """The position, counted after a prefix, where an idle row rewrites its last token. Recurrent states have moved
@@ -328,9 +375,13 @@ class Session:
         count = _count_common_prefix(held, row)
         return count if count == len(held) or not self._states.before else 0
 
+    @property
+    def _held(self) -> dict[str, Array]:
+        return self._caches | self.context | self._of_adapters
+
     def _bind_appending(self, count: int) -> _Call:
         graph = self._step_graph if count == 1 else self._prefill_graphs[max(self._prefill_graphs)]
-        call = _Call(self._engine, graph, count, count, self._caches | self.context, self._states)
+        call = _Call(self._engine, graph, count, count, self._held, self._states)
         call.new[0], call.positions[0] = count, np.arange(count)
         self._appending[count] = call
         return call
@@ -339,14 +390,14 @@ class Session:
         key = (graph.name, length, positions)
         if key in self._bound:
             return self._bound[key]
-        call = _Call(self._engine, graph, length, positions, self._caches | self.context, self._states)
+        call = _Call(self._engine, graph, length, positions, self._held, self._states)
         if keep:
             self._bound[key] = call
         return call
 
 
 class _Call:
-    """One graph bound to its input arrays, its logits, and the session's caches, context and states."""
+    """One graph bound to its input arrays, its logits, and the session's caches, context, adapters and states."""
 
     def __init__(
         self,

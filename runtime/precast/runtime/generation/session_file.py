@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from ..errors import FormatError, InputError
+from .adapters import LoadedAdapter
 from .session import Session
 
 __all__ = ["load_session", "save_session"]
@@ -37,11 +38,13 @@ class _Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: list[int]
 
 
-class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     digest: str
     variant: str
     tokens: list[list[int]]
     arrays: list[_Held]
+    adapters: list[str | None] = []
+    """The hash of each row's adapter; left out where no row has one."""
 
 
 def save_session(session: Session, path: Path, digest: str, variant: str) -> None:
@@ -49,7 +52,9 @@ def save_session(session: Session, path: Path, digest: str, variant: str) -> Non
     cannot be written."""
     arrays = session.snapshot()
     held = [_Held(name, str(values.dtype), list(values.shape)) for name, values in arrays.items()]
-    header = msgspec.json.encode(_Header(digest, variant, session.tokens, held)) + b"\n"
+    adapters = [adapter.sha256 if adapter else None for adapter in session.adapters]
+    told = _Header(digest, variant, session.tokens, held, adapters if any(adapters) else [])
+    header = msgspec.json.encode(told) + b"\n"
     hashed = hashlib.blake2b(digest_size=_HASH_SIZE)
     staged = None
     try:
@@ -87,10 +92,11 @@ def load_session(session: Session, path: Path, digest: str, variant: str, vocabu
             f"this is {digest[:12]}, variant {variant}. Delete the file, or name another."
         )
     _check_tokens(header.tokens, session, vocabulary, path)
+    adapters = _find_adapters(header, session, path)
     arrays = dict(_read_arrays(data[start:-_HASH_SIZE], header, session, path))
     if hashlib.blake2b(data[:-_HASH_SIZE], digest_size=_HASH_SIZE).digest() != bytes(data[-_HASH_SIZE:]):
         raise FormatError(f"The session {path} is not as it was written: its hash differs. Delete it.")
-    session.restore(header.tokens, arrays)
+    session.restore(header.tokens, arrays, adapters)
 
 
 def _read_header(data: memoryview, path: Path) -> tuple[_Header, int]:
@@ -109,6 +115,20 @@ def _check_tokens(tokens: list[list[int]], session: Session, vocabulary: int, pa
     wrong = [token for row in tokens for token in row if not 0 <= token < vocabulary]
     if len(tokens) != session.batch or any(len(row) > session.capacity for row in tokens) or wrong:
         raise FormatError(f"The session {path} is damaged: its tokens are none that this model can hold. Delete it.")
+
+
+def _find_adapters(header: _Header, session: Session, path: Path) -> list[LoadedAdapter | None]:
+    """The adapters that the rows were read with. Raises InputError where one is not loaded."""
+    if len(header.adapters) not in (0, session.batch):
+        raise FormatError(f"The session {path} is damaged: it has adapters of other rows. Delete it.")
+    found = [None if told is None else session.find_adapter(told) for told in header.adapters]
+    for told, adapter in zip(header.adapters, found, strict=True):
+        if told is not None and adapter is None:
+            raise InputError(
+                f"The session {path} was read with the adapter of sha256 {told[:12]}…, which is not loaded. "
+                f"model.load_adapter(NAME, PATH) it first."
+            )
+    return found
 
 
 def _read_arrays(data: memoryview, header: _Header, session: Session, path: Path) -> Any:

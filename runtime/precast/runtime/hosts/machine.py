@@ -9,7 +9,9 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["GLIBC", "cpu_flags", "installed_version", "memory_bytes", "usable_cores", "version_numbers"]
+__all__ = [
+    "GLIBC", "available_bytes", "cpu_flags", "installed_version", "memory_bytes", "usable_cores", "version_numbers",
+]  # fmt: skip
 
 GLIBC = "glibc"
 """No distribution, but the system's C library, of which native code needs a version too."""
@@ -62,6 +64,16 @@ def memory_bytes() -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def available_bytes() -> int:
+    """The memory that is free now, of that which this process may use."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return memory_bytes()
+    found = re.search(r"^MemAvailable:\s*(\d+) kB$", text, re.MULTILINE)
+    return min(memory_bytes(), int(found[1]) * 1024) if found else memory_bytes()
 
 
 @cache

@@ -194,7 +194,11 @@ class CompiledModel(ForTransformers):
     @only_known
     def new_session(self) -> Self:
         """The same model with its own buffers and lock, for another thread. Weights are shared."""
-        return type(self)(self.artifact, self.variant, self._engine)
+        return type(self)(self.artifact, self.variant, self._engine, **self._shared_parts())
+
+    def _shared_parts(self) -> dict[str, Any]:
+        """What sessions share beside the engine, as arguments of the class."""
+        return {}
 
     @only_known
     def warm_up(self) -> float:
@@ -202,12 +206,16 @@ class CompiledModel(ForTransformers):
         are first used, and on some devices loaded only then, so the first request is no slower afterwards."""
         started = time.perf_counter()
         with self._lock:
-            caches: list[dict[str, Array]] = [{} for _ in range(replicas_of(self._engine))]
+            caches = [dict(self._held_inputs()) for _ in range(replicas_of(self._engine))]
             for graph in self.variant.graphs:
                 # An engine with replicas gives calls to them in turn, those with the same caches to the same one.
                 for held in caches:
                     bind_blank(self._engine, graph, held)()
         return time.perf_counter() - started
+
+    def _held_inputs(self) -> dict[str, Array]:
+        """Inputs of graphs that this model holds beside caches, by name."""
+        return {}
 
     @only_known
     def get_memory_footprint(self, return_buffers: bool = True) -> int:

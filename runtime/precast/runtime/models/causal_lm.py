@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arguments import only_known
 from ..errors import InputError
+from ..generation.adapters import NO_SLOTS, adapter_rows
 from ..generation.config import GenerationConfig
 from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
@@ -41,14 +42,55 @@ class CompiledModelForCausalLM(GenerativeModel):
         prefix = self.artifact.contract.prefix
         return prefix.length if prefix else 0
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters that are loaded: the hash of the files of each, by name."""
+        return self._slots.hashes if self._slots else {}
+
+    @only_known
+    def load_adapter(self, name: str, path: str | Path, *, force_base: bool = False) -> None:
+        """Load a LoRA adapter, which `generate(…, adapter=name)` then adds to the model's weights, for all sessions of
+        this model.
+
+        Args:
+            name: what calls are to name it by.
+            path: the directory that peft's save_pretrained() wrote, with its weights in safetensors.
+            force_base: take one that names another base model.
+
+        Raises:
+            InputError: the model has no slot for it, or it is not of this model, or of another kind.
+            OutOfMemoryError: there is not so much memory free.
+        """
+        if self._slots is None:
+            raise InputError(f"The adapter {name!r:.80} cannot be loaded: {NO_SLOTS}")
+        source = self.artifact.contract.source
+        base = source.model if source.revision and not force_base else None
+        self._slots.load(name, Path(path), base)
+
+    @only_known
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, so that another one can be loaded. Raises InputError where none of this name is."""
+        if self._slots is None:
+            raise InputError(f"No adapter {name!r:.80} is loaded: {NO_SLOTS}")
+        self._slots.unload(name)
+
+    def _shared_parts(self) -> dict[str, Any]:
+        return {"slots": self._slots}
+
+    def _held_inputs(self) -> dict[str, Array]:
+        return self._slots.arrays if self._slots else {}
+
     @with_labels
-    def __call__(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None) -> ModelOutput:
+    def __call__(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, *, adapter: Any = None
+    ) -> ModelOutput:
         """Logits for every token of every row.
 
         Args:
             input_ids: int64 [batch, length], numpy or torch.
             attention_mask: [batch, length] of 0 and 1; padding may be on either side.
             position_ids: [batch, length], only those that attention_mask gives, by which the model counts anyway.
+            adapter: the name of a loaded adapter, or a list with one name, or None, for each row.
 
         Returns:
             `.logits` [batch, length, vocabulary]: each row's as without its padding, zeros where there is padding.
@@ -60,16 +102,19 @@ class CompiledModelForCausalLM(GenerativeModel):
         check_positions(position_ids, mask)
         rows = real_rows(ids, mask)
         self._check_room(rows, 0)
-        logits = self.logits_at(rows, [range(len(row)) for row in rows])
+        logits = self.logits_at(rows, [range(len(row)) for row in rows], adapter=adapter)
         return ModelOutput(logits=convert_like(input_ids, scatter_rows(logits, mask)))
 
     @only_known
-    def logits_at(self, rows: Sequence[Array], positions: Sequence[Sequence[int]]) -> list[Array]:
+    def logits_at(
+        self, rows: Sequence[Array], positions: Sequence[Sequence[int]], *, adapter: Any = None
+    ) -> list[Array]:
         """Logits after some tokens of each row: for scores, perplexity, comparison.
 
         Args:
             rows: per row its tokens, int64 [length].
             positions: per row the indices of tokens, ascending.
+            adapter: the name of a loaded adapter, or a list with one name, or None, for each row.
 
         Returns:
             Per row [len(positions), vocabulary].
@@ -87,11 +132,12 @@ class CompiledModelForCausalLM(GenerativeModel):
             for at, (asked, row) in enumerate(zip(positions, rows, strict=True))
         ]
         self._check_room(rows, 0)
+        adapters = adapter_rows(self._slots, adapter, len(rows))
         found: list[Array] = []
         with self._lock:
             self._owner += 1
             for part in self._batch_slices(len(rows)):
-                found += self._session.logits_at(rows[part], positions[part])
+                found += self._session.logits_at(rows[part], positions[part], adapters[part])
         return found
 
     def generate(
@@ -109,6 +155,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         negative_prompt_attention_mask: Any = None,
         inputs: Any = None,
         position_ids: Any = None,
+        adapter: Any = None,
         **options: Any,
     ) -> Any:
         """Continue each row, as `transformers.GenerationMixin.generate` does.
@@ -138,6 +185,7 @@ class CompiledModelForCausalLM(GenerativeModel):
             negative_prompt_ids, negative_prompt_attention_mask: with guidance_scale, what to lead away from, int64
                 [batch, length]; the prompt's last token if None.
             position_ids: [batch, length], only those that attention_mask gives.
+            adapter: the name of a loaded adapter, or a list with one name, or None, for each row.
             options: fields of GenerationConfig, such as max_new_tokens=64; OpenAI's n and stop are understood, too.
 
         Returns:
@@ -157,6 +205,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         call = self._prepare(
             input_ids, attention_mask, generation_config, options, functions, inputs=inputs, position_ids=position_ids,
             assistant=assistant_model, negative=(negative_prompt_ids, negative_prompt_attention_mask),
+            adapter=adapter,
         )  # fmt: skip
         return self._generate_all(call)
 
@@ -174,6 +223,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         negative_prompt_attention_mask: Any = None,
         inputs: Any = None,
         position_ids: Any = None,
+        adapter: Any = None,
         **options: Any,
     ) -> TokenStream:
         """The tokens of one row as they are generated; arguments as for `generate`, and max_time counts from this call.
@@ -186,12 +236,13 @@ class CompiledModelForCausalLM(GenerativeModel):
         call = self._prepare(
             input_ids, attention_mask, generation_config, options, functions, inputs=inputs, position_ids=position_ids,
             assistant=assistant_model, negative=(negative_prompt_ids, negative_prompt_attention_mask),
+            adapter=adapter,
         )  # fmt: skip
         return self._stream_row(call)
 
     def _prepare(
         self, given: Any, mask: Any, generation_config: Any, options: dict[str, Any], functions: dict[str, Any], *,
-        inputs: Any, position_ids: Any, assistant: Any, negative: tuple[Any, Any],
+        inputs: Any, position_ids: Any, assistant: Any, negative: tuple[Any, Any], adapter: Any,
     ) -> Call:  # fmt: skip
         """Check the arguments of generate() or stream(). Raises InputError."""
         config = self._merge_config(generation_config, options)
@@ -210,7 +261,8 @@ class CompiledModelForCausalLM(GenerativeModel):
             given, config, count, full=full, draft=self._draft_for(assistant, config),
             negative=self._negative_rows(*negative, rows, config, count), **functions,
         )  # fmt: skip
-        return Call(given, Prompt.rows(rows, ids), [None] * len(rows), asked, ids)
+        adapters = adapter_rows(self._slots, adapter, len(rows))
+        return Call(given, Prompt.rows(rows, ids, adapters), [None] * len(rows), asked, ids)
 
     @only_known
     def save_session(self, path: str | Path) -> None:

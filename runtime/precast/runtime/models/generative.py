@@ -18,6 +18,7 @@ from ..artifact.published_json import parse_object
 from ..artifact.schema import Variant
 from ..engines import Engine, owns_caches
 from ..errors import InputError, PrecastError
+from ..generation.adapters import AdapterSlots, LoadedAdapter
 from ..generation.beam_search import BeamSearch
 from ..generation.callbacks import (
     CallerAllowedTokens,
@@ -79,6 +80,7 @@ class DraftModel:
 
     def __init__(self, model: GenerativeModel, cost: float) -> None:
         self._session, self._cost = model.new_session()._session, cost
+        self._session.use_adapters([])
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -202,8 +204,10 @@ class TokenStream(Iterator[int]):
 class GenerativeModel(CompiledModel):
     """A model with a key/value cache of fixed capacity, which continues rows of tokens."""
 
-    def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
+    def __init__(self, artifact: Artifact, variant: Variant, engine: Engine, slots: AdapterSlots | None = None) -> None:
         super().__init__(artifact, variant, engine)
+        lora = artifact.contract.lora
+        self._slots = slots or (AdapterSlots(lora) if lora else None)
         self._session = self._make_session()
         # The number of the call that the caches belong to; a stream that finds another one has lost them.
         self._owner = 0
@@ -231,6 +235,7 @@ class GenerativeModel(CompiledModel):
         with self._lock:
             self._owner += 1
             self._session.reset()
+            self._session.use_adapters([])
         return self._session
 
     @property
@@ -252,7 +257,8 @@ class GenerativeModel(CompiledModel):
         other = super().new_session()
         if not self._session.context and not owns_caches(self._engine) and self._lock.acquire(blocking=False):
             try:
-                other._session.restore(self._session.tokens, self._session.snapshot())
+                session = self._session
+                other._session.restore(session.tokens, session.snapshot(), session.adapters)
             finally:
                 self._lock.release()
         other._own_config = deepcopy(self._own_config)
@@ -327,7 +333,8 @@ class GenerativeModel(CompiledModel):
         self, prompts: list[Prompt], contexts: Sequence[Any], asked: Generation, first: int
     ) -> list[Answer]:
         requests = self._make_requests(prompts, contexts, asked, first)
-        for _ in self._run_steps(requests, contexts, self._make_guidance(prompts, asked)):
+        adapters = _adapters_of(prompts, asked.width)
+        for _ in self._run_steps(requests, contexts, adapters, self._make_guidance(prompts, asked)):
             if asked.streamers is not None:
                 for row, request in enumerate(requests, first):
                     asked.streamers.tell(row, request.generated, is_last=request.is_idle)
@@ -340,6 +347,7 @@ class GenerativeModel(CompiledModel):
         self._owner += 1
         owner = self._owner
         self._load_contexts(contexts, width)
+        session.use_adapters(_adapters_of(prompts, width))
         logits = session.prefill([search.prompt for search in searches for _ in range(width)])
         while True:
             parents: list[int] = list(range(len(searches) * width))
@@ -358,7 +366,11 @@ class GenerativeModel(CompiledModel):
         return [row for search in searches for row in search.best(count)]
 
     def _run_steps(
-        self, requests: list[Request], contexts: Sequence[Any], make_guidance: Callable[[], Guidance] | None
+        self,
+        requests: list[Request],
+        contexts: Sequence[Any],
+        adapters: Sequence[LoadedAdapter | None],
+        make_guidance: Callable[[], Guidance] | None,
     ) -> Generator[list[int], None, None]:
         """Generate until all requests are done; yields the new tokens of the rows that go on, one per row."""
         session = self._session
@@ -366,6 +378,7 @@ class GenerativeModel(CompiledModel):
             self._owner += 1
             owner = self._owner
             self._load_contexts(contexts, len(requests) // len(contexts))
+            session.use_adapters(adapters)
             logits = session.prefill([request.prompt for request in requests])
             guidance = make_guidance and make_guidance()
             chosen = _choose_all(enumerate(requests), logits, guidance)
@@ -408,7 +421,7 @@ class GenerativeModel(CompiledModel):
         rows = [asked.negative[prompt.index] for prompt in prompts for _ in range(asked.width)]
         scale = asked.config.guidance_scale
         assert scale is not None, "it guides"
-        return lambda: Guidance(self._second_session, rows, scale)
+        return lambda: Guidance(self._second_session, rows, scale, _adapters_of(prompts, asked.width))
 
     @cached_property
     def _second_session(self) -> Session:
@@ -416,7 +429,7 @@ class GenerativeModel(CompiledModel):
 
     def _make_session(self) -> Session:
         graphs = [graph for graph in self.variant.graphs if graph.role != "encode"]
-        return Session(self._engine, graphs, read_prefix(self.artifact, graphs[0]))
+        return Session(self._engine, graphs, read_prefix(self.artifact, graphs[0]), self._slots)
 
     def _check_owner(self, owner: int) -> None:
         """Raise PrecastError where another call has used the caches, and overwritten the logits."""
@@ -444,7 +457,8 @@ class GenerativeModel(CompiledModel):
         asked.check_rows(1)
         requests = self._make_requests(call.prompts, call.contexts, asked, 0)
         guidance = self._make_guidance(call.prompts, asked)
-        return TokenStream(self._run_steps(requests, call.contexts, guidance), requests[0])
+        steps = self._run_steps(requests, call.contexts, _adapters_of(call.prompts, 1), guidance)
+        return TokenStream(steps, requests[0])
 
     @staticmethod
     def _main_input(name: str, given: Any, inputs: Any = None, first: int | None = None) -> Any:
@@ -672,6 +686,11 @@ def check_streamer(streamer: Any, rows: int, config: GenerationConfig) -> None:
         raise InputError(f"A streamer follows one row; this batch has {rows}. Give a list, one streamer for each row.")
     if config.beams > 1:
         raise InputError(f"A streamer cannot follow num_beams={config.num_beams}; pass num_beams=1 or no streamer.")
+
+
+def _adapters_of(prompts: Sequence[Prompt], width: int) -> list[LoadedAdapter | None]:
+    """The adapters of the rows of these prompts, `width` for each."""
+    return [prompt.adapter for prompt in prompts for _ in range(width)]
 
 
 def _make_guesser(asked: Generation, row: Array) -> Guesser | None:

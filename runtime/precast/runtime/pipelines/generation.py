@@ -30,6 +30,7 @@ _ROWS = (
     "decoder_input_ids",
     "decoder_attention_mask",
     "language",
+    "adapter",
 )
 """Arguments of generate() that may have a row for each input."""
 

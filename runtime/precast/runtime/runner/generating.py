@@ -48,7 +48,7 @@ class GeneratingWorker:
             )
         self._model, self._column, self._settings = model, column, dict(settings)
         # What is wrong with them is wrong with every row.
-        known = {name: value for name, value in self._settings.items() if name != "assistant_model"}
+        known = {name: value for name, value in self._settings.items() if name not in ("assistant_model", "adapter")}
         GenerationConfig.of(known, "generate()").over(model.generation_config).check()
         self._seed = self._settings.pop("seed", None)
         self._count = self._settings.pop("max_new_tokens", None)

@@ -32,6 +32,7 @@ from .inductor_patches import keep_out_of_code, keep_short_loops_serial, know_th
 from .int8_gemm import int8_gemm, pack_panels
 from .isa import compiler_options, matmul_dtypes
 from .layers import extract_layers
+from .lora import lora
 from .quantized_gemm import quantized_gemm
 from .standalone.link import Linker
 from .workspace import FOLDER
@@ -42,7 +43,7 @@ _LOWERING = LoweringOptions(
     materialize=materialize, reduce_small_matmul=True, matmul_dtype=torch.bfloat16, functional=False
 )
 _KERNELS = Kernels(
-    gemv, quantized_gemm, pack_panels, int8_gemm, dequantize, decode_attention, prefill_attention, attention
+    gemv, quantized_gemm, pack_panels, int8_gemm, dequantize, decode_attention, prefill_attention, attention, lora
 )
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 

@@ -24,6 +24,7 @@ class Kernels:
         prefill_attention: attention of several tokens per slot to caches; the last argument is the dtype of its matrix
             products, as in the next.
         attention: attention of all queries to all keys.
+        lora: adapters of each row, added to what a layer gives.
     """
 
     gemv: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int], Tensor]
@@ -36,3 +37,4 @@ class Kernels:
         [Tensor, Tensor, Tensor, Tensor, Tensor, str, int, Tensor | None, float, torch.dtype], Tensor
     ]
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+    lora: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -19,6 +19,7 @@ from precast.runtime.artifact.schema import Dim, Graph, Input
 
 from ...kinds.trace import Program, export_program, functional
 from ...operators import attention  # noqa: F401  (registers operators that are lowered here)
+from ...operators.lora import add_adapters
 from ...precision import MATMULS
 from ...quantize import int8_linear
 from ...quantize import linear as quantized
@@ -305,6 +306,11 @@ def _quantized_embedding(run: _LoweringInterpreter, *args: Any) -> Tensor:
     return quantized.look_up(*args)
 
 
+def _lora(run: _LoweringInterpreter, y: Tensor, x: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+    kernels = run.options.kernels
+    return (kernels.lora if kernels else add_adapters)(y, x, weights, slots)
+
+
 def _view(run: _LoweringInterpreter, x: Tensor, shape: Any) -> Tensor:
     """A reshape: what replaces an operator may have other strides than its result had."""
     return x.reshape(shape)
@@ -324,6 +330,7 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.precast.quantized_linear.default: _quantized_linear,
     torch.ops.precast.quantized_embedding.default: _quantized_embedding,
     _INT8: _int8_linear,
+    torch.ops.precast.lora.default: _lora,
     torch.ops.aten.linear.default: _linear,
 }
 

@@ -1,4 +1,5 @@
-"""Schemas of the `com.microsoft` operators that we emit: onnxscript writes only nodes whose schema it knows.
+"""Schemas of the `com.microsoft` operators that we emit, and of our own: onnxscript writes only nodes whose schema it
+knows.
 
 They have the inputs and attributes that we use. Source: ONNX Runtime's docs/ContribOperators.md.
 """
@@ -12,9 +13,11 @@ import onnx.defs
 from onnx.defs import OpSchema
 from onnxscript.values import Opset
 
-__all__ = ["microsoft"]
+__all__ = ["LORA", "microsoft", "own"]
 
 _DOMAIN = "com.microsoft"
+_OWN_DOMAIN, LORA = "precast", "Lora"
+"""An operator that no runtime has: a pass writes others in its place."""
 _OPTIONAL = OpSchema.FormalParameterOption.Optional
 _INT, _FLOAT, _STRING = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT, OpSchema.AttrType.STRING
 
@@ -31,6 +34,22 @@ def microsoft() -> Any:
     ):
         onnx.defs.register_schema(schema)
     return Opset(_DOMAIN, 1)
+
+
+@cache
+def own() -> Any:
+    """The opset `precast` 1, with our schemas registered."""
+    onnx.defs.register_schema(
+        OpSchema(
+            LORA,
+            _OWN_DOMAIN,
+            1,
+            inputs=[*(_parameter(name, "T") for name in ("y", "x", "weights")), _parameter("slots", "I")],
+            outputs=[_parameter("sum", "T")],
+            type_constraints=[("T", ["tensor(float)"], ""), ("I", ["tensor(int64)"], "")],
+        )
+    )
+    return Opset(_OWN_DOMAIN, 1)
 
 
 def _group_query_attention() -> OpSchema:

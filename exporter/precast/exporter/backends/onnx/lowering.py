@@ -16,10 +16,11 @@ from precast.runtime.errors import ExportError
 
 from ...kinds.trace import Program
 from ...operators import attention  # noqa: F401  (registers an operator that is lowered here)
+from ...operators import lora as _lora_operator  # noqa: F401  (registers another)
 from ...quantize import int8_linear, linear  # noqa: F401  (registers the others)
 from ...quantize.int8_linear import DYNAMIC_STEPS, LEAST_SCALE
 from ...quiet import silence
-from .contrib_ops import microsoft
+from .contrib_ops import microsoft, own
 from .torch_patches import keep_translations
 
 __all__ = ["LOGGERS", "lower"]
@@ -49,6 +50,7 @@ def _convert(program: Program) -> torch.onnx.ONNXProgram | None:
         custom_translation_table={
             torch.ops.precast.cached_attention.default: _attention_for(program.graph),
             torch.ops.precast.cross_attention.default: _cross_attention,
+            torch.ops.precast.lora.default: _lora,
             torch.ops.precast.quantized_linear.default: _quantized_linear,
             torch.ops.precast.quantized_embedding.default: _quantized_embedding,
             torch.ops.precast.int8_linear.default: _int8_linear,
@@ -163,6 +165,11 @@ def _quantized_linear(  # type: ignore[no-untyped-def]
         x, codes, scales, zeros, None, bias,
         K=columns + extra, N=codes.shape[0], bits=bits, block_size=group, accuracy_level=INT8_ACTIVATIONS,
     )  # fmt: skip
+
+
+def _lora(y, x, weights, slots):  # type: ignore[no-untyped-def]
+    """`Lora` of our own, for `passes` to write out."""
+    return own().Lora(y, x, weights, slots)
 
 
 def _group_means(x: Any, group: int) -> Any:

@@ -11,6 +11,7 @@ from onnxscript.rewriter.ort_fusions import _core
 
 from precast.runtime.artifact.schema import Graph
 
+from .adapter_branches import AddAdapterBranches
 from .pack_projections import PackProjections
 from .rotary import FoldRotary
 from .split_transposes import SplitBatchTransposes
@@ -33,6 +34,7 @@ def optimize(model: ir.Model, graph: Graph) -> None:
         RemoveRedundantReshapes(),
         PackProjections(),
         FoldRotary(graph),
+        AddAdapterBranches(),
         common.RemoveUnusedNodesPass(),
         RemoveUnusedOutputs(),
         common.RemoveUnusedOpsetsPass(),

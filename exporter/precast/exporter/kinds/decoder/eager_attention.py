@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
+from precast.runtime.artifact.schema import Lora
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import CheckpointError, PrecastError
 
@@ -30,6 +31,7 @@ from ...architectures.attention_interface import use_past_lengths
 from ...architectures.cache_names import cache_argument, find_cache
 from ..plan import run_skeleton, shapes_only
 from .fused_attention import FusedDecoder, pick_logits, takes_position_ids
+from .lora_slots import adding_adapters
 from .recurrent_states import StateLayer, StateLayout, find_states
 
 __all__ = [
@@ -188,9 +190,9 @@ class EagerDecoder(nn.Module):
     """One step of the model, with the inputs and outputs of every decoder program: tokens, caches and states in, logits
     at `logit_positions`, updated caches and states out."""
 
-    def __init__(self, model: nn.Module, plan: CacheLayout, capacity: int) -> None:
+    def __init__(self, model: nn.Module, plan: CacheLayout, capacity: int, lora: Lora | None = None) -> None:
         super().__init__()
-        self.model, self.layout, self.capacity = model, plan, capacity
+        self.model, self.layout, self.capacity, self.lora = model, plan, capacity, lora
         self.takes_position_ids = takes_position_ids(model)
 
     def forward(
@@ -201,6 +203,7 @@ class EagerDecoder(nn.Module):
         logit_positions: Tensor,
         past: list[Tensor],
         states: list[Tensor],
+        adapters: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         view = _CacheView(past_lengths.long(), new_lengths, self.capacity, input_ids.shape[1])
         cache = self._make_tuples(view, past) if self.layout.is_tuples else self._make_cache(view, past, states)
@@ -210,7 +213,12 @@ class EagerDecoder(nn.Module):
             arguments["attention_mask"] = view.mask
         if self.takes_position_ids:
             arguments["position_ids"] = view.positions
-        with pick_logits(self.model, logit_positions) as pick, _AssumePadding(), use_past_lengths(past_lengths):
+        with (
+            pick_logits(self.model, logit_positions) as pick,
+            adding_adapters(self.model, self.lora, adapters),
+            _AssumePadding(),
+            use_past_lengths(past_lengths),
+        ):
             result = self.model(**arguments)
             logits = pick(result.logits)
         layers = _layers(find_cache(result) if self.layout.is_tuples else cache)

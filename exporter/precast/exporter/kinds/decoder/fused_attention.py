@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from precast.runtime.artifact.schema import Lora
 from precast.runtime.errors import ExportError
 
 from ...architectures import attention_interface
 from ...architectures.cache_names import cache_argument
 from ...operators.attention import Scales
+from .lora_slots import adding_adapters
 
 __all__ = ["FusedDecoder", "pick_logits", "takes_position_ids"]
 
 
 class FusedDecoder(nn.Module):
     """One step of the model: tokens and caches in, logits at `logit_positions` and updated caches out. `scales` are
-    those of caches in int8; `skipped` is how many cache positions lie before the model's first position."""
+    those of caches in int8; `skipped` is how many cache positions lie before the model's first position; `lora` are the
+    slots for adapters."""
 
-    def __init__(self, model: nn.Module, layers: int, scales: Scales | None, skipped: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, layers: int, scales: Scales | None, skipped: int = 0, lora: Lora | None = None
+    ) -> None:
         super().__init__()
-        self.skipped = skipped
+        self.skipped, self.lora = skipped, lora
         self.model, self.layers = model, layers
         self.scales = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in scales or [])
         self.takes_position_ids, self.cache_argument = takes_position_ids(model), cache_argument(model)
 
     def forward(
-        self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor]
-    ) -> tuple[Tensor, ...]:
+        self, input_ids: Tensor, past_lengths: Tensor, new_lengths: Tensor, logit_positions: Tensor, past: list[Tensor],
+        adapters: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         flat = list(self.scales)
         scales = list(zip(flat[0::2], flat[1::2], strict=True)) or None
         caches = attention_interface.Caches(
@@ -42,7 +48,11 @@ class FusedDecoder(nn.Module):
         if self.takes_position_ids:
             positions = past_lengths[:, None].long() + torch.arange(input_ids.shape[1])[None]
             arguments["position_ids"] = (positions - self.skipped).clamp(min=0) if self.skipped else positions
-        with attention_interface.use_caches(caches) as cache, pick_logits(self.model, logit_positions) as pick:
+        with (
+            attention_interface.use_caches(caches) as cache,
+            pick_logits(self.model, logit_positions) as pick,
+            adding_adapters(self.model, self.lora, adapters),
+        ):
             logits = pick(self.model(**arguments, **{self.cache_argument: cache}).logits)
         self._check(caches)
         return logits, *(tensor for index in range(self.layers) for tensor in caches.present[index])

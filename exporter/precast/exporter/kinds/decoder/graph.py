@@ -1,7 +1,7 @@
 """The graph of one decoding step: example inputs to trace it with, and its description in the contract.
 
 Decoders and the decoders of encoder-decoders share it. Inputs are the tokens, the lengths, the positions whose logits
-are asked for, then the caches; outputs are the logits, then the updated caches.
+are asked for, then the caches, then slots for adapters; outputs are the logits, then the updated caches.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Output, State
+from precast.runtime.artifact.lora import SLOTS, lora_inputs
+from precast.runtime.artifact.schema import CacheLayer, Dim, Graph, Input, Lora, Output, State
 
 from ..plan import GraphPlan
 from .plan import CachedPlan
 
-__all__ = ["describe_step", "example_caches", "example_tokens", "free_shapes", "vocabulary_size"]
+__all__ = ["describe_step", "example_caches", "example_slots", "example_tokens", "free_shapes", "vocabulary_size"]
 
 
 def example_tokens(graph: GraphPlan, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,6 +44,12 @@ def example_caches(plan: CachedPlan, batch: int) -> list[Tensor]:
         for layer in plan.cache
         for _ in range(2)
     ]
+
+
+def example_slots(lora: Lora, batch: int) -> list[Tensor]:
+    """The inputs for adapters, in their order."""
+    shapes = {spec.name: [size for size in spec.shape if isinstance(size, int)] for spec in lora_inputs(lora, batch)}
+    return [torch.zeros(shape, dtype=torch.int64 if name == SLOTS else torch.float32) for name, shape in shapes.items()]
 
 
 def free_shapes(graph: GraphPlan, capacity: int, *rest: list[Any]) -> tuple[Any, ...] | None:
@@ -101,6 +108,7 @@ def describe_step(
             *context,
             *(Input(name=name, dtype=plan.cache_dtype, shape=shapes[name], pad=0) for name in caches_in),
             *(Input(name=state.name_in, dtype=state.dtype, shape=[*state.shape], pad=0) for state in states),
+            *(lora_inputs(plan.lora, batch) if plan.lora else []),
         ],
         outputs=[
             _logits(plan, batch, positions, vocabulary),

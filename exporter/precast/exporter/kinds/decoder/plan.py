@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from precast.runtime.artifact.backends import get_backend
-from precast.runtime.artifact.schema import Dim, Dtype, Graph
+from precast.runtime.artifact.schema import Dim, Dtype, Graph, Lora
 from precast.runtime.artifact.tasks import Task
 from precast.runtime.errors import UsageError
 
@@ -20,6 +20,7 @@ from ...options import ExportOptions
 from ..plan import GraphPlan, Plan, check_length, common_fields, single_batch_size
 from .eager_attention import EAGER_NOTE, CacheLayout, TensorLayout, find_cache_layout, fused_blocker
 from .fused_attention import takes_position_ids
+from .lora_slots import plan_slots
 from .recurrent_states import StateLayout
 
 __all__ = ["HEAD_MULTIPLE", "CachePlan", "CachedPlan", "DecoderPlan", "plan", "round_head_size"]
@@ -65,6 +66,7 @@ class DecoderPlan(CachedPlan):
     def notes(self) -> dict[str, str]:
         notes = {"attention": EAGER_NOTE, "attention_because": self.fused_blocker} if self.eager and self.cache else {}
         notes |= {"prefix": f"{self.prefix.length} positions ({self.prefix.method})"} if self.prefix else {}
+        notes |= {"adapters": _describe_slots(self.lora)} if self.lora else {}
         return notes | ({"states": "tokens are read one at a time"} if self.states else {})
 
     @property
@@ -133,7 +135,12 @@ def plan(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.M
         fused_blocker=reason,
         prefix=prefix,
         layer_sizes=sizes,
+        lora=plan_slots(options.adapter_slots, model, task),
     )
+
+
+def _describe_slots(lora: Lora) -> str:
+    return f"{lora.slots} slots of rank {lora.rank} for {len(lora.targets)} layers"
 
 
 def _read_prefix(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from precast.runtime.artifact.schema import Dim, Graph
 
+from ...adapters.slots import apply_adapter
 from ...architectures.cache_names import cache_argument, find_cache
 from ..samples import Answer, ValidationSample, repeat_tokens
 from .fused_attention import pick_logits
@@ -81,10 +82,15 @@ def _spread_positions(length: int, count: int) -> list[int]:
 
 def answer(model: nn.Module, sample: ValidationSample, outputs: tuple[str, ...]) -> list[Answer]:
     """The eager answers, one row at a time and without padding."""
-    if sample.kind in ("logits", "score"):
-        pairs = zip(sample.rows, sample.positions, strict=True)
-        return [_logits(model, row, positions) for row, positions in pairs]
-    return [_greedy(model, row, sample.count) for row in sample.rows]
+    adapters = sample.adapters or [""] * sample.size
+    found = []
+    for index, (row, adapter) in enumerate(zip(sample.rows, adapters, strict=True)):
+        with apply_adapter(model, adapter):
+            is_greedy = sample.kind == "greedy"
+            found.append(
+                _greedy(model, row, sample.count) if is_greedy else _logits(model, row, sample.positions[index])
+            )
+    return found
 
 
 def _logits(model: nn.Module, row: list[int], positions: list[int]) -> Answer:

@@ -15,7 +15,7 @@ from ..plan import GraphPlan
 from ..trace import Program, export_program
 from .eager_attention import EagerDecoder
 from .fused_attention import FusedDecoder
-from .graph import describe_step, example_caches, example_tokens, free_shapes, vocabulary_size
+from .graph import describe_step, example_caches, example_slots, example_tokens, free_shapes, vocabulary_size
 from .plan import DecoderPlan
 from .recurrent_states import StateLayout
 
@@ -32,6 +32,8 @@ def _trace_step(model: nn.Module, plan: DecoderPlan, graph: GraphPlan, scales: S
     rest = [example_caches(plan, graph.batch)]
     if plan.eager:
         rest.append([state.example(graph.batch) for state in plan.states])
+    if plan.lora:
+        rest.append(example_slots(plan.lora, graph.batch))
     example = (*example_tokens(graph, plan.capacity), *rest)
     free = free_shapes(graph, plan.capacity, *([None] * len(tensors) for tensors in rest))
     with make_traceable(model) if plan.eager else use_cached_attention(model):
@@ -43,11 +45,11 @@ def _trace_step(model: nn.Module, plan: DecoderPlan, graph: GraphPlan, scales: S
 
 def _make_step(model: nn.Module, plan: DecoderPlan, scales: Scales | None) -> nn.Module:
     if not plan.eager:
-        return FusedDecoder(model, len(plan.cache), scales, plan.skipped_positions).eval()
+        return FusedDecoder(model, len(plan.cache), scales, plan.skipped_positions, plan.lora).eval()
     with torch.no_grad():
         # Code of a checkpoint's own may prepare things on its first call, which must not happen while it is traced.
         model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=False)
-    return EagerDecoder(model, plan.eager, plan.capacity).eval()
+    return EagerDecoder(model, plan.eager, plan.capacity, plan.lora).eval()
 
 
 def _find_windows(exported: torch.export.ExportedProgram) -> list[int | None]:
