@@ -23,10 +23,12 @@ from precast.exporter.backends.aoti.attention import attention, decode_attention
 from precast.exporter.backends.aoti.dequantize import dequantize
 from precast.exporter.backends.aoti.gemv import gemv
 from precast.exporter.backends.aoti.int8_gemm import int8_gemm, pack_panels
+from precast.exporter.backends.aoti.lora import lora
 from precast.exporter.backends.aoti.quantized_gemm import quantized_gemm
 from precast.exporter.backends.aten import lowering
 from precast.exporter.backends.aten.attention import AttentionContext, cached_attention
 from precast.exporter.backends.aten.kernel_set import Kernels
+from precast.exporter.operators.lora import add_adapters
 from precast.exporter.quantize.linear import Packed
 from precast.exporter.quantize.linear import dequantize as dequantized
 from precast.exporter.quantize.methods import Scheme, round_to_nearest
@@ -256,6 +258,63 @@ def test_a_matrix_of_codes_is_what_they_mean(rows):
         assert torch.equal(result, matrices(case)[0].to(dtype)), (case, dtype)
 
 
+# ---------------------------------------------------------------- adapters
+
+
+class Adapters(NamedTuple):
+    """Layers with adapters: rows, tokens, widths in and out, rank."""
+
+    batch: int
+    length: int
+    columns: int
+    outputs: int
+    rank: int
+
+
+ADAPTERS = [Adapters(3, 1, 83, 301, 5), Adapters(2, 21, 64, 40, 4), Adapters(1, 8, 5, 3, 1)]
+"""One token, and more outputs than a thread takes at a time; more tokens than share weights; fewer than a vector."""
+
+
+class Adapted(nn.Module):
+    """Every case's sums."""
+
+    def forward(self, slots: list[Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(lora(*given[3 * i : 3 * i + 3], own) for i, own in enumerate(slots))
+
+
+def adapted_inputs(seed):
+    torch.manual_seed(seed)
+    slots, found = [], []
+    for case in ADAPTERS:
+        slots.append(torch.randint(0, 3, (case.batch,)))
+        found += [torch.randn(case.batch, case.length, width) for width in (case.outputs, case.columns)]
+        weights = torch.randn(3, case.rank, case.columns + case.outputs)
+        weights[0] = 0
+        found.append(weights)
+    return slots, found
+
+
+@pytest.fixture(
+    scope="module", params=[LEVELS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in LEVELS[1:])]
+)
+def adapted(request, tmp_path_factory):
+    slots, given_ = adapted_inputs(0)
+    return native_code.compiled(Adapted(), (slots, *given_), tmp_path_factory.mktemp("adapters"), request.param)
+
+
+@some
+@given(seed=st.integers(0, 2**16), threads=st.integers(1, 5))
+def test_adapters_are_those_of_each_rows_slot(adapted, seed, threads):
+    slots, given_ = adapted_inputs(seed)
+    with native_code.threads_set_to(threads):
+        results = adapted(*slots, *given_)
+    for index, (own, result) in enumerate(zip(slots, results, strict=True)):
+        y, x, weights = given_[3 * index : 3 * index + 3]
+        expected = add_adapters(y.double(), x.double(), weights.double(), own)
+        assert torch.allclose(result.double(), expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(result[own == 0], y[own == 0])
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -293,7 +352,8 @@ class Attentions(nn.Module):
         super().__init__()
         self.asked = asked
         kernels = Kernels(
-            gemv, quantized_gemm, pack_panels, int8_gemm, dequantize, decode_attention, prefill_attention, attention
+            gemv, quantized_gemm, pack_panels, int8_gemm, dequantize, decode_attention, prefill_attention, attention,
+            lora,
         )
         self.kinds = [{"kernels": kernels, "matmul_dtype": product} for product in products] or [{}]
 

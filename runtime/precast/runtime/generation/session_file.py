@@ -125,8 +125,8 @@ def _find_adapters(header: _Header, session: Session, path: Path) -> list[Loaded
     for told, adapter in zip(header.adapters, found, strict=True):
         if told is not None and adapter is None:
             raise InputError(
-                f"The session {path} was read with the adapter of sha256 {told[:12]}…, which is not loaded. "
-                f"model.load_adapter(NAME, PATH) it first."
+                f"The session {path} was read with an adapter that is not loaded, of sha256 {told[:12]}…. Load it "
+                f"first (load_adapter, or --adapter), or name another file."
             )
     return found
 

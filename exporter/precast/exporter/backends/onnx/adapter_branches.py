@@ -61,8 +61,9 @@ def _branch(graph: ir.Graph, nodes: Sequence[ir.Node], condition: ir.Value) -> N
     )
     graph.insert_after(last, branch)
     for node, result in zip(nodes, branch.outputs, strict=True):
-        result.dtype, result.shape = ir.DataType.FLOAT, node.outputs[0].shape
-        node.outputs[0].replace_all_uses_with(result)
+        before, result.dtype = node.outputs[0], ir.DataType.FLOAT
+        result.shape, result.name, before.name = before.shape, before.name, None
+        before.replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(list(nodes), safe=True)
 
 
