@@ -60,6 +60,7 @@ def local(checkpoint, artifact, tmp_path_factory):
         "user/ner": ner,
         "build/models/SmolLM2-135M-Instruct.Q4_1.gguf": llama,
         "user/style:0.5": lambda: f"{_adapter(llama(), root / 'style')}:0.5",
+        "adapters/style": lambda: _adapter(llama(), root / "slot-style"),
         "MODEL": llama,
         "OTHER": lambda: artifact(llama(), **SHAPES),
         "ENCODER": lambda: checkpoint("bert", "AutoModel"),
