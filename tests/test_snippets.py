@@ -60,7 +60,6 @@ def local(checkpoint, artifact, tmp_path_factory):
         "user/ner": ner,
         "build/models/SmolLM2-135M-Instruct.Q4_1.gguf": llama,
         "user/style:0.5": lambda: f"{_adapter(llama(), root / 'style')}:0.5",
-        "adapters/style": lambda: _adapter(llama(), root / "slot-style"),
         "MODEL": llama,
         "OTHER": lambda: artifact(llama(), **SHAPES),
         "ENCODER": lambda: checkpoint("bert", "AutoModel"),
@@ -166,6 +165,8 @@ def test_all_snippets_of_a_document(reader, document, tmp_path, monkeypatch):
         neuron_machine.install(monkeypatch, tmp_path / "neuron", cores=2)
         digest = {"DIGEST": lambda: json.loads((tmp_path / "smollm2/config.json").read_text())["precast"]["digest"]}
         reader.local = {**reader.local, **digest}
+    if document.name == "usage.md":
+        _adapter(reader.local["MODEL"](), tmp_path / "adapters/style")
     if document.name == "CONTRIBUTING.md":
         exec(CONTRIBUTING, reader.names)
     snippets.run(document, reader)
