@@ -352,7 +352,14 @@ class Attentions(nn.Module):
         super().__init__()
         self.asked = asked
         kernels = Kernels(
-            gemv, quantized_gemm, pack_panels, int8_gemm, dequantize, decode_attention, prefill_attention, attention,
+            gemv,
+            quantized_gemm,
+            pack_panels,
+            int8_gemm,
+            dequantize,
+            decode_attention,
+            prefill_attention,
+            attention,
             lora,
         )
         self.kinds = [{"kernels": kernels, "matmul_dtype": product} for product in products] or [{}]
