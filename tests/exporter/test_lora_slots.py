@@ -438,7 +438,7 @@ OPTIONS = [
         {**SLOTS, "backend": "neuron", "instance_type": "trn1"},
         "backend='neuron'.*Backends that take it: onnx, aoti, exp",
     ),
-    ({**SLOTS, "backend": "aoti", "device": "cuda"}, "lora_slots=2 is not for device='cuda'"),
+    ({**SLOTS, "backend": "aoti", "device": "cuda"}, "lora_slots=2 cannot be combined with device='cuda'"),
     ({**SLOTS, "backend": "aoti", "dtype": "bfloat16"}, "cannot be combined with dtype='bfloat16'"),
     ({**SLOTS, "prefix_tuning": "x"}, "cannot be combined with prefix_tuning='x'"),
 ]

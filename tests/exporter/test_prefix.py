@@ -403,7 +403,7 @@ def test_what_is_no_prefix_of_this_model_is_refused(checkpoint, tmp_path, make, 
     [
         ({"kv_cache": "int8"}, "cannot be combined with kv_cache='int8'"),
         ({"backend": "neuron", "instance_type": "trn1"}, "is not for backend='neuron'"),
-        ({"backend": "aoti", "device": "cuda"}, "is not for device='cuda'"),
+        ({"backend": "aoti", "device": "cuda"}, "cannot be combined with device='cuda'"),
     ],
     ids=["int8", "neuron", "cuda"],
 )

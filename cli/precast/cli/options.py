@@ -171,7 +171,8 @@ def quantize_options(function: F) -> F:
                          help="Weights as: none, int8, int4, source (the codes that they have already), auto; with "
                               "activations in 8 bits, too: a8w8, a8w8-dynamic."),
             _quantization("--method", "quantize_method", metavar="NAME",
-                         help="How weights are rounded: rtn, search, gptq, awq. int8: rtn (aoti: awq), int4: search."),
+                         help="How weights are rounded: rtn, search, gptq, awq, llm.int8. "
+                              "int8: rtn (aoti: awq), int4: search."),
             _quantization("--group-size", type=int, help="Weights that share a scale: 32, or a row (aoti's int8)."),
             _quantization("--symmetric/--asymmetric", default=None,
                          help="Codes around zero, or around a zero point. int8: symmetric (aoti: not), int4: not."),

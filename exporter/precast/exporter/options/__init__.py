@@ -16,6 +16,7 @@ from .accuracy import AccuracyOptions
 from .adapter_slots import AdapterSlotOptions
 from .adapters import AdapterOptions
 from .backend_options import BackendOptions, backends_that_take, fill, find_option, options_class, taken_by
+from .combinations import backend_rule_problems, conflict_problems
 from .declaration import OptionsPart, choice_problems, describe, keyword_of
 from .layout import LAYOUTS, OPTIMUM_NEURON
 from .precision import AUTOMATIC, BY_BACKEND, PrecisionOptions
@@ -255,7 +256,7 @@ class ExportOptions:
         """Describe everything that is wrong with these options, a sentence each."""
         for part in (self.shapes, self.adapters, self.adapter_slots, self.precision, self.quantization):
             yield from part.problems()
-        yield from self._combination_problems()
+        yield from conflict_problems(self)
         yield from self._choice_problems()
         if AUTO in (self.backend, *self.also):
             yield f"backend={AUTO!r} keeps one backend's files, and also= adds another's: name both of them."
@@ -274,56 +275,10 @@ class ExportOptions:
         for each in fields(self):
             yield from choice_problems(each, getattr(self, each.name))
 
-    def _combination_problems(self) -> Iterator[str]:
-        cast, kv_cache = self.precision, self.quantization.kv_cache
-        if cast.dtype != "float32" and kv_cache == "float16":
-            yield (
-                f"dtype={cast.dtype!r} has caches of its own dtype, and cannot be combined with kv_cache='float16'; "
-                f"leave one of them out, or give kv_cache='int8'."
-            )
-
-    def _prefix_problems(self, row: Backend) -> Iterator[str]:
-        if self.prefix_tuning is None:
-            return
-        given = f"prefix_tuning={self.prefix_tuning!r}"
-        if self.quantization.kv_cache == "int8":
-            yield f"{given} cannot be combined with kv_cache='int8', whose scales are those of texts; leave one out."
-        if row.owns_caches or self.device != "cpu":
-            where = f"backend={row.name!r}" if row.owns_caches else f"device={self.device!r}"
-            yield f"{given} is not for {where}, where caches lie in the memory of a device; leave one out."
-
-    def _slot_problems(self, row: Backend) -> Iterator[str]:
-        if not self.adapter_slots.is_asked:
-            return
-        given = f"lora_slots={self.lora_slots}"
-        if not row.has_adapter_slots:
-            others = ", ".join(each.name for each in BACKENDS.values() if each.has_adapter_slots)
-            yield (
-                f"{given} is not for backend={row.name!r}, which keeps no weights apart. Backends that take it: "
-                f"{others}; lora= merges an adapter for every backend."
-            )
-        if self.device != "cpu":
-            yield f"{given} is not for device={self.device!r}: adapters lie in the memory of the CPU; leave one out."
-        if self.precision.is_cast:
-            cast = f"dtype={self.dtype!r}" if self.dtype != "float32" else f"auto_cast={self.auto_cast!r}"
-            yield f"{given} cannot be combined with {cast}: adapters are float32; quantize= makes the base smaller."
-        if self.prefix_tuning is not None:
-            yield (
-                f"{given} cannot be combined with prefix_tuning={self.prefix_tuning!r}, whose keys and values were "
-                f"computed without an adapter; leave one out."
-            )
-
     def _backend_problems(self) -> Iterator[str]:
         row = self._backend_row()
-        yield from self._prefix_problems(row)
-        yield from self._slot_problems(row)
+        yield from backend_rule_problems(self)
         yield from self._foreign_problems(row)
-        if self.quantization.kv_cache == "float16" and not row.halves_caches:
-            others = ", ".join(each.name for each in BACKENDS.values() if each.halves_caches)
-            yield (
-                f"kv_cache='float16' is not for backend={row.name!r}, whose attention computes in what its caches "
-                f"hold. Backends that take it: {others}; int8 is for all."
-            )
         yield from self.backend_options.problems()
         if self.precision.auto_cast_type == "tf32" and not row.casts_itself:
             others = ", ".join(each.name for each in BACKENDS.values() if each.casts_itself)

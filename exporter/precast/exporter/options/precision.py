@@ -66,8 +66,3 @@ class PrecisionOptions(OptionsPart):
         yield from super().problems()
         if self.auto_cast_type is not None and self.auto_cast == "none":
             yield f"auto_cast_type={self.auto_cast_type!r} says what auto_cast casts to; give it matmul or all, too."
-        if self.dtype != "float32" and self.auto_cast != "none":
-            yield (
-                f"auto_cast={self.auto_cast!r} casts what is in float32, and dtype={self.dtype!r} leaves nothing in "
-                f"it; give one of them."
-            )

@@ -17,6 +17,8 @@ SMOOTH = ("auto", "none")
 """Beside exponents between 0 and 1."""
 QUANTIZE_METHODS = ("rtn", "search", "gptq", "awq")
 """The names of quantize.METHODS, which are made of torch."""
+LLM_INT8 = "llm.int8"
+"""The method that rounds activations, too, but for large ones."""
 KV_CACHES = ("float32", "float16", "int8")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 
@@ -34,7 +36,8 @@ class QuantizationOptions(OptionsPart):
         smooth: what a8w8 moves from activations into weights: by an exponent between 0 and 1, by "none", or by the one
             of several that serves each layer best, "auto".
         quantize_method: how weights are rounded, one of QUANTIZE_METHODS; None is "rtn" for int8, "awq" where a row
-            shares a scale, "search" for int4.
+            shares a scale, "search" for int4. For int8 also "llm.int8", which rounds activations per token, but for
+            columns where they are large.
         group_size: weights that share a scale; None is 32, or a whole row for int8 where the backend prefers that.
         symmetric: symmetric zero points or free ones; None is True for int8 in groups, False for int4 and for rows
             that share a scale.
@@ -60,7 +63,12 @@ class QuantizationOptions(OptionsPart):
     @property
     def rounds_activations(self) -> bool:
         """Whether linear layers multiply activations of 8 bits."""
-        return self.quantize in ("a8w8", "a8w8-dynamic")
+        return self.quantize in ("a8w8", "a8w8-dynamic") or self.keeps_outliers
+
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether columns of large activations are multiplied as they are, and all others in 8 bits."""
+        return self.quantize == "int8" and self.quantize_method == LLM_INT8
 
     @property
     def is_calibrated(self) -> bool:
@@ -70,8 +78,8 @@ class QuantizationOptions(OptionsPart):
     def problems(self) -> Iterator[str]:
         """See OptionsPart."""
         yield from super().problems()
-        if self.quantize_method not in (None, *QUANTIZE_METHODS):
-            known = ", ".join(QUANTIZE_METHODS)
+        if self.quantize_method not in (None, *QUANTIZE_METHODS, LLM_INT8):
+            known = ", ".join((*QUANTIZE_METHODS, LLM_INT8))
             yield f"quantize_method={self.quantize_method!r} is not supported; the choices are: {known}."
         if self.quantize == "none" and (useless := self.given("group_size", "skip")):
             yield f"{', '.join(useless)} say how weights are rounded; give quantize=, too."
@@ -84,12 +92,15 @@ class QuantizationOptions(OptionsPart):
             yield f"calibration=: there is no file {self.calibration}."
 
     def _activation_problems(self) -> Iterator[str]:
-        if self.rounds_activations and (useless := self.given("quantize_method", "group_size", "symmetric")):
+        if self.quantize_method == LLM_INT8 and not self.keeps_outliers:
+            yield f"quantize_method={LLM_INT8!r} rounds to 8 bits; give quantize='int8' with it."
+        method = () if self.quantize_method == LLM_INT8 else ("quantize_method",)
+        if self.rounds_activations and (useless := self.given(*method, "group_size", "symmetric")):
             yield (
                 f"{', '.join(useless)} say how weights are rounded alone; those that multiply activations of 8 bits "
                 f"have a symmetric scale per row. Leave them out, or give quantize='int8'."
             )
-        if not self.rounds_activations and self.given("smooth"):
+        if (not self.rounds_activations or self.keeps_outliers) and self.given("smooth"):
             yield "smooth= is for activations of 8 bits; give quantize='a8w8' or a8w8-dynamic, too."
         if self.smooth not in SMOOTH and not _is_exponent(self.smooth):
             yield f"smooth={self.smooth!r} is not supported; give an exponent from 0 to 1, {' or '.join(SMOOTH)}."

@@ -21,6 +21,7 @@ from ..validation.metrics import encoder_floor_for, floor_for
 from .activations import Call, replay
 from .int8 import Meter, quantize_activations
 from .mixture import DivergenceMeter
+from .outliers import quantize_around_outliers
 from .recipe import find_layers
 
 __all__ = ["activation_samples", "calibration_inputs", "calibration_rows", "longest_row", "round_activations"]
@@ -50,6 +51,8 @@ def round_activations(
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
     uncached = {"use_cache": False} if takes_cache else {}
     calls = [{**inputs, **uncached} for inputs in activation_samples(checkpoint, plan, options)]
+    if options.quantization.keeps_outliers:
+        return quantize_around_outliers(model, layers, calls, progress)
     meter, allowed = _make_meter(model, plan, calls, options)
     return quantize_activations(
         model, layers, calls, meter, SHARE * allowed, str(options.smooth), progress,

@@ -44,6 +44,9 @@ def quantize_model(
     """
     if options.quantization.rounds_activations:
         done = round_activations(model, checkpoint, plan, options, progress)
+        if options.quantization.keeps_outliers:
+            # Its vocabulary stays as it is, too.
+            return _describe_layers(done)[0]
         # The vocabulary, and what would lose too much by rounding activations.
         rest = _choose_recipe(model, checkpoint, options.replace(quantize="int8"), "rtn", [], progress)
         return _describe_result(_describe_layers(done | quantize(model, rest)), rest)
