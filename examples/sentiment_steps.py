@@ -1,4 +1,4 @@
-"""Sentiment in English and Chinese: a pipeline, its three steps one by one, and what the weights take.
+"""Sentiment in English and Chinese: a pipeline, its three steps one by one, what LLM.int8 answers, and what weights take.
 
 python examples/sentiment_steps.py
 """
@@ -29,4 +29,7 @@ if __name__ == "__main__":
         print(classify.postprocess(outputs))
 
         # As transformers counts: the bytes of parameters and buffers.
-        print(f"{classify.model.get_memory_footprint():,} bytes")
+        small = pipeline("sentiment-analysis", name, export=True, batch_size=2, sequence_length=64,
+                         quantize="int8", quantize_method="llm.int8")  # fmt: skip
+        print([answer["label"] for answer in small(texts)])
+        print(f"{classify.model.get_memory_footprint():,} bytes, {small.model.get_memory_footprint():,} by LLM.int8")

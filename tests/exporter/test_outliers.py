@@ -71,7 +71,6 @@ def test_an_artifact_answers_as_the_model(checkpoint, tmp_path, backend):
     source = checkpoint("bert", "AutoModelForSequenceClassification", num_labels=9)
     options = ExportOptions(
         batch_size=2, sequence_length=(32,), quantize="int8", quantize_method="llm.int8", backend=backend,
-        min_cosine=0.995,
     )  # fmt: skip
     (variant,) = export(str(source), tmp_path / "out", options).contract.variants
     assert variant.accuracy.status == "passed"

@@ -94,6 +94,11 @@ _FLOORS: dict[str, tuple[float, float | None]] = {
 }
 
 
+def _scheme_of(options: ExportOptions) -> str:
+    """The scheme whose floor holds: llm.int8 rounds activations by token."""
+    return "a8w8-dynamic" if options.quantization.keeps_outliers else str(options.quantize)
+
+
 def floor_for(options: ExportOptions) -> Floor:
     """The floor that the user named, else the default of the scheme; what is quantized and cast may lose what both
     do."""
@@ -101,7 +106,7 @@ def floor_for(options: ExportOptions) -> Floor:
         return Floor(options.max_kl, options.min_agreement)
     parts = [_CAST_FLOORS[options.cast_type]] if options.is_cast else []
     if options.quantization.is_rounded or not parts:
-        parts.append(_FLOORS.get(options.quantize, (0.01, 0.95)))
+        parts.append(_FLOORS.get(_scheme_of(options), (0.01, 0.95)))
     agreements = [agreement for _, agreement in parts]
     return Floor(sum(kl for kl, _ in parts), None if None in agreements else min(filter(None, agreements)))
 
@@ -114,7 +119,7 @@ def encoder_floor_for(options: ExportOptions) -> Floor:
     """The floor of a quantized encoder: that which the user named, else the default of the scheme."""
     if options.min_cosine is not None or options.min_agreement is not None:
         return Floor(None, options.min_agreement, options.min_cosine)
-    found = _ENCODER_FLOORS.get(options.quantize, Floor(None, 0.95, 0.999))
+    found = _ENCODER_FLOORS.get(_scheme_of(options), Floor(None, 0.95, 0.999))
     return replace(found, min_cosine=(found.min_cosine or 0.0) - 0.001) if options.is_cast else found
 
 
