@@ -421,6 +421,13 @@ def test_an_adapter_of_another_base_model_is_refused(slotted, own):
     model.load_adapter("c", path, force_base=True)
 
 
+def test_a_larger_model_and_the_card_have_the_slots(model):
+    with pytest.raises(InputError, match=r"precast export .* --lora-slots 2 --lora-rank 6 -o OUT"):
+        _continue(model, list(range(3, 53)))
+    card = (model.artifact.path / "README.md").read_text("utf-8")
+    assert "| LoRA adapters | 2 at once, of ranks up to 6, for 7 layers: `model.load_adapter(name, path)` |" in card
+
+
 def test_memory_that_is_not_there_is_said(slotted, adapter, monkeypatch):
     monkeypatch.setattr(slots_of, "available_bytes", lambda: 1000)
     with pytest.raises(OutOfMemoryError, match=r"takes 0 MB in its slot \(float32, rank 6\), and 0 MB .* lora_rank"):

@@ -25,7 +25,9 @@ def suggest_larger(artifact: Artifact, flags: str, length: int = 0) -> str:
     model, where = (source.model, "") if is_on_hub else ("CHECKPOINT", f", where CHECKPOINT is {source.model}")
     merged = "".join(f" --lora {quoted(f'{each.name}:{each.weight:g}')}" for each in source.adapters)
     prefix = " --prefix-tuning PREFIX" if artifact.contract.prefix else ""
-    flags = f"--task {quoted(artifact.contract.task)}{merged} {flags}{prefix}"
+    lora = artifact.contract.lora
+    slots = f" --lora-slots {lora.slots} --lora-rank {lora.rank}" if lora else ""
+    flags = f"--task {quoted(artifact.contract.task)}{merged} {flags}{prefix}{slots}"
     return f"Compile a larger one{where}: precast export {quoted(model)} {flags} -o OUT"
 
 
