@@ -107,8 +107,9 @@ WRONG = {
     "cast twice": (
         ("llama", "-o", "out", "--dtype", "float16", "--auto-cast", "all"), "--auto-cast all", "--dtype float16"
     ),
-    "cast and rounded": (
-        ("llama", "-o", "out", "--auto-cast", "matmul", "--quantize", "int8"), "--auto-cast matmul", "--quantize int8"
+    "two dtypes of caches": (
+        ("llama", "-o", "out", "--backend", "export", "--dtype", "bfloat16", "--kv-cache", "float16"),
+        "--dtype bfloat16 cannot be combined with --kv-cache float16", "or give --kv-cache int8",
     ),
     "a dtype without kernels": (
         ("llama", "-o", "out", "--dtype", "bfloat16"),
@@ -325,7 +326,7 @@ def test_mistakes_are_answered_before_torch_is_imported(place):
         (*export, *sizes, "--backend", "tpu"),
         (*export, *sizes, "--method", "magic", "--quantize", "int8"),
         (*export, *sizes, "--task", "juggling"),
-        (*export, *sizes, "--quantize", "int8"),
+        (*export, *sizes, "--quantize", "auto"),
         (*export, *sizes, "--backend", "auto", "--dtype", "int3"),
         ("export", "bert", "-o", "full", *sizes),
         ("export", "bert", "-o", "out", "--sequence-length", "16"),
@@ -453,8 +454,8 @@ def test_the_reference_says_at_which_question_it_is(monkeypatch):
     monkeypatch.setattr(reference, "answer", lambda *_: [])
     told, anyone = [], SimpleNamespace(tokenizer=None, vocabulary=9)
     with progress_to(lambda *said: told.append(said)):
-        reference.make_reference(None, anyone, None, [], is_scored=False)
-    reference.make_reference(None, anyone, None, [], is_scored=False)
+        reference.make_reference(None, anyone, None, [], None, is_scored=False)
+    reference.make_reference(None, anyone, None, [], None, is_scored=False)
     assert told == [(0, 2, "short"), (1, 2, "long")]
 
 

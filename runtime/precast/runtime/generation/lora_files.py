@@ -47,7 +47,7 @@ def check_settings(path: Path, base: str | None) -> dict[str, Any]:
     if not (path / CONFIG).is_file():
         raise InputError(
             f"{path} is no adapter of peft: there is no {CONFIG} in it. Give the directory on this machine that "
-            f"save_pretrained() of a PeftModel wrote; hf download USER/ADAPTER --local-dir DIR fetches one."
+            f"save_pretrained() of a PeftModel wrote, or that huggingface_hub's snapshot_download() fetched."
         )
     try:
         settings = read_settings(path, str(path))

@@ -126,7 +126,7 @@ def _find_adapters(header: _Header, session: Session, path: Path) -> list[Loaded
         if told is not None and adapter is None:
             raise InputError(
                 f"The session {path} was read with an adapter that is not loaded, of sha256 {told[:12]}…. Load it "
-                f"first (load_adapter, or --adapter), or name another file."
+                f"first, by load_adapter(), or name another file."
             )
     return found
 
