@@ -63,24 +63,34 @@ struct Int8Gemm {
 
     explicit Input(int64_t rows) : bytes(new uint8_t[rows * WIDTH]), scales(new float[rows]) {}
 
+    // In loops of one kind of operation each, which compilers vectorize.
     void round_row(int64_t row, const float* x, const Rounding& how) {
-      float balanced[K], largest = 0, nonfinite = 0;
-      for (int k = 0; k < K; ++k) balanced[k] = how.balance ? x[k] * how.balance[k] : x[k];
+      float shifted[K], largest = 0, nonfinite = 0;
+      if (how.balance) {
+        for (int k = 0; k < K; ++k) shifted[k] = x[k] * how.balance[k];
+        x = shifted;
+      }
 #pragma omp simd reduction(max : largest) reduction(+ : nonfinite)
       for (int k = 0; k < K; ++k) {
-        largest = std::max(largest, std::abs(balanced[k]));
-        nonfinite += balanced[k] * 0.0f;  // NaN where an input is infinite or NaN: the output has to be NaN, too.
+        largest = std::max(largest, std::abs(x[k]));
+        nonfinite += x[k] * 0.0f;  // NaN where an input is infinite or NaN: the output has to be NaN, too.
       }
       const float scale = how.scale ? *how.scale : std::max(largest / 127, 1e-30f);
-      const float inverse = 1 / scale, zero = static_cast<float>(how.zero_point());
-      uint8_t* to = bytes.get() + row * WIDTH;
+      const float inverse = 1 / scale, lowest = -static_cast<float>(how.zero_point()), highest = 255 + lowest;
+      // Within bounds, then to nearest, by a sum that has the integer in its lowest bits.
+#pragma omp simd
       for (int k = 0; k < K; ++k) {
-        // Within bounds first, for which NaN is none; then to nearest, by what the sum has in its lowest byte.
-        const float code = std::min(std::max(balanced[k] * inverse, -zero), 255 - zero) + 12582912.0f;
-        uint32_t bits;
-        std::memcpy(&bits, &code, sizeof(bits));
-        to[k] = static_cast<uint8_t>(bits + static_cast<uint32_t>(how.zero_point()));
+        float code = x[k] * inverse;
+        code = code > lowest ? code : lowest;
+        code = code < highest ? code : highest;
+        shifted[k] = code + 12582912.0f;
       }
+      uint32_t words[K];
+      std::memcpy(words, shifted, sizeof(words));
+      const auto zero = static_cast<uint32_t>(how.zero_point());
+      uint8_t* to = bytes.get() + row * WIDTH;
+#pragma omp simd
+      for (int k = 0; k < K; ++k) to[k] = static_cast<uint8_t>(words[k] + zero);
       for (int k = K; k < WIDTH; ++k) to[k] = 0;
       scales[row] = scale + nonfinite;
     }
