@@ -1,4 +1,4 @@
-"""Sentiment in English and Chinese: a pipeline, its three steps one by one, what LLM.int8 answers, and what weights take.
+"""Sentiment in English and Chinese: a pipeline, its three steps one by one, LLM.int8, and what weights take.
 
 python examples/sentiment_steps.py
 """
