@@ -103,7 +103,8 @@ def test_every_pair_that_is_not_refused_works(files, tmp_path, pair, backend, sc
         name: str(folder / value) for name, value in (("lora", "adapter"), ("prefix_tuning", "prefix")) if name in pair
     }
     options = asked(pair, backend, **changes, **({"quantize": scheme} if scheme else {}))
-    floor = {"max_kl": 0.1} if options.is_lossy else {}
+    # Random weights bear less than trained ones.
+    floor = {"max_kl": 0.5} if options.is_lossy else {}
     (variant,) = export(str(source), tmp_path / "out", options.replace(**floor)).contract.variants
     assert variant.accuracy.status == "passed"
     model = CompiledModelForCausalLM.from_pretrained(tmp_path / "out")
