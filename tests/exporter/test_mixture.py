@@ -9,7 +9,7 @@ from precast.exporter.quantize.methods import METHODS, Scheme
 from precast.exporter.quantize.mixture import choose_mixture, group_families
 from precast.exporter.quantize.recipe import find_layers
 
-FOUR = Scheme(4, 32, "symmetric")
+EIGHT, FOUR = Scheme(8, 32, "symmetric"), Scheme(4, 32, "symmetric")
 
 
 @pytest.fixture
@@ -23,26 +23,26 @@ def model(checkpoint):
 
 def chosen(model, budget):
     rows = [torch.arange(3, 40)]
-    return choose_mixture(model, list(find_layers(model, ())), FOUR, METHODS["rtn"], rows, budget)
+    return choose_mixture(model, list(find_layers(model, ())), [EIGHT, FOUR], METHODS["rtn"], rows, budget)
 
 
-def test_a_large_budget_takes_all_but_the_vocabulary(model):
-    names = {layer.name for layer in find_layers(model, ()) if not layer.is_vocabulary}
+def test_a_large_budget_takes_all(model):
+    names = {layer.name for layer in find_layers(model, ())}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert chosen(model, 100.0) == dict.fromkeys(names, FOUR)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_no_budget_takes_nothing(model):
-    assert chosen(model, 0.0) == {}
+    assert set(chosen(model, 0.0).values()) == {EIGHT}
 
 
 def test_a_budget_between_takes_whole_families_and_keeps_to_it(model):
-    everything, some = chosen(model, 100.0), {}
+    some = {}
     for exponent in range(2, 9):
         some = chosen(model, 10.0**-exponent)
-        if 0 < len(some) < len(everything):
+        if set(some.values()) == {EIGHT, FOUR}:
             break
-    assert 0 < len(some) < len(everything)
+    assert set(some.values()) == {EIGHT, FOUR}
     for family in group_families(find_layers(model, ())):
-        assert len({layer.name in some for layer in family if not layer.is_vocabulary}) <= 1
+        assert len({some[layer.name] for layer in family}) == 1

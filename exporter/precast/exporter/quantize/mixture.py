@@ -1,83 +1,151 @@
-"""Mixed precision: quantize as many layers as a budget of KL divergence allows to the scheme of fewer bits.
+"""Mixed precision: quantize every family of layers in as few bits as a budget of KL divergence allows.
 
-Each family of layers (those of one parent: a block's attention, its feed-forward part) is quantized to the coarse
-scheme by itself, and the KL divergence that this costs on calibration text is measured. Families that cost least are
-taken first, since small costs add up nearly linearly; the chosen ones are then measured together.
+Each family of layers (those of one parent: a block's attention, its feed-forward part) is quantized by itself, and the
+KL divergence that this costs on calibration text is measured once, in the coarsest scheme. What another scheme would
+cost follows from the squared errors of the weights: divergence grows in proportion to them. From the most exact scheme
+everywhere, the step to a smaller one that costs least per bit saved is taken again and again while the sum stays within
+the budget, since small costs add up nearly linearly; the choice is then measured as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .methods import Method, Scheme
+from .methods import Method, Scheme, round_to_nearest
 from .recipe import Layer
+from .scheme import CHUNK
 
 __all__ = ["choose_mixture", "group_families"]
 
 TOKENS = 512
 """Calibration tokens that each family is measured on."""
+SAMPLE_ROWS = 256
+"""Rows of a weight that schemes are compared on."""
+SCALE_BITS = 32
 Family = list[Layer]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A scheme for a family, the bits that it takes, and the KL divergence that it is expected to cost."""
+
+    scheme: Scheme
+    bits: float
+    cost: float
 
 
 def choose_mixture(
     model: nn.Module,
     layers: Sequence[Layer],
-    coarse: Scheme,
+    schemes: Sequence[Scheme],
     method: Method,
     rows: Sequence[Tensor],
     budget: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Scheme]:
-    """Choose layers for `coarse`, at a joint KL divergence of at most `budget` nats per token; `model` is unchanged.
+    """Choose one of `schemes` for each layer, at a joint KL divergence of at most `budget` nats per token beyond that
+    of the first, which is the most exact; `model` is unchanged.
 
-    `rows` are calibration token ids [S]. Input and output embeddings are never among the layers.
+    `rows` are calibration token ids [S]. `method` measures without activations.
     """
-    families = group_families(layer for layer in layers if not layer.is_vocabulary)
+    families = group_families(layers)
     meter = _DivergenceMeter(model, rows)
-    costs = []
+    ladders = []
     for family in families:
-        with _quantized_weights(family, coarse, method):
-            costs.append(meter.divergence())
-        progress(len(costs), len(families))
-    order = sorted(range(len(families)), key=lambda index: costs[index])
-    count = _count_affordable([costs[index] for index in order], budget)
-    while count:
-        chosen = [layer for index in order[:count] for layer in families[index]]
-        with _quantized_weights(chosen, coarse, method):
-            if meter.divergence() <= budget:
-                return {layer.name: coarse for layer in chosen}
-        # Together they cost more than one by one: take a tenth fewer each time, so that the search ends soon.
-        count = min(count - 1, int(0.9 * count))
-    return {}
+        ladders.append(_find_choices(family, schemes, method, meter))
+        progress(len(ladders), len(families))
+    limit = budget
+    while True:
+        chosen = _spend(ladders, limit)
+        found = {layer.name: choice.scheme for family, choice in zip(families, chosen, strict=True) for layer in family}
+        coarser = {name: scheme for name, scheme in found.items() if scheme != schemes[0]}
+        with _quantized_weights([layer for layer in layers if layer.name in coarser], found, method):
+            divergence = meter.divergence() if coarser else 0.0
+        if divergence <= budget:
+            return found
+        # Together they cost more than one by one: spend less, by so much that the search ends soon.
+        limit *= min(0.9, budget / divergence)
+        if limit < SMALLEST_SHARE * budget:
+            limit = 0.0
+
+
+SMALLEST_SHARE = 1e-3
+"""Below this share of the budget nothing is spent at all."""
 
 
 def group_families(layers: Iterable[Layer]) -> list[Family]:
     """Group layers by the module that holds them: those that read one input stay together and can be packed into
-    one."""
+    one. Input and output embeddings are families of their own."""
     found: dict[str, Family] = {}
     for layer in layers:
-        found.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+        found.setdefault(layer.name if layer.is_vocabulary else layer.name.rpartition(".")[0], []).append(layer)
     return list(found.values())
 
 
-def _count_affordable(costs: Sequence[float], budget: float) -> int:
-    """Count the first of the ascending costs that add up to at most the budget."""
-    spent = torch.tensor(costs).cumsum(0)
-    return int((spent <= budget).sum())
+def _find_choices(family: Family, schemes: Sequence[Scheme], method: Method, meter: _DivergenceMeter) -> list[_Choice]:
+    """The schemes in this order; the last one's cost is measured, the others' follow from their errors."""
+    probe = schemes[-1]
+    with _quantized_weights(family, {layer.name: probe for layer in family}, method):
+        measured = meter.divergence()
+    errors = [sum(_squared_error(layer, scheme) for layer in family) for scheme in schemes]
+    sizes = [sum(_count_bits(layer, scheme) for layer in family) for scheme in schemes]
+    per_error = measured / errors[-1] if errors[-1] else 0.0
+    return [
+        _Choice(scheme, bits, error * per_error) for scheme, bits, error in zip(schemes, sizes, errors, strict=True)
+    ]
+
+
+def _squared_error(layer: Layer, scheme: Scheme) -> float:
+    sample = layer.weight[:: -(-len(layer.weight) // SAMPLE_ROWS)].float()
+    error = (round_to_nearest(sample, layer.fit_scheme(scheme)).dequantize() - sample).square().mean()
+    return float(error) * layer.weight.numel()
+
+
+def _count_bits(layer: Layer, scheme: Scheme) -> float:
+    """Of codes, padding included, scales and zero points; offsets are further columns."""
+    scheme, (rows, columns) = layer.fit_scheme(scheme), layer.weight.shape
+    groups = -(-columns // scheme.group)
+    groups += -(-groups // scheme.group) if scheme.zero_point == "float" else 0
+    zeros = 0 if scheme.zero_point == "symmetric" else scheme.bits
+    return float(rows * groups * (scheme.group * scheme.bits + SCALE_BITS + zeros))
+
+
+def _spend(ladders: Sequence[Sequence[_Choice]], limit: float) -> list[_Choice]:
+    """From each ladder's first choice, take the step that costs least per bit saved while the sum is within the limit.
+
+    A step may leave out choices between.
+    """
+    chosen = [ladder[0] for ladder in ladders]
+    spent = 0.0
+    while True:
+        steps = [
+            ((choice.cost - now.cost) / (now.bits - choice.bits), index, choice)
+            for index, (now, ladder) in enumerate(zip(chosen, ladders, strict=True))
+            for choice in ladder
+            if choice.bits < now.bits and spent + choice.cost - now.cost <= limit
+        ]
+        if not steps:
+            return chosen
+        _, index, choice = min(steps, key=lambda step: step[:2])
+        spent += choice.cost - chosen[index].cost
+        chosen[index] = choice
 
 
 @contextmanager
-def _quantized_weights(family: Iterable[Layer], scheme: Scheme, method: Method) -> Iterator[None]:
-    """Quantize the layers' weights to `scheme` within this block, and restore them after it."""
+def _quantized_weights(family: Iterable[Layer], schemes: Mapping[str, Scheme], method: Method) -> Iterator[None]:
+    """Quantize the layers' weights to their schemes within this block, and restore them after it."""
     kept = []
     with torch.no_grad():
         for layer in family:
             kept.append((layer.weight, layer.weight.clone()))
-            layer.weight.copy_(method.quantize(layer.weight, scheme, None).dequantize())
+            scheme = layer.fit_scheme(schemes[layer.name])
+            for rows in layer.weight.split(max(1, CHUNK // layer.weight.shape[1])):
+                rows.copy_(method.quantize(rows, scheme, None).dequantize())
         try:
             yield
         finally:
