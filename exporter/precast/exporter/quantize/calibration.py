@@ -132,18 +132,17 @@ class _Moments:
         return self if other is None else _Moments(self.total + other.total, self.tokens + other.tokens)
 
 
-UNKNOWN, MOST_UNKNOWN = 0.5, 0.5
-"""What is added to the diagonal where there are as many tokens as columns, and at most, as a share of its mean.
-Measured on SmolLM2 with 1,200 tokens of calibration text and 1,000 others."""
-
-
 def _raise_diagonal(found: _Moments) -> Tensor:
-    """The mean, with a share of its diagonal's mean added there: the more columns there are per token, the less of
-    their products is the same in other text, and methods that trust these lose more there than they gain here."""
+    """The mean, with a share of its diagonal's median added there: the more columns there are per token, the less of
+    their products is the same in other text, and methods that trust these lose more there than they gain here.
+
+    The share is measured, with 1,200 tokens of SmolLM2 and 6,100 of a model of one domain: as many as ten tokens per
+    column leave nothing unknown, and two need a quarter.
+    """
     tokens = max(1, found.tokens)
     hessian = found.total / tokens
-    share = min(MOST_UNKNOWN, UNKNOWN * len(hessian) / tokens)
-    hessian.diagonal().add_(share * hessian.diagonal().mean())
+    share = min(1.0, (len(hessian) / tokens) ** 2)
+    hessian.diagonal().add_(share * hessian.diagonal().median())
     return hessian
 
 

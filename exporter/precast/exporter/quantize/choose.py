@@ -84,8 +84,7 @@ def _choose_recipe(
         budget *= CALIBRATED_GAIN if method == "gptq" else 1.0
         chosen = choose_mixture(model, layers, schemes, METHODS["search"], rows, budget, progress)
         return Recipe(schemes[0], method, chosen, options.skip)
-    four = Scheme(4, options.group_size or GROUP, "symmetric" if options.symmetric else "float")
-    return Recipe(four, method, _vocabulary_in_int8(model, options), options.skip)
+    return Recipe(_four_bits(options), method, _vocabulary_in_int8(model, options), options.skip)
 
 
 def _default_method(options: ExportOptions) -> str:
@@ -101,16 +100,21 @@ def _int8_group(options: ExportOptions) -> int:
     return options.group_size or (WHOLE_ROW if get_backend(options.backend).scales_rows else GROUP)
 
 
-def _schemes_to_mix(options: ExportOptions) -> list[Scheme]:
-    """What `auto` chooses from, the most exact first: 8 bits, and 4 in groups of several sizes or of the one asked for.
+def _four_bits(options: ExportOptions) -> Scheme:
+    """Offsets in small groups only: as columns they fill whole groups, which in larger ones takes up to a bit per
+    weight."""
+    group = options.group_size or GROUP
+    free: ZeroPoint = "float" if group <= GROUP else "integer"
+    return Scheme(4, group, "symmetric" if options.symmetric else free)
 
-    Zero points are integers but in small groups: an offset per group is worth what it takes there only.
-    """
+
+def _schemes_to_mix(options: ExportOptions) -> list[Scheme]:
+    """What `auto` chooses from, the most exact first: 8 bits, and 4 in groups of several sizes or of the one asked for,
+    with offsets or without."""
     zero_point: ZeroPoint = "symmetric" if options.symmetric else "integer"
-    small: ZeroPoint = "symmetric" if options.symmetric else "float"
     sizes = [options.group_size] if options.group_size else [32, 64, 128]
     exact = Scheme(8, options.group_size or EXACT_GROUP, "symmetric")
-    return [exact, Scheme(4, sizes[0], small), *(Scheme(4, size, zero_point) for size in sizes)]
+    return [exact, _four_bits(options), *(Scheme(4, size, zero_point) for size in sizes)]
 
 
 def _vocabulary_in_int8(model: nn.Module, options: ExportOptions) -> Mapping[str, Scheme]:

@@ -106,8 +106,9 @@ def awq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Quanti
     sample = weight[:: -(-weight.numel() // SAMPLE_SIZE)].float()
     candidates = _channel_scales(sample, hessian)
     best = min(candidates, key=lambda scales: _output_error(sample, _round_scaled(sample, scales, scheme), hessian))
-    searched = partial(_search_scaled, inputs=hessian.diagonal())
-    ways = (_round_scaled, searched) if scheme.bits <= SEARCHED_BITS else (_round_scaled,)
+    ways: list[Callable[[Tensor, Tensor, Scheme], QuantizedWeight]] = [_round_scaled]
+    if scheme.bits <= SEARCHED_BITS:
+        ways.append(partial(_search_scaled, inputs=hessian.diagonal()))
     way = min(ways, key=lambda each: _output_error(sample, each(sample, best, scheme), hessian))
     return way(weight, best, scheme)
 
@@ -182,8 +183,9 @@ def _weighted_error(groups: Tensor, importance: Tensor, params: QuantParams, sch
 
 # ---------------------------------------------------------------- gptq
 
-DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of its mean: GPTQ's own default."""
+DAMPING = 0.001
+"""Added to the Hessian's diagonal, as a share of its mean, so that it can be inverted: a tenth of GPTQ's own default,
+since calibration has added what a short text asks for."""
 
 
 def _order_columns(sizes: Tensor, group: int) -> list[Tensor]:
