@@ -131,19 +131,28 @@ class _Bench:
         It takes an hour or so: what a run that was interrupted has measured is not measured again, ours at the same
         commit only.
         """
-        kept, found = self._work / "figures.json", dict[str, Row]()
-        known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+        found: dict[str, Row] = {}
         for name, figures in self._contenders():
             if any(part in name for part in self._plan.without):
                 continue
             self._plan.note(f"{self._subject.name}: {name}")
             key = f"{name} {machine.revision()}" if name.startswith("precast") else name
             try:
-                found[name] = known[key] = known.get(key) or figures()
+                found[name] = self._measured(key, figures)
             except (ContenderError, subprocess.CalledProcessError) as error:
                 notes.append(f"{self._subject.name}, {name}: {_last_line(error)}")
-            kept.write_text(json.dumps(known), "utf-8")
         return found
+
+    def _measured(self, key: str, figures: Callable[[], Row]) -> Row:
+        kept = self._work / "figures.json"
+
+        def known() -> dict[str, Row]:
+            return json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+
+        if key not in known():
+            found = figures()
+            kept.write_text(json.dumps(known() | {key: found}), "utf-8")
+        return known()[key]
 
     def _contenders(self) -> Iterator[tuple[str, Callable[[], Row]]]:
         for name, options in OURS.items():
