@@ -29,7 +29,7 @@ from schemes import PROSE, compare, forced, mean_accuracy
 __all__ = ["OURS", "measure"]
 
 TRAINED = BUILD / "trained-llama"
-CALIBRATION = HERE.parent / "exporter/precast/exporter/quantize/calibration.txt"
+METHODS = "exporter/precast/exporter/quantize"
 ROW = 512
 """Tokens of a row of text."""
 Row = dict[str, Any]
@@ -116,6 +116,7 @@ class _Bench:
         self._plan, self._subject = plan, subject
         self._work = plan.work / "four-bits" / subject.folder.name
         self._work.mkdir(parents=True, exist_ok=True)
+        self._code = machine.revision(METHODS)
         self._tokenizer = AutoTokenizer.from_pretrained(subject.folder)
         rows = 1 if plan.is_quick else subject.rows
         ids = torch.tensor(self._tokenizer(subject.held_out.read_text("utf-8"))["input_ids"])
@@ -128,15 +129,15 @@ class _Bench:
     def all_figures(self, notes: list[str]) -> dict[str, Row]:
         """By scheme; one that fails is left out, with the reason among the notes.
 
-        It takes an hour or so: what a run that was interrupted has measured is not measured again, ours at the same
-        commit only.
+        It takes an hour or so: what a run that was interrupted has measured is not measured again, ours by the same
+        code only.
         """
         found: dict[str, Row] = {}
         for name, figures in self._contenders():
             if any(part in name for part in self._plan.without):
                 continue
             self._plan.note(f"{self._subject.name}: {name}")
-            key = f"{name} {machine.revision()}" if name.startswith("precast") else name
+            key = f"{name} {self._code}" if name.startswith("precast") else name
             try:
                 found[name] = self._measured(key, figures)
             except (ContenderError, subprocess.CalledProcessError) as error:
@@ -205,7 +206,7 @@ class _Bench:
     def _importance(self) -> Path:
         path = self._work / "importance.npz"
         if not path.exists():
-            text = (self._subject.calibration or CALIBRATION).read_text("utf-8")
+            text = (self._subject.calibration or HERE.parent / METHODS / "calibration.txt").read_text("utf-8")
             ids = torch.tensor(self._tokenizer(text)["input_ids"])
             np.savez(path, **mean_squares(_load(self._subject.folder), ids.split(ROW)))
         return path

@@ -60,18 +60,17 @@ def choose_mixture(
         ladders.append(_find_choices(family, schemes, method, meter))
         progress(len(ladders), len(families))
     limit = budget
-    while True:
+    while limit > SMALLEST_SHARE * budget:
         chosen = _spend(ladders, limit)
         found = {layer.name: choice.scheme for family, choice in zip(families, chosen, strict=True) for layer in family}
-        coarser = {name: scheme for name, scheme in found.items() if scheme != schemes[0]}
-        with _quantized_weights([layer for layer in layers if layer.name in coarser], found, method):
-            divergence = meter.divergence() if coarser else 0.0
+        coarser = [layer for layer in layers if found[layer.name] != schemes[0]]
+        with _quantized_weights(coarser, found, method):
+            divergence = meter.divergence()
         if divergence <= budget:
             return found
         # Together they cost more than one by one: spend less, by so much that the search ends soon.
         limit *= min(0.9, budget / divergence)
-        if limit < SMALLEST_SHARE * budget:
-            limit = 0.0
+    return {layer.name: schemes[0] for layer in layers}
 
 
 SMALLEST_SHARE = 1e-3
