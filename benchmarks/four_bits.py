@@ -82,7 +82,7 @@ SUBJECTS = (
 
 def measure(plan: Plan) -> Answer:
     """Every scheme of every model that is there."""
-    answer = Answer("Four bits from floats", ["", "MB", "bits/weight", "KL", "top-1", "perplexity", "s"])
+    answer = Answer("Four bits from floats", ["", "MB", "bits/weight", "KL", "top-1", "perplexity", "CPU s"])
     for subject in SUBJECTS:
         if not subject.folder.exists():
             answer.notes.append(f"{subject.name} is not there: `make peers trained` makes it.")
@@ -103,7 +103,7 @@ def _row(name: str, figures: Row) -> list[str]:
         f"{figures['kl_divergence']:.4f}",
         f"{figures['top_1_agreement']:.3f}",
         f"{figures['perplexity']:.2f}",
-        f"{figures['seconds']:.0f}" if "seconds" in figures else "",
+        f"{figures['cpu_seconds']:.0f}" if "cpu_seconds" in figures else "",
     ]
 
 
@@ -174,13 +174,13 @@ class _Bench:
         from precast.exporter.quantize.linear import Packed
 
         chosen = ExportOptions(**options, calibration=self._subject.calibration)
-        model, started = _load(self._subject.folder), time.perf_counter()
+        model, started = _load(self._subject.folder), time.process_time()
         words = quantize_model(model, resolve(str(self._subject.folder), chosen), chosen)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         packed = [module for module in model.modules() if isinstance(module, Packed)]
         size = sum(each.nbytes for each in {id(each): each for each in packed}.values())
         size += sum(parameter.nbytes for parameter in model.parameters())
-        return {**self._figures(model, size), "seconds": round(seconds, 1), "words": words}
+        return {**self._figures(model, size), "cpu_seconds": round(seconds, 1), "words": words}
 
     def _llama(self, kind: str, has_importance: bool) -> Row:
         from transformers import AutoModelForCausalLM

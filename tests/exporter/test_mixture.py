@@ -57,6 +57,16 @@ def test_a_larger_budget_takes_fewer_bits(model):
     assert ["lm_head"] in [[layer.name for layer in family] for family in group_families(layers)]
 
 
+def test_a_method_that_loses_less_gets_fewer_bits(model):
+    """But in the table, where it does not."""
+    layers, rows, budget = list(find_layers(model, ())), [torch.arange(3, 40)], 1e-3
+    plain, gaining = (
+        choose_mixture(model, layers, [EIGHT, FOUR], METHODS["rtn"], rows, budget, gain=gain) for gain in (1.0, 50.0)
+    )
+    assert list(plain.values()).count(FOUR) < list(gaining.values()).count(FOUR)
+    assert measured(model, layers, gaining, rows) > budget
+
+
 def measured(model, layers, found, rows) -> float:
     """The divergence of 4-bit layers alone, which is what the budget is for."""
     meter = _DivergenceMeter(model, rows)

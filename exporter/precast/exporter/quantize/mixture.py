@@ -32,10 +32,12 @@ Family = list[Layer]
 
 @dataclass(frozen=True)
 class _Choice:
-    """A scheme for a family, the bits that it takes, and the KL divergence that it is expected to cost."""
+    """A scheme for a family, the bits that it takes, and the KL divergence that it is expected to cost: as `measured`
+    without activations, and by the method that is going to round."""
 
     scheme: Scheme
     bits: float
+    measured: float
     cost: float
 
 
@@ -47,17 +49,19 @@ def choose_mixture(
     rows: Sequence[Tensor],
     budget: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    gain: float = 1.0,
 ) -> dict[str, Scheme]:
     """Choose one of `schemes` for each layer, at a joint KL divergence of at most `budget` nats per token beyond that
     of the first, which is the most exact; `model` is unchanged.
 
-    `rows` are calibration token ids [S]. `method` measures without activations.
+    `rows` are calibration token ids [S]. `method` measures without activations; the method that is going to round
+    loses so many times less in layers that have some, `gain`, and as much in tables.
     """
     families = group_families(layers)
     meter = _DivergenceMeter(model, rows)
     ladders = []
     for family in families:
-        ladders.append(_find_choices(family, schemes, method, meter))
+        ladders.append(_find_choices(family, schemes, method, meter, gain))
         progress(len(ladders), len(families))
     limit = budget
     while limit > SMALLEST_SHARE * budget:
@@ -66,10 +70,13 @@ def choose_mixture(
         coarser = [layer for layer in layers if found[layer.name] != schemes[0]]
         with _quantized_weights(coarser, found, method):
             divergence = meter.divergence()
-        if divergence <= budget:
+        measured = sum(choice.measured for choice in chosen)
+        # Together they may cost more than one by one, by whichever method.
+        expected = divergence * sum(choice.cost for choice in chosen) / measured if measured else divergence
+        if expected <= budget:
             return found
-        # Together they cost more than one by one: spend less, by so much that the search ends soon.
-        limit *= min(0.9, budget / divergence)
+        # Spend less, by so much that the search ends soon.
+        limit *= min(0.9, budget / expected)
     return {layer.name: schemes[0] for layer in layers}
 
 
@@ -86,17 +93,18 @@ def group_families(layers: Iterable[Layer]) -> list[Family]:
     return list(found.values())
 
 
-def _find_choices(family: Family, schemes: Sequence[Scheme], method: Method, meter: _DivergenceMeter) -> list[_Choice]:
+def _find_choices(
+    family: Family, schemes: Sequence[Scheme], method: Method, meter: _DivergenceMeter, gain: float
+) -> list[_Choice]:
     """The schemes in this order; the last one's cost is measured, the others' follow from their errors."""
     probe = schemes[-1]
     with _quantized_weights(family, {layer.name: probe for layer in family}, method):
         measured = meter.divergence()
     errors = [sum(_squared_error(layer, scheme) for layer in family) for scheme in schemes]
     sizes = [sum(_count_bits(layer, scheme) for layer in family) for scheme in schemes]
-    per_error = measured / errors[-1] if errors[-1] else 0.0
-    return [
-        _Choice(scheme, bits, error * per_error) for scheme, bits, error in zip(schemes, sizes, errors, strict=True)
-    ]
+    costs = [error * measured / errors[-1] if errors[-1] else 0.0 for error in errors]
+    share = 1.0 if any(layer.table for layer in family) else 1 / gain
+    return [_Choice(*each, each[-1] * share) for each in zip(schemes, sizes, costs, strict=True)]
 
 
 def _squared_error(layer: Layer, scheme: Scheme) -> float:
