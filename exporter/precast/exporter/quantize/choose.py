@@ -34,6 +34,14 @@ DEFAULT_METHODS = {"source": "rtn", "int8": "rtn", "int4": "search", "auto": "gp
 FOUR_BITS_SHARE = 0.4
 """The share of the allowed KL divergence that `auto` spends on 4-bit weights. The rest is for the rounding of
 activations to int8, which calibration in float32 does not see: it alone cost half of the default 0.01 on SmolLM2."""
+EXACT_GROUP = 64
+"""The same for the layers that `auto` keeps in 8 bits, which larger groups cost next to nothing."""
+ROW = 512
+"""Tokens per row of calibration text."""
+DEFAULT_METHODS = {"source": "rtn", "int8": "rtn", "int4": "search", "auto": "gptq"}
+FOUR_BITS_SHARE = 0.4
+"""The share of the allowed KL divergence that `auto` spends on 4-bit weights. The rest is for the rounding of
+activations to int8, which calibration in float32 does not see: it alone cost half of the default 0.01 on SmolLM2."""
 CALIBRATED_GAIN = 2.0
 """`auto` chooses by what `search` loses; gptq loses half of it on SmolLM2, and a sixth on a model trained on floats."""
 
@@ -81,8 +89,8 @@ def _choose_recipe(
     if options.quantize == "auto":
         layers, schemes = list(find_layers(model, options.skip)), _schemes_to_mix(options)
         budget = FOUR_BITS_SHARE * (floor_for(options).max_kl or 0.0)
-        gain = CALIBRATED_GAIN if method == "gptq" else 1.0
-        chosen = choose_mixture(model, layers, schemes, METHODS["search"], rows, budget, progress, gain)
+        plain, rounding = METHODS["search"], get_method(method)
+        chosen = choose_mixture(model, layers, schemes, plain, rows, budget, progress, rounding)
         return Recipe(schemes[0], method, chosen, options.skip)
     return Recipe(_four_bits(options), method, _vocabulary_in_int8(model, options), options.skip)
 

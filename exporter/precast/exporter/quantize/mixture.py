@@ -11,22 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from .calibration import Calibration
 from .methods import Method, Scheme, round_to_nearest
 from .recipe import Layer
 from .scheme import CHUNK
 
 __all__ = ["choose_mixture", "group_families"]
 
-TOKENS = 512
-"""Calibration tokens that each family is measured on."""
 SAMPLE_ROWS = 256
 """Rows of a weight that schemes are compared on."""
 SCALE_BITS = 32
+_NO_TEXT: Mapping[str, Tensor] = {}
 Family = list[Layer]
 
 
@@ -41,6 +41,9 @@ class _Choice:
     cost: float
 
 
+Ladder = list[_Choice]
+
+
 def choose_mixture(
     model: nn.Module,
     layers: Sequence[Layer],
@@ -49,20 +52,22 @@ def choose_mixture(
     rows: Sequence[Tensor],
     budget: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    gain: float = 1.0,
+    rounding: Method | None = None,
 ) -> dict[str, Scheme]:
     """Choose one of `schemes` for each layer, at a joint KL divergence of at most `budget` nats per token beyond that
     of the first, which is the most exact; `model` is unchanged.
 
-    `rows` are calibration token ids [S]. `method` measures without activations; the method that is going to round
-    loses so many times less in layers that have some, `gain`, and as much in tables.
+    `rows` are calibration token ids [S]. `method` measures without activations; what `rounding` loses less, if it has
+    activations, is measured for the output layer and for one family of a block, with the first row, from the others.
     """
     families = group_families(layers)
-    meter = _DivergenceMeter(model, rows)
-    ladders = []
+    meter, ladders = _DivergenceMeter(model, rows[0]), []
     for family in families:
-        ladders.append(_find_choices(family, schemes, method, meter, gain))
+        ladders.append(_find_choices(family, schemes, method, meter))
         progress(len(ladders), len(families))
+    if rounding and rounding.is_calibrated and len(rows) > 1:
+        text = Calibration(model, rows[1:], {})
+        ladders = _count_gains(families, ladders, schemes[-1], rounding, text, meter)
     limit = budget
     while limit > SMALLEST_SHARE * budget:
         chosen = _spend(ladders, limit)
@@ -93,9 +98,7 @@ def group_families(layers: Iterable[Layer]) -> list[Family]:
     return list(found.values())
 
 
-def _find_choices(
-    family: Family, schemes: Sequence[Scheme], method: Method, meter: _DivergenceMeter, gain: float
-) -> list[_Choice]:
+def _find_choices(family: Family, schemes: Sequence[Scheme], method: Method, meter: _DivergenceMeter) -> Ladder:
     """The schemes in this order; the last one's cost is measured, the others' follow from their errors."""
     probe = schemes[-1]
     with _quantized_weights(family, {layer.name: probe for layer in family}, method):
@@ -103,8 +106,43 @@ def _find_choices(
     errors = [sum(_squared_error(layer, scheme) for layer in family) for scheme in schemes]
     sizes = [sum(_count_bits(layer, scheme) for layer in family) for scheme in schemes]
     costs = [error * measured / errors[-1] if errors[-1] else 0.0 for error in errors]
-    share = 1.0 if any(layer.table for layer in family) else 1 / gain
-    return [_Choice(*each, each[-1] * share) for each in zip(schemes, sizes, costs, strict=True)]
+    return [_Choice(*each, each[-1]) for each in zip(schemes, sizes, costs, strict=True)]
+
+
+def _count_gains(
+    families: Sequence[Family],
+    ladders: Sequence[Ladder],
+    probe: Scheme,
+    rounding: Method,
+    text: Calibration,
+    meter: _DivergenceMeter,
+) -> list[Ladder]:
+    """The same with what each is going to cost by `rounding`. Tables cost as before, since rows are only looked up."""
+    kinds = [_kind(family) for family in families]
+    shares = {"table": 1.0}
+    for kind in set(kinds) - {"table"}:
+        places = [index for index, each in enumerate(kinds) if each == kind]
+        middle = places[len(places) // 2]
+        hessians = text.collect_hessians([layer.name for layer in families[middle]])
+        with _quantized_weights(
+            families[middle], {layer.name: probe for layer in families[middle]}, rounding, hessians
+        ):
+            found, plain = meter.divergence(), ladders[middle][-1].measured
+        shares[kind] = min(1.0, max(LEAST_SHARE, found / plain)) if plain else 1.0
+    return [
+        [replace(choice, cost=choice.measured * shares[kind]) for choice in ladder]
+        for kind, ladder in zip(kinds, ladders, strict=True)
+    ]
+
+
+def _kind(family: Family) -> str:
+    if any(layer.table for layer in family):
+        return "table"
+    return "head" if family[0].is_vocabulary else "block"
+
+
+LEAST_SHARE = 0.1
+"""Of what a method costs that does without activations: less is not believed of one family."""
 
 
 def _squared_error(layer: Layer, scheme: Scheme) -> float:
@@ -122,7 +160,7 @@ def _count_bits(layer: Layer, scheme: Scheme) -> float:
     return float(rows * groups * (scheme.group * scheme.bits + SCALE_BITS + zeros))
 
 
-def _spend(ladders: Sequence[Sequence[_Choice]], limit: float) -> list[_Choice]:
+def _spend(ladders: Sequence[Ladder], limit: float) -> list[_Choice]:
     """From each ladder's first choice, take the step that costs least per bit saved while the sum is within the limit.
 
     A step may leave out choices between.
@@ -144,7 +182,9 @@ def _spend(ladders: Sequence[Sequence[_Choice]], limit: float) -> list[_Choice]:
 
 
 @contextmanager
-def _quantized_weights(family: Iterable[Layer], schemes: Mapping[str, Scheme], method: Method) -> Iterator[None]:
+def _quantized_weights(
+    family: Iterable[Layer], schemes: Mapping[str, Scheme], method: Method, hessians: Mapping[str, Tensor] = _NO_TEXT
+) -> Iterator[None]:
     """Quantize the layers' weights to their schemes within this block, and restore them after it."""
     kept = []
     with torch.no_grad():
@@ -152,7 +192,7 @@ def _quantized_weights(family: Iterable[Layer], schemes: Mapping[str, Scheme], m
             kept.append((layer.weight, layer.weight.clone()))
             scheme = layer.fit_scheme(schemes[layer.name])
             for rows in layer.weight.split(max(1, CHUNK // layer.weight.shape[1])):
-                rows.copy_(method.quantize(rows, scheme, None).dequantize())
+                rows.copy_(method.quantize(rows, scheme, hessians.get(layer.name)).dequantize())
         try:
             yield
         finally:
@@ -163,8 +203,8 @@ def _quantized_weights(family: Iterable[Layer], schemes: Mapping[str, Scheme], m
 class _DivergenceMeter:
     """Measures the mean KL divergence of a model's predictions from those at the time this was made."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[Tensor]) -> None:
-        self._model, self._row = model, torch.cat(list(rows))[:TOKENS]
+    def __init__(self, model: nn.Module, row: Tensor) -> None:
+        self._model, self._row = model, row
         self._before = self._predict()
 
     def divergence(self) -> float:
