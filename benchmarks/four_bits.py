@@ -45,7 +45,7 @@ OURS: Mapping[str, Row] = {
     **{f"int4 {method} {group}": _int4(group, method) for group in (32, 64, 128) for method in ("search", "gptq")},
     **{f"int4 {method} 64": _int4(64, method) for method in ("rtn", "awq")},
     **{f"int4 symmetric gptq {group}": _int4(group, "gptq", symmetric=True) for group in (32, 128)},
-    **{f"auto, KL {kl:g}": {"quantize": "auto", "max_kl": kl} for kl in (0.01, 0.003, 0.002, 0.001)},
+    **{f"auto, KL {kl:g}": {"quantize": "auto", "max_kl": kl} for kl in (0.01, 0.001)},
 }  # fmt: skip
 LLAMA_TYPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0")
 _BUILDER = ("-p", "int4", "--extra_options", "accuracy_level=1")
