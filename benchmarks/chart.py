@@ -66,20 +66,22 @@ def _draw_four_bits(document: dict[str, Any]) -> Any:
 
 def _draw_loss(axes: Any, found: dict[str, Any]) -> None:
     axes.set_yscale("log")
+    points = {name: (each["bits_per_weight"], max(each["kl_divergence"], EXACT / 10)) for name, each in found.items()}
     for line, color in LINES.items():
-        sizes = [each for name, each in found.items() if name.rpartition(" ")[0] == line]
-        points = sorted((each["bits_per_weight"], each["kl_divergence"]) for each in sizes)
-        axes.plot(*zip(*points, strict=True), "o-", color=color, label=f"{line}, groups of 128, 64, 32", zorder=3)
-    for name, each in found.items():
-        if name.rpartition(" ")[0] in LINES or "symmetric" in name:
-            continue
-        is_ours = name.startswith("precast")
+        sizes = sorted(points[name] for name in found if name.rpartition(" ")[0] == line)
+        if sizes:
+            axes.plot(*zip(*sizes, strict=True), "o-", color=color, label=f"{line} (groups of 128, 64, 32)", zorder=3)
+    others = [name for name in found if name.rpartition(" ")[0] not in LINES and "symmetric" not in name]
+    heights: dict[str, float] = {}
+    for name in sorted(others, key=lambda each: -points[each][1]):
+        is_ours, (x, y) = name.startswith("precast"), points[name]
         color, marker = (OURS, "*") if is_ours else (THEIRS, PEER_MARKERS[name.split(" ")[0]])
-        x, y = each["bits_per_weight"], max(each["kl_divergence"], EXACT)
         axes.scatter(x, y, s=110 if is_ours else 45, color=color, marker=marker, zorder=4)
-        axes.annotate(
-            name.removeprefix("precast "), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=color
-        )
+        near = [heights[other] for other in heights if abs(points[other][0] - x) < 2]
+        heights[name] = min([y, *(height / 1.22 for height in near)])
+        said = name.removeprefix("precast ")
+        axes.annotate(said, (x, y), xytext=(x + 0.13, heights[name]), va="center", fontsize=7.5, color=color)
+    axes.set_xlim(min(x for x, _ in points.values()) - 0.4, max(x for x, _ in points.values()) + 2.2)
     axes.legend(frameon=False, fontsize=8)
 
 

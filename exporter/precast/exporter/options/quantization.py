@@ -25,11 +25,12 @@ class QuantizationOptions(OptionsPart):
 
     Attributes:
         quantize: "none"; "int8" or "int4" for the weights of linear layers and embeddings; "source", the scheme that
-            the checkpoint's weights are quantized in already; "auto", the smallest mixture of int8 and int4 within
-            `max_kl`.
+            the checkpoint's weights are quantized in already; "auto", the smallest mixture of int8 and int4 in
+            groups of several sizes within `max_kl`.
         quantize_method: how weights are rounded, one of QUANTIZE_METHODS; None is "rtn" for int8, "awq" where a row
-            shares a scale, "search" for int4.
-        group_size: weights that share a scale; None is 32, or a whole row for int8 where the backend prefers that.
+            shares a scale, "search" for int4, "gptq" for auto.
+        group_size: weights that share a scale; None is 32, a whole row for int8 where the backend prefers that, and for
+            auto several sizes.
         symmetric: symmetric zero points or free ones; None is True for int8 in groups, False for int4 and for rows
             that share a scale.
         skip: patterns of layers' names that stay as they are.
