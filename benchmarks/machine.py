@@ -45,10 +45,11 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{_cpu()} {threads()} cores".lower()).strip("-")
 
 
-def revision() -> str:
-    """The commit that was measured, with `+` where files differed from it."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    return commit + ("+" if commit and _git("status", "--porcelain", "--untracked-files=no") else "")
+def revision(folder: str = "") -> str:
+    """The commit that was measured, or of a folder of the repository its state; with `+` where files differed from
+    it."""
+    commit = _git("rev-parse", "--short", f"HEAD:{folder}" if folder else "HEAD")
+    return commit + ("+" if commit and _git("status", "--porcelain", "-uno", "--", f":/{folder}") else "")
 
 
 def wait_until_idle(seconds: float) -> bool:

@@ -21,7 +21,7 @@ from harness import HERE, Answer, Contender, ContenderError, Target, alternate, 
 from peers.catalog import Peer, peers
 from plan import CAPACITY, NATIVE, PROMPT, Plan
 
-__all__ = ["PROSE", "contender", "equal", "measure", "speed"]
+__all__ = ["PROSE", "compare", "contender", "equal", "forced", "mean_accuracy", "measure", "speed"]
 
 COUNT, WARM_UP, ROUNDS = 128, 16, 5
 SCHEMES = ("fp32", "source", "int8", "int4", *NATIVE)
@@ -149,28 +149,28 @@ def _checks(
     plan.note("eager reference")
     with Contender("eager", "contenders.eager_decode", plan.model, plan.threads) as eager:
         tokens: list[int] = eager.ask(request)["tokens"]
-        reference = [_forced(eager, passage, file) for passage in passages]
+        reference = [forced(eager, passage, file) for passage in passages]
     found: dict[str, Row] = {}
     for each in entrants:
         plan.note(f"accuracy of {each.name}")
         try:
             with each.contender as contender:
                 given = zip(passages, reference, strict=True)
-                parts = [_compared(text, logits, _forced(contender, text, file)) for text, logits in given]
-            found[each.name] = _accuracy(parts)
+                parts = [compare(text, logits, forced(contender, text, file)) for text, logits in given]
+            found[each.name] = mean_accuracy(parts)
         except ContenderError as error:
             notes.append(f"left out: {error}")
     file.unlink()
     return found, tokens
 
 
-def _forced(contender: Contender, passage: list[int], file: Path) -> Any:
+def forced(contender: Contender, passage: list[int], file: Path) -> Any:
     """The logits that predict each token of the passage but the first, float32 `[len(passage) - 1, vocabulary]`."""
     contender.ask({"text": passage[:-1], "logits": str(file)})
     return np.load(file)
 
 
-def _compared(passage: list[int], reference: Any, found: Any) -> Row:
+def compare(passage: list[int], reference: Any, found: Any) -> Row:
     """Per predicted token: negative log likelihood in both, divergence in nats, whether the likeliest is the same."""
     size = reference.shape[1]
     theirs, ours = _log_softmax(reference), _log_softmax(found[:, :size])
@@ -189,7 +189,7 @@ def _log_softmax(logits: Any) -> Any:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def _accuracy(parts: Sequence[Row]) -> Row:
+def mean_accuracy(parts: Sequence[Row]) -> Row:
     means = {key: float(np.concatenate([part[key] for part in parts]).mean()) for key in parts[0]}
     return {
         "perplexity": round(float(np.exp(means["loss"])), 3),

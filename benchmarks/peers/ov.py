@@ -1,6 +1,7 @@
-"""OpenVINO GenAI's pipeline with its own defaults, counted in token ids: `… MODEL THREADS`.
+"""OpenVINO GenAI's pipeline with its own defaults, counted in token ids: `… MODEL THREADS [exact]`.
 
-On CPUs that have bf16, its defaults compute in it and keep the cache in 8 bits; as a user would find it.
+On CPUs that have bf16, its defaults compute in it and keep the cache in 8 bits; as a user would find it. With `exact`
+it computes in float32 throughout, so that only the weights are rounded.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ class _Clock(openvino_genai.StreamerBase):
         pass
 
 
-def main(path: str, threads: str) -> None:
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "KV_CACHE_PRECISION": "f32"}
+
+
+def main(path: str, threads: str, way: str = "") -> None:
     """Serve requests."""
-    options = {"INFERENCE_NUM_THREADS": int(threads)}
+    options = {"INFERENCE_NUM_THREADS": int(threads), **(EXACT if way == "exact" else {})}
     pipeline = openvino_genai.LLMPipeline(path, "CPU", **options)
     facts = {"packages": {name: version(name) for name in ("openvino-genai", "openvino")}}
     serve(facts, lambda request: _decode(pipeline, request), lambda request: _force(path, options, request))

@@ -102,6 +102,19 @@ def test_int4(made, family, symmetric):
     assert bits[4] > 0
 
 
+def test_auto_takes_fewer_bytes_than_int4_where_the_budget_is_as_large(made):
+    """Embeddings in 4 bits as well, and groups of the size that pays."""
+    sizes = []
+    for options in ({"quantize": "auto", "max_kl": 5.0}, {"quantize": "int4"}):
+        source, path = made("llama", {"hidden_size": 128}, **options)
+        assert divergence(source, path) < 0.5
+        sizes.append((path / "model.onnx.data").stat().st_size)
+    assert sizes[0] < sizes[1]
+    _, path = made("llama", {"hidden_size": 128}, quantize="auto", max_kl=5.0)
+    assert quantization(path).startswith("int4 in groups of 128, asymmetric (")
+    assert quantization(path).endswith("by gptq")
+
+
 def test_a_llama_in_numbers(made):
     """Queries, keys and values are one product that goes straight into attention; gate and up are one."""
     _, path = made(*FAMILIES["llama"], quantize="int4", symmetric=False)

@@ -29,16 +29,17 @@ class QuantizationOptions(OptionsPart):
 
     Attributes:
         quantize: "none"; "int8" or "int4" for the weights of linear layers and embeddings; "source", the scheme that
-            the checkpoint's weights are quantized in already; "auto", the smallest mixture of int8 and int4 within
-            `max_kl`; "a8w8", weights and activations of linear layers in 8 bits, with one range of activations per
-            layer from the calibration text, or in "a8w8-dynamic" a scale per token, as far as that stays within the
-            floor.
+            the checkpoint's weights are quantized in already; "auto", the smallest mixture of int8 and int4 in
+            groups of several sizes within `max_kl`; "a8w8", weights and activations of linear layers in 8 bits, with
+            one range of activations per layer from the calibration text, or in "a8w8-dynamic" a scale per token, as
+            far as that stays within the floor.
         smooth: what a8w8 moves from activations into weights: by an exponent between 0 and 1, by "none", or by the one
             of several that serves each layer best, "auto".
         quantize_method: how weights are rounded, one of QUANTIZE_METHODS; None is "rtn" for int8, "awq" where a row
-            shares a scale, "search" for int4. For int8 also "llm.int8", which rounds activations per token, but for
-            columns where they are large.
-        group_size: weights that share a scale; None is 32, or a whole row for int8 where the backend prefers that.
+            shares a scale, "search" for int4, "gptq" for auto. For int8 also "llm.int8", which rounds activations per
+            token, but for columns where they are large.
+        group_size: weights that share a scale; None is 32, a whole row for int8 where the backend prefers that, and for
+            auto several sizes.
         symmetric: symmetric zero points or free ones; None is True for int8 in groups, False for int4 and for rows
             that share a scale.
         skip: patterns of layers' names that stay as they are.

@@ -11,16 +11,14 @@ from torch import Tensor, nn
 
 from .calibration import Calibration, group_blocks
 from .linear import Packed, QuantizedEmbedding, QuantizedLinear
-from .methods import METHODS, WHOLE_ROW, Scheme, get_method
+from .methods import METHODS, Scheme, get_method
 from .recipe import Layer, Recipe, find_layers
-from .scheme import QuantizedWeight, detect_quantization, stack_rows
+from .scheme import QuantizedWeight, apply_by_rows, detect_quantization
 
 __all__ = ["METHODS", "Recipe", "Scheme", "quantize"]
 
 SOURCE_BITS = (4, 8)
 """Bits of a source's own quantization that can be kept, most bits last."""
-CHUNK = 2**20
-"""Weights that are quantized at a time."""
 
 
 def quantize(
@@ -59,18 +57,16 @@ def quantize(
 def _quantize_layer(layer: Layer, recipe: Recipe, hessian: Tensor | None) -> tuple[QuantizedWeight, str]:
     """Keep the source's own quantization if the recipe says so and there is one; otherwise apply the method."""
     asked = recipe.scheme_for(layer.name)
-    scheme = asked if asked.group != WHOLE_ROW else replace(asked, group=layer.weight.shape[1])
+    scheme = layer.fit_scheme(asked)
     if recipe.keeps_source:
         for bits in SOURCE_BITS:
-            found = _apply_by_rows(layer.weight, partial(detect_quantization, group=scheme.group, bits=bits))
-            if found is not None and (found.offsets is None or _can_hold_offsets(layer, scheme.group)):
+            found = apply_by_rows(layer.weight, partial(detect_quantization, group=scheme.group, bits=bits))
+            if found is not None and (found.offsets is None or layer.can_hold_offsets(scheme.group)):
                 return found, f"the source's int{bits} in groups of {scheme.group}"
-    if scheme.zero_point == "float" and not _can_hold_offsets(layer, scheme.group):
-        scheme = replace(scheme, zero_point="integer")
     method = get_method(recipe.method)
-    if method.is_calibrated:
+    if method.is_calibrated and hessian is not None:
         return method.quantize(layer.weight, scheme, hessian), str(_with_asked_group(asked, scheme))
-    weight = _apply_by_rows(layer.weight, lambda rows: method.quantize(rows, scheme, None))
+    weight = apply_by_rows(layer.weight, lambda rows: method.quantize(rows, scheme, None))
     assert weight is not None, "a method always has a result"
     return weight, str(_with_asked_group(asked, scheme))
 
@@ -78,24 +74,6 @@ def _quantize_layer(layer: Layer, recipe: Recipe, hessian: Tensor | None) -> tup
 def _with_asked_group(asked: Scheme, scheme: Scheme) -> Scheme:
     """The scheme with its group size as asked for: whole rows of different lengths are described alike."""
     return replace(scheme, group=asked.group)
-
-
-def _apply_by_rows(weight: Tensor, function: Callable[[Tensor], QuantizedWeight | None]) -> QuantizedWeight | None:
-    """Quantize a chunk of rows at a time and join the results; None if a chunk has none.
-
-    A method needs many times the memory of its input, and an embedding can be most of a model.
-    """
-    parts = []
-    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
-        if (part := function(rows)) is None:
-            return None
-        parts.append(part)
-    return stack_rows(parts)
-
-
-def _can_hold_offsets(layer: Layer, group: int) -> bool:
-    """Offset columns need K divisible by the group size and no embedding table."""
-    return not layer.tables and layer.weight.shape[1] % group == 0
 
 
 def _replace(model: nn.Module, layer: Layer, packed: Packed) -> None:

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -49,18 +50,17 @@ class Calibration:
         self._can_replay = True
 
     def collect_hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Per layer [K, K]: the sum of x xᵀ over every token x that reaches it, divided by the number of all tokens;
-        nothing for one that none reaches.
+        """Per layer [K, K]: the mean of x xᵀ over every token x that reaches it, with its diagonal raised by what so
+        few tokens leave unknown; nothing for a layer that none reaches.
 
         Blocks that are quantized already run quantized, so that inputs of later layers contain the errors of earlier
         ones.
         """
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, _Moments] = {}
         for row, answers in zip(self._rows, self._answers, strict=True):
-            for name, total in self._read(row, answers, names).items():
-                sums[name] = sums.get(name, 0) + total
-        tokens = sum(max(row.values(), key=Tensor.numel).numel() for row in self._rows)
-        return {name: total / tokens for name, total in sums.items()}
+            for name, found in self._read(row, answers, names).items():
+                sums[name] = found.plus(sums.get(name))
+        return {name: _raise_diagonal(found) for name, found in sums.items()}
 
     def finish(self, block: str) -> None:
         """All layers of a block are quantized."""
@@ -69,7 +69,7 @@ class Calibration:
 
     def _read(
         self, row: Mapping[str, Tensor], answers: dict[str, list[Any]], names: Sequence[str]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, _Moments]:
         if self._can_replay and answers:
             try:
                 return self._run(row, answers, names)
@@ -78,15 +78,18 @@ class Calibration:
                 answers.clear()
         return self._run(row, answers, names)
 
-    def _run(self, row: Mapping[str, Tensor], answers: dict[str, list[Any]], names: Sequence[str]) -> dict[str, Tensor]:
+    def _run(
+        self, row: Mapping[str, Tensor], answers: dict[str, list[Any]], names: Sequence[str]
+    ) -> dict[str, _Moments]:
         """The sums of x xᵀ over one row."""
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, _Moments] = {}
         with ExitStack() as stack, torch.no_grad():
             if self._can_replay:
                 stack.callback(self._replay(answers))
+            collector = _Collector(sums, len(names))
             for name in names:
-                hook = _make_collector(sums, name, len(names))
-                stack.callback(self._model.get_submodule(name).register_forward_pre_hook(hook).remove)
+                collect: Any = partial(collector.collect, name)
+                stack.callback(self._model.get_submodule(name).register_forward_pre_hook(collect).remove)
             with suppress(_AllCollectedError):
                 self._model(**row, **self._uncached)
         return sums
@@ -127,14 +130,45 @@ class _AllCollectedError(Exception):
     """Stops a forward pass once every layer has had its inputs: the rest would be computed for nothing."""
 
 
-def _make_collector(sums: dict[str, Tensor], name: str, count: int) -> Callable[..., None]:
-    def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach().flatten(0, -2).float()
-        sums[name] = sums.get(name, 0) + x.T @ x
-        if len(sums) == count:
-            raise _AllCollectedError
+@dataclass(frozen=True)
+class _Moments:
+    """The sum of x xᵀ over some tokens, and their number."""
 
-    return collect
+    total: Tensor
+    tokens: int
+
+    def plus(self, other: _Moments | None) -> _Moments:
+        return self if other is None else _Moments(self.total + other.total, self.tokens + other.tokens)
+
+
+def _raise_diagonal(found: _Moments) -> Tensor:
+    """The mean, with a share of its diagonal's median added there: the more columns there are per token, the less of
+    their products is the same in other text, and methods that trust these lose more there than they gain here.
+
+    The share is measured, with 1,200 tokens of SmolLM2 and 6,100 of a model of one domain: as many as ten tokens per
+    column leave nothing unknown, and two need a quarter.
+    """
+    tokens = max(1, found.tokens)
+    hessian = found.total / tokens
+    share = min(1.0, (len(hessian) / tokens) ** 2)
+    hessian.diagonal().add_(share * hessian.diagonal().median())
+    return hessian
+
+
+class _Collector:
+    """Hooks that add up x xᵀ for `count` layers; what several layers read is multiplied once."""
+
+    def __init__(self, sums: dict[str, _Moments], count: int) -> None:
+        self._sums, self._count = sums, count
+        self._last: tuple[Tensor, _Moments] | None = None
+
+    def collect(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._last is None or self._last[0] is not inputs[0]:
+            x = inputs[0].detach().flatten(0, -2).float()
+            self._last = inputs[0], _Moments(x.T @ x, len(x))
+        self._sums[name] = self._last[1].plus(self._sums.get(name))
+        if len(self._sums) == self._count:
+            raise _AllCollectedError
 
 
 def _return_again(module: nn.Module, answers: Sequence[Any]) -> Callable[[], None]:

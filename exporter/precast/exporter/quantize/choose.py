@@ -24,7 +24,9 @@ __all__ = ["quantize_model"]
 
 GROUP = 32
 """Weights that share a scale, unless something else is asked for."""
-DEFAULT_METHODS = {"source": "rtn", "int8": "rtn", "int4": "search", "auto": "search"}
+EXACT_GROUP = 64
+"""The same for the layers that `auto` keeps in 8 bits, which larger groups cost next to nothing."""
+DEFAULT_METHODS = {"source": "rtn", "int8": "rtn", "int4": "search", "auto": "gptq"}
 FOUR_BITS_SHARE = 0.4
 """The share of the allowed KL divergence that `auto` spends on 4-bit weights. The rest is for the rounding of
 activations to int8, which calibration in float32 does not see: it alone cost half of the default 0.01 on SmolLM2."""
@@ -79,13 +81,13 @@ def _choose_recipe(
         is_symmetric = group != WHOLE_ROW if options.symmetric is None else options.symmetric
         zero_point: ZeroPoint = "symmetric" if is_symmetric else "integer"
         return Recipe(Scheme(8, group, zero_point), method, {}, options.skip)
-    four = Scheme(4, options.group_size or GROUP, "symmetric" if options.symmetric else "float")
     if options.quantize == "auto":
-        layers = list(find_layers(model, options.skip))
+        layers, schemes = list(find_layers(model, options.skip)), _schemes_to_mix(options)
         budget = FOUR_BITS_SHARE * (floor_for(options).max_kl or 0.0)
-        chosen = choose_mixture(model, layers, four, METHODS["search"], rows, budget, progress)
-        return Recipe(Scheme(8, options.group_size or GROUP, "symmetric"), method, chosen, options.skip)
-    return Recipe(four, method, _vocabulary_in_int8(model, options), options.skip)
+        plain, rounding = METHODS["search"], get_method(method)
+        chosen = choose_mixture(model, layers, schemes, plain, rows, budget, progress, rounding)
+        return Recipe(schemes[0], method, chosen, options.skip)
+    return Recipe(_four_bits(options), method, _vocabulary_in_int8(model, options), options.skip)
 
 
 def _default_method(options: ExportOptions) -> str:
@@ -99,6 +101,23 @@ def _int8_group(options: ExportOptions) -> int:
     """The group size of int8: as asked, or the one that the backend is fastest with; 8 bits are exact enough in
     either."""
     return options.group_size or (WHOLE_ROW if get_backend(options.backend).scales_rows else GROUP)
+
+
+def _four_bits(options: ExportOptions) -> Scheme:
+    """Offsets in small groups only: as columns they fill whole groups, which in larger ones takes up to a bit per
+    weight."""
+    group = options.group_size or GROUP
+    free: ZeroPoint = "float" if group <= GROUP else "integer"
+    return Scheme(4, group, "symmetric" if options.symmetric else free)
+
+
+def _schemes_to_mix(options: ExportOptions) -> list[Scheme]:
+    """What `auto` chooses from, the most exact first: 8 bits, and 4 in groups of several sizes or of the one asked for,
+    with offsets or without."""
+    zero_point: ZeroPoint = "symmetric" if options.symmetric else "integer"
+    sizes = [options.group_size] if options.group_size else [32, 64, 128]
+    exact = Scheme(8, options.group_size or EXACT_GROUP, "symmetric")
+    return [exact, _four_bits(options), *(Scheme(4, size, zero_point) for size in sizes)]
 
 
 def _vocabulary_in_int8(model: nn.Module, options: ExportOptions) -> Mapping[str, Scheme]:

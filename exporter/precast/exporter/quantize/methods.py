@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from precast.runtime.errors import UsageError
 
-from .scheme import QuantizedWeight, QuantParams, encode, select_params, split_groups
+from .scheme import QuantizedWeight, QuantParams, apply_by_rows, encode, select_params, split_groups
 
 __all__ = ["METHODS", "WHOLE_ROW", "Method", "Scheme", "ZeroPoint", "get_method"]
 
@@ -65,27 +66,31 @@ def search(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Qua
     llama.cpp's k-quants (`make_qkx2_quants` in ggml-quants.c).
     """
     groups = split_groups(weight, scheme.group)
-    return encode(groups, _search_params(groups, scheme), scheme.bits, weight.shape[1])
+    importance = groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()
+    return encode(groups, _search_params(groups, scheme, importance), scheme.bits, weight.shape[1])
 
 
 def gptq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> QuantizedWeight:
     """Round column by column, and correct the columns to come for the error (Frantar et al. 2022, GPTQ).
 
-    `hessian` [K, K] is the mean of x xᵀ over calibration inputs. Each group's parameters are searched when its turn
-    comes, on the weights as corrected so far. A layer that no calibration token reached (an expert, say) is only
-    searched.
+    `hessian` [K, K] is the mean of x xᵀ over calibration inputs. Groups with larger inputs come first, and so do
+    columns within a group, since what is rounded last has nothing left to make up for it. Each group's parameters are
+    searched when its turn comes, on the weights as corrected so far, for the least loss that no later column makes up
+    for. A layer that no calibration token reached (an expert, say) is only searched.
     """
-    if hessian is None:
+    if hessian is None or not hessian.any():
         return search(weight, scheme)
-    work, columns = weight.float().clone(), weight.shape[1]
-    correction = _correction(hessian)
-    parts = []
-    for start in range(0, columns, scheme.group):
-        stop = min(start + scheme.group, columns)
-        part, error = _round_group(work[:, start:stop], correction[start:stop, start:stop], scheme)
+    groups = _order_columns(hessian.diagonal(), scheme.group)
+    order = torch.cat(groups)
+    correction, losses = _correction(hessian[order][:, order])
+    work, parts, start = weight.float()[:, order], dict[int, QuantizedWeight](), 0
+    for columns in groups:
+        stop = start + len(columns)
+        part, error = _round_group(work[:, start:stop], correction[start:stop, start:stop], losses[start:stop], scheme)
         work[:, stop:] -= error @ correction[start:stop, stop:]
-        parts.append(part)
-    return _join_columns(parts, scheme.bits, columns)
+        parts[int(columns.min()) // scheme.group] = _restore_order(part, columns)
+        start = stop
+    return _join_columns([parts[index] for index in range(len(parts))], scheme.bits, weight.shape[1])
 
 
 def awq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> QuantizedWeight:
@@ -93,14 +98,19 @@ def awq(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> Quanti
     2023, AWQ: Activation-aware Weight Quantization).
 
     Of several channel scales, those of the least output error are taken: the trace of E `hessian` Eᵀ for weight errors
-    E [N, K]. A layer that no calibration token reached is rounded to nearest.
+    E [N, K]. In 4 bits the groups' ranges are then searched for the least error of columns weighted by their inputs. A
+    layer that no calibration token reached is rounded to nearest.
     """
     if hessian is None or not hessian.any():
         return round_to_nearest(weight, scheme)
     sample = weight[:: -(-weight.numel() // SAMPLE_SIZE)].float()
     candidates = _channel_scales(sample, hessian)
     best = min(candidates, key=lambda scales: _output_error(sample, _round_scaled(sample, scales, scheme), hessian))
-    return _round_scaled(weight, best, scheme)
+    ways: list[Callable[[Tensor, Tensor, Scheme], QuantizedWeight]] = [_round_scaled]
+    if scheme.bits <= SEARCHED_BITS:
+        ways.append(partial(_search_scaled, inputs=hessian.diagonal()))
+    way = min(ways, key=lambda each: _output_error(sample, each(sample, best, scheme), hessian))
+    return way(weight, best, scheme)
 
 
 METHODS = {
@@ -143,8 +153,7 @@ FACTORS = tuple(0.7 + 0.05 * step for step in range(8))
 """Shares of a group's range that `search` tries."""
 
 
-def _search_params(groups: Tensor, scheme: Scheme) -> QuantParams:
-    importance = groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()
+def _search_params(groups: Tensor, scheme: Scheme, importance: Tensor) -> QuantParams:
     best, least = _fit_range(groups, scheme), torch.full(groups.shape[:-1], torch.inf)
     for factor in FACTORS:
         found = _refit(groups, importance, _fit_range(groups, scheme, factor), scheme)
@@ -174,38 +183,54 @@ def _weighted_error(groups: Tensor, importance: Tensor, params: QuantParams, sch
 
 # ---------------------------------------------------------------- gptq
 
-DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of its mean: GPTQ's own default."""
+DAMPING = 0.001
+"""Added to the Hessian's diagonal, as a share of its mean, so that it can be inverted: a tenth of GPTQ's own default,
+since calibration has added what a short text asks for."""
 
 
-def _correction(hessian: Tensor) -> Tensor:
+def _order_columns(sizes: Tensor, group: int) -> list[Tensor]:
+    """Each group's columns, those of larger inputs first; and the groups in that order, too."""
+    found = [part[sizes[part].argsort(descending=True, stable=True)] for part in torch.arange(len(sizes)).split(group)]
+    return sorted(found, key=lambda columns: -float(sizes[columns].mean()))
+
+
+def _correction(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the inverse Hessian, rows divided by their diagonal: row i says by how much each
-    later column makes up for an error of 1 in column i."""
+    later column makes up for an error of 1 in column i. And [K] the loss that is left of it, relative to the mean."""
     damped = hessian.double().clone()
     dead = damped.diagonal() == 0
     damped.diagonal()[dead] = 1.0
     damped.diagonal().add_(DAMPING * damped.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    result: Tensor = (factor / factor.diagonal()[:, None]).float()
-    return result
+    losses = factor.diagonal().square().reciprocal()
+    return (factor / factor.diagonal()[:, None]).float(), (losses / losses.mean()).float()
 
 
-def _round_group(weight: Tensor, correction: Tensor, scheme: Scheme) -> tuple[QuantizedWeight, Tensor]:
+def _round_group(weight: Tensor, correction: Tensor, losses: Tensor, scheme: Scheme) -> tuple[QuantizedWeight, Tensor]:
     """Quantize one group's columns [N, g]; returns the error of each column, too, [N, g]."""
-    groups, top = split_groups(weight, scheme.group), 2**scheme.bits - 1
-    scales, zeros, offsets = _search_params(groups, scheme)
+    groups, importance = (split_groups(each, scheme.group) for each in (weight, losses[None]))
+    scales, zeros, offsets = _search_params(groups, scheme, importance.expand_as(groups))
     scales = torch.where(scales == 0, 1.0, scales)
-    scale, zero = scales[:, 0], zeros[:, 0]
+    scale, zero, top = scales[:, 0], zeros[:, 0], 2**scheme.bits - 1
     shift = -scale * zero if offsets is None else offsets[:, 0] - scale * zero
-    work, error = weight.clone(), torch.empty_like(weight)
+    # A column at a time, so let columns be contiguous.
+    work = weight.T.contiguous()
+    error = torch.empty_like(work)
     codes = torch.zeros(*groups.shape, dtype=torch.uint8)
-    for index in range(weight.shape[1]):
-        code = ((work[:, index] - shift) / scale).round_().clamp_(0, top)
+    for index in range(len(work)):
+        code = ((work[index] - shift) / scale).round_().clamp_(0, top)
         codes[:, 0, index] = code
-        error[:, index] = work[:, index] - torch.addcmul(shift, code, scale)
-        work[:, index + 1 :].addr_(error[:, index], correction[index, index + 1 :], alpha=-1)
-    return QuantizedWeight(scheme.bits, codes, scales, zeros.to(torch.uint8), offsets, weight.shape[1]), error
+        error[index] = work[index] - torch.addcmul(shift, code, scale)
+        work[index + 1 :].addr_(correction[index, index + 1 :], error[index], alpha=-1)
+    return QuantizedWeight(scheme.bits, codes, scales, zeros.to(torch.uint8), offsets, weight.shape[1]), error.T
+
+
+def _restore_order(part: QuantizedWeight, columns: Tensor) -> QuantizedWeight:
+    """Codes where their columns are in the group; what lies behind them is padding."""
+    codes = torch.zeros_like(part.codes)
+    codes[..., columns - columns.min()] = part.codes[..., : len(columns)]
+    return replace(part, codes=codes)
 
 
 def _join_columns(parts: list[QuantizedWeight], bits: int, columns: int) -> QuantizedWeight:
@@ -222,6 +247,8 @@ STRENGTHS = (0.0, 0.15, 0.3, 0.45, 0.6)
 """Exponents of a column's input size and of its largest weight in its scale: all pairs are tried."""
 SAMPLE_SIZE = 2**17
 """Weights that channel scales are compared on."""
+SEARCHED_BITS = 4
+"""Up to so many bits ranges are searched: more are exact enough over the whole range."""
 LEAST = 1e-4
 """The lower bound of a column's size, relative to the largest column's."""
 
@@ -240,6 +267,20 @@ def _clamp_small(sizes: Tensor) -> Tensor:
 
 def _round_scaled(weight: Tensor, scales: Tensor, scheme: Scheme) -> QuantizedWeight:
     return replace(round_to_nearest(weight * scales, scheme), channel_scales=scales)
+
+
+def _search_scaled(weight: Tensor, scales: Tensor, scheme: Scheme, inputs: Tensor) -> QuantizedWeight:
+    """Ranges of the least error where columns weigh as much as their squared inputs."""
+    importance = split_groups((inputs / scales.square())[None], scheme.group)
+
+    def quantize(rows: Tensor) -> QuantizedWeight:
+        groups = split_groups(rows * scales, scheme.group)
+        params = _search_params(groups, scheme, importance.expand_as(groups))
+        return encode(groups, params, scheme.bits, rows.shape[1])
+
+    found = apply_by_rows(weight, quantize)
+    assert found is not None, "each chunk has a result"
+    return replace(found, channel_scales=scales)
 
 
 def _output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from precast.runtime.errors import UsageError
 
-from .methods import Scheme
+from .methods import WHOLE_ROW, Scheme
 
 __all__ = ["Layer", "Recipe", "find_layers"]
 
@@ -35,6 +35,17 @@ class Layer:
     linear: str | None
     tables: tuple[str, ...]
     is_vocabulary: bool
+
+    def fit_scheme(self, scheme: Scheme) -> Scheme:
+        """The scheme as this layer can hold it: whole rows as groups of their length, offsets where there is room."""
+        fitting = scheme if scheme.group != WHOLE_ROW else replace(scheme, group=self.weight.shape[1])
+        if fitting.zero_point == "float" and not self.can_hold_offsets(fitting.group):
+            return replace(fitting, zero_point="integer")
+        return fitting
+
+    def can_hold_offsets(self, group: int) -> bool:
+        """Offset columns need K divisible by the group size and no embedding table."""
+        return not self.tables and self.weight.shape[1] % group == 0
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "CHUNK",
     "QuantParams",
     "QuantizedWeight",
+    "apply_by_rows",
     "detect_quantization",
     "encode",
     "select_params",
@@ -28,6 +30,8 @@ __all__ = [
 EXACT = 2e-6
 """The largest error, relative to a group's largest weight, for weights to count as already quantized: it allows for the
 float32 arithmetic of whoever dequantized them."""
+CHUNK = 2**20
+"""Weights that are quantized at a time."""
 SAMPLE = 64
 """Rows that are tried first: most weights turn out not to be quantized within a few."""
 
@@ -109,6 +113,19 @@ def stack_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         first.columns,
         first.channel_scales,
     )
+
+
+def apply_by_rows(weight: Tensor, function: Callable[[Tensor], QuantizedWeight | None]) -> QuantizedWeight | None:
+    """Quantize a chunk of rows at a time and join the results; None if a chunk has none.
+
+    A method needs many times the memory of its input, and an embedding can be most of a model.
+    """
+    parts = []
+    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
+        if (part := function(rows)) is None:
+            return None
+        parts.append(part)
+    return stack_rows(parts)
 
 
 def detect_quantization(weight: Tensor, group: int, bits: int) -> QuantizedWeight | None:
