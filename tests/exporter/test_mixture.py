@@ -8,8 +8,8 @@ import torch
 from precast.exporter.quantize.linear import Packed
 from precast.exporter.quantize.methods import METHODS, Method, Scheme
 from precast.exporter.quantize.mixture import (
+    DivergenceMeter,
     _count_bits,
-    _DivergenceMeter,
     _quantized_weights,
     choose_mixture,
     group_families,
@@ -71,7 +71,7 @@ def test_a_method_that_loses_less_gets_fewer_bits(model):
 
 def measured(model, layers, found, rows) -> float:
     """The divergence of 4-bit layers alone, which is what the budget is for."""
-    meter = _DivergenceMeter(model, rows[0])
+    meter = DivergenceMeter(model, [{"input_ids": rows[0][None], "use_cache": False}])
     with _quantized_weights([layer for layer in layers if found[layer.name] != EIGHT], found, METHODS["rtn"]):
         return meter.divergence()
 
