@@ -33,7 +33,7 @@ def vectors(encoder):
         (lambda m: CompiledModel.from_pretrained("user/repo", export=True, force=True), "does not know force"),
         (lambda m: m.push_to_hub("user/repo", commit_mesage="x"), "push_to_hub.* Did you mean commit_message?"),
         (lambda m: m.save_pretrained("out", forced=True), r"save_pretrained\(\) does not know forced"),
-        (lambda m: m.new_session(threads=1), r"new_session\(\) does not know threads\. Its options are: none"),
+        (lambda m: m.new_session(threads=1), r"new_session\(\) does not know threads\. Its options are: prefix"),
         (lambda m: m.warm_up(times=2), "warm_up.* does not know times"),
         (lambda m: m.reset(all=True), "reset.* does not know all"),
         (lambda m: m(input_id=[[5]]), r"call does not know input_id\. Did you mean input_ids\?"),

@@ -81,6 +81,11 @@ _MODES = ("compiled", "eager", "torch-compile")
     "--adapter", metavar="NAME=PATH",
     help="Load the LoRA adapter in the directory PATH, and answer with it; of models with slots (export --lora-slots).",
 )  # fmt: skip
+@click.option(
+    "--prefix-tuning", metavar="PATH",
+    help="Answer after the prefix in the directory PATH, a PEFT adapter of type PREFIX_TUNING; of models compiled "
+    "without one.",
+)  # fmt: skip
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End where this text appears; repeatable.")
 @click.option(
     "--json-schema", metavar="FILE", type=click.Path(path_type=Path),
@@ -128,7 +133,8 @@ def command(
         raise click.UsageError("--stop is empty, which every text contains; give at least one character.")
     asked = _generate_options({name: options.pop(name) for name in _SAMPLING}, stops, parse_settings(settings))
     form = _form_options(json_schema, regex, grammar, choices)
-    _check_mode(mode, {"--session": session, "--assistant": assistant, "--adapter": adapter, "a form of answers": form})
+    _check_mode(mode, {"--session": session, "--assistant": assistant, "--adapter": adapter,
+                       "--prefix-tuning": options["prefix_tuning"], "a form of answers": form})  # fmt: skip
     asked |= form
     chats = {"chat": chat, "system": system, "max_input_tokens": max_input_tokens}
     if reads_rows:
@@ -250,7 +256,7 @@ def _answer_rows(
         "model": [opened.artifact.contract.digest, opened.variant.name]
         if options["mode"] == "compiled"
         else [opened.name, options["mode"]],
-        "options": fingerprint([asked, chats, files.column, assistant, seed, *_adapter_hashes(opened)]),
+        "options": fingerprint([asked, chats, files.column, assistant, seed, *_loaded_hashes(opened)]),
         "seed": secrets.randbelow(2**31) if seed is None else seed,
     }
     if assistant is not None:
@@ -327,7 +333,9 @@ def _check_session(session: Path | None) -> None:
 def _of_any(options: dict[str, Any]) -> dict[str, Any]:
     """How to open an artifact, without what tells which."""
     return {
-        name: value for name, value in options.items() if name not in ("variant", "sha256", "subfolder", "revision")
+        name: value
+        for name, value in options.items()
+        if name not in ("variant", "sha256", "subfolder", "revision", "prefix_tuning")
     }
 
 
@@ -341,14 +349,15 @@ def _open_decoder(model: str, quiet: bool, options: dict[str, Any]) -> Any:
 
     if quiet:
         no_bars()
-    mode = options["mode"]
-    opened = open_model(model, mode, **{name: value for name, value in options.items() if value and name != "mode"})
+    mode, prefix = options["mode"], options.get("prefix_tuning")
+    told = {name: value for name, value in options.items() if value and name not in ("mode", "prefix_tuning")}
+    opened = open_model(model, mode, **told)
     if mode == "compiled" and not isinstance(opened, CompiledModelForCausalLM):
         raise UsageError(
             f"{model} was compiled for {opened.artifact.contract.task} and continues no prompts. "
             f"Ask it with: precast predict {quoted(model)} --text …"
         )
-    return opened
+    return opened if prefix is None else opened.new_session(prefix=prefix)
 
 
 def _load_adapter(opened: Any, given: str | None) -> dict[str, str]:
@@ -362,9 +371,10 @@ def _load_adapter(opened: Any, given: str | None) -> dict[str, str]:
     return {"adapter": name}
 
 
-def _adapter_hashes(opened: Any) -> list[str]:
-    """The hashes of the files of loaded adapters, as a name can stand for others the next time."""
-    return list(getattr(opened, "adapters", {}).values())
+def _loaded_hashes(opened: Any) -> list[str]:
+    """The hashes of the files of loaded adapters and of a prefix, as a name can stand for others the next time."""
+    prefix = getattr(opened, "prefix_sha256", None)
+    return [*getattr(opened, "adapters", {}).values(), *([prefix] if prefix else [])]
 
 
 def _render_chat(opened: Any, prompt: str, system: str | None) -> str:

@@ -19,10 +19,10 @@ import torch
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.backends import BACKENDS, get_backend
 from precast.runtime.artifact.integrity import sha256_of
+from precast.runtime.artifact.prefix_files import find_file
 from precast.runtime.errors import ArtifactError, PublishError
 from precast.runtime.hosts.machine import cpu_flags, installed_version
 
-from .adapters.prefix_files import find_file
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.files import read_files
 from .checkpoint.resolve import resolve

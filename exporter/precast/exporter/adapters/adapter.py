@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from precast.runtime.artifact.peft_files import (
     CONFIG,
@@ -18,16 +18,10 @@ from precast.runtime.artifact.peft_files import (
 )
 from precast.runtime.errors import CheckpointError, FormatError
 
-__all__ = ["KINDS", "METHODS", "Adapter", "check_base", "read_adapter"]
+__all__ = ["KINDS", "Adapter", "check_base", "read_adapter"]
 
 KINDS = ("LORA", "ADALORA", "LOHA", "LOKR")
 """Values of `peft_type` that are merged; rsLoRA and DoRA are settings of LORA."""
-METHODS: dict[str, Literal["prefix-tuning", "prompt-tuning", "p-tuning"]] = {
-    "PREFIX_TUNING": "prefix-tuning",
-    "PROMPT_TUNING": "prompt-tuning",
-    "P_TUNING": "p-tuning",
-}
-"""Values of `peft_type` that `prefix_tuning` takes, and how they are called here."""
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from precast.runtime.artifact import strict_json
-from precast.runtime.artifact.integrity import read_regular, sha256_of
-from precast.runtime.errors import CheckpointError, FormatError, UsageError
+from precast.runtime.artifact.integrity import sha256_of
+from precast.runtime.artifact.prefix_files import KEY, PRE_CACHES, check_length, check_shape, find_file, read_method
+from precast.runtime.errors import CheckpointError, UsageError
 
-from .adapter import METHODS
-
-__all__ = ["LayerSizes", "PrefixFile", "check_fits", "find_file", "read_prefix"]
+__all__ = ["LayerSizes", "PrefixFile", "check_fits", "read_prefix"]
 
 LayerSizes: TypeAlias = tuple[int, int]
 """Heads, and the width of one, of a layer's keys and values."""
 
 Method = Literal["prefix-tuning", "prompt-tuning", "p-tuning", "pre-caches"]
-_CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PRE_CACHES = "pre_caches.npy"
-_KEY = "prompt_embeddings"
-"""peft's name of the only tensor: a prefix after its projection, virtual tokens after their encoder."""
 
 
 @dataclass(frozen=True)
@@ -59,35 +53,11 @@ class PrefixFile:
         return self.method in ("prompt-tuning", "p-tuning")
 
 
-def find_file(given: str) -> Path:
-    """The file with the tensors of a prefix, for the file or the folder that the user named. Raises CheckpointError."""
-    path = Path(given).expanduser()
-    folder = path if path.is_dir() else path.parent
-    if path.suffix == ".bin" or (path.is_dir() and _is_pickled(path)):
-        raise CheckpointError(
-            f"{folder / _PICKLED if path.is_dir() else path} is a pickle, which can run code as it is read. Save the "
-            f"adapter as safetensors where it was trained: model.save_pretrained(DIR)."
-        )
-    candidates = [folder / _TENSORS, folder / _PRE_CACHES] if path.is_dir() or path.name == _CONFIG else [path]
-    found = next((each for each in candidates if each.is_file()), None)
-    if found is None:
-        raise CheckpointError(
-            f"There is no prefix at {given}. It takes the folder of a PEFT adapter ({_CONFIG} and {_TENSORS}), or "
-            f"PaddleNLP's {_PRE_CACHES}."
-        )
-    return found
-
-
-def _is_pickled(folder: Path) -> bool:
-    return (folder / _PICKLED).is_file() and not (folder / _TENSORS).is_file()
-
-
 def read_prefix(given: str) -> PrefixFile:
     """Read the prefix at a path. Raises CheckpointError for a file that is none, or of no positions."""
     path = find_file(given)
     found = _read_pre_caches(given, path) if path.suffix == ".npy" else _read_adapter(given, path)
-    if not found.length:
-        raise CheckpointError(f"{given} holds a prefix of 0 positions, which changes nothing. Leave it out.")
+    check_length(given, found.length)
     if not bool(found.tensor.isfinite().all()):
         raise CheckpointError(f"{given} holds numbers that are not finite: its training has failed.")
     return found
@@ -101,42 +71,25 @@ def _read_pre_caches(given: str, path: Path) -> PrefixFile:
     if not isinstance(values, np.ndarray) or values.ndim != 5 or values.shape[1] != 2 or values.dtype.kind != "f":
         what = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
         raise CheckpointError(
-            f"{path} holds {what}, where PaddleNLP's {_PRE_CACHES} has floats [layers, 2, heads, positions, width]."
+            f"{path} holds {what}, where PaddleNLP's {PRE_CACHES} has floats [layers, 2, heads, positions, width]."
         )
     tensor = torch.from_numpy(values.astype(np.float32))
     return PrefixFile(given, "pre-caches", tensor, values.shape[3], sha256_of(path))
 
 
 def _read_adapter(given: str, path: Path) -> PrefixFile:
-    method = _read_method(given, path.parent)
+    method = read_method(given, path.parent)
     try:
         with safe_open(path, "pt") as file:
-            tensor = file.get_tensor(_KEY) if _KEY in file.keys() else None  # noqa: SIM118  (it is no mapping)
+            tensor = file.get_tensor(KEY) if KEY in file.keys() else None  # noqa: SIM118  (it is no mapping)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     if tensor is None or tensor.ndim != 2 or not tensor.is_floating_point():
         raise CheckpointError(
-            f"{path} has no matrix {_KEY}, which a PEFT adapter of prefixes or prompts consists of. Was it saved by "
+            f"{path} has no matrix {KEY}, which a PEFT adapter of prefixes or prompts consists of. Was it saved by "
             f"model.save_pretrained()?"
         )
     return PrefixFile(given, method, tensor.float(), len(tensor), sha256_of(path))
-
-
-def _read_method(given: str, folder: Path) -> Method:
-    """How a PEFT adapter was tuned. Raises CheckpointError for one that is no prefix of a decoder's prompt."""
-    try:
-        config = strict_json.loads(read_regular(folder / _CONFIG, strict_json.MAX_BYTES), str(folder / _CONFIG))
-    except (OSError, FormatError) as error:
-        raise CheckpointError(f"{given} is no PEFT adapter: its {_CONFIG} cannot be read ({error}).") from error
-    kind, task = config.get("peft_type"), config.get("task_type")
-    if kind not in METHODS:
-        raise CheckpointError(
-            f"{given} is a PEFT adapter of type {kind}, and what can stand before every prompt is: "
-            f"{', '.join(METHODS)}."
-        )
-    if task not in (None, "CAUSAL_LM"):
-        raise CheckpointError(f"{given} was tuned for {task}, and prefixes are compiled for CAUSAL_LM only.")
-    return METHODS[kind]
 
 
 def check_fits(prefix: PrefixFile, name: str, layers: Sequence[LayerSizes], hidden_size: int, capacity: int) -> None:
@@ -154,11 +107,7 @@ def check_fits(prefix: PrefixFile, name: str, layers: Sequence[LayerSizes], hidd
         needed, axes = [prefix.length, hidden_size], "positions, hidden size"
     else:
         needed, axes = [prefix.length, 2 * len(layers) * heads * width], "positions, 2 * layers * heads * width"
-    if list(prefix.tensor.shape) != needed:
-        raise CheckpointError(
-            f"{prefix.given} was tuned for another model: it holds {list(prefix.tensor.shape)}, and {name} needs "
-            f"{needed} ({axes})."
-        )
+    check_shape(prefix.given, prefix.tensor.shape, name, needed, axes)
     if prefix.length >= capacity:
         raise UsageError(
             f"The prefix {prefix.given} has {prefix.length} positions and sequence_length={capacity} holds it together "

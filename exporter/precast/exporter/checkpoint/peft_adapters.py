@@ -14,10 +14,11 @@ from typing import Any
 from precast.runtime.artifact import strict_json
 from precast.runtime.artifact.integrity import read_regular
 from precast.runtime.artifact.peft_files import CONFIG, WEIGHT_FILES
+from precast.runtime.artifact.prefix_files import METHODS
 from precast.runtime.errors import CheckpointError, FormatError
 from precast.runtime.terminal import quoted
 
-from ..adapters.adapter import KINDS, METHODS
+from ..adapters.adapter import KINDS
 
 __all__ = ["check_merged", "check_no_adapter"]
 

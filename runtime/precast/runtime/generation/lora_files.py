@@ -16,7 +16,7 @@ from ..artifact.schema import Lora, LoraTarget
 from ..engines.safetensors_map import Weight, open_weights
 from ..errors import FormatError, InputError
 
-__all__ = ["LoraLayer", "check_settings", "read_layers"]
+__all__ = ["LoraLayer", "check_settings", "read_layers", "read_matrix"]
 
 Array = np.ndarray[Any, Any]
 
@@ -98,7 +98,7 @@ def read_layers(path: Path, settings: Mapping[str, Any], lora: Lora) -> dict[str
                 f"The adapter {path} holds {name}, which is no LoRA of a linear layer, and does not fit into a slot. "
                 f"Export the model with lora= to merge it."
             )
-        parts.setdefault(found["module"], {})[found["part"]] = _read_values(weight, name, path)
+        parts.setdefault(found["module"], {})[found["part"]] = read_matrix(weight, name, path)
     if not parts:
         raise InputError(f"The adapter {path} holds no tensors.")
     targets = {target.module: target for target in lora.targets}
@@ -122,7 +122,7 @@ def _open(path: Path) -> dict[str, Weight]:
         raise InputError(f"The adapter {path} cannot be read: {error}") from error
 
 
-def _read_values(weight: Weight, name: str, path: Path) -> Array:
+def read_matrix(weight: Weight, name: str, path: Path) -> Array:
     """A matrix in float32. Raises InputError for anything else, and for numbers that are none."""
     kind = _DTYPES.get(weight.dtype)
     if kind is None or len(weight.shape) != 2:

@@ -19,10 +19,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of the first `length` positions, float32 [heads, length, width], by the names of the caches."""
+    """Keys and values of the first `length` positions, float32 [heads, length, width], by the names of the caches.
+
+    `sha256` is the hash of the file of one that is not the artifact's own.
+    """
 
     length: int
     tensors: dict[str, Array]
+    sha256: str | None = None
 
 
 def read_prefix(artifact: Artifact, graph: Graph) -> Prefix | None:

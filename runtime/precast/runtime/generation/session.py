@@ -48,7 +48,7 @@ class Session:
     With `slots` a row may have an adapter, which `use_adapters` gives it: `adapters` holds those of all rows.
 
     A `prefix` lies in the first cache positions of every row, before its tokens, and is never written to again;
-    `capacity` are the positions after it.
+    `capacity` are the positions after it. `prefix_sha256` is its hash where it is not the artifact's own.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Session:
         self._engine, self._slots = engine, slots
         first = graphs[0]
         self._start = prefix.length if prefix else 0
+        self.prefix_sha256 = prefix.sha256 if prefix else None
         self.batch, self.capacity = first.slots, first.capacity - self._start
         self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
         self._step_graph = next((graph for graph in graphs if graph.role == "decode"), first)

@@ -45,6 +45,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     arrays: list[_Held]
     adapters: list[str | None] = []
     """The hash of each row's adapter; left out where no row has one."""
+    prefix: str | None = None
+    """The hash of a prefix that is not the artifact's own."""
 
 
 def save_session(session: Session, path: Path, digest: str, variant: str) -> None:
@@ -53,7 +55,7 @@ def save_session(session: Session, path: Path, digest: str, variant: str) -> Non
     arrays = session.snapshot()
     held = [_Held(name, str(values.dtype), list(values.shape)) for name, values in arrays.items()]
     adapters = [adapter.sha256 if adapter else None for adapter in session.adapters]
-    told = _Header(digest, variant, session.tokens, held, adapters if any(adapters) else [])
+    told = _Header(digest, variant, session.tokens, held, adapters if any(adapters) else [], session.prefix_sha256)
     header = msgspec.json.encode(told) + b"\n"
     hashed = hashlib.blake2b(digest_size=_HASH_SIZE)
     staged = None
@@ -91,6 +93,7 @@ def load_session(session: Session, path: Path, digest: str, variant: str, vocabu
             f"The session {path} is of another model: of artifact {header.digest[:12]}, variant {header.variant}, and "
             f"this is {digest[:12]}, variant {variant}. Delete the file, or name another."
         )
+    _check_prefix(header.prefix, session.prefix_sha256, path)
     _check_tokens(header.tokens, session, vocabulary, path)
     adapters = _find_adapters(header, session, path)
     arrays = dict(_read_arrays(data[start:-_HASH_SIZE], header, session, path))
@@ -109,6 +112,18 @@ def _read_header(data: memoryview, path: Path) -> tuple[_Header, int]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"The session {path} is damaged: {error}. Delete it.") from None
     return header, end + 1
+
+
+def _check_prefix(read: str | None, held: str | None, path: Path) -> None:
+    """Raise InputError for tokens that were read after another prefix than the session's."""
+    if read == held:
+        return
+    after, begins = (f"a prefix of sha256 {each[:12]}…" if each else "no prefix" for each in (read, held))
+    how = "new_session(prefix=PATH), or --prefix-tuning PATH" if read else "the model itself, without --prefix-tuning"
+    raise InputError(
+        f"The session {path} was read after {after}, and this model's rows begin with {begins}. Open it with {how}, or "
+        f"name another file."
+    )
 
 
 def _check_tokens(tokens: list[list[int]], session: Session, vocabulary: int, path: Path) -> None:

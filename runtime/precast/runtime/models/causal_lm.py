@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arguments import only_known
 from ..errors import InputError
-from ..generation.adapters import NO_SLOTS, adapter_rows
+from ..generation.adapters import NO_SLOTS, LoadedAdapter, adapter_rows
 from ..generation.config import GenerationConfig
+from ..generation.given_prefix import hash_prefix, open_prefix
 from ..generation.prompt import Prompt
 from ..generation.sampling import Processor
 from ..generation.session_file import load_session, save_session
@@ -20,6 +21,9 @@ from ..inputs.tensors import ModelOutput, convert_like, to_numpy
 from .call_options import check_positions
 from .generative import Call, Generation, GenerativeModel, TokenStream, check_streamer
 from .training_loss import with_labels
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["CompiledModelForCausalLM", "infer_mask"]
 
@@ -30,6 +34,8 @@ class CompiledModelForCausalLM(GenerativeModel):
     """A decoder with its key/value cache of fixed capacity."""
 
     task = "text-generation"
+    _after_prefix: Self | None = None
+    """The session of the prefix that a call named last."""
 
     @property
     def capacity(self) -> int:
@@ -39,8 +45,49 @@ class CompiledModelForCausalLM(GenerativeModel):
     @property
     def prefix_length(self) -> int:
         """Positions of the prefix that every row begins with; 0 where there is none."""
-        prefix = self.artifact.contract.prefix
-        return prefix.length if prefix else 0
+        return self._prefix.length if self._prefix else 0
+
+    @property
+    def prefix_sha256(self) -> str | None:
+        """The hash of the file of a prefix that was given at run time; None where there is none."""
+        return self._session.prefix_sha256
+
+    @only_known
+    def new_session(self, *, prefix: str | Path | None = None) -> Self:
+        """The same model with its own buffers, caches and lock, for another thread. Weights are shared, and what the
+        caches hold is copied, unless a call is using them: the new session need not read the same beginning again.
+
+        Args:
+            prefix: the folder of a PEFT adapter of type PREFIX_TUNING: the caches of the new session begin with it, and
+                hold nothing else. By default they begin as this session's do.
+
+        Raises:
+            InputError: there is no such prefix, it is of another kind or of another model, or this model has no place
+                for it.
+        """
+        if prefix is None:
+            return super().new_session()
+        read = open_prefix(prefix, self.artifact, self._cached_graphs[0], self._engine)
+        other = type(self)(self.artifact, self.variant, self._engine, slots=self._slots, prefix=read)
+        other._take_settings(self)
+        return other
+
+    @only_known
+    def reset(self) -> None:
+        """Forget the tokens of earlier calls, so that the next one computes all of its prompt."""
+        super().reset()
+        if self._after_prefix is not None:
+            self._after_prefix.reset()
+
+    def _model_after(self, prefix: str | Path | None) -> Self:
+        """The session that answers a call which names this prefix; without one the model itself. Raises InputError."""
+        if prefix is None:
+            return self
+        model = self._after_prefix
+        if model is None or model.prefix_sha256 != hash_prefix(prefix):
+            model = self._after_prefix = self.new_session(prefix=prefix)
+        model._take_settings(self)
+        return model
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -75,7 +122,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         self._slots.unload(name)
 
     def _shared_parts(self) -> dict[str, Any]:
-        return {"slots": self._slots}
+        return {"slots": self._slots, "prefix": self._prefix}
 
     def _held_inputs(self) -> dict[str, Array]:
         return self._slots.arrays if self._slots else {}
@@ -132,7 +179,7 @@ class CompiledModelForCausalLM(GenerativeModel):
             for at, (asked, row) in enumerate(zip(positions, rows, strict=True))
         ]
         self._check_room(rows, 0)
-        adapters = adapter_rows(self._slots, adapter, len(rows))
+        adapters = self._adapter_rows(adapter, len(rows))
         found: list[Array] = []
         with self._lock:
             self._owner += 1
@@ -156,6 +203,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         inputs: Any = None,
         position_ids: Any = None,
         adapter: Any = None,
+        prefix: str | Path | None = None,
         **options: Any,
     ) -> Any:
         """Continue each row, as `transformers.GenerationMixin.generate` does.
@@ -186,6 +234,8 @@ class CompiledModelForCausalLM(GenerativeModel):
                 [batch, length]; the prompt's last token if None.
             position_ids: [batch, length], only those that attention_mask gives.
             adapter: the name of a loaded adapter, or a list with one name, or None, for each row.
+            prefix: the folder of a PEFT adapter of type PREFIX_TUNING, which stands before every row, as in a
+                `new_session(prefix=…)`, one of which is kept for the last prefix.
             options: fields of GenerationConfig, such as max_new_tokens=64; OpenAI's n and stop are understood, too.
 
         Returns:
@@ -202,12 +252,13 @@ class CompiledModelForCausalLM(GenerativeModel):
         """
         functions = {"processors": logits_processor, "criteria": stopping_criteria, "streamer": streamer,
                      "allowed": prefix_allowed_tokens_fn}  # fmt: skip
-        call = self._prepare(
+        model = self._model_after(prefix)
+        call = model._prepare(
             input_ids, attention_mask, generation_config, options, functions, inputs=inputs, position_ids=position_ids,
             assistant=assistant_model, negative=(negative_prompt_ids, negative_prompt_attention_mask),
             adapter=adapter,
         )  # fmt: skip
-        return self._generate_all(call)
+        return model._generate_all(call)
 
     def stream(
         self,
@@ -224,6 +275,7 @@ class CompiledModelForCausalLM(GenerativeModel):
         inputs: Any = None,
         position_ids: Any = None,
         adapter: Any = None,
+        prefix: str | Path | None = None,
         **options: Any,
     ) -> TokenStream:
         """The tokens of one row as they are generated; arguments as for `generate`, and max_time counts from this call.
@@ -233,12 +285,13 @@ class CompiledModelForCausalLM(GenerativeModel):
         """
         functions = {"processors": logits_processor, "criteria": stopping_criteria, "allowed": prefix_allowed_tokens_fn}
         options = {"return_dict_in_generate": False, **options}
-        call = self._prepare(
+        model = self._model_after(prefix)
+        call = model._prepare(
             input_ids, attention_mask, generation_config, options, functions, inputs=inputs, position_ids=position_ids,
             assistant=assistant_model, negative=(negative_prompt_ids, negative_prompt_attention_mask),
             adapter=adapter,
         )  # fmt: skip
-        return self._stream_row(call)
+        return model._stream_row(call)
 
     def _prepare(
         self, given: Any, mask: Any, generation_config: Any, options: dict[str, Any], functions: dict[str, Any], *,
@@ -261,7 +314,7 @@ class CompiledModelForCausalLM(GenerativeModel):
             given, config, count, full=full, draft=self._draft_for(assistant, config),
             negative=self._negative_rows(*negative, rows, config, count), **functions,
         )  # fmt: skip
-        adapters = adapter_rows(self._slots, adapter, len(rows))
+        adapters = self._adapter_rows(adapter, len(rows))
         return Call(given, Prompt.rows(rows, ids, adapters), [None] * len(rows), asked, ids)
 
     @only_known
@@ -307,6 +360,16 @@ class CompiledModelForCausalLM(GenerativeModel):
         if len(found) != len(rows):
             raise InputError(f"negative_prompt_ids has {len(found)} rows and input_ids {len(rows)}; each has one.")
         self._check_room(found, new)
+        return found
+
+    def _adapter_rows(self, given: Any, rows: int) -> list[LoadedAdapter | None]:
+        """The adapter of each row. Raises InputError where a prefix stands before them."""
+        found = adapter_rows(self._slots, given, rows)
+        if self._prefix is not None and any(found):
+            raise InputError(
+                f"adapter={given!r:.80} cannot be combined with a prefix, whose keys and values are those of the model "
+                f"without an adapter; leave one of them out."
+            )
         return found
 
     def _check_inputs(

@@ -15,7 +15,7 @@ import numpy as np
 from ..arguments import only_known
 from ..artifact import Artifact
 from ..artifact.published_json import parse_object
-from ..artifact.schema import Variant
+from ..artifact.schema import Graph, Variant
 from ..engines import Engine, owns_caches
 from ..errors import InputError, PrecastError
 from ..generation.adapters import AdapterSlots, LoadedAdapter
@@ -33,7 +33,7 @@ from ..generation.config import GenerationConfig
 from ..generation.draft import Draft
 from ..generation.guidance import Guidance
 from ..generation.outputs import Answer, combine_outputs
-from ..generation.prefix import read_prefix
+from ..generation.prefix import Prefix, read_prefix
 from ..generation.prompt import Prompt
 from ..generation.prompt_lookup import Lookup
 from ..generation.sampling import Processor, Processors, Sampler, draw_seed
@@ -204,10 +204,18 @@ class TokenStream(Iterator[int]):
 class GenerativeModel(CompiledModel):
     """A model with a key/value cache of fixed capacity, which continues rows of tokens."""
 
-    def __init__(self, artifact: Artifact, variant: Variant, engine: Engine, slots: AdapterSlots | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        variant: Variant,
+        engine: Engine,
+        slots: AdapterSlots | None = None,
+        prefix: Prefix | None = None,
+    ) -> None:
         super().__init__(artifact, variant, engine)
         lora = artifact.contract.lora
         self._slots = slots or (AdapterSlots(lora) if lora else None)
+        self._prefix = prefix or read_prefix(artifact, self._cached_graphs[0])
         self._session = self._make_session()
         # The number of the call that the caches belong to; a stream that finds another one has lost them.
         self._owner = 0
@@ -261,9 +269,12 @@ class GenerativeModel(CompiledModel):
                 other._session.restore(session.tokens, session.snapshot(), session.adapters)
             finally:
                 self._lock.release()
-        other._own_config = deepcopy(self._own_config)
-        other._grammars = self._grammars
+        other._take_settings(self)
         return other
+
+    def _take_settings(self, other: GenerativeModel) -> None:
+        """Answer calls by what is set of another session of the same model."""
+        self._own_config, self._grammars = deepcopy(other._own_config), other._grammars
 
     @cached_property
     def _generation_file(self) -> dict[str, Any]:
@@ -428,8 +439,11 @@ class GenerativeModel(CompiledModel):
         return self._make_session()
 
     def _make_session(self) -> Session:
-        graphs = [graph for graph in self.variant.graphs if graph.role != "encode"]
-        return Session(self._engine, graphs, read_prefix(self.artifact, graphs[0]), self._slots)
+        return Session(self._engine, self._cached_graphs, self._prefix, self._slots)
+
+    @property
+    def _cached_graphs(self) -> list[Graph]:
+        return [graph for graph in self.variant.graphs if graph.role != "encode"]
 
     def _check_owner(self, owner: int) -> None:
         """Raise PrecastError where another call has used the caches, and overwritten the logits."""
