@@ -26,6 +26,7 @@ import speech
 import tiny
 import transformers
 from fakehub import FakeHub
+from prefixes import random_prefix
 from snippets import ROOT, Reader, SnippetError, blocks
 from test_docs import DOCUMENTS
 
@@ -167,6 +168,7 @@ def test_all_snippets_of_a_document(reader, document, tmp_path, monkeypatch):
         reader.local = {**reader.local, **digest}
     if document.name == "usage.md":
         _adapter(reader.local["MODEL"](), tmp_path / "adapters/style")
+        random_prefix(tmp_path / "adapters/prefix")
     if document.name == "CONTRIBUTING.md":
         exec(CONTRIBUTING, reader.names)
     snippets.run(document, reader)

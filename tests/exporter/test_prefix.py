@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from prefixes import save_prefix
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 from zoo import decoders as zoo
@@ -22,7 +23,10 @@ from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import copy_artifact, hash_files, write_config
 from precast.runtime.errors import CheckpointError, FormatError, InputError, UsageError
+from precast.runtime.generation import given_prefix
 from precast.runtime.generation.prefix import as_dtype
+from precast.runtime.generation.session import Session
+from precast.runtime.models import causal_lm
 
 TEXT = [7, 21, 300, 9, 45, 12]
 CAPACITY, ROOM = 40, 40 - len(TEXT)
@@ -40,23 +44,13 @@ def text_keys(source, ids):
     return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]).clone()
 
 
-def save_adapter(folder, tensor, kind="PREFIX_TUNING", **config):
-    """Write an adapter as peft does; the keys and values of a prefix are given as `text_keys` returns them."""
-    folder.mkdir(exist_ok=True)
-    if tensor.ndim == 5:
-        tensor = tensor.permute(3, 0, 1, 2, 4).flatten(1)
-    save_file({"prompt_embeddings": tensor.contiguous()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM", **config}))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def made(checkpoint, artifact, tmp_path_factory):
     """`made("llama", batch_size=3)`: a checkpoint, and its artifact after the keys and values of TEXT."""
 
     def make(model_type="llama", text=TEXT, **options):
         source = checkpoint(model_type, num_hidden_layers=2)
-        adapter = save_adapter(tmp_path_factory.getbasetemp() / f"prefix-{model_type}-{len(text)}",
+        adapter = save_prefix(tmp_path_factory.getbasetemp() / f"prefix-{model_type}-{len(text)}",
                                text_keys(source, text))  # fmt: skip
         compiled = artifact(source, sequence_length=(CAPACITY,), prefix_tuning=str(adapter), **options)
         return SimpleNamespace(source=source, path=compiled, adapter=adapter)
@@ -254,6 +248,9 @@ def test_adapters_of_peft_answer_as_there(tuned, artifact, model_type, kind):
     model = CompiledModelForCausalLM.from_pretrained(compiled)
     for _ in range(2):
         assert answers(model, ROWS, 8, "left") == [peft_greedy(expected, row, 8) for row in ROWS]
+    if kind == "PREFIX_TUNING":
+        plain = CompiledModelForCausalLM.from_pretrained(artifact(source, batch_size=3))
+        assert answers(plain, ROWS, 8, "left", prefix=folder) == answers(model, ROWS, 8, "left")
     assert answers(model, ROWS[:1], 8) != [oracle.greedy(source, ROWS[0], max_new_tokens=8)]
 
 
@@ -368,7 +365,7 @@ def _numbers(*shape):
 
 
 def _pickled(folder):
-    save_adapter(folder, _numbers(2, 64))
+    save_prefix(folder, _numbers(2, 64))
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
@@ -377,13 +374,13 @@ def _pickled(folder):
     [
         (lambda it: None, CheckpointError, "There is no prefix at .*adapter_config.json.*pre_caches.npy"),
         (_pickled, CheckpointError, "adapter_model.bin is a pickle.*save_pretrained"),
-        (lambda it: save_adapter(it, _numbers(0, 128)), CheckpointError, "prefix of 0 positions"),
-        (lambda it: save_adapter(it, _numbers(CAPACITY, 128)), UsageError, "has 40 positions and sequence_length=40 "),
-        (lambda it: save_adapter(it, _numbers(3, 96)), CheckpointError, r"it holds \[3, 96\], and .* needs \[3, 128\]"),
-        (lambda it: save_adapter(it, _numbers(3, 32), "P_TUNING"), CheckpointError, r"\[3, 32\], and .* \[3, 64\]"),
-        (lambda it: save_adapter(it, _numbers(3, 128) + torch.inf), CheckpointError, "not finite"),
-        (lambda it: save_adapter(it, _numbers(3, 128), "LORA"), CheckpointError, "type LORA, and what can stand"),
-        (lambda it: save_adapter(it, _numbers(3, 64), task_type="SEQ_CLS"), CheckpointError, "was tuned for SEQ_CLS"),
+        (lambda it: save_prefix(it, _numbers(0, 128)), CheckpointError, "prefix of 0 positions"),
+        (lambda it: save_prefix(it, _numbers(CAPACITY, 128)), UsageError, "has 40 positions and sequence_length=40 "),
+        (lambda it: save_prefix(it, _numbers(3, 96)), CheckpointError, r"it holds \[3, 96\], and .* needs \[3, 128\]"),
+        (lambda it: save_prefix(it, _numbers(3, 32), "P_TUNING"), CheckpointError, r"\[3, 32\], and .* \[3, 64\]"),
+        (lambda it: save_prefix(it, _numbers(3, 128) + torch.inf), CheckpointError, "not finite"),
+        (lambda it: save_prefix(it, _numbers(3, 128), "LORA"), CheckpointError, "type LORA, and what can stand"),
+        (lambda it: save_prefix(it, _numbers(3, 64), task_type="SEQ_CLS"), CheckpointError, "was tuned for SEQ_CLS"),
         (lambda it: np.save(it / "pre_caches.npy", np.zeros((2, 2, 3))), CheckpointError, r"holds float64 \[2, 2, 3\]"),
         (lambda it: np.save(it / "pre_caches.npy", np.array([{}])), CheckpointError, "cannot be read as an array"),
         (lambda it: np.save(it / "pre_caches.npy", np.zeros((2, 2, 3, 4, 16))), CheckpointError,
@@ -418,3 +415,222 @@ def test_models_without_a_place_for_it_are_refused(checkpoint, llama, tmp_path):
         preview(str(zoo.make(tmp_path / "mamba", "mamba")), **asked)
     with pytest.raises(UsageError, match="stands before the prompts of decoders"):
         preview(str(checkpoint("bert", "AutoModel")), batch_size=1, **asked)
+
+
+# Given at run time
+
+WIDE = 48
+
+
+@pytest.fixture(scope="module")
+def plain(llama, artifact):
+    """`plain(batch_size=3)`: the model of `llama`, compiled for WIDE tokens without a prefix, as for other tests."""
+    return lambda **options: CompiledModelForCausalLM.from_pretrained(artifact(llama.source, **options))
+
+
+@pytest.fixture(scope="module")
+def other(llama, tmp_path_factory):
+    """A prefix of the same model, of another text."""
+    return save_prefix(tmp_path_factory.mktemp("other") / "prefix", text_keys(llama.source, TEXT[1:]))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The prefixes that were read."""
+    found = []
+    read = given_prefix.open_prefix
+    monkeypatch.setattr(causal_lm, "open_prefix", lambda *given: (found.append(given[0]), read(*given))[1])
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_prefix_at_run_time_is_as_a_compiled_one(made, plain, batch):
+    it, model = made(batch_size=batch), plain(**({"batch_size": batch} if batch > 1 else {}))
+    compiled = CompiledModelForCausalLM.from_pretrained(it.path)
+    session = model.new_session(prefix=it.adapter)
+    assert (session.capacity, session.prefix_length, session.prefix_sha256) == (
+        WIDE - len(TEXT), len(TEXT), compiled.artifact.contract.prefix.source_sha256
+    )  # fmt: skip
+    assert (model.capacity, model.prefix_length, model.prefix_sha256) == (WIDE, 0, None)
+    alone = [oracle.greedy(it.source, row, max_new_tokens=6, eos_token_id=None) for row in ROWS[:batch]]
+    for side in ("left", "right"):
+        expected = answers(compiled, ROWS[:batch], 6, side)
+        assert expected == [after(it.source, row, 6) for row in ROWS[:batch]]
+        assert answers(session, ROWS[:batch], 6, side) == expected
+        assert answers(model, ROWS[:batch], 6, side, prefix=str(it.adapter)) == expected
+        assert answers(model, ROWS[:batch], 6, side) == alone
+    for options in ({"num_beams": batch}, {"guidance_scale": 1.5}):
+        expected = answers(compiled, ROWS[:1], 6, **options)
+        assert answers(model, ROWS[:1], 6, prefix=it.adapter, **options) == expected
+    ids, mask = oracle.padded(ROWS[:batch], "left")
+    np.testing.assert_allclose(session(ids, mask).logits, compiled(ids, mask).logits, rtol=1e-5, atol=1e-6)
+    asked = [[0, len(row) - 1][-len(row) :] for row in ROWS[:batch]]
+    for found, wanted in zip(session.logits_at(ROWS[:batch], asked), compiled.logits_at(ROWS[:batch], asked),
+                             strict=True):  # fmt: skip
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("model_type", "backend", "changes"),
+    [("llama", "export", {}), ("llama", "aoti", {}), ("gpt2", "onnx", {}), ("mistral", "onnx", {}),
+     # Caches have wider heads than the model.
+     ("llama", "onnx", {"head_dim": 12})],
+    ids=["export", "aoti", "gpt2", "mistral", "narrow"],
+)  # fmt: skip
+def test_so_it_is_for_others(checkpoint, artifact, tmp_path, model_type, backend, changes):
+    source = checkpoint(model_type, num_hidden_layers=2, **changes)
+    adapter = save_prefix(tmp_path / "prefix", text_keys(source, TEXT))
+    model = CompiledModelForCausalLM.from_pretrained(
+        artifact(source, sequence_length=(CAPACITY,), backend=backend, batch_size=3)
+    )
+    assert answers(model, ROWS, 8, prefix=adapter) == [after(source, row, 8) for row in ROWS]
+
+
+def test_calls_with_other_prefixes_never_mix(llama, plain, other, opened, tmp_path):
+    """Each call begins with the same tokens, which the caches of one before may hold."""
+    model, adapter, changed = plain(), str(llama.adapter), tmp_path / "changed"
+    first, second = after(llama.source, ROWS[0], 6), after(llama.source, ROWS[0], 6, TEXT[1:])
+    alone = oracle.greedy(llama.source, ROWS[0], max_new_tokens=6, eos_token_id=None)
+    assert len({tuple(each) for each in (first, second, alone)}) == 3
+    ids = np.array(ROWS[:1])
+    streams = [model.stream(ids, max_new_tokens=6, **GREEDY), model.stream(ids, prefix=adapter, max_new_tokens=6,
+                                                                           **GREEDY)]  # fmt: skip
+    begun = [[next(each)] for each in streams]
+    for prefix, expected in ((other, second), (adapter, first), (adapter, first), (llama.adapter, first)):
+        assert answers(model, ROWS[:1], 6, prefix=prefix) == [expected]
+    assert opened == [adapter, other, adapter], "a prefix that is named again is not read again"
+    assert [*begun[0], *streams[0]] == alone
+    assert [*begun[1], *streams[1]] == first, "its session was not that of the later calls"
+    shutil.copytree(llama.adapter, changed)
+    assert answers(model, ROWS[:1], 6, prefix=changed) == [first]
+    assert len(opened) == 3, "the same file elsewhere"
+    shutil.copy(other / "adapter_model.safetensors", changed)
+    assert answers(model, ROWS[:1], 6, prefix=changed) == [second]
+    assert answers(model, ROWS[:1], 6) == [alone]
+
+
+def test_a_call_after_a_prefix_goes_by_the_models_settings(llama, plain, fed_lengths):
+    model, ids = plain(), np.array(ROWS[:1])
+    for count in (2, 3):
+        model.generation_config = {"max_new_tokens": count, "eos_token_id": []}
+        assert model.generate(ids, prefix=llama.adapter).shape[1] == len(ROWS[0]) + count
+    fed_lengths.clear()
+    model.generate(ids, prefix=llama.adapter, max_new_tokens=1)
+    assert fed_lengths == [1], "what the caches hold is not computed again"
+    model.reset()
+    model.generate(ids, prefix=llama.adapter, max_new_tokens=1)
+    assert fed_lengths == [1, len(ROWS[0])]
+    session = model.new_session(prefix=llama.adapter)
+    expected = after(llama.source, ROWS[0], 6)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}, {"assistant_model": session}):
+        assert answers(model, ROWS[:1], 6, prefix=llama.adapter, **options) == [expected]
+        assert answers(session.new_session(), ROWS[:1], 6, **options) == [expected]
+    # A prefix changes the guesses, and not what is checked.
+    alone = oracle.greedy(llama.source, ROWS[0], max_new_tokens=6, eos_token_id=None)
+    assert answers(model, ROWS[:1], 6, assistant_model=session) == [alone]
+
+
+@pytest.fixture
+def fed_lengths(monkeypatch):
+    """How many tokens each call computed."""
+    counts, run = [], Session._run_call
+    monkeypatch.setattr(
+        Session, "_run_call", lambda self, call, rows: (counts.append(int(call.new.max())), run(self, call, rows))[1]
+    )
+    return counts
+
+
+def test_a_saved_session_opens_after_its_own_prefix_only(llama, plain, other, tmp_path):
+    model, file = plain(), tmp_path / "a.session"
+    session = model.new_session(prefix=llama.adapter)
+    answers(session, ROWS[:1], 4)
+    session.save_session(file)
+    fresh, more = model.new_session(prefix=llama.adapter), [*ROWS[0], 44, 45]
+    assert fresh.load_session(file) == len(ROWS[0]) + 3
+    assert answers(fresh, [more], 6) == [after(llama.source, more, 6)]
+    held = session.prefix_sha256[:12]
+    with pytest.raises(InputError, match=f"after a prefix of sha256 {held}…, and .* no prefix.*--prefix-tuning PATH"):
+        model.load_session(file)
+    with pytest.raises(InputError, match=f"after a prefix of sha256 {held}…, and .* with a prefix of sha256"):
+        model.new_session(prefix=other).load_session(file)
+    answers(model, ROWS[:1], 4)
+    model.save_session(file)
+    with pytest.raises(InputError, match=r"after no prefix, and .* begin with a prefix of.*without --prefix-tuning"):
+        session.load_session(file)
+    assert answers(session, [more], 6) == [after(llama.source, more, 6)]
+
+
+def test_what_cannot_stand_before_prompts_at_run_time_is_refused(llama, plain, tmp_path):
+    model = plain()
+    size = 2 * 2 * 2 * 16
+
+    def holding(folder, **tensors):
+        save_file(tensors, save_prefix(folder, _numbers(3, size)) / "adapter_model.safetensors")
+
+    cases = [
+        (lambda it: None, "There is no prefix at .*adapter_config.json"),
+        (_pickled, "adapter_model.bin is a pickle.*save_pretrained"),
+        (lambda it: save_prefix(it, _numbers(0, size)), "prefix of 0 positions"),
+        (lambda it: save_prefix(it, _numbers(WIDE, size)),
+         rf"has {WIDE} positions, and the model was compiled for {WIDE}, .*--sequence-length {WIDE + 2} "),
+        (lambda it: save_prefix(it, _numbers(3, 96)),
+         rf"another model: it holds \[3, 96\], and .* needs \[3, {size}\] \(.*2 layers, 2 heads .*, width 16\)"),
+        (lambda it: save_prefix(it, _numbers(3, size) + torch.nan), f"NaN or infinity: {3 * size} of {3 * size} num"),
+        (lambda it: save_prefix(it, _numbers(3, size), "LORA"), r"of type LORA, .* load_adapter\(\) or --adapter"),
+        (lambda it: save_prefix(it, _numbers(3, size), task_type="SEQ_CLS"), "was tuned for SEQ_CLS"),
+        (lambda it: save_prefix(it, _numbers(3, 64), "PROMPT_TUNING"), "prompt-tuning: .*--prefix-tuning PATH of pre"),
+        (lambda it: save_prefix(it, _numbers(3, 64), "P_TUNING"), "p-tuning: .*embeddings.*prefix_tuning=PATH of exp"),
+        (lambda it: np.save(it / "pre_caches.npy", np.zeros((2, 2, 2, 4, 16))), "from 0.*--prefix-tuning PATH"),
+        (lambda it: holding(it, prompt_embeddings=torch.ones(3, size, dtype=torch.int32)), "embeddings as int32"),
+        (lambda it: holding(it, prompt_embeddings=_numbers(3, 2, size)), rf"float32 \[3, 2, {size}\], not a float mat"),
+        (lambda it: holding(it, a=_numbers(1)), "has no matrix prompt_embeddings"),
+        (lambda it: (save_prefix(it, _numbers(3, size)), (it / "adapter_model.safetensors").write_bytes(b"{}")),
+         "cannot be read: .*is not a safetensors file"),
+    ]  # fmt: skip
+    for number, (make, words) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder)
+        with pytest.raises(InputError, match=words):
+            model.new_session(prefix=folder)
+        with pytest.raises(InputError, match=words):
+            model.generate([[5]], prefix=folder)
+    with pytest.raises(InputError, match=r"prefix must be the path of .*, not 7"):
+        model.generate([[5]], prefix=7)
+    with pytest.raises(InputError, match=r"was compiled with a prefix of 6 positions.*compiled without"):
+        llama.model.new_session(prefix=llama.adapter)
+    row = [(7 * n) % 300 + 3 for n in range(WIDE - 6)]
+    with pytest.raises(InputError, match=rf"{WIDE - 5} together, .* capacity of {WIDE}, of which a prefix takes 6"):
+        model.generate([row], max_new_tokens=1, prefix=llama.adapter)
+
+
+def test_models_without_a_place_for_one_at_run_time_are_refused(checkpoint, artifact, tmp_path, monkeypatch):
+    """Each is compiled for other tests, too."""
+    folder = save_prefix(tmp_path / "prefix", _numbers(3, 64))
+    slotted = CompiledModelForCausalLM.from_pretrained(artifact(checkpoint("llama"), lora_slots=2, lora_rank=6))
+    adapters = pytest.importorskip("adapters")
+    made = adapters.make_adapter(tmp_path / "lora", checkpoint("llama"), "AutoModelForCausalLM",
+                                 target_modules=["q_proj"])  # fmt: skip
+    slotted.load_adapter("style", made)
+    assert slotted.generate([[5]], max_new_tokens=1, prefix=folder).shape == (1, 2)
+    for call in (
+        lambda: slotted.generate([[5]], max_new_tokens=1, prefix=folder, adapter="style"),
+        lambda: slotted.new_session(prefix=folder).logits_at([np.array([5])], [[0]], adapter=["style"]),
+    ):
+        with pytest.raises(InputError, match=r"adapter=.*'style'.* cannot be combined with a prefix"):
+            call()
+    codes = CompiledModelForCausalLM.from_pretrained(artifact(checkpoint("llama"), kv_cache="int8"))
+    with pytest.raises(InputError, match=r"caches are in int8.*without kv_cache='int8'"):
+        codes.new_session(prefix=folder)
+    states = CompiledModelForCausalLM.from_pretrained(artifact(zoo.make(tmp_path / "mamba", "mamba")))
+    with pytest.raises(InputError, match="carries states from token to token"):
+        states.generate([[5]], prefix=folder)
+    graph = slotted.variant.graphs[0]
+    halved = replace(graph, cache=[replace(each, dtype="float16") for each in graph.cache])
+    large = save_prefix(tmp_path / "large", _numbers(3, 64) + 7e4)
+    with pytest.raises(InputError, match=r"numbers up to 70000, .* in float16, which ends at 65504"):
+        given_prefix.open_prefix(large, slotted.artifact, halved, slotted._engine)
+    monkeypatch.setattr(given_prefix, "owns_caches", lambda engine: True)
+    with pytest.raises(InputError, match=r"memory of a device\. Open the model on the CPU"):
+        slotted.new_session(prefix=folder)

@@ -132,10 +132,12 @@ def _split(given: str | Path, values: Array, artifact: Artifact, graph: Graph) -
     except CheckpointError as error:
         raise InputError(str(error)) from error
     if length >= graph.capacity:
-        flags = f"--batch-size {graph.slots} --sequence-length {2 * length}"
+        # A token of a prompt and one of its answer.
+        fewest = length + 2
+        flags = f"--batch-size {graph.slots} --sequence-length {fewest}"
         raise InputError(
             f"The prefix {given} has {length} positions, and the model was compiled for {graph.capacity}, which it "
-            f"shares with prompt and answer. {suggest_larger(artifact, flags, 2 * length)}"
+            f"shares with prompt and answer. {suggest_larger(artifact, flags, fewest)}"
         )
     names = [name for layer in graph.cache for name in (layer.key_in, layer.value_in)]
     return dict(zip(names, values.reshape(length, 2 * layers, heads, width).transpose(1, 2, 0, 3), strict=True))
