@@ -281,11 +281,14 @@ def test_methods_and_schemes_in_words():
     assert [name for name, method in METHODS.items() if method.is_calibrated] == ["gptq", "awq"]
 
 
+TEXT = [{"input_ids": torch.arange(length)[None]} for length in (6, 3)]
+
+
 @pytest.mark.parametrize("name", ["awq", "gptq"])
 def test_the_text_is_read_once_per_block(name):
     """What a block learns knows of the errors of those before it."""
     model = Reader()
-    quantize(model, Recipe(Scheme(8, 16, "integer"), name), [torch.arange(6), torch.arange(3)])
+    quantize(model, Recipe(Scheme(8, 16, "integer"), name), TEXT)
     assert model.read == 3 * 2
 
 
@@ -346,14 +349,13 @@ class Stack(Reader):
 def test_blocks_that_are_quantized_answer_once(name, order, tells, monkeypatch):
     """And what is learned is as if all of the text had been read anew for each block; as it is where blocks tell each
     other more than they return."""
-    rows = [torch.arange(6), torch.arange(3)]
     models = [Stack(order, tells=tells) for _ in range(2)]
-    quantize(models[0], Recipe(Scheme(8, 16, "integer"), name), rows)
+    quantize(models[0], Recipe(Scheme(8, 16, "integer"), name), TEXT)
     monkeypatch.setattr(Calibration, "_replay", lambda *_: lambda: None)
-    quantize(models[1], Recipe(Scheme(8, 16, "integer"), name), rows)
+    quantize(models[1], Recipe(Scheme(8, 16, "integer"), name), TEXT)
     if order == range(5) and not tells:
         # For the head, which comes first in this model, for itself, and once more when it is quantized.
-        assert [layer.computed for layer in models[0].layers] == [3 * len(rows)] * 4 + [2 * len(rows)]
+        assert [layer.computed for layer in models[0].layers] == [3 * len(TEXT)] * 4 + [2 * len(TEXT)]
     for key, value in models[1].state_dict().items():
         assert torch.equal(models[0].state_dict()[key], value), key
 
