@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,19 @@ def test_every_set_of_three_is_refused_by_the_table_or_not_at_all(backend):
                 continue  # one value
             problems = list(asked(features, backend).problems())
             assert bool(problems) == is_refused(features, backend), (features, problems)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "quantization.md"
+BETWEEN = ("<!-- begin of the table -->", "<!-- end of the table -->")
+
+
+def test_the_page_has_the_table(golden_text):
+    lines = ["| this | not with | because |", "|---|---|---|"]
+    lines += [f"| `{each.first}` | `{each.second}` | {each.because} |" for each in CONFLICTS]
+    for rule in BACKEND_RULES:
+        others = ", ".join(f"`backend={name!r}`" for name in BACKENDS if name not in TAKEN[rule.feature])
+        lines.append(f"| `{rule.feature}` | {others} | {rule.because} |")
+    golden_text(PAGE, "\n".join(lines), BETWEEN)
 
 
 @pytest.fixture(scope="module")
