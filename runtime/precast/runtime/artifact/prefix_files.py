@@ -54,8 +54,7 @@ def read_method(given: str | Path, folder: Path) -> Literal["prefix-tuning", "pr
         raise CheckpointError(f"{given} is no PEFT adapter: its {CONFIG} cannot be read ({error}).") from error
     kind, task = settings.get("peft_type"), settings.get("task_type")
     if not isinstance(kind, str) or kind not in METHODS:
-        merged = " A LoRA adapter goes into a model's slots by load_adapter() or --adapter, or is merged by an export "
-        merged += "with lora= or --lora."
+        merged = " A LoRA adapter goes into a model's slots by load_adapter(), or is merged by an export with lora=."
         raise CheckpointError(
             f"{given} is a PEFT adapter of type {str(kind)[:80]}, and what can stand before every prompt is: "
             f"{', '.join(METHODS)}.{merged if kind == 'LORA' else ''}"

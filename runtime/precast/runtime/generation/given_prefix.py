@@ -25,7 +25,7 @@ __all__ = ["hash_prefix", "open_prefix"]
 
 Array = np.ndarray[Any, Any]
 
-_BAKE = "Compile it into the artifact: prefix_tuning=PATH of export(), --prefix-tuning PATH of precast export."
+_BAKE = "Compile it into the artifact, by an export with prefix_tuning=PATH."
 _AXES = "positions, 2 * layers * heads * width"
 _LARGEST_HALF = 65504
 _HEAD_MULTIPLE = 8

@@ -119,7 +119,7 @@ def _check_prefix(read: str | None, held: str | None, path: Path) -> None:
     if read == held:
         return
     after, begins = (f"a prefix of sha256 {each[:12]}…" if each else "no prefix" for each in (read, held))
-    how = "new_session(prefix=PATH), or --prefix-tuning PATH" if read else "the model itself, without --prefix-tuning"
+    how = "new_session(prefix=PATH)" if read else "the model itself, without a prefix"
     raise InputError(
         f"The session {path} was read after {after}, and this model's rows begin with {begins}. Open it with {how}, or "
         f"name another file."
