@@ -179,7 +179,7 @@ def test_nothing_is_written_below_the_floor(source, tmp_path):
     ("name", "options", "words"),
     [
         ("labels", {"quantize": "int8", "max_kl": 0.1}, "min_cosine and min_agreement bound what quantize= costs it"),
-        ("labels", {"quantize": "auto"}, "Give quantize='int8' or 'int4'"),
+        ("labels", {"quantize": "auto"}, "Give quantize='int8' or int4"),
         ("labels", {"kv_cache": "int8"}, "Leave it out"),
         ("t5", {"quantize": "int8", "min_cosine": 0.9}, "max_kl and min_agreement bound what that loses"),
         ("labels", {"dtype": "bfloat16", "backend": "export", "min_cosine": 0.9}, "has fixed bounds"),

@@ -223,7 +223,7 @@ class ExportOptions:
         if rounding.quantize == "auto" and task.kind != "decoder":
             raise UsageError(
                 f"quantize='auto' chooses layers by what they cost on the text that a decoder predicts, and "
-                f"{task.name!r} predicts none. Give quantize='int8' or 'int4', and skip= for layers to leave out."
+                f"{task.name!r} predicts none. Give quantize='int8' or int4, and skip= for layers to leave out."
             )
 
     def _check_bounds(self, task: Task) -> None:
