@@ -20,8 +20,9 @@ __all__ = [
 
 
 def _unless(name: str, *plain: object) -> Callable[[Any], str | None]:
-    """Whether an option is none of the values `plain`, and then how it was given."""
-    return lambda options: None if (value := getattr(options, name)) in plain else f"{name}={value!r}"
+    """Whether an option is none of the values `plain`, the first of which it has where no backend declares it, and then
+    how it was given."""
+    return lambda options: None if (value := getattr(options, name, plain[0])) in plain else f"{name}={value!r}"
 
 
 def _if(name: str, value: object) -> Callable[[Any], str | None]:
