@@ -241,7 +241,7 @@ TYPED = {
         f"precast export MODEL -o levels {SMALL} --backend aoti --isa avx2,avx512"
     ],
     "the fastest backend for this machine": [f"precast export MODEL -o fastest {SMALL} --backend auto"],
-    "bfloat16 or float16, in all or in products of matrices only (not of a quantized model)": [
+    "bfloat16 or float16, in all or in products of matrices only": [
         f"precast export MODEL -o narrow {SMALL} --backend export --dtype bfloat16",
         f"precast export MODEL -o products {SMALL} --backend export --auto-cast matmul",
     ],

@@ -183,7 +183,7 @@ def test_options_list_everything_wrong_at_once():
     assert str(caught.value) == (
         "batch_size must be at least 1, not 0. sequence_length must be at least 1, not 0. sequence_length must "
         "be at least 1, not 0. sequence_length names a length twice: 0,0. dtype='int3' is not supported; the "
-        "choices are: float32, bfloat16, float16. atol= must be above 0, not -1."
+        "choices are: float32, bfloat16, float16, auto. atol= must be above 0, not -1."
     )
 
 

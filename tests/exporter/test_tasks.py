@@ -152,7 +152,7 @@ def test_every_task_takes_its_own_sizes_alone(row):
 )
 def test_a_bound_that_is_measured_on_text_is_for_decoders(row):
     for bound in ({"max_kl": 0.1}, {"min_agreement": 0.5}):
-        with pytest.raises(UsageError, match="predicts none"):
+        with pytest.raises(UsageError, match="has fixed bounds"):
             ExportOptions(dtype="bfloat16", **bound).check_task(row)
     ExportOptions(dtype="bfloat16", accept_loss=True).check_task(row)
 

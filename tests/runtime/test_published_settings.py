@@ -124,7 +124,7 @@ def test_numbers_beyond_all_bounds_in_a_file_are_bounded_by_the_model(reading):
 
 def test_validation_goes_by_settings_of_its_own(reading):
     model = reading({"max_new_tokens": 1, "guidance_scale": 3.0, "suppress_tokens": [*range(320)], "temperature": "x"})
-    question = {"kind": "greedy", "rows": [PROMPT], "side": "right", "count": 5}
+    question = {"kind": "greedy", "rows": [PROMPT], "side": "right", "count": 5, "adapters": []}
     (answer,) = validation_worker._ask_decoder(model, question)
     expected = reading({"eos_token_id": []}).generate([PROMPT], max_new_tokens=5)
     assert answer["tokens"].tolist() == expected[0, 6:].tolist()
