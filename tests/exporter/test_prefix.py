@@ -443,7 +443,7 @@ def opened(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_prefix_at_run_time_is_as_a_compiled_one(made, plain, batch):
     it, model = made(batch_size=batch), plain(**({"batch_size": batch} if batch > 1 else {}))
     compiled = CompiledModelForCausalLM.from_pretrained(it.path)
