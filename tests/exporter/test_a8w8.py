@@ -47,9 +47,12 @@ def source(checkpoint, run_folder):
         if name != "vit":
             return checkpoint(name, **({} if name in ("llama", "gpt2") else {"auto": "AutoModel"}))
         path = run_folder / "a8w8-vit"
-        return (
-            path if path.exists() else tiny.save_checkpoint(path, transformers.ViTConfig(**VIT), transformers.AutoModel)
-        )
+        if not path.exists():
+            tiny.save_checkpoint(path, transformers.ViTConfig(**VIT), transformers.AutoModel)
+            for file in path.glob("*token*"):
+                # As models of pictures are published.
+                file.unlink()
+        return path
 
     return make
 

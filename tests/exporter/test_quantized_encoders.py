@@ -71,6 +71,8 @@ SHAPES = {
     "whisper": {"decoder_sequence_length": 24},
 }
 TEXTS = {"batch_size": (2,), "sequence_length": (32,)}
+WITHOUT_TOKENIZER = ("images", "sounds")
+"""As models of pictures and sound are published."""
 SEQ2SEQ = ("t5", "bart", "whisper")
 
 
@@ -83,6 +85,8 @@ def source(run_folder):
         if not path.exists():
             config, auto = CONFIGS[name]
             tiny.save_checkpoint(path, config(), getattr(transformers, auto))
+            for file in path.glob("*token*") if name in WITHOUT_TOKENIZER else ():
+                file.unlink()
         return path
 
     return make
@@ -98,7 +102,7 @@ def exported(source: Path, target: Path, name: str, **options):
 EVERYTHING = [
     (name, scheme, backend) for name in CONFIGS for scheme in ("int8", "int4") for backend in ("onnx", "export")
 ]
-FAST = [("labels", "int8", "onnx")]
+FAST = [("labels", "int8", "onnx"), ("images", "int8", "onnx")]
 
 
 @pytest.mark.parametrize(
@@ -106,9 +110,12 @@ FAST = [("labels", "int8", "onnx")]
     [pytest.param(*each, marks=() if each in FAST else pytest.mark.slow) for each in EVERYTHING],
 )
 def test_the_answers_stay_within_the_floor(source, tmp_path, name, scheme, backend):
-    variant = exported(source(name), tmp_path / "out", name, quantize=scheme, backend=backend)
+    # Random weights bear 4 bits less than trained ones.
+    finer = {"quantize_method": "gptq", "group_size": 16} if scheme == "int4" and name not in SEQ2SEQ else {}
+    variant = exported(source(name), tmp_path / "out", name, quantize=scheme, backend=backend, **finer)
     assert variant.accuracy.status == "passed"
     assert scheme in variant.quantization
+    assert "experts" not in variant.quantization
     figures = variant.accuracy.figures
     if name in SEQ2SEQ:
         assert figures["kl_divergence"] < (0.1 if scheme == "int4" else 0.01)

@@ -26,6 +26,8 @@ from ..checkpoint.describe import describe_error
 from . import kind_of
 
 __all__ = [
+    "CALIBRATION_SEED",
+    "HELD_OUT_SEED",
     "Answer",
     "ValidationSample",
     "label_axis",
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
+HELD_OUT_SEED, CALIBRATION_SEED = 1000, 2000
+"""The first seeds of what stands for pictures and sound among these samples, apart from those of the others."""
 
 
 @dataclass(frozen=True)

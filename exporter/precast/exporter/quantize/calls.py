@@ -24,7 +24,14 @@ from .mixture import DivergenceMeter
 from .outliers import quantize_around_outliers
 from .recipe import find_layers
 
-__all__ = ["activation_samples", "calibration_inputs", "calibration_rows", "longest_row", "round_activations"]
+__all__ = [
+    "activation_samples",
+    "calibration_inputs",
+    "calibration_rows",
+    "longest_row",
+    "round_activations",
+    "takes_texts",
+]
 
 ROW = 512
 """Tokens per row of calibration text."""
@@ -102,14 +109,18 @@ def calibration_inputs(plan: Plan, texts: list[list[int]]) -> list[dict[str, Ten
     return [{name: torch.from_numpy(array) for name, array in inputs.items()} for inputs in found]
 
 
+def takes_texts(plan: Plan) -> bool:
+    """Whether calibration texts are given to the model: what hears and writes is given them as answers."""
+    return plan.reads_text or plan.task.kind != "encoder"
+
+
 def longest_row(plan: Plan) -> int:
     """The tokens that a row of calibration has at most: what the graphs take."""
     return min(ROW, max(plan.lengths, default=ROW) or ROW)
 
 
 def calibration_rows(checkpoint: Checkpoint, options: ExportOptions, longest: int = ROW) -> list[Tensor]:
-    """The calibration text in rows of ROW token ids, or of `longest`; without a tokenizer that reads plain text, random
-    ids from a fixed seed.
+    """The calibration text in rows of ROW token ids, or of `longest`; without a tokenizer, random ids, always the same.
 
     Raises UsageError for a file that is no UTF-8 text, or of fewer tokens than it takes.
     """
@@ -117,7 +128,7 @@ def calibration_rows(checkpoint: Checkpoint, options: ExportOptions, longest: in
     length = min(ROW, longest, getattr(checkpoint.text_config, "max_position_embeddings", None) or ROW)
     if tokenizer is None:
         numbers = torch.Generator().manual_seed(0)
-        return list(torch.randint(checkpoint.text_config.vocab_size, (4, length), generator=numbers))
+        return list(torch.randint(checkpoint.vocabulary, (4, length), generator=numbers))
     ids = torch.tensor(token_ids(tokenizer, _calibration_text(options)), dtype=torch.int64)
     _check_tokens(len(ids), options)
     return [row for row in ids.split(length) if len(row) > 1]
@@ -125,7 +136,9 @@ def calibration_rows(checkpoint: Checkpoint, options: ExportOptions, longest: in
 
 def _calibration_texts(checkpoint: Checkpoint, plan: Plan, options: ExportOptions) -> list[list[int]]:
     """Token ids: rows of the text for a decoder; else its paragraphs, each with the special tokens around it that texts
-    have, on which encoders put much of their weight."""
+    have, on which encoders put much of their weight; none for models of pictures or sound alone."""
+    if not takes_texts(plan):
+        return []
     tokenizer: Any = checkpoint.tokenizer
     if plan.task.kind == "decoder" or tokenizer is None:
         return [row.tolist() for row in calibration_rows(checkpoint, options, longest_row(plan))]

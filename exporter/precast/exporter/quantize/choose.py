@@ -15,7 +15,7 @@ from ..kinds.plan import Plan
 from ..options import GROUP_SIZES, ExportOptions
 from ..validation.metrics import floor_for
 from . import quantize
-from .calls import calibration_inputs, calibration_rows, longest_row, round_activations
+from .calls import calibration_inputs, calibration_rows, longest_row, round_activations, takes_texts
 from .methods import METHODS, WHOLE_ROW, Scheme, ZeroPoint, get_method
 from .mixture import choose_mixture
 from .recipe import Recipe, find_layers
@@ -54,9 +54,10 @@ def quantize_model(
         return _describe_result(_describe_layers(done | quantize(model, rest)), rest)
     method = options.quantize_method or _default_method(options)
     needs_text = get_method(method).is_calibrated or options.quantize == "auto"
-    rows = calibration_rows(checkpoint, options, longest_row(plan)) if needs_text else []
+    rows = calibration_rows(checkpoint, options, longest_row(plan)) if needs_text and takes_texts(plan) else []
     recipe = _choose_recipe(model, checkpoint, options, method, rows, progress)
-    done = quantize(model, recipe, calibration_inputs(plan, [row.tolist() for row in rows]), progress)
+    inputs = calibration_inputs(plan, [row.tolist() for row in rows]) if needs_text else []
+    done = quantize(model, recipe, inputs, progress)
     if recipe.keeps_source and not any(words.startswith("the source's") for words in done.values()):
         raise CheckpointError(
             f"quantize='source' keeps the grid that weights lie on already, and those of {checkpoint.name} lie on none "
@@ -139,7 +140,8 @@ def _describe_experts(model: nn.Module) -> list[str]:
         for module in model.modules()
         if not isinstance(module, nn.Conv1d)
         for parameter in module.parameters(recurse=False)
-        if parameter.ndim == 3
+        # One of a first dimension of 1 is a table of positions or a token of pictures.
+        if parameter.ndim == 3 and len(parameter) > 1
     )
     return [f"experts stay float32 ({left:,} weights)"] if left else []
 

@@ -14,7 +14,7 @@ from ..kinds.samples import label_axis
 from ..options import ExportOptions
 from .metrics import ENCODER_ADVICE, Floor, advice_for, encoder_floor_for, show_beyond
 from .reference import Reference
-from .rules import Answers, Comparison, compare_rows, differences, round_figure
+from .rules import TINY, Answers, Comparison, compare_rows, differences, round_figure
 
 __all__ = ["judge_encoder"]
 
@@ -191,9 +191,6 @@ def _row_error(expected: Array, found: Array, size: float) -> float:
 
 def _root_mean_square(values: Array) -> float:
     return float(np.sqrt(np.square(values.astype(np.float64)).mean()))
-
-
-TINY = 1e-30
 
 
 def _round_share(value: float) -> float:

@@ -25,6 +25,7 @@ from .metrics import (
 from .reference import Reference
 
 __all__ = [
+    "TINY",
     "Answers",
     "Comparison",
     "compare_rows",

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .contrib_ops import LORA
+from .initializers import add_initializer
 
 __all__ = ["AddAdapterBranches"]
 
@@ -37,7 +38,7 @@ def _find_active(graph: ir.Graph, node: ir.Node) -> ir.Value:
     """Whether any row has an adapter."""
     slots = node.inputs[3]
     largest = ir.node("ReduceMax", [slots], {"keepdims": 0}, name="lora_largest_slot")
-    zero = _initializer(graph, "lora_no_slot", np.array(0))
+    zero = _find_initializer(graph, "lora_no_slot", np.array(0))
     active = ir.node("Greater", [largest.outputs[0], zero], name="lora_is_active")
     graph.insert_before(node, [largest, active])
     active.outputs[0].dtype, active.outputs[0].shape = ir.DataType.BOOL, ir.Shape([])
@@ -79,7 +80,7 @@ def _add_adapter(graph: ir.Graph, node: ir.Node, name: str) -> list[ir.Node]:
     width = weights.shape[-1]
     inputs, outputs = x.shape[-1], y.shape[-1]
     assert inputs + outputs == width, "a row holds one of A and one of B"
-    sizes = _initializer(graph, f"lora_sizes_{inputs}_{outputs}", np.array([inputs, outputs]))
+    sizes = _find_initializer(graph, f"lora_sizes_{inputs}_{outputs}", np.array([inputs, outputs]))
     own = ir.node("Gather", [weights, slots], {"axis": 0}, name=f"{name}_own")
     split = ir.node("Split", [own.outputs[0], sizes], {"axis": -1}, num_outputs=2, name=f"{name}_split")
     inner = ir.Node(
@@ -89,10 +90,7 @@ def _add_adapter(graph: ir.Graph, node: ir.Node, name: str) -> list[ir.Node]:
     return [own, split, inner, outer, ir.node("Add", [y, outer.outputs[0]], name=f"{name}_sum")]
 
 
-def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+def _find_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
-    graph.register_initializer(value)
-    return value
+    return add_initializer(graph, ir.tensor(array, name=name))

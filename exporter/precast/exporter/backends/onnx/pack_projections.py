@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from .initializers import add_initializer
+
 __all__ = ["PackProjections"]
 
 _CODES, _SCALES, _ZEROS, _BIAS = 1, 2, 3, 5
@@ -45,7 +47,7 @@ def _pack(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     ]
     attributes = [*(first.attributes[name] for name in _SAME), ir.AttrInt64("N", sum(sizes))]
     packed = ir.Node("com.microsoft", "MatMulNBits", inputs, attributes, num_outputs=1, name=f"{first.name}_packed")
-    lengths = _initializer(graph, f"{first.name}_sizes", np.array(sizes))
+    lengths = add_initializer(graph, ir.tensor(np.array(sizes), name=f"{first.name}_sizes"))
     split = ir.Node(
         "", "Split", [packed.outputs[0], lengths], [ir.AttrInt64("axis", -1)], num_outputs=len(nodes),
         name=f"{first.name}_split",
@@ -63,7 +65,9 @@ def _pack(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
 def _concat_inputs(graph: ir.Graph, nodes: Sequence[ir.Node], index: int) -> ir.Value | None:
     parts = [node.inputs[index] if len(node.inputs) > index else None for node in nodes]
     arrays = [part.const_value.numpy() for part in parts if part is not None and part.const_value is not None]
-    return _initializer(graph, f"{nodes[0].name}_{index}", np.concatenate(arrays)) if arrays else None
+    if not arrays:
+        return None
+    return add_initializer(graph, ir.tensor(np.concatenate(arrays), name=f"{nodes[0].name}_{index}"))
 
 
 def _concat_bias(graph: ir.Graph, nodes: Sequence[ir.Node], sizes: Sequence[int]) -> ir.Value | None:
@@ -75,11 +79,4 @@ def _concat_bias(graph: ir.Graph, nodes: Sequence[ir.Node], sizes: Sequence[int]
         np.zeros(size, np.float32) if value is None or value.const_value is None else value.const_value.numpy()
         for value, size in zip(given, sizes, strict=True)
     ]
-    return _initializer(graph, f"{nodes[0].name}_bias", np.concatenate(arrays))
-
-
-def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
-    graph.register_initializer(value)
-    return value
+    return add_initializer(graph, ir.tensor(np.concatenate(arrays), name=f"{nodes[0].name}_bias"))

@@ -11,6 +11,8 @@ from onnx_ir.convenience import extract
 
 from precast.runtime.artifact.schema import Dim, Graph
 
+from .initializers import add_initializer
+
 __all__ = ["FoldRotary"]
 
 Array = np.ndarray[Any, Any]
@@ -54,7 +56,7 @@ class FoldRotary(ir.passes.InPlacePass):  # type: ignore[misc]
             return None
         values = [ir.tensor(np.ascontiguousarray(each), name=_name(node.inputs[2 + index]) + "_table")
                   for index, each in enumerate(table)]  # fmt: skip
-        return _initializer(model, values[0]), _initializer(model, values[1])
+        return add_initializer(model.graph, values[0]), add_initializer(model.graph, values[1])
 
 
 class _Angles:
@@ -143,12 +145,6 @@ def _fold(node: ir.Node, rotated: ir.Node, tables: Tables) -> None:
         node.replace_input_with(7 + index, table)
     node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
     node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", _is_interleaved(rotated))
-
-
-def _initializer(model: ir.Model, tensor: Any) -> ir.Value:
-    value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
-    model.graph.register_initializer(value)
-    return value
 
 
 def _name(value: ir.Value | None) -> str:

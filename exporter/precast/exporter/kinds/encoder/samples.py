@@ -12,7 +12,7 @@ from torch import nn
 from precast.runtime.artifact.schema import Graph, Input
 
 from ...checkpoint.sentence_transformers import output_names
-from ..samples import Answer, ValidationSample, repeat_tokens
+from ..samples import CALIBRATION_SEED, HELD_OUT_SEED, Answer, ValidationSample, repeat_tokens
 from .inputs import PADDED_AXES
 
 __all__ = ["answer", "calibration_inputs", "held_out_samples", "validation_samples"]
@@ -30,23 +30,24 @@ HELD_OUT_TEXTS = 32
 HELD_OUT_SIGNALS = 12
 """Pictures and sounds, which take longer."""
 CALIBRATION_SIGNALS = 8
-FIRST_HELD_OUT, FIRST_CALIBRATION = 1000, 2000
-"""Seeds of their signals, apart from those of the other samples."""
 
 
 def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
     """Inputs of their own for the largest graph, as many per call as it takes."""
     graph, per_call = graphs[-1], _rows_per_call(graphs[-1])
     count = HELD_OUT_TEXTS if _reads_text(graph) else HELD_OUT_SIGNALS
-    rows = _make_rows(graph, texts, count, FIRST_HELD_OUT)
+    rows = _make_rows(graph, texts, count, HELD_OUT_SEED)
     calls = [rows[start : start + per_call] for start in range(0, count, per_call)]
     return [ValidationSample(f"held-out {index + 1}", "score", tensors=call) for index, call in enumerate(calls)]
 
 
 def calibration_inputs(graphs: list[Graph], texts: list[list[int]]) -> list[dict[str, Array]]:
-    """Rows to calibrate on, each with a batch dimension of 1: the texts, cut to the largest graph, or signals."""
-    count = len(texts) if _reads_text(graphs[-1]) else CALIBRATION_SIGNALS
-    rows = _make_rows(graphs[-1], texts, count, FIRST_CALIBRATION)
+    """Rows to calibrate on, each with a batch dimension of 1: the texts, cut to the largest graph, or signals, which
+    need none."""
+    if not _reads_text(graphs[-1]):
+        # Of a text nothing but its length is taken here, which makes sounds of different lengths.
+        texts = [[0] * length for length in range(CALIBRATION_SIGNALS)]
+    rows = _make_rows(graphs[-1], texts, len(texts), CALIBRATION_SEED)
     return [{name: tensor[None] for name, tensor in row.items()} for row in rows]
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from precast.runtime.artifact.schema import Graph
 
 from ...architectures.cache_names import cache_argument, find_cache
-from ..samples import Answer, ValidationSample, repeat_tokens
+from ..samples import CALIBRATION_SEED, HELD_OUT_SEED, Answer, ValidationSample, repeat_tokens
 
 __all__ = ["answer", "calibration_inputs", "held_out_samples", "validation_samples"]
 
@@ -37,8 +37,6 @@ def validation_samples(graphs: list[Graph], texts: list[list[int]]) -> list[Vali
 
 
 HELD_OUT_LENGTH = 128
-FIRST_HELD_OUT, FIRST_CALIBRATION = 1000, 2000
-"""Seeds of spectrograms, apart from those of the other samples."""
 
 
 def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[ValidationSample]:
@@ -50,7 +48,7 @@ def held_out_samples(graphs: list[Graph], texts: list[list[int]]) -> list[Valida
             f"held-out text {index + 1}",
             "score",
             [text[:length]],
-            tensors=[_make_source(encoder, text, FIRST_HELD_OUT + index)],
+            tensors=[_make_source(encoder, text, HELD_OUT_SEED + index)],
         )
         for index, text in enumerate(texts)
     ]
@@ -62,7 +60,7 @@ def calibration_inputs(graphs: list[Graph], texts: list[list[int]]) -> list[dict
     encoder, decoder = [graph for graph in graphs if graph.role == "encode"][-1], graphs[-1]
     return [
         {
-            **{name: each[None] for name, each in _make_source(encoder, text, FIRST_CALIBRATION + index).items()},
+            **{name: each[None] for name, each in _make_source(encoder, text, CALIBRATION_SEED + index).items()},
             "decoder_input_ids": np.array([text[: decoder.capacity]], np.int64),
         }
         for index, text in enumerate(texts)
