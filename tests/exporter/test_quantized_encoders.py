@@ -22,7 +22,7 @@ from precast.exporter.validation.encoder_rules import judge_encoder
 from precast.exporter.validation.reference import Reference
 from precast.runtime.errors import AccuracyError, UsageError
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
 CONFIGS = {
     "labels": (lambda: tiny.config_for("bert", num_labels=9), "AutoModelForSequenceClassification"),
     "vectors": (lambda: tiny.config_for("bert"), "AutoModel"),

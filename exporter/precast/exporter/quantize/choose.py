@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from precast.runtime.artifact.backends import get_backend
 from precast.runtime.errors import CheckpointError
@@ -138,7 +139,7 @@ def _describe_experts(model: nn.Module) -> list[str]:
     left = sum(
         parameter.numel()
         for module in model.modules()
-        if not isinstance(module, nn.Conv1d)
+        if not isinstance(module, nn.Conv1d | ParametrizationList)
         for parameter in module.parameters(recurse=False)
         # One of a first dimension of 1 is a table of positions or a token of pictures.
         if parameter.ndim == 3 and len(parameter) > 1
