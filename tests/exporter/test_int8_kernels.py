@@ -55,9 +55,10 @@ class Case(NamedTuple):
         """Numbers that are not half-way between two codes, many of them beyond the range of a static scale."""
         random = torch.Generator().manual_seed(seed)
         codes = torch.randint(-126, 127, (self.rows, self.columns), generator=random).float()
-        codes += 0.8 * torch.rand(codes.shape, generator=random) - 0.4
         codes[:, 0] = 127
-        x = codes * (0.03 * 3 if self.static else size)
+        between = 0.8 * torch.rand(codes.shape, generator=random) - 0.4
+        between[:, 0] = 0
+        x = (3 * codes + between) * 0.03 if self.static else (codes + between) * size
         return x if self.parts[2] is None else x / self.parts[2]
 
 
