@@ -169,13 +169,15 @@ class _Bench:
 
     def _ours(self, options: Row) -> Row:
         from precast.exporter.checkpoint.resolve import resolve
+        from precast.exporter.kinds.plan import make_plan
         from precast.exporter.options import ExportOptions
         from precast.exporter.quantize.choose import quantize_model
         from precast.exporter.quantize.linear import Packed
 
-        chosen = ExportOptions(**options, calibration=self._subject.calibration)
+        chosen = ExportOptions(**options, calibration=self._subject.calibration, sequence_length=ROW)
+        checkpoint = resolve(str(self._subject.folder), chosen)
         model, started = _load(self._subject.folder), time.process_time()
-        words = quantize_model(model, resolve(str(self._subject.folder), chosen), chosen)
+        words = quantize_model(model, checkpoint, make_plan(checkpoint, chosen), chosen)
         seconds = time.process_time() - started
         packed = [module for module in model.modules() if isinstance(module, Packed)]
         size = sum(each.nbytes for each in {id(each): each for each in packed}.values())
