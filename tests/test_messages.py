@@ -30,7 +30,7 @@ OTHER_PROGRAMS = (
 COMMAND_PARTS = (
     "advice.py", "options/__init__.py", "models/base.py", "models/seq2seq.py", "models/whisper.py",
     "models/encoder_base.py", "bench/compare.py", "options/declaration.py", "options/shapes.py",
-    "generation/given_prefix.py",
+    "generation/given_prefix.py", "distributed/opening.py", "distributed/launcher.py",
 )  # fmt: skip
 """Files that put commands together of parts."""
 

@@ -25,12 +25,14 @@ ASKED = {
     "dtype": {"dtype": "bfloat16"},
     "auto_cast": {"auto_cast": "matmul"},
     "device": {"device": "cuda"},
+    "tensor_parallel": {"tensor_parallel": 2},
 }
 SCHEMES = ("int8", "int4", "a8w8", "a8w8-dynamic", "auto")
 REFUSED = {frozenset((each.first, each.second)) for each in CONFLICTS}
 TAKEN = {name: [row.name for row in BACKENDS.values() if "dtype" in row.takes] for name in ("dtype", "auto_cast")}
 TAKEN |= {rule.feature: [row.name for row in BACKENDS.values() if rule.is_taken(row)] for rule in BACKEND_RULES}
 TAKEN["device"] = ["aoti"]
+TAKEN["tensor_parallel"] = ["aoti", "neuron"]
 NEURON = {"instance_type": "trn1"}
 
 

@@ -209,6 +209,12 @@ def model_options(function: F) -> F:
             click.option(
                 "--cores", metavar="N[-N]", help="Neuron: which NeuronCores, as 0-3; several copies run at once."
             ),
+            click.option(
+                "--nproc",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Processes: as many as the model was compiled for (export --tensor-parallel), as is the default.",
+            ),
             click.option("--variant", metavar="NAME", help="Which compiled form to use."),
             click.option("--verify", is_flag=True, help="Hash every file again."),
             click.option("--sha256", metavar="DIGEST", help="Open only the artifact with this digest."),

@@ -32,6 +32,7 @@ from precast.runtime.errors import ExportError
 from .adapters.prefix import PrefixedModel, compute_prefix, store_prefix
 from .backends import Compiled, HasLayouts, NeedsTools, ProgramCompiler, compiler_of
 from .backends.dtypes import choose_dtype
+from .backends.ranks import compile_ranks
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.resolve import resolve
 from .companions.card import render_card
@@ -40,6 +41,8 @@ from .kinds.plan import Plan, make_plan
 from .kinds.trace import Program, trace
 from .options import ExportOptions
 from .options.request import REQUEST, render_request
+from .parallel.division import Division, divide
+from .parallel.local_model import first_rank, local_model
 from .precision import cast_programs, choose_cast
 from .progress import OnStep, no_progress, progress_to
 from .quantize.calls import calibration_rows
@@ -72,14 +75,14 @@ def export_variant(
     with on_step("resolve"):
         checkpoint, options = _resolve(model, options, compiler)
     with on_step("plan"):
-        plan = make_plan(checkpoint, options)
+        plan = make_plan(checkpoint, options, first_rank)
     on_plan(plan)
     with _explain_failures(plan), staging(target) as stage:
         loaded, reference = _load(checkpoint, plan, options, on_step)
-        programs, quantization = _trace(loaded, checkpoint, plan, options, on_step)
-        artifact = _compile(programs, loaded, checkpoint, plan, options, compiler, quantization, stage, on_step)
+        traced = _trace(loaded, checkpoint, plan, options, on_step)
+        artifact = _compile(traced, loaded, checkpoint, plan, options, compiler, stage, on_step)
         # Only the reference is still needed; memory must be free before validation opens the compiled model.
-        del loaded, programs
+        del loaded, traced
         gc.collect()
         artifact = _validate(artifact, reference, options, on_step)
         publish_with_card(artifact, checkpoint, target, options, on_step)
@@ -90,7 +93,7 @@ def plan_variant(model: str, options: ExportOptions) -> Plan:
     """The plan of `export_variant`, made without reading weights. Raises PrecastError as it does."""
     options.check()
     compiler = compiler_of(options.backend)
-    return make_plan(*_resolve(model, options, compiler))
+    return make_plan(*_resolve(model, options, compiler), first_rank)
 
 
 def _ready_compiler(options: ExportOptions, compiler: ProgramCompiler) -> ProgramCompiler:
@@ -147,11 +150,18 @@ def _load(
     return loaded, reference
 
 
-def _trace(
-    loaded: _Loaded, checkpoint: Checkpoint, plan: Plan, options: ExportOptions, on_step: OnStep
-) -> tuple[list[Program], str | None]:
-    """Quantize the model, trace it, and cast the programs, as far as the options ask; returns the programs, and how the
-    weights are quantized, in words."""
+@dataclass(frozen=True)
+class _Traced:
+    """The programs of each rank, of which there is one as a rule; how the weights are divided between several, and how
+    they are quantized, in words."""
+
+    programs: list[list[Program]]
+    division: Division | None
+    quantization: str | None
+
+
+def _trace(loaded: _Loaded, checkpoint: Checkpoint, plan: Plan, options: ExportOptions, on_step: OnStep) -> _Traced:
+    """Quantize the model, divide it, trace it, and cast the programs, as far as the options ask."""
     scales, quantization = None, None
     if options.kv_cache == "int8":
         with on_step("calibrate"):
@@ -160,35 +170,44 @@ def _trace(
         with on_step("quantize") as listener:
             quantization = quantize_model(loaded.model, checkpoint, plan, options, listener or no_progress)
     with on_step("trace"):
-        programs = list(trace(loaded.model, plan, scales))
+        division = divide(loaded.model, plan.degrees) if plan.degrees else None
+        models = [loaded.model]
+        if division:
+            models = [local_model(loaded.model, division, rank) for rank in range(division.ranks)]
+        programs = [list(trace(model, plan, scales)) for model in models]
         if how := choose_cast(options):
-            programs = cast_programs(programs, how)
-    return programs, quantization
+            programs = [cast_programs(each, how) for each in programs]
+    return _Traced(programs, division, quantization)
 
 
 def _compile(
-    programs: list[Program],
+    traced: _Traced,
     loaded: _Loaded,
     checkpoint: Checkpoint,
     plan: Plan,
     options: ExportOptions,
     compiler: ProgramCompiler,
-    quantization: str | None,
     stage: Path,
     on_step: OnStep,
 ) -> Artifact:
     """Write the artifact into `stage`, all but its card: graphs, weights, companion files, and the contract."""
     layouts = compiler if isinstance(compiler, HasLayouts) else None
+    programs = traced.programs[0]
     if layouts:
         layouts.check_graphs([program.graph for program in programs], plan.task, checkpoint, options)
     with on_step("compile") as listener, progress_to(listener):
-        compiled = compiler.compile(programs, stage, options)
+        if traced.division:
+            compiled = compile_ranks(compiler, traced.programs, traced.division, stage, options)
+        else:
+            compiled = compiler.compile(programs, stage, options)
         write_companions(stage, loaded.tokenizer, checkpoint, loaded.model)
         config = config_of(checkpoint, loaded.model)
         stored = store_prefix(plan.prefix, loaded.prefix, programs[0].graph, stage) if plan.prefix else None
     if layouts:
         compiled = layouts.lay_out(compiled, plan.task, config, options, stage)
-    return write_config(stage, config, _contract(checkpoint, plan, options, compiled, quantization, stored, stage))
+    return write_config(
+        stage, config, _contract(checkpoint, plan, options, compiled, traced.quantization, stored, stage)
+    )
 
 
 def _contract(
@@ -216,6 +235,7 @@ def _contract(
         graphs=compiled.graphs,
         abi=compiled.abi,
         requires_torch=list(compiled.requires_torch),
+        ranks=compiled.ranks,
     )
     return Contract(
         format_version=FORMAT_VERSION,

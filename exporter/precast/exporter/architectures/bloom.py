@@ -21,14 +21,23 @@ def use_cached_attention(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _make_attention(layer: Any) -> Any:
-    slopes = _get_alibi_slopes(layer.num_heads, torch.device("cpu"))
+    # One rank of several has its part of the heads.
+    slopes = _get_alibi_slopes(layer.hidden_size // layer.head_dim, torch.device("cpu"))
 
     def attention(
         hidden_states: Tensor, residual: Tensor, *, layer_past: Any, **_: Any
     ) -> tuple[Tensor, None]:  # fmt: skip
         query, key, value = layer._reshape(layer.query_key_value(hidden_states))
         key, value = layer_past.update(key, value, layer.layer_idx)
-        output = attend(query, key, value, scale=layer.inv_norm_factor, slopes=slopes)
+        own = _own_slopes(layer, slopes, hidden_states)
+        output = attend(query, key, value, scale=layer.inv_norm_factor, slopes=own)
         return dropout_add(layer.dense(output.transpose(1, 2).flatten(2)), residual, 0.0, False), None
 
     return attention
+
+
+def _own_slopes(layer: Any, slopes: Tensor, like: Tensor) -> Tensor:
+    """Those of the heads that this rank has, on the device of `like`."""
+    if len(slopes) == layer.num_heads:
+        return slopes
+    return slopes.view(-1, layer.num_heads).index_select(0, layer.query_key_value.part_number(like))[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from precast.runtime.artifact.backends import get_backend
-from precast.runtime.artifact.schema import Compiler, Graph, Host, Variant
+from precast.runtime.artifact.schema import Compiler, Graph, Host, Ranks, Variant
 from precast.runtime.artifact.tasks import Task
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ __all__ = ["Compiled", "HasLayouts", "NeedsTools", "ProgramCompiler", "WritesWei
 class Compiled:
     """The files that a compiler wrote: `graphs` and `weights` name them, relative to the stage. `abi` and
     `requires_torch` are those of a Variant. `program` is the hash of what was compiled, by which weights that fit it
-    are known; a compiler that says none makes artifacts that keep their weights."""
+    are known; a compiler that says none makes artifacts that keep their weights. `ranks` says how weights are divided,
+    where they are."""
 
     graphs: list[Graph]
     weights: list[str]
@@ -35,6 +36,7 @@ class Compiled:
     abi: int = 0
     requires_torch: Sequence[str] = ()
     program: str | None = None
+    ranks: Ranks | None = None
 
 
 class ProgramCompiler(Protocol):
@@ -62,7 +64,9 @@ class NeedsTools(Protocol):
 class WritesWeights(Protocol):
     """A compiler whose weights lie beside its compiled files, so that others can take their place."""
 
-    def write_weights(self, programs: Iterable[Program], stage: Path, old: Variant, options: ExportOptions) -> Compiled:
+    def write_weights(
+        self, programs: Iterable[Program], stage: Path, old: Variant | Compiled, options: ExportOptions
+    ) -> Compiled:
         """As `compile`, but for what takes long: files of graphs that are not written are those of `old`, which was
         compiled with the same options and has its weights in files."""
         ...

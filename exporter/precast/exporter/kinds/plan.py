@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ..architectures.scaled_rotary import longrope_limit
 from ..checkpoint import early
 from ..checkpoint.checkpoint import Checkpoint
 from ..options import ExportOptions
+from ..options.parallel import Degrees, ParallelOptions
 from . import kind_of
 
 __all__ = [
@@ -86,6 +87,7 @@ class Plan:
         prefix: what stands before every prompt, if anything does.
         lora: the slots for adapters, if there are any.
         layer_sizes: the heads and widths that a decoder itself caches, by layer.
+        degrees: between how many ranks weights are divided, where there are several; caches are then one rank's.
     """
 
     task: Task
@@ -105,6 +107,7 @@ class Plan:
     prefix: PrefixFile | None = None
     layer_sizes: tuple[LayerSizes, ...] = ()
     lora: Lora | None = None
+    degrees: Degrees | None = None
 
     @property
     def cache_widths(self) -> list[int]:
@@ -155,16 +158,42 @@ class Plan:
         }
 
 
-def make_plan(checkpoint: Checkpoint, options: ExportOptions) -> Plan:
-    """Decide what to compile. Raises UsageError for missing or impossible shapes, CheckpointError for a model type
-    that cannot be exported for this task."""
+def make_plan(
+    checkpoint: Checkpoint, options: ExportOptions, part_of: Callable[[nn.Module, Degrees], nn.Module] | None = None
+) -> Plan:
+    """Decide what to compile. `part_of` makes one rank's model of a whole one, where there are several ranks.
+
+    Raises UsageError for missing or impossible shapes, CheckpointError for a model type that cannot be exported for
+    this task.
+    """
     options.check()
     task = checkpoint.task(options.task)
     options.check_task(task)
     model = checkpoint.skeleton(task)
-    result: Plan = kind_of(task).plan(checkpoint, options, task, model)
+    degrees = _plan_degrees(options, task)
+    local = part_of(model, degrees) if part_of and degrees else model
+    result: Plan = kind_of(task).plan(checkpoint, options, task, local)
+    if degrees:
+        result = replace(result, degrees=degrees, weight_bytes=_weight_bytes(model, options))
     _check_memory(result)
     return result
+
+
+def _plan_degrees(options: ExportOptions, task: Task) -> Degrees | None:
+    """The degrees that are asked for; None for one rank, or a backend that divides traced programs itself. Raises
+    UsageError for what cannot be divided."""
+    asked = options.backend_options
+    if not isinstance(asked, ParallelOptions) or not asked.is_parallel:
+        return None
+    given = f"tensor_parallel={asked.tensor_parallel}"
+    if task.kind != "decoder":
+        raise UsageError(f"{given} divides decoders, and {task.name!r} is done by none. Leave it out.")
+    if options.quantization.rounds_activations:
+        raise UsageError(
+            f"{given} divides weights in the order of the checkpoint, and those of quantize={options.quantize!r} are "
+            f"packed for the kernels of whole layers. Give quantize='int8'."
+        )
+    return asked.degrees
 
 
 def _check_memory(plan: Plan) -> None:
@@ -183,7 +212,6 @@ def _gigabytes(count: int) -> str:
 
 def common_fields(checkpoint: Checkpoint, options: ExportOptions, task: Task, model: nn.Module) -> dict[str, Any]:
     """The fields that every plan has, except shapes and graphs."""
-    size = getattr(torch, options.dtype).itemsize
     return {
         "task": task,
         "model_type": checkpoint.config.model_type,
@@ -191,11 +219,16 @@ def common_fields(checkpoint: Checkpoint, options: ExportOptions, task: Task, mo
         "weight_dtype": options.dtype,
         "auto_cast": options.auto_cast,
         "dynamic_batch_size": options.dynamic_batch_size,
-        "weight_bytes": size * sum(parameter.numel() for parameter in model.parameters()),
+        "weight_bytes": _weight_bytes(model, options),
         "quantize": options.quantize,
         "pad_token_id": checkpoint.pad_token_id,
         "has_tokenizer": checkpoint.has_tokenizer,
     }
+
+
+def _weight_bytes(model: nn.Module, options: ExportOptions) -> int:
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    return int(getattr(torch, options.dtype).itemsize * numbers)
 
 
 def single_batch_size(options: ExportOptions) -> int:

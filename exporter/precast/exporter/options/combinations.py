@@ -39,6 +39,7 @@ FEATURES: Mapping[str, Callable[[Any], str | None]] = {
     "dtype": _unless("dtype", "float32", "auto"),
     "auto_cast": _unless("auto_cast", "none"),
     "device": _unless("device", "cpu"),
+    "tensor_parallel": _unless("tensor_parallel", 1),
 }
 """What options can ask for, by name: a function of them that says how it was given, or None."""
 
@@ -59,6 +60,12 @@ CONFLICTS = (
     Conflict("lora_slots", "auto_cast", "as adapters are float32", "quantize= makes the base smaller"),
     Conflict("lora_slots", "prefix_tuning", "whose keys and values were computed without an adapter"),
     Conflict("lora_slots", "device", "as adapters lie in the memory of the CPU", "lora= merges one for every device"),
+    Conflict("device", "tensor_parallel", "whose ranks are processes on a CPU"),
+    Conflict("lora_slots", "tensor_parallel", "as adapters are whole", "lora= merges one before weights are divided"),
+    Conflict("prefix_tuning", "tensor_parallel", "as every rank has caches of its own heads"),
+    Conflict(
+        "tensor_parallel", "kv_cache='int8'", "whose scales are those of all heads", "kv_cache='float16' halves caches"
+    ),
     Conflict("prefix_tuning", "kv_cache='int8'", "whose scales are those of texts", "kv_cache='float16' halves caches"),
     Conflict("prefix_tuning", "device", "as caches lie in the memory of the device"),
     Conflict(

@@ -196,14 +196,15 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., K] -> [..., N]."""
-        return self._multiply(x, self.bias)
+        return self.multiply(x, self.bias)
 
     @property
     def weight(self) -> Tensor:
         """float32 [N, K], for modelling code that multiplies by it itself, as Mamba's does."""
-        return self._multiply(torch.eye(self.packed.columns), None).T
+        return self.multiply(torch.eye(self.packed.columns), None).T
 
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with another bias, or none."""
         it = self.packed
         x = x if it.balance is None else x * it.balance.to(x.dtype)
         result: Tensor = quantized_linear(

@@ -30,8 +30,10 @@ __all__ = [
     "MergedAdapter",
     "Output",
     "Prefix",
+    "Ranks",
     "Shapes",
     "Source",
+    "Split",
     "State",
     "Variant",
 ]
@@ -172,6 +174,30 @@ class Accuracy(_Closed, frozen=True, kw_only=True):
     figures: dict[Name, int | float]
 
 
+class Split(_Closed, frozen=True, kw_only=True, omit_defaults=True):
+    """How a weight is divided between ranks: along `dim`, in each of so many equal `blocks`, into as many parts as
+    there are ranks, or into fewer, each of which is that of `copies` ranks one after the other."""
+
+    dim: Annotated[int, Meta(ge=0, le=7)]
+    blocks: Annotated[int, Meta(ge=1, le=8)] = 1
+    copies: Annotated[int, Meta(ge=1, le=1024)] = 1
+
+
+class Ranks(_Closed, frozen=True, kw_only=True):
+    """Tensor parallelism: `count` processes run the same graphs at once, each with its part of the weights.
+
+    `splits` says how weights are divided, by their names with `*` in the place of numbers; all others are whole. They
+    are `stored` in as many parts, in files `rank_N/…`, with what all ranks share in a file beside these; or in one,
+    where each rank reads its parts out of whole weights. `degrees` are the parts that single kinds of modules have,
+    where these are fewer. Heads of caches are those of one rank.
+    """
+
+    count: Annotated[int, Meta(ge=2, le=1024)]
+    splits: Annotated[dict[Name, Split], Meta(min_length=1, max_length=4096)]
+    degrees: dict[Name, Size]
+    stored: Annotated[int, Meta(ge=1, le=1024)]
+
+
 class Variant(_Closed, frozen=True, kw_only=True, omit_defaults=True):
     """One compiled form of the model.
 
@@ -192,6 +218,7 @@ class Variant(_Closed, frozen=True, kw_only=True, omit_defaults=True):
     graphs: list[Graph]
     abi: Size = 0
     requires_torch: list[Name] = []
+    ranks: Ranks | None = None
 
 
 class MergedAdapter(_Closed, frozen=True, kw_only=True):

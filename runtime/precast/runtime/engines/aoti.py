@@ -11,7 +11,8 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from ..hosts.machine import usable_cores
 from . import Arrays, Engine, Settings, Step
 from .binding import order_arrays
 from .elf import check_imports, check_library
+from .rank_weights import own_parts
 from .safetensors_map import Weight, weight_of
 from .verified_files import VerifiedFiles
 
-__all__ = ["StandaloneEngine", "open_aoti"]
+__all__ = ["Member", "StandaloneEngine", "open_aoti"]
 
 _MAX_DIMS = 8
 
@@ -41,17 +43,30 @@ def open_aoti(artifact: Artifact, variant: Variant, settings: Settings) -> Engin
     return engine
 
 
-class StandaloneEngine:
-    """One library per graph, opened when first bound and shared by all who bind it."""
+@dataclass(frozen=True)
+class Member:
+    """One of several ranks that run the same libraries: its number, the address of the memory that they share, which
+    `owner` keeps mapped, and how many seconds it waits for others."""
 
-    def __init__(self, artifact: Artifact, variant: Variant, settings: Settings) -> None:
+    address: int
+    rank: int
+    seconds: float
+    owner: object
+
+
+class StandaloneEngine:
+    """One library per graph, opened when first bound and shared by all who bind it; as a `member`, with its part of the
+    weights."""
+
+    def __init__(self, artifact: Artifact, variant: Variant, settings: Settings, member: Member | None = None) -> None:
         if variant.abi != STANDALONE_ABI:
             raise ArtifactError(
                 f"The libraries of {artifact.path} have version {variant.abi} of the interface to this runtime, which "
                 f"has version {STANDALONE_ABI}. Export the model again with this release of precast."
             )
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        self._files = VerifiedFiles(artifact, variant)
+        self._ranks, self._member = variant.ranks, member
+        self._files = VerifiedFiles(artifact, variant, member.rank if member else 0)
         self._lock = threading.Lock()
         self._opened: dict[str, _Library] = {}
         self._weights: Mapping[str, Weight] | None = None
@@ -70,13 +85,21 @@ class StandaloneEngine:
     def _open_library(self, name: str) -> _Library:
         path = self._files.path(name)
         if self._weights is None:
-            self._weights = self._files.weights()
+            self._weights = self._open_weights()
         with self._files.library_path(name) as library_path:
             check_library(path, library_path)
             check_imports(path, library_path)
             library = _Library(path, library_path, name)
         library.set_weights(self._weights)
+        if self._member:
+            library.join(self._member)
         return library
+
+    def _open_weights(self) -> Mapping[str, Weight]:
+        weights = self._files.weights()
+        if self._member and self._ranks and self._ranks.stored == 1:
+            return own_parts(weights, self._ranks, self._member.rank)
+        return weights
 
 
 class _CArray(ctypes.Structure):
@@ -137,6 +160,12 @@ class _Library:
         if status:
             reason = self._functions.precast_failure().decode("utf-8", "replace")
             raise ArtifactError(f"The graph {self._graph} failed: {reason}")
+
+    def join(self, member: Member) -> None:
+        """Let the library exchange with other ranks."""
+        self._held.append(member.owner)
+        self._functions.precast_join_ranks.argtypes = [c_void_p, c_int32, c_double]
+        self._functions.precast_join_ranks(member.address, member.rank, member.seconds)
 
     def set_weights(self, weights: Mapping[str, Weight]) -> None:
         """Hand over the addresses of the weights that the graph uses. Raises FormatError where one does not fit."""

@@ -19,7 +19,7 @@ from ..artifact import strict_json
 from ..errors import FormatError
 from ..hosts.machine import memory_bytes
 
-__all__ = ["Stored", "Weight", "list_stored", "open_weights", "weight_of"]
+__all__ = ["Stored", "Weight", "item_size", "list_stored", "open_weights", "weight_of"]
 
 VIEWS = "precast.views"
 _DTYPES = {
@@ -88,6 +88,11 @@ def open_weights(paths: Sequence[Path], sources: Iterable[int | Path] | None = N
             raise FormatError(f"{path} holds {min(twice)} which another file of the artifact holds too.")
         found |= tensors
     return found
+
+
+def item_size(dtype: str) -> int:
+    """The bytes of an element."""
+    return _ITEMSIZES[dtype]
 
 
 def _ask_for_large_pages(data: mmap.mmap) -> None:

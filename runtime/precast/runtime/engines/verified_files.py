@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..artifact import Artifact
+from ..artifact.ranks import weights_of
 from ..artifact.schema import Variant
 from .safetensors_map import Weight, open_weights
 
@@ -18,12 +19,12 @@ _opened = itertools.count(1)
 
 
 class VerifiedFiles:
-    """The files of a variant: one for each graph, and those of its weights, if it has any."""
+    """The files of a variant: one for each graph, and those of its weights, if it has any, as one rank has them."""
 
-    def __init__(self, artifact: Artifact, variant: Variant) -> None:
+    def __init__(self, artifact: Artifact, variant: Variant, rank: int = 0) -> None:
         self._contents, self._root = artifact.contents, artifact.path
         self._names = {graph.name: graph.file for graph in variant.graphs}
-        self._weights = list(variant.weights)
+        self._weights = weights_of(variant, rank)
 
     def path(self, graph: str) -> Path:
         """The path of the graph's file, for messages."""

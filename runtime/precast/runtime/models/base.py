@@ -21,6 +21,7 @@ from ..artifact.integrity import identity, require_trust
 from ..artifact.publish import copy_artifact
 from ..artifact.schema import Variant
 from ..artifact.tasks import get_task, kind_of_roles
+from ..distributed.count import check_count
 from ..engines import Engine, Settings, open_engine, replicas_of
 from ..engines.footprint import measure_footprint
 from ..engines.providers import check_provider, default_device
@@ -85,6 +86,7 @@ class CompiledModel(ForTransformers):
         sha256: str | None = None,
         trust_native_code: bool = False,
         cores: str | Sequence[int] | None = None,
+        nproc: int | None = None,
         export: bool = False,
         **export_options: Any,
     ) -> Self:
@@ -112,6 +114,9 @@ class CompiledModel(ForTransformers):
             cores: Neuron: the NeuronCores to use, as "0-3", counted among those that the process sees; by default the
                 first that the model needs. With more of them the model is opened several times: slices of a batch run
                 side by side, and `new_session()` goes to the next.
+            nproc: how many processes are to run the model, for an artifact that was compiled for so many ranks
+                (`tensor_parallel`); any other number is refused. By default as many as it was compiled for. This one is
+                rank 0 and starts the others, unless torchrun has.
             export: `model` is a checkpoint; export it first, with `export_options` as for
                 `precast.exporter.export` (needs `pip install 'precast[export]'`). What was made of the same files with
                 the same options and versions before is opened as it is. Options that optimum-neuron, MindFormers and
@@ -144,7 +149,7 @@ class CompiledModel(ForTransformers):
             before = identity(path / "config.json")
             try:
                 settings = Settings(threads, prepack, verify, provider=provider, cores=read_cores(cores))
-                opened = cls._open_artifact(path, settings, device, variant, sha256, trust_native_code)
+                opened = cls._open_artifact(path, settings, device, variant, sha256, trust_native_code, nproc)
             except ArtifactError:
                 if identity(path / "config.json") == before:
                     raise
@@ -162,6 +167,7 @@ class CompiledModel(ForTransformers):
         variant: str | None,
         sha256: str | None,
         trust_native_code: bool,
+        nproc: int | None,
     ) -> Self:
         artifact = read_artifact(path)
         check_provider(device, settings.provider, [each.host.device for each in artifact.contract.variants])
@@ -172,10 +178,12 @@ class CompiledModel(ForTransformers):
         home = default_device(settings.provider) if settings.provider else chosen.host.device
         settings = replace(settings, device=device or home)
         _check_cores(settings.cores, chosen)
+        if nproc is not None:
+            check_count(chosen.ranks, nproc, f"nproc={nproc} processes are asked for")
         target = cls._class_for(artifact)
         verify_artifact(artifact, chosen, force=settings.verify)
         _check_trust(artifact, chosen, sha256, trust_native_code)
-        return target(artifact, chosen, open_engine(artifact, chosen, settings))
+        return target(artifact, chosen, _open_engine(artifact, chosen, settings))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -357,3 +365,12 @@ def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust
 
     if "native" in (variant.trust, get_backend(variant.backend).trust):
         require_trust(str(artifact.path), digest, sha256=sha256, trust_native_code=trust_native_code)
+
+
+def _open_engine(artifact: Artifact, variant: Variant, settings: Settings) -> Engine:
+    if variant.ranks is None:
+        return open_engine(artifact, variant, settings)
+    # What one process runs needs none of it.
+    from ..distributed.opening import open_ranks
+
+    return open_ranks(artifact, variant, settings)

@@ -57,7 +57,7 @@ class AotiCompiler:
     def compile(self, programs: Iterable[Program], stage: Path, options: ExportOptions) -> Compiled:
         """See ProgramCompiler. Raises ExportError where there is no compiler, or where it fails."""
         native: AotiOptions = options.backend_options
-        lowering = lowering_options_for(native.device, native.isa)
+        lowering = lowering_options_for(native.device, native.isa, is_parallel=native.is_parallel)
         _warn_of_float32_matmuls(native, options.precision, lowering)
         lowered = [lower(program, lowering) for program in programs]
         program = _hash_lowered(lowered)
@@ -96,10 +96,12 @@ class AotiCompiler:
             program=program,
         )
 
-    def write_weights(self, programs: Iterable[Program], stage: Path, old: Variant, options: ExportOptions) -> Compiled:
+    def write_weights(
+        self, programs: Iterable[Program], stage: Path, old: Variant | Compiled, options: ExportOptions
+    ) -> Compiled:
         """See WritesWeights."""
         native: AotiOptions = options.backend_options
-        lowering = lowering_options_for(native.device, native.isa)
+        lowering = lowering_options_for(native.device, native.isa, is_parallel=native.is_parallel)
         lowered = [lower(program, lowering) for program in programs]
         save_weights(lowered, stage / WEIGHTS)
         return Compiled(

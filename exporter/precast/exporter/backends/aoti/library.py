@@ -23,6 +23,7 @@ from ...quiet import silence
 from ..aten.kernel_set import Kernels
 from ..aten.lowered import LoweringOptions
 from ..aten.materialize import materialize
+from . import collectives  # noqa: F401  (registers lowerings)
 from .attention import attention, decode_attention, prefill_attention
 from .dequantize import dequantize
 from .fuse_attention import fuse_attention
@@ -48,13 +49,13 @@ _KERNELS = Kernels(
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 
 
-def lowering_options_for(device: str, isa: str) -> LoweringOptions:
+def lowering_options_for(device: str, isa: str, *, is_parallel: bool = False) -> LoweringOptions:
     """How programs are lowered. One token: reductions that Inductor fuses, or kernels of our own where they are faster.
-    More tokens: GEMMs, in bfloat16 where weights are quantized; on a CPU only in dtypes that it has instructions
-    for."""
+    More tokens: GEMMs, in bfloat16 where weights are quantized; on a CPU only in dtypes that it has instructions for,
+    and between ranks in float32, as their libraries call nothing of PyTorch."""
     if device == "cuda":
         return _LOWERING
-    dtypes = matmul_dtypes(isa)
+    dtypes = frozenset[torch.dtype]() if is_parallel else matmul_dtypes(isa)
     matmul_dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
     return replace(_LOWERING, kernels=_KERNELS, matmul_dtype=matmul_dtype, float32_matmuls=_NARROW - dtypes)
 

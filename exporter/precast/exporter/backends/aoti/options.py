@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ...options.backend_options import BackendOptions
 from ...options.declaration import describe
+from ...options.parallel import ParallelOptions
 
 __all__ = ["DEVICES", "ISAS", "AotiOptions"]
 
@@ -15,7 +15,7 @@ DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AotiOptions(BackendOptions):
+class AotiOptions(ParallelOptions):
     """What native code is compiled for.
 
     Attributes:
@@ -48,6 +48,7 @@ class AotiOptions(BackendOptions):
 
     def problems(self) -> Iterator[str]:
         """See OptionsPart."""
+        yield from super().problems()
         if len(set(self.levels)) != len(self.levels):
             yield f"isa= names a level twice: {self.isa}."
         if len(self.levels) > 1 and self.device != "cpu":
@@ -59,4 +60,5 @@ class AotiOptions(BackendOptions):
 
     def name_parts(self) -> Sequence[str]:
         """See BackendOptions."""
-        return [] if self.isa == "native" else [self.isa]
+        level = [] if self.isa == "native" else [self.isa]
+        return [*level, *([f"tp{self.tensor_parallel}"] if self.is_parallel else [])]

@@ -33,7 +33,7 @@ __all__ = ["Linker"]
 
 _SOURCES = Path(__file__).parent / "cpp"
 _SHARED_HEADER = _SOURCES.parent.parent / "cpp" / "array.h"
-_PIECES = ("tensors", "threads", "math", "topk", "run")
+_PIECES = ("tensors", "threads", "math", "topk", "ranks", "run")
 _MATMUL_PIECES = ("gemm", "convolution")
 _WITHOUT_GROUPS = "--force-group-allocation"
 _LAYER_PIECE, _LAYER_SYMBOL = "layer", "precast_layer"

@@ -1,0 +1,28 @@
+"""`precast split`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .export import show_result
+from .options import json_option
+
+__all__ = ["command"]
+
+
+@click.command("split", epilog="precast split out --ranks 2 -o parts")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--ranks", type=click.IntRange(min=1), required=True, metavar="N", help="Into so many files.")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="The directory to make.")
+@click.option("--sha256", metavar="DIGEST", help="Take native code of the artifact with this digest.")
+@click.option("--trust-native-code", is_flag=True, help="Take native code that was built elsewhere.")
+@click.option("--force", is_flag=True, help="Replace an existing artifact.")
+@json_option
+def command(directory: Path, ranks: int, target: Path, as_json: bool, **proof: Any) -> None:
+    """Divide the weights of DIRECTORY, an artifact for several ranks, into a file for each, in a copy."""
+    from precast.runtime.distributed.convert import split
+
+    show_result(split(directory, ranks, target, **proof), None, None, as_json)

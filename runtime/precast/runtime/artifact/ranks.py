@@ -1,0 +1,46 @@
+"""How weights are divided between ranks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+from msgspec.structs import replace
+
+from .schema import Ranks, Split, Variant
+
+__all__ = ["part_bounds", "pattern_of", "split_of", "storage_rule", "weights_of"]
+
+
+def part_bounds(size: int, split: Split, rank: int, ranks: int) -> list[tuple[int, int]]:
+    """Where a rank's part begins and ends along the dimension of `split`, which has `size` numbers: in each block."""
+    parts = ranks // split.copies
+    block, piece = size // split.blocks, size // split.blocks // parts
+    begin = rank // split.copies * piece
+    return [(i * block + begin, i * block + begin + piece) for i in range(split.blocks)]
+
+
+def split_of(ranks: Ranks, name: str) -> Split | None:
+    """How the weight of this name is divided; None where every rank has all of it."""
+    return ranks.splits.get(pattern_of(name))
+
+
+def weights_of(variant: Variant, rank: int) -> list[str]:
+    """The files of weights that a rank reads: those that all share, and its own."""
+    if variant.ranks is None:
+        return list(variant.weights)
+    own = {name: PurePosixPath(name).parent.name for name in variant.weights}
+    return [name for name, folder in own.items() if not folder.startswith("rank_") or folder == f"rank_{rank}"]
+
+
+def storage_rule(ranks: Ranks) -> Ranks:
+    """How weights lie in their files: as the ranks have them, or in another number of equal parts."""
+    if ranks.stored in (1, ranks.count):
+        return ranks
+    splits = {name: Split(dim=each.dim, blocks=each.blocks) for name, each in ranks.splits.items()}
+    return replace(ranks, count=ranks.stored, splits=splits)
+
+
+def pattern_of(name: str) -> str:
+    """A name with `*` in the place of its numbers: `layers.*.weight`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

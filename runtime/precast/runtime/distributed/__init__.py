@@ -1,0 +1,3 @@
+"""Several processes that run one model: ranks, each with its part of the weights."""
+
+__all__: list[str] = []

@@ -1,0 +1,110 @@
+"""Start the other ranks of a group as processes of this machine, and let none outlive another."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from .. import child
+from .shared_memory import GroupMemory
+
+__all__ = ["Launched", "die_with_parent", "share_of_cores"]
+
+_PR_SET_PDEATHSIG = 1
+_GRACE = 5.0
+"""Seconds that a rank has to end after it was told to."""
+
+
+class Launched:
+    """The processes of ranks 1 and up, started by rank 0, which they end with, however it ends."""
+
+    def __init__(self, memory: GroupMemory, arguments: Sequence[str]) -> None:
+        self.memory, self.logs = memory, Path(tempfile.mkdtemp(prefix="precast-ranks-"))
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        started, ended = threading.Barrier(memory.ranks), threading.Event()
+        threads = [
+            # Each waits in the thread that started it: a child that dies with its parent dies with that very thread.
+            # None of them knows this object, which ends them when nobody has it any more.
+            threading.Thread(
+                target=_run, args=(memory, rank, arguments, self.logs, self._processes, started, ended), daemon=True
+            )
+            for rank in range(1, memory.ranks)
+        ]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        self.end = weakref.finalize(self, _end, memory, self._processes, threads, ended, self.logs)
+
+
+def _run(
+    memory: GroupMemory, rank: int, arguments: Sequence[str], logs: Path,
+    processes: dict[int, subprocess.Popen[bytes]], started: threading.Barrier, ended: threading.Event,
+) -> None:  # fmt: skip
+    """Start a rank, wait for it, and let all others end with it."""
+    log, cores = logs / f"rank_{rank}.log", ",".join(map(str, share_of_cores(rank, memory.ranks)))
+    own = ["--rank", rank, "--ranks", memory.ranks, "--descriptor", memory.descriptor, "--parent", os.getpid()]
+    with log.open("wb") as file:
+        processes[rank] = process = subprocess.Popen(
+            child.command("precast.runtime.distributed.worker", *arguments, *own, "--cores", cores),
+            env=child.environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            pass_fds=[memory.descriptor], start_new_session=True,
+        )  # fmt: skip
+    started.wait()
+    status = process.wait()
+    if not ended.is_set():
+        memory.stop(rank, f"{_describe_status(status)}; see {log}")
+
+
+def _end(
+    memory: GroupMemory, processes: dict[int, subprocess.Popen[bytes]], threads: Sequence[threading.Thread],
+    ended: threading.Event, logs: Path,
+) -> None:  # fmt: skip
+    """Let all end, by force where that takes too long, and keep logs only of what went wrong."""
+    ended.set()
+    went_well = memory.stopped_by() is None
+    memory.stop(0, "it is done")
+    for process in processes.values():
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    for thread in threads:
+        thread.join(_GRACE)
+    if went_well:
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+def _describe_status(status: int) -> str:
+    if status >= 0:
+        return f"it ended with exit code {status}"
+    with suppress(ValueError):
+        return f"it was killed by {signal.Signals(-status).name}"
+    return f"it was killed by signal {-status}"
+
+
+def share_of_cores(rank: int, ranks: int) -> list[int]:
+    """The cores of a rank: those that this process may use, divided into equal runs, which keep within a NUMA node
+    where nodes do; one that several ranks share where there are fewer cores than ranks."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if len(cores) < ranks:
+        return [cores[rank % len(cores)]]
+    size = len(cores) // ranks
+    return cores[rank * size : (rank + 1) * size]
+
+
+def die_with_parent(parent: int) -> None:
+    """Let this process be killed when the one that started it ends, or end it now if that is gone already."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(f"Process {parent}, which started this rank, is gone.")

@@ -1,0 +1,40 @@
+"""The parts of whole weights that one rank has, of files that hold all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..artifact.ranks import part_bounds, split_of
+from ..artifact.schema import Ranks, Split
+from ..artifact.weight_files import take_part
+from .safetensors_map import Weight, item_size
+
+__all__ = ["own_parts"]
+
+
+def own_parts(weights: Mapping[str, Weight], ranks: Ranks, rank: int) -> dict[str, Weight]:
+    """The weights as a rank has them. Rows are where they lie in the file; columns are copied, as code reads them in
+    one piece."""
+    found = {}
+    for name, weight in weights.items():
+        split = split_of(ranks, name.rpartition(":")[2])
+        found[name] = weight if split is None else _own_part(weight, split, ranks, rank)
+    return found
+
+
+def _own_part(weight: Weight, split: Split, ranks: Ranks, rank: int) -> Weight:
+    size = item_size(weight.dtype)
+    bounds = part_bounds(weight.shape[split.dim], split, rank, ranks.count)
+    if split.dim == 0 and len(bounds) == 1:
+        (begin, end), row = bounds[0], math.prod(weight.shape[1:])
+        shape = (end - begin, *weight.shape[1:])
+        return Weight(
+            weight.memory, weight.start + begin * row * size, weight.dtype, shape, weight.strides, (end - begin) * row
+        )
+    numbers = np.frombuffer(weight.memory, f"u{size}", math.prod(weight.shape), weight.start).reshape(weight.shape)
+    part = np.ascontiguousarray(take_part(numbers, split, rank, ranks.count))
+    strides = tuple(step // part.itemsize for step in part.strides)
+    return Weight(bytearray(part.tobytes()), 0, weight.dtype, part.shape, strides, part.size)

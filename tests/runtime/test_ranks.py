@@ -1,0 +1,351 @@
+"""An artifact for several ranks: processes that each have a part of the weights, and give the model's own answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from precast.exporter import ExportOptions, export
+from precast.runtime import CompiledModel, CompiledModelForCausalLM
+from precast.runtime.distributed import launcher, shared_memory
+from precast.runtime.distributed.convert import join, split
+from precast.runtime.distributed.rendezvous import find_place
+from precast.runtime.errors import HostError, IntegrityError, UsageError
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ranks share memory as Linux has it")
+PRECAST = [sys.executable, "-m", "precast"]
+CAPACITY = 48
+PROMPTS = np.random.default_rng(0).integers(3, tiny.VOCABULARY, (3, 7))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    changes = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), tiny.config_for("llama", **changes))
+
+
+def compiled(checkpoint: Path, target: Path, **options):
+    asked = {"backend": "aoti", "sequence_length": CAPACITY, "tensor_parallel": 2, **options}
+    with warnings.catch_warnings():
+        # Of more ranks than cores, and of dtypes that this CPU does not multiply.
+        warnings.simplefilter("ignore")
+        return export(str(checkpoint), target, ExportOptions(**asked))
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint, tmp_path_factory):
+    return compiled(checkpoint, tmp_path_factory.mktemp("ranks") / "out")
+
+
+@pytest.fixture(scope="module")
+def model(artifact):
+    return CompiledModelForCausalLM.from_pretrained(artifact.path)
+
+
+def eager_tokens(checkpoint: Path, ids, count: int, **options):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0, **options}
+    return model.generate(torch.tensor(ids), **options).numpy()
+
+
+def workers_of(path: Path) -> list[int]:
+    """The processes whose command line names the artifact."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"precast.runtime.distributed.worker" in words and str(path).encode() in words:
+                found.append(int(folder.name))
+    return found
+
+
+def wait_until(is_so, seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until, "it did not come to be in time"
+        time.sleep(0.02)
+
+
+def test_tokens_are_those_of_the_eager_model(model, checkpoint):
+    for ids in PROMPTS:
+        found = model.generate(ids[None], max_new_tokens=20, eos_token_id=[])
+        assert np.array_equal(found, eager_tokens(checkpoint, ids[None], 20))
+
+
+def test_beams_and_kept_prompts_move_caches_on_all_ranks(model, checkpoint):
+    right = eager_tokens(checkpoint, PROMPTS[:1], 8)
+    longer = model.generate(right, max_new_tokens=8, eos_token_id=[])
+    assert np.array_equal(longer, eager_tokens(checkpoint, right, 8))
+    other = model.new_session()
+    assert np.array_equal(other.generate(PROMPTS[1:2], max_new_tokens=4, eos_token_id=[])[:, :11],
+                          eager_tokens(checkpoint, PROMPTS[1:2], 4))  # fmt: skip
+    # The first session has its own caches still.
+    assert np.array_equal(model.generate(longer, max_new_tokens=2, eos_token_id=[]),
+                          eager_tokens(checkpoint, longer, 2))  # fmt: skip
+
+
+def test_the_contract_says_how_weights_are_divided(artifact):
+    (variant,) = artifact.contract.variants
+    assert variant.name == "aoti-tp2"
+    assert variant.ranks.count == variant.ranks.stored == 2
+    assert variant.weights == ["model.safetensors", "rank_0/model.safetensors", "rank_1/model.safetensors"]
+    sizes = {name: artifact.contract.files[name].size for name in variant.weights}
+    assert sizes["rank_0/model.safetensors"] == sizes["rank_1/model.safetensors"] > 10 * sizes["model.safetensors"]
+    assert artifact.contract.variants[0].graphs[0].cache[0].heads == 1
+
+
+def test_full_to_parts_to_full_is_bit_equal(artifact, model, tmp_path):
+    whole = join(artifact.path, tmp_path / "whole")
+    assert whole.contract.variants[0].weights == ["model.safetensors"]
+    found = CompiledModelForCausalLM.from_pretrained(whole.path).generate(
+        PROMPTS[:1], max_new_tokens=9, eos_token_id=[]
+    )
+    assert np.array_equal(found, model.generate(PROMPTS[:1], max_new_tokens=9, eos_token_id=[]))
+    again = split(whole.path, 2, tmp_path / "two")
+    assert again.contract.digest == artifact.contract.digest
+    four = split(again.path, 4, tmp_path / "four")
+    with pytest.raises(UsageError, match=r"compiled for 2 ranks, and its weights lie in 4 parts: precast split .*four"):
+        CompiledModel.from_pretrained(four.path)
+    assert join(four.path, tmp_path / "back").contract.digest == whole.contract.digest
+    with pytest.raises(UsageError, match="which 5 ranks cannot share equally"):
+        split(whole.path, 5, tmp_path / "five")
+    assert not (tmp_path / "five").exists()
+
+
+def test_a_rank_that_is_killed_ends_all_with_its_reason(artifact):
+    model = CompiledModelForCausalLM.from_pretrained(artifact.path)
+    (worker,) = set(workers_of(artifact.path)) - _others(model)
+    os.kill(worker, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(HostError, match=r"Rank 1 of 2 has failed: it was killed by SIGKILL; see .*rank_1.log"):
+        model.generate(PROMPTS[:1], max_new_tokens=40, eos_token_id=[])
+    assert time.monotonic() - began < 5
+    with pytest.raises(HostError, match="SIGKILL"):
+        model.generate(PROMPTS[:1], max_new_tokens=1)
+
+
+def _others(model) -> set[int]:
+    """Workers of other models over the same artifact."""
+    mine = {process.pid for process in model._engine._group._processes.values()}
+    return set(workers_of(model.artifact.path)) - mine
+
+
+CHILD = """
+import sys
+import numpy as np
+from precast.runtime import CompiledModelForCausalLM
+model = CompiledModelForCausalLM.from_pretrained(sys.argv[1])
+print("ready", flush=True)
+while True:
+    model.generate(np.arange(3, 10)[None], max_new_tokens=30, eos_token_id=[])
+"""
+
+
+def endless(path: Path) -> subprocess.Popen:
+    """A process that generates with the artifact until it is killed."""
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+@pytest.mark.parametrize("when", ["ready", "loading"])
+def test_no_rank_outlives_rank_0(artifact, tmp_path, when):
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact.path, copy)
+    with endless(copy) as process:
+        if when == "ready":
+            assert process.stdout.readline() == "ready\n"
+        else:
+            wait_until(lambda: workers_of(copy), 30)
+        assert workers_of(copy)
+        process.kill()
+    wait_until(lambda: not workers_of(copy), 5)
+
+
+def test_a_model_that_is_let_go_ends_its_ranks(artifact, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact.path, copy)
+    model = CompiledModelForCausalLM.from_pretrained(copy, sha256=artifact.contract.digest)
+    logs = model._engine._group.logs
+    assert len(workers_of(copy)) == 1
+    assert (logs / "rank_1.log").exists()
+    del model
+    wait_until(lambda: not workers_of(copy), 5)
+    wait_until(lambda: not logs.exists(), 5)
+
+
+def test_a_file_of_a_rank_that_is_altered_or_missing_is_refused(artifact, tmp_path):
+    for name, change in {
+        "altered": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
+        "missing": Path.unlink,
+    }.items():
+        copy = tmp_path / name
+        shutil.copytree(artifact.path, copy)
+        change(copy / "rank_1" / "model.safetensors")
+        with pytest.raises(IntegrityError, match=r"rank_1/model.safetensors"):
+            CompiledModelForCausalLM.from_pretrained(copy)
+    assert not workers_of(tmp_path / "altered")
+
+
+def run(command, **changes):
+    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command_line_runs_ranks(artifact, tmp_path):
+    asked = [*PRECAST, "generate", str(artifact.path), "--prompt", "Water boils", "--max-new-tokens", "5", "--json"]
+    plain, counted = run(asked), run([*asked, "--nproc", "2"])
+    assert plain.returncode == counted.returncode == 0, plain.stderr + counted.stderr
+    assert json.loads(plain.stdout)["text"] == json.loads(counted.stdout)["text"]
+    wrong = run([*asked, "--nproc", "4"])
+    assert wrong.returncode == 2
+    assert "--nproc 4 processes are asked for, and this artifact is compiled for 2" in wrong.stderr
+    joined = run([*PRECAST, "join", str(artifact.path), "-o", str(tmp_path / "whole"), "--json"])
+    assert joined.returncode == 0, joined.stderr
+    divided = run([*PRECAST, "split", str(tmp_path / "whole"), "--ranks", "2", "-o", str(tmp_path / "parts"), "--json"])
+    assert json.loads(divided.stdout)["digest"] == artifact.contract.digest
+
+
+def test_ranks_that_a_launcher_has_started_meet(artifact):
+    """As torchrun starts them: the same command for each, told apart by the environment."""
+    asked = [*PRECAST, "generate", str(artifact.path), "--prompt", "Water boils", "--max-new-tokens", "5", "--json"]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(asked, env={**os.environ, **place, "RANK": "1"}, **pipes) as other:
+        first = run(asked, **place, RANK="0")
+        out, err = other.communicate(timeout=60)
+    assert first.returncode == other.returncode == 0, (first.stderr, err)
+    assert json.loads(first.stdout)["text"] == json.loads(run(asked).stdout)["text"]
+    assert out == ""
+    assert not list(Path("/dev/shm").glob(f"precast-{os.getuid()}-{os.getpid()}-*"))
+    wrong = run(asked, **place | {"WORLD_SIZE": "3"}, RANK="0")
+    assert wrong.returncode == 2
+    assert "torchrun has started 3 processes, and this artifact is compiled for 2" in wrong.stderr
+
+
+def test_places_that_contradict_themselves_are_refused():
+    assert find_place({}) is None
+    with pytest.raises(UsageError, match="RANK='2' and WORLD_SIZE='2'"):
+        find_place({"RANK": "2", "WORLD_SIZE": "2"})
+    with pytest.raises(UsageError, match="2 of 4 ranks were started on this machine"):
+        find_place({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"})
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(artifact, monkeypatch):
+    monkeypatch.setattr("precast.runtime.distributed.engine.TIME_LIMIT", 0.5)
+    model = CompiledModelForCausalLM.from_pretrained(artifact.path)
+    (worker,) = {process.pid for process in model._engine._group._processes.values()}
+    os.kill(worker, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(HostError, match=r"lost each other: .*(did not come within|took no command within)"):
+        model.generate(PROMPTS[:1], max_new_tokens=20, eos_token_id=[])
+    assert time.monotonic() - began < 5
+
+
+def test_cores_are_divided(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7, 9})
+    assert [launcher.share_of_cores(rank, 2) for rank in range(2)] == [[4, 5], [6, 7]]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    assert launcher.share_of_cores(1, 2) == [3]
+
+
+def test_more_ranks_than_there_is_room_for_are_refused():
+    with pytest.raises(HostError, match="64 ranks are more than the 63"):
+        shared_memory.GroupMemory.create(64)
+
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "mistral": {},
+    "gemma2": {"head_dim": 16},
+    "phi3": {},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "bloom": {"n_head": 4, "n_layer": 1},
+    "olmo2": {},
+    "starcoder2": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families(kind, ranks, tmp_path):
+    """Validation at export holds the ranks to the eager model's logits and tokens; here is a prompt of our own."""
+    config = AutoConfig.for_model(kind, **{**tiny._SHARED, **FAMILIES[kind]})
+    folder = tiny.save_checkpoint(tmp_path / "checkpoint", config)
+    made = compiled(folder, tmp_path / "out", tensor_parallel=ranks)
+    assert made.contract.variants[0].accuracy.status == "passed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = CompiledModelForCausalLM.from_pretrained(made.path).generate(
+            PROMPTS[:1], max_new_tokens=9, eos_token_id=[]
+        )
+    assert np.array_equal(found, eager_tokens(folder, PROMPTS[:1], 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": "int8"},
+        {"quantize": "int8", "online_split": True},
+        {"quantize": "int4", "symmetric": True, "group_size": 16},
+        {"dtype": "bfloat16"},
+        {"kv_cache": "float16"},
+        {"prefill_lengths": (8, 16)},
+        {"tensor_parallel": 4, "attn_tp": 2, "mlp_tp": 4},
+        {"tensor_parallel": 4, "embed_tp": 1, "lmhead_tp": 1, "o_proj_tp": 2},
+    ],
+    ids=str,
+)
+def test_options(options, checkpoint, tmp_path):
+    made = compiled(checkpoint, tmp_path / "out", accept_loss="quantize" in options or "dtype" in options, **options)
+    assert made.contract.variants[0].accuracy.status in ("passed", "accepted")
+
+
+@pytest.mark.slow
+def test_a_batch_gives_each_row_its_own_answer(checkpoint, tmp_path):
+    made = compiled(checkpoint, tmp_path / "out", batch_size=3)
+    model = CompiledModelForCausalLM.from_pretrained(made.path)
+    found = model.generate(PROMPTS, max_new_tokens=9, eos_token_id=[])
+    for row, ids in zip(found, PROMPTS, strict=True):
+        assert np.array_equal(row[None], eager_tokens(checkpoint, ids[None], 9))
+    beams = model.generate(PROMPTS[:1], max_new_tokens=9, num_beams=3, eos_token_id=[])
+    assert np.array_equal(beams, eager_tokens(checkpoint, PROMPTS[:1], 9, num_beams=3))
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_leave_no_orphan_and_no_hang(artifact, tmp_path):
+    chance = random.Random(0)
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact.path, copy)
+    for _ in range(50):
+        with endless(copy) as process:
+            wait_until(lambda: workers_of(copy), 60)
+            time.sleep(chance.uniform(0, 2))
+            os.kill(chance.choice([process.pid, *workers_of(copy)]), signal.SIGKILL)
+            assert process.wait(timeout=5) != 0
+        wait_until(lambda: not workers_of(copy), 5)
