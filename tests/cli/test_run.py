@@ -177,6 +177,20 @@ model:
             "model": "/models/gpt", "export": ["--batch-size=4", "--sequence-length=132"],
             "generate": ["--mode=compiled", "--max-input-tokens=32", "--max-new-tokens=100"],
         }),
+        (DECEMBER.replace("world_size: 1", "world_size: 2"), (), {
+            "model": "/models/gpt",
+            "export": ["--batch-size=4", "--sequence-length=132", "--backend=aoti", "--tensor-parallel=2",
+                       "--attn-tp=1", "--moe-tp=1", "--online-split"],
+            "generate": ["--mode=compiled", "--max-input-tokens=32", "--max-new-tokens=100"],
+        }),
+        (MIND.replace("use_parallel: False", "use_parallel: True\nparallel_config: {model_parallel: 2}"),
+         ("--predict_data=Hi",), {
+            "model": "/models/llama",
+            "export": ["--batch-size=1", "--sequence-length=4096", "--dtype=float16", "--backend=aoti",
+                       "--tensor-parallel=2"],
+            "generate": ["--output-file=./output/text_generation_result.txt", "--prompt=Hi", "--option=seed=0",
+                         "--option=top_k=3", "--option=do_sample=false"],
+        }),
         (MARCH, ("--model_config.dtype=fp16", "--export.quantize=int8"), {
             "model": "/models/q",
             "export": ["--dtype=float16", "--batch-size=1", "--sequence-length=288", "--quantize=int8"],
@@ -206,8 +220,9 @@ def test_files_of_other_toolchains(run, tmp_path, text, words, expected):
 
 def test_what_means_nothing_here_is_named(run, tmp_path):
     for text, message in (
-        (DECEMBER.replace("world_size: 1", "world_size: 8"), "line 5: world_size: 8 asks for what precast does not do"),
-        (DECEMBER + "  new_key: 1\n", "parallel_config.new_key has no effect: precast runs a model in one process"),
+        (MARCH.replace("world_size: 1", "attn_tp_size: 8"), "line 4: export.attn_tp: one rank has no 8 parts"),
+        (DECEMBER + "  cp_size: 2\n", "parallel_config.cp_size: 2 asks for what precast does not do"),
+        (DECEMBER + "  new_key: 1\n", "parallel_config.new_key has no effect: weights are divided between ranks at"),
         (DECEMBER.replace("ge_graph", "eager"), "export.batch_size has no effect in a mode that exports nothing"),
         (DECEMBER + "odd: 1\n", "odd: this key has no meaning here. Known are: model_path"),
         (MIND.replace("'predict'", "'train'"), "run_mode: 'train' asks for what precast does not do"),

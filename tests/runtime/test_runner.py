@@ -304,7 +304,8 @@ BAD = [
     ({"data_config": {"max_position_embeddings": 8}}, "max_position_embeddings=8 is less than input_max_len=1024"),
     ({"model_config": {"dtype": "int8"}}, "dtype='int8' is not known. Choose one of: bfloat16, float16, float32"),
     ({"world_size": 4, "parallel_config": {"attn_tp_size": 3}}, "world_size=4 is not a multiple of attn_tp_size=3"),
-    ({"world_size": 4, "parallel_config": {"attn_tp_size": 4}}, "world_size=4 asks for several processes"),
+    ({"world_size": 4, "exe_mode": "eager"}, "world_size=4 asks for several processes, which run what is compiled"),
+    ({"world_size": 4, "parallel_config": {"cp_size": 4}}, "cp_size=4: weights are divided .* Pass cp_size=1"),
     ({"top_p": 0.0}, "top_p above 0"),
     (["x"], "settings are a mapping"),
 ]

@@ -31,9 +31,13 @@ def _mode(value: Any) -> Any:
     return "compiled" if value in ("ge_graph", "acl_graph", "npugraph_ex") else value
 
 
-_ONE_PROCESS = "precast runs a model in one process"
+_ON_EXPORT = "weights are divided between ranks at the export"
+_ONE_MACHINE = "ranks are processes of one machine"
 _TRAINING = "it is of training"
 _ALWAYS = "it always is"
+
+_OF_RANKS = ("tensor_parallel", "online_split", "attn_tp", "moe_tp", "embed_tp", "lmhead_tp", "o_proj_tp", "mlp_tp")
+"""Options of an export that mean something where there are several ranks."""
 
 To = tuple[Path, Callable[[Any], Any]]
 Rule = To | Idle
@@ -55,7 +59,7 @@ CANN_RECIPES: dict[str, Rule] = {
     "model_config.next_n": Idle("the model guesses no tokens of its own", 0),
     "model_config.enable_cache_compile": Idle("exports are kept anyway", is_any=True),
     "model_config.enable_profiler": Idle("precast bench measures", False),
-    "model_config.enable_online_split_weight": Idle(_ONE_PROCESS, is_any=True),
+    "model_config.enable_online_split_weight": _to("export", "online_split"),
     "model_config.output_path": _to("generate", "output_file", value=lambda folder: f"{folder}/output.jsonl"),
     "data_config.dataset": Idle("the prompts are those of dataset_path", is_any=True),
     "data_config.dataset_path": _to("generate", "input_file"),
@@ -70,14 +74,15 @@ CANN_RECIPES: dict[str, Rule] = {
     "scheduler_config.batch_size": _to("export", "batch_size"),
     "scheduler_config.max_new_tokens": _to("generate", "max_new_tokens"),
     "scheduler_config.block_size": Idle("a row's cache is one block", is_any=True),
-    "world_size": Idle(_ONE_PROCESS, 1),
+    "world_size": _to("export", "tensor_parallel"),
+    "parallel_config.world_size": _to("export", "tensor_parallel"),
     **{
-        f"parallel_config.{name}": Idle(_ONE_PROCESS, 1)
-        for name in (
-            "world_size", "attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size", "dense_tp_size",
-            "o_proj_tp_size", "shared_tp_size", "cp_size",
-        )
+        f"parallel_config.{kind}_tp_size": _to("export", f"{kind}_tp")
+        for kind in ("attn", "moe", "embed", "lmhead", "o_proj")
     },
+    "parallel_config.dense_tp_size": _to("export", "mlp_tp"),
+    "parallel_config.shared_tp_size": Idle("shared experts are dense blocks", 1),
+    "parallel_config.cp_size": Idle("a sequence is not divided between ranks", 1),
 }  # fmt: skip
 
 MINDFORMERS: dict[str, Rule] = {
@@ -97,10 +102,13 @@ MINDFORMERS: dict[str, Rule] = {
     "model.model_config.repetition_penalty": _to("generate", "repetition_penalty"),
     "model.model_config.use_past": Idle(f"the cache is used: {_ALWAYS}", True),
     "seed": _to("generate", "option", "seed"),
-    "use_parallel": Idle(_ONE_PROCESS, False),
-    "auto_trans_ckpt": Idle(_ONE_PROCESS, False),
-    "only_save_strategy": Idle(_ONE_PROCESS, False),
-    "src_strategy_path_or_dir": Idle(_ONE_PROCESS, "", None),
+    "use_parallel": Idle("parallel_config.model_parallel says it", is_any=True),
+    "parallel_config.model_parallel": _to("export", "tensor_parallel"),
+    "parallel_config.data_parallel": Idle(_ONE_MACHINE, 1),
+    "parallel_config.pipeline_stage": Idle("layers are not divided between ranks", 1),
+    "auto_trans_ckpt": Idle(_ON_EXPORT, is_any=True),
+    "only_save_strategy": Idle(_ON_EXPORT, False),
+    "src_strategy_path_or_dir": Idle(_ON_EXPORT, "", None),
     "context.mode": Idle("what is exported is a graph", 0),
     "context.device_target": Idle("the backend says the device", is_any=True),
     "context.device_id": Idle("the backend says the device", 0),
@@ -113,7 +121,7 @@ _IDLE_BELOW = {
     "trainer": _TRAINING, "runner_config": _TRAINING, "optimizer": _TRAINING, "lr_schedule": _TRAINING,
     "callbacks": _TRAINING, "train_dataset": _TRAINING, "train_dataset_task": _TRAINING, "eval_dataset": _TRAINING,
     "runner_wrapper": _TRAINING, "metric": _TRAINING, "eval_callbacks": _TRAINING, "recompute_config": _TRAINING,
-    "parallel": _ONE_PROCESS, "parallel_config": _ONE_PROCESS, "moe_config": "the checkpoint's configuration says it",
+    "parallel": _ON_EXPORT, "parallel_config": _ON_EXPORT, "moe_config": "the checkpoint's configuration says it",
     "processor": "the tokenizer is the checkpoint's", "model": "the checkpoint's configuration says it",
     "data_config": "it is of a dataset that precast does not know", "context": "it is of Ascend's graphs",
     "model_config": "it is of that framework's own model code",
@@ -126,11 +134,11 @@ def translate(config: RunConfig) -> RunConfig:
     precast does not do."""
     tops = {path[0] for path in config.settings}
     if tops & {"model_path", "data_config", "model_config", "scheduler_config"}:
-        return _with_capacity(_translate(config, CANN_RECIPES))
+        return _with_ranks(_with_capacity(_translate(config, CANN_RECIPES)))
     if tops & {"load_checkpoint", "run_mode", "trainer"} or any(
         path[:2] == ("model", "model_config") for path in config.settings
     ):
-        return _with_lines(_translate(config, MINDFORMERS))
+        return _with_ranks(_with_lines(_translate(config, MINDFORMERS)))
     return config
 
 
@@ -170,6 +178,18 @@ def _with_capacity(config: RunConfig) -> RunConfig:
     prompt, new = config.get("generate", "max_input_tokens"), config.get("generate", "max_new_tokens")
     if config.section("export") is not None and isinstance(prompt, int) and isinstance(new, int):
         config.settings.setdefault(("export", "sequence_length"), Setting(prompt + new))
+    return config
+
+
+def _with_ranks(config: RunConfig) -> RunConfig:
+    """Several ranks are native code; with one, no module has fewer parts than there are ranks."""
+    if config.get("export", "tensor_parallel") not in (None, 1):
+        config.settings.setdefault(("export", "backend"), Setting("aoti"))
+        return config
+    for path in [path for path in config.settings if path[0] == "export" and path[-1] in _OF_RANKS]:
+        if path[-1].endswith("_tp") and config.settings[path].value != 1:
+            raise config.error(path, f"one rank has no {config.settings[path].value} parts; give world_size, too.")
+        del config.settings[path]
     return config
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..arguments import refuse_unknown
 from ..errors import UsageError
-from .execution import check_parallel, find_execution_mode, note_ignored
+from .execution import find_execution_mode, note_ignored
 from .settings import RunnerSettings
 
 __all__ = ["DataConfig", "InferenceConfig", "ModelConfig", "ParallelConfig", "SchedulerConfig"]
@@ -65,7 +65,8 @@ class DataConfig:
 
 @dataclass
 class ParallelConfig:
-    """The sizes of parallel groups: 1, since a runner is one process."""
+    """How many processes run a model, and between how many of them modules of single kinds are divided: all, where a
+    size is 1."""
 
     world_size: int = 1
     attn_tp_size: int = 1
@@ -127,14 +128,16 @@ class InferenceConfig:
         logged."""
         model, data, scheduler = self.model_config, self.data_config, self.scheduler_config
         find_execution_mode(model.exe_mode)
-        world_size, *sizes = ((each.name, getattr(self.parallel_config, each.name)) for each in fields(ParallelConfig))
-        check_parallel(world_size[1], dict(sizes))
+        sizes = {each.name: getattr(self.parallel_config, each.name) for each in fields(ParallelConfig)}
+        world_size = sizes.pop("world_size")
         _check_weights(model)
         note_ignored(self._changed(), _NO_EFFECT)
         return RunnerSettings.of({
             "model_name": model.model_name, "model_path": model.model_path, "exe_mode": model.exe_mode,
             "output_path": model.output_path, "seed": data.seed, "temperature": data.temperature,
-            "top_p": data.top_p, "top_k": data.top_k,
+            "top_p": data.top_p, "top_k": data.top_k, "world_size": world_size,
+            # A size that is left alone is that of all processes.
+            "parallel_config": {name: size for name, size in sizes.items() if size != 1},
             "model_config": {"enable_profiler": model.enable_profiler, "dtype": model.dtype,
                              "custom_params": model.custom_params},
             "data_config": {"input_max_len": data.input_truncated_len, "max_new_tokens": scheduler.max_new_tokens,

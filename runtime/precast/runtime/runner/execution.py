@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
-from ..terminal import quoted
 from .modes import MODES
 
-__all__ = ["EXECUTION_MODES", "ExecutionMode", "check_parallel", "find_execution_mode", "log", "note_ignored"]
+__all__ = ["EXECUTION_MODES", "ExecutionMode", "find_execution_mode", "log", "note_ignored", "rank_options"]
 
 log = logging.getLogger("precast.runner")
 
@@ -58,19 +57,36 @@ def find_execution_mode(name: Any) -> ExecutionMode:
     return found
 
 
-def check_parallel(world_size: int, sizes: Mapping[str, int]) -> None:
-    """Check the sizes of parallel groups: this runner is one process. Raises UsageError, which names the sizes."""
+_DEGREES = {"attn_tp_size": "attn_tp", "moe_tp_size": "moe_tp", "embed_tp_size": "embed_tp",
+            "lmhead_tp_size": "lmhead_tp", "dense_tp_size": "mlp_tp", "o_proj_tp_size": "o_proj_tp"}  # fmt: skip
+"""Sizes of parallel groups, and the options of an export that say them."""
+
+
+def rank_options(world_size: int, sizes: Mapping[str, int], mode: ExecutionMode) -> dict[str, int]:
+    """The options of an export for so many ranks; empty for one.
+
+    Raises UsageError, which names the sizes, where they do not fit each other or cannot be had.
+    """
     for name, size in {"world_size": world_size, **sizes}.items():
         if type(size) is not int or size < 1:
             raise UsageError(f"{name} must be a whole number from 1, not {size!r:.80}.")
     for name, size in sizes.items():
         if world_size % size:
             raise UsageError(f"world_size={world_size} is not a multiple of {name}={size}.")
-    if world_size > 1:
+    if world_size == 1:
+        return {}
+    sizes = {name: size for name, size in sizes.items() if name in _DEGREES or size > 1}
+    if others := [name for name in sizes if name not in _DEGREES]:
         raise UsageError(
-            f"world_size={world_size} asks for several processes, and this runner is one. Pass world_size=1; what "
-            f"splits a model's weights is `precast export --backend neuron --tensor-parallel {quoted(world_size)}`."
+            f"{others[0]}={sizes[others[0]]}: weights are divided between ranks by attn_tp_size and the like, and "
+            f"nothing else is. Pass {others[0]}=1."
         )
+    if mode.mode != "compiled":
+        raise UsageError(
+            f"world_size={world_size} asks for several processes, which run what is compiled. Pass "
+            f"exe_mode='ge_graph', or world_size=1."
+        )
+    return {"tensor_parallel": world_size, **{_DEGREES[name]: size for name, size in sizes.items()}}
 
 
 def note_ignored(given: Mapping[str, Any], meanings: Mapping[str, str]) -> None:

@@ -313,7 +313,9 @@ class ModelRunner:
         """Open a checkpoint; where the mode is `compiled`, export it, which is done once for the same settings."""
         settings = self.settings
         sizes = {"batch_size": settings.batch_size, "sequence_length": settings.capacity, "dtype": settings.dtype}
-        if settings.mode.mode == "compiled" and settings.dtype != "float32":
+        if settings.rank_options:
+            sizes |= {"backend": "aoti", **settings.rank_options}
+        elif settings.mode.mode == "compiled" and settings.dtype != "float32":
             # ONNX graphs compute in float32.
             sizes["backend"] = "export"
         self._open(changes, **sizes)
@@ -323,7 +325,9 @@ class ModelRunner:
         settings = self.settings
         is_compiled = settings.mode.mode == "compiled"
         sizes = {"batch_size": settings.batch_size, "sequence_length": settings.capacity, "dtype": settings.dtype}
-        self._open(changes, **({} if is_compiled else sizes))
+        # That of an artifact is known; any other is refused.
+        ranks = {"nproc": settings.world_size} if settings.world_size > 1 else {}
+        self._open(changes, **(ranks if is_compiled else sizes))
         if is_compiled and self.model.variant.dtype != settings.dtype:
             log.info("dtype=%s: %s was compiled in %s.", settings.dtype, settings.model_path, self.model.variant.dtype)
 

@@ -10,7 +10,7 @@ import msgspec
 
 from ..arguments import refuse_unknown
 from ..errors import UsageError
-from .execution import ExecutionMode, check_parallel, find_execution_mode, note_ignored
+from .execution import ExecutionMode, find_execution_mode, note_ignored, rank_options
 
 __all__ = ["RunnerSettings"]
 
@@ -18,7 +18,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 _PARTS = {
     "model_config": ("enable_profiler", "enable_online_split_weight", "dtype", "device", "custom_params"),
     "data_config": ("input_max_len", "max_new_tokens", "batch_size", "max_position_embeddings", "dataset"),
-    "parallel_config": ("attn_tp_size", "moe_tp_size", "lmhead_tp_size"),
+    "parallel_config": (
+        "attn_tp_size",
+        "moe_tp_size",
+        "lmhead_tp_size",
+        "embed_tp_size",
+        "dense_tp_size",
+        "o_proj_tp_size",
+        "shared_tp_size",
+        "cp_size",
+    ),
 }
 """The parts of the settings, and what each holds."""
 _OUTSIDE = (
@@ -43,7 +52,10 @@ class RunnerSettings:
         model_name: stands in the lines that are logged.
         model_path: an artifact or a checkpoint.
         exe_mode: a name in EXECUTION_MODES.
-        world_size: 1.
+        world_size: how many processes run the model, each with its part of the weights. A checkpoint is compiled for
+            so many; an artifact must have been.
+        parallel_config: into how many parts modules of single kinds are divided, where these are fewer, by names such
+            as attn_tp_size.
         output_path: where the log file and traces go; "" writes no log file, and traces below the current directory.
         seed: of everything that draws.
         temperature, top_p, top_k: how tokens are chosen; temperature 0 takes the likeliest.
@@ -63,6 +75,7 @@ class RunnerSettings:
     model_path: str = ""
     exe_mode: str = "ge_graph"
     world_size: int = 1
+    parallel_config: dict[str, int] = field(default_factory=dict)
     output_path: str = ""
     seed: int = 42
     temperature: float = 0.0
@@ -97,9 +110,8 @@ class RunnerSettings:
             held = given.get(part) or {}
             refuse_unknown(f"{part} of ModelRunner()", held, known)
             (parallel if part == "parallel_config" else flat).update(held)
-        check_parallel(flat.get("world_size", 1), parallel)
         note_ignored({name: flat.pop(name) for name in _NO_EFFECT if name in flat}, _NO_EFFECT)
-        settings = cls(**{name: _convert(cls, name, value) for name, value in flat.items()})
+        settings = cls(**{name: _convert(cls, name, value) for name, value in flat.items()}, parallel_config=parallel)
         settings.check()
         return settings
 
@@ -107,6 +119,11 @@ class RunnerSettings:
     def mode(self) -> ExecutionMode:
         """How it is run here."""
         return find_execution_mode(self.exe_mode)
+
+    @property
+    def rank_options(self) -> dict[str, int]:
+        """The options of an export for so many processes; empty for one."""
+        return rank_options(self.world_size, self.parallel_config, self.mode)
 
     @property
     def capacity(self) -> int:
@@ -130,7 +147,7 @@ class RunnerSettings:
                 f"max_position_embeddings={self.capacity} is less than input_max_len={self.input_max_len} and "
                 f"max_new_tokens={self.max_new_tokens} together. Leave it out, or make one of them smaller."
             )
-        _ = self.mode
+        _ = self.rank_options
 
 
 def _convert(cls: type, name: str, value: Any) -> Any:
