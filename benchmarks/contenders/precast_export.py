@@ -60,7 +60,7 @@ def _import() -> Any:
     from precast import exporter
 
     exporter.quiet_libraries()
-    for name in ("precast.exporter.pipeline", "precast.exporter.backends.onnx", "optimum.exporters.tasks",
+    for name in ("precast.exporter.pipeline", "precast.exporter.backends.onnx.compiler", "optimum.exporters.tasks",
                  "transformers.exporters.onnxruntime_fusions", "torch.onnx", "torch.export"):  # fmt: skip
         importlib.import_module(name)
     return exporter

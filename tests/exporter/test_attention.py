@@ -153,24 +153,25 @@ def test_the_mask_of_an_encoder_is_refused_where_a_decoder_attends():
 
 
 class Attention(torch.nn.Module):
-    """The operator alone, with 8 wide heads as ONNX Runtime wants them."""
+    """The operator alone, with 8 wide heads as ONNX Runtime wants them; `more` are its last arguments by name."""
 
-    def __init__(self, mask, window, slopes):
+    def __init__(self, mask, window, slopes=None, softcap=0.0, **more):
         super().__init__()
-        self.mask, self.window, self.slopes = mask, window, slopes
+        self.mask, self.window, self.slopes, self.softcap, self.more = mask, window, slopes, softcap, more
 
     def forward(self, q, k, v, k_cache, v_cache, past, new):
         return cached_attention(
-            q, k, v, k_cache, v_cache, past, new, 0.3, self.mask, self.window, 0.0, None, self.slopes
-        )
+            q, k, v, k_cache, v_cache, past, new, 0.3, self.mask, self.window, self.softcap,
+            **{"sinks": None, **self.more}, slopes=self.slopes,
+        )  # fmt: skip
 
 
 NAMES = ["q", "k", "v", "k_cache", "v_cache", "past", "new"]
 
 
-def lowered(module, batch):
+def lowered(module, batch, *, is_standard=False, cache="float32"):
     """The operator in ONNX Runtime, for any number of new tokens."""
-    example = inputs(batch, [0] * batch, [4] * batch)
+    example = inputs(batch, [0] * batch, [4] * batch, cache)
     length = torch.export.Dim("length", min=1, max=CAPACITY)
     free = {2: length}
     exported = torch.export.export(module, example, dynamic_shapes=(free, free, free, None, None, None, None))
@@ -179,18 +180,22 @@ def lowered(module, batch):
     ]  # fmt: skip
     outputs = [Output(name=f"out{index}", dtype="float32", shape=[1], slice=[None]) for index in range(3)]
     graph = Graph(
-        name="model", role="decoder", file="pending", batch=batch, length=4, capacity=CAPACITY, inputs=specs,
-        outputs=outputs, cache=[],
+        name="model", role="decoder", file="pending", batch=batch, length=Dim(min=1, max=CAPACITY), capacity=CAPACITY,
+        inputs=specs, outputs=outputs, cache=[],
     )  # fmt: skip
-    model = onnx_ir.to_proto(lower(Program(graph, exported))).SerializeToString()
+    made = lower(Program(graph, exported), is_standard=is_standard)
+    assert {node.domain for node in made.graph} == ({""} if is_standard else {"", "com.microsoft"})
+    model = onnx_ir.to_proto(made).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     return lambda example: session.run(None, {name: x.numpy() for name, x in zip(NAMES, example, strict=True)})
 
 
-def inputs(batch, past, new):
+def inputs(batch, past, new, cache="float32"):
     q = torch.randn(batch, HEADS, max(new), WIDTH)
     k, v = torch.randn(2, batch, KV_HEADS, max(new), WIDTH)
     k_cache, v_cache = torch.randn(2, batch, KV_HEADS, CAPACITY, WIDTH)
+    if cache == "int8":
+        k_cache, v_cache = (each.mul(40).to(torch.int8) for each in (k_cache, v_cache))
     return q, k, v, k_cache, v_cache, torch.tensor(past, dtype=torch.int32), torch.tensor(new, dtype=torch.int32)
 
 
@@ -203,17 +208,44 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("with_slopes", [False, True])
-@pytest.mark.parametrize(("mask", "window"), [("causal", 0), ("window", 3), ("chunk", 4)])
-def test_onnx_runtime_attends_as_the_operator_means(mask, window, with_slopes):
-    """ALiBi and chunks below the capacity, at every kind of call that the runtime makes."""
-    torch.manual_seed(0)
-    module = Attention(mask, window, torch.tensor([0.5, 0.07, 1.0, 0.003]) if with_slopes else None)
-    sessions = {batch: lowered(module, batch) for batch in (1, 3)}
+def check_calls(module, *, is_standard, cache="float32"):
+    """The answers at every kind of call that the runtime makes, and the caches as far as they are in use."""
+    sessions = {batch: lowered(module, batch, is_standard=is_standard, cache=cache) for batch in (1, 3)}
     for name, (batch, past, new) in CALLS.items():
-        example = inputs(batch, past, new)
+        example = inputs(batch, past, new, cache)
         expected, found = module(*example), sessions[batch](example)
         for row in range(batch):
             total = past[row] + new[row]
             assert np.allclose(found[0][row, :, : new[row]], expected[0][row, :, : new[row]], atol=1e-5), name
             assert np.array_equal(found[1][row, :, :total], expected[1][row, :, :total].numpy()), name
+
+
+KINDS = [(kind, with_slopes) for kind in (("causal", 0), ("window", 3), ("chunk", 4)) for with_slopes in (False, True)]
+
+
+@pytest.mark.parametrize(("kind", "with_slopes"), KINDS)
+def test_onnx_runtime_attends_as_the_operator_means(kind, with_slopes):
+    """ALiBi and chunks below the capacity."""
+    torch.manual_seed(0)
+    slopes = torch.tensor([0.5, 0.07, 1.0, 0.003]) if with_slopes else None
+    check_calls(Attention(*kind, slopes), is_standard=False)
+
+
+FAST = [(("window", 3), False), (("chunk", 4), True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "with_slopes"), [pytest.param(*each, marks=() if each in FAST else pytest.mark.slow) for each in KINDS]
+)
+def test_attention_in_standard_operators(kind, with_slopes):
+    torch.manual_seed(0)
+    check_calls(Attention(*kind, torch.rand(HEADS) if with_slopes else None), is_standard=True)
+
+
+def test_all_else_that_attention_may_have_in_standard_operators():
+    """Caps, sinks, a bias; caches of int8."""
+    torch.manual_seed(0)
+    bias = torch.randn(1, HEADS, 1, CAPACITY)
+    check_calls(Attention("causal", 0, softcap=3.0, sinks=torch.randn(HEADS), bias=bias), is_standard=True)
+    k_scales, v_scales = torch.rand(2, KV_HEADS, WIDTH) / 40 + 0.01
+    check_calls(Attention("causal", 0, k_scales=k_scales, v_scales=v_scales), is_standard=True, cache="int8")

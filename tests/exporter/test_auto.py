@@ -184,7 +184,7 @@ def test_what_was_there_stays_when_all_fail(two, checkpoint, tmp_path, monkeypat
         return compile_
 
     monkeypatch.setattr(toy_backend.ToyCompiler, "compile", fail("toy"))
-    monkeypatch.setattr("precast.exporter.backends.onnx.OnnxCompiler.compile", fail("onnx"))
+    monkeypatch.setattr("precast.exporter.backends.onnx.compiler.OnnxCompiler.compile", fail("onnx"))
     with pytest.raises(ExportError, match="onnx cannot compile this"):
         fastest(source, target, clock(), replace(OPTIONS, force=True))
     assert read_artifact(target).contract.digest == before

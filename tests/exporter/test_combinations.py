@@ -11,7 +11,7 @@ import tiny
 from safetensors.numpy import save_file
 
 from precast.exporter import ExportOptions, export
-from precast.exporter.options.combinations import BACKEND_RULES, CONFLICTS, FEATURES
+from precast.exporter.options.combinations import BACKEND_RULES, CONFLICTS, FEATURES, NEEDS
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact.backends import BACKENDS
 
@@ -26,13 +26,14 @@ ASKED = {
     "auto_cast": {"auto_cast": "matmul"},
     "device": {"device": "cuda"},
     "tensor_parallel": {"tensor_parallel": 2},
+    "format": {"format": "qdq"},
 }
 SCHEMES = ("int8", "int4", "a8w8", "a8w8-dynamic", "auto")
 REFUSED = {frozenset((each.first, each.second)) for each in CONFLICTS}
 TAKEN = {name: [row.name for row in BACKENDS.values() if "dtype" in row.takes] for name in ("dtype", "auto_cast")}
 TAKEN |= {rule.feature: [row.name for row in BACKENDS.values() if rule.is_taken(row)] for rule in BACKEND_RULES}
-TAKEN["device"] = ["aoti"]
-TAKEN["tensor_parallel"] = ["aoti", "neuron"]
+TAKEN |= {"device": ["aoti"], "format": ["onnx"], "tensor_parallel": ["aoti", "neuron"]}
+NEEDED = {each.feature: each.other for each in NEEDS}
 NEURON = {"instance_type": "trn1"}
 
 
@@ -45,11 +46,13 @@ def asked(features, backend, **changes) -> ExportOptions:
 
 def is_refused(features, backend) -> bool:
     pairs = {frozenset(pair) for pair in combinations(features, 2)}
-    return bool(pairs & REFUSED) or any(backend not in TAKEN.get(each, list(BACKENDS)) for each in features)
+    lacks = any(NEEDED.get(each, each) not in features for each in features)
+    return lacks or bool(pairs & REFUSED) or any(backend not in TAKEN.get(each, list(BACKENDS)) for each in features)
 
 
 def test_the_table_and_this_test_know_the_same_features():
     assert set(ASKED) == set(FEATURES)
+    assert {*NEEDED, *NEEDED.values()} <= set(FEATURES)
     assert {name for pair in REFUSED for name in pair} <= set(FEATURES)
     assert all(len(pair) == 2 for pair in REFUSED)
     assert len(REFUSED) == len(CONFLICTS)
@@ -74,6 +77,7 @@ BETWEEN = ("<!-- begin of the table -->", "<!-- end of the table -->")
 
 def test_the_page_has_the_table(golden_text):
     lines = ["| this | not with | because |", "|---|---|---|"]
+    lines += [f"| `{each.feature}` | anything without `{each.other}` | {each.because} |" for each in NEEDS]
     lines += [f"| `{each.first}` | `{each.second}` | {each.because} |" for each in CONFLICTS]
     for rule in BACKEND_RULES:
         others = ", ".join(f"`backend={name!r}`" for name in BACKENDS if name not in TAKEN[rule.feature])
@@ -101,7 +105,8 @@ WORKING = [
     (pair, backend, scheme)
     for backend in ("onnx", "aoti", "export")
     for pair in combinations([name for name in FEATURES if name != "device"], 2)
-    if not is_refused(pair, backend) and pair != ("kv_cache='int8'", "kv_cache='float16'")
+    if not is_refused({*pair, *(NEEDED[each] for each in pair if each in NEEDED)}, backend)
+    if pair != ("kv_cache='int8'", "kv_cache='float16'")
     for scheme in (SCHEMES if "quantize" in pair else ("",))
 ]
 
@@ -118,7 +123,8 @@ def test_every_pair_that_is_not_refused_works(files, tmp_path, pair, backend, sc
     changes = {
         name: str(folder / value) for name, value in (("lora", "adapter"), ("prefix_tuning", "prefix")) if name in pair
     }
-    options = asked(pair, backend, **changes, **({"quantize": scheme} if scheme else {}))
+    together = (*pair, *(NEEDED[each] for each in pair if each in NEEDED))
+    options = asked(together, backend, **changes, **({"quantize": scheme} if scheme else {}))
     # Random weights bear less than trained ones.
     floor = {"max_kl": 0.5} if options.is_lossy else {}
     (variant,) = export(str(source), tmp_path / "out", options.replace(**floor)).contract.variants

@@ -10,7 +10,7 @@ import pytest
 from onnxscript import FLOAT, script
 from onnxscript import opset20 as op
 
-from precast.exporter.backends.onnx import oldest_runtime
+from precast.exporter.backends.onnx.compiler import oldest_runtime
 from precast.exporter.backends.onnx.passes import (
     FlattenGemmInputs,
     RemoveProvenance,

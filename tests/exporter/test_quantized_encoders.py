@@ -13,6 +13,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standard_graphs import check_standard
 
 from precast.exporter import ExportOptions, export, validate_again
 from precast.exporter.kinds.samples import Answer, ValidationSample
@@ -121,6 +122,15 @@ def test_the_answers_stay_within_the_floor(source, tmp_path, name, scheme, backe
         assert figures["kl_divergence"] < (0.1 if scheme == "int4" else 0.01)
     else:
         assert figures["mean_cosine"] > (0.98 if scheme == "int4" else 0.999)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "a8w8", "a8w8-dynamic"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_standard_operators_alone(source, tmp_path, name, scheme):
+    variant = exported(source(name), tmp_path / "out", name, quantize=scheme, format="qdq")
+    assert variant.accuracy.status == "passed"
+    check_standard(tmp_path / "out")
 
 
 @pytest.mark.slow

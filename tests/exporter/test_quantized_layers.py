@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 from precast.exporter.backends.onnx.lowering import lower
 from precast.exporter.backends.onnx.pack_projections import PackProjections
+from precast.exporter.backends.onnx.qdq import write_qdq
 from precast.exporter.kinds.trace import Program
 from precast.exporter.quantize.linear import Packed, QuantizedEmbedding, QuantizedLinear
 from precast.exporter.quantize.scheme import QuantizedWeight
@@ -112,7 +114,7 @@ def test_bytes_are_what_the_bits_say():
 # ---------------------------------------------------------------- ONNX Runtime
 
 
-def compiled(module: nn.Module, x: torch.Tensor, *, packed: bool = False) -> ir.Model:
+def compiled(module: nn.Module, x: torch.Tensor, *, packed: bool = False, is_standard: bool = False) -> ir.Model:
     kind = "int64" if x.dtype == torch.int64 else "float32"
     outputs = module(x)
     names = [f"y{index}" for index in range(len(outputs) if isinstance(outputs, tuple) else 1)]
@@ -121,11 +123,15 @@ def compiled(module: nn.Module, x: torch.Tensor, *, packed: bool = False) -> ir.
         inputs=[Input(name="x", dtype=kind, shape=list(x.shape), pad=0)],
         outputs=[Output(name=name, dtype="float32", shape=[1], slice=[None]) for name in names],
     )  # fmt: skip
-    model = lower(Program(graph, torch.export.export(module, (x,), strict=False)))
+    model = lower(Program(graph, torch.export.export(module, (x,), strict=False)), is_standard=is_standard)
     # As fuse_for_onnxruntime does: the means of one input are taken once.
     ir.passes.common.CommonSubexpressionEliminationPass()(model)
     if packed:
         assert PackProjections()(model).modified
+    if is_standard:
+        write_qdq(model)
+        assert {node.domain for node in model.graph} == {""}
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
     return model
 
 
@@ -171,10 +177,11 @@ def test_a_table_that_is_no_multiple_of_the_group():
 
 
 @pytest.mark.parametrize("zero", ["symmetric", "float"])
-def test_inputs_without_a_batch(zero):
-    """A router reads tokens as [tokens, K]."""
+@pytest.mark.parametrize("shape", [(6,), (2, 1, 3)], ids=["two", "four"])
+def test_inputs_of_other_than_three_dimensions(zero, shape):
+    """A router reads tokens as [tokens, K]; cached latents are [B, 1, C, K]."""
     quantized = random_weight(0, 4, zero, 16, 2)
-    x = whole_activations(0, 5, 2)[0]
+    x = whole_activations(0, 6, 2)[0].view(*shape, -1)
     found = run(compiled(QuantizedLinear(Packed(quantized), None), x), x)[0]
     assert close(
         found, nn.functional.linear(x, quantized.dequantize()), x, quantized.dequantize(), offset_bound(quantized, x)
@@ -233,3 +240,63 @@ def test_only_siblings_of_one_format_are_packed():
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     chain = compiled(nn.Sequential(layer(0, 96), layer(1, 16)), x)
     assert not PackProjections()(chain).modified
+
+
+# ---------------------------------------------------------------- operators of the standard
+
+
+def same(module: nn.Module, x: torch.Tensor) -> list[tuple[ir.Value, ...]]:
+    """Check that both formats give the same; returns the inputs of each DequantizeLinear."""
+    standard = compiled(module, x, is_standard=True)
+    for found, expected in zip(run(standard, x), run(compiled(module, x), x), strict=True):
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    return [node.inputs for node in standard.graph if node.op_type == "DequantizeLinear"]
+
+
+@forms
+def test_dequantized_weights_give_what_matmul_nbits_gives(bits, zero):
+    """ONNX Runtime makes the same operator of them; codes have a sign where they have no zero points."""
+    bias = torch.randn(16)
+    x = torch.randn(1, 5, 96, generator=torch.Generator().manual_seed(7))
+    ((codes, scales, *zeros),) = same(QuantizedLinear(Packed(random_weight(7, bits, zero, 16, 3)), bias), x)
+    columns = 128 if zero == "float" else 96
+    assert (list(codes.shape), list(scales.shape)) == ([columns, 16], [columns // 32, 16])
+    assert codes.dtype == ir.DataType[f"{'INT' if zero == 'symmetric' else 'UINT'}{bits}"]
+    assert [list(each.shape) for each in zeros] == ([] if zero == "symmetric" else [[columns // 32, 16]])
+
+
+def test_a_standard_product_of_a_width_that_is_no_multiple_of_the_group():
+    same(QuantizedLinear(Packed(random_weight(0, 8, "symmetric", 16, 3, cut=16)), None), torch.randn(1, 2, 80))
+
+
+@tables
+def test_standard_lookups_are_the_dequantized_embedding(bits, zero, count):
+    quantized = random_weight(7, bits, zero, 11, count)
+    ids = torch.tensor([[0, 10, 3], [3, 3, 7]])
+    found = run(compiled(QuantizedEmbedding(Packed(quantized)), ids, is_standard=True), ids)[0]
+    assert np.array_equal(found, nn.functional.embedding(ids, quantized.dequantize()).numpy())
+
+
+class Tied(nn.Module):
+    """Embeddings in and out of one table."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.table, self.head = QuantizedEmbedding(packed), QuantizedLinear(packed, None)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids))
+
+
+@pytest.mark.parametrize(("bits", "zero"), [(8, "symmetric"), (8, "integer"), (4, "integer")])
+def test_a_tied_table_is_stored_once_where_it_can_be_looked_up(bits, zero):
+    module, ids = Tied(Packed(random_weight(7, bits, zero, 11, 2))), torch.tensor([[0, 10, 3], [3, 3, 7]])
+    ((codes, *_),) = same(module, ids)
+    (table, *_) = [node.inputs[0] for node in codes.graph if node.op_type == "Gather"]
+    assert table is not codes, "ONNX Runtime makes MatMulNBits of codes that nothing else reads"
+    assert (table.const_value.tobytes() == codes.const_value.tobytes()) == (bits == 8)
+
+
+def test_standard_siblings_are_packed():
+    family = Family(layer(0, 16), layer(1, 32, bias=True), layer(2, 8))
+    assert len(same(family, torch.randn(1, 3, 96))) == 1

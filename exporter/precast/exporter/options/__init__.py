@@ -16,7 +16,7 @@ from .accuracy import AccuracyOptions
 from .adapter_slots import AdapterSlotOptions
 from .adapters import AdapterOptions
 from .backend_options import BackendOptions, backends_that_take, fill, find_option, options_class, taken_by
-from .combinations import backend_rule_problems, conflict_problems
+from .combinations import backend_rule_problems, conflict_problems, need_problems
 from .declaration import OptionsPart, choice_problems, describe, keyword_of
 from .layout import LAYOUTS, OPTIMUM_NEURON
 from .precision import AUTOMATIC, BY_BACKEND, PrecisionOptions
@@ -257,6 +257,7 @@ class ExportOptions:
         for part in (self.shapes, self.adapters, self.adapter_slots, self.precision, self.quantization):
             yield from part.problems()
         yield from conflict_problems(self)
+        yield from need_problems(self)
         yield from self._choice_problems()
         if AUTO in (self.backend, *self.also):
             yield f"backend={AUTO!r} keeps one backend's files, and also= adds another's: name both of them."

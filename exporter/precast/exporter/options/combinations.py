@@ -8,14 +8,19 @@ from typing import Any
 
 from precast.runtime.artifact.backends import BACKENDS, Backend, get_backend
 
+from .declaration import keyword_of
+
 __all__ = [
     "BACKEND_RULES",
     "CONFLICTS",
     "FEATURES",
+    "NEEDS",
     "BackendRule",
     "Conflict",
+    "Need",
     "backend_rule_problems",
     "conflict_problems",
+    "need_problems",
 ]
 
 
@@ -40,6 +45,7 @@ FEATURES: Mapping[str, Callable[[Any], str | None]] = {
     "auto_cast": _unless("auto_cast", "none"),
     "device": _unless("device", "cpu"),
     "tensor_parallel": _unless("tensor_parallel", 1),
+    "format": _unless("format", "kernels"),
 }
 """What options can ask for, by name: a function of them that says how it was given, or None."""
 
@@ -66,6 +72,7 @@ CONFLICTS = (
     Conflict(
         "tensor_parallel", "kv_cache='int8'", "whose scales are those of all heads", "kv_cache='float16' halves caches"
     ),
+    Conflict("lora_slots", "format", "as only our runtime hands adapters to a graph", "lora= merges one"),
     Conflict("prefix_tuning", "kv_cache='int8'", "whose scales are those of texts", "kv_cache='float16' halves caches"),
     Conflict("prefix_tuning", "device", "as caches lie in the memory of the device"),
     Conflict(
@@ -73,6 +80,18 @@ CONFLICTS = (
     ),
     Conflict("dtype", "auto_cast", "which casts what is in float32, and nothing is left in it"),
 )
+
+
+@dataclass(frozen=True)
+class Need:
+    """One of FEATURES that means nothing without another; see Conflict."""
+
+    feature: str
+    other: str
+    because: str
+
+
+NEEDS = (Need("format", "quantize", "as it says how quantized weights are written"),)
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,14 @@ def conflict_problems(options: Any) -> Iterator[str]:
                 f"{given[each.first]} cannot be combined with {given[each.second]}, {each.because}; leave one of them "
                 f"out{_advise(each.instead)}."
             )
+
+
+def need_problems(options: Any) -> Iterator[str]:
+    """Say of every feature of NEEDS that what it needs is not asked for."""
+    given = _find_given(options)
+    for each in NEEDS:
+        if each.feature in given and each.other not in given:
+            yield f"{given[each.feature]} needs {keyword_of(each.other)}, {each.because}; give both, or neither."
 
 
 def backend_rule_problems(options: Any) -> Iterator[str]:

@@ -54,10 +54,11 @@ BACKENDS: dict[str, Backend] = {
     "onnx": Backend(
         "onnx",
         "graph",
-        "precast.exporter.backends.onnx:OnnxCompiler",
+        "precast.exporter.backends.onnx.compiler:OnnxCompiler",
         "precast.runtime.engines.onnx:OnnxEngine",
         because="ONNX Runtime computes in float32 on CPUs, having no other kernels for x86, and picks instructions and "
         "device when it runs",
+        options="precast.exporter.backends.onnx.options:OnnxOptions",
         has_adapter_slots=True,
     ),
     "aoti": Backend(

@@ -20,36 +20,43 @@ from ...operators import lora as _lora_operator  # noqa: F401  (registers anothe
 from ...quantize import int8_linear, linear  # noqa: F401  (registers the others)
 from ...quantize.int8_linear import DYNAMIC_STEPS, LEAST_SCALE
 from ...quiet import silence
+from . import standard_attention
 from .contrib_ops import microsoft, own
 from .torch_patches import keep_translations
 
 __all__ = ["LOGGERS", "lower"]
 
 OPSET = 20
+STANDARD_OPSET = 21
+"""The first whose DequantizeLinear takes weights of 4 bits, and a scale for each group of them."""
 LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
-def lower(program: Program) -> ir.Model:
-    """Convert to ONNX with the graph's own input and output names. Raises ExportError."""
+def lower(program: Program, *, is_standard: bool = False) -> ir.Model:
+    """Convert to ONNX with the graph's own input and output names; with `is_standard` attention in standard operators.
+    Quantized layers are ONNX Runtime's either way. Raises ExportError."""
     try:
         with silence(*LOGGERS), keep_translations():
-            converted = _convert(program)
+            converted = _convert(program, is_standard)
     except OnnxExporterError as error:
         raise ExportError(f"This model cannot be converted to ONNX. {_first_cause(error)}") from error
     assert converted is not None, "torch.onnx.export returns a program when it is given no file"
     return converted.model
 
 
-def _convert(program: Program) -> torch.onnx.ONNXProgram | None:
+def _convert(program: Program, is_standard: bool) -> torch.onnx.ONNXProgram | None:
+    attention_for = standard_attention.attention_for if is_standard else _attention_for
     return torch.onnx.export(
         program.exported,
         (),
         input_names=[spec.name for spec in program.graph.inputs],
         output_names=[spec.name for spec in program.graph.outputs],
-        opset_version=OPSET,
+        opset_version=STANDARD_OPSET if is_standard else OPSET,
         custom_translation_table={
-            torch.ops.precast.cached_attention.default: _attention_for(program.graph),
-            torch.ops.precast.cross_attention.default: _cross_attention,
+            torch.ops.precast.cached_attention.default: attention_for(program.graph),
+            torch.ops.precast.cross_attention.default: (
+                standard_attention.cross_attention if is_standard else _cross_attention
+            ),
             torch.ops.precast.lora.default: _lora,
             torch.ops.precast.quantized_linear.default: _quantized_linear,
             torch.ops.precast.quantized_embedding.default: _quantized_embedding,
@@ -173,9 +180,11 @@ def _lora(y, x, weights, slots):  # type: ignore[no-untyped-def]
 
 
 def _group_means(x: Any, group: int) -> Any:
-    """`AveragePool`, which needs three dimensions; a router's input has two."""
-    if len(x.shape) > 2:
-        return op.AveragePool(x, kernel_shape=[group], strides=[group])
+    """`AveragePool`, which needs three dimensions at least; a router's input has two, and latents that are expanded for
+    each head have four."""
+    if (between := len(x.shape) - 3) >= 0:
+        window = [1] * between + [group]
+        return op.AveragePool(x, kernel_shape=window, strides=window)
     front = op.Constant(value_ints=[0])
     return op.Squeeze(op.AveragePool(op.Unsqueeze(x, front), kernel_shape=[group], strides=[group]), front)
 

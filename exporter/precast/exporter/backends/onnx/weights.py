@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
@@ -44,9 +44,7 @@ def _store_once(
 ) -> ir.ExternalTensor:
     tensor = value.const_value
     assert tensor is not None
-    content = (
-        memoryview(tensor.numpy()).cast("B") if tensor.numpy().flags.c_contiguous else memoryview(tensor.tobytes())
-    )
+    content = _bytes_of(tensor)
     # The shape is no part of the key: an embedding and an output embedding are one table in two shapes.
     key = f"{tensor.dtype} {hashlib.sha256(content).hexdigest()}"
     if key not in written:
@@ -61,3 +59,10 @@ def _store_once(
         data.name, first.offset, first.length, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "",
         base_dir=data.parent,
     )  # fmt: skip
+
+
+def _bytes_of(tensor: Any) -> memoryview:
+    """What a file holds of a tensor, without a copy where it lies in memory as it is written: not packed in numbers of
+    less than a byte, which numpy has one by one."""
+    is_plain = tensor.dtype.bitwidth >= 8 and tensor.numpy().flags.c_contiguous
+    return memoryview(tensor.numpy()).cast("B") if is_plain else memoryview(tensor.tobytes())
