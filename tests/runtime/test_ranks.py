@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from msgspec.structs import replace
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
+from precast.runtime.artifact.ranks import ranks_problem
+from precast.runtime.artifact.schema import Split
 from precast.runtime.distributed import launcher, shared_memory
 from precast.runtime.distributed.convert import join, split
 from precast.runtime.distributed.rendezvous import find_place
@@ -109,6 +113,25 @@ def test_the_contract_says_how_weights_are_divided(artifact):
     sizes = {name: artifact.contract.files[name].size for name in variant.weights}
     assert sizes["rank_0/model.safetensors"] == sizes["rank_1/model.safetensors"] > 10 * sizes["model.safetensors"]
     assert artifact.contract.variants[0].graphs[0].cache[0].heads == 1
+
+
+def test_inspect_tells_of_ranks(artifact):
+    shown = run([*PRECAST, "inspect", str(artifact.path)]).stdout
+    assert "2 processes, weights in 2 parts" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stored": 3}, "has weights of rank_0, rank_1, stored in 3 parts"),
+        ({"count": 3}, "gives each part of .* to 2 ranks, of 3"),
+    ],
+)
+def test_a_contract_whose_ranks_do_not_fit_is_refused(artifact, changes, words):
+    (variant,) = artifact.contract.variants
+    splits = {**variant.ranks.splits, "x": Split(dim=0, copies=2)} if "count" in changes else variant.ranks.splits
+    bad = replace(variant, ranks=replace(variant.ranks, splits=splits, **changes))
+    assert re.search(words, ranks_problem(bad))
 
 
 def test_full_to_parts_to_full_is_bit_equal(artifact, model, tmp_path):

@@ -209,6 +209,11 @@ def _prepare_part(variant: Variant, options: ExportOptions) -> _Part:
             f"The weights of the variant {variant.name} lie within its compiled files (packed for a CPU's kernels, or "
             f"as inline_weights=True put them), and no others can take their place: export the checkpoint instead."
         )
+    if variant.ranks:
+        raise ExportError(
+            f"The weights of the variant {variant.name} are divided between {variant.ranks.count} ranks, and no others "
+            f"are put in their place: export the checkpoint instead."
+        )
     found = ("revision", "token", "weights", "trust_remote_code")
     return _Part(variant, compiler, parse_request(variant).replace(**{name: getattr(options, name) for name in found}))
 

@@ -17,6 +17,7 @@ from . import optimum_neuron, strict_json
 from .graphs import CACHE_POSITIONS, DECODER_INPUTS, OF_TEXT, graph_problem, is_cache_positions, variant_problem
 from .integrity import Contents, read_regular
 from .lora import lora_inputs, lora_problem
+from .ranks import ranks_problem
 from .schema import FORMAT_VERSION, Contract, File, Graph, Input, Lora, Variant
 from .tasks import find_tasks, kind_of_roles
 
@@ -200,7 +201,7 @@ def _variant_problems(variant: Variant, vocabulary: int | None, batch: int, lora
             yield f"graph {graph.name!r} of variant {variant.name!r} {problem}"
         if unfed := _unfed(graph, variant, lora):
             yield f"no encoder of variant {variant.name!r} makes the input {unfed[0]!r} of graph {graph.name!r}"
-    if problem := variant_problem(variant):
+    if problem := variant_problem(variant) or ranks_problem(variant):
         yield f"variant {variant.name!r} {problem}"
 
 

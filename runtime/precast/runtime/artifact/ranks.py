@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from .schema import Ranks, Split, Variant
 
-__all__ = ["part_bounds", "pattern_of", "split_of", "storage_rule", "weights_of"]
+__all__ = ["part_bounds", "pattern_of", "ranks_problem", "split_of", "storage_rule", "weights_of"]
 
 
 def part_bounds(size: int, split: Split, rank: int, ranks: int) -> list[tuple[int, int]]:
@@ -25,12 +25,33 @@ def split_of(ranks: Ranks, name: str) -> Split | None:
     return ranks.splits.get(pattern_of(name))
 
 
+def ranks_problem(variant: Variant) -> str | None:
+    """What is wrong with how a variant's weights are divided, as the end of a sentence."""
+    ranks = variant.ranks
+    if ranks is None:
+        return None
+    if not variant.abi:
+        return "has ranks, and libraries that do not stand alone"
+    for name, split in ranks.splits.items():
+        if ranks.count % split.copies:
+            return f"gives each part of {name} to {split.copies} ranks, of {ranks.count}"
+    own = sorted(folder for folder in map(_folder_of, variant.weights) if folder.startswith("rank_"))
+    expected = [f"rank_{rank}" for rank in range(ranks.stored)] if ranks.stored > 1 else []
+    if own != sorted(expected):
+        return f"has weights of {', '.join(own[:8]) or 'no rank'}, stored in {ranks.stored} parts"
+    return None
+
+
 def weights_of(variant: Variant, rank: int) -> list[str]:
     """The files of weights that a rank reads: those that all share, and its own."""
     if variant.ranks is None:
         return list(variant.weights)
-    own = {name: PurePosixPath(name).parent.name for name in variant.weights}
-    return [name for name, folder in own.items() if not folder.startswith("rank_") or folder == f"rank_{rank}"]
+    folders = {name: _folder_of(name) for name in variant.weights}
+    return [name for name, folder in folders.items() if not folder.startswith("rank_") or folder == f"rank_{rank}"]
+
+
+def _folder_of(name: str) -> str:
+    return PurePosixPath(name).parent.name
 
 
 def storage_rule(ranks: Ranks) -> Ranks:

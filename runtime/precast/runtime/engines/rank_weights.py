@@ -10,6 +10,7 @@ import numpy as np
 from ..artifact.ranks import part_bounds, split_of
 from ..artifact.schema import Ranks, Split
 from ..artifact.weight_files import take_part
+from ..errors import FormatError
 from .safetensors_map import Weight, item_size
 
 __all__ = ["own_parts"]
@@ -17,7 +18,7 @@ __all__ = ["own_parts"]
 
 def own_parts(weights: Mapping[str, Weight], ranks: Ranks, rank: int) -> dict[str, Weight]:
     """The weights as a rank has them. Rows are where they lie in the file; columns are copied, as code reads them in
-    one piece."""
+    one piece. Raises FormatError where a weight cannot be divided as config.json says."""
     found = {}
     for name, weight in weights.items():
         split = split_of(ranks, name.rpartition(":")[2])
@@ -26,6 +27,10 @@ def own_parts(weights: Mapping[str, Weight], ranks: Ranks, rank: int) -> dict[st
 
 
 def _own_part(weight: Weight, split: Split, ranks: Ranks, rank: int) -> Weight:
+    if split.dim >= len(weight.shape) or weight.shape[split.dim] % (split.blocks * (ranks.count // split.copies)):
+        raise FormatError(
+            f"A weight of {list(weight.shape)} numbers is not divided between {ranks.count} ranks by {split}."
+        )
     size = item_size(weight.dtype)
     bounds = part_bounds(weight.shape[split.dim], split, rank, ranks.count)
     if split.dim == 0 and len(bounds) == 1:
