@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from precast.exporter import ExportOptions
-from precast.exporter.checkpoint.gguf import check_not_truncated
+from precast.exporter.checkpoint.gguf import SharedReader, check_not_truncated
 from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.errors import CheckpointError
@@ -101,3 +103,28 @@ def test_an_odd_header_is_for_whoever_parses_it(tmp_path, kind):
     check_not_truncated(path)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<QI", 0, 2**32 - 1))
     check_not_truncated(path)
+
+
+def test_weights_are_loaded_one_by_one(checkpoint, tmp_path):
+    """Numpy tells tracemalloc what it allocates, and gguf dequantizes into numpy's arrays."""
+    source = checkpoint("llama", hidden_size=512, intermediate_size=1024)
+    write_gguf(source, tmp_path / "wide.gguf", gguf.GGMLQuantizationType.Q8_0)
+    found = resolve(str(tmp_path / "wide.gguf"), ExportOptions())
+    assert found.tokenizer
+    tracemalloc.start()
+    try:
+        model = found.load(get_task("text-generation"), "float32")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    held = [parameter.nbytes for parameter in model.parameters()]
+    assert peak < 1.25 * sum(held) + 2 * max(held)
+
+
+def test_a_vocabulary_is_held_as_plain_arrays(checkpoint, tmp_path):
+    """An `np.memmap` of each token takes twice the memory."""
+    write_gguf(checkpoint("llama"), tmp_path / "tiny.gguf")
+    with SharedReader():
+        reader = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    assert {type(part) for field in reader.fields.values() for part in field.parts} == {np.ndarray}
+    assert {type(tensor.data) for tensor in reader.tensors} == {np.ndarray}
