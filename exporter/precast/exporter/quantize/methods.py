@@ -266,7 +266,7 @@ def _clamp_small(sizes: Tensor) -> Tensor:
 
 
 def _round_scaled(weight: Tensor, scales: Tensor, scheme: Scheme) -> QuantizedWeight:
-    return replace(round_to_nearest(weight * scales, scheme), channel_scales=scales)
+    return _quantize_scaled(weight, scales, lambda rows: round_to_nearest(rows, scheme))
 
 
 def _search_scaled(weight: Tensor, scales: Tensor, scheme: Scheme, inputs: Tensor) -> QuantizedWeight:
@@ -274,11 +274,16 @@ def _search_scaled(weight: Tensor, scales: Tensor, scheme: Scheme, inputs: Tenso
     importance = split_groups((inputs / scales.square())[None], scheme.group)
 
     def quantize(rows: Tensor) -> QuantizedWeight:
-        groups = split_groups(rows * scales, scheme.group)
+        groups = split_groups(rows, scheme.group)
         params = _search_params(groups, scheme, importance.expand_as(groups))
         return encode(groups, params, scheme.bits, rows.shape[1])
 
-    found = apply_by_rows(weight, quantize)
+    return _quantize_scaled(weight, scales, quantize)
+
+
+def _quantize_scaled(weight: Tensor, scales: Tensor, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:
+    """Quantize the weight with these channel scales, a chunk of rows at a time."""
+    found = apply_by_rows(weight, lambda rows: quantize(rows * scales))
     assert found is not None, "each chunk has a result"
     return replace(found, channel_scales=scales)
 

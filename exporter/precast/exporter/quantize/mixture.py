@@ -28,6 +28,8 @@ TOKENS = 512
 """Tokens, if there are as many, on which a divergence is measured."""
 SAMPLE_ROWS = 256
 """Rows of a weight that schemes are compared on."""
+CALIBRATED_CHUNK = 2**20
+"""Weights that a calibrated method is given at a time: it goes over them column by column, for all rows at once."""
 SCALE_BITS = 32
 _NO_TEXT: Mapping[str, Tensor] = {}
 Family = list[Layer]
@@ -201,7 +203,8 @@ def _quantized_weights(
         for layer in family:
             kept.append((layer.weight, layer.weight.clone()))
             scheme = layer.fit_scheme(schemes[layer.name])
-            for rows in layer.weight.split(max(1, CHUNK // layer.weight.shape[1])):
+            most = CALIBRATED_CHUNK if method.is_calibrated else CHUNK
+            for rows in layer.weight.split(max(1, most // layer.weight.shape[1])):
                 rows.copy_(method.quantize(rows, scheme, hessians.get(layer.name)).dequantize())
         try:
             yield

@@ -30,8 +30,9 @@ __all__ = [
 EXACT = 2e-6
 """The largest error, relative to a group's largest weight, for weights to count as already quantized: it allows for the
 float32 arithmetic of whoever dequantized them."""
-CHUNK = 2**20
-"""Weights that are quantized at a time."""
+CHUNK = 2**18
+"""Weights that are quantized at a time: a megabyte, so that what is made of them stays in a core's cache, and the
+allocator need not map it anew."""
 SAMPLE = 64
 """Rows that are tried first: most weights turn out not to be quantized within a few."""
 
