@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from contextlib import contextmanager
 
 import msgspec
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import transformers
 
 from precast.exporter import ExportOptions, export, preview, validate_again
+from precast.exporter.checkpoint.checkpoint import Checkpoint
 from precast.exporter.kinds.samples import Answer, ValidationSample
 from precast.exporter.validation.reference import Reference
 from precast.exporter.validation.rules import judge_float32
@@ -53,6 +56,27 @@ def test_config_json_says_everything(checkpoint, tmp_path):
     }  # fmt: skip
     assert "seconds" not in json.dumps(contract)
     assert made.contract == read_artifact(tmp_path / "out").contract
+
+
+@pytest.mark.parametrize("backend", ["onnx", "export"])
+def test_weights_are_given_back_before_validation(checkpoint, tmp_path, monkeypatch, backend):
+    """The compiled model's own lie beside whatever is left: onnxscript's rules keep what they matched last."""
+    weights, left, load = [], {}, Checkpoint.load
+
+    def load_watched(self, *args):
+        model = load(self, *args)
+        weights.extend(map(weakref.ref, model.parameters()))
+        return model
+
+    @contextmanager
+    def count(step):
+        left[step] = sum(weight() is not None for weight in weights)
+        yield
+
+    monkeypatch.setattr(Checkpoint, "load", load_watched)
+    export(str(checkpoint("llama")), tmp_path / "out", backend=backend, sequence_length=16, on_step=count)
+    assert left["compile"] == len(weights)
+    assert left["validate"] == 0
 
 
 def test_a_number_or_word_stands_for_a_list_of_one():

@@ -11,6 +11,7 @@ from onnxscript import FLOAT, script
 from onnxscript import opset20 as op
 
 from precast.exporter.backends.onnx.compiler import oldest_runtime
+from precast.exporter.backends.onnx.pack_projections import pack_matmuls
 from precast.exporter.backends.onnx.passes import (
     FlattenGemmInputs,
     RemoveProvenance,
@@ -127,3 +128,28 @@ def test_provenance_goes():
     RemoveProvenance()(model)
     assert not model.graph.node(0).metadata_props
     assert not model.graph.doc_string
+
+
+def test_packed_weights_are_made_when_they_are_read():
+    """All of them at once would be a second model beside the first."""
+    generator = np.random.default_rng(0)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2, 8]))
+    weights = [ir.tensor(generator.normal(size=(8, size)).astype(np.float32), name=f"w{size}") for size in (4, 6)]
+    values = [
+        ir.Value(name=each.name, const_value=each, type=ir.TensorType(each.dtype), shape=each.shape) for each in weights
+    ]
+    nodes = [ir.node("MatMul", [x, value]) for value in values]
+    for index, node in enumerate(nodes):
+        node.outputs[0].name, node.outputs[0].dtype = f"y{index}", ir.DataType.FLOAT
+    graph = ir.Graph([x], [node.outputs[0] for node in nodes], nodes=nodes, initializers=values, opset_imports={"": 20})
+    model = ir.Model(graph, ir_version=10)
+    array = generator.normal(size=(2, 8)).astype(np.float32)
+    before = run(model, array)
+    pack_matmuls(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    assert [node.op_type for node in graph] == ["MatMul", "Split"]
+    assert [value.name for value in graph.outputs] == ["y0", "y1"]
+    packed = next(iter(graph)).inputs[1].const_value
+    assert isinstance(packed, ir.LazyTensor)
+    assert packed.numpy() is not packed.numpy()
+    assert np.array_equal(run(model, array), before)

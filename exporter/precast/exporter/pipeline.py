@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from .companions.card import render_card
 from .companions.files import config_of, write_companions
 from .kinds.plan import Plan, make_plan
 from .kinds.trace import Program, trace
+from .memory import give_back_memory
 from .options import ExportOptions
 from .options.request import REQUEST, render_request
 from .parallel.division import Division, divide
@@ -79,11 +79,13 @@ def export_variant(
     on_plan(plan)
     with _explain_failures(plan), staging(target) as stage:
         loaded, reference = _load(checkpoint, plan, options, on_step)
+        give_back_memory()
         traced = _trace(loaded, checkpoint, plan, options, on_step)
+        give_back_memory()
         artifact = _compile(traced, loaded, checkpoint, plan, options, compiler, stage, on_step)
         # Only the reference is still needed; memory must be free before validation opens the compiled model.
         del loaded, traced
-        gc.collect()
+        give_back_memory()
         artifact = _validate(artifact, reference, options, on_step)
         publish_with_card(artifact, checkpoint, target, options, on_step)
     return read_artifact(target)
@@ -141,6 +143,7 @@ def _load(
         model = checkpoint.load(plan.task, plan.dtype)
         prefix = compute_prefix(plan.prefix, model, plan.layer_sizes) if plan.prefix else []
         loaded = _Loaded(model, tokenizer, prefix)
+    give_back_memory()
     if not options.validate:
         return loaded, None
     with on_step("reference") as listener, progress_to(listener):

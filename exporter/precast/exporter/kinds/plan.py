@@ -134,7 +134,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """An estimate of the export's peak: the model in float32, its packed copy, and the buffers of writing it."""
+        """An estimate of the export's peak: the model in float32, what a compiler or runtime packs of it, buffers."""
         in_float32 = self.weight_bytes * 4 // getattr(torch, self.weight_dtype).itemsize
         return int(2.5 * in_float32) + self.cache_bytes
 

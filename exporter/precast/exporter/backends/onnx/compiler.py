@@ -21,6 +21,7 @@ from .lowering import LOGGERS, lower
 from .options import OnnxOptions
 from .passes import optimize
 from .qdq import write_qdq
+from .torch_patches import forget_matches
 from .weights import save_models
 
 __all__ = ["OnnxCompiler", "oldest_runtime"]
@@ -37,14 +38,15 @@ class OnnxCompiler:
         traced = hash_programs(program.exported for program in programs)
         for done, program in enumerate(programs):
             progress(2 * done, 2 * len(programs) + 1, f"{program.graph.name} in ONNX's operators")
-            model = lower(program, is_standard=own.is_standard)
             words = "quantized in standard ones" if own.is_standard else "in ONNX Runtime's own"
-            progress(2 * done + 1, 2 * len(programs) + 1, f"{program.graph.name} {words}")
-            with silence(*LOGGERS):
-                if own.is_standard:
-                    write_qdq(model)
-                else:
-                    optimize(model, program.graph)
+            with forget_matches():
+                model = lower(program, is_standard=own.is_standard)
+                progress(2 * done + 1, 2 * len(programs) + 1, f"{program.graph.name} {words}")
+                with silence(*LOGGERS):
+                    if own.is_standard:
+                        write_qdq(model)
+                    else:
+                        optimize(model, program.graph)
             models.append(model)
             graphs.append(msgspec.structs.replace(program.graph, file=f"{program.graph.name}.onnx"))
         progress(2 * len(programs), 2 * len(programs) + 1, "weights")

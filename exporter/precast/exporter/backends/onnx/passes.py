@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -12,7 +13,7 @@ from onnxscript.rewriter.ort_fusions import _core
 from precast.runtime.artifact.schema import Graph
 
 from .adapter_branches import AddAdapterBranches
-from .pack_projections import PackProjections
+from .pack_projections import PackProjections, pack_matmuls
 from .rotary import FoldRotary
 from .split_transposes import SplitBatchTransposes
 
@@ -23,10 +24,10 @@ _NORMALIZATIONS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 def optimize(model: ir.Model, graph: Graph) -> None:
     """Rewrite `model` in place. Every rewrite is exact."""
-    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+    from transformers.exporters import onnxruntime_fusions
 
-    with _without_unsound_fusions():
-        fuse_for_onnxruntime(model, "cpu")
+    with _without_unsound_fusions(), _packing_lazily(onnxruntime_fusions):
+        onnxruntime_fusions.fuse_for_onnxruntime(model, "cpu")
     for each in (
         RestoreConstants(),
         FlattenGemmInputs(),
@@ -61,6 +62,19 @@ def _without_unsound_fusions() -> Iterator[None]:
     finally:
         for name, fusion in before.items():
             setattr(_core, name, fusion)
+
+
+@contextmanager
+def _packing_lazily(fusions: Any) -> Iterator[None]:
+    """Within this block transformers' fusions pack projections as we do, without a copy of their weights."""
+    before = fusions._STEPS
+    fusions._STEPS = [
+        (pack_matmuls if step is fusions._pack_sibling_matmuls else step, providers) for step, providers in before
+    ]
+    try:
+        yield
+    finally:
+        fusions._STEPS = before
 
 
 class RestoreConstants(ir.passes.InPlacePass):

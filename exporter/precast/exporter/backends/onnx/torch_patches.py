@@ -1,4 +1,4 @@
-"""Patches of torch.onnx, for what it does anew at every call."""
+"""Patches of torch.onnx and onnxscript, for what they do anew at every call and for what they keep."""
 
 from __future__ import annotations
 
@@ -7,9 +7,31 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from onnxscript.rewriter.pattern import SimplePatternMatcher
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-__all__ = ["keep_translations"]
+__all__ = ["forget_matches", "keep_translations"]
+
+
+@contextmanager
+def forget_matches() -> Iterator[None]:
+    """Within this block the rules of onnxscript forget what they matched last, of which they otherwise keep the whole
+    graph, weights included, as long as the process lives."""
+    original = SimplePatternMatcher.match
+
+    def match(self: SimplePatternMatcher, *args: Any, **options: Any) -> Any:
+        before = dict(vars(self))
+        try:
+            return original(self, *args, **options)
+        finally:
+            vars(self).clear()
+            vars(self).update(before)
+
+    SimplePatternMatcher.match = match
+    try:
+        yield
+    finally:
+        SimplePatternMatcher.match = original
 
 
 @contextmanager

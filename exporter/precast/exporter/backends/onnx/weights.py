@@ -64,5 +64,8 @@ def _store_once(
 def _bytes_of(tensor: Any) -> memoryview:
     """What a file holds of a tensor, without a copy where it lies in memory as it is written: not packed in numbers of
     less than a byte, which numpy has one by one."""
-    is_plain = tensor.dtype.bitwidth >= 8 and tensor.numpy().flags.c_contiguous
-    return memoryview(tensor.numpy()).cast("B") if is_plain else memoryview(tensor.tobytes())
+    if tensor.dtype.bitwidth < 8:
+        return memoryview(tensor.tobytes())
+    # Once: a packed weight is made whenever it is read.
+    array = tensor.numpy()
+    return memoryview(array).cast("B") if array.flags.c_contiguous else memoryview(tensor.tobytes())
