@@ -229,6 +229,7 @@ TYPED = {
         *(f"precast export MODEL -o {name} {SMALL} --quantize {name}" for name in ("int8", "int4", "auto")),
         "precast export PACKED -o source --sequence-length 48 --no-validate --quantize source",
     ],
+    "a quantized graph that OpenVINO": [f"precast export MODEL -o qdq {SMALL} --quantize int8 --format qdq"],
     "a smaller key/value cache": [
         f"precast export MODEL -o codes {SMALL} --kv-cache int8",
         f"precast export MODEL -o half {SMALL} --backend export --kv-cache float16",

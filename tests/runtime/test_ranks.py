@@ -22,9 +22,11 @@ from msgspec.structs import replace
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from precast.exporter import ExportOptions, export
+from precast.exporter.checkpoint.resolve import resolve
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact.ranks import ranks_problem
 from precast.runtime.artifact.schema import Split
+from precast.runtime.artifact.tasks import get_task
 from precast.runtime.distributed import launcher, shared_memory
 from precast.runtime.distributed.convert import join, split
 from precast.runtime.distributed.rendezvous import find_place
@@ -372,3 +374,25 @@ def test_kills_at_random_moments_leave_no_orphan_and_no_hang(artifact, tmp_path)
             os.kill(chance.choice([process.pid, *workers_of(copy)]), signal.SIGKILL)
             assert process.wait(timeout=5) != 0
         wait_until(lambda: not workers_of(copy), 5)
+
+
+SMOLLM2 = Path(__file__).parents[2] / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.slow
+@pytest.mark.models
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="`make models` fetches the checkpoint")
+def test_smollm2_is_shared_by_three(tmp_path):
+    """Nine heads and three key/value heads."""
+    options = {"backend": "aoti", "sequence_length": 128}
+    with pytest.raises(UsageError, match=r"2 cannot share the 9 attention heads and 3 key/value heads .* are 3, 9\."):
+        export(str(SMOLLM2), tmp_path / "two", ExportOptions(**options, tensor_parallel=2))
+    made = compiled(SMOLLM2, tmp_path / "three", tensor_parallel=3, sequence_length=128)
+    assert made.contract.variants[0].accuracy.status == "passed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = CompiledModelForCausalLM.from_pretrained(made.path)
+    checkpoint = resolve(str(SMOLLM2), ExportOptions())
+    eager, ids = checkpoint.load(get_task("text-generation"), "float32"), model.tokenizer("Water boils at").input_ids
+    right = eager.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24, pad_token_id=0)
+    assert np.array_equal(model.generate([ids], max_new_tokens=24), right.numpy()[:, : len(ids) + 24])
