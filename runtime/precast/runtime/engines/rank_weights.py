@@ -40,6 +40,9 @@ def _own_part(weight: Weight, split: Split, ranks: Ranks, rank: int) -> Weight:
             weight.memory, weight.start + begin * row * size, weight.dtype, shape, weight.strides, (end - begin) * row
         )
     numbers = np.frombuffer(weight.memory, f"u{size}", math.prod(weight.shape), weight.start).reshape(weight.shape)
-    part = np.ascontiguousarray(take_part(numbers, split, rank, ranks.count))
-    strides = tuple(step // part.itemsize for step in part.strides)
-    return Weight(bytearray(part.tobytes()), 0, weight.dtype, part.shape, strides, part.size)
+    part = take_part(numbers, split, rank, ranks.count)
+    memory = bytearray(part.nbytes)
+    own = np.frombuffer(memory, part.dtype).reshape(part.shape)
+    own[...] = part
+    strides = tuple(step // own.itemsize for step in own.strides)
+    return Weight(memory, 0, weight.dtype, own.shape, strides, own.size)
