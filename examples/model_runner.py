@@ -1,6 +1,6 @@
 """Answer questions with a loop of your own: nothing is said twice, and what was read is counted.
 
-python examples/model_runner.py "What is the capital of France?"
+python examples/model_runner.py "What is the capital of France?" [--world-size 3]
 """
 
 import argparse
@@ -33,7 +33,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--world-size", type=int, default=1, help="processes; several run a compiled model")
     asked = parser.parse_args()
-    runner = Terse({"model_path": asked.model, "exe_mode": "eager", "data_config": {"max_new_tokens": 16}})
+    settings = {"model_path": asked.model, "exe_mode": "eager", "data_config": {"max_new_tokens": 16}}
+    if asked.world_size > 1:
+        sizes = {"batch_size": 4, "input_max_len": 496, "max_new_tokens": 16}
+        compiled = {"exe_mode": "ge_graph", "world_size": asked.world_size, "data_config": sizes}
+        settings |= {**compiled, "model_config": {"dtype": "float32"}}
+    runner = Terse(settings)
     runner.init_model()
     print(*runner.model_generate(asked.prompts).texts, f"{runner.read} tokens read", sep="\n")

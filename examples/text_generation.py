@@ -1,6 +1,6 @@
 """Continue prompts three ways: several at once, streamed to the terminal, and a file of them.
 
-python examples/text_generation.py texts.txt
+python examples/text_generation.py texts.txt [--ranks 3]
 """
 
 import argparse
@@ -19,8 +19,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="a prompt on each line")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the model's weights")
     asked = parser.parse_args()
-    generate = pipeline("text_generation", asked.model, export=True, batch_size=4, sequence_length=512)
+    several = {"backend": "aoti", "tensor_parallel": asked.ranks} if asked.ranks > 1 else {}
+    generate = pipeline("text_generation", asked.model, export=True, batch_size=4, sequence_length=512, **several)
 
     # What is said at the call goes before the checkpoint's own settings.
     for prompt, answer in zip(PROMPTS, generate(PROMPTS, max_new_tokens=16, do_sample=False), strict=True):

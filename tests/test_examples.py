@@ -63,6 +63,15 @@ def test_a_runner_says_nothing_twice(call, checkpoint):
     assert int(count) > 2 * 15
 
 
+def test_two_ranks_run_both_programs_with_several_cards(call, checkpoint, tmp_path):
+    """Both ask for the same export, which is made once; two ranks write what one does."""
+    source = checkpoint("llama", max_position_embeddings=512)
+    eager = call("model_runner", source)
+    lines = call("text_generation", source, "--ranks", 2)
+    assert lines[-1].startswith("text_generation_result.txt: 5 rows, ")
+    assert call("model_runner", source, "--world-size", 2)[:-1] == eager[:-1]
+
+
 @pytest.mark.slow
 def test_a_chat_answers(call, checkpoint):
     lines = call("chat", checkpoint("llama", max_position_embeddings=1024))

@@ -284,6 +284,23 @@ def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(artif
     assert time.monotonic() - began < 5
 
 
+def test_an_interrupt_in_a_step_ends_the_ranks_at_once(artifact, monkeypatch):
+    model = CompiledModelForCausalLM.from_pretrained(artifact.path)
+    (process,) = model._engine._group._processes.values()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model.generate(PROMPTS[:1], max_new_tokens=2, eos_token_id=[])
+    monkeypatch.setattr("precast.runtime.engines.aoti._Bound.__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(PROMPTS[1:2], max_new_tokens=2, eos_token_id=[])
+    monkeypatch.undo()
+    assert process.wait(5) == 0
+    with pytest.raises(HostError, match="Rank 0 of 2 has failed: it was interrupted in a step"):
+        model.generate(PROMPTS[:1], max_new_tokens=2, eos_token_id=[])
+
+
 def test_cores_are_divided(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7, 9})
     assert [launcher.share_of_cores(rank, 2) for rank in range(2)] == [[4, 5], [6, 7]]

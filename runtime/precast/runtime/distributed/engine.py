@@ -80,11 +80,17 @@ class RankedEngine:
     def run(self, number: int, given: tuple[_Array, ...], step: Step) -> None:
         """Run a binding on all ranks at once."""
         with self._lock:
-            self._send("run", {"number": number}, arrays=given)
             try:
+                self._send("run", {"number": number}, arrays=given)
                 step()
+            except HostError:
+                raise
             except ArtifactError as error:
                 raise self._explain(error) from error
+            except BaseException:
+                # Others may be in the step, and would wait for this one.
+                self._memory.stop(0, "it was interrupted in a step")
+                raise
 
     def forget(self, number: int) -> None:
         """Let go of a binding that nobody has any more."""
@@ -93,12 +99,15 @@ class RankedEngine:
     def _known_caches(self, graph: Graph, inputs: Arrays, names: set[str]) -> dict[str, int]:
         return {spec.name: self._caches.number(inputs[spec.name]) for spec in graph.inputs if spec.name in names}
 
-    def _send(self, kind: str, content: Mapping[str, Any], seconds: float = 0, arrays: tuple[_Array, ...] = ()) -> None:
+    def _send(
+        self, kind: str, content: Mapping[str, Any], seconds: float | None = None, arrays: tuple[_Array, ...] = ()
+    ) -> None:
         self._process.check()
+        limit = TIME_LIMIT if seconds is None else seconds
         try:
             if self._caches.freed or self._caches.unbound:
-                self._memory.send("free", self._caches.take_freed(), (), seconds or TIME_LIMIT)
-            self._memory.send(kind, content, arrays, seconds or TIME_LIMIT)
+                self._memory.send("free", self._caches.take_freed(), (), limit)
+            self._memory.send(kind, content, arrays, limit)
         except StoppedError as error:
             raise self._explain(error) from error
 
