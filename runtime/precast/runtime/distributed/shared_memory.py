@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,8 @@ _LINE = 64
 _MOST_RANKS = FIRST_CHUNK // _LINE - 1
 _SPINS = 2000
 """Looks at a counter before waiting for it costs no core: about as long as rank 0 chooses a token."""
-_NAP = 0.0002
+_NAP, _LONGEST_NAP = 0.0002, 0.002
+"""Seconds between looks after that, ever more up to the second: ranks of a model that rests take next to nothing."""
 
 _Array = np.ndarray[Any, Any]
 
@@ -55,6 +57,7 @@ class GroupMemory:
         if ranks > _MOST_RANKS:
             raise HostError(f"{ranks} ranks are more than the {_MOST_RANKS} that one machine's memory is laid out for.")
         self.descriptor, self.ranks = descriptor, ranks
+        weakref.finalize(self, os.close, descriptor)
         self._command_at = FIRST_CHUNK + 2 * ranks * CHUNK_BYTES
         self._map = mmap.mmap(descriptor, self.size(ranks))
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -132,13 +135,14 @@ class GroupMemory:
     def _wait(
         self, is_done: Callable[[], bool], seconds: float | None, is_wanted: Callable[[], bool] | None = None
     ) -> None:
-        looks, until = 0, None if seconds is None else time.monotonic() + seconds
+        looks, nap, until = 0, _NAP, None if seconds is None else time.monotonic() + seconds
         while not is_done():
             looks += 1
             if looks < _SPINS:
                 os.sched_yield()
                 continue
-            time.sleep(_NAP)
+            time.sleep(nap)
+            nap = min(1.05 * nap, _LONGEST_NAP)
             if found := self.stopped_by():
                 raise StoppedError(f"rank {found[0]}: {found[1]}")
             if until is not None and time.monotonic() > until:
