@@ -35,11 +35,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--world-size", type=int, default=1, help="processes; several run a compiled model")
     asked = parser.parse_args()
-    settings = {"model_path": asked.model, "exe_mode": "eager", "data_config": {"max_new_tokens": 16}}
-    if asked.world_size > 1:
-        sizes = {"batch_size": 4, "input_max_len": 496, "max_new_tokens": 16}
-        compiled = {"exe_mode": "ge_graph", "world_size": asked.world_size, "data_config": sizes}
-        settings |= {**compiled, "model_config": {"dtype": "float32"}}
-    runner = Terse(settings)
+    mode = "ge_graph" if asked.world_size > 1 else "eager"
+    sizes = {"batch_size": 4, "input_max_len": 496, "max_new_tokens": 16}
+    own = {"model_config": {"dtype": "float32"}, "data_config": sizes}
+    runner = Terse({"model_path": asked.model, "exe_mode": mode, "world_size": asked.world_size, **own})
     runner.init_model()
     print(*runner.model_generate(asked.prompts).texts, f"{runner.read} tokens read", sep="\n")

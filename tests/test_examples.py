@@ -44,7 +44,7 @@ def call(monkeypatch, tmp_path, capsys):
 def test_every_program_is_called():
     programs = {path.stem: path.read_text("utf-8") for path in (ROOT / "examples").glob("*.py")}
     assert set(CALLS) == set(programs)
-    assert all(len(text.splitlines()) < 40 for text in programs.values())
+    assert all(len(text.splitlines()) < 45 for text in programs.values())
 
 
 def test_sentiment_is_said_of_every_text(call, checkpoint):
@@ -63,9 +63,10 @@ def test_a_runner_says_nothing_twice(call, checkpoint):
     assert int(count) > 2 * 15
 
 
+@pytest.mark.filterwarnings("ignore:.*they will wait for each other")
 def test_two_ranks_run_both_programs_with_several_cards(call, checkpoint, tmp_path):
     """Both ask for the same export, which is made once; two ranks write what one does."""
-    source = checkpoint("llama", max_position_embeddings=512)
+    source = checkpoint("llama", max_position_embeddings=2048)
     eager = call("model_runner", source)
     lines = call("text_generation", source, "--ranks", 2)
     assert lines[-1].startswith("text_generation_result.txt: 5 rows, ")

@@ -32,7 +32,11 @@ from precast.runtime.distributed.convert import join, split
 from precast.runtime.distributed.rendezvous import find_place
 from precast.runtime.errors import HostError, IntegrityError, UsageError
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ranks share memory as Linux has it")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ranks share memory as Linux has it"),
+    # Tests beside each other have a core each.
+    pytest.mark.filterwarnings("ignore:.*they will wait for each other"),
+]
 PRECAST = [sys.executable, "-m", "precast"]
 CAPACITY = 48
 PROMPTS = np.random.default_rng(0).integers(3, tiny.VOCABULARY, (3, 7))

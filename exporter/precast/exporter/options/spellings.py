@@ -47,7 +47,8 @@ def in_our_words(given: Mapping[str, Any], call: str) -> dict[str, Any]:
     asked = {name: value for name, value in _spread(given, call).items() if not _asks_nothing(name, value)}
     backend = str(asked.get("backend") or "onnx")
     if cores := next((name for name in ("num_cores", "tensor_parallel_size") if name in asked), None):
-        _check_taken(backend, f"{cores}={asked[cores]!r}", "tensor_parallel", asked[cores])
+        # The words of libraries for Neuron alone.
+        _check_taken(backend, f"{cores}={asked[cores]!r}", "tensor_parallel", asked[cores], "neuron")
     if "auto_cast_type" in asked and "auto_cast" not in asked:
         asked = _read_lone_type(asked, backend)
     asked = rename(call, asked, _NAMES)
@@ -101,15 +102,17 @@ def _read_lone_type(asked: Mapping[str, Any], backend: str) -> dict[str, Any]:
     return {**others, "dtype": dtype}
 
 
-def _check_taken(backend: str, given: str, name: str, value: Any) -> None:
-    """Raise UsageError where a backend does not take an option, with the arguments by which one does."""
+def _check_taken(backend: str, given: str, name: str, value: Any, instead: str | None = None) -> None:
+    """Raise UsageError where a backend does not take an option, with the arguments by which one does: `instead`, or
+    the first that takes it."""
     able = [row.name for row in BACKENDS.values() if name in taken_by(row)]
     if backend not in BACKENDS or backend in able:
         return
     because = get_backend(backend).because
-    more = ", instance_type='inf2'" if able[0] == "neuron" else ""
+    other = instead or able[0]
+    more = ", instance_type='inf2'" if other == "neuron" else ""
     raise UsageError(
-        f"{given} is not for backend={backend!r}: {because}. Write backend={able[0]!r}{more}, {name}={value!r}."
+        f"{given} is not for backend={backend!r}: {because}. Write backend={other!r}{more}, {name}={value!r}."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .int8_linear import ActivationRange, round_activations
+from .int8_linear import LEAST_SCALE, ActivationRange, round_activations
 
 __all__ = ["Call", "InputGroup", "choose_range", "observe_inputs", "replay"]
 
@@ -124,7 +124,7 @@ def choose_range(sample: Tensor) -> ActivationRange:
     """The range for which rounding changes `sample` least, in the mean of squares: zero has a code, and values beyond
     it become its ends."""
     low, high = sample.min().clamp(max=0), sample.max().clamp(min=0)
-    if low == high:
+    if high - low <= 255 * LEAST_SCALE:
         return ActivationRange(torch.ones(1), torch.zeros(1, dtype=torch.uint8))
     candidates = [_range(low * share, high * share) for share in SHARES]
     return min(candidates, key=lambda found: _rounding_error(sample, found))

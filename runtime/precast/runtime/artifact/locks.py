@@ -13,11 +13,11 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-__all__ = ["LockedDirectory", "Scratch", "sweep"]
+__all__ = ["LockedDirectory", "Scratch", "old_ones", "sweep"]
 
 STALE_SECONDS = 24 * 3600
 """Where the file system has no locks, a directory that nobody wrote to for so long counts as left behind."""
@@ -50,6 +50,10 @@ class LockedDirectory:
     def close(self) -> None:
         """Delete what lies there, and unlock."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Unlock, and leave what lies there, until somebody sweeps it."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -74,6 +78,14 @@ class Scratch(LockedDirectory):
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+
+def old_ones(paths: Iterable[Path]) -> Iterator[Path]:
+    """Those of these directories in which nothing was written for STALE_SECONDS."""
+    for path in paths:
+        with suppress(OSError):
+            if time.time() - _last_written(path) > STALE_SECONDS:
+                yield path
 
 
 def sweep(paths: Iterable[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..artifact.schema import Ranks
 from ..errors import UsageError
+from ..terminal import quoted
 
 __all__ = ["check_count"]
 
@@ -14,5 +15,5 @@ def check_count(ranks: Ranks | None, count: int, given: str) -> None:
     if compiled != count:
         raise UsageError(
             f"{given}, and this artifact is compiled for {compiled}: give {compiled}, or export the checkpoint for "
-            f"{count} (precast export … --tensor-parallel {count})."
+            f"{count} (precast export … --tensor-parallel {quoted(count)})."
         )

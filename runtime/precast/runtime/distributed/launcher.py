@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import child
+from ..artifact.locks import LockedDirectory, old_ones, sweep
 from .shared_memory import GroupMemory
 
 __all__ = ["Launched", "die_with_parent", "share_of_cores"]
 
 _PR_SET_PDEATHSIG = 1
+_PREFIX = "precast-ranks-"
 _GRACE = 5.0
 """Seconds that a rank has to end after it was told to."""
 
@@ -29,7 +30,10 @@ class Launched:
     """The processes of ranks 1 and up, started by rank 0, which they end with, however it ends."""
 
     def __init__(self, memory: GroupMemory, arguments: Sequence[str]) -> None:
-        self.memory, self.logs = memory, Path(tempfile.mkdtemp(prefix="precast-ranks-"))
+        parent = Path(tempfile.gettempdir())
+        sweep(old_ones(parent.glob(f"{_PREFIX}*")))
+        folder = LockedDirectory(parent, _PREFIX, 0o700)
+        self.memory, self.logs = memory, folder.path
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         started, ended = threading.Barrier(memory.ranks), threading.Event()
         threads = [
@@ -43,7 +47,7 @@ class Launched:
         for thread in threads:
             thread.start()
         started.wait()
-        self.end = weakref.finalize(self, _end, memory, self._processes, threads, ended, self.logs)
+        self.end = weakref.finalize(self, _end, memory, self._processes, threads, ended, folder)
 
 
 def _run(
@@ -67,7 +71,7 @@ def _run(
 
 def _end(
     memory: GroupMemory, processes: dict[int, subprocess.Popen[bytes]], threads: Sequence[threading.Thread],
-    ended: threading.Event, logs: Path,
+    ended: threading.Event, folder: LockedDirectory,
 ) -> None:  # fmt: skip
     """Let all end, by force where that takes too long, and keep logs only of what went wrong."""
     ended.set()
@@ -80,8 +84,7 @@ def _end(
             process.kill()
     for thread in threads:
         thread.join(_GRACE)
-    if went_well:
-        shutil.rmtree(logs, ignore_errors=True)
+    folder.close() if went_well else folder.release()
 
 
 def _describe_status(status: int) -> str:

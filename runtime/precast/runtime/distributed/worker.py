@@ -56,6 +56,9 @@ def reporting(memory: GroupMemory, rank: int) -> Iterator[None]:
     except StoppedError as error:
         sys.stderr.write(f"Rank {rank} ends, since {error}.\n")
     except BaseException as error:
+        if found := memory.stopped_by():
+            sys.stderr.write(f"Rank {rank} ends, since rank {found[0]} has: {found[1]}.\n")
+            return
         memory.stop(rank, f"{type(error).__name__}: {error}")
         raise
 
