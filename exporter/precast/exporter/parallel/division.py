@@ -84,6 +84,10 @@ def divide(model: Any, degrees: Degrees) -> Division:
         if style and style != plans.ONCE:
             kind = _kind(name, style, head)
             _add_splits(found, {name: _split_parameter(parameter, style, degrees.copies(kind))}, model, kind)
+    # BLOOM's model itself makes the biases of all heads.
+    base = model.base_model_prefix
+    if isinstance(heads_of_all := vars(model.base_model).get("num_heads"), int):
+        found.numbers.append((base, "num_heads", heads_of_all // degrees.attn))
     _check_tied(found, model)
     return found
 
