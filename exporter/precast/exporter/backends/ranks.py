@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from precast.runtime.artifact.ranks import pattern_of
+from precast.runtime.artifact.ranks import pattern_of, split_of
 from precast.runtime.artifact.schema import Ranks, Split
 from precast.runtime.artifact.weight_files import WEIGHTS, WeightFile, divide_weights, join_weights, rank_file
 from precast.runtime.errors import ExportError
@@ -63,7 +63,7 @@ def _arrange(stage: Path, ranks: Ranks) -> list[str]:
     """Store what all ranks share once, or everything in one file; returns the files."""
     files = [stage / rank_file(rank) for rank in range(ranks.count)]
     held = [WeightFile.read(file) for file in files]
-    own = [[name for name in each.tensors if pattern_of(name.rpartition(":")[2]) in ranks.splits] for each in held]
+    own = [[name for name in each.tensors if split_of(ranks, name)] for each in held]
     shared = held[0].select([name for name in held[0].tensors if name not in set(own[0])])
     whole = join_weights(shared, [each.select(names) for each, names in zip(held, own, strict=True)], ranks)
     if ranks.stored == 1:

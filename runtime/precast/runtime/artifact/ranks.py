@@ -21,8 +21,9 @@ def part_bounds(size: int, split: Split, rank: int, ranks: int) -> list[tuple[in
 
 
 def split_of(ranks: Ranks, name: str) -> Split | None:
-    """How the weight of this name is divided; None where every rank has all of it."""
-    return ranks.splits.get(pattern_of(name))
+    """How the weight of this name is divided, `graph:name` where only one graph has it so; None where every rank has
+    all of it."""
+    return ranks.splits.get(pattern_of(name.rpartition(":")[2]))
 
 
 def ranks_problem(variant: Variant) -> str | None:

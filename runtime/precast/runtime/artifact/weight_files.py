@@ -19,7 +19,7 @@ from . import strict_json
 from .ranks import part_bounds, split_of
 from .schema import Ranks, Split
 
-__all__ = ["WEIGHTS", "WeightFile", "divide_weights", "join_weights", "rank_file", "take_part"]
+__all__ = ["VIEWS", "WEIGHTS", "WeightFile", "divide_weights", "join_weights", "rank_file", "take_part"]
 
 WEIGHTS = "model.safetensors"
 VIEWS = "precast.views"
@@ -104,7 +104,7 @@ def take_part(tensor: _Array, split: Split, rank: int, ranks: int) -> _Array:
 
 def divide_weights(whole: WeightFile, ranks: Ranks) -> tuple[WeightFile, list[WeightFile]]:
     """What all ranks share, and what each has for itself. Raises FormatError where something cannot be divided."""
-    own = [name for name in whole.tensors if split_of(ranks, _plain(name)) is not None]
+    own = [name for name in whole.tensors if split_of(ranks, name) is not None]
     shared = whole.select([name for name in whole.tensors if name not in set(own)])
     return shared, [_part_of(whole.select(own), rank, ranks) for rank in range(ranks.count)]
 
@@ -146,15 +146,10 @@ def _join(name: str, parts: Sequence[_Array], split: Split) -> _Array:
 
 
 def _split(ranks: Ranks, name: str) -> Split:
-    split = split_of(ranks, _plain(name))
+    split = split_of(ranks, name)
     if split is None:
         raise FormatError(f"{name} is a rank's own, and config.json does not say how it is divided.")
     return split
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without the graph that alone has it so."""
-    return name.rpartition(":")[2]
 
 
 def _resize_views(

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from ..artifact import Artifact, read_artifact
 from ..artifact.integrity import require_trust, vouch
 from ..artifact.publish import check_target, copy_file, hash_files, publish, staging, write_config
-from ..artifact.ranks import pattern_of, storage_rule
+from ..artifact.ranks import split_of, storage_rule
 from ..artifact.schema import Ranks, Variant
 from ..artifact.weight_files import WEIGHTS, WeightFile, divide_weights, join_weights, rank_file
 from ..errors import UsageError
@@ -98,7 +98,7 @@ def _convert_variant(old: Artifact, variant: Variant, parts: int, stage: Path) -
 def _check_divides(whole: WeightFile, ranks: Ranks) -> None:
     rule = storage_rule(ranks)
     for name, tensor in whole.tensors.items():
-        split = rule.splits.get(pattern_of(name.rpartition(":")[2]))
+        split = split_of(rule, name)
         if split and tensor.shape[split.dim] % (split.blocks * (rule.count // split.copies)):
             raise UsageError(
                 f"{name} has {tensor.shape[split.dim]} rows or columns, which {ranks.stored} ranks cannot share "

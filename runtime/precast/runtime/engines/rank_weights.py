@@ -21,7 +21,7 @@ def own_parts(weights: Mapping[str, Weight], ranks: Ranks, rank: int) -> dict[st
     one piece. Raises FormatError where a weight cannot be divided as config.json says."""
     found = {}
     for name, weight in weights.items():
-        split = split_of(ranks, name.rpartition(":")[2])
+        split = split_of(ranks, name)
         found[name] = weight if split is None else _own_part(weight, split, ranks, rank)
     return found
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..artifact import strict_json
+from ..artifact.weight_files import VIEWS
 from ..errors import FormatError
 from ..hosts.machine import memory_bytes
 
 __all__ = ["Stored", "Weight", "item_size", "list_stored", "open_weights", "weight_of"]
 
-VIEWS = "precast.views"
 _DTYPES = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),

@@ -15,6 +15,7 @@ import torch
 from msgspec.structs import replace
 
 from precast.runtime.artifact.schema import STANDALONE_ABI, Compiler, Graph, Host, Variant
+from precast.runtime.artifact.weight_files import WEIGHTS
 from precast.runtime.errors import PrecastWarning
 
 from ...kinds.trace import Program
@@ -40,8 +41,6 @@ from .standalone.link import Linker
 from .workspace import check_compiler, compiler_workspace
 
 __all__ = ["AotiCompiler"]
-
-WEIGHTS = "model.safetensors"
 
 
 class AotiCompiler:
