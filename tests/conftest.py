@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,28 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new folder, which all workers of this run share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_folders_stay_as_made(run_folder: Path) -> None:
+    """Another worker may be reading them: who changes a checkpoint or an artifact takes a copy (dots: being made)."""
+    shared = re.compile(rf"{re.escape(str(run_folder))}/(checkpoints|artifacts)/[^/.]+/")
+    written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            paths = arguments[:1] if isinstance(arguments[2], int) and arguments[2] & written else ()
+        elif event in {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate"}:
+            paths = arguments[:2]
+        elif event in {"os.link", "os.symlink"}:
+            paths = arguments[1:2]
+        else:
+            return
+        for path in paths:
+            if isinstance(path, str | os.PathLike) and shared.match(os.fspath(path)):
+                raise AssertionError(f"{event} of {path}, which other tests read: copy it first")
+
+    sys.addaudithook(refuse)
 
 
 @pytest.fixture(autouse=True, scope="session")

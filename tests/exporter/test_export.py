@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from contextlib import contextmanager
 
@@ -89,10 +90,9 @@ def test_a_number_or_word_stands_for_a_list_of_one():
 def test_the_model_card_has_the_metadata_of_the_hub(checkpoint, tmp_path):
     from huggingface_hub import ModelCard
 
-    source = checkpoint("llama")
+    source = shutil.copytree(checkpoint("llama"), tmp_path / "llama")
     (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\nA model.\n")
     made = export(str(source), tmp_path / "out", ExportOptions(sequence_length=(16,)))
-    (source / "README.md").unlink()
     card = ModelCard.load(made.path / "README.md")
     assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == ("precast", "mit", "text-generation")
     assert "max_abs_difference" in card.text
@@ -117,7 +117,7 @@ def test_a_wrong_graph_is_not_published(checkpoint, tmp_path, monkeypatch):
 def test_validate_again_finds_another_checkpoint_out(checkpoint, artifact, tmp_path):
     import tiny
 
-    path = artifact(checkpoint("llama"), sequence_length=(16,))
+    path = shutil.copytree(artifact(checkpoint("llama"), sequence_length=(16,)), tmp_path / "copy")
     before = (path / "config.json").read_bytes()
     accuracy = validate_again(path, str(checkpoint("llama")), ExportOptions(), keep=False)
     assert accuracy.status == "passed"
