@@ -154,10 +154,31 @@ def test_ranks_together_give_the_models_logits(kind, ranks):
     ids=str,
 )
 def test_modules_of_a_kind_may_have_fewer_parts(fewer):
-    model = model_of("mixtral")
+    model = model_of("llama" if "mlp" in fewer else "mixtral")
     division = divide(model, degrees(4, **fewer))
     check_logits(model, division)
     assert division.degrees.fewer() == {name: value for name, value in fewer.items() if value < 4}
+
+
+EXPERT_FAMILIES = [kind for kind in FAMILIES if "moe" in kind or kind in ("mixtral", "gpt_oss")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        pytest.param(kind, parts, marks=[] if (kind, parts) == ("gpt_oss", 2) else pytest.mark.slow)
+        for kind in EXPERT_FAMILIES
+        for parts in (2, 4)
+    ],
+)
+def test_experts_are_divided_by_their_numbers(kind, parts):
+    model = model_of(kind)
+    division = divide(model, degrees(4, moe=parts, by_expert=True))
+    check_logits(model, division)
+    experts = next(name for name in division.modules if name.endswith("experts"))
+    for name, parameter in model.get_submodule(experts).named_parameters():
+        own = local_model(model, division, 3).get_submodule(experts).get_parameter(name)
+        assert torch.equal(own, parameter[-4 // parts :]), "whole experts, the last ones"
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, 16)])
@@ -180,6 +201,10 @@ def test_what_cannot_be_shared_is_refused_with_both_numbers():
         divide(model_of("llama", vocab_size=65), degrees(2))
     with pytest.raises(UsageError, match=r"mlp_tp=2: 2 ranks cannot share the 97 rows or columns"):
         divide(model_of("llama", intermediate_size=97), degrees(4, mlp=2))
+    with pytest.raises(UsageError, match=r"moe_ep=4: 4 ranks cannot share the 6 experts .* Possible are 2, 3, 6; "):
+        divide(model_of("mixtral", num_local_experts=6), degrees(4, by_expert=True))
+    with pytest.raises(UsageError, match=r"moe_ep=2 says how experts are divided, .* type 'llama' divides none"):
+        divide(model_of("llama"), degrees(2, by_expert=True))
     with pytest.raises(UsageError, match="one tensor in this model"):
         divide(model_of("qwen2"), degrees(4, embed=1))
     unknown = AutoModelForCausalLM.from_config(
@@ -205,6 +230,7 @@ def test_a_plan_that_names_what_is_not_there_is_an_error(monkeypatch):
     [
         ({"tensor_parallel": 0}, "at least 1, not 0"),
         ({"tensor_parallel": 4, "mlp_tp": 3}, "mlp_tp=3 does not divide the 4 ranks .* possible are 1, 2, 4"),
+        ({"tensor_parallel": 2, "moe_tp": 2, "moe_ep": 2}, "moe_tp divides each expert, and moe_ep gives each rank"),
         ({"attn_tp": 2, "online_split": True}, "attn_tp and online_split say how .* give tensor_parallel=2"),
         ({"tensor_parallel": 2, "device": "cuda"}, "leave one of them out"),
         ({"tensor_parallel": 2, "lora_slots": 1, "lora_rank": 4}, "adapters are whole"),

@@ -335,14 +335,11 @@ FAMILIES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_families(kind, ranks, tmp_path):
+def check_family(kind, tmp_path, **options) -> None:
     """Validation at export holds the ranks to the eager model's logits and tokens; here is a prompt of our own."""
     config = AutoConfig.for_model(kind, **{**tiny._SHARED, **FAMILIES[kind]})
     folder = tiny.save_checkpoint(tmp_path / "checkpoint", config)
-    made = compiled(folder, tmp_path / "out", tensor_parallel=ranks)
+    made = compiled(folder, tmp_path / "out", **options)
     assert made.contract.variants[0].accuracy.status == "passed"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -350,6 +347,20 @@ def test_families(kind, ranks, tmp_path):
             PROMPTS[:1], max_new_tokens=9, eos_token_id=[]
         )
     assert np.array_equal(found, eager_tokens(folder, PROMPTS[:1], 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families(kind, ranks, tmp_path):
+    check_family(kind, tmp_path, tensor_parallel=ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("parts", [{"moe_ep": 4}, {"moe_ep": 2, "online_split": True}], ids=str)
+def test_experts_by_their_numbers(kind, parts, tmp_path):
+    check_family(kind, tmp_path, tensor_parallel=4, **parts)
 
 
 @pytest.mark.slow

@@ -36,7 +36,8 @@ _ONE_MACHINE = "ranks are processes of one machine"
 _TRAINING = "it is of training"
 _ALWAYS = "it always is"
 
-_OF_RANKS = ("tensor_parallel", "online_split", "attn_tp", "moe_tp", "embed_tp", "lmhead_tp", "o_proj_tp", "mlp_tp")
+_OF_RANKS = ("tensor_parallel", "online_split", "attn_tp", "moe_tp", "moe_ep", "embed_tp", "lmhead_tp",
+             "o_proj_tp", "mlp_tp")  # fmt: skip
 """Options of an export that mean something where there are several ranks."""
 
 To = tuple[Path, Callable[[Any], Any]]
@@ -81,6 +82,7 @@ CANN_RECIPES: dict[str, Rule] = {
         for kind in ("attn", "moe", "embed", "lmhead", "o_proj")
     },
     "parallel_config.dense_tp_size": _to("export", "mlp_tp"),
+    "parallel_config.moe_ep_size": _to("export", "moe_ep"),
     "parallel_config.shared_tp_size": Idle("shared experts are dense blocks", 1),
     "parallel_config.cp_size": Idle("a sequence is not divided between ranks", 1),
 }  # fmt: skip
@@ -187,7 +189,7 @@ def _with_ranks(config: RunConfig) -> RunConfig:
         config.settings.setdefault(("export", "backend"), Setting("aoti"))
         return config
     for path in [path for path in config.settings if path[0] == "export" and path[-1] in _OF_RANKS]:
-        if path[-1].endswith("_tp") and config.settings[path].value != 1:
+        if path[-1].endswith(("_tp", "_ep")) and config.settings[path].value != 1:
             raise config.error(path, f"one rank has no {config.settings[path].value} parts; give world_size, too.")
         del config.settings[path]
     return config

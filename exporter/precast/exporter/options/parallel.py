@@ -33,6 +33,7 @@ class Degrees:
         o_proj: its output layer.
         mlp: dense blocks.
         moe: experts.
+        by_expert: the parts of experts are whole experts, and not a part of each.
         embed: the table of tokens.
         lmhead: the output layer.
     """
@@ -44,18 +45,22 @@ class Degrees:
     moe: int
     embed: int
     lmhead: int
+    by_expert: bool = False
 
     def copies(self, kind: str) -> int:
         """Of how many ranks each part of a module of this kind is."""
         return self.ranks // int(getattr(self, kind))
 
     def fewer(self) -> dict[str, int]:
-        """Those that are fewer than there are ranks."""
-        return {kind: value for kind in DEGREES if (value := getattr(self, kind)) < self.ranks}
+        """Those that are fewer than there are ranks, and experts that are divided by their numbers."""
+        named = {"moe_ep" if kind == "moe" and self.by_expert else kind: getattr(self, kind) for kind in DEGREES}
+        return {kind: value for kind, value in named.items() if value < self.ranks or kind == "moe_ep"}
 
     def described(self, kind: str) -> str:
         """The option that says the degree of a kind, as messages have it."""
         value = getattr(self, kind)
+        if kind == "moe" and self.by_expert:
+            return f"moe_ep={value}"
         return f"{kind}_tp={value}" if value < self.ranks else f"tensor_parallel={self.ranks}"
 
 
@@ -75,6 +80,7 @@ class ParallelOptions(BackendOptions):
         tensor_parallel: how many ranks, each of which has a part of every layer's weights.
         attn_tp, o_proj_tp, mlp_tp, moe_tp, embed_tp, lmhead_tp: into how many parts modules of one kind are divided,
             where these are fewer than ranks; see DEGREES.
+        moe_ep: into how many parts experts are divided by their numbers, each part of whole experts.
         online_split: keep weights whole in one file, of which each rank reads its parts.
     """
 
@@ -91,6 +97,10 @@ class ParallelOptions(BackendOptions):
     o_proj_tp: int | None = _degree("o_proj")
     mlp_tp: int | None = _degree("mlp")
     moe_tp: int | None = _degree("moe")
+    moe_ep: int | None = field(
+        default=None,
+        metadata=describe(section=_SECTION, metavar="N", help_text="Divide experts by their numbers into N parts."),
+    )
     embed_tp: int | None = _degree("embed")
     lmhead_tp: int | None = _degree("lmhead")
     online_split: bool = field(
@@ -108,18 +118,22 @@ class ParallelOptions(BackendOptions):
         """The parts of each kind of modules."""
         given = {kind: getattr(self, f"{kind}_tp") for kind in DEGREES}
         given["o_proj"] = given["o_proj"] or given["attn"]
+        by_expert = (self.moe_ep or 1) > 1
+        given["moe"] = self.moe_ep if by_expert else given["moe"]
         parts = {kind: value or self.tensor_parallel for kind, value in given.items()}
-        return Degrees(ranks=self.tensor_parallel, **parts)
+        return Degrees(ranks=self.tensor_parallel, by_expert=by_expert, **parts)
 
     def problems(self) -> Iterator[str]:
         """See OptionsPart."""
-        ranks, names = self.tensor_parallel, [f"{kind}_tp" for kind in DEGREES]
+        ranks, names = self.tensor_parallel, [*(f"{kind}_tp" for kind in DEGREES), "moe_ep"]
         if ranks < 1:
             yield f"tensor_parallel must be at least 1, not {ranks}."
             return
         if ranks == 1 and (useless := self.given(*names, "online_split")):
             yield f"{' and '.join(useless)} say how weights are divided between ranks; give tensor_parallel=2, say."
             return
+        if (self.moe_tp or 1) > 1 and (self.moe_ep or 1) > 1:
+            yield "moe_tp divides each expert, and moe_ep gives each rank whole ones; pass one of them."
         divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         for name in names:
             value = getattr(self, name)

@@ -14,7 +14,7 @@ from precast.runtime.artifact.ranks import part_bounds, pattern_of
 from precast.runtime.artifact.schema import Split
 from precast.runtime.errors import UsageError
 
-from ..options.parallel import Degrees
+from ..options.parallel import DEGREES, Degrees
 from ..quantize.linear import QuantizedEmbedding, QuantizedLinear
 from . import plans
 
@@ -75,6 +75,9 @@ def divide(model: Any, degrees: Degrees) -> Division:
             once = tuple(
                 each for each, _ in module.named_parameters() if plan.get(pattern_of(f"{name}.{each}")) == plans.ONCE
             )
+            if style == plans.EXPERTS and degrees.by_expert:
+                _divide_experts(found, model, name, copies)
+                continue
             found.modules[name] = Exchanging(style, copies, degrees.copies("attn" if kind == "o_proj" else kind), once)
             splits = {} if style == plans.EXPERTS else dict(_split_module(name, module, style, copies))
             _add_splits(found, {f"{name}.{each}": split for each, split in splits.items()}, model, kind)
@@ -83,13 +86,37 @@ def divide(model: Any, degrees: Degrees) -> Division:
         style = plan.get(pattern_of(name))
         if style and style != plans.ONCE:
             kind = _kind(name, style, head)
+            if kind == "moe" and degrees.by_expert:
+                continue
             _add_splits(found, {name: _split_parameter(parameter, style, degrees.copies(kind))}, model, kind)
+    _check_kinds(degrees, {_kind(name, each.style, head) for name, each in found.modules.items()}, model)
     # BLOOM's model itself makes the biases of all heads.
     base = model.base_model_prefix
     if isinstance(heads_of_all := vars(model.base_model).get("num_heads"), int):
         found.numbers.append((base, "num_heads", heads_of_all // degrees.attn))
     _check_tied(found, model)
     return found
+
+
+def _check_kinds(degrees: Degrees, kinds: set[str], model: Any) -> None:
+    """Raise UsageError for the degree of what the model does not have."""
+    for kind in degrees.fewer():
+        if kind.removesuffix("_ep") not in kinds:
+            what = degrees.described(kind.removesuffix("_ep"))
+            raise UsageError(
+                f"{what} says how {DEGREES[kind.removesuffix('_ep')]} are divided, and the plan for models of type "
+                f"{model.config.model_type!r} divides none. Leave it out."
+            )
+
+
+def _divide_experts(found: Division, model: nn.Module, name: str, copies: int) -> None:
+    """Give each part of the ranks its experts, whole."""
+    experts: Any = model.get_submodule(name)
+    count = experts.num_experts
+    stacked = [each for each, tensor in experts.named_parameters() if tensor.ndim > 1 and tensor.shape[0] == count]
+    found.modules[name] = Exchanging(plans.BY_EXPERT, copies, copies)
+    _add_splits(found, {f"{name}.{each}": Split(dim=0, copies=copies) for each in stacked}, model, "moe")
+    found.numbers.append((name, "num_experts", count * copies // found.ranks))
 
 
 def _check_tied(found: Division, model: nn.Module) -> None:
@@ -110,7 +137,7 @@ def _kind(name: str, style: str, head: str) -> str:
         return "lmhead"
     if style == plans.EMBEDDING:
         return "embed"
-    if style == plans.EXPERTS or ".experts" in name:
+    if style in (plans.EXPERTS, plans.BY_EXPERT) or ".experts" in name:
         return "moe"
     if "attn" in name or "attention" in name:
         return "o_proj" if style in (plans.ROWWISE, plans.ROWWISE_SPLIT) else "attn"
@@ -229,14 +256,16 @@ def _add_splits(found: Division, splits: dict[str, Split], model: nn.Module, kin
         if size % (split.blocks * parts):
             choices = [n for n in range(2, 65) if size % (split.blocks * n) == 0]
             raise UsageError(
-                f"{found.degrees.described(kind)}: {parts} ranks cannot share the {size} {_what(kind)} of {name} "
-                f"equally. Possible are {', '.join(map(str, choices)) or 'none'}; {kind}_tp=1 leaves them whole."
+                f"{found.degrees.described(kind)}: {parts} ranks cannot share the {size} {_what(found, kind)} of "
+                f"{name} equally. Possible are {', '.join(map(str, choices)) or 'none'}; {kind}_tp=1 leaves them whole."
             )
         if parts > 1:
             found.splits[name] = split
 
 
-def _what(kind: str) -> str:
+def _what(found: Division, kind: str) -> str:
+    if kind == "moe" and found.degrees.by_expert:
+        return "experts"
     return "tokens of the vocabulary" if kind in ("embed", "lmhead") else "rows or columns"
 
 

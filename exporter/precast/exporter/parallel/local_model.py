@@ -61,6 +61,7 @@ class _Local:
         replacements = {
             plans.COLWISE_GATHERED: self.gather_output,
             plans.EMBEDDING: self.look_up,
+            plans.BY_EXPERT: self.dispatch,
             plans.EXPERTS: self.reduce_output,
             plans.ROWWISE: self.multiply_part,
             plans.ROWWISE_SPLIT: self.multiply_own_part,
@@ -85,6 +86,13 @@ class _Local:
         """What all experts make, of each of which a rank has a part."""
         with _replaced(self.module, {name: self._only_first(name) for name in self.how.once}):
             return self._reduce(self.compute(*given, **named))
+
+    def dispatch(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """[T, D], and per token K experts and their weights [T, K]: each rank computes what its own experts make. The
+        first of these stands for others', with the weight 0."""
+        own = experts - self.part_number(x) * self.module.num_experts
+        is_here = (own >= 0) & (own < self.module.num_experts)
+        return self._reduce(self.compute(x, torch.where(is_here, own, 0), torch.where(is_here, weights, 0)))
 
     def _only_first(self, name: str) -> Tensor:
         """A parameter on rank 0, and zeros elsewhere."""

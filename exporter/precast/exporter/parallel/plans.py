@@ -19,6 +19,9 @@ __all__ = ["find_plan"]
 COLWISE, COLWISE_GATHERED = "colwise", "colwise_gather_output"
 ROWWISE, ROWWISE_SPLIT = "rowwise", "rowwise_split_input"
 EMBEDDING, EXPERTS, PACKED = "embedding_rowwise", "moe_tp_experts", "packed_colwise"
+BY_EXPERT = "ep_dispatch_experts"
+"""transformers' word for experts that ranks have whole, in its plans of expert parallelism. Which ones have experts is
+read off the plan for tensor parallelism."""
 ONCE = "added_once"
 """Ours: a bias of experts that all ranks have and that one adds, as what they make is summed up."""
 WHOLE = ("replicated_with_grad_allreduce", "replicate")

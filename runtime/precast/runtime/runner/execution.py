@@ -57,7 +57,7 @@ def find_execution_mode(name: Any) -> ExecutionMode:
     return found
 
 
-_DEGREES = {"attn_tp_size": "attn_tp", "moe_tp_size": "moe_tp", "embed_tp_size": "embed_tp",
+_DEGREES = {"attn_tp_size": "attn_tp", "moe_tp_size": "moe_tp", "moe_ep_size": "moe_ep", "embed_tp_size": "embed_tp",
             "lmhead_tp_size": "lmhead_tp", "dense_tp_size": "mlp_tp", "o_proj_tp_size": "o_proj_tp"}  # fmt: skip
 """Sizes of parallel groups, and the options of an export that say them."""
 

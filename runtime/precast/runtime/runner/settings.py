@@ -21,6 +21,7 @@ _PARTS = {
     "parallel_config": (
         "attn_tp_size",
         "moe_tp_size",
+        "moe_ep_size",
         "lmhead_tp_size",
         "embed_tp_size",
         "dense_tp_size",
