@@ -30,23 +30,34 @@ SHARED = {
 }  # fmt: skip
 HEADS = {"head_dim": 16}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MLA = {"num_key_value_heads": 8, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 GPT2 = {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 32}
 FAMILIES = {
     "llama": {},
     "codegen": {**GPT2, "rotary_dim": 4, "n_head": 8},
     "cohere": {},
+    "deepseek_v2": {**EXPERTS, **MLA, "n_routed_experts": 4, "q_lora_rank": None},
+    "deepseek_v3": {**EXPERTS, **MLA, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "q_lora_rank": 16},
     "ernie4_5": {},
     "gemma": HEADS,
     "gemma2": HEADS,
     "gemma3_text": HEADS,
     "glm": {},
     "gpt2": GPT2,
+    "gpt_neo": {"num_heads": 8, "num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "gpt_neox": {},
     "gpt_oss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gptj": {**GPT2, "rotary_dim": 4},
     "granite": {},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": {"head_dim": 8},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 96,
+        "head_dim": 16,
+        "interleave_moe_layer_step": 2,
+    },
+    "minicpm3": {**MLA, "q_lora_rank": 16},
     "mistral": {},
     "mixtral": {"num_local_experts": 4},
     "nemotron": {},
@@ -207,10 +218,8 @@ def test_what_cannot_be_shared_is_refused_with_both_numbers():
         divide(model_of("llama"), degrees(2, by_expert=True))
     with pytest.raises(UsageError, match="one tensor in this model"):
         divide(model_of("qwen2"), degrees(4, embed=1))
-    unknown = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("mpt", d_model=16, n_heads=2, n_layers=1, vocab_size=64)
-    )
-    with pytest.raises(UsageError, match="neither transformers nor precast has one for models of type 'mpt'"):
+    unknown = AutoModelForCausalLM.from_config(AutoConfig.for_model("persimmon", **SHARED))
+    with pytest.raises(UsageError, match="neither transformers nor precast has one for models of type 'persimmon'"):
         divide(unknown, degrees(2))
 
 
@@ -220,8 +229,8 @@ def test_a_plan_that_names_what_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setitem(plans.OWN_PLANS, "llama", plan)
     with pytest.raises(CheckpointError, match=r"names model.layers.\*.self_attn.query, which this model does not have"):
         divide(model_of("llama"), degrees(2))
-    monkeypatch.setitem(plans.OWN_PLANS, "llama", {"lm_head": "mla_kv_a_proj"})
-    with pytest.raises(UsageError, match="mla_kv_a_proj"):
+    monkeypatch.setitem(plans.OWN_PLANS, "llama", {"lm_head": "sequence_parallel"})
+    with pytest.raises(UsageError, match="sequence_parallel"):
         divide(model_of("llama"), degrees(2))
 
 

@@ -329,10 +329,15 @@ FAMILIES = {
     "bloom": {"n_head": 4, "n_layer": 1},
     "olmo2": {},
     "starcoder2": {},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "deepseek_v3": {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                    "v_head_dim": 8, "q_lora_rank": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+                    "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "head_dim": 16},
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
-}
+}  # fmt: skip
 
 
 def check_family(kind, tmp_path, **options) -> None:

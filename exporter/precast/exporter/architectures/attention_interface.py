@@ -29,6 +29,7 @@ __all__ = [
     "attend",
     "cache_capacity",
     "new_positions",
+    "own_slopes",
     "use_attention_interface",
     "use_caches",
     "use_past_lengths",
@@ -173,6 +174,14 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def own_slopes(slopes: Tensor, heads: int, projection: Any, like: Tensor) -> Tensor:
+    """ALiBi's slopes [heads], on the device of `like`: of `slopes` those of the heads that a rank has, by its part of
+    the layer that makes its queries."""
+    if len(slopes) == heads:
+        return slopes
+    return slopes.view(-1, heads).index_select(0, projection.part_number(like))[0]
 
 
 def attend(

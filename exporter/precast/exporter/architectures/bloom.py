@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes, dropout_add
 
-from .attention_interface import attend
+from .attention_interface import attend, own_slopes
 from .patching import replace_method
 
 __all__ = ["use_cached_attention"]
@@ -29,15 +29,8 @@ def _make_attention(layer: Any) -> Any:
     ) -> tuple[Tensor, None]:  # fmt: skip
         query, key, value = layer._reshape(layer.query_key_value(hidden_states))
         key, value = layer_past.update(key, value, layer.layer_idx)
-        own = _own_slopes(layer, slopes, hidden_states)
+        own = own_slopes(slopes, layer.num_heads, layer.query_key_value, hidden_states)
         output = attend(query, key, value, scale=layer.inv_norm_factor, slopes=own)
         return dropout_add(layer.dense(output.transpose(1, 2).flatten(2)), residual, 0.0, False), None
 
     return attention
-
-
-def _own_slopes(layer: Any, slopes: Tensor, like: Tensor) -> Tensor:
-    """Those of the heads that this rank has, on the device of `like`."""
-    if len(slopes) == layer.num_heads:
-        return slopes
-    return slopes.view(-1, layer.num_heads).index_select(0, layer.query_key_value.part_number(like))[0]

@@ -244,8 +244,8 @@ def _split_quantized(name: str, module: Any, by_outputs: bool, copies: int) -> I
 def _split_parameter(parameter: Tensor, style: str, copies: int) -> Split:
     """Experts' weights [experts, N, K] in one tensor, gate and up in two blocks, and numbers of heads."""
     dims = parameter.ndim
-    dim = dims - 1 if style == plans.ROWWISE else max(dims - 2, 0)
-    return Split(dim=dim, blocks=2 if style == plans.PACKED else 1, copies=copies)
+    dim = dims - 1 if style in (plans.ROWWISE, plans.PACKED_ROWWISE) else max(dims - 2, 0)
+    return Split(dim=dim, blocks=2 if style in (plans.PACKED, plans.PACKED_ROWWISE) else 1, copies=copies)
 
 
 def _add_splits(found: Division, splits: dict[str, Split], model: nn.Module, kind: str) -> None:
