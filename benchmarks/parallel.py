@@ -7,6 +7,7 @@ the same tokens, or the figures would mean nothing.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -57,21 +58,26 @@ def _measure(plan: Plan, answer: Answer, size: str, dtype: str, aim: float) -> N
         for ranks in (1, RANKS)
     }
     online = _join(made[RANKS], plan.work / f"artifact-{name}-online")
+    for artifact in (*made.values(), online):
+        _evict(artifact)
     actions = {
         f"{ranks}": partial(
             _timed, Contender(name, "contenders.precast_decode", artifact, plan.threads if ranks == 1 else 0)
         )
         for ranks, artifact in made.items()
     } | {f"start {way}": partial(_start, artifact) for way, artifact in {**made, "online": online}.items()}
+    actions |= {f"load {ranks}": partial(_load, artifact) for ranks, artifact in made.items()}
     results = alternate(actions, plan.rounds(ROUNDS), plan.begin)
     speeds = {ranks: [each["speed"] for each in results[str(ranks)]] for ranks in made}
     starts = {way: [each["seconds"] for each in results[f"start {way}"]] for way in (1, RANKS, "online")}
+    loads = {ranks: [each["seconds"] for each in results[f"load {ranks}"]] for ranks in made}
     tokens = {json.dumps(each["tokens"]) for ranks in made for each in results[str(ranks)]}
     over, weights = ratios(speeds[RANKS], speeds[1]), {ranks: _weight_bytes(each) for ranks, each in made.items()}
     answer.figures[name] = {
         "one_rank_tokens_per_second": summary(speeds[1]), "ranks_tokens_per_second": summary(speeds[RANKS]),
         "over_one": over, "equal_tokens": len(tokens) == 1, "weight_bytes": weights[1], "rank_bytes": weights[RANKS],
         "start_seconds": {str(way): summary(found) for way, found in starts.items()},
+        "load_seconds": {str(ranks): summary(found) for ranks, found in loads.items()},
     }  # fmt: skip
     share = weights[RANKS] / weights[1]
     cells = [f"{summary(speeds[ranks])['median']:.2f}" for ranks in made]
@@ -82,6 +88,7 @@ def _measure(plan: Plan, answer: Answer, size: str, dtype: str, aim: float) -> N
     answer.targets += [
         Target(f"{name}: {RANKS} ranks over one", over["median"], aim, is_floor=True),
         Target(f"{name}: weights of a rank over all", share, 0.55),
+        Target(f"{name}: load of a rank over load of one", ratios(loads[RANKS], loads[1])["median"], 0.6),
         Target(f"{name}: start online over offline", ratios(starts["online"], starts[RANKS])["median"], 1.3),
     ]
 
@@ -107,6 +114,16 @@ def _join(artifact: Path, target: Path) -> Path:
     return target
 
 
+def _evict(artifact: Path) -> None:
+    """Let the system forget the files, which it keeps in small pages as they were written and in large ones as they are
+    read: code of 8 bits is a fifth slower with small ones."""
+    for path in artifact.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _timed(contender: Contender) -> Row:
     request = {"prompt": PROMPT, "count": COUNT, "logits": ""}
     with contender:
@@ -129,6 +146,39 @@ def _start(artifact: Path) -> Row:
     """From the start of a program to its first token, with files that are in memory."""
     done = subprocess.run(
         [sys.executable, "-c", _START, str(artifact)], env=environment(), capture_output=True, text=True, check=True
+    )
+    return {"seconds": float(done.stdout)}
+
+
+_LOAD = """
+import mmap, sys, time
+from pathlib import Path
+import numpy as np
+from precast.runtime.artifact import read_artifact
+from precast.runtime.artifact.ranks import weights_of
+from precast.runtime.distributed.shared_memory import GroupMemory
+from precast.runtime.engines import Settings, open_engine
+from precast.runtime.engines.aoti import Member, StandaloneEngine
+artifact = read_artifact(sys.argv[1])
+variant, began = artifact.contract.variants[0], time.perf_counter()
+memory = GroupMemory.create(variant.ranks.count) if variant.ranks else None
+member = Member(memory.address, 0, 60.0, memory) if memory else None
+settings = Settings(1)
+engine = StandaloneEngine(artifact, variant, settings, member) if member else open_engine(artifact, variant, settings)
+open_graph = engine._get_library if variant.abi else engine._get_runner
+for graph in variant.graphs:
+    open_graph(graph.name)
+for name in weights_of(variant, 0):
+    with (Path(sys.argv[1]) / name).open("rb") as file:
+        np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)[:: mmap.PAGESIZE].sum()
+print(time.perf_counter() - began)
+"""
+
+
+def _load(artifact: Path) -> Row:
+    """To open the engine of one rank alone and to read a byte of each page of its weights, which are in memory."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(artifact)], env=environment(), capture_output=True, text=True, check=True
     )
     return {"seconds": float(done.stdout)}
 
