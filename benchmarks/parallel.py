@@ -18,7 +18,7 @@ from typing import Any
 
 from harness import HERE, Answer, Contender, Target, alternate, environment, ratios, summary
 from plan import BUILD, Plan
-from schemes import speed
+from schemes import compare, forced, mean_accuracy, speed
 
 from precast.runtime.distributed.shared_memory import GroupMemory
 
@@ -60,12 +60,13 @@ def _measure(plan: Plan, answer: Answer, size: str, dtype: str, aim: float) -> N
     online = _join(made[RANKS], plan.work / f"artifact-{name}-online")
     for artifact in (*made.values(), online):
         _evict(artifact)
-    actions = {
-        f"{ranks}": partial(
-            _timed, Contender(name, "contenders.precast_decode", artifact, plan.threads if ranks == 1 else 0)
-        )
+    contenders = {
+        ranks: Contender(name, "contenders.precast_decode", artifact, plan.threads if ranks == 1 else 0)
         for ranks, artifact in made.items()
-    } | {f"start {way}": partial(_start, artifact) for way, artifact in {**made, "online": online}.items()}
+    }
+    actions = {f"{ranks}": partial(_timed, each) for ranks, each in contenders.items()} | {
+        f"start {way}": partial(_start, artifact) for way, artifact in {**made, "online": online}.items()
+    }
     actions |= {f"load {ranks}": partial(_load, artifact) for ranks, artifact in made.items()}
     results = alternate(actions, plan.rounds(ROUNDS), plan.begin)
     speeds = {ranks: [each["speed"] for each in results[str(ranks)]] for ranks in made}
@@ -75,7 +76,7 @@ def _measure(plan: Plan, answer: Answer, size: str, dtype: str, aim: float) -> N
     over, weights = ratios(speeds[RANKS], speeds[1]), {ranks: _weight_bytes(each) for ranks, each in made.items()}
     answer.figures[name] = {
         "one_rank_tokens_per_second": summary(speeds[1]), "ranks_tokens_per_second": summary(speeds[RANKS]),
-        "over_one": over, "equal_tokens": len(tokens) == 1, "weight_bytes": weights[1], "rank_bytes": weights[RANKS],
+        "over_one": over, "agreement_with_fp32": _agreement(plan, model, contenders), "equal_tokens": len(tokens) == 1, "weight_bytes": weights[1], "rank_bytes": weights[RANKS],
         "start_seconds": {str(way): summary(found) for way, found in starts.items()},
         "load_seconds": {str(ranks): summary(found) for ranks, found in loads.items()},
     }  # fmt: skip
@@ -104,6 +105,22 @@ def _checkpoint(size: str) -> Path:
         config = LlamaConfig(**SIZES[size], vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def _agreement(plan: Plan, model: Path, contenders: dict[int, Contender]) -> Row:
+    """How far the logits of each are from those of the model in float32, for a text of random tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = torch.randint(100, 30000, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        eager = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(torch.tensor([text])).logits[0].numpy()
+    found = {}
+    for ranks, contender in contenders.items():
+        with contender:
+            logits = forced(contender, text, plan.work / "logits.npy")
+        found[str(ranks)] = mean_accuracy([compare(text, eager[:-1], logits)])
+    return found
 
 
 def _join(artifact: Path, target: Path) -> Path:
