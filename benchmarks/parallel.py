@@ -76,7 +76,8 @@ def _measure(plan: Plan, answer: Answer, size: str, dtype: str, aim: float) -> N
     over, weights = ratios(speeds[RANKS], speeds[1]), {ranks: _weight_bytes(each) for ranks, each in made.items()}
     answer.figures[name] = {
         "one_rank_tokens_per_second": summary(speeds[1]), "ranks_tokens_per_second": summary(speeds[RANKS]),
-        "over_one": over, "agreement_with_fp32": _agreement(plan, model, contenders), "equal_tokens": len(tokens) == 1, "weight_bytes": weights[1], "rank_bytes": weights[RANKS],
+        "over_one": over, "equal_tokens": len(tokens) == 1, "weight_bytes": weights[1], "rank_bytes": weights[RANKS],
+        "agreement_with_fp32": _agreement(plan, model, contenders),
         "start_seconds": {str(way): summary(found) for way, found in starts.items()},
         "load_seconds": {str(ranks): summary(found) for ranks, found in loads.items()},
     }  # fmt: skip
