@@ -64,8 +64,9 @@ def first_layers(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [{}, {"tensor_parallel": 2}], ids=["trace", "spread"])
+@pytest.mark.parametrize("strategy", [{}, {"tensor_parallel": 2, "attn_tp": 1}], ids=["trace", "spread"])
 def test_smollm2_writes_what_eager_writes(first_layers, tmp_path, strategy):
+    """Two cores cannot share its nine heads, so that both have all of them, and half of the rest."""
     options = ExportOptions(
         backend="neuron", instance_type="inf2", sequence_length=(64,), prefill_lengths=(8, 16), **strategy
     )

@@ -95,7 +95,7 @@ step "SmolLM2 by trace, compared with eager" \
 step "SmolLM2 by model-builder" \
     "$bin/precast" export "$smollm2" "${decoder[@]}" --strategy model-builder -o "$work/smollm2-builder"
 step "SmolLM2 over two cores" \
-    "$bin/precast" export "$smollm2" "${decoder[@]}" --tensor-parallel 2 -o "$work/smollm2-two"
+    "$bin/precast" export "$smollm2" "${decoder[@]}" --tensor-parallel 2 --attn-tp 1 -o "$work/smollm2-two"
 for made in smollm2 smollm2-builder smollm2-two; do
     step "$made answers" "$bin/precast" generate "$work/$made" --chat --prompt "What is the capital of France?" \
         --max-new-tokens 16

@@ -23,7 +23,8 @@ from precast.exporter import ExportOptions, export
 from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact import read_artifact
 from precast.runtime.artifact.publish import hash_files
-from precast.runtime.engines.neuron import _Module
+from precast.runtime.distributed.convert import join, split
+from precast.runtime.engines.neuron import _Module, _sharded_by_name
 from precast.runtime.errors import ArtifactError, ExportError, FormatError, HostError, TrustError, UsageError
 from precast.runtime.hosts.neff import find_headers
 
@@ -200,11 +201,10 @@ def test_encoders_in_buckets(encoder):
     _check_masked(source, model, ROWS)
 
 
-@pytest.mark.slow
-def test_an_encoder_spread_over_cores(encoder, artifact):
-    source, _ = encoder
-    options = {"batch_size": 2, "sequence_length": (48,), "task": "fill-mask", "dynamic_batch_size": True}
-    _check_masked(source, CompiledModel.from_pretrained(artifact(source, **NEURON, **options, tensor_parallel=4)), ROWS)
+def test_an_encoder_is_not_divided_but_copied(encoder, tmp_path):
+    words = r"tensor_parallel=2 divides decoders, and 'fill-mask' is done by none\. Leave it out; opened with cores='0-1'"
+    with pytest.raises(UsageError, match=words):
+        _export(encoder[0], tmp_path / "out", task="fill-mask", batch_size=1, tensor_parallel=2, prefill_lengths=())
 
 
 def test_slices_of_a_batch_run_on_all_cores(encoder):
@@ -282,6 +282,55 @@ def test_a_model_over_several_cores_takes_the_first_ones(checkpoint, artifact):
         CompiledModel.from_pretrained(path, cores="0-2")
     with pytest.raises(UsageError, match=r"NEURON_RT_VISIBLE_CORES=2-3"):
         CompiledModel.from_pretrained(path, cores="2-3")
+    with pytest.raises(UsageError, match=r"log_dir=logs is for ranks that are processes, and .* are NeuronCores"):
+        CompiledModel.from_pretrained(path, log_dir="logs")
+
+
+def _spread(checkpoint, artifact, **options):
+    source = checkpoint("llama")
+    return source, artifact(source, **NEURON, batch_size=2, prefill_lengths=(8,), tensor_parallel=2, **options)
+
+
+@pytest.mark.slow
+def test_the_contract_says_how_weights_are_divided_between_cores(checkpoint, artifact, tmp_path, capsys, monkeypatch):
+    source, path = _spread(checkpoint, artifact, dynamic_batch_size=True)
+    (variant,) = read_artifact(path).contract.variants
+    assert (variant.name, variant.ranks.count, variant.ranks.stored) == ("neuron-tp2", 2, 2)
+    assert variant.weights == ["model.safetensors", "rank_0/model.safetensors", "rank_1/model.safetensors"]
+    assert [layer.heads for layer in variant.graphs[0].cache] == [1]
+    whole = join(path, tmp_path / "whole", trust_native_code=True)
+    oracle.check_greedy(source, CompiledModelForCausalLM.from_pretrained(whole.path), "left", 8)
+    assert split(whole.path, 2, tmp_path / "two").contract.digest == read_artifact(path).contract.digest
+    with pytest.raises(UsageError, match="rank has 2 rows or columns, which 4 ranks cannot share equally"):
+        split(whole.path, 4, tmp_path / "four")
+    monkeypatch.setattr(sys, "argv", ["precast", "inspect", str(path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "2 NeuronCores, weights in 2 parts" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": "int8", "accept_loss": True},
+        {"dtype": "bfloat16", "accept_loss": True},
+        {"online_split": True},
+        {"tensor_parallel": 4, "attn_tp": 2, "embed_tp": 1, "lmhead_tp": 2},
+        {"tensor_parallel": 4},
+    ],
+    ids=str,
+)
+def test_a_model_over_several_cores_passes_validation(checkpoint, tmp_path, options):
+    """Key/value heads are fewer than four cores, so that two have the same."""
+    made = _export(checkpoint("llama"), tmp_path / "out", **{"tensor_parallel": 2, "validate": True, **options})
+    assert made.contract.variants[0].accuracy.status in ("passed", "accepted")
+
+
+def test_rows_of_an_artifact_of_the_first_release_are_divided_by_name():
+    weights = {"sharded.a": torch.arange(4), "whole.b": torch.arange(3)}
+    found = _sharded_by_name(weights, 1, 2)
+    assert {name: each.tolist() for name, each in found.items()} == {"sharded.a": [2, 3], "whole.b": [0, 1, 2]}
 
 
 def test_cores_are_for_neuron(decoder):
@@ -445,6 +494,9 @@ def test_graphs_of_an_encoder_decoder_do_not_share_a_signature(tmp_path):
         ({"strategy": "fast"}, r"strategy='fast' is not supported; the choices are: trace, model-builder"),
         ({"strategy": "trace", "tensor_parallel": 2}, r"tensor_parallel=2 .* strategy='trace' compiles for one"),
         ({"tensor_parallel": 0}, r"tensor_parallel must be at least 1, not 0"),
+        ({"tensor_parallel": 4, "mlp_tp": 3}, r"mlp_tp=3 does not divide the 4 ranks"),
+        ({"backend": "onnx", "instance_type": None, "tensor_parallel": 2},
+         r"tensor_parallel is not for backend='onnx': one process runs its models, .* take it: aoti, neuron\."),
         ({"tensor_parallel": 2, "inline_weights": True}, r"inline_weights=True .* Give strategy='trace'"),
         ({"optlevel": 4}, r"optlevel=4 is no level"),
         ({"compiler_args": ("--target=inf2",)}, r"compiler_args='--target=inf2' is said otherwise: by instance_type"),
@@ -467,11 +519,16 @@ def test_only_combinations_that_mean_something(options, words):
 
 def test_the_command_line_has_the_same_options(checkpoint, tmp_path, monkeypatch, capsys):
     words = ["export", checkpoint("llama"), "-o", tmp_path / "out", "-q", "--no-validate", "--backend", "neuron",
-             "--instance-type", "trn1", "--num-cores", "2", "-O1", "--compiler-arg=--verbose=info",
+             "--instance-type", "trn1", "--num-cores", "2", "-O1", "--batch-size", "2", "--compiler-arg=--verbose=info",
              "--sequence-length", "16", "--prefill-lengths", "4"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["precast", *map(str, words)])
     with pytest.raises(SystemExit) as done:
         main()
     assert not done.value.code, capsys.readouterr().err
-    told = CompiledModel.from_pretrained(tmp_path / "out").variant.compiler.options
+    model = CompiledModelForCausalLM.from_pretrained(tmp_path / "out")
+    told = model.variant.compiler.options
     assert (told["cores"], told["optlevel"], told["strategy"]) == (2, 1, "model-builder")
+    row = [5, 9, 30, 7, 200]
+    for beams in ({}, {"num_beams": 2}):
+        expected = oracle.greedy(checkpoint("llama"), row, max_new_tokens=6, **beams)
+        assert model.generate(np.array([row]), max_new_tokens=6, **beams)[0, len(row) :].tolist() == expected

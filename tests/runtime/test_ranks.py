@@ -28,8 +28,10 @@ from precast.runtime.artifact.ranks import ranks_problem
 from precast.runtime.artifact.schema import Split
 from precast.runtime.artifact.tasks import get_task
 from precast.runtime.distributed import launcher, shared_memory
+from precast.runtime.distributed.checks import check_asked
 from precast.runtime.distributed.convert import join, split
 from precast.runtime.distributed.rendezvous import find_place
+from precast.runtime.engines import Settings
 from precast.runtime.errors import HostError, IntegrityError, UsageError
 
 pytestmark = [
@@ -243,6 +245,9 @@ def test_the_command_line_runs_ranks(artifact, tmp_path):
     plain, counted = run(asked), run([*asked, "--nproc", "2"])
     assert plain.returncode == counted.returncode == 0, plain.stderr + counted.stderr
     assert json.loads(plain.stdout)["text"] == json.loads(counted.stdout)["text"]
+    logged = run([*asked, "--rank-timeout", "30", "--log-dir", str(tmp_path / "logs")])
+    assert json.loads(logged.stdout)["text"] == json.loads(plain.stdout)["text"]
+    assert [each.name for each in (tmp_path / "logs").iterdir()] == ["rank_1.log"]
     wrong = run([*asked, "--nproc", "4"])
     assert wrong.returncode == 2
     assert "--nproc 4 processes are asked for, and this artifact is compiled for 2" in wrong.stderr
@@ -264,6 +269,8 @@ def test_ranks_that_a_launcher_has_started_meet(artifact):
     assert json.loads(first.stdout)["text"] == json.loads(run(asked).stdout)["text"]
     assert out == ""
     assert not list(Path("/dev/shm").glob(f"precast-{os.getuid()}-{os.getpid()}-*"))
+    own = run([*asked, "--log-dir", "logs"], **place, RANK="0")
+    assert "--log-dir logs is for ranks that precast starts, and torchrun has started these" in own.stderr
     wrong = run(asked, **place | {"WORLD_SIZE": "3"}, RANK="0")
     assert wrong.returncode == 2
     assert "torchrun has started 3 processes, and this artifact is compiled for 2" in wrong.stderr
@@ -277,15 +284,60 @@ def test_places_that_contradict_themselves_are_refused():
         find_place({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"})
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(artifact, monkeypatch):
-    monkeypatch.setattr("precast.runtime.distributed.engine.TIME_LIMIT", 0.5)
-    model = CompiledModelForCausalLM.from_pretrained(artifact.path)
+def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(artifact):
+    model = CompiledModelForCausalLM.from_pretrained(artifact.path, rank_timeout=0.5)
     (worker,) = {process.pid for process in model._engine._group._processes.values()}
     os.kill(worker, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(HostError, match=r"lost each other: .*(did not come within|took no command within)"):
+    with pytest.raises(HostError, match=r"lost each other: .*(did not come within|took no command within).*rank_timeout="):
         model.generate(PROMPTS[:1], max_new_tokens=20, eos_token_id=[])
     assert time.monotonic() - began < 5
+
+
+def test_every_rank_has_the_limit(artifact):
+    """Rank 1 waits for nobody longer, whatever rank 0 does."""
+    model = CompiledModelForCausalLM.from_pretrained(artifact.path, rank_timeout=7.5)
+    (worker,) = {process.pid for process in model._engine._group._processes.values()}
+    words = Path(f"/proc/{worker}/cmdline").read_bytes().decode().split("\0")
+    assert words[words.index("--seconds") + 1] == "7.5"
+
+
+def test_logs_in_a_folder_that_the_user_names_stay(artifact, tmp_path):
+    logs = tmp_path / "some" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "rank_1.log").write_text("of an earlier run\n")
+    model = CompiledModelForCausalLM.from_pretrained(artifact.path, log_dir=logs)
+    (process,) = model._engine._group._processes.values()
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(HostError, match=rf"SIGKILL; see {re.escape(str(logs))}/rank_1.log"):
+        model.generate(PROMPTS[:1], max_new_tokens=40, eos_token_id=[])
+    again = CompiledModelForCausalLM.from_pretrained(artifact.path, log_dir=str(logs))
+    again._engine._group.end()
+    assert (logs / "rank_1.log").read_text() == "of an earlier run\nRank 1 ends, since rank 0: it is done.\n"
+    with pytest.raises(UsageError, match=r"log_dir=.*rank_1.log cannot be made: File exists"):
+        CompiledModelForCausalLM.from_pretrained(artifact.path, log_dir=logs / "rank_1.log")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"rank_timeout": 0}, "rank_timeout must be a number of seconds above 0, not 0"),
+        ({"rank_timeout": True}, "rank_timeout must be a number of seconds above 0, not True"),
+        ({"log_dir": 3}, "log_dir must be the path of a folder, not 3"),
+    ],
+)
+def test_options_of_ranks_that_mean_nothing(artifact, option, words):
+    with pytest.raises(UsageError, match=words):
+        CompiledModel.from_pretrained(artifact.path, **option)
+
+
+def test_what_is_said_of_processes_is_refused_where_there_are_none(artifact):
+    (variant,) = artifact.contract.variants
+    for settings in (Settings(rank_timeout=5), Settings(log_dir=Path("logs"))):
+        with pytest.raises(UsageError, match=r"=(5|logs) is for models of several ranks, and the variant aoti-tp2 is"):
+            check_asked(replace(variant, ranks=None), None, settings)
+    with pytest.raises(UsageError, match=r"nproc=2 is for ranks that are processes, and those of .* are NeuronCores"):
+        check_asked(replace(variant, backend="neuron"), 2, Settings())
 
 
 def test_an_interrupt_in_a_step_ends_the_ranks_at_once(artifact, monkeypatch):

@@ -113,7 +113,7 @@ def _print_facts(
             ("  memory", _describe_memory(taken)),
             *([("  key/value cache", variant.kv_cache)] if variant.kv_cache else []),
             *([("  libraries", _describe_libraries(variant))] if variant.backend == "aoti" else []),
-            *([("  ranks", _describe_ranks(variant.ranks))] if variant.ranks else []),
+            *([("  ranks", _describe_ranks(variant))] if variant.ranks else []),
             ("  runs here", "yes" if reason is None else f"no: {reason}"),
             ("  accuracy", f"{accuracy.status}: {accuracy.reason}"),
             *((f"    {name}", value) for name, value in accuracy.figures.items()),
@@ -140,10 +140,11 @@ def _describe_libraries(variant: Any) -> str:
     return f"need PyTorch{f': they call {calls}' if calls else ''}"
 
 
-def _describe_ranks(ranks: Any) -> str:
+def _describe_ranks(variant: Any) -> str:
+    ranks, are_cores = variant.ranks, variant.host.device == "neuron"
     fewer = "".join(f", {kind} in {parts} parts" for kind, parts in ranks.degrees.items())
     where = "whole in one file" if ranks.stored == 1 else f"in {ranks.stored} parts"
-    return f"{ranks.count} processes, weights {where}{fewer}"
+    return f"{ranks.count} {'NeuronCores' if are_cores else 'processes'}, weights {where}{fewer}"
 
 
 def _describe_neff(header: Any) -> str:

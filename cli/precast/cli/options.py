@@ -215,6 +215,13 @@ def model_options(function: F) -> F:
                 metavar="N",
                 help="Processes: as many as the model was compiled for (export --tensor-parallel), as is the default.",
             ),
+            click.option(
+                "--rank-timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                metavar="SECONDS",
+                help="How long such a process waits for another in a step before all end; 60.",
+            ),
+            click.option("--log-dir", metavar="DIR", help="Keep here what such processes write: rank_1.log and so on."),
             click.option("--variant", metavar="NAME", help="Which compiled form to use."),
             click.option("--verify", is_flag=True, help="Hash every file again."),
             click.option("--sha256", metavar="DIGEST", help="Open only the artifact with this digest."),

@@ -146,6 +146,7 @@ RUNS = []
 _LIBRARY = torch.library.Library("neuron_stand_in", "DEF")
 _LIBRARY.define("enter(Tensor x, int[] shape, str dtype, Tensor core, int index) -> Tensor")
 _LIBRARY.define("gather(Tensor x, int cores) -> Tensor")
+_LIBRARY.define("reduce(Tensor x, int cores) -> Tensor")
 
 
 def _enter(x, shape, dtype, core, index):
@@ -160,14 +161,24 @@ def _enter(x, shape, dtype, core, index):
 
 
 def _gather(x, cores):
-    """Every core's part, one beside the other: of the cores that run together, or as many times this one's."""
+    """Every core's part, one beside the other."""
+    return torch.cat(_exchange(x, cores), dim=-1)
+
+
+def _reduce(x, cores):
+    return sum(_exchange(x, cores))
+
+
+def _exchange(x, cores):
+    """What the cores have that run together, or as many times what this one has."""
     group = getattr(_THREAD, "group", None)
-    parts = [x] * cores if group is None else group.exchange(_THREAD.rank, x)
-    return torch.cat(list(parts), dim=-1)
+    return [x] * cores if group is None else group.exchange(_THREAD.rank, x)
 
 
 _LIBRARY.impl("enter", _enter, "CPU")
 _LIBRARY.impl("gather", _gather, "CPU")
+_LIBRARY.impl("reduce", _reduce, "CPU")
+_LIBRARY.impl("reduce", lambda x, cores: x.clone(), "Meta")
 _LIBRARY.impl("gather", lambda x, cores: x.new_empty([*x.shape[:-1], x.shape[-1] * cores]), "Meta")
 _THREAD = threading.local()
 
@@ -181,7 +192,8 @@ class Group:
     def exchange(self, rank, x):
         self._parts[rank] = x
         self._barrier.wait(60)
-        found = list(self._parts)
+        # What others have may be written over once all have seen it.
+        found = [each.clone() for each in self._parts]
         self._barrier.wait(60)
         return found
 

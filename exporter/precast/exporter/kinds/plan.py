@@ -180,14 +180,13 @@ def make_plan(
 
 
 def _plan_degrees(options: ExportOptions, task: Task) -> Degrees | None:
-    """The degrees that are asked for; None for one rank, or a backend that divides traced programs itself. Raises
-    UsageError for what cannot be divided."""
+    """The degrees that are asked for; None for one rank. Raises UsageError for what cannot be divided."""
     asked = options.backend_options
     if not isinstance(asked, ParallelOptions) or not asked.is_parallel:
         return None
     given = f"tensor_parallel={asked.tensor_parallel}"
     if task.kind != "decoder":
-        raise UsageError(f"{given} divides decoders, and {task.name!r} is done by none. Leave it out.")
+        raise UsageError(f"{given} divides decoders, and {task.name!r} is done by none. {asked.instead_of_ranks}.")
     if options.quantization.rounds_activations:
         raise UsageError(
             f"{given} divides weights in the order of the checkpoint, and those of quantize={options.quantize!r} are "

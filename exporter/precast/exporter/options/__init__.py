@@ -15,7 +15,15 @@ from precast.runtime.terminal import quoted
 from .accuracy import AccuracyOptions
 from .adapter_slots import AdapterSlotOptions
 from .adapters import AdapterOptions
-from .backend_options import BackendOptions, backends_that_take, fill, find_option, options_class, taken_by
+from .backend_options import (
+    BackendOptions,
+    backends_that_take,
+    fill,
+    find_option,
+    options_class,
+    taken_by,
+    why_not_taken,
+)
 from .combinations import backend_rule_problems, conflict_problems, need_problems
 from .declaration import OptionsPart, choice_problems, describe, keyword_of
 from .layout import LAYOUTS, OPTIMUM_NEURON
@@ -299,7 +307,7 @@ class ExportOptions:
                 is_word = bool(each.metadata.get("choices"))
                 given = f"{each.name}={getattr(self, each.name)!r}" if is_word else keyword_of(each)
                 yield (
-                    f"{given} is not for backend={row.name!r}: {row.because}. Backends that take it: "
+                    f"{given} is not for backend={row.name!r}: {why_not_taken(row, each.name)}. Backends that take it: "
                     f"{backends_that_take(each.name)}."
                 )
 

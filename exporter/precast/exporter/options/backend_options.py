@@ -14,7 +14,7 @@ from precast.runtime.errors import UsageError
 from .declaration import OptionsPart
 from .shapes import ShapeOptions
 
-__all__ = ["BackendOptions", "backends_that_take", "fill", "find_option", "options_class", "taken_by"]
+__all__ = ["BackendOptions", "backends_that_take", "fill", "find_option", "options_class", "taken_by", "why_not_taken"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,12 @@ def find_option(name: str) -> Field[Any] | None:
     """The declaration of an option of a backend, the first in the table that has it; plug-ins come last."""
     declared = (each for row in backend_rows() for each in fields(options_class(row)))
     return next((each for each in declared if each.name == name), None)
+
+
+def why_not_taken(row: Backend, name: str) -> str:
+    """Why a backend does not take an option, after a colon."""
+    declared = find_option(name)
+    return (declared.metadata.get("because") if declared else "") or row.because
 
 
 def fill(kind: type[BackendOptions], given: Mapping[str, Any]) -> BackendOptions:

@@ -17,6 +17,7 @@ def describe(
     metavar: str | None = None,
     section: str | None = None,
     several: bool = False,
+    because: str = "",
 ) -> dict[str, Any]:
     """The metadata of an option: `isa: str = field(default="native", metadata=describe(choices=ISAS))`.
 
@@ -27,10 +28,11 @@ def describe(
         metavar: stands for the value in the help.
         section: of the help; by default that of its backend.
         several: whether it can be several of the choices, separated by commas.
+        because: why other backends do not take it, after a colon, where what their rows say is of other options.
     """
     return {
         "choices": choices, "help": help_text, "flags": flags, "metavar": metavar, "section": section,
-        "several": several,
+        "several": several, "because": because,
     }  # fmt: skip
 
 

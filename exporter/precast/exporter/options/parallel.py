@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .backend_options import BackendOptions
@@ -11,6 +11,7 @@ from .declaration import describe
 __all__ = ["DEGREES", "Degrees", "ParallelOptions"]
 
 _SECTION = "Parallel"
+_ONE_PROCESS = "one process runs its models, with all of the weights"
 
 DEGREES = {
     "attn": "attention's queries, keys and values",
@@ -67,7 +68,9 @@ class Degrees:
 def _degree(kind: str) -> int | None:
     degree: int | None = field(
         default=None,
-        metadata=describe(section=_SECTION, metavar="N", help_text=f"Divide {DEGREES[kind]} into N parts only."),
+        metadata=describe(
+            section=_SECTION, metavar="N", help_text=f"Divide {DEGREES[kind]} into N parts only.", because=_ONE_PROCESS
+        ),
     )
     return degree
 
@@ -91,6 +94,7 @@ class ParallelOptions(BackendOptions):
             flags=("--tensor-parallel", "--num-cores"),
             metavar="N",
             help_text="Divide each layer's weights between N processes, or NeuronCores.",
+            because=_ONE_PROCESS,
         ),
     )
     attn_tp: int | None = _degree("attn")
@@ -105,13 +109,24 @@ class ParallelOptions(BackendOptions):
     lmhead_tp: int | None = _degree("lmhead")
     online_split: bool = field(
         default=False,
-        metadata=describe(section=_SECTION, help_text="Keep weights whole, of which each rank reads its parts."),
+        metadata=describe(
+            section=_SECTION, help_text="Keep weights whole, of which each rank reads its parts.", because=_ONE_PROCESS
+        ),
     )
 
     @property
     def is_parallel(self) -> bool:
         """Whether there are several ranks."""
         return self.tensor_parallel > 1
+
+    @property
+    def instead_of_ranks(self) -> str:
+        """What to do with a model that cannot be divided, the end of a message."""
+        return "Leave it out"
+
+    def name_parts(self) -> Sequence[str]:
+        """See BackendOptions."""
+        return [f"tp{self.tensor_parallel}"] if self.is_parallel else []
 
     @property
     def degrees(self) -> Degrees:

@@ -9,7 +9,7 @@ from precast.runtime.arguments import REPLACED, read_token, refuse_replaced, ren
 from precast.runtime.artifact.backends import BACKENDS, get_backend
 from precast.runtime.errors import UsageError
 
-from .backend_options import taken_by
+from .backend_options import taken_by, why_not_taken
 
 __all__ = ["THEIR_NAMES", "in_our_words"]
 
@@ -108,7 +108,7 @@ def _check_taken(backend: str, given: str, name: str, value: Any, instead: str |
     able = [row.name for row in BACKENDS.values() if name in taken_by(row)]
     if backend not in BACKENDS or backend in able:
         return
-    because = get_backend(backend).because
+    because = why_not_taken(get_backend(backend), name)
     other = instead or able[0]
     more = ", instance_type='inf2'" if other == "neuron" else ""
     raise UsageError(

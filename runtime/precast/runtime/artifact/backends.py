@@ -31,7 +31,8 @@ class Backend:
     bits have one scale per row unless groups are asked for. With `halves_caches` caches may be float16. With
     `is_static` every dimension is fixed. With `casts_itself` its compiler does what auto_cast asks for, and the
     program stays as it was traced. With `owns_caches` its engine keeps caches in the memory of a device.
-    With `has_adapter_slots` it compiles `precast::lora`, so that adapters are inputs of its graphs.
+    With `runs_ranks` its engine runs all ranks of a model itself, on as many cores of a device, where else each is a
+    process. With `has_adapter_slots` it compiles `precast::lora`, so that adapters are inputs of its graphs.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Backend:
     is_static: bool = False
     casts_itself: bool = False
     owns_caches: bool = False
+    runs_ranks: bool = False
     has_adapter_slots: bool = False
     options: str | None = None
 
@@ -96,6 +98,7 @@ BACKENDS: dict[str, Backend] = {
         is_static=True,
         casts_itself=True,
         owns_caches=True,
+        runs_ranks=True,
     ),
 }
 

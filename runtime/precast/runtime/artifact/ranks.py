@@ -7,9 +7,13 @@ from pathlib import PurePosixPath
 
 from msgspec.structs import replace
 
+from .backends import BACKENDS
 from .schema import Ranks, Split, Variant
 
-__all__ = ["part_bounds", "pattern_of", "ranks_problem", "split_of", "storage_rule", "weights_of"]
+__all__ = ["OWN_NUMBER", "part_bounds", "pattern_of", "ranks_problem", "split_of", "storage_rule", "weights_of"]
+
+OWN_NUMBER = "rank"
+"""The name of a weight, int32 [1], that is the number of the rank that has it; of all ranks int32 [ranks]."""
 
 
 def part_bounds(size: int, split: Split, rank: int, ranks: int) -> list[tuple[int, int]]:
@@ -31,7 +35,8 @@ def ranks_problem(variant: Variant) -> str | None:
     ranks = variant.ranks
     if ranks is None:
         return None
-    if not variant.abi:
+    row = BACKENDS.get(variant.backend)
+    if not variant.abi and row is not None and not row.runs_ranks:
         return "has ranks, and libraries that do not stand alone"
     for name, split in ranks.splits.items():
         if ranks.count % split.copies:

@@ -184,7 +184,8 @@ class Split(_Closed, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Ranks(_Closed, frozen=True, kw_only=True):
-    """Tensor parallelism: `count` processes run the same graphs at once, each with its part of the weights.
+    """Tensor parallelism: `count` processes, or cores of a device, run the same graphs at once, each with its part of
+    the weights.
 
     `splits` says how weights are divided, by their names with `*` in the place of numbers; all others are whole. They
     are `stored` in as many parts, in files `rank_N/…`, with what all ranks share in a file beside these; or in one,

@@ -45,8 +45,8 @@ class RankedEngine:
         self._numbers, self._caches = itertools.count(), _Known()
         threads = settings.threads or len(share_of_cores(0, count))
         _warn_of_few_cores(count)
-        self._memory, self._group = group.memory, group
-        member = Member(self._memory.address, 0, TIME_LIMIT, self._memory)
+        self._memory, self._group, self._limit = group.memory, group, settings.rank_timeout or TIME_LIMIT
+        member = Member(self._memory.address, 0, self._limit, self._memory)
         self._own = StandaloneEngine(artifact, variant, Settings(threads), member)
         self._send("open", {}, OPENING)
         # Whoever takes this has done what came before.
@@ -103,7 +103,7 @@ class RankedEngine:
         self, kind: str, content: Mapping[str, Any], seconds: float | None = None, arrays: tuple[_Array, ...] = ()
     ) -> None:
         self._process.check()
-        limit = TIME_LIMIT if seconds is None else seconds
+        limit = self._limit if seconds is None else seconds
         try:
             if self._caches.freed or self._caches.unbound:
                 self._memory.send("free", self._caches.take_freed(), (), limit)
@@ -117,7 +117,10 @@ class RankedEngine:
             rank, reason = found
             return HostError(f"Rank {rank} of {self._memory.ranks} has failed: {reason}. Open the model again.")
         self._memory.stop(0, str(error))
-        return HostError(f"The ranks of this model have lost each other: {error}. {self._group.advice}")
+        return HostError(
+            f"The ranks of this model have lost each other: {error}. rank_timeout= lets them wait longer, where this "
+            f"machine has other work, say. {self._group.advice}"
+        )
 
 
 class _RankedStep:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .. import child
 from ..artifact.locks import LockedDirectory, old_ones, sweep
+from ..errors import UsageError
 from .shared_memory import GroupMemory
 
 __all__ = ["Launched", "die_with_parent", "share_of_cores"]
@@ -29,11 +30,9 @@ _GRACE = 5.0
 class Launched:
     """The processes of ranks 1 and up, started by rank 0, which they end with, however it ends."""
 
-    def __init__(self, memory: GroupMemory, arguments: Sequence[str]) -> None:
-        parent = Path(tempfile.gettempdir())
-        sweep(old_ones(parent.glob(f"{_PREFIX}*")))
-        folder = LockedDirectory(parent, _PREFIX, 0o700)
-        self.memory, self.logs = memory, folder.path
+    def __init__(self, memory: GroupMemory, arguments: Sequence[str], logs: Path | None = None) -> None:
+        folder = _make_folder() if logs is None else None
+        self.memory, self.logs = memory, folder.path if folder else _use_folder(logs)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         started, ended = threading.Barrier(memory.ranks), threading.Event()
         threads = [
@@ -50,6 +49,22 @@ class Launched:
         self.end = weakref.finalize(self, _end, memory, self._processes, threads, ended, folder)
 
 
+def _make_folder() -> LockedDirectory:
+    """A folder for the logs of one group, to go away with it."""
+    parent = Path(tempfile.gettempdir())
+    sweep(old_ones(parent.glob(f"{_PREFIX}*")))
+    return LockedDirectory(parent, _PREFIX, 0o700)
+
+
+def _use_folder(path: Path) -> Path:
+    """The user's folder for logs, made where it is not there. Raises UsageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"log_dir={path} cannot be made: {error.strerror}.") from None
+    return path
+
+
 def _run(
     memory: GroupMemory, rank: int, arguments: Sequence[str], logs: Path,
     processes: dict[int, subprocess.Popen[bytes]], started: threading.Barrier, ended: threading.Event,
@@ -57,7 +72,7 @@ def _run(
     """Start a rank, wait for it, and let all others end with it."""
     log, cores = logs / f"rank_{rank}.log", ",".join(map(str, share_of_cores(rank, memory.ranks)))
     own = ["--rank", rank, "--ranks", memory.ranks, "--descriptor", memory.descriptor, "--parent", os.getpid()]
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         processes[rank] = process = subprocess.Popen(
             child.command("precast.runtime.distributed.worker", *arguments, *own, "--cores", cores),
             env=child.environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
@@ -71,9 +86,10 @@ def _run(
 
 def _end(
     memory: GroupMemory, processes: dict[int, subprocess.Popen[bytes]], threads: Sequence[threading.Thread],
-    ended: threading.Event, folder: LockedDirectory,
+    ended: threading.Event, folder: LockedDirectory | None,
 ) -> None:  # fmt: skip
-    """Let all end, by force where that takes too long, and keep logs only of what went wrong."""
+    """Let all end, by force where that takes too long, and keep logs only of what went wrong, but for
+    those in a folder of the user's."""
     ended.set()
     went_well = memory.stopped_by() is None
     memory.stop(0, "it is done")
@@ -84,7 +100,8 @@ def _end(
             process.kill()
     for thread in threads:
         thread.join(_GRACE)
-    folder.close() if went_well else folder.release()
+    if folder:
+        folder.close() if went_well else folder.release()
 
 
 def _describe_status(status: int) -> str:

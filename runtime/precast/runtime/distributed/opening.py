@@ -8,16 +8,15 @@ import weakref
 from typing import NoReturn
 
 from ..artifact import Artifact
-from ..artifact.schema import Ranks, Variant
+from ..artifact.schema import Variant
 from ..engines import Engine, Settings
 from ..errors import UsageError
-from ..terminal import quoted
-from .count import check_count
+from .checks import check_count
 from .engine import RankedEngine
 from .launcher import Launched, share_of_cores
 from .rendezvous import Place, find_place, leave, meet
-from .shared_memory import GroupMemory
-from .worker import Rank, reporting
+from .shared_memory import TIME_LIMIT, GroupMemory
+from .worker import Limits, Rank, reporting
 
 __all__ = ["open_ranks"]
 
@@ -27,22 +26,18 @@ def open_ranks(artifact: Artifact, variant: Variant, settings: Settings) -> Engi
     given another rank than 0 does not come back: it does what rank 0 says, and ends with it. Raises UsageError where
     torchrun has started another number of them."""
     assert variant.ranks, "an artifact for several ranks"
-    _check_stored(artifact, variant.ranks)
     if (place := find_place()) is None:
         return RankedEngine(artifact, variant, settings, _Children(artifact, variant, settings))
     check_count(variant.ranks, place.ranks, f"torchrun has started {place.ranks} processes")
+    if settings.log_dir is not None:
+        raise UsageError(
+            f"log_dir={settings.log_dir} is for ranks that precast starts, and torchrun has started these, which has an "
+            f"option of its own for where they write. Leave it out."
+        )
     memory = meet(place)
     if place.rank > 0:
         _serve(memory, place, artifact, variant, settings)
     return RankedEngine(artifact, variant, settings, _Elsewhere(memory, place))
-
-
-def _check_stored(artifact: Artifact, ranks: Ranks) -> None:
-    if ranks.stored not in (1, ranks.count):
-        raise UsageError(
-            f"{artifact.path} is compiled for {ranks.count} ranks, and its weights lie in {ranks.stored} parts: "
-            f"precast split {quoted(artifact.path)} --ranks {ranks.count} -o OUT makes parts that fit."
-        )
 
 
 class _Children(Launched):
@@ -52,7 +47,8 @@ class _Children(Launched):
         assert variant.ranks, "an artifact for several ranks"
         # The directory first, so that a list of processes tells whose they are.
         named = [str(artifact.path), "--variant", variant.name, "--sha256", artifact.contract.digest]
-        super().__init__(GroupMemory.create(variant.ranks.count), [*named, "--threads", str(settings.threads)])
+        how = ["--threads", str(settings.threads), "--seconds", str(settings.rank_timeout or TIME_LIMIT)]
+        super().__init__(GroupMemory.create(variant.ranks.count), [*named, *how], settings.log_dir)
         self.advice = f"Their logs: {self.logs}"
 
     def formed(self) -> None:
@@ -76,5 +72,6 @@ def _serve(memory: GroupMemory, place: Place, artifact: Artifact, variant: Varia
     launcher = os.getppid()
     with reporting(memory, place.rank):
         threads = settings.threads or len(share_of_cores(place.rank, place.ranks))
-        Rank(memory, place.rank, artifact, variant, threads, lambda: os.getppid() == launcher).serve()
+        limits = Limits(settings.rank_timeout or TIME_LIMIT, lambda: os.getppid() == launcher)
+        Rank(memory, place.rank, artifact, variant, threads, limits).serve()
     sys.exit(0)

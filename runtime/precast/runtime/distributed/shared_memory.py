@@ -23,7 +23,7 @@ from ..errors import HostError
 __all__ = ["TIME_LIMIT", "GroupMemory", "StoppedError"]
 
 TIME_LIMIT = 60.0
-"""Seconds that a rank waits for another within a step, or to begin one."""
+"""Seconds that a rank waits for another within a step, or to begin one, where nobody says how many."""
 
 CHUNK_BYTES = 256 * 2**10
 """What a rank shows the others at a time: it stays in a core's cache."""
@@ -146,6 +146,6 @@ class GroupMemory:
             if found := self.stopped_by():
                 raise StoppedError(f"rank {found[0]}: {found[1]}")
             if until is not None and time.monotonic() > until:
-                raise StoppedError(f"the other ranks took no command within {seconds:.0f} seconds")
+                raise StoppedError(f"the other ranks took no command within {seconds:g} seconds")
             if is_wanted is not None and not is_wanted():
                 raise StoppedError("nobody asks any more")

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from ..engines.aoti import Member, StandaloneEngine
 from ..errors import UsageError
 from ..inputs.tensors import allocate
 from .launcher import die_with_parent
-from .shared_memory import TIME_LIMIT, GroupMemory, StoppedError
+from .shared_memory import GroupMemory, StoppedError
 
-__all__ = ["Rank", "main", "reporting"]
+__all__ = ["Limits", "Rank", "main", "reporting"]
 
 _Array = np.ndarray[Any, Any]
 
@@ -44,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         if variant is None or variant.ranks is None or variant.ranks.count != given.ranks:
             raise UsageError(f"{artifact.path} has no variant {given.variant!r} for {given.ranks} ranks.")
         threads = given.threads or len(given.cores.split(","))
-        Rank(memory, given.rank, artifact, variant, threads, lambda: os.getppid() == given.parent).serve()
+        limits = Limits(given.seconds, lambda: os.getppid() == given.parent)
+        Rank(memory, given.rank, artifact, variant, threads, limits).serve()
     return 0
 
 
@@ -70,20 +72,27 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}")
     for name in ("rank", "ranks", "descriptor", "parent", "threads"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--seconds", type=float)
     return parser.parse_args(arguments)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How many seconds a rank waits for another, and whether whoever started it is still there."""
+
+    seconds: float
+    is_wanted: Callable[[], bool]
+
+
 class Rank:
-    """The model of this rank, and what rank 0 has bound and cached in it. `is_wanted` says whether whoever started it
-    is still there."""
+    """The model of this rank, and what rank 0 has bound and cached in it."""
 
     def __init__(
-        self, memory: GroupMemory, rank: int, artifact: Artifact, variant: Variant, threads: int,
-        is_wanted: Callable[[], bool],
-    ) -> None:  # fmt: skip
-        self._memory, self._rank, self._is_wanted = memory, rank, is_wanted
+        self, memory: GroupMemory, rank: int, artifact: Artifact, variant: Variant, threads: int, limits: Limits
+    ) -> None:
+        self._memory, self._rank, self._is_wanted = memory, rank, limits.is_wanted
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        member = Member(memory.address, rank, TIME_LIMIT, memory)
+        member = Member(memory.address, rank, limits.seconds, memory)
         self._engine = StandaloneEngine(artifact, variant, Settings(threads), member)
         self._caches: dict[int, _Array] = {}
         self._bound: dict[int, tuple[list[_Array], Step]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,8 @@ class Settings:
         device: where to run; an engine whose graphs were compiled for one device is only given that.
         provider: which of ONNX Runtime's providers is to run the graphs; None lets the device decide.
         cores: which NeuronCores to use, of those that this process sees; none lets the engine decide.
+        rank_timeout: how many seconds a rank waits for another; None lets the engine decide.
+        log_dir: the folder for what other ranks write; None is one that goes away again where nothing goes wrong.
     """
 
     threads: int = 0
@@ -39,6 +42,8 @@ class Settings:
     device: str = "cpu"
     provider: str | None = None
     cores: tuple[int, ...] = ()
+    rank_timeout: float | None = None
+    log_dir: Path | None = None
 
 
 class Engine(Protocol):

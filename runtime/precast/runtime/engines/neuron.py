@@ -4,6 +4,9 @@ Inputs and outputs are copied at every step; caches stay on the device, where a 
 copied only where that cannot be helped: from the graph that read a prompt to the one that goes on from it, when
 `torch_neuronx.trace` made them, since each has caches of its own then; and when sessions take turns.
 
+Of a model of several ranks each core is one, with its part of the weights and caches of its own heads: one step runs on
+all of them. What a session's arrays hold of its caches is the first rank's; those of the others are kept beside them.
+
 Opening follows the Neuron documentation, frameworks/torch/torch-neuronx/api-reference-guide/inference: a file is put on
 a core as it is loaded (core placement), weights that lie beside it are put in (replace_weights) and moved there
 (move_trace_to_device), and caches are the parameters of the loaded module (the T5 tutorial writes to them).
@@ -29,10 +32,11 @@ from ..artifact import Artifact
 from ..artifact.schema import Graph, Input, Variant
 from ..errors import ArtifactError, FormatError, HostError, UsageError
 from ..hosts.neuron import neuron_host
-from ..hosts.neuron_sdk import without_sdk
+from ..hosts.neuron_sdk import parameter_path, without_sdk
 from ..terminal import quoted
 from . import Arrays, Settings, Step, move_rows
 from .fork import ForkGuard
+from .rank_weights import own_parts
 from .torch_views import bind_tensor, bind_tensors, view_weights
 from .verified_files import VerifiedFiles
 
@@ -84,6 +88,7 @@ class NeuronEngine:
         if held is not None:
             with held.replica.lock:
                 held.fetch()
+                held.move_others(to, parents, live)
         move_rows(caches, to, parents, live)
 
     def _track_caches(self, graph: Graph, inputs: Arrays) -> _SessionCaches:
@@ -102,7 +107,7 @@ class NeuronEngine:
 
 def _cores_per_graph(variant: Variant) -> int:
     """How many NeuronCores a graph runs on."""
-    return int(variant.compiler.options.get("cores", 1))
+    return variant.ranks.count if variant.ranks else int(variant.compiler.options.get("cores", 1))
 
 
 def _group_cores(cores: Sequence[int], width: int) -> list[tuple[int, ...]]:
@@ -133,6 +138,20 @@ class _Files(VerifiedFiles):
     def __init__(self, artifact: Artifact, variant: Variant) -> None:
         super().__init__(artifact, variant)
         self.inlined = bool(variant.compiler.options.get("inline_weights", False))
+        self._artifact, self._variant = artifact, variant
+
+    def weights_of_core(self, core: int, cores: int) -> dict[str, Tensor]:
+        """The weights of one of several cores, by their paths in the module that NxD compiled."""
+        weights, ranks = VerifiedFiles(self._artifact, self._variant, core).weights(), self._variant.ranks
+        if ranks and ranks.stored == 1:
+            weights = own_parts(weights, ranks, core)
+        found = {parameter_path(name): each for name, each in view_weights(weights).items()}
+        return found if ranks else _sharded_by_name(found, core, cores)
+
+
+def _sharded_by_name(weights: Mapping[str, Tensor], core: int, cores: int) -> dict[str, Tensor]:
+    """The weights of one core in an artifact of precast 0.1, where a name says whether rows are divided."""
+    return {name: each.chunk(cores)[core] if name.startswith("sharded.") else each for name, each in weights.items()}
 
 
 def _import_sdk(module: str) -> Any:
@@ -163,15 +182,18 @@ class _OpenGraph(Protocol):
 
 
 class _Replica(Protocol):
-    """The graphs on one group of cores; whoever runs one holds the lock."""
+    """The graphs on one group of cores, on each of which is a rank; whoever runs one holds the lock."""
 
     lock: threading.Lock
+    ranks: int
 
     def open(self, graph: Graph) -> _OpenGraph: ...
 
 
 class _TracedReplica:
     """A file per graph, each with weights and caches of its own on the device."""
+
+    ranks = 1
 
     def __init__(self, files: _Files, cores: Sequence[int]) -> None:
         self.lock = threading.Lock()
@@ -244,54 +266,49 @@ class _Module:
 
 
 class _NxdReplica:
-    """One NxDModel with all graphs, over one set of weights and caches, sharded over the first cores."""
+    """One NxDModel with all graphs, over one set of weights and caches on each of the first cores."""
 
     def __init__(self, files: _Files, cores: Sequence[int]) -> None:
         self.lock = threading.Lock()
-        self._files, self._cores = files, cores
+        self._files, self.ranks = files, len(cores)
         self._place: _Buffers | None = None
 
     def open(self, graph: Graph) -> _OpenGraph:
         with self.lock:
             if self._place is None:
-                self._place = _Buffers(self._load_file(graph), graph, len(self._cores))
+                self._place = _Buffers(self._load_file(graph), graph, self.ranks)
             return _NxdGraph(graph, self._place)
 
     def _load_file(self, graph: Graph) -> Any:
         _import_sdk("torch_neuronx")
         path = self._files.path(graph.name)
-        weights = view_weights(self._files.weights())
+        weights = [self._files.weights_of_core(core, self.ranks) for core in range(self.ranks)]
         try:
             with self._files.by_path(graph.name) as file, _exclusive_loading():
                 model = _import_sdk("neuronx_distributed").NxDModel.load(str(file))
-            model.set_weights([_shard_of(weights, rank, len(self._cores)) for rank in range(len(self._cores))])
+            model.set_weights(weights)
             model.to_neuron()
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:
             raise _cannot_open(path, error) from error
         return model
 
 
-def _shard_of(weights: Mapping[str, Tensor], rank: int, cores: int) -> dict[str, Tensor]:
-    """The weights of one core: sharded ones are split by rows."""
-    return {name: each.chunk(cores)[rank] if name.startswith("sharded.") else each for name, each in weights.items()}
-
-
 class _Buffers:
-    """The caches of an NxDModel: the same on every core."""
+    """The caches of an NxDModel: those of one core after those of another."""
 
     def __init__(self, model: Any, graph: Graph, cores: int) -> None:
-        self.model, self.holder, self._cores = model, None, cores
-        self._names = [f"cache_{index}" for index in range(len(_cache_names(graph)))]
+        self.model, self.holder = model, None
+        names = [f"cache_{index}" for index in range(len(_cache_names(graph)))]
+        self._places = [(name, core) for core in range(cores) for name in names]
 
     holder: _SessionCaches | None
 
     def read(self) -> Sequence[Tensor]:
-        return [self.model.read_from_neuron_buffer(name, 0) for name in self._names]
+        return [self.model.read_from_neuron_buffer(name, core) for name, core in self._places]
 
     def write(self, values: Sequence[Tensor]) -> None:
-        for name, value in zip(self._names, values, strict=True):
-            for rank in range(self._cores):
-                self.model.write_to_neuron_buffer(value, name, rank)
+        for (name, core), value in zip(self._places, values, strict=True):
+            self.model.write_to_neuron_buffer(value, name, core)
 
 
 class _NxdGraph:
@@ -306,13 +323,15 @@ class _NxdGraph:
 
 
 class _SessionCaches:
-    """A session's caches: its arrays on the host, and the device caches that hold their newest values, if any do."""
+    """A session's caches: its arrays on the host, which are the first rank's, what other ranks have beside them, and the
+    device caches that hold their newest values, if any do."""
 
     def __init__(self, arrays: Sequence[tuple[Input, np.ndarray[Any, Any]]], replica: _Replica) -> None:
         # Weak references: the caches end with their session.
         self._arrays = [(spec, weakref.ref(array)) for spec, array in arrays]
         self.replica = replica
         self._place: _DeviceCaches | None = None
+        self._others: list[Tensor] = []
 
     def bring(self, place: _DeviceCaches, *, is_needed: bool) -> None:
         """Move the caches to `place`, with their values if these are needed."""
@@ -336,10 +355,19 @@ class _SessionCaches:
             for target, value in zip(targets, place.read(), strict=True):
                 target.copy_(value)
 
+    def move_others(self, to: Sequence[int], parents: Sequence[int], live: int) -> None:
+        """Copy rows, as OwnsCaches says, in what other ranks than the first have on the host."""
+        for cache in self._others:
+            cache[list(to), :, :live] = cache[list(parents), :, :live]
+
     def _on_host(self) -> list[Tensor]:
-        """The host's arrays as tensors; none where their session is gone."""
+        """The host's arrays as tensors, those of all ranks; none where their session is gone."""
         found = [(spec, array) for spec, reference in self._arrays if (array := reference()) is not None]
-        return [bind_tensor(spec, array) for spec, array in found] if len(found) == len(self._arrays) else []
+        if len(found) < len(self._arrays):
+            return []
+        own = [bind_tensor(spec, array) for spec, array in found]
+        self._others = self._others or [torch.zeros_like(each) for _ in range(1, self.replica.ranks) for each in own]
+        return [*own, *self._others]
 
 
 class _Bound:

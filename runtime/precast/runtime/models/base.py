@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import threading
 import time
@@ -17,11 +18,12 @@ import numpy as np
 from ..advice import suggest_larger
 from ..arguments import only_known, read_token, refuse_replaced, refuse_unknown, rename
 from ..artifact import Artifact, read_artifact, vocabulary_of
+from ..artifact.backends import get_backend
 from ..artifact.integrity import identity, require_trust
 from ..artifact.publish import copy_artifact
 from ..artifact.schema import Variant
 from ..artifact.tasks import get_task, kind_of_roles
-from ..distributed.count import check_count
+from ..distributed.checks import check_asked, check_stored
 from ..engines import Engine, Settings, open_engine, replicas_of
 from ..engines.footprint import measure_footprint
 from ..engines.providers import check_provider, default_device
@@ -87,6 +89,8 @@ class CompiledModel(ForTransformers):
         trust_native_code: bool = False,
         cores: str | Sequence[int] | None = None,
         nproc: int | None = None,
+        rank_timeout: float | None = None,
+        log_dir: str | Path | None = None,
         export: bool = False,
         **export_options: Any,
     ) -> Self:
@@ -117,6 +121,11 @@ class CompiledModel(ForTransformers):
             nproc: how many processes are to run the model, for an artifact that was compiled for so many ranks
                 (`tensor_parallel`); any other number is refused. By default as many as it was compiled for. This one is
                 rank 0 and starts the others, unless torchrun has.
+            rank_timeout: how many seconds such a process waits for another in a step, or to begin one, before all end;
+                by default 60.
+            log_dir: a folder for what the processes that are started write, `rank_1.log` and so on, which stay there;
+                files that are there are written on. By default a folder for temporary files, which stays only where
+                something went wrong.
             export: `model` is a checkpoint; export it first, with `export_options` as for
                 `precast.exporter.export` (needs `pip install 'precast[export]'`). What was made of the same files with
                 the same options and versions before is opened as it is. Options that optimum-neuron, MindFormers and
@@ -136,6 +145,7 @@ class CompiledModel(ForTransformers):
             model, threads, revision=revision, subfolder=subfolder, device=device, provider=provider, variant=variant,
             sha256=sha256,
         )  # fmt: skip
+        of_ranks = _read_rank_options(rank_timeout, log_dir)
         if export:
             # An `onnx` artifact is told where to run when it is opened; others are compiled for that.
             if device is not None and export_options.get("backend", "onnx") != "onnx":
@@ -148,7 +158,7 @@ class CompiledModel(ForTransformers):
         while True:
             before = identity(path / "config.json")
             try:
-                settings = Settings(threads, prepack, verify, provider=provider, cores=read_cores(cores))
+                settings = Settings(threads, prepack, verify, provider=provider, cores=read_cores(cores), **of_ranks)
                 opened = cls._open_artifact(path, settings, device, variant, sha256, trust_native_code, nproc)
             except ArtifactError:
                 if identity(path / "config.json") == before:
@@ -178,8 +188,7 @@ class CompiledModel(ForTransformers):
         home = default_device(settings.provider) if settings.provider else chosen.host.device
         settings = replace(settings, device=device or home)
         _check_cores(settings.cores, chosen)
-        if nproc is not None:
-            check_count(chosen.ranks, nproc, f"nproc={nproc} processes are asked for")
+        check_asked(chosen, nproc, settings)
         target = cls._class_for(artifact)
         verify_artifact(artifact, chosen, force=settings.verify)
         _check_trust(artifact, chosen, sha256, trust_native_code)
@@ -339,6 +348,16 @@ def _check_arguments(model: Any, threads: Any, **texts: Any) -> None:
             raise UsageError(f"{name} must be a str, not {text!r:.80}.")
 
 
+def _read_rank_options(rank_timeout: Any, log_dir: Any) -> dict[str, Any]:
+    """What is said of ranks, as Settings has it. Raises UsageError."""
+    is_number = isinstance(rank_timeout, int | float) and not isinstance(rank_timeout, bool)
+    if rank_timeout is not None and not (is_number and 0 < rank_timeout < math.inf):
+        raise UsageError(f"rank_timeout must be a number of seconds above 0, not {rank_timeout!r:.80}.")
+    if log_dir is not None and not isinstance(log_dir, str | os.PathLike):
+        raise UsageError(f"log_dir must be the path of a folder, not {log_dir!r:.80}.")
+    return {"rank_timeout": rank_timeout, "log_dir": log_dir if log_dir is None else Path(log_dir)}
+
+
 def verify_artifact(artifact: Artifact, variant: Variant, *, force: bool = False) -> None:
     """Check size and hash of every file that `variant` needs, with a progress bar, and keep the small ones that say how
     to prepare inputs and how to answer. Raises IntegrityError."""
@@ -361,14 +380,14 @@ def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust
     if sha256 is not None and sha256 != digest:
         raise ArtifactError(f"The digest of {artifact.path} is {digest}, not {sha256} as pinned by sha256=.")
     # The tier is the backend's, whatever the file claims for itself.
-    from ..artifact.backends import get_backend
-
     if "native" in (variant.trust, get_backend(variant.backend).trust):
         require_trust(str(artifact.path), digest, sha256=sha256, trust_native_code=trust_native_code)
 
 
 def _open_engine(artifact: Artifact, variant: Variant, settings: Settings) -> Engine:
-    if variant.ranks is None:
+    if variant.ranks:
+        check_stored(artifact, variant.ranks)
+    if variant.ranks is None or get_backend(variant.backend).runs_ranks:
         return open_engine(artifact, variant, settings)
     # What one process runs needs none of it.
     from ..distributed.opening import open_ranks

@@ -61,4 +61,4 @@ class AotiOptions(ParallelOptions):
     def name_parts(self) -> Sequence[str]:
         """See BackendOptions."""
         level = [] if self.isa == "native" else [self.isa]
-        return [*level, *([f"tp{self.tensor_parallel}"] if self.is_parallel else [])]
+        return [*level, *super().name_parts()]

@@ -72,7 +72,9 @@ class NeuronCompiler(OptimumLayout):
             program=hash_programs(each.exported for each in lowered.values()),
         )
 
-    def write_weights(self, programs: Iterable[Program], stage: Path, old: Variant, options: ExportOptions) -> Compiled:
+    def write_weights(
+        self, programs: Iterable[Program], stage: Path, old: Variant | Compiled, options: ExportOptions
+    ) -> Compiled:
         """See WritesWeights. Needs none of the SDK."""
         neuron: NeuronOptions = options.backend_options
         lowered = [lower(program, NEURON_LOWERING) for program in programs]
@@ -89,7 +91,7 @@ class NeuronCompiler(OptimumLayout):
 
 def _save_weights(lowered: Iterable[Lowered], neuron: NeuronOptions, stage: Path) -> None:
     bodies = [build_body(each) for each in lowered]
-    save_tensors(STRATEGIES[neuron.chosen_strategy].weights(bodies, neuron.tensor_parallel), stage / WEIGHTS)
+    save_tensors(STRATEGIES[neuron.chosen_strategy].weights(bodies), stage / WEIGHTS)
 
 
 def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None:
@@ -99,6 +101,7 @@ def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None
         items = []
         for each in lowered:
             program = folder / f"{each.graph.name}.pt2"
+            _give_own_memory(each.exported)
             torch.export.save(each.exported, program)
             items.append(Item(graph=each.graph, program=str(program)))
         job = Job(
@@ -111,6 +114,14 @@ def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None
             workdir=str(workdir),
         )
         compile_job(job, folder, str(neuron.instance_type))
+
+
+def _give_own_memory(exported: torch.export.ExportedProgram) -> None:
+    """Copy weights that are parts of larger ones, as a rank's are: torch would write the larger ones."""
+    for held in (exported.state_dict, exported.constants):
+        for name, tensor in held.items():
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > tensor.nbytes:
+                held[name] = tensor.clone()
 
 
 @contextmanager

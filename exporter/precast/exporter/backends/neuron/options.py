@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...options.backend_options import BackendOptions
 from ...options.declaration import describe
 from ...options.layout import OPTIMUM_NEURON
+from ...options.parallel import ParallelOptions
 from ...options.shapes import ShapeOptions
 
 __all__ = ["INSTANCE_TYPES", "STRATEGIES", "NeuronOptions"]
@@ -44,13 +44,12 @@ _OURS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeuronOptions(BackendOptions):
-    """What neuronx-cc compiles for, and how.
+class NeuronOptions(ParallelOptions):
+    """What neuronx-cc compiles for, and how. Each rank is a NeuronCore.
 
     Attributes:
         instance_type: what to compile for, one of INSTANCE_TYPES; required.
         strategy: how to compile, one of STRATEGIES; None is "trace", or "model-builder" for several cores.
-        tensor_parallel: over how many NeuronCores to spread each layer's weights.
         inline_weights: weights within every compiled graph, rather than once beside all of them.
         optlevel: how hard neuronx-cc optimises, 1 to 3; None is its own default, 2.
         compiler_args: further arguments of neuronx-cc, as they are.
@@ -63,14 +62,6 @@ class NeuronOptions(BackendOptions):
     strategy: str | None = field(
         default=None,
         metadata=describe(metavar="NAME", help_text="As: trace, or model-builder (one set of weights, several cores)."),
-    )
-    tensor_parallel: int = field(
-        default=1,
-        metadata=describe(
-            flags=("--tensor-parallel", "--num-cores"),
-            metavar="N",
-            help_text="Spread each layer's weights over N NeuronCores.",
-        ),
     )
     inline_weights: bool = field(
         default=False, metadata=describe(help_text="Weights within each graph, or once beside them (default).")
@@ -93,15 +84,21 @@ class NeuronOptions(BackendOptions):
     @property
     def chosen_strategy(self) -> str:
         """The strategy that the user named, or the one that can do what is asked for."""
-        return self.strategy or ("model-builder" if self.tensor_parallel > 1 else "trace")
+        return self.strategy or ("model-builder" if self.is_parallel else "trace")
 
     def problems(self) -> Iterator[str]:
         """See OptionsPart."""
+        yield from super().problems()
         yield from _target_problems(self.instance_type)
         yield from _strategy_problems(self)
         if self.optlevel not in (None, 1, 2, 3):
             yield f"optlevel={self.optlevel} is no level of neuronx-cc; the choices are: 1, 2, 3."
         yield from _argument_problems(self.compiler_args)
+
+    @property
+    def instead_of_ranks(self) -> str:
+        """See ParallelOptions."""
+        return "Leave it out; opened with cores='0-1', say, a whole model runs on each of these NeuronCores"
 
     def layout_problems(self, layout: str, shapes: ShapeOptions) -> Iterator[str]:
         """See BackendOptions."""
@@ -110,7 +107,7 @@ class NeuronOptions(BackendOptions):
         flag = f"layout={OPTIMUM_NEURON!r}"
         if not self.inline_weights:
             yield f"{flag} has no file for weights beside the graph; give inline_weights=True, too."
-        if self.strategy not in (None, "trace") or self.tensor_parallel > 1:
+        if self.strategy not in (None, "trace") or self.is_parallel:
             yield f"{flag} holds one graph for one NeuronCore; leave out strategy= and tensor_parallel."
         sizes = {"batch_size": shapes.batch_sizes, "sequence_length": shapes.sequence_length,
                  "audio_sequence_length": shapes.audio_sequence_length}  # fmt: skip
@@ -138,11 +135,9 @@ def _strategy_problems(options: NeuronOptions) -> Iterator[str]:
         yield f"strategy={options.strategy!r} is not possible: {_REFUSED[options.strategy]}. The choices are: {known}."
     elif options.strategy not in (None, *STRATEGIES):
         yield f"strategy={options.strategy!r} is not supported; the choices are: {known}."
-    if cores < 1:
-        yield f"tensor_parallel must be at least 1, not {cores}."
     if cores > 1 and options.strategy == "trace":
         yield (
-            f"tensor_parallel={cores} spreads weights over NeuronCores, and strategy='trace' compiles for one; leave "
+            f"tensor_parallel={cores} divides weights between NeuronCores, and strategy='trace' compiles for one; leave "
             f"strategy= out, or give 'model-builder'."
         )
     if options.inline_weights and options.chosen_strategy == "model-builder":

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from precast.runtime.artifact.schema import Graph
 
-from .tensor_parallel import SharedGraphs
+from .collectives import call_collectives
+from .shared_graphs import SharedGraphs
 from .xla_program import Body, OneGraph, example_inputs, step_inputs
 
 __all__ = ["STRATEGIES", "Item", "Job", "Strategy"]
@@ -40,7 +41,7 @@ class Job(Struct, frozen=True):
         items: the graphs.
         file: path to write.
         arguments: of neuronx-cc.
-        cores: NeuronCores that share each layer's weights.
+        cores: NeuronCores, each of which is a rank.
         inline_weights: see ExportOptions.
         workdir: folder for neuronx-cc's files.
     """
@@ -63,7 +64,7 @@ class Strategy(Protocol):
         """The files to write, and the graphs in each; each file is a job of its own."""
         ...
 
-    def weights(self, bodies: Sequence[Body], cores: int) -> dict[str, Tensor]:
+    def weights(self, bodies: Sequence[Body]) -> dict[str, Tensor]:
         """The weights beside the files, by the names under which the runtime passes them in."""
         ...
 
@@ -88,7 +89,7 @@ class TraceStrategy:
     def files(self, graphs: Sequence[Graph]) -> dict[str, list[Graph]]:
         return {f"{graph.name}.neuron": [graph] for graph in graphs}
 
-    def weights(self, bodies: Sequence[Body], cores: int) -> dict[str, Tensor]:
+    def weights(self, bodies: Sequence[Body]) -> dict[str, Tensor]:
         # Under each graph's name; memory that several share is stored once all the same.
         return {f"{body.graph.name}:{name}": each for body in bodies for name, each in OneGraph(body).named_weights()}
 
@@ -119,20 +120,24 @@ def _blank(tensor: Tensor) -> Tensor:
 
 class ModelBuilderStrategy:
     """NxD's ModelBuilder (version 2): all graphs in one TorchScript file, over one set of weights and one set of caches
-    on the device, with tensor parallelism if asked for."""
+    on the device. The bodies are those of one rank, where there are several: each core runs the same, with its own
+    weights and caches."""
 
     modules: Mapping[str, str] = _BUILDER
 
     def files(self, graphs: Sequence[Graph]) -> dict[str, list[Graph]]:
         return {"model.neuron": list(graphs)}
 
-    def weights(self, bodies: Sequence[Body], cores: int) -> dict[str, Tensor]:
-        return SharedGraphs(bodies, cores).named_weights()
+    def weights(self, bodies: Sequence[Body]) -> dict[str, Tensor]:
+        return SharedGraphs(bodies).named_weights()
 
     def build(self, job: Job, bodies: Sequence[Body], on_graph: Callable[[str], None]) -> None:
         nxd: Any = import_module("neuronx_distributed")
+        reduce, gather = _nxd_collectives()
+        for body in bodies:
+            call_collectives(body.module, reduce, gather)
         with nxd.NxDParallelState(world_size=job.cores, tensor_model_parallel_size=job.cores):
-            builder = nxd.ModelBuilder(SharedGraphs(bodies, job.cores, _gather_function()).eval())
+            builder = nxd.ModelBuilder(SharedGraphs(bodies).eval())
             for body in bodies:
                 on_graph(body.graph.name)
                 builder.trace(args=example_inputs(step_inputs(body.graph)), tag=body.graph.name)
@@ -141,11 +146,16 @@ class ModelBuilderStrategy:
         built.save(job.file)
 
 
-def _gather_function() -> Callable[[Tensor], Tensor]:
-    """NxD's collective that concatenates the parts of a layer's output from all cores."""
-    mappings = import_module("neuronx_distributed.parallel_layers.mappings")
-    found: Callable[[Tensor], Tensor] = mappings.gather_from_tensor_model_parallel_region
-    return found
+def _nxd_collectives() -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """NxD's sum over all cores, and its concatenation of what all cores have along the last dimension."""
+    mappings: Any = import_module("neuronx_distributed.parallel_layers.mappings")
+
+    def reduce(x: Tensor) -> Tensor:
+        # It writes the sum into its argument, which others may read.
+        total: Tensor = mappings.reduce_from_tensor_model_parallel_region(x.clone())
+        return total
+
+    return reduce, mappings.gather_from_tensor_model_parallel_region
 
 
 STRATEGIES: dict[str, Strategy] = {"trace": TraceStrategy(), "model-builder": ModelBuilderStrategy()}

@@ -16,10 +16,12 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_leaves
 
+from precast.runtime.artifact.ranks import OWN_NUMBER
 from precast.runtime.artifact.schema import Graph, Input
 from precast.runtime.errors import ExportError
 
 from ..aten.lowered import Lowered, LoweringOptions
+from .collectives import COLLECTIVES, add_collective, reads_rank
 
 __all__ = ["NEURON_LOWERING", "Body", "OneGraph", "build_body", "cache_inputs", "example_inputs", "step_inputs"]
 
@@ -42,7 +44,8 @@ class Body:
     graph: the contract.
     module: takes the weights, the caches and the inputs of a step, in this order, and returns a flat tuple of the
         outputs and the new caches; its own buffers are constants.
-    weights: by name, in the order in which `module` takes them.
+    weights: by name, in the order in which `module` takes them; of several ranks those of one, whose number, where
+        the program asks for it, is the weight OWN_NUMBER, int32 [1], which is 0 here.
     """
 
     graph: Graph
@@ -58,6 +61,9 @@ def build_body(lowered: Lowered) -> Body:
     caches = {spec.name for spec in cache_inputs(lowered.graph)}
     builder = _GraphBuilder(exported.graph_module)
     weights: dict[str, Tensor] = {}
+    if any(map(reads_rank, exported.graph.nodes)):
+        builder.add_rank()
+        weights[OWN_NUMBER] = torch.zeros(1, dtype=torch.int32)
     for node in exported.graph.nodes:
         if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT and node.users:
             builder.add_input(node)
@@ -126,6 +132,11 @@ class _GraphBuilder:
         self._source, self._root, self._graph = source, nn.Module(), fx.Graph()
         self._made: dict[fx.Node, Any] = {}
         self._known: dict[fx.Node, Any] = {}
+        self._rank: fx.Node | None = None
+
+    def add_rank(self) -> None:
+        """Add an argument for the number of the rank."""
+        self._rank = self._graph.placeholder(OWN_NUMBER)
 
     def add_input(self, node: fx.Node) -> None:
         """Add an argument to the new graph."""
@@ -134,6 +145,10 @@ class _GraphBuilder:
     def copy_node(self, node: fx.Node) -> None:
         """Copy a node, or compute its value where it depends on known values only."""
         if node.target in _ASSERTIONS:
+            return
+        if node.target in COLLECTIVES:
+            x = self._get_node(node.all_input_nodes[0])
+            self._made[node] = add_collective(self._graph, node, x, self._rank)
             return
         if all(each in self._known for each in node.all_input_nodes):
             self._known[node] = self._compute(node)
