@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import FAMILIES, Group, degrees, model_of
+from ranks import FAMILIES, SHARED, Group, degrees, model_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from precast.exporter import ExportOptions

@@ -289,7 +289,8 @@ def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(artif
     (worker,) = {process.pid for process in model._engine._group._processes.values()}
     os.kill(worker, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(HostError, match=r"lost each other: .*(did not come within|took no command within).*rank_timeout="):
+    words = r"lost each other: .*(did not come within|took no command within).*rank_timeout= lets them wait longer"
+    with pytest.raises(HostError, match=words):
         model.generate(PROMPTS[:1], max_new_tokens=20, eos_token_id=[])
     assert time.monotonic() - began < 5
 
@@ -314,8 +315,10 @@ def test_logs_in_a_folder_that_the_user_names_stay(artifact, tmp_path):
     again = CompiledModelForCausalLM.from_pretrained(artifact.path, log_dir=str(logs))
     again._engine._group.end()
     assert (logs / "rank_1.log").read_text() == "of an earlier run\nRank 1 ends, since rank 0: it is done.\n"
-    with pytest.raises(UsageError, match=r"log_dir=.*rank_1.log cannot be made: File exists"):
-        CompiledModelForCausalLM.from_pretrained(artifact.path, log_dir=logs / "rank_1.log")
+    (tmp_path / "rank_1.log").mkdir()
+    for place, words in ((logs / "rank_1.log", "File exists"), (tmp_path, "rank_1.log: Is a directory")):
+        with pytest.raises(UsageError, match=rf"log_dir={re.escape(str(place))} cannot be written into: .*{words}"):
+            CompiledModelForCausalLM.from_pretrained(artifact.path, log_dir=place)
 
 
 @pytest.mark.parametrize(

@@ -331,12 +331,9 @@ def _check_session(session: Path | None) -> None:
 
 
 def _of_any(options: dict[str, Any]) -> dict[str, Any]:
-    """How to open an artifact, without what tells which."""
-    return {
-        name: value
-        for name, value in options.items()
-        if name not in ("variant", "sha256", "subfolder", "revision", "prefix_tuning")
-    }
+    """How to open an artifact, without what tells which, or how many processes run it."""
+    of_one = ("variant", "sha256", "subfolder", "revision", "prefix_tuning", "nproc", "rank_timeout", "log_dir")
+    return {name: value for name, value in options.items() if name not in of_one}
 
 
 def _open_decoder(model: str, quiet: bool, options: dict[str, Any]) -> Any:

@@ -20,8 +20,8 @@ def check_asked(variant: Variant, nproc: int | None, settings: Settings) -> None
     given = [f"{name}={value}" for name, value in asked.items() if value is not None]
     if given and variant.ranks is None:
         raise UsageError(
-            f"{given[0]} is for models of several ranks, and the variant {variant.name} is compiled for one, which runs "
-            f"in this process alone. Leave it out."
+            f"{given[0]} is for models of several ranks, and the variant {variant.name} is compiled for one, which "
+            f"runs in this process alone. Leave it out."
         )
     if given and are_cores:
         raise UsageError(

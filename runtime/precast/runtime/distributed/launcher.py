@@ -31,8 +31,13 @@ class Launched:
     """The processes of ranks 1 and up, started by rank 0, which they end with, however it ends."""
 
     def __init__(self, memory: GroupMemory, arguments: Sequence[str], logs: Path | None = None) -> None:
-        folder = _make_folder() if logs is None else None
-        self.memory, self.logs = memory, folder.path if folder else _use_folder(logs)
+        folder = None
+        if logs is None:
+            folder = _make_folder()
+            logs = folder.path
+        else:
+            _prepare_folder(logs, memory.ranks)
+        self.memory, self.logs = memory, logs
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         started, ended = threading.Barrier(memory.ranks), threading.Event()
         threads = [
@@ -56,13 +61,18 @@ def _make_folder() -> LockedDirectory:
     return LockedDirectory(parent, _PREFIX, 0o700)
 
 
-def _use_folder(path: Path) -> Path:
-    """The user's folder for logs, made where it is not there. Raises UsageError."""
+def _prepare_folder(path: Path, ranks: int) -> None:
+    """Make the user's folder for logs, where it is not there. Raises UsageError where they cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for rank in range(1, ranks):
+            _log_of(path, rank).open("ab").close()
     except OSError as error:
-        raise UsageError(f"log_dir={path} cannot be made: {error.strerror}.") from None
-    return path
+        raise UsageError(f"log_dir={path} cannot be written into: {error.filename}: {error.strerror}.") from None
+
+
+def _log_of(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.log"
 
 
 def _run(
@@ -70,7 +80,7 @@ def _run(
     processes: dict[int, subprocess.Popen[bytes]], started: threading.Barrier, ended: threading.Event,
 ) -> None:  # fmt: skip
     """Start a rank, wait for it, and let all others end with it."""
-    log, cores = logs / f"rank_{rank}.log", ",".join(map(str, share_of_cores(rank, memory.ranks)))
+    log, cores = _log_of(logs, rank), ",".join(map(str, share_of_cores(rank, memory.ranks)))
     own = ["--rank", rank, "--ranks", memory.ranks, "--descriptor", memory.descriptor, "--parent", os.getpid()]
     with log.open("ab") as file:
         processes[rank] = process = subprocess.Popen(

@@ -31,8 +31,8 @@ def open_ranks(artifact: Artifact, variant: Variant, settings: Settings) -> Engi
     check_count(variant.ranks, place.ranks, f"torchrun has started {place.ranks} processes")
     if settings.log_dir is not None:
         raise UsageError(
-            f"log_dir={settings.log_dir} is for ranks that precast starts, and torchrun has started these, which has an "
-            f"option of its own for where they write. Leave it out."
+            f"log_dir={settings.log_dir} is for ranks that precast starts, and torchrun has started these, which has "
+            f"an option of its own for where they write. Leave it out."
         )
     memory = meet(place)
     if place.rank > 0:

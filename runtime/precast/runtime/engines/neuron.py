@@ -323,8 +323,8 @@ class _NxdGraph:
 
 
 class _SessionCaches:
-    """A session's caches: its arrays on the host, which are the first rank's, what other ranks have beside them, and the
-    device caches that hold their newest values, if any do."""
+    """A session's caches: its arrays on the host, which are the first rank's, beside them those of the other ranks, and
+    the device caches that hold the newest values, if any do."""
 
     def __init__(self, arrays: Sequence[tuple[Input, np.ndarray[Any, Any]]], replica: _Replica) -> None:
         # Weak references: the caches end with their session.

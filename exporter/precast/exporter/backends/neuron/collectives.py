@@ -1,5 +1,5 @@
-"""Collectives between ranks, each of which is a NeuronCore, in terms of what NxD has: the sum and the concatenation over
-all cores, and weights of which each core has its own value.
+"""Collectives between ranks, each of which is a NeuronCore, in terms of what NxD has: the sum and the concatenation
+over all cores, and weights of which each core has its own value.
 
 Groups of fewer cores are not needed: where several ranks hold the same part, one of each gives it and the others zeros,
 or what the others give is left out.
@@ -8,7 +8,7 @@ or what the others give is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +17,7 @@ from ...operators import collectives  # noqa: F401  (registers the operators tha
 
 __all__ = ["COLLECTIVES", "add_collective", "call_collectives", "reads_rank"]
 
+_ATEN: Any = torch.ops.aten
 _REDUCE = torch.ops.precast.all_reduce.default
 _GATHER = torch.ops.precast.all_gather.default
 _NUMBER = torch.ops.precast.rank_number.default
@@ -25,39 +26,39 @@ COLLECTIVES = frozenset({_REDUCE, _GATHER, _NUMBER})
 
 def reads_rank(node: fx.Node) -> bool:
     """Whether a node computes something else on every rank, by the rank's number."""
-    return node.target is _NUMBER or (node.target is _REDUCE and _copies_of(node) > 1)
+    return node.target is _NUMBER or (node.target is _REDUCE and _sizes(node)[1] > 1)
 
 
-def _copies_of(node: fx.Node) -> int:
-    copies: Any = node.args[2]
-    return int(copies)
+def _sizes(node: fx.Node) -> tuple[int, int]:
+    """How many ranks take part in a collective, and how many of them have the same part."""
+    ranks, copies = node.args[1:]
+    return cast(int, ranks), cast(int, copies)
 
 
 def add_collective(graph: fx.Graph, node: fx.Node, x: fx.Node, rank: fx.Node | None) -> fx.Node:
     """Add a collective of another graph, over all ranks. `x` is its argument here, and `rank`, int32 [1], the number of
     the rank, which those that `reads_rank` need."""
-    aten = torch.ops.aten
     if node.target is _NUMBER:
-        return graph.call_function(aten._to_copy.default, (rank,), {"dtype": torch.int64})
-    (_, ranks, copies), (*rows, width) = node.args, _argument(node).meta["val"].shape
+        return graph.call_function(_ATEN._to_copy.default, (rank,), {"dtype": torch.int64})
+    ranks, copies = _sizes(node)
     if node.target is _REDUCE:
         if copies > 1:
-            place = graph.call_function(aten.remainder.Scalar, (rank, copies))
-            counts = graph.call_function(aten.eq.Scalar, (place, 0))
-            x = graph.call_function(aten.where.ScalarOther, (counts, x, 0))
+            place = graph.call_function(_ATEN.remainder.Scalar, (rank, copies))
+            counts = graph.call_function(_ATEN.eq.Scalar, (place, 0))
+            x = graph.call_function(_ATEN.where.ScalarOther, (counts, x, 0))
         return graph.call_function(_REDUCE, (x, ranks, 1))
     gathered = graph.call_function(_GATHER, (x, ranks, 1))
-    if copies == 1:
-        return gathered
-    parts = graph.call_function(aten.reshape.default, (gathered, [*rows, ranks // copies, copies, width]))
-    first = graph.call_function(aten.select.int, (parts, -2, 0))
-    return graph.call_function(aten.reshape.default, (first, [*rows, ranks // copies * width]))
+    return gathered if copies == 1 else _select_different(graph, node, gathered)
 
 
-def _argument(node: fx.Node) -> fx.Node:
-    argument = node.args[0]
-    assert isinstance(argument, fx.Node), "a tensor"
-    return argument
+def _select_different(graph: fx.Graph, node: fx.Node, gathered: fx.Node) -> fx.Node:
+    """One of each part, of what all ranks gave, [..., n * ranks] -> [..., n * ranks / copies]."""
+    ranks, copies = _sizes(node)
+    *rows, width = node.meta["val"].shape
+    parts = ranks // copies
+    apart = graph.call_function(_ATEN.reshape.default, (gathered, [*rows, parts, copies, width // parts]))
+    first = graph.call_function(_ATEN.select.int, (apart, -2, 0))
+    return graph.call_function(_ATEN.reshape.default, (first, [*rows, width]))
 
 
 def call_collectives(

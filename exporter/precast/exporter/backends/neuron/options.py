@@ -137,8 +137,8 @@ def _strategy_problems(options: NeuronOptions) -> Iterator[str]:
         yield f"strategy={options.strategy!r} is not supported; the choices are: {known}."
     if cores > 1 and options.strategy == "trace":
         yield (
-            f"tensor_parallel={cores} divides weights between NeuronCores, and strategy='trace' compiles for one; leave "
-            f"strategy= out, or give 'model-builder'."
+            f"tensor_parallel={cores} divides weights between NeuronCores, and strategy='trace' compiles for one; "
+            f"leave strategy= out, or give 'model-builder'."
         )
     if options.inline_weights and options.chosen_strategy == "model-builder":
         yield (
