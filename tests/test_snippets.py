@@ -162,8 +162,9 @@ def test_the_first_minute_answers_what_the_readme_says(reader):
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name)
 def test_all_snippets_of_a_document(reader, document, tmp_path, monkeypatch):
-    if document.name == "neuron.md":
+    if document.name in ("neuron.md", "parallel.md"):
         neuron_machine.install(monkeypatch, tmp_path / "neuron", cores=2)
+    if document.name == "neuron.md":
         digest = {"DIGEST": lambda: json.loads((tmp_path / "smollm2/config.json").read_text())["precast"]["digest"]}
         reader.local = {**reader.local, **digest}
     if document.name == "usage.md":

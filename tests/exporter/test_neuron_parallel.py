@@ -9,6 +9,7 @@ from ranks import FAMILIES, Group, model_of
 from precast.exporter import ExportOptions
 from precast.exporter.backends.aten.lowering import lower
 from precast.exporter.backends.neuron.collectives import COLLECTIVES
+from precast.exporter.backends.neuron.compiler import _give_own_memory
 from precast.exporter.backends.neuron.xla_program import (
     NEURON_LOWERING,
     build_body,
@@ -16,6 +17,7 @@ from precast.exporter.backends.neuron.xla_program import (
     example_inputs,
     step_inputs,
 )
+from precast.exporter.backends.program_hash import hash_programs
 from precast.exporter.checkpoint.resolve import resolve
 from precast.exporter.kinds.plan import make_plan
 from precast.exporter.kinds.trace import trace
@@ -46,7 +48,8 @@ class Cores:
         self.model = checkpoint.load(plan.task, "float32")
         self.division = divide(self.model, plan.degrees)
         first = local_model(self.model, self.division, 0)
-        self.bodies = [build_body(lower(program, NEURON_LOWERING)) for program in trace(first, plan)]
+        self.lowered = [lower(program, NEURON_LOWERING) for program in trace(first, plan)]
+        self.bodies = [build_body(each) for each in self.lowered]
         self._whole = dict(
             [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
         )
@@ -99,6 +102,16 @@ def test_cores_together_give_the_models_logits(kind, tmp_path):
     with torch.no_grad():
         whole = cores.model(IDS).past_key_values.layers[0].keys.shape[1]
     assert [layer.heads for layer in cores.bodies[0].graph.cache] == [whole if kind in WHOLE else whole // 2]
+    check_own_memory(cores.lowered[0].exported)
+
+
+def check_own_memory(exported) -> None:
+    """A rank's program goes to the compiler without the other ranks' weights, and is the same still."""
+    before = hash_programs([exported])
+    _give_own_memory(exported)
+    assert hash_programs([exported]) == before
+    for tensor in exported.state_dict.values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,10 @@ def reporting(memory: GroupMemory, rank: int) -> Iterator[None]:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact", type=Path)
-    for name in ("variant", "sha256", "cores"):
-        parser.add_argument(f"--{name}")
-    for name in ("rank", "ranks", "descriptor", "parent", "threads"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--seconds", type=float)
+    words, counts = ("variant", "sha256", "cores"), ("rank", "ranks", "descriptor", "parent", "threads")
+    kinds = {**dict.fromkeys(words, str), **dict.fromkeys(counts, int), "seconds": float}
+    for name, kind in kinds.items():
+        parser.add_argument(f"--{name}", type=kind)
     return parser.parse_args(arguments)
 
 

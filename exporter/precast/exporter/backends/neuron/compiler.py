@@ -117,11 +117,16 @@ def _compile(lowered: list[Lowered], file: Path, options: ExportOptions) -> None
 
 
 def _give_own_memory(exported: torch.export.ExportedProgram) -> None:
-    """Copy weights that are parts of larger ones, as a rank's are: torch would write the larger ones."""
+    """Copy weights that are parts of larger ones, as a rank's are: torch would write the larger ones. What is one
+    tensor under several names stays one."""
+    copies: dict[tuple[object, ...], torch.Tensor] = {}
     for held in (exported.state_dict, exported.constants):
         for name, tensor in held.items():
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > tensor.nbytes:
-                held[name] = tensor.clone()
+                place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                if place not in copies:
+                    copies[place] = tensor.clone()
+                held[name] = copies[place]
 
 
 @contextmanager
