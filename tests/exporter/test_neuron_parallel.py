@@ -117,9 +117,10 @@ def check_own_memory(exported) -> None:
 @pytest.mark.parametrize(
     "fewer",
     [
-        {"attn_tp": 2, "o_proj_tp": 4, "mlp_tp": 1, "moe_tp": 2, "embed_tp": 2, "lmhead_tp": 2},
+        {"attn_tp": 2, "o_proj_tp": 4, "moe_tp": 2, "embed_tp": 2, "lmhead_tp": 2},
         pytest.param({"attn_tp": 4, "o_proj_tp": 1, "embed_tp": 1, "lmhead_tp": 4}, marks=pytest.mark.slow),
         pytest.param({"attn_tp": 1, "o_proj_tp": 2, "moe_tp": 1}, marks=pytest.mark.slow),
+        pytest.param({"moe_ep": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
