@@ -522,7 +522,7 @@ def test_only_combinations_that_mean_something(options, words):
 def test_the_command_line_has_the_same_options(checkpoint, tmp_path, monkeypatch, capsys):
     words = ["export", checkpoint("llama"), "-o", tmp_path / "out", "-q", "--no-validate", "--backend", "neuron",
              "--instance-type", "trn1", "--num-cores", "2", "-O1", "--batch-size", "2", "--compiler-arg=--verbose=info",
-             "--sequence-length", "16", "--prefill-lengths", "4"]  # fmt: skip
+             "--sequence-length", "32", "--prefill-lengths", "4"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["precast", *map(str, words)])
     with pytest.raises(SystemExit) as done:
         main()
@@ -530,7 +530,9 @@ def test_the_command_line_has_the_same_options(checkpoint, tmp_path, monkeypatch
     model = CompiledModelForCausalLM.from_pretrained(tmp_path / "out")
     told = model.variant.compiler.options
     assert (told["cores"], told["optlevel"], told["strategy"]) == (2, 1, "model-builder")
-    row = [5, 9, 30, 7, 200]
+    row = [255, 192, 154, 83, 94]
     for beams in ({}, {"num_beams": 2}):
-        expected = oracle.greedy(checkpoint("llama"), row, max_new_tokens=6, **beams)
-        assert model.generate(np.array([row]), max_new_tokens=6, **beams)[0, len(row) :].tolist() == expected
+        # Beams that move rows of one core's caches and not of the other's write something else.
+        expected = oracle.greedy(checkpoint("llama"), row, max_new_tokens=16, **beams)
+        found = model.generate(np.array([row]), max_new_tokens=16, **beams)[0, len(row) :].tolist()
+        assert found[: len(expected)] == expected
