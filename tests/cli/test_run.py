@@ -191,6 +191,13 @@ model:
             "generate": ["--output-file=./output/text_generation_result.txt", "--prompt=Hi", "--option=seed=0",
                          "--option=top_k=3", "--option=do_sample=false"],
         }),
+        (MIND.replace("use_parallel: False", "parallel_config: {model_parallel: 1, pipeline_stage: 2}"),
+         ("--predict_data=Hi",), {
+            "model": "/models/llama",
+            "export": ["--batch-size=1", "--sequence-length=4096", "--dtype=float16", "--pipeline-parallel=2"],
+            "generate": ["--output-file=./output/text_generation_result.txt", "--prompt=Hi", "--option=seed=0",
+                         "--option=top_k=3", "--option=do_sample=false"],
+        }),
         (MARCH, ("--model_config.dtype=fp16", "--export.quantize=int8"), {
             "model": "/models/q",
             "export": ["--dtype=float16", "--batch-size=1", "--sequence-length=288", "--quantize=int8"],

@@ -26,6 +26,7 @@ ASKED = {
     "auto_cast": {"auto_cast": "matmul"},
     "device": {"device": "cuda"},
     "tensor_parallel": {"tensor_parallel": 2},
+    "pipeline_parallel": {"pipeline_parallel": 2},
     "format": {"format": "qdq"},
 }
 SCHEMES = ("int8", "int4", "a8w8", "a8w8-dynamic", "auto")
@@ -33,6 +34,7 @@ REFUSED = {frozenset((each.first, each.second)) for each in CONFLICTS}
 TAKEN = {name: [row.name for row in BACKENDS.values() if "dtype" in row.takes] for name in ("dtype", "auto_cast")}
 TAKEN |= {rule.feature: [row.name for row in BACKENDS.values() if rule.is_taken(row)] for rule in BACKEND_RULES}
 TAKEN |= {"device": ["aoti"], "format": ["onnx"], "tensor_parallel": ["aoti", "neuron"]}
+TAKEN |= {"pipeline_parallel": ["onnx", "export"]}
 NEEDED = {each.feature: each.other for each in NEEDS}
 NEURON = {"instance_type": "trn1"}
 

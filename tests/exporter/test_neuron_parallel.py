@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import FAMILIES, Group, model_of
+from divided import FAMILIES, Group, model_of
 
 from precast.exporter import ExportOptions
 from precast.exporter.backends.aten.lowering import lower

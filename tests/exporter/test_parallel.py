@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from divided import FAMILIES, SHARED, Group, degrees, model_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import FAMILIES, SHARED, Group, degrees, model_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from precast.exporter import ExportOptions

@@ -19,7 +19,8 @@ import pytest
 import tiny
 import torch
 from msgspec.structs import replace
-from transformers import AutoConfig, AutoModelForCausalLM
+from ranks import PRECAST, eager_tokens, endless, others_than, run, wait_until, workers_of
+from transformers import AutoConfig
 
 from precast.exporter import ExportOptions, export
 from precast.exporter.checkpoint.resolve import resolve
@@ -39,7 +40,6 @@ pytestmark = [
     # Tests beside each other have a core each.
     pytest.mark.filterwarnings("ignore:.*they will wait for each other"),
 ]
-PRECAST = [sys.executable, "-m", "precast"]
 CAPACITY = 48
 PROMPTS = np.random.default_rng(0).integers(3, tiny.VOCABULARY, (3, 7))
 
@@ -66,33 +66,6 @@ def artifact(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(artifact):
     return CompiledModelForCausalLM.from_pretrained(artifact.path)
-
-
-def eager_tokens(checkpoint: Path, ids, count: int, **options):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0, **options}
-    return model.generate(torch.tensor(ids), **options).numpy()
-
-
-def workers_of(path: Path) -> list[int]:
-    """The processes whose command line names the artifact."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"precast.runtime.distributed.worker" in words and str(path).encode() in words:
-                found.append(int(folder.name))
-    return found
-
-
-def wait_until(is_so, seconds: float = 10.0) -> None:
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until, "it did not come to be in time"
-        time.sleep(0.02)
 
 
 def test_tokens_are_those_of_the_eager_model(model, checkpoint):
@@ -162,7 +135,7 @@ def test_full_to_parts_to_full_is_bit_equal(artifact, model, tmp_path):
 
 def test_a_rank_that_is_killed_ends_all_with_its_reason(artifact):
     model = CompiledModelForCausalLM.from_pretrained(artifact.path)
-    (worker,) = set(workers_of(artifact.path)) - _others(model)
+    (worker,) = set(workers_of(artifact.path)) - others_than(model)
     os.kill(worker, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(HostError, match=r"Rank 1 of 2 has failed: it was killed by SIGKILL; see .*rank_1.log"):
@@ -170,30 +143,6 @@ def test_a_rank_that_is_killed_ends_all_with_its_reason(artifact):
     assert time.monotonic() - began < 5
     with pytest.raises(HostError, match="SIGKILL"):
         model.generate(PROMPTS[:1], max_new_tokens=1)
-
-
-def _others(model) -> set[int]:
-    """Workers of other models over the same artifact."""
-    mine = {process.pid for process in model._engine._group._processes.values()}
-    return set(workers_of(model.artifact.path)) - mine
-
-
-CHILD = """
-import sys
-import numpy as np
-from precast.runtime import CompiledModelForCausalLM
-model = CompiledModelForCausalLM.from_pretrained(sys.argv[1])
-print("ready", flush=True)
-while True:
-    model.generate(np.arange(3, 10)[None], max_new_tokens=30, eos_token_id=[])
-"""
-
-
-def endless(path: Path) -> subprocess.Popen:
-    """A process that generates with the artifact until it is killed."""
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
 
 
 @pytest.mark.parametrize("when", ["ready", "loading"])
@@ -233,11 +182,6 @@ def test_a_file_of_a_rank_that_is_altered_or_missing_is_refused(artifact, tmp_pa
         with pytest.raises(IntegrityError, match=r"rank_1/model.safetensors"):
             CompiledModelForCausalLM.from_pretrained(copy)
     assert not workers_of(tmp_path / "altered")
-
-
-def run(command, **changes):
-    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_command_line_runs_ranks(artifact, tmp_path):

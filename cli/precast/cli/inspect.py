@@ -114,6 +114,7 @@ def _print_facts(
             *([("  key/value cache", variant.kv_cache)] if variant.kv_cache else []),
             *([("  libraries", _describe_libraries(variant))] if variant.backend == "aoti" else []),
             *([("  ranks", _describe_ranks(variant))] if variant.ranks else []),
+            *([("  stages", _describe_stages(variant, contract.files))] if variant.stages else []),
             ("  runs here", "yes" if reason is None else f"no: {reason}"),
             ("  accuracy", f"{accuracy.status}: {accuracy.reason}"),
             *((f"    {name}", value) for name, value in accuracy.figures.items()),
@@ -145,6 +146,15 @@ def _describe_ranks(variant: Any) -> str:
     fewer = "".join(f", {kind} in {parts} parts" for kind, parts in ranks.degrees.items())
     where = "whole in one file" if ranks.stored == 1 else f"in {ranks.stored} parts"
     return f"{ranks.count} {'NeuronCores' if are_cores else 'processes'}, weights {where}{fewer}"
+
+
+def _describe_stages(variant: Any, files: Any) -> str:
+    layers = [len(stage.graphs[0].cache) for stage in variant.stages]
+    sizes = [sum(files[name].size for name in stage.weights) / 1e6 for stage in variant.stages]
+    return (
+        f"{len(layers)} processes, with {', '.join(map(str, layers))} cached layers and weights of "
+        f"{', '.join(f'{size:,.1f}' for size in sizes)} MB"
+    )
 
 
 def _describe_neff(header: Any) -> str:

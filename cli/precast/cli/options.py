@@ -213,7 +213,7 @@ def model_options(function: F) -> F:
                 "--nproc",
                 type=click.IntRange(min=1),
                 metavar="N",
-                help="Processes: as many as the model was compiled for (export --tensor-parallel), as is the default.",
+                help="Processes: as many as the model was compiled for (export --tensor-parallel, …).",
             ),
             click.option(
                 "--rank-timeout",

@@ -107,7 +107,7 @@ MINDFORMERS: dict[str, Rule] = {
     "use_parallel": Idle("parallel_config.model_parallel says it", is_any=True),
     "parallel_config.model_parallel": _to("export", "tensor_parallel"),
     "parallel_config.data_parallel": Idle(_ONE_MACHINE, 1),
-    "parallel_config.pipeline_stage": Idle("layers are not divided between ranks", 1),
+    "parallel_config.pipeline_stage": _to("export", "pipeline_parallel"),
     "auto_trans_ckpt": Idle(_ON_EXPORT, is_any=True),
     "only_save_strategy": Idle(_ON_EXPORT, False),
     "src_strategy_path_or_dir": Idle(_ON_EXPORT, "", None),

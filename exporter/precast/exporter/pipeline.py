@@ -32,10 +32,12 @@ from .adapters.prefix import PrefixedModel, compute_prefix, store_prefix
 from .backends import Compiled, HasLayouts, NeedsTools, ProgramCompiler, compiler_of
 from .backends.dtypes import choose_dtype
 from .backends.ranks import compile_ranks
+from .backends.stages import compile_stages
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.resolve import resolve
 from .companions.card import render_card
 from .companions.files import config_of, write_companions
+from .kinds.decoder.stages import cut_programs, find_layers
 from .kinds.plan import Plan, make_plan
 from .kinds.trace import Program, trace
 from .memory import give_back_memory
@@ -155,16 +157,17 @@ def _load(
 
 @dataclass(frozen=True)
 class _Traced:
-    """The programs of each rank, of which there is one as a rule; how the weights are divided between several, and how
-    they are quantized, in words."""
+    """The programs of each rank, of which there is one as a rule; how the weights are divided between several; the
+    parts of the programs that each stage has, where they are cut; and how weights are quantized, in words."""
 
     programs: list[list[Program]]
     division: Division | None
+    stages: list[list[Program]]
     quantization: str | None
 
 
 def _trace(loaded: _Loaded, checkpoint: Checkpoint, plan: Plan, options: ExportOptions, on_step: OnStep) -> _Traced:
-    """Quantize the model, divide it, trace it, and cast the programs, as far as the options ask."""
+    """Quantize the model, divide it, trace it, cast the programs, and cut them, as far as the options ask."""
     scales, quantization = None, None
     if options.kv_cache == "int8":
         with on_step("calibrate"):
@@ -180,7 +183,8 @@ def _trace(loaded: _Loaded, checkpoint: Checkpoint, plan: Plan, options: ExportO
         programs = [list(trace(model, plan, scales)) for model in models]
         if how := choose_cast(options):
             programs = [cast_programs(each, how) for each in programs]
-    return _Traced(programs, division, quantization)
+        stages = cut_programs(programs[0], find_layers(loaded.model), plan.stages) if plan.stages > 1 else []
+    return _Traced(programs, division, stages, quantization)
 
 
 def _compile(
@@ -201,6 +205,8 @@ def _compile(
     with on_step("compile") as listener, progress_to(listener):
         if traced.division:
             compiled = compile_ranks(compiler, traced.programs, traced.division, stage, options)
+        elif traced.stages:
+            compiled = compile_stages(compiler, [each.graph for each in programs], traced.stages, stage, options)
         else:
             compiled = compiler.compile(programs, stage, options)
         write_companions(stage, loaded.tokenizer, checkpoint, loaded.model)
@@ -239,6 +245,7 @@ def _contract(
         abi=compiled.abi,
         requires_torch=list(compiled.requires_torch),
         ranks=compiled.ranks,
+        stages=compiled.stages,
     )
     return Contract(
         format_version=FORMAT_VERSION,

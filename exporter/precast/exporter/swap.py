@@ -214,6 +214,11 @@ def _prepare_part(variant: Variant, options: ExportOptions) -> _Part:
             f"The weights of the variant {variant.name} are divided between {variant.ranks.count} ranks, and no others "
             f"are put in their place: export the checkpoint instead."
         )
+    if variant.stages:
+        raise ExportError(
+            f"The weights of the variant {variant.name} lie in the files of {len(variant.stages)} stages, and no "
+            f"others are put in their place: export the checkpoint instead."
+        )
     found = ("revision", "token", "weights", "trust_remote_code")
     return _Part(variant, compiler, parse_request(variant).replace(**{name: getattr(options, name) for name in found}))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from precast.runtime.artifact.backends import get_backend
-from precast.runtime.artifact.schema import Compiler, Graph, Host, Ranks, Variant
+from precast.runtime.artifact.schema import Compiler, Graph, Host, Ranks, Stage, Variant
 from precast.runtime.artifact.tasks import Task
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Compiled:
     """The files that a compiler wrote: `graphs` and `weights` name them, relative to the stage. `abi` and
     `requires_torch` are those of a Variant. `program` is the hash of what was compiled, by which weights that fit it
     are known; a compiler that says none makes artifacts that keep their weights. `ranks` says how weights are divided,
-    where they are."""
+    where they are, and `stages` what each part of a pipeline has, where it is one."""
 
     graphs: list[Graph]
     weights: list[str]
@@ -37,6 +37,7 @@ class Compiled:
     requires_torch: Sequence[str] = ()
     program: str | None = None
     ranks: Ranks | None = None
+    stages: list[Stage] = field(default_factory=list)
 
 
 class ProgramCompiler(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from ..architectures.scaled_rotary import longrope_limit
 from ..checkpoint import early
 from ..checkpoint.checkpoint import Checkpoint
 from ..options import ExportOptions
-from ..options.parallel import Degrees, ParallelOptions
+from ..options.parallel import Degrees, ParallelOptions, PipelineOptions
 from . import kind_of
 
 __all__ = [
@@ -88,6 +88,7 @@ class Plan:
         lora: the slots for adapters, if there are any.
         layer_sizes: the heads and widths that a decoder itself caches, by layer.
         degrees: between how many ranks weights are divided, where there are several; caches are then one rank's.
+        stages: into how many runs of layers the programs are cut.
     """
 
     task: Task
@@ -108,11 +109,17 @@ class Plan:
     layer_sizes: tuple[LayerSizes, ...] = ()
     lora: Lora | None = None
     degrees: Degrees | None = None
+    stages: int = 1
 
     @property
     def cache_widths(self) -> list[int]:
         """The head size that the cache of each layer is compiled with; none where there are no caches."""
         return []
+
+    @property
+    def states(self) -> Sequence[Any]:
+        """The states of a fixed size that it carries from token to token."""
+        return ()
 
     @property
     def reads_text(self) -> bool:
@@ -175,8 +182,27 @@ def make_plan(
     result: Plan = kind_of(task).plan(checkpoint, options, task, local)
     if degrees:
         result = replace(result, degrees=degrees, weight_bytes=_weight_bytes(model, options))
+    result = replace(result, stages=_plan_stages(checkpoint, options, result))
     _check_memory(result)
     return result
+
+
+def _plan_stages(checkpoint: Checkpoint, options: ExportOptions, plan: Plan) -> int:
+    """The stages that are asked for. Raises UsageError for what cannot be cut into so many."""
+    asked = options.backend_options
+    if not isinstance(asked, PipelineOptions) or asked.pipeline_parallel == 1:
+        return 1
+    given, task = f"pipeline_parallel={asked.pipeline_parallel}", plan.task
+    if task.kind != "decoder":
+        raise UsageError(f"{given} divides the layers of decoders, and {task.name!r} is done by none. Leave it out.")
+    if plan.states:
+        raise UsageError(f"{given}: {checkpoint.name} carries states from token to token, which no stage keeps. Leave "
+                         f"it out.")  # fmt: skip
+    layers = int(checkpoint.text_config.num_hidden_layers)
+    if asked.pipeline_parallel > layers:
+        choices = f"Possible are 2 to {layers}" if layers > 2 else "Possible is 2" if layers == 2 else "Leave it out"
+        raise UsageError(f"{given}: {checkpoint.name} has {layers} layers, and every process has one. {choices}.")
+    return asked.pipeline_parallel
 
 
 def _plan_degrees(options: ExportOptions, task: Task) -> Degrees | None:

@@ -45,6 +45,7 @@ FEATURES: Mapping[str, Callable[[Any], str | None]] = {
     "auto_cast": _unless("auto_cast", "none"),
     "device": _unless("device", "cpu"),
     "tensor_parallel": _unless("tensor_parallel", 1),
+    "pipeline_parallel": _unless("pipeline_parallel", 1),
     "format": _unless("format", "kernels"),
 }
 """What options can ask for, by name: a function of them that says how it was given, or None."""
@@ -72,6 +73,9 @@ CONFLICTS = (
     Conflict(
         "tensor_parallel", "kv_cache='int8'", "whose scales are those of all heads", "kv_cache='float16' halves caches"
     ),
+    Conflict("tensor_parallel", "pipeline_parallel", "as one process has a part of every layer or whole layers"),
+    Conflict("lora_slots", "pipeline_parallel", "as adapters are whole", "lora= merges one before layers are divided"),
+    Conflict("prefix_tuning", "pipeline_parallel", "as every stage has caches of its own layers"),
     Conflict("lora_slots", "format", "as only our runtime hands adapters to a graph", "lora= merges one"),
     Conflict("prefix_tuning", "kv_cache='int8'", "whose scales are those of texts", "kv_cache='float16' halves caches"),
     Conflict("prefix_tuning", "device", "as caches lie in the memory of the device"),

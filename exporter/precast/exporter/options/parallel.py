@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from .backend_options import BackendOptions
 from .declaration import describe
 
-__all__ = ["DEGREES", "Degrees", "ParallelOptions"]
+__all__ = ["DEGREES", "Degrees", "ParallelOptions", "PipelineOptions"]
 
 _SECTION = "Parallel"
 _ONE_PROCESS = "one process runs its models, with all of the weights"
@@ -154,3 +154,26 @@ class ParallelOptions(BackendOptions):
             value = getattr(self, name)
             if value is not None and (value < 1 or ranks % value):
                 yield f"{name}={value} does not divide the {ranks} ranks of tensor_parallel; possible are {divisors}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions(BackendOptions):
+    """The options of a backend whose programs can be cut between layers.
+
+    Attributes:
+        pipeline_parallel: into how many stages, each run by a process of its own.
+    """
+
+    pipeline_parallel: int = field(
+        default=1,
+        metadata=describe(section=_SECTION, metavar="N", help_text="Divide the layers between N processes."),
+    )
+
+    def problems(self) -> Iterator[str]:
+        """See OptionsPart."""
+        if self.pipeline_parallel < 1:
+            yield f"pipeline_parallel must be at least 1, not {self.pipeline_parallel}."
+
+    def name_parts(self) -> Sequence[str]:
+        """See BackendOptions."""
+        return [f"pp{self.pipeline_parallel}"] if self.pipeline_parallel > 1 else []

@@ -10,7 +10,7 @@ that are equal byte by byte are stored once.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -18,7 +18,8 @@ import msgspec
 
 from precast.runtime.artifact import Artifact, read_artifact
 from precast.runtime.artifact.publish import check_target, hash_files, staging, write_config
-from precast.runtime.artifact.schema import Contract, Variant
+from precast.runtime.artifact.schema import Contract, Graph, Variant
+from precast.runtime.artifact.stages import compiled_graphs
 
 from ..checkpoint.resolve import resolve
 from ..options import ExportOptions
@@ -78,7 +79,13 @@ def _add_variant(first: Artifact, other: Artifact) -> Artifact:
     added = msgspec.structs.replace(
         variant,
         weights=[names[name] for name in variant.weights],
-        graphs=[msgspec.structs.replace(graph, file=names[graph.file]) for graph in variant.graphs],
+        graphs=_renamed(variant.graphs, names),
+        stages=[
+            msgspec.structs.replace(
+                stage, weights=[names[name] for name in stage.weights], graphs=_renamed(stage.graphs, names)
+            )
+            for stage in variant.stages
+        ],
     )
     variants = [*first.contract.variants, added]
     contract = msgspec.structs.replace(first.contract, variants=variants, files=hash_files(first.path))
@@ -86,7 +93,11 @@ def _add_variant(first: Artifact, other: Artifact) -> Artifact:
 
 
 def _variant_files(variant: Variant) -> list[str]:
-    return list(dict.fromkeys([*variant.weights, *(graph.file for graph in variant.graphs)]))
+    return list(dict.fromkeys([*variant.weights, *(graph.file for graph in compiled_graphs(variant))]))
+
+
+def _renamed(graphs: Sequence[Graph], names: Mapping[str, str]) -> list[Graph]:
+    return [msgspec.structs.replace(graph, file=names[graph.file]) for graph in graphs]
 
 
 def _new_path(name: str, variant: Variant, first: Contract, other: Contract) -> str:

@@ -19,6 +19,7 @@ from .integrity import Contents, read_regular
 from .lora import lora_inputs, lora_problem
 from .ranks import ranks_problem
 from .schema import FORMAT_VERSION, Contract, File, Graph, Input, Lora, Variant
+from .stages import compiled_graphs, stages_problem
 from .tasks import find_tasks, kind_of_roles
 
 __all__ = [
@@ -201,7 +202,7 @@ def _variant_problems(variant: Variant, vocabulary: int | None, batch: int, lora
             yield f"graph {graph.name!r} of variant {variant.name!r} {problem}"
         if unfed := _unfed(graph, variant, lora):
             yield f"no encoder of variant {variant.name!r} makes the input {unfed[0]!r} of graph {graph.name!r}"
-    if problem := variant_problem(variant) or ranks_problem(variant):
+    if problem := variant_problem(variant) or ranks_problem(variant) or stages_problem(variant):
         yield f"variant {variant.name!r} {problem}"
 
 
@@ -273,4 +274,4 @@ def _is_made(wanted: Input, encoders: list[Graph]) -> bool:
 
 
 def _named(variant: Variant) -> set[str]:
-    return {*variant.weights, *(graph.file for graph in variant.graphs)}
+    return {*variant.weights, *(graph.file for graph in [*variant.graphs, *compiled_graphs(variant)])}

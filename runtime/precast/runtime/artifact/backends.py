@@ -85,6 +85,7 @@ BACKENDS: dict[str, Backend] = {
         decodes_apart=True,
         halves_caches=True,
         has_adapter_slots=True,
+        options="precast.exporter.options.parallel:PipelineOptions",
     ),
     "neuron": Backend(
         "neuron",

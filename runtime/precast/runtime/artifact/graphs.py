@@ -7,7 +7,10 @@ from math import prod
 
 from .schema import Axis, Dim, Graph, Input, Output, State, Variant
 
-__all__ = ["DECODER_INPUTS", "CACHE_POSITIONS", "OF_TEXT", "graph_problem", "is_cache_positions", "variant_problem"]
+__all__ = [
+    "DECODER_INPUTS", "CACHE_POSITIONS", "OF_TEXT", "graph_problem", "is_cache_positions", "tensor_problems",
+    "variant_problem",
+]  # fmt: skip
 
 DECODER_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logit_positions")
 """The first inputs of every decoder graph; its caches follow."""
@@ -69,7 +72,7 @@ def _graph_problems(graph: Graph, vocabulary: int | None) -> Iterator[str]:
         yield f"has a batch of {graph.batch}, not of 1 to {_MAX_BATCH}"
     tensors: list[Input | Output] = [*graph.inputs, *graph.outputs]
     for spec in tensors:
-        yield from _tensor_problems(spec)
+        yield from tensor_problems(spec)
     for given in graph.inputs:
         yield from _padding_problems(given, vocabulary)
     for names in ([spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]):
@@ -81,7 +84,7 @@ def _graph_problems(graph: Graph, vocabulary: int | None) -> Iterator[str]:
         yield from _encoder_problems(graph) if graph.role == "encode" else _decoder_problems(graph)
 
 
-def _tensor_problems(spec: Input | Output) -> Iterator[str]:
+def tensor_problems(spec: Input | Output) -> Iterator[str]:
     """Problems of a tensor's shape that numpy could not allocate."""
     sizes = [size if isinstance(size, int) else size.max for size in spec.shape]
     lows = [size if isinstance(size, int) else size.min for size in spec.shape]

@@ -34,6 +34,7 @@ __all__ = [
     "Shapes",
     "Source",
     "Split",
+    "Stage",
     "State",
     "Variant",
 ]
@@ -51,7 +52,7 @@ PATH_PATTERN = r"^[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*\Z"
 Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=PATH_PATTERN)]
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
 Axis = Literal["batch", "texts", "length", "positions", "choices", "samples", "frames"]
-Role = Literal["encode", "prefill", "decode", "decoder", "verify"]
+Role = Literal["encode", "prefill", "decode", "decoder", "verify", "stage"]
 Trust = Literal["data", "graph", "native"]
 
 
@@ -199,11 +200,24 @@ class Ranks(_Closed, frozen=True, kw_only=True):
     stored: Annotated[int, Meta(ge=1, le=1024)]
 
 
+class Stage(_Closed, frozen=True, kw_only=True):
+    """One of the runs of layers that a decoder is cut into, each run by a process of its own.
+
+    It has a part of each of the variant's graphs, by the same names and in the same order, and `weights` that no other
+    stage reads. A part takes the inputs of the whole step, what stages before it make (any further output that is no
+    cache), and the caches of its own layers; the last makes the logits.
+    """
+
+    graphs: list[Graph]
+    weights: list[Path]
+
+
 class Variant(_Closed, frozen=True, kw_only=True, omit_defaults=True):
     """One compiled form of the model.
 
     Native libraries that stand alone have the version `abi` of the interface to the runtime; those that do not call
-    what `requires_torch` names, which only PyTorch has.
+    what `requires_torch` names, which only PyTorch has. Where there are `stages`, `graphs` describe what these do one
+    after the other, and the file of each is that of its first stage.
     """
 
     name: Name
@@ -220,6 +234,7 @@ class Variant(_Closed, frozen=True, kw_only=True, omit_defaults=True):
     abi: Size = 0
     requires_torch: list[Name] = []
     ranks: Ranks | None = None
+    stages: list[Stage] = []
 
 
 class MergedAdapter(_Closed, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..artifact import Artifact
 from ..artifact.backends import get_backend
 from ..artifact.schema import Ranks, Variant
+from ..artifact.stages import rank_count
 from ..engines import Settings
 from ..errors import UsageError
 from ..terminal import quoted
@@ -18,7 +19,7 @@ def check_asked(variant: Variant, nproc: int | None, settings: Settings) -> None
     are_cores = variant.ranks is not None and get_backend(variant.backend).runs_ranks
     asked = {"rank_timeout": settings.rank_timeout, "log_dir": settings.log_dir, "nproc": nproc if are_cores else None}
     given = [f"{name}={value}" for name, value in asked.items() if value is not None]
-    if given and variant.ranks is None:
+    if given and rank_count(variant) == 1:
         raise UsageError(
             f"{given[0]} is for models of several ranks, and the variant {variant.name} is compiled for one, which "
             f"runs in this process alone. Leave it out."
@@ -29,16 +30,16 @@ def check_asked(variant: Variant, nproc: int | None, settings: Settings) -> None
             f"which this process runs. Leave it out."
         )
     if nproc is not None:
-        check_count(variant.ranks, nproc, f"nproc={nproc} processes are asked for")
+        check_count(variant, nproc, f"nproc={nproc} processes are asked for")
 
 
-def check_count(ranks: Ranks | None, count: int, given: str) -> None:
+def check_count(variant: Variant, count: int, given: str) -> None:
     """Raise UsageError where the ranks of an artifact are another number than is given."""
-    compiled = ranks.count if ranks else 1
+    compiled, kind = rank_count(variant), "pipeline" if variant.stages else "tensor"
     if compiled != count:
         raise UsageError(
             f"{given}, and this artifact is compiled for {compiled}: give {compiled}, or export the checkpoint for "
-            f"{count} (precast export … --tensor-parallel {quoted(count)})."
+            f"{count} (precast export … --{kind}-parallel {quoted(count)})."
         )
 
 

@@ -56,6 +56,8 @@ def convert(
     old.contents.verify()
     require_trust(str(old.path), old.contract.digest, sha256=sha256, trust_native_code=trust_native_code)
     if not any(variant.ranks for variant in old.contract.variants):
+        if any(variant.stages for variant in old.contract.variants):
+            raise UsageError(f"{old.path} has whole layers in each of its stages, and no weights that are divided.")
         raise UsageError(
             f"{old.path} is compiled for one rank, whose weights are not divided: precast export … --tensor-parallel "
             f"{max(2, parts)} compiles for several."

@@ -1,7 +1,7 @@
 """The engine of an artifact for several ranks: rank 0 runs here, and has the others do the same.
 
-It is used as one that keeps caches in memory of its own: each rank has those of its heads. Tokens are chosen here
-alone, so that whatever chooses them, the ranks agree.
+It is used as one that keeps caches in memory of its own: each rank has those of its heads, or of its layers. Tokens are
+chosen here alone, so that whatever chooses them, the ranks agree.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from ..artifact import Artifact
-from ..artifact.schema import Graph, Variant
+from ..artifact.schema import Variant
+from ..artifact.stages import rank_count
 from ..engines import Arrays, Settings, Step, move_rows
-from ..engines.aoti import Member, StandaloneEngine
 from ..engines.fork import ForkGuard
 from ..errors import ArtifactError, HostError, PrecastWarning
 from ..hosts.machine import usable_cores
 from .group import Group
-from .launcher import share_of_cores
+from .part import caches_of, open_part
 from .shared_memory import TIME_LIMIT, StoppedError
 
 __all__ = ["RankedEngine"]
@@ -38,16 +38,14 @@ class RankedEngine:
     """Rank 0 of the ranks that an artifact is compiled for; the others are processes of the `group`."""
 
     def __init__(self, artifact: Artifact, variant: Variant, settings: Settings, group: Group) -> None:
-        assert variant.ranks, "an artifact for several ranks"
-        count = variant.ranks.count
+        count = rank_count(variant)
         self._graphs = {graph.name: graph for graph in variant.graphs}
         self._process, self._lock = ForkGuard(f"the {count} ranks that run this model"), threading.RLock()
         self._numbers, self._caches = itertools.count(), _Known()
-        threads = settings.threads or len(share_of_cores(0, count))
-        _warn_of_few_cores(count)
+        if variant.ranks:
+            _warn_of_few_cores(count)
         self._memory, self._group, self._limit = group.memory, group, settings.rank_timeout or TIME_LIMIT
-        member = Member(self._memory.address, 0, self._limit, self._memory)
-        self._own = StandaloneEngine(artifact, variant, Settings(threads), member)
+        self._own = open_part(artifact, variant, 0, settings, self._memory)
         self._send("open", {}, OPENING)
         # Whoever takes this has done what came before.
         self._send("wait", {}, OPENING)
@@ -56,7 +54,7 @@ class RankedEngine:
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
         spec = self._graphs[graph]
-        caches = {name for layer in spec.cache for name in (layer.key_in, layer.value_in)}
+        caches, own = set(caches_of(spec).values()), set(caches_of(self._own.graphs[graph]).values())
         with self._lock:
             number = next(self._numbers)
             step = self._own.bind(graph, inputs, outputs)
@@ -64,7 +62,7 @@ class RankedEngine:
             self._send("bind", {
                 "number": number,
                 "graph": graph,
-                "caches": self._known_caches(spec, inputs, caches),
+                "caches": {name: self._caches.number(inputs[name], is_own=name in own) for name in caches},
                 "inputs": {name: list(inputs[name].shape) for name in given},
                 "outputs": {each.name: list(outputs[each.name].shape) for each in spec.outputs},
             })  # fmt: skip
@@ -73,7 +71,8 @@ class RankedEngine:
     def move_rows(self, caches: Arrays, to: Sequence[int], parents: Sequence[int], live: int) -> None:
         """See OwnsCaches."""
         with self._lock:
-            move_rows(caches, to, parents, live)
+            # Those of other ranks' layers are not touched, and so take no memory here.
+            move_rows({name: each for name, each in caches.items() if self._caches.is_own(each)}, to, parents, live)
             known = [self._caches.number(cache) for cache in caches.values()]
             self._send("move", {"caches": known, "to": list(to), "parents": list(parents), "live": live})
 
@@ -85,7 +84,7 @@ class RankedEngine:
                 step()
             except HostError:
                 raise
-            except ArtifactError as error:
+            except (ArtifactError, StoppedError) as error:
                 raise self._explain(error) from error
             except BaseException:
                 # Others may be in the step, and would wait for this one.
@@ -95,9 +94,6 @@ class RankedEngine:
     def forget(self, number: int) -> None:
         """Let go of a binding that nobody has any more."""
         self._caches.unbound.append(number)
-
-    def _known_caches(self, graph: Graph, inputs: Arrays, names: set[str]) -> dict[str, int]:
-        return {spec.name: self._caches.number(inputs[spec.name]) for spec in graph.inputs if spec.name in names}
 
     def _send(
         self, kind: str, content: Mapping[str, Any], seconds: float | None = None, arrays: tuple[_Array, ...] = ()
@@ -135,21 +131,28 @@ class _RankedStep:
 
 
 class _Known:
-    """The caches that other ranks have, too, each with a number, for as long as its array is there."""
+    """The caches that ranks have, each with a number, for as long as its array is there; those that this rank has are
+    its own."""
 
     def __init__(self) -> None:
         self.freed: list[int] = []
         self.unbound: list[int] = []
         self._numbers: dict[int, int] = {}
+        self._own: set[int] = set()
         self._next = itertools.count()
 
-    def number(self, array: _Array) -> int:
+    def number(self, array: _Array, *, is_own: bool = False) -> int:
         """The number of an array, a new one for one that is new."""
         at = array.ctypes.data
         if at not in self._numbers:
+            self._own |= {at} if is_own else set()
             self._numbers[at] = next(self._next)
             weakref.finalize(array, self._free, at).atexit = False
         return self._numbers[at]
+
+    def is_own(self, array: _Array) -> bool:
+        """Whether this rank has the cache."""
+        return array.ctypes.data in self._own
 
     def take_freed(self) -> dict[str, list[int]]:
         """What others may let go of, told once."""
@@ -158,6 +161,7 @@ class _Known:
         return {"caches": caches, "bindings": bindings}
 
     def _free(self, at: int) -> None:
+        self._own.discard(at)
         self.freed.append(self._numbers.pop(at))
 
 

@@ -30,7 +30,10 @@ _GRACE = 5.0
 class Launched:
     """The processes of ranks 1 and up, started by rank 0, which they end with, however it ends."""
 
-    def __init__(self, memory: GroupMemory, arguments: Sequence[str], logs: Path | None = None) -> None:
+    def __init__(
+        self, memory: GroupMemory, arguments: Sequence[str], cores: Sequence[Sequence[int]], logs: Path | None = None
+    ) -> None:
+        """`cores` are those of each rank; `logs` is the user's own folder for what ranks write, if there is one."""
         folder = None
         if logs is None:
             folder = _make_folder()
@@ -44,7 +47,17 @@ class Launched:
             # Each waits in the thread that started it: a child that dies with its parent dies with that very thread.
             # None of them knows this object, which ends them when nobody has it any more.
             threading.Thread(
-                target=_run, args=(memory, rank, arguments, self.logs, self._processes, started, ended), daemon=True
+                target=_run,
+                args=(
+                    memory,
+                    rank,
+                    [*arguments, "--cores", ",".join(map(str, cores[rank]))],
+                    self.logs,
+                    self._processes,
+                    started,
+                    ended,
+                ),
+                daemon=True,
             )
             for rank in range(1, memory.ranks)
         ]
@@ -80,11 +93,11 @@ def _run(
     processes: dict[int, subprocess.Popen[bytes]], started: threading.Barrier, ended: threading.Event,
 ) -> None:  # fmt: skip
     """Start a rank, wait for it, and let all others end with it."""
-    log, cores = _log_of(logs, rank), ",".join(map(str, share_of_cores(rank, memory.ranks)))
+    log = _log_of(logs, rank)
     own = ["--rank", rank, "--ranks", memory.ranks, "--descriptor", memory.descriptor, "--parent", os.getpid()]
     with log.open("ab") as file:
         processes[rank] = process = subprocess.Popen(
-            child.command("precast.runtime.distributed.worker", *arguments, *own, "--cores", cores),
+            child.command("precast.runtime.distributed.worker", *arguments, *own),
             env=child.environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             pass_fds=[memory.descriptor], start_new_session=True,
         )  # fmt: skip

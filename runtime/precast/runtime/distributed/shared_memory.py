@@ -1,7 +1,8 @@
 """The memory that all ranks of a group share: for collectives within a step, and for what rank 0 asks of the others.
 
 Compiled code reads and writes the first part; its layout is that of standalone/cpp/ranks.cpp. The second part holds one
-command at a time: rank 0 writes it and counts up, the others read it and count up after it.
+command at a time: rank 0 writes it and counts up, the others read it and count up after it. Behind it, in as many bytes
+as it takes, lies what stages of a pipeline pass to each other.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ FIRST_CHUNK = 4096
 COMMAND_BYTES = 64 * 2**20
 """The largest command. Memory that nobody touches is none."""
 REASON_BYTES = 2048
+_PAGES = 2**16
+"""What an offset in a file that is mapped is a multiple of, on any machine."""
+_NEVER = 2**62
 _LINE = 64
 _MOST_RANKS = FIRST_CHUNK // _LINE - 1
 _SPINS = 2000
@@ -65,6 +69,8 @@ class GroupMemory:
         counters = np.frombuffer(self._map, np.int64, (1 + ranks) * _LINE // 8, self._command_at)
         self._sent, self._done = counters[0:1], counters[_LINE // 8 :: _LINE // 8]
         self._length = counters[1:2]
+        self._turns, self._beats = counters[_LINE // 8 + 1 :: _LINE // 8], counters[_LINE // 8 + 2 :: _LINE // 8]
+        self._passed_at = -(-self.size(ranks) // _PAGES) * _PAGES
         at = self._command_at + (1 + ranks) * _LINE
         self._reasons = [(at + rank * REASON_BYTES, at + (rank + 1) * REASON_BYTES) for rank in range(ranks)]
         self._content_at = at + ranks * REASON_BYTES
@@ -108,7 +114,13 @@ class GroupMemory:
 
     def send(self, kind: str, content: Mapping[str, Any], arrays: tuple[_Array, ...], seconds: float) -> None:
         """Give all other ranks a command, once they have taken the one before. Raises StoppedError."""
-        self._wait(lambda: bool((self._done[1:] >= self._sent[0]).all()), seconds)
+        done, beats = self._done[1:], self._beats[1:]
+
+        def slowest() -> int:
+            """The beats of the rank that has shown the least life, of those that are waited for."""
+            return int(beats[done < self._sent[0]].min(initial=_NEVER))
+
+        self._wait(lambda: bool((done >= self._sent[0]).all()), seconds, sign=slowest)
         text = json.dumps([kind, content]).encode()
         at = self._content_at
         if len(text) + sum(array.nbytes for array in arrays) > COMMAND_BYTES:
@@ -132,10 +144,45 @@ class GroupMemory:
             yield kind, content, whole[end:]
         self._done[rank] += 1
 
+    def map_shared(self, size: int, *, is_first: bool) -> mmap.mmap:
+        """The first `size` bytes of further memory that all ranks share, for what they pass to each other in a step;
+        the rank that is first makes room for it. Raises HostError where there is none."""
+        try:
+            if is_first:
+                os.posix_fallocate(self.descriptor, self._passed_at, size)
+            return mmap.mmap(self.descriptor, size, offset=self._passed_at)
+        except OSError as error:
+            raise HostError(
+                f"There is no shared memory for the {size:,} bytes that ranks pass to each other in a step: "
+                f"{error.strerror}."
+            ) from error
+
+    def wait_for_turn(self, rank: int, seconds: float) -> None:
+        """Wait until the rank before has passed its turn. Raises StoppedError, also where it shows no life."""
+        self._wait_for(rank - 1, lambda: bool(self._turns[rank - 1] > self._turns[rank]), seconds)
+
+    def pass_turn(self, rank: int) -> None:
+        """Let the next rank have its turn."""
+        self._turns[rank] += 1
+
+    def wait_for_last(self, seconds: float) -> None:
+        """Wait until the last rank has passed the turn that rank 0 has. Raises StoppedError as `wait_for_turn`."""
+        self._wait_for(self.ranks - 1, lambda: bool(self._turns[-1] >= self._turns[0]), seconds)
+
+    def beat(self, rank: int) -> None:
+        """Give a sign of life."""
+        self._beats[rank] += 1
+
+    def _wait_for(self, rank: int, is_done: Callable[[], bool], seconds: float) -> None:
+        self._wait(is_done, seconds, sign=lambda: int(self._beats[rank]), late=f"rank {rank} gave no sign of life")
+
     def _wait(
-        self, is_done: Callable[[], bool], seconds: float | None, is_wanted: Callable[[], bool] | None = None
-    ) -> None:
+        self, is_done: Callable[[], bool], seconds: float | None, is_wanted: Callable[[], bool] | None = None,
+        sign: Callable[[], int] = lambda: 0, late: str = "the other ranks took no command",
+    ) -> None:  # fmt: skip
+        """Wait until something is so, and for no longer than so many seconds after the last change of `sign`."""
         looks, nap, until = 0, _NAP, None if seconds is None else time.monotonic() + seconds
+        seen = sign()
         while not is_done():
             looks += 1
             if looks < _SPINS:
@@ -145,7 +192,10 @@ class GroupMemory:
             nap = min(1.05 * nap, _LONGEST_NAP)
             if found := self.stopped_by():
                 raise StoppedError(f"rank {found[0]}: {found[1]}")
-            if until is not None and time.monotonic() > until:
-                raise StoppedError(f"the other ranks took no command within {seconds:g} seconds")
+            if until is not None and seconds is not None:
+                if (now := sign()) != seen:
+                    seen, until = now, time.monotonic() + seconds
+                elif time.monotonic() > until:
+                    raise StoppedError(f"{late} within {seconds:g} seconds")
             if is_wanted is not None and not is_wanted():
                 raise StoppedError("nobody asks any more")

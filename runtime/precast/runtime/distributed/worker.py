@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ import numpy as np
 from ..artifact import Artifact, read_artifact
 from ..artifact.integrity import require_trust
 from ..artifact.schema import Graph, Input, Output, Variant
+from ..artifact.stages import rank_count
 from ..engines import Settings, Step, move_rows
-from ..engines.aoti import Member, StandaloneEngine
 from ..errors import UsageError
 from ..inputs.tensors import allocate
 from .launcher import die_with_parent
+from .part import caches_of, open_part
 from .shared_memory import GroupMemory, StoppedError
 
-__all__ = ["Limits", "Rank", "main", "reporting"]
+__all__ = ["Rank", "main", "reporting"]
 
 _Array = np.ndarray[Any, Any]
 
@@ -42,11 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
         artifact = read_artifact(given.artifact)
         require_trust(str(artifact.path), artifact.contract.digest, sha256=given.sha256, trust_native_code=False)
         variant = next((each for each in artifact.contract.variants if each.name == given.variant), None)
-        if variant is None or variant.ranks is None or variant.ranks.count != given.ranks:
+        if variant is None or rank_count(variant) != given.ranks:
             raise UsageError(f"{artifact.path} has no variant {given.variant!r} for {given.ranks} ranks.")
         threads = given.threads or len(given.cores.split(","))
-        limits = Limits(given.seconds, lambda: os.getppid() == given.parent)
-        Rank(memory, given.rank, artifact, variant, threads, limits).serve()
+        settings = Settings(threads, bool(given.prepack), shares_cores=True, rank_timeout=given.seconds)
+        Rank(memory, given.rank, artifact, variant, settings, lambda: os.getppid() == given.parent).serve()
     return 0
 
 
@@ -68,31 +68,23 @@ def reporting(memory: GroupMemory, rank: int) -> Iterator[None]:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact", type=Path)
-    words, counts = ("variant", "sha256", "cores"), ("rank", "ranks", "descriptor", "parent", "threads")
+    words, counts = ("variant", "sha256", "cores"), ("rank", "ranks", "descriptor", "parent", "threads", "prepack")
     kinds = {**dict.fromkeys(words, str), **dict.fromkeys(counts, int), "seconds": float}
     for name, kind in kinds.items():
         parser.add_argument(f"--{name}", type=kind)
     return parser.parse_args(arguments)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How many seconds a rank waits for another, and whether whoever started it is still there."""
-
-    seconds: float
-    is_wanted: Callable[[], bool]
-
-
 class Rank:
     """The model of this rank, and what rank 0 has bound and cached in it."""
 
     def __init__(
-        self, memory: GroupMemory, rank: int, artifact: Artifact, variant: Variant, threads: int, limits: Limits
-    ) -> None:
-        self._memory, self._rank, self._is_wanted = memory, rank, limits.is_wanted
+        self, memory: GroupMemory, rank: int, artifact: Artifact, variant: Variant, settings: Settings,
+        is_wanted: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._memory, self._rank, self._is_wanted = memory, rank, is_wanted
         self._graphs = {graph.name: graph for graph in variant.graphs}
-        member = Member(memory.address, rank, limits.seconds, memory)
-        self._engine = StandaloneEngine(artifact, variant, Settings(threads), member)
+        self._part = open_part(artifact, variant, rank, settings, memory)
         self._caches: dict[int, _Array] = {}
         self._bound: dict[int, tuple[list[_Array], Step]] = {}
 
@@ -111,20 +103,22 @@ class Rank:
     on_wait = on_open
 
     def on_bind(self, content: dict[str, Any], data: memoryview) -> None:
-        """Bind a graph to arrays of this rank, which has caches of its own."""
+        """Bind a graph to arrays of this rank, which has caches of its own: of its heads, or of its layers."""
         graph: Graph = self._graphs[content["graph"]]
         specs: list[Input | Output] = [*graph.inputs, *graph.outputs]
         dtypes = {spec.name: spec.dtype for spec in specs}
         shapes = {spec.name: [size for size in spec.shape if isinstance(size, int)] for spec in graph.inputs}
         given = {name: allocate(shape, dtypes[name]) for name, shape in content["inputs"].items()}
+        own, every = caches_of(self._part.graphs[graph.name]), caches_of(graph)
         caches = {
             name: self._caches.setdefault(number, allocate(shapes[name], dtypes[name]))
             for name, number in content["caches"].items()
+            if name in own.values()
         }
         outputs = {name: allocate(shape, dtypes[name]) for name, shape in content["outputs"].items()
-                   if name not in _present(graph)}  # fmt: skip
-        outputs |= {after: caches[before] for after, before in _present(graph).items()}
-        step = self._engine.bind(graph.name, {**given, **caches}, outputs)
+                   if name not in every}  # fmt: skip
+        outputs |= {after: caches[before] for after, before in own.items()}
+        step = self._part.bind(graph.name, {**given, **caches}, outputs)
         self._bound[content["number"]] = list(given.values()), step
 
     def on_run(self, content: dict[str, Any], data: memoryview) -> Step:
@@ -147,14 +141,6 @@ class Rank:
             self._bound.pop(number, None)
         for number in content["caches"]:
             self._caches.pop(number, None)
-
-
-def _present(graph: Graph) -> dict[str, str]:
-    """The name in of each cache by its name out."""
-    pairs = [
-        pair for layer in graph.cache for pair in ((layer.key_out, layer.key_in), (layer.value_out, layer.value_in))
-    ]
-    return dict(pairs)
 
 
 if __name__ == "__main__":

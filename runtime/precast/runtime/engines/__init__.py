@@ -31,6 +31,7 @@ class Settings:
         verify: nothing that was verified before counts.
         device: where to run; an engine whose graphs were compiled for one device is only given that.
         provider: which of ONNX Runtime's providers is to run the graphs; None lets the device decide.
+        shares_cores: other processes compute on the same cores whenever this one does not: its threads rest meanwhile.
         cores: which NeuronCores to use, of those that this process sees; none lets the engine decide.
         rank_timeout: how many seconds a rank waits for another; None lets the engine decide.
         log_dir: the folder for what other ranks write; None is one that goes away again where nothing goes wrong.
@@ -42,6 +43,7 @@ class Settings:
     device: str = "cpu"
     provider: str | None = None
     cores: tuple[int, ...] = ()
+    shares_cores: bool = False
     rank_timeout: float | None = None
     log_dir: Path | None = None
 

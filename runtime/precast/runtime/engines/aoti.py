@@ -64,7 +64,7 @@ class StandaloneEngine:
                 f"The libraries of {artifact.path} have version {variant.abi} of the interface to this runtime, which "
                 f"has version {STANDALONE_ABI}. Export the model again with this release of precast."
             )
-        self._graphs = {graph.name: graph for graph in variant.graphs}
+        self.graphs: Mapping[str, Graph] = {graph.name: graph for graph in variant.graphs}
         self._ranks, self._member = variant.ranks, member
         self._files = VerifiedFiles(artifact, variant, member.rank if member else 0)
         self._lock = threading.Lock()
@@ -74,7 +74,7 @@ class StandaloneEngine:
 
     def bind(self, graph: str, inputs: Arrays, outputs: Arrays) -> Step:
         """See Engine."""
-        return _Bound(self._get_library(graph), self._graphs[graph], inputs, outputs, self._threads)
+        return _Bound(self._get_library(graph), self.graphs[graph], inputs, outputs, self._threads)
 
     def _get_library(self, name: str) -> _Library:
         with self._lock:

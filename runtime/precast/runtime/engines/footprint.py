@@ -12,6 +12,7 @@ from ..artifact import Artifact
 from ..artifact.integrity import open_regular
 from ..artifact.onnx_graph import find_tensors
 from ..artifact.schema import Variant
+from ..artifact.stages import compiled_graphs
 from ..errors import IntegrityError
 from .safetensors_map import list_stored
 
@@ -49,7 +50,7 @@ def measure_footprint(artifact: Artifact, variant: Variant) -> Footprint:
 
     A graph of Neuron's that holds its weights within counts as its file. Raises ArtifactError.
     """
-    files = list(dict.fromkeys(graph.file for graph in variant.graphs))
+    files = list(dict.fromkeys(graph.file for graph in compiled_graphs(variant)))
     if variant.backend == "onnx":
         tensors = list(_onnx_tensors(artifact, files))
     elif variant.weights:
@@ -70,7 +71,7 @@ _Counted = tuple[str, tuple[int, ...], int]
 
 
 def _onnx_tensors(artifact: Artifact, files: list[str]) -> Iterator[_Counted]:
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[str, str, int]] = set()
     for name in files:
         descriptor = _open(artifact, name)
         try:
@@ -79,10 +80,12 @@ def _onnx_tensors(artifact: Artifact, files: list[str]) -> Iterator[_Counted]:
         finally:
             os.close(descriptor)
         for tensor in tensors:
-            if tensor.place is None or tensor.place not in seen:
+            # Files are named from the graph's own folder, of which stages have one each.
+            place = tensor.place and (os.path.dirname(name), *tensor.place)
+            if place is None or place not in seen:
                 yield tensor.kind, tensor.shape, tensor.size
-            if tensor.place is not None:
-                seen.add(tensor.place)
+            if place is not None:
+                seen.add(place)
 
 
 def _stored_tensors(artifact: Artifact, files: list[str]) -> Iterator[_Counted]:

@@ -148,6 +148,8 @@ class OnnxEngine:
         # Whatever a file is called: its other format is not what was looked through for external data.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         options.intra_op_num_threads = self._threads
+        if self._settings.shares_cores:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         return options
 

@@ -88,6 +88,9 @@ class Entry:
         self.root, self.model, self.graph = artifact.path, artifact.contract.source.model, graph.name
         self.artifact = artifact.contract.digest
         self.sources = {name: files[name] for name in (graph.file, *variant.weights)}
+        # A stage has a part of the variant's weights, and others on this machine have the rest.
+        names = {name for each in artifact.contract.variants if each.name == variant.name for name in each.weights}
+        self._weight_bytes = sum(files[name].size for name in names)
         hashes = {name: file.sha256 for name, file in self.sources.items()}
         self.key = _entry_key([self.artifact, graph.file, hashes], build)
         self.path = cache.place("prepacked") / self.key
@@ -114,7 +117,7 @@ class Entry:
     def has_room(self) -> bool:
         """Whether the other graphs of the artifact leave room for this one: see MOST."""
         others = [each for each in cache.kept("prepacked") if _artifact_of(each.path) == self.artifact]
-        return cache.total_bytes(others) <= MOST * self.size
+        return cache.total_bytes(others) <= MOST * max(self.size, self._weight_bytes)
 
     def drop(self, reason: str) -> None:
         """Remove an entry that cannot be used, and log why."""

@@ -22,6 +22,7 @@ from ..artifact.backends import get_backend
 from ..artifact.integrity import identity, require_trust
 from ..artifact.publish import copy_artifact
 from ..artifact.schema import Variant
+from ..artifact.stages import rank_count
 from ..artifact.tasks import get_task, kind_of_roles
 from ..distributed.checks import check_asked, check_stored
 from ..engines import Engine, Settings, open_engine, replicas_of
@@ -118,9 +119,9 @@ class CompiledModel(ForTransformers):
             cores: Neuron: the NeuronCores to use, as "0-3", counted among those that the process sees; by default the
                 first that the model needs. With more of them the model is opened several times: slices of a batch run
                 side by side, and `new_session()` goes to the next.
-            nproc: how many processes are to run the model, for an artifact that was compiled for so many ranks
-                (`tensor_parallel`); any other number is refused. By default as many as it was compiled for. This one is
-                rank 0 and starts the others, unless torchrun has.
+            nproc: how many processes are to run the model, for an artifact that was compiled for so many
+                (`tensor_parallel`, `pipeline_parallel`); any other number is refused. By default as many as it was
+                compiled for. This one is rank 0 and starts the others, unless torchrun has.
             rank_timeout: how many seconds such a process waits for another in a step, or to begin one, before all end;
                 by default 60.
             log_dir: a folder for what the processes that are started write, `rank_1.log` and so on, which stay there;
@@ -387,7 +388,7 @@ def _check_trust(artifact: Artifact, variant: Variant, sha256: str | None, trust
 def _open_engine(artifact: Artifact, variant: Variant, settings: Settings) -> Engine:
     if variant.ranks:
         check_stored(artifact, variant.ranks)
-    if variant.ranks is None or get_backend(variant.backend).runs_ranks:
+    if rank_count(variant) == 1 or get_backend(variant.backend).runs_ranks:
         return open_engine(artifact, variant, settings)
     # What one process runs needs none of it.
     from ..distributed.opening import open_ranks

@@ -16,6 +16,7 @@ from ..arguments import only_known
 from ..artifact import Artifact
 from ..artifact.published_json import parse_object
 from ..artifact.schema import Graph, Variant
+from ..artifact.stages import compiled_graphs
 from ..engines import Engine, owns_caches
 from ..errors import InputError, PrecastError
 from ..generation.adapters import AdapterSlots, LoadedAdapter
@@ -608,7 +609,7 @@ class GenerativeModel(CompiledModel):
     @property
     def _weight_bytes(self) -> int:
         """Bytes of its weights, and of its graphs, which may hold some."""
-        files = {*self.variant.weights, *(graph.file for graph in self.variant.graphs)}
+        files = {*self.variant.weights, *(graph.file for graph in compiled_graphs(self.variant))}
         return sum(self.artifact.contract.files[name].size for name in files)
 
     def _make_requests(

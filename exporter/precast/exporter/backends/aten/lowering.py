@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from precast.runtime.artifact import CACHE_POSITIONS
+from precast.runtime.artifact import CACHE_POSITIONS, DECODER_INPUTS
 from precast.runtime.artifact.schema import Dim, Graph, Input
 
 from ...kinds.trace import Program, export_program, functional
@@ -102,7 +102,7 @@ def _make_example(graph: Graph) -> tuple[Tensor, ...]:
 
 
 def _example_input(spec: Input) -> Tensor:
-    typical = _TYPICAL.get(spec.name, 5)
+    typical = _TYPICAL.get(_source_of_sizes(spec), 5)
     shape = [min(size.max, typical) if isinstance(size, Dim) else size for size in spec.shape]
     if spec.name == CACHE_POSITIONS:
         return torch.arange(shape[0])
@@ -119,7 +119,12 @@ def _dynamic_shapes(graph: Graph) -> tuple[Any, ...] | None:
 
 
 def _make_symbol(spec: Input, size: Dim) -> Any:
-    return torch.export.Dim(spec.name, min=size.min, max=size.max)
+    return torch.export.Dim(_source_of_sizes(spec), min=size.min, max=size.max)
+
+
+def _source_of_sizes(spec: Input) -> str:
+    """The input whose free size this one has: what stages pass to each other is as long as the tokens."""
+    return DECODER_INPUTS[0] if "length" in spec.axes else spec.name
 
 
 class _LoweredModule(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ...options.backend_options import BackendOptions
 from ...options.declaration import describe
+from ...options.parallel import PipelineOptions
 
 __all__ = ["FORMATS", "OnnxOptions"]
 
@@ -14,7 +14,7 @@ FORMATS = ("kernels", "qdq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxOptions(BackendOptions):
+class OnnxOptions(PipelineOptions):
     """How graphs are written.
 
     Attributes:
@@ -40,4 +40,4 @@ class OnnxOptions(BackendOptions):
 
     def name_parts(self) -> Sequence[str]:
         """See BackendOptions."""
-        return ["qdq"] if self.is_standard else []
+        return [*(["qdq"] if self.is_standard else []), *super().name_parts()]
