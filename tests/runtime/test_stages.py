@@ -113,10 +113,8 @@ def test_a_stage_that_is_killed_ends_all_with_its_reason(made):
     assert time.monotonic() - began < 5
 
 
-def test_a_stage_that_shows_no_life_is_not_waited_for_longer_than_the_limit(made, monkeypatch):
-    for module in ("engine", "shared_memory"):
-        monkeypatch.setattr(f"precast.runtime.distributed.{module}.TIME_LIMIT", 0.8)
-    model = CompiledModelForCausalLM.from_pretrained(made)
+def test_a_stage_that_shows_no_life_is_not_waited_for_longer_than_the_limit(made):
+    model = CompiledModelForCausalLM.from_pretrained(made, rank_timeout=0.8)
     # One that takes longer shows that it is at it.
     (process,) = model._engine._group._processes.values()
     os.kill(process.pid, signal.SIGSTOP)
