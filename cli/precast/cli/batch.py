@@ -37,6 +37,7 @@ class Files:
     resume: bool
     force: bool
     fail_fast: bool
+    replicas: int
 
     @classmethod
     def pop(cls, options: dict[str, Any], *, may_force: bool = False) -> Files:
@@ -45,6 +46,8 @@ class Files:
         files = cls(**{name: options.pop(name) for name in cls.__dataclass_fields__})
         if files.output_file is None and (files.resume or (files.force and not may_force)):
             raise click.UsageError("--resume and --force are of an output file; give --output-file.")
+        if files.output_file is None and files.replicas > 1:
+            raise click.UsageError("--replicas answer the rows of an output file; give --output-file.")
         return files
 
     @property
@@ -77,6 +80,8 @@ def file_options(*aliases: str) -> Callable[[F], F]:
                 click.option("--force", is_flag=True, help="Replace a file that is there."),
                 click.option("--fail-fast", is_flag=True,
                              help="End at the first row that cannot be answered, instead of noting its reason."),
+                click.option("--replicas", type=click.IntRange(min=1), default=1, metavar="N",
+                             help="Answer an output file's rows in N processes, each with its share of the cores."),
             ]
         ):  # fmt: skip
             function = option(function)
@@ -148,7 +153,7 @@ def _write_answers(
     with _row_bar(len(rows), quiet) as advance:
         summary = answer_file(
             rows, files.output_file, work, make_worker, resume=files.resume, force=files.force,
-            fail_fast=files.fail_fast, advance=advance,
+            fail_fast=files.fail_fast, replicas=files.replicas, advance=advance,
         )  # fmt: skip
     if as_json:
         print_json({"path": str(files.output_file), **summary.to_json()})

@@ -52,6 +52,8 @@ def command(
     """
     from precast.runtime import CompiledModel, pipeline
     from precast.runtime.progress import quiet as no_bars
+    from precast.runtime.runner.predicting import as_json as as_answer
+    from precast.runtime.runner.predicting import make_input
 
     if "" in texts:
         raise click.UsageError("--text is empty; give at least one character.")
@@ -74,7 +76,7 @@ def command(
         return
     answers = []
     for text in chain(texts, lines):
-        found = {"input": text, "answer": _to_json(hearing.ask(pipe, _make_input(opened, question, text), asked))}
+        found = {"input": text, "answer": as_answer(hearing.ask(pipe, make_input(opened, question, text), asked))}
         if as_json:
             answers.append(found)
         else:
@@ -102,41 +104,9 @@ def _answer_rows(
 
     def make_worker(seed: int | None) -> PredictingWorker:
         made = {**asked, **({} if seed is None else {"seed": seed})}
-        return PredictingWorker(
-            pipe, column, made, as_input=lambda row, value: _row_input(opened, question, row, value), as_json=_to_json
-        )
+        return PredictingWorker(pipe, column, made, question=question)
 
     answer(rows, files, work, make_worker, as_json=as_json, quiet=quiet)
-
-
-def _to_json(answer: Any) -> Any:
-    """Make an answer JSON: a mask becomes its size, its bounding box and its number of pixels."""
-    if isinstance(answer, dict):
-        return {name: _to_json(value) for name, value in answer.items()}
-    if isinstance(answer, list):
-        return [_to_json(each) for each in answer]
-    if not hasattr(answer, "getbbox"):
-        return answer
-    return {"size": answer.size, "box": answer.getbbox(), "pixels": answer.histogram()[255]}
-
-
-def _make_input(model: Any, question: str | None, text: str) -> Any:
-    task = model.artifact.contract.task
-    if task == "question-answering":
-        if question is None:
-            raise click.UsageError("This model answers questions about texts; give --question.")
-        return {"question": question, "context": text}
-    if question is not None:
-        raise click.UsageError(f"--question is for question-answering; this model does {task}.")
-    return text
-
-
-def _row_input(model: Any, question: str | None, row: Any, value: Any) -> Any:
-    """The pipeline's input of a row, which may have a question of its own, or the second of two texts."""
-    columns = row.given if isinstance(row.given, dict) else {}
-    if isinstance(columns.get("text_pair"), str) and columns.get("text") == value:
-        return {"text": value, "text_pair": columns["text_pair"]}
-    return _make_input(model, columns.get("question", question) if isinstance(value, str) else question, value)
 
 
 def _check_options(pipeline: Any, **values: Any) -> dict[str, Any]:

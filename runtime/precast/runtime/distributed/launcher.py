@@ -19,7 +19,7 @@ from ..artifact.locks import LockedDirectory, old_ones, sweep
 from ..errors import UsageError
 from .shared_memory import GroupMemory
 
-__all__ = ["Launched", "die_with_parent", "share_of_cores"]
+__all__ = ["Launched", "describe_status", "die_with_parent", "share_of_cores"]
 
 _PR_SET_PDEATHSIG = 1
 _PREFIX = "precast-ranks-"
@@ -104,7 +104,7 @@ def _run(
     started.wait()
     status = process.wait()
     if not ended.is_set():
-        memory.stop(rank, f"{_describe_status(status)}; see {log}")
+        memory.stop(rank, f"{describe_status(status)}; see {log}")
 
 
 def _end(
@@ -127,7 +127,8 @@ def _end(
         folder.close() if went_well else folder.release()
 
 
-def _describe_status(status: int) -> str:
+def describe_status(status: int) -> str:
+    """How a process ended, by what Popen.wait() returned."""
     if status >= 0:
         return f"it ended with exit code {status}"
     with suppress(ValueError):
@@ -150,4 +151,4 @@ def die_with_parent(parent: int) -> None:
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        sys.exit(f"Process {parent}, which started this rank, is gone.")
+        sys.exit(f"Process {parent}, which started this one, is gone.")

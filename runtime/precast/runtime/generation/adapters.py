@@ -34,11 +34,13 @@ NO_SLOTS = (
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter in a slot. What caches hold was computed by one of the same `sha256`, or may not be used again."""
+    """An adapter in a slot, from files in `path`. What caches hold was computed by one of the same `sha256`, or may not
+    be used again."""
 
     name: str
     slot: int
     sha256: str
+    path: Path
 
 
 class AdapterSlots:
@@ -62,6 +64,11 @@ class AdapterSlots:
         """The hash of the files of each that is loaded, by name."""
         return {name: each.sha256 for name, each in self._loaded.items()}
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Where the files of each were that is loaded, by name."""
+        return {name: each.path for name, each in self._loaded.items()}
+
     def load(self, name: str, path: Path, base: str | None) -> None:
         """Read an adapter into a free slot.
 
@@ -79,7 +86,7 @@ class AdapterSlots:
             self._check_memory(name)
             for target in self._lora.targets:
                 self._fill(target, slot, layers.get(target.module))
-            self._loaded[name] = LoadedAdapter(name, slot, hash_adapter(path / WEIGHT_FILES[0]))
+            self._loaded[name] = LoadedAdapter(name, slot, hash_adapter(path / WEIGHT_FILES[0]), path)
 
     def unload(self, name: str) -> None:
         """Give the slot of an adapter free. Raises InputError for one that is not loaded."""

@@ -61,7 +61,7 @@ def open_prefix(given: str | Path, artifact: Artifact, graph: Graph, engine: Eng
         raise _unreadable(given, error) from error
     tensors = _split(given, values, artifact, graph)
     _check_range(given, values, graph)
-    return Prefix(len(values), tensors, sha256)
+    return Prefix(len(values), tensors, sha256, str(given))
 
 
 def _find_blocker(artifact: Artifact, graph: Graph, engine: Engine) -> str | None:

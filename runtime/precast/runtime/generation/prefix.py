@@ -21,12 +21,13 @@ Array = np.ndarray[Any, Any]
 class Prefix:
     """Keys and values of the first `length` positions, float32 [heads, length, width], by the names of the caches.
 
-    `sha256` is the hash of the file of one that is not the artifact's own.
+    `sha256` is the hash of the file of one that is not the artifact's own, and `given` where that was said to be.
     """
 
     length: int
     tensors: dict[str, Array]
     sha256: str | None = None
+    given: str | None = None
 
 
 def read_prefix(artifact: Artifact, graph: Graph) -> Prefix | None:

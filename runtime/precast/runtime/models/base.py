@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,9 +42,28 @@ from .transformers_compat import Config, ForTransformers
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CompiledModel"]
+__all__ = ["CompiledModel", "Opening"]
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model was opened, so that another process can open the same. No token is in it.
+
+    Attributes:
+        model: the directory or the Hub repository that was named.
+        revision, subfolder, local_files_only, threads, prepack, device, provider: as of `from_pretrained`.
+    """
+
+    model: str
+    revision: str | None = None
+    subfolder: str | None = None
+    local_files_only: bool = False
+    threads: int = 0
+    prepack: bool = True
+    device: str | None = None
+    provider: str | None = None
 
 
 class CompiledModel(ForTransformers):
@@ -55,6 +74,8 @@ class CompiledModel(ForTransformers):
     """
 
     task: str | None = None
+    opening: Opening | None = None
+    """How it was opened; None of one that was made by hand."""
 
     def __init__(self, artifact: Artifact, variant: Variant, engine: Engine) -> None:
         self.artifact, self.variant, self._engine = artifact, variant, engine
@@ -166,6 +187,9 @@ class CompiledModel(ForTransformers):
                     raise
             else:
                 if identity(path / "config.json") == before:
+                    opened.opening = Opening(
+                        str(model), revision, subfolder, local_files_only, threads, prepack, device, provider
+                    )
                     return opened
             # An export has just replaced the artifact, so what was read may be half of each: once more.
 
@@ -209,10 +233,19 @@ class CompiledModel(ForTransformers):
         """The compiled batch size."""
         return self.artifact.contract.shapes.batch_size
 
+    @property
+    def runs_on(self) -> str:
+        """The device that runs its graphs."""
+        opening = self.opening or Opening("")
+        home = default_device(opening.provider) if opening.provider else self.variant.host.device
+        return opening.device or home
+
     @only_known
     def new_session(self) -> Self:
         """The same model with its own buffers and lock, for another thread. Weights are shared."""
-        return type(self)(self.artifact, self.variant, self._engine, **self._shared_parts())
+        other = type(self)(self.artifact, self.variant, self._engine, **self._shared_parts())
+        other.opening = self.opening
+        return other
 
     def _shared_parts(self) -> dict[str, Any]:
         """What sessions share beside the engine, as arguments of the class."""

@@ -94,6 +94,16 @@ class CompiledModelForCausalLM(GenerativeModel):
         """The adapters that are loaded: the hash of the files of each, by name."""
         return self._slots.hashes if self._slots else {}
 
+    @property
+    def adapter_paths(self) -> dict[str, Path]:
+        """Where the files of the adapters were that are loaded, by name."""
+        return self._slots.paths if self._slots else {}
+
+    @property
+    def prefix_path(self) -> str | None:
+        """Where a prefix that was given at run time was said to be; None where there is none."""
+        return self._prefix.given if self._prefix else None
+
     @only_known
     def load_adapter(self, name: str, path: str | Path, *, force_base: bool = False) -> None:
         """Load a LoRA adapter, which `generate(…, adapter=name)` then adds to the model's weights, for all sessions of

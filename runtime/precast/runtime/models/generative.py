@@ -259,6 +259,11 @@ class GenerativeModel(CompiledModel):
     def generation_config(self, given: Any) -> None:
         self._own_config = None if given is None else GenerationConfig.of(given, "generation_config")
 
+    @property
+    def has_own_config(self) -> bool:
+        """Whether `generation_config` says something else than the artifact's file."""
+        return self.generation_config != GenerationConfig.published(self._generation_file, "generation_config.json")
+
     @only_known
     def new_session(self) -> Self:
         """The same model with its own buffers, caches and lock, for another thread. Weights are shared, and what the
@@ -276,6 +281,7 @@ class GenerativeModel(CompiledModel):
     def _take_settings(self, other: GenerativeModel) -> None:
         """Answer calls by what is set of another session of the same model."""
         self._own_config, self._grammars = deepcopy(other._own_config), other._grammars
+        self.opening = other.opening
 
     @cached_property
     def _generation_file(self) -> dict[str, Any]:

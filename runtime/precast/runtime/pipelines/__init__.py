@@ -20,7 +20,7 @@ from ..models.exporting import is_export_option
 from .base import Batch, Pipeline
 from .parts import PARTS
 
-__all__ = ["PIPELINES", "Batch", "Pipeline", "pipeline", "pipeline_class"]
+__all__ = ["PIPELINES", "Batch", "Pipeline", "pipeline", "pipeline_class", "task_of"]
 
 _SAME = {
     "image-feature-extraction": "feature-extraction",
@@ -169,6 +169,22 @@ def pipeline_class(task: str) -> type[Pipeline]:
     found: type[Pipeline] = getattr(import_module(f"{__name__}.{module}"), attribute)
     # The pair of languages is what config.json's task_specific_params go by.
     return type(attribute, (found,), {"task": task}) if _PAIR.fullmatch(task) else found
+
+
+def task_of(pipe: Pipeline) -> str:
+    """The task by which `pipeline()` makes the same pipeline of the same model. Raises UsageError where it was given
+    more than the model, or is of a class of somebody else's."""
+    kind = type(pipe)
+    if pipe.is_changed or not kind.__module__.startswith(__name__):
+        raise UsageError(
+            f"{kind.__name__} was made with more than a task and a model, and a worker that others make, too, is of a "
+            f"plain one. Make it by pipeline(TASK, model), and pass options to the worker."
+        )
+    if pair := getattr(kind, "task", None):
+        return str(pair)
+    names = {where.partition(":")[2]: task for task, (where, _) in PIPELINES.items()}
+    found = (names[each.__name__] for each in kind.__mro__ if each.__name__ in names)
+    return next(found, pipe.model.artifact.contract.task)
 
 
 def _canonical_name(task: str) -> str:

@@ -109,6 +109,11 @@ class Pipeline:
         found: Tokenizer = self.model.tokenizer if given is None else tokenizer_of(self.model.artifact, given)
         return found
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether it was given options or parts, beside its model."""
+        return bool(self.options or self._parts or self._size)
+
     def __call__(self, inputs: Any = None, *, batch_size: int | None = None, **options: Any) -> Any:
         """The answer to one input, the list of answers to a list, or an iterator over those to a generator or dataset.
 

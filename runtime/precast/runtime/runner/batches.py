@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from ..errors import InputError, OutOfMemoryError
 from .rows import Row
 
-__all__ = ["Answers", "Prepared", "Worker", "answer_rows", "error_row", "input_of", "plan_batches"]
+__all__ = ["Answers", "Asker", "Portable", "Prepared", "Worker", "answer_batch", "answer_here", "answer_rows",
+           "error_row", "input_of", "plan_batches"]  # fmt: skip
 
 Answers = list[tuple[int, dict[str, Any]]]
 """The answers of a batch, by the indices of its rows."""
@@ -51,6 +53,25 @@ class Worker(Protocol):
         """The answers of a batch, a JSON object for each row. Raises InputError."""
 
 
+@runtime_checkable
+class Portable(Protocol):
+    """A worker that another process can make, too."""
+
+    def as_job(self, asked: str) -> dict[str, Any]:
+        """What `jobs.open_job` makes the same worker of, as JSON; messages name what it is for as `asked`. Raises
+        UsageError where no other process can have the same."""
+
+
+Asker: TypeAlias = Callable[[Sequence[list[Prepared]], Worker, bool], Generator[Answers, None, None]]
+"""Yields the answers of batches in any order; the last argument is `fail_fast`, as of `answer_rows`."""
+
+
+def answer_here(batches: Sequence[list[Prepared]], worker: Worker, fail_fast: bool) -> Generator[Answers, None, None]:
+    """Answer batches in this process, one after the other."""
+    for batch in batches:
+        yield answer_batch(batch, worker, fail_fast)
+
+
 def plan_batches(prepared: Iterable[Prepared], size: int) -> list[list[Prepared]]:
     """Rows in batches of `size`, each of one group and of like lengths.
 
@@ -68,10 +89,10 @@ def plan_batches(prepared: Iterable[Prepared], size: int) -> list[list[Prepared]
 
 def answer_rows(
     rows: Sequence[Row], worker: Worker, add: Callable[[Answers], None], *, done: Collection[int] = (),
-    fail_fast: bool = False,
+    fail_fast: bool = False, ask: Asker = answer_here,
 ) -> None:  # fmt: skip
     """Answer all rows but those that are `done`, and give each batch's answers to `add`. A row that cannot be answered
-    gets its reason instead: {"input", "error": {"type", "message"}}.
+    gets its reason instead: {"input", "error": {"type", "message"}}. Who answers a batch is up to `ask`.
 
     Raises InputError for the first such row with `fail_fast`.
     """
@@ -85,9 +106,10 @@ def answer_rows(
     batches = plan_batches(prepared, worker.batch_size)
     if left := [each for each in failed if each[0] not in done]:
         add(left)
-    for batch in batches:
-        if any(each.index not in done for each in batch):
-            add(_answer_batch(batch, worker, fail_fast))
+    missing = [batch for batch in batches if any(each.index not in done for each in batch)]
+    with closing(ask(missing, worker, fail_fast)) as found:
+        for answers in found:
+            add(answers)
 
 
 def input_of(row: Row) -> dict[str, Any]:
@@ -102,8 +124,9 @@ def error_row(row: Row, error: Exception) -> dict[str, Any]:
     return {**input_of(row), "error": {"type": type(error).__name__, "message": str(error)}}
 
 
-def _answer_batch(batch: list[Prepared], worker: Worker, fail_fast: bool) -> Answers:
-    """A batch's answers; where it fails, each row's own, so that one bad row is not the end of its neighbours."""
+def answer_batch(batch: list[Prepared], worker: Worker, fail_fast: bool) -> Answers:
+    """A batch's answers; where it fails, each row's own, so that one bad row is not the end of its neighbours. Raises
+    InputError for one with `fail_fast`."""
     try:
         return [(each.index, answer) for each, answer in zip(batch, worker.answer(batch), strict=True)]
     except OutOfMemoryError:
@@ -111,7 +134,7 @@ def _answer_batch(batch: list[Prepared], worker: Worker, fail_fast: bool) -> Ans
     except InputError as error:
         if len(batch) == 1:
             return [(batch[0].index, _failed(batch[0].index, batch[0].row, error, fail_fast))]
-    return [answer for each in batch for answer in _answer_batch([each], worker, fail_fast)]
+    return [answer for each in batch for answer in answer_batch([each], worker, fail_fast)]
 
 
 def _failed(index: int, row: Row, error: InputError, fail_fast: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .batches import Answers, Worker, answer_rows, input_of
+from .batches import Answers, Asker, Worker, answer_here, answer_rows, input_of
 from .journal import Journal
 from .outputs import json_line
 from .rows import Row
@@ -45,7 +45,7 @@ class FileSummary:
 
 def answer_file(
     rows: Sequence[Row], target: Path, work: Mapping[str, Any], make_worker: Callable[[int | None], Worker], *,
-    resume: bool = False, force: bool = False, fail_fast: bool = False,
+    resume: bool = False, force: bool = False, fail_fast: bool = False, replicas: int = 1,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> FileSummary:  # fmt: skip
     """Answer `rows` into a file, in their order.
@@ -60,11 +60,15 @@ def answer_file(
         make_worker: what answers, by that seed.
         resume, force: as of Journal.
         fail_fast: end at the first row that cannot be answered.
+        replicas: how many processes answer side by side, each with the model and its share of the cores; what
+            `make_worker` returns is then Portable, and plans only.
         advance: told how many rows more are done, those of an earlier run first.
 
     Raises:
         UsageError, PublishError: as of Journal, and as of `answer_rows`.
+        PrecastError: replicas die again and again.
     """
+    ask = _choose_asker(replicas)
     started, failed, computed = time.monotonic(), 0, 0
     told = {**work, "input": fingerprint([row.given for row in rows])}
     with Journal(target, told, resume=resume, force=force) as journal:
@@ -81,10 +85,19 @@ def answer_file(
             computed += len(answers)
             advance(len(answers))
 
-        answer_rows(rows, make_worker(journal.work.get("seed")), add, done=done, fail_fast=fail_fast)
+        answer_rows(rows, make_worker(journal.work.get("seed")), add, done=done, fail_fast=fail_fast, ask=ask)
         failed = _count_errors(journal.rows())
         journal.finish()
         return FileSummary(len(rows), computed, failed, time.monotonic() - started, journal.work.get("seed"))
+
+
+def _choose_asker(replicas: int) -> Asker:
+    if replicas == 1:
+        return answer_here
+    # What one process runs needs none of it.
+    from .replicas import Replicas
+
+    return Replicas(replicas)
 
 
 def fingerprint(value: Any) -> str:

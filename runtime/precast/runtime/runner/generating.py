@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import InputError, UsageError
 from ..generation.config import GenerationConfig, default_new_tokens
 from .batches import Prepared, input_of
+from .descriptions import check_plain, describe_model
 from .rows import Column, Row, as_conversation
 
 __all__ = ["PROMPT_COLUMNS", "GeneratingWorker"]
@@ -47,6 +48,7 @@ class GeneratingWorker:
                 f"for {model.capacity} tokens, prompt and answer together."
             )
         self._model, self._column, self._settings = model, column, dict(settings)
+        self._given = dict(settings)
         # What is wrong with them is wrong with every row.
         known = {name: value for name, value in self._settings.items() if name not in ("assistant_model", "adapter")}
         GenerationConfig.of(known, "generate()").over(model.generation_config).check()
@@ -87,6 +89,17 @@ class GeneratingWorker:
             ids, mask, max_new_tokens=count, return_dict_in_generate=False, **self._settings, **seeds
         )
         return [self._describe(each, row[width:], count) for each, row in zip(batch, found, strict=True)]
+
+    def as_job(self, asked: str) -> dict[str, Any]:
+        """See Portable."""
+        settings = dict(self._given)
+        assistant = settings.pop("assistant_model", None)
+        return {
+            "kind": "generate", "model": describe_model(self._model, asked),
+            "assistant": None if assistant is None else describe_model(assistant, asked),
+            "columns": self._column.names, "settings": check_plain(settings, asked),
+            "prompts": {"chat": self._chat, "system": self._system, "max_input_tokens": self._most},
+        }  # fmt: skip
 
     def _new_tokens(self, length: int) -> int:
         """How many tokens an answer has at most. Raises InputError for a prompt that leaves no room for them."""

@@ -162,16 +162,20 @@ def _parse_parquet(data: bytes, name: str) -> list[Row]:
 class Column:
     """Which column of a file's rows is asked; without a name the first of `usual` that a row has.
 
-    Raises UsageError where no row has it.
+    Attributes:
+        names: in this order.
+
+    Raises:
+        UsageError: no row has it.
     """
 
     def __init__(self, rows: Iterable[Row], name: str | None, usual: Sequence[str]) -> None:
-        self._names = [name] if name is not None else list(usual)
+        self.names = [name] if name is not None else list(usual)
         tables = [row.given for row in rows if isinstance(row.given, dict)]
         found = list(dict.fromkeys(key for given in tables for key in given))
         if name is not None and not tables:
             raise UsageError(f"column={name!r} is for rows with columns; these are texts.")
-        if not tables or any(each in found for each in self._names):
+        if not tables or any(each in found for each in self.names):
             return
         listed = ", ".join(map(str, found)) or "none"
         if name is not None:
@@ -181,17 +185,22 @@ class Column:
             f"The rows have none of the columns {', '.join(usual)}; theirs are: {listed}. Choose one by column=NAME."
         )
 
+    @classmethod
+    def of_names(cls, names: Sequence[str]) -> Column:
+        """The column that was found by these names in rows that are elsewhere."""
+        return cls([], None, names)
+
     def value(self, row: Row) -> Any:
         """What is asked of a row. Raises InputError where it cannot be read or lacks the column."""
         if row.problem is not None:
             raise InputError(row.problem)
         if not isinstance(row.given, dict):
             return row.given
-        for name in self._names:
+        for name in self.names:
             if name in row.given:
                 return row.given[name]
         raise InputError(
-            f"The row has no column {' or '.join(self._names)}; it has: {', '.join(map(str, row.given)) or 'none'}."
+            f"The row has no column {' or '.join(self.names)}; it has: {', '.join(map(str, row.given)) or 'none'}."
         )
 
 
