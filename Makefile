@@ -22,12 +22,13 @@ FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 600
 SOAK_KILLS ?= 200
 NEWEST ?= build/newest
+RAY ?= build/ray
 FOREIGN ?= build/foreign
 
 # Where it is set, thousands of child processes of the tests would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo docs durations fuzz soak test test-slow test-newest foreign constraints check env models bench peers trained neuron-hlo clean
+.PHONY: demo docs durations fuzz soak test test-slow test-newest test-ray foreign constraints check env models bench peers trained neuron-hlo clean
 
 demo: $(BIN)/.exporter models
 	$(BIN)/python benchmarks/demo.py $(SMOLLM2) build/demo
@@ -51,6 +52,12 @@ test-newest: models
 		$(TORCH) -e '.[export,dev]'
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
 	$(NEWEST)/bin/python -m pytest $(FAST)
+
+# Files of rows on a cluster of Ray, two nodes on loopback, in an environment of its own (900 MB, without PyTorch).
+test-ray:
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]' filelock pytest
+	$(RAY)/bin/python -m pytest -m peers tests/cli/test_ray.py
 
 # Test suites of other projects, with ours in the place of what they test. They are cloned into $(FOREIGN); whoever has
 # them elsewhere names that folder. Some of them only: make foreign SUITES="generation processors".

@@ -14,7 +14,7 @@ from harness import Answer, Contender, Target, alternate, ratios, summary
 from plan import NATIVE, Plan
 from schemes import PROSE
 
-__all__ = ["measure"]
+__all__ = ["CAPACITY", "COUNT", "measure", "texts"]
 
 ROWS, COUNT, CAPACITY, ROUNDS = 80, 16, 256, 2
 SCHEMES: dict[str, tuple[str, ...]] = {
@@ -38,14 +38,14 @@ def _measure(plan: Plan, answer: Answer, scheme: str, options: tuple[str, ...]) 
         or plan.export(f"artifact-rows-{name}-{batch}", *options, "--no-validate", batch=batch, capacity=CAPACITY)
         for batch in (1, 8)
     }
-    texts = _texts(artifacts[1], 40 if plan.is_quick else ROWS)
+    asked = texts(artifacts[1], 40 if plan.is_quick else ROWS)
     contenders = {batch: Contender(name, "contenders.precast_rows", path, plan.threads)
                   for batch, path in artifacts.items()}  # fmt: skip
-    request = {"texts": texts, "count": COUNT}
+    request = {"texts": asked, "count": COUNT}
     with contenders[1] as one, contenders[8] as eight:
         actions = {"1": partial(one.ask, request), "8": partial(eight.ask, request)}
         results = alternate(actions, plan.rounds(ROUNDS), plan.begin)
-    speeds = {batch: [len(texts) / each["seconds"] for each in found] for batch, found in results.items()}
+    speeds = {batch: [len(asked) / each["seconds"] for each in found] for batch, found in results.items()}
     over = ratios(speeds["8"], speeds["1"])
     shares = [each["graph_seconds"] / each["seconds"] for each in results["8"]]
     equal = sum(map(str.__eq__, *(found[0]["answers"].splitlines() for found in results.values())))
@@ -56,14 +56,14 @@ def _measure(plan: Plan, answer: Answer, scheme: str, options: tuple[str, ...]) 
     medians = [f"{summary(speeds[batch])['median']:.2f}" for batch in ("1", "8")]
     share = summary(shares)["median"]
     answer.rows.append([scheme, *medians, f"{over['median']:.2f}", f"{share:.1%}"])
-    answer.notes.append(f"{scheme}: {equal} of {len(texts)} rows have the same answer at both batch sizes.")
+    answer.notes.append(f"{scheme}: {equal} of {len(asked)} rows have the same answer at both batch sizes.")
     answer.targets += [
         Target(f"{scheme}: batch 8 over batch 1", over["median"], 2.5, is_floor=True),
         Target(f"{scheme}: time in graph calls", share, 0.95, is_floor=True),
     ]
 
 
-def _texts(artifact: Any, count: int) -> list[str]:
+def texts(artifact: Any, count: int) -> list[str]:
     """Pieces of prose, of 4 to 120 tokens."""
     from precast.runtime.inputs.tokenizer import Tokenizer
 

@@ -23,8 +23,8 @@ from harness import HERE, Answer, Target
 from plan import BUILD, Plan
 
 QUESTIONS = (
-    "export_cost", "decode", "startup", "schemes", "practice", "native", "generate", "rows", "encoders", "contexts",
-    "four_bits", "parallel",
+    "export_cost", "decode", "startup", "schemes", "practice", "native", "generate", "rows", "replicas", "encoders",
+    "contexts", "four_bits", "parallel",
 )  # fmt: skip
 MODEL = BUILD / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = HERE / "results"

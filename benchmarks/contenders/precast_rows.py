@@ -1,4 +1,4 @@
-"""A file of rows, answered by the runner: `… ARTIFACT THREADS`."""
+"""A file of rows, answered by the runner: `… ARTIFACT THREADS [REPLICAS]`; each replica has so many threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 from harness import serve
 
 
-def main(artifact: str, threads: str) -> None:
-    """Answer requests: `texts`, of which each gets `count` new tokens."""
+def main(artifact: str, threads: str, replicas: str = "1") -> None:
+    """Answer requests: `texts`, of which each gets `count` new tokens.
+
+    `first_seconds` is the time to the first batch, replicas started and all; `first_rows` are those in it.
+    """
     from precast.runtime import CompiledModelForCausalLM
     from precast.runtime.runner.files import answer_file
     from precast.runtime.runner.generating import GeneratingWorker
@@ -28,10 +31,15 @@ def main(artifact: str, threads: str) -> None:
         clock.seconds = 0.0
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "out.jsonl"
+            steps: list[tuple[float, int]] = []
             started = time.perf_counter()
-            answer_file(rows, target, {}, lambda seed: worker)
+            answer_file(
+                rows, target, {}, lambda seed: worker, replicas=int(replicas),
+                advance=lambda rows: steps.append((time.perf_counter(), rows)),
+            )  # fmt: skip
             seconds = time.perf_counter() - started
-            return {"seconds": seconds, "graph_seconds": clock.seconds, "answers": target.read_text("utf-8")}
+            return {"seconds": seconds, "graph_seconds": clock.seconds, "first_seconds": steps[1][0] - started,
+                    "first_rows": steps[1][1], "answers": target.read_text("utf-8")}  # fmt: skip
 
     serve({}, answer)
 

@@ -38,6 +38,8 @@ class Files:
     force: bool
     fail_fast: bool
     replicas: int
+    ray: str | None
+    ray_cpus: int
 
     @classmethod
     def pop(cls, options: dict[str, Any], *, may_force: bool = False) -> Files:
@@ -48,6 +50,8 @@ class Files:
             raise click.UsageError("--resume and --force are of an output file; give --output-file.")
         if files.output_file is None and files.replicas > 1:
             raise click.UsageError("--replicas answer the rows of an output file; give --output-file.")
+        if files.output_file is None and files.ray is not None:
+            raise click.UsageError("--ray answers the rows of an output file; give --output-file.")
         return files
 
     @property
@@ -82,6 +86,11 @@ def file_options(*aliases: str) -> Callable[[F], F]:
                              help="End at the first row that cannot be answered, instead of noting its reason."),
                 click.option("--replicas", type=click.IntRange(min=1), default=1, metavar="N",
                              help="Answer an output file's rows in N processes, each with its share of the cores."),
+                click.option("--ray", metavar="ADDRESS",
+                             help="Answer an output file's rows on the nodes of this Ray cluster: auto, local, "
+                             "HOST:PORT, ray://HOST:PORT. Needs precast[ray]."),
+                click.option("--ray-cpus", type=click.IntRange(min=1), default=1, metavar="N",
+                             help="With --ray: CPUs, and threads, of each actor; as many actors as there is room for."),
             ]
         ):  # fmt: skip
             function = option(function)
@@ -153,7 +162,7 @@ def _write_answers(
     with _row_bar(len(rows), quiet) as advance:
         summary = answer_file(
             rows, files.output_file, work, make_worker, resume=files.resume, force=files.force,
-            fail_fast=files.fail_fast, replicas=files.replicas, advance=advance,
+            fail_fast=files.fail_fast, replicas=files.replicas, ray=files.ray, ray_cpus=files.ray_cpus, advance=advance,
         )  # fmt: skip
     if as_json:
         print_json({"path": str(files.output_file), **summary.to_json()})

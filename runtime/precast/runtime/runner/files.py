@@ -46,6 +46,7 @@ class FileSummary:
 def answer_file(
     rows: Sequence[Row], target: Path, work: Mapping[str, Any], make_worker: Callable[[int | None], Worker], *,
     resume: bool = False, force: bool = False, fail_fast: bool = False, replicas: int = 1,
+    ray: str | None = None, ray_cpus: int = 1,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> FileSummary:  # fmt: skip
     """Answer `rows` into a file, in their order.
@@ -62,13 +63,15 @@ def answer_file(
         fail_fast: end at the first row that cannot be answered.
         replicas: how many processes answer side by side, each with the model and its share of the cores; what
             `make_worker` returns is then Portable, and plans only.
+        ray: the address of a Ray cluster whose nodes answer instead, and
+        ray_cpus: how many CPUs each of their actors has, as of RayCluster.
         advance: told how many rows more are done, those of an earlier run first.
 
     Raises:
         UsageError, PublishError: as of Journal, and as of `answer_rows`.
-        PrecastError: replicas die again and again.
+        PrecastError: replicas die again and again, or a node lacks something.
     """
-    ask = _choose_asker(replicas)
+    ask = _choose_asker(replicas, ray, ray_cpus)
     started, failed, computed = time.monotonic(), 0, 0
     told = {**work, "input": fingerprint([row.given for row in rows])}
     with Journal(target, told, resume=resume, force=force) as journal:
@@ -91,10 +94,19 @@ def answer_file(
         return FileSummary(len(rows), computed, failed, time.monotonic() - started, journal.work.get("seed"))
 
 
-def _choose_asker(replicas: int) -> Asker:
+def _choose_asker(replicas: int, ray: str | None, ray_cpus: int) -> Asker:
+    """Who answers. What one process runs imports nothing of the others."""
+    if ray is not None:
+        if replicas != 1:
+            raise UsageError(
+                f"replicas={replicas} are processes of this machine, and ray={ray!r} starts its own on every node; "
+                f"pass one of them."
+            )
+        from .ray_cluster import RayCluster
+
+        return RayCluster(ray, ray_cpus)
     if replicas == 1:
         return answer_here
-    # What one process runs needs none of it.
     from .replicas import Replicas
 
     return Replicas(replicas)
