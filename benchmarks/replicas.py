@@ -23,7 +23,7 @@ from rows import CAPACITY, COUNT, texts
 
 __all__ = ["measure"]
 
-ROWS, BATCH, ROUNDS = 160, 8, 4
+ROWS, BATCH, ROUNDS = 160, 8, 3
 SCHEMES: dict[str, tuple[str, ...]] = {"onnx fp32": (), "onnx int8": ("--quantize", "int8")}
 
 
