@@ -23,7 +23,7 @@ from rows import CAPACITY, COUNT, texts
 
 __all__ = ["measure"]
 
-ROWS, BATCH, ROUNDS = 160, 8, 3
+ROWS, BATCH, ROUNDS = 96, 8, 2
 SCHEMES: dict[str, tuple[str, ...]] = {"onnx fp32": (), "onnx int8": ("--quantize", "int8")}
 
 
@@ -110,7 +110,7 @@ def _measure_writing(plan: Plan, answer: Answer, what: str, value: dict[str, Any
     from precast.runtime.runner.files import answer_file
     from precast.runtime.runner.rows import Row
 
-    count = 2000 if plan.is_quick else {"text": 200_000, "vector": 20_000}[what]
+    count = 2000 if plan.is_quick else {"text": 100_000, "vector": 10_000}[what]
     rows, speeds = [Row(f"{number:0200d}") for number in range(count)], []
     for turn in range(plan.rounds(3)):
         plan.begin(f"writing, round {turn + 1}: {what}")

@@ -193,6 +193,25 @@ def test_a_node_that_is_gone_loses_and_doubles_no_row(start, whole, cluster, tmp
     add_node(cluster)
 
 
+def test_a_cluster_of_this_machine_alone(start, whole, tmp_path):
+    """It ends with the command."""
+    expected = whole(20)
+    process = start("ray.jsonl", "generate", DECODER, *SAMPLED, "--ray", "local", ray=False)
+    finish(process)
+    assert (tmp_path / "ray.jsonl").read_bytes() == expected
+
+
+def test_an_interrupt_is_one(start, whole, tmp_path):
+    expected, partial = whole(2000), tmp_path / "ray.jsonl.partial"
+    process = start("ray.jsonl", "generate", DECODER, *SAMPLED)
+    wait_for(process, partial, 100)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "precast: Interrupted.")
+    finish(start("ray.jsonl", "generate", DECODER, *SAMPLED, "--resume"))
+    assert (tmp_path / "ray.jsonl").read_bytes() == expected
+
+
 def test_what_no_node_can_do(start, tmp_path):
     write_rows(tmp_path, 4)
     _, err = start("ray.jsonl", "generate", DECODER, "--ray-cpus", "2").communicate(timeout=300)

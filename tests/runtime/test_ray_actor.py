@@ -123,8 +123,8 @@ def test_what_comes_twice_is_taken_once_and_what_is_missing_is_told():
     ("address", "message"),
     [
         ("127.0.0.1:{closed}", r"cannot be reached within 10 seconds: .*refused.*ray start --head"),
-        ("ray://127.0.0.1:{closed}", "cannot be reached within 10 seconds"),
-        ("somewhere", "is no address of a cluster: give 'auto', 'local', 'HOST:PORT' or 'ray://HOST:PORT'"),
+        ("ray://127.0.0.1:{closed}", "is for Ray's client, .*`ray start --address HOST:PORT`, and pass ray='auto'"),
+        ("somewhere", "is no address of a cluster: give 'auto', 'local' or 'HOST:PORT'"),
     ],
 )
 def test_clusters_that_are_not_there(address, message):
@@ -160,6 +160,37 @@ def test_a_cluster_that_does_not_answer(monkeypatch):
 
     with pytest.raises(UsageError, match=r"can use: ray 2.60.0 here, 2.50.0 there$"):
         ray_cluster._connect(_Ray(refuse), "auto")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (RuntimeError("Traceback\nModuleNotFoundError: no precast"), r"missing \(ModuleNotFoundError: no precast\)"),
+        ("9.9", r"9\.9"),
+    ],
+)
+def test_a_node_without_this_version_is_named(monkeypatch, found, message):
+    class Task:
+        options = remote = lambda self, *_, **__: self
+
+    class exceptions:
+        RayTaskError = RuntimeError
+
+    def get(task, timeout):
+        if isinstance(found, str):
+            return found
+        raise found
+
+    strategies = type(sys)("ray.util.scheduling_strategies")
+    strategies.NodeAffinitySchedulingStrategy = lambda node, soft: node
+    monkeypatch.setitem(sys.modules, strategies.__name__, strategies)
+    monkeypatch.setitem(sys.modules, "ray.util", type(sys)("ray.util"))
+    monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
+    ray = _Ray(None)
+    ray.remote, ray.get, ray.exceptions = lambda **_: lambda function: Task(), get, exceptions
+    ray.nodes = lambda: [{"Alive": True, "Resources": {"CPU": 1}, "NodeManagerHostname": "far", "NodeID": "x"}]
+    with pytest.raises(UsageError, match=f"^precast is {message} on the node far, and .* Install one of them on both"):
+        ray_cluster._check_nodes(ray)
 
 
 def test_where_it_means_nothing(worker, monkeypatch, tmp_path):

@@ -88,7 +88,7 @@ def file_options(*aliases: str) -> Callable[[F], F]:
                              help="Answer an output file's rows in N processes, each with its share of the cores."),
                 click.option("--ray", metavar="ADDRESS",
                              help="Answer an output file's rows on the nodes of this Ray cluster: auto, local, "
-                             "HOST:PORT, ray://HOST:PORT. Needs precast[ray]."),
+                             "HOST:PORT. Needs precast[ray]."),
                 click.option("--ray-cpus", type=click.IntRange(min=1), default=1, metavar="N",
                              help="With --ray: CPUs, and threads, of each actor; as many actors as there is room for."),
             ]

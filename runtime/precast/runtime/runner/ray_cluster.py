@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import PrecastError, UsageError
-from ..hosts.machine import usable_cores
+from ..hosts.machine import installed_version, usable_cores
 from ..terminal import first_line
 from .batches import Answers, Portable, Prepared, Worker
 from .jobs import as_request, error_of
@@ -41,7 +41,7 @@ class RayCluster:
 
     Args:
         address: as of ray.init(): "auto" for the cluster that this machine is a node of, "local" for one on this
-            machine alone, "host:port" or "ray://host:port".
+            machine alone, "host:port".
         cpus: how many CPUs, and threads, each actor has; there are as many actors as the nodes have room for.
 
     Raises:
@@ -70,6 +70,7 @@ class RayCluster:
         with _connected(_import_ray(), self._address) as ray:
             places = self._count_places(ray)
             try:
+                _check_nodes(ray)
                 yield from _collect(self._answers(ray, job, batches, places, fail_fast), len(batches))
             except ray.exceptions.RayError as error:
                 raise PrecastError(_describe(error)) from error
@@ -101,6 +102,29 @@ class RayCluster:
         for block in found.iter_batches(batch_size=None, prefetch_batches=0):
             for number, answer in zip(block["number"], block["answer"], strict=True):
                 yield int(number), json.loads(str(answer))
+
+
+def _check_nodes(ray: Any) -> None:
+    """Raise UsageError for a node without this version of precast: Ray Data would start its actors again for ever."""
+    place = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+    asked, ours = ray.remote(num_cpus=0, max_retries=0)(installed_version), installed_version("precast")
+    told = {
+        node["NodeManagerHostname"]: asked.options(scheduling_strategy=place(node["NodeID"], soft=False)).remote(
+            "precast"
+        )
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
+    }
+    for name, reference in told.items():
+        try:
+            found = ray.get(reference, timeout=START_LIMIT)
+        except ray.exceptions.RayTaskError as error:
+            found = f"missing ({_describe(error)})"
+        if found != ours:
+            raise UsageError(
+                f"precast is {found} on the node {name}, and {ours} where the rows come from. Install one of them on "
+                f"both: pip install precast=={ours}"
+            )
 
 
 def _collect(found: Iterator[tuple[int, dict[str, Any]]], count: int) -> Iterator[Answers]:
@@ -161,8 +185,12 @@ def _connect(ray: Any, address: str) -> None:
 
     thread = threading.Thread(target=connect, daemon=True)
     with _no_words():
-        thread.start()
-        thread.join(START_LIMIT)
+        if own:
+            # Ray's processes die with the thread that starts them.
+            connect()
+        else:
+            thread.start()
+            thread.join(START_LIMIT)
     if thread.is_alive():
         reason = f"it did not answer within {START_LIMIT:g} seconds. An address on 127.0.0.1 is none of a cluster"
     elif failed:
@@ -188,13 +216,16 @@ def _no_words() -> Iterator[None]:
 
 def _check_reachable(address: str) -> None:
     """Raise UsageError where nobody takes a connection: Ray itself would try for minutes."""
-    match = re.fullmatch(r"(?:ray://)?(\[?[\w.:-]+?\]?):(\d+)", address)
-    if match is None:
-        if address in ("auto", "local"):
-            return
+    if address in ("auto", "local"):
+        return
+    if address.startswith("ray://"):
         raise UsageError(
-            f"ray={address!r} is no address of a cluster: give 'auto', 'local', 'HOST:PORT' or 'ray://HOST:PORT'."
+            f"ray={address!r} is for Ray's client, through which Ray Data does not run. Let this machine be a node of "
+            f"the cluster, `ray start --address HOST:PORT`, and pass ray='auto'."
         )
+    match = re.fullmatch(r"(\[?[\w.:-]+?\]?):(\d+)", address)
+    if match is None:
+        raise UsageError(f"ray={address!r} is no address of a cluster: give 'auto', 'local' or 'HOST:PORT'.")
     try:
         socket.create_connection((match[1].strip("[]"), int(match[2])), PATIENCE).close()
     except (OSError, OverflowError) as error:
