@@ -21,7 +21,7 @@ from precast.runtime.errors import PrecastError, UsageError
 
 LIBRARIES = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("runtime", "exporter")]
 _FLAG = re.compile(r"(?<![\w`-])--[a-z][a-z-]+")
-_COMMAND = re.compile(r"(precast|pip) [a-z]+ .*")
+_COMMAND = re.compile(r"(precast|pip|ray) [a-z]+ .*")
 OTHER_PROGRAMS = (
     "backends/aoti/library.py", "backends/aoti/standalone/link.py", "backends/neuron/flags.py", "neuron/compile_job.py",
     "neuron/compile_worker.py", "neuron/options.py", "hosts/neuron_sdk.py", "hosts/select.py",

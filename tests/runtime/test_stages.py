@@ -119,7 +119,7 @@ def test_a_stage_that_shows_no_life_is_not_waited_for_longer_than_the_limit(made
     (process,) = model._engine._group._processes.values()
     os.kill(process.pid, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(HostError, match=r"lost each other: .*(gave no sign of life|took no command) within 0.8 seconds"):
+    with pytest.raises(HostError, match=r"lost each other: .*(gave no sign of life|took no command) within 0.8 "):
         generate(model, PROMPTS[:1], 20)
     assert time.monotonic() - began < 5
     os.kill(process.pid, signal.SIGCONT)
