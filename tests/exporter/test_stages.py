@@ -201,7 +201,7 @@ def test_options_that_do_not_fit_are_refused(options, words):
 
 
 def test_a_contract_whose_stages_do_not_fit_is_refused(checkpoint, artifact):
-    made = artifact(checkpoint("llama", num_hidden_layers=2), pipeline_parallel=2)
+    made = artifact(checkpoint("llama", num_hidden_layers=2), pipeline_parallel=2, validate=True)
     (variant,) = read_artifact(made).contract.variants
     assert stages_problem(variant) is None
     first, last = variant.stages

@@ -236,6 +236,8 @@ def test_families(kind, stages, tmp_path):
         {"kv_cache": "int8"},
         {"prefill_lengths": (8, 16), "batch_size": 2},
         {"also": ("export",)},
+        {"backend": "export"},
+        {"backend": "export", "dtype": "bfloat16"},
     ],
     ids=str,
 )
