@@ -13,9 +13,12 @@ import time
 import warnings
 from pathlib import Path
 
+import msgspec
 import pytest
+from prefixes import random_prefix
 
 from precast.runtime import CompiledModel, CompiledModelForCausalLM, pipeline
+from precast.runtime.artifact.schema import Ranks, Split, Stage
 from precast.runtime.errors import InputError, PrecastError, PrecastWarning, UsageError
 from precast.runtime.runner import replicas as replicas_module
 from precast.runtime.runner.files import answer_file
@@ -97,6 +100,33 @@ def test_the_file_is_that_of_one_process(run, pairs, encoder, artifact, checkpoi
         assert (tmp_path / f"{number}-two.jsonl").read_bytes() == (tmp_path / f"{number}.jsonl").read_bytes()
         assert re.findall("; .*", out) == re.findall("; .*", told)
     assert replicas_of(os.getpid()) == []
+
+
+@pytest.mark.slow
+def test_adapters_and_prefixes_go_along(pairs, checkpoint, artifact, tmp_path):
+    """Each replica loads what the first process has loaded; adapters.py needs peft, which is slow to import."""
+    from adapters import make_adapter
+
+    slots = artifact(checkpoint("llama"), lora_slots=1, lora_rank=4)
+    adapted = CompiledModelForCausalLM.from_pretrained(slots, threads=1)
+    made = make_adapter(tmp_path / "adapter", checkpoint("llama"), "AutoModelForCausalLM", target_modules=["q_proj"])
+    adapted.load_adapter("style", made)
+    prefixed = CompiledModelForCausalLM.from_pretrained(pairs, threads=1)
+    prefixed = prefixed.new_session(prefix=random_prefix(tmp_path / "prefix"))
+    plain = CompiledModelForCausalLM.from_pretrained(pairs, threads=1)
+    rows, found = [Row(each) for each in texts(6)], []
+    for number, (model, settings) in enumerate(
+        [(adapted, {"adapter": "style"}), (adapted, {}), (prefixed, {}), (plain, {})]
+    ):
+        for replicas in (1, 2):
+            path = tmp_path / f"{number}-{replicas}.jsonl"
+            asked = {"max_new_tokens": 8, "eos_token_id": [], **settings}
+            worker = GeneratingWorker(model, Column(rows, None, ()), asked)
+            answer_file(rows, path, {}, lambda seed, worker=worker: worker, replicas=replicas)
+        assert path.read_bytes() == (tmp_path / f"{number}-1.jsonl").read_bytes()
+        found.append(path.read_bytes())
+    assert found[0] != found[1], "the adapter changes answers"
+    assert found[2] != found[3], "and so does the prefix"
 
 
 def test_more_of_them_than_cores_are_said(run, pairs, tmp_path, monkeypatch):
@@ -203,6 +233,7 @@ class Shouts:
         (lambda model: PredictingWorker(pipeline(model=model, top_k=3), Column([], None, ()), {}), "more than a task"),
         (lambda model: _worker(_changed(model)), "generation_config was changed"),
         (lambda model: _worker(_of_ranks(model)), "compiled for 2 ranks.*export the model without tensor_parallel"),
+        (lambda model: _worker(_of_stages(model)), "compiled for 3 ranks.*export the model without pipeline_parallel"),
         (lambda model: _worker(_on_device(model)), "runs on cuda"),
     ],
 )
@@ -226,11 +257,15 @@ def _changed(model):
 
 
 def _of_ranks(model):
-    class Ranks:
-        count = 2
-
     other = model.new_session()
-    other.variant = type("Variant", (), {"ranks": Ranks, "host": model.variant.host})
+    ranks = Ranks(count=2, splits={"w": Split(dim=0)}, degrees={}, stored=2)
+    other.variant = msgspec.structs.replace(model.variant, ranks=ranks)
+    return other
+
+
+def _of_stages(model):
+    other = model.new_session()
+    other.variant = msgspec.structs.replace(model.variant, stages=[Stage(graphs=[], weights=[])] * 3)
     return other
 
 

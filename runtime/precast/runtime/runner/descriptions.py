@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..artifact.stages import rank_count
 from ..errors import UsageError
 from ..hosts.machine import installed_version
 from ..models.base import CompiledModel, Opening
@@ -100,14 +101,15 @@ def _find_blocker(model: Any) -> str | None:
     """Why no other process can open this model, with the way out; None where one can."""
     if not isinstance(model, CompiledModel):
         return f"and this one runs in the mode {getattr(model, 'mode', '?')!r}. Export it, or leave that out."
-    path, ranks, device = model.artifact.path, model.variant.ranks, model.runs_on
-    if ranks is not None:
-        return (
-            f"and {path} was compiled for {ranks.count} ranks, which are processes that have the cores of this machine "
-            f"already. Leave that out, or export the model without tensor_parallel."
-        )
+    path, count, device = model.artifact.path, rank_count(model.variant), model.runs_on
     if device != "cpu":
         return f"which have a share of the CPU's cores each, and {path} runs on {device}. Leave that out."
+    if count > 1:
+        option = "pipeline_parallel" if model.variant.stages else "tensor_parallel"
+        return (
+            f"and {path} was compiled for {count} ranks, which are processes that have the cores of this machine "
+            f"already. Leave that out, or export the model without {option}."
+        )
     if getattr(model, "has_own_config", False):
         return (
             "which have the artifact's generation_config.json, and this model's generation_config was changed. Pass "
