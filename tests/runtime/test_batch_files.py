@@ -112,6 +112,25 @@ def test_other_work_is_not_mixed_in(tmp_path):
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
+def test_work_that_is_refused_leaves_nothing_and_takes_nothing_away(tmp_path):
+    class Refuses(Shouts):
+        def prepare(self, index, row):
+            raise UsageError("it cannot be")
+
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    with pytest.raises(UsageError, match="it cannot be"):
+        run(out, ["a"], Refuses())
+    assert not partial.exists()
+    with pytest.raises(KeyboardInterrupt):
+        run(out, ["a", "b", "c", "d"], Shouts(1))
+    kept = partial.read_bytes()
+    with pytest.raises(UsageError, match="it cannot be"):
+        run(out, ["a", "b", "c", "d"], Refuses(), resume=True)
+    with pytest.raises(UsageError, match="An interrupted run left"):
+        run(out, ["a", "b", "c", "d"], Shouts())
+    assert partial.read_bytes() == kept
+
+
 def test_a_seed_is_that_of_the_first_run(tmp_path):
     seeds = []
 

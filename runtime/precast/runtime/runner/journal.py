@@ -52,6 +52,7 @@ class Journal:
         self._partial = target.with_name(f"{target.name}.partial")
         self._places: dict[int, tuple[int, int]] = {}
         self.work, self.is_complete = dict(work), False
+        self._is_empty = False
         with _telling(target):
             self._file = _open_locked(self._partial, target)
         try:
@@ -69,6 +70,7 @@ class Journal:
         """Keep the answers of a batch, by the indices of its rows. Raises PublishError where there is no room."""
         with _telling(self._target, len(self._places)):
             self._append([json_line([index, row]) for index, row in batch], [index for index, _ in batch])
+        self._is_empty = False
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All answers in the order of their rows."""
@@ -90,10 +92,13 @@ class Journal:
                 beside.unlink(missing_ok=True)
                 raise
             self._partial.unlink(missing_ok=True)
+            self._is_empty = False
 
     def close(self) -> None:
-        """Leave the work as it is; a later run may go on with it."""
+        """Leave the work as it is; a later run may go on with it. Where it has no answer yet, nothing is left."""
         if self._file >= 0:
+            if self._is_empty:
+                self._partial.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
 
@@ -126,6 +131,7 @@ class Journal:
                 self._take_over(held)
             else:
                 self._append([json_line(self.work)], [])
+                self._is_empty = True
 
     def _take_over(self, held: bytes) -> None:
         """Go on with the batches of an interrupted run. Raises UsageError where that was other work."""
