@@ -28,10 +28,10 @@ from precast.runtime import CompiledModel, CompiledModelForCausalLM
 from precast.runtime.artifact.ranks import ranks_problem
 from precast.runtime.artifact.schema import Split
 from precast.runtime.artifact.tasks import get_task
-from precast.runtime.distributed import launcher, shared_memory
+from precast.runtime.distributed import launcher, rendezvous, shared_memory
 from precast.runtime.distributed.checks import check_asked
 from precast.runtime.distributed.convert import join, split
-from precast.runtime.distributed.rendezvous import find_place
+from precast.runtime.distributed.rendezvous import Place, find_place, leave, meet
 from precast.runtime.engines import Settings
 from precast.runtime.errors import HostError, IntegrityError, UsageError
 
@@ -218,6 +218,28 @@ def test_ranks_that_a_launcher_has_started_meet(artifact):
     wrong = run(asked, **place | {"WORLD_SIZE": "3"}, RANK="0")
     assert wrong.returncode == 2
     assert "torchrun has started 3 processes, and this artifact is compiled for 2" in wrong.stderr
+
+
+def test_ranks_of_other_models_or_versions_end_by_name(artifact, tmp_path, monkeypatch):
+    join(artifact.path, tmp_path / "other")
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
+    asked = ["--prompt", "a", "--max-new-tokens", "2"]
+    with subprocess.Popen(
+        [*PRECAST, "generate", str(tmp_path / "other"), "--trust-native-code", *asked],
+        env={**os.environ, **place, "RANK": "1"}, stderr=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        first = run([*PRECAST, "generate", str(artifact.path), *asked], **place, RANK="0")
+        assert other.wait(60) != 0
+    digest = artifact.contract.digest
+    assert f"rank 0 has opened an artifact with the digest {digest}, and this rank one with " in first.stderr
+    assert "Traceback" not in first.stderr
+    place = Place(0, 2, f"precast-versions-{os.getpid()}")
+    memory = meet(place)
+    assert memory.ranks == 2
+    monkeypatch.setattr(rendezvous, "installed_version", lambda name: "9.9")
+    with pytest.raises(HostError, match=r"Rank 0 runs precast \d.*, and this rank precast 9\.9: start all with one"):
+        meet(Place(1, 2, place.name))
+    leave(place)
 
 
 def test_places_that_contradict_themselves_are_refused():

@@ -46,7 +46,7 @@ class RankedEngine:
             _warn_of_few_cores(count)
         self._memory, self._group, self._limit = group.memory, group, settings.rank_timeout or TIME_LIMIT
         self._own = open_part(artifact, variant, 0, settings, self._memory)
-        self._send("open", {}, OPENING)
+        self._send("open", {"digest": artifact.contract.digest}, OPENING)
         # Whoever takes this has done what came before.
         self._send("wait", {}, OPENING)
         group.formed()

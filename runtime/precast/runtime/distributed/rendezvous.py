@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import HostError, UsageError
+from ..hosts.machine import installed_version
 from .shared_memory import GroupMemory
 
 __all__ = ["Place", "find_place", "leave", "meet"]
@@ -81,6 +82,10 @@ def _open(path: Path, ranks: int) -> GroupMemory | None:
     if found.st_uid != os.getuid() or not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
         raise HostError(f"{path} is not this user's, so that ranks cannot meet there.")
+    own, first = installed_version("precast"), GroupMemory.version(descriptor)
+    if first not in ("", own):
+        os.close(descriptor)
+        raise HostError(f"Rank 0 runs precast {first}, and this rank precast {own}: start all with one of them.")
     if found.st_size != GroupMemory.size(ranks):
         os.close(descriptor)
         return None

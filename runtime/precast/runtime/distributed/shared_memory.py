@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import HostError
+from ..hosts.machine import installed_version
 
 __all__ = ["TIME_LIMIT", "GroupMemory", "StoppedError"]
 
@@ -35,7 +36,7 @@ REASON_BYTES = 2048
 _PAGES = 2**16
 """What an offset in a file that is mapped is a multiple of, on any machine."""
 _NEVER = 2**62
-_LINE = 64
+_LINE, _VERSION_AT = 64, 16
 _MOST_RANKS = FIRST_CHUNK // _LINE - 1
 _SPINS = 2000
 """Looks at a counter before waiting for it costs no core: about as long as rank 0 chooses a token."""
@@ -88,8 +89,15 @@ class GroupMemory:
         os.ftruncate(descriptor, cls.size(ranks))
         made = cls(descriptor, ranks)
         np.frombuffer(made._map, np.int64, 1, 8)[:] = CHUNK_BYTES
+        version = (installed_version("precast") or "").encode()[: _LINE - _VERSION_AT]
+        made._map[_VERSION_AT : _VERSION_AT + len(version)] = version
         made._header[:] = ranks, 0
         return made
+
+    @staticmethod
+    def version(descriptor: int) -> str:
+        """The version of precast that has laid out this memory, wherever else it lays out things; "" before that."""
+        return os.pread(descriptor, _LINE, 0)[_VERSION_AT:].rstrip(b"\0").decode("ascii", "replace")
 
     @property
     def is_ready(self) -> bool:

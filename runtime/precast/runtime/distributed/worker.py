@@ -84,6 +84,7 @@ class Rank:
     ) -> None:  # fmt: skip
         self._memory, self._rank, self._is_wanted = memory, rank, is_wanted
         self._graphs = {graph.name: graph for graph in variant.graphs}
+        self._digest = artifact.contract.digest
         self._part = open_part(artifact, variant, rank, settings, memory)
         self._caches: dict[int, _Array] = {}
         self._bound: dict[int, tuple[list[_Array], Step]] = {}
@@ -98,9 +99,15 @@ class Rank:
                 step()
 
     def on_open(self, content: dict[str, Any], data: memoryview) -> None:
-        """Say by taking it that this rank is there."""
+        """Say by taking it that this rank is there. Raises UsageError where it has opened another model."""
+        if content["digest"] != self._digest:
+            raise UsageError(
+                f"rank 0 has opened an artifact with the digest {content['digest']}, and this rank one "
+                f"with {self._digest}. Start all with the same"
+            )
 
-    on_wait = on_open
+    def on_wait(self, content: dict[str, Any], data: memoryview) -> None:
+        """Say by taking it that what came before is done."""
 
     def on_bind(self, content: dict[str, Any], data: memoryview) -> None:
         """Bind a graph to arrays of this rank, which has caches of its own: of its heads, or of its layers."""
