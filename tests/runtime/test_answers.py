@@ -128,7 +128,7 @@ def test_answers_are_transformers(folders, side, count, none, length, options):
 
 
 def test_a_sure_model_of_no_answer_has_none(folders):
-    ours = compiled(folders["right"], 12, 32)
+    ours = compiled(folders["right"], 30, 32)
     asked = {"question": "What boils?", "context": tiny.TEXTS[0]}
     assert ours(asked, handle_impossible_answer=True)["answer"] == ""
     assert compiled(folders["right"], 5000, 32)(asked)["answer"]

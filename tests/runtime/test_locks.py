@@ -16,7 +16,8 @@ import pytest
 from precast.runtime.artifact import locks
 from precast.runtime.artifact.locks import LockedDirectory, Scratch, sweep
 
-MAKERS = ("NamedTemporaryFile", "SpooledTemporaryFile", "TemporaryDirectory", "TemporaryFile", "mkdtemp", "mkstemp")
+MAKERS = ("NamedTemporaryFile", "SpooledTemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp")
+"""A TemporaryFile has no name, and goes with its process."""
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -15,7 +15,6 @@ import jsonschema
 import numpy as np
 import pytest
 import regex
-import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zoo import seq2seq
@@ -36,7 +35,6 @@ many = settings(some, max_examples=200)
 @pytest.fixture(scope="module")
 def model(checkpoint, artifact):
     source = checkpoint("llama", max_position_embeddings=256)
-    tiny.tokenizer().save_pretrained(source)
     return CompiledModelForCausalLM.from_pretrained(artifact(source, sequence_length=(256,)))
 
 
@@ -269,7 +267,6 @@ def test_rows_of_a_batch_have_forms_of_their_own(model, checkpoint, artifact):
 def test_encoder_decoders_answer_in_form(artifact, tmp_path):
     """After the token that they are forced to begin with."""
     source = seq2seq.make(tmp_path / "bart", "bart")
-    tiny.tokenizer().save_pretrained(source)
     model = CompiledModel.from_pretrained(artifact(source, decoder_sequence_length=48))
     asked = {"json_schema": SCHEMA, "max_new_tokens": 40, "eos_token_id": END, "forced_bos_token_id": 11}
     found = model.generate([PROMPT], **asked)[0]

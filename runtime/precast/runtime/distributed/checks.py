@@ -35,11 +35,14 @@ def check_asked(variant: Variant, nproc: int | None, settings: Settings) -> None
 
 def check_count(variant: Variant, count: int, given: str) -> None:
     """Raise UsageError where the ranks of an artifact are another number than is given."""
-    compiled, kind = rank_count(variant), "pipeline" if variant.stages else "tensor"
+    compiled = rank_count(variant)
     if compiled != count:
+        command = f"precast export … --tensor-parallel {quoted(count)}"
+        if variant.stages:
+            command = f"precast export … --pipeline-parallel {quoted(count)}"
         raise UsageError(
             f"{given}, and this artifact is compiled for {compiled}: give {compiled}, or export the checkpoint for "
-            f"{count} (precast export … --{kind}-parallel {quoted(count)})."
+            f"{count} ({command})."
         )
 
 
