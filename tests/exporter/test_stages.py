@@ -116,7 +116,8 @@ def check(programs, layers: str, stages: int) -> list[list]:
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in FAST else pytest.mark.slow) for k in FAMILIES])
 def test_stages_one_after_the_other_give_the_bits_of_the_whole(kind, tmp_path):
     programs, layers = traced(kind, tmp_path)
-    for stages in (2, 3) if kind == "gemma3n_text" else (2, 3, 4):
+    # Gemma 3n's last layers share a cache, which more stages would cut apart.
+    for stages in (2,) if kind == "gemma3n_text" else (2, 3, 4):
         cut = check(programs, layers, stages)
         if kind == "llama":
             passed = [[spec.name for spec in parts[0].graph.inputs if "activations" in spec.name] for parts in cut]
