@@ -14,6 +14,7 @@ from precast.exporter import ExportOptions, export
 from precast.exporter.options.combinations import BACKEND_RULES, CONFLICTS, FEATURES, NEEDS
 from precast.runtime import CompiledModelForCausalLM
 from precast.runtime.artifact.backends import BACKENDS
+from precast.runtime.errors import UsageError
 
 ASKED = {
     "lora": {"lora": ("adapter",)},
@@ -36,6 +37,12 @@ TAKEN |= {rule.feature: [row.name for row in BACKENDS.values() if rule.is_taken(
 TAKEN |= {"device": ["aoti"], "format": ["onnx"], "tensor_parallel": ["aoti", "neuron"]}
 TAKEN |= {"pipeline_parallel": ["onnx", "export"]}
 NEEDED = {each.feature: each.other for each in NEEDS}
+SCHEME_NEEDS = {("tensor_parallel", "int4"): {"symmetric": True, "group_size": 16}}
+SCHEME_REFUSED = {
+    **{("tensor_parallel", f"a8w8{rest}"): "packed for the kernels of whole layers" for rest in ("", "-dynamic")},
+    ("tensor_parallel", "auto"): "chooses groups and offsets layer by layer",
+}
+"""What some schemes need beside another feature, and those that it is refused with."""
 NEURON = {"instance_type": "trn1"}
 
 
@@ -126,9 +133,14 @@ def test_every_pair_that_is_not_refused_works(files, tmp_path, pair, backend, sc
         name: str(folder / value) for name, value in (("lora", "adapter"), ("prefix_tuning", "prefix")) if name in pair
     }
     together = (*pair, *(NEEDED[each] for each in pair if each in NEEDED))
-    options = asked(together, backend, **changes, **({"quantize": scheme} if scheme else {}))
+    needs = {name: value for each in pair for name, value in SCHEME_NEEDS.get((each, scheme), {}).items()}
+    options = asked(together, backend, **changes, **needs, **({"quantize": scheme} if scheme else {}))
     # Random weights bear less than trained ones.
     floor = {"max_kl": 0.5} if options.is_lossy else {}
+    if words := [SCHEME_REFUSED[each, scheme] for each in pair if (each, scheme) in SCHEME_REFUSED]:
+        with pytest.raises(UsageError, match=words[0]):
+            export(str(source), tmp_path / "out", options.replace(**floor))
+        return
     (variant,) = export(str(source), tmp_path / "out", options.replace(**floor)).contract.variants
     assert variant.accuracy.status == "passed"
     model = CompiledModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -218,6 +218,11 @@ def _plan_degrees(options: ExportOptions, task: Task) -> Degrees | None:
             f"{given} divides weights in the order of the checkpoint, and those of quantize={options.quantize!r} are "
             f"packed for the kernels of whole layers. Give quantize='int8'."
         )
+    if options.quantize == "auto":
+        raise UsageError(
+            f"{given} divides weights of one scheme, and quantize='auto' chooses groups and offsets layer by layer. "
+            f"Give quantize='int8', or quantize='int4' with symmetric=True."
+        )
     return asked.degrees
 
 
