@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -68,3 +70,15 @@ def endless(path: Path) -> subprocess.Popen:
 def run(command, **changes):
     environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def kill_at_random(copy: Path, times: int) -> None:
+    """Kill one of the processes that run an artifact at a random moment, so many times: all end within five seconds."""
+    chance = random.Random(0)
+    for _ in range(times):
+        with endless(copy) as process:
+            wait_until(lambda: workers_of(copy), 60)
+            time.sleep(chance.uniform(0, 2))
+            os.kill(chance.choice([process.pid, *workers_of(copy)]), signal.SIGKILL)
+            assert process.wait(timeout=5) != 0
+        wait_until(lambda: not workers_of(copy), 5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from ranks import PRECAST, eager_tokens, endless, others_than, run, wait_until, workers_of
+from ranks import PRECAST, eager_tokens, kill_at_random, others_than, run, workers_of
 from transformers import AutoConfig
 
 from precast.exporter import ExportOptions, export
@@ -256,16 +255,7 @@ def test_options_give_what_one_process_gives(options, source, tmp_path):
 
 @pytest.mark.slow
 def test_kills_at_random_moments_leave_no_orphan_and_no_hang(made, tmp_path):
-    chance = random.Random(0)
-    copy = tmp_path / "copy"
-    shutil.copytree(made, copy)
-    for _ in range(20):
-        with endless(copy) as process:
-            wait_until(lambda: workers_of(copy), 60)
-            time.sleep(chance.uniform(0, 2))
-            os.kill(chance.choice([process.pid, *workers_of(copy)]), signal.SIGKILL)
-            assert process.wait(timeout=5) != 0
-        wait_until(lambda: not workers_of(copy), 5)
+    kill_at_random(shutil.copytree(made, tmp_path / "copy"), 20)
 
 
 SMOLLM2 = Path(__file__).parents[2] / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

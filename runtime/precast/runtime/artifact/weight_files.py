@@ -19,11 +19,11 @@ from . import strict_json
 from .ranks import part_bounds, split_of
 from .schema import Ranks, Split
 
-__all__ = ["VIEWS", "WEIGHTS", "WeightFile", "divide_weights", "join_weights", "rank_file", "take_part"]
+__all__ = ["ALIGNMENT", "VIEWS", "WEIGHTS", "WeightFile", "divide_weights", "join_weights", "rank_file", "take_part"]
 
 WEIGHTS = "model.safetensors"
 VIEWS = "precast.views"
-_ALIGNMENT = 64
+ALIGNMENT = 64
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8}
 _Array = np.ndarray[Any, Any]
 
@@ -73,7 +73,7 @@ class WeightFile:
         if self.views:
             header["__metadata__"] = {VIEWS: json.dumps(self.views, sort_keys=True, separators=(",", ":"))}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
@@ -90,7 +90,7 @@ class WeightFile:
 
     def _order(self, name: str) -> tuple[Any, ...]:
         tensor = self.tensors[name]
-        is_whole = tensor.nbytes % _ALIGNMENT == 0
+        is_whole = tensor.nbytes % ALIGNMENT == 0
         return not is_whole, 0 if is_whole else -tensor.itemsize, name
 
 

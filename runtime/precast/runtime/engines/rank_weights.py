@@ -12,14 +12,11 @@ import numpy as np
 
 from ..artifact.ranks import part_bounds, split_of
 from ..artifact.schema import Ranks, Split
-from ..artifact.weight_files import take_part
+from ..artifact.weight_files import ALIGNMENT, take_part
 from ..errors import FormatError
 from .safetensors_map import Weight, item_size
 
 __all__ = ["own_parts"]
-
-ALIGNMENT = 64
-"""As weights lie in files."""
 
 _Array = np.ndarray[Any, Any]
 
